@@ -1,0 +1,144 @@
+# Lacuna: build, test, run. `make help` lists the targets.
+#
+# Nothing but make, a C compiler and Debian packages is needed; `make deps` installs the packages. Everything that is
+# made goes to build/. The CPU kernels (c/cpu) are compiled once per instruction set and chosen at run time, so a
+# library built here runs on any x86-64 (other processors get the portable build). CUDA is optional: with nvcc the
+# plug-in is built, without it the build says so and everything else works.
+
+VERSION := $(shell sed -n 's/^\#define LAC_VERSION "\(.*\)"/\1/p' c/lacuna.h)
+PREFIX  ?= /usr/local
+BUILD   ?= build
+CC      ?= cc
+NVCC    ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+BUSTED  ?= luajit /usr/bin/busted
+
+PACKAGES := gcc make pkg-config luajit libluajit-5.1-dev libopenblas-openmp-dev libedit2 lua-busted lua-check lua-cjson \
+            lua-posix lua-filesystem gnuplot-nox bible-kjv bible-kjv-text xz-utils
+
+# -fno-trapping-math and -fno-math-errno let loops vectorise and keep NaN, infinities and denormals exact;
+# -ffast-math would not. -ffp-contract=fast allows fused multiply-add.
+WARN   := -Wall -Wextra -Wstrict-prototypes -Wmissing-prototypes -Wshadow
+WERROR ?= -Werror
+CFLAGS ?= -O3 -g
+EXTRA  ?=
+ALL_CFLAGS := -std=c11 -D_GNU_SOURCE $(CFLAGS) -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp \
+              -fvisibility=hidden $(WARN) $(WERROR) $(EXTRA)
+INCLUDES := -Ic -I$(BUILD) -I/usr/include/$(shell $(CC) -print-multiarch)/openblas-openmp
+# an explicit path: `-lopenblas` would find whichever alternative the system prefers, also the pthread one, whose
+# threads would compete with OpenMP's
+BLAS_DIR := /usr/lib/$(shell $(CC) -print-multiarch)/openblas-openmp
+
+FRONT := $(wildcard c/*.c)
+FRONT := $(filter-out c/main.c c/interrupt.c,$(FRONT))
+CPU   := $(wildcard c/cpu/*.c)
+ifneq ($(filter x86_64%,$(shell $(CC) -dumpmachine)),)
+ISAS := baseline avx2 avx512
+ALL_CFLAGS += -DLAC_HAVE_AVX
+else
+ISAS := baseline
+endif
+ISA_baseline :=
+ISA_avx2     := -mavx2 -mfma -mf16c -mbmi -mbmi2
+ISA_avx512   := $(ISA_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512
+
+OBJECTS := $(FRONT:c/%.c=$(BUILD)/obj/%.o) $(foreach isa,$(ISAS),$(CPU:c/cpu/%.c=$(BUILD)/obj/$(isa)/%.o))
+LIBRARY := $(BUILD)/lib/liblacuna.so
+COMMAND := $(BUILD)/bin/lacuna
+PLUGIN  := $(BUILD)/lib/liblacuna_cuda.so
+
+.PHONY: all
+all: $(LIBRARY) $(COMMAND) cuda ## build the engine, the command and, where nvcc is found, the CUDA plug-in (default)
+
+# ---- engine ----
+
+$(BUILD)/ffi.h: c/lacuna.h
+	@mkdir -p $(@D)
+	sed -n '/^\/\* <ffi> \*\//,/^\/\* <\/ffi> \*\//p' $< > $@
+
+$(BUILD)/obj/abi.o: $(BUILD)/ffi.h
+
+$(BUILD)/obj/%.o: c/%.c
+	@mkdir -p $(@D)
+	$(CC) $(ALL_CFLAGS) $(INCLUDES) -DLAC_FFI_FILE='"$(BUILD)/ffi.h"' -MMD -MP -c $< -o $@
+
+define isa_rule
+$$(BUILD)/obj/$(1)/%.o: c/cpu/%.c
+	@mkdir -p $$(@D)
+	$$(CC) $$(ALL_CFLAGS) $$(ISA_$(1)) -DLAC_ISA=$(1) $$(INCLUDES) -MMD -MP -c $$< -o $$@
+endef
+$(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
+
+$(LIBRARY): $(OBJECTS)
+	@mkdir -p $(@D)
+	$(CC) -shared $(ALL_CFLAGS) -o $@ $^ -Wl,-z,defs -Wl,-rpath,$(BLAS_DIR) $(BLAS_DIR)/libopenblas.so -ldl -lpthread -lm
+
+# ---- command ----
+
+$(COMMAND): c/main.c c/interrupt.c c/interrupt.h c/lacuna.h
+	@mkdir -p $(@D)
+	$(CC) -std=c11 -D_GNU_SOURCE $(CFLAGS) $(WARN) $(WERROR) -Ic $$(pkg-config --cflags luajit) c/main.c c/interrupt.c \
+	  -o $@ -rdynamic $$(pkg-config --libs luajit) -ldl -lm -lpthread
+
+-include $(OBJECTS:.o=.d)
+
+# ---- CUDA ----
+
+CUDA_ARCH ?= 80 90a
+GENCODE := $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
+           -gencode arch=compute_$(firstword $(CUDA_ARCH)),code=compute_$(firstword $(CUDA_ARCH))
+
+.PHONY: cuda
+ifeq ($(NVCC),)
+cuda: ## build the CUDA plug-in (says so where there is no nvcc)
+	@echo "lacuna: no nvcc found: building for the CPU only (set NVCC=/path/to/nvcc to change that)"
+else
+cuda: $(PLUGIN)
+
+$(PLUGIN): $(wildcard kernels/*.cu kernels/*.cuh) $(wildcard c/*.h c/*.def)
+	@mkdir -p $(@D)
+	$(NVCC) -O3 -std=c++17 $(GENCODE) -Ic -Xcompiler -fPIC,-Wall,-fvisibility=hidden -shared -cudart static \
+	  -o $@ $(wildcard kernels/*.cu)
+endif
+
+# ---- use ----
+
+.PHONY: demo test lint bench
+demo: deps ## train a small LongNet on real text, about five minutes on two cores
+	@$(MAKE) --no-print-directory all
+	$(COMMAND) experiments/language_model.lua
+
+test: deps ## build and run the whole test suite
+	@$(MAKE) --no-print-directory all
+	$(BUSTED)
+
+lint: ## luacheck, formatting of the C sources, warnings as errors
+	luacheck -q lua experiments tests
+	.ci/lint
+
+.PHONY: deps
+deps: ## install the Debian packages that building, testing and the demo need (root or sudo)
+	@missing=""; for p in $(PACKAGES); do \
+	  dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	line="apt-get install -y --no-install-recommends$$missing"; \
+	if ! command -v apt-get >/dev/null; then echo "lacuna: not a Debian system: install the equivalents of:$$missing"; exit 1; fi; \
+	if [ "$$(id -u)" = 0 ]; then sudo=""; \
+	elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then sudo=sudo; \
+	else echo "lacuna: packages are missing and this user can neither be root nor sudo. As root, run:"; \
+	  echo "  apt-get update && $$line"; exit 1; fi; \
+	echo "lacuna: $$line"; $$sudo apt-get update -q && DEBIAN_FRONTEND=noninteractive $$sudo $$line
+
+.PHONY: install
+install: all ## install under PREFIX (default /usr/local)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/lacuna
+	install -m 755 $(COMMAND) $(DESTDIR)$(PREFIX)/bin/
+	install -m 644 $(wildcard $(BUILD)/lib/*.so) $(DESTDIR)$(PREFIX)/lib/
+	install -m 644 c/lacuna.h $(DESTDIR)$(PREFIX)/include/
+	cp -r lua experiments $(DESTDIR)$(PREFIX)/share/lacuna/
+
+.PHONY: clean help
+clean: ## remove everything that was built
+	rm -rf $(BUILD)
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '!seen[$$1]++ { printf "  make %-9s %s\n", $$1, $$2 }'

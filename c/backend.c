@@ -1,0 +1,132 @@
+/* backend.c: which table of operators serves a device.
+ *
+ * The CPU's kernels are compiled once per instruction set (baseline, AVX2, AVX-512) from the same sources and the
+ * best table that this processor can run is picked at start; LACUNA_CPU or lac_isa() force another one, which is
+ * how the tests cover all of them. A CUDA back end is a plug-in that is loaded at run time and exports
+ * `lac_backend_v1`; its first fields are the ABI, so a stale plug-in is refused with what to rebuild. Nothing ever
+ * moves to another device by itself.
+ */
+#include "backend.h"
+#include <cblas.h>
+#include <dlfcn.h>
+#include <omp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+extern const lac_backend lac_cpu_baseline_backend;
+#ifdef LAC_HAVE_AVX
+extern const lac_backend lac_cpu_avx2_backend, lac_cpu_avx512_backend;
+#endif
+
+static const lac_backend *cpu_backend, *cuda_backend;
+static char cuda_reason[512] = "the CUDA plug-in is not loaded";
+
+/* can this processor run the named instruction set? */
+static bool isa_available(const char *name)
+{
+    if (strcmp(name, "baseline") == 0) return true;
+#ifdef LAC_HAVE_AVX
+    __builtin_cpu_init();
+    if (strcmp(name, "avx2") == 0)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (strcmp(name, "avx512") == 0)
+        return isa_available("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+    return false;
+}
+
+static const lac_backend *isa_table(const char *name)
+{
+    if (!isa_available(name)) return NULL;
+#ifdef LAC_HAVE_AVX
+    if (strcmp(name, "avx2") == 0) return &lac_cpu_avx2_backend;
+    if (strcmp(name, "avx512") == 0) return &lac_cpu_avx512_backend;
+#endif
+    return &lac_cpu_baseline_backend;
+}
+
+__attribute__((constructor)) static void choose_cpu(void)
+{
+    static const char *const best_first[] = {"avx512", "avx2", "baseline"};
+    const char *forced = getenv("LACUNA_CPU");
+    if (forced) {
+        cpu_backend = isa_table(forced);
+        if (!cpu_backend) fprintf(stderr, "lacuna: LACUNA_CPU=%s is not available here, ignored\n", forced);
+    }
+    for (size_t i = 0; !cpu_backend; i++) cpu_backend = isa_table(best_first[i]);
+}
+
+const char *lac_isa(const char *name)
+{
+    if (name) {
+        const lac_backend *table = isa_table(name);
+        if (!table) {
+            lac_fail(LAC_E_DEVICE, "isa: '%s' is not available on this processor or in this build", name);
+            return NULL;
+        }
+        cpu_backend = table;
+    }
+    return cpu_backend->detail;
+}
+
+const lac_backend *lac_backend_for(int device) { return device == LAC_CPU ? cpu_backend : cuda_backend; }
+
+int lac_backend_missing(const char *op, int device)
+{
+    if (device == LAC_CPU) LAC_FAIL(DEVICE, "%s: not supported on the cpu (%s)", op, cpu_backend->detail);
+    if (!cuda_backend) LAC_FAIL(DEVICE, "%s: there is no CUDA back end: %s", op, cuda_reason);
+    LAC_FAIL(DEVICE, "%s: not supported on cuda; move the tensors to the cpu", op);
+}
+
+static int plug_in_refuse(const char *reason)
+{
+    snprintf(cuda_reason, sizeof cuda_reason, "%s", reason);
+    return lac_fail(LAC_E_DEVICE, "cuda: %s", cuda_reason);
+}
+
+int lac_backend_load(const char *path)
+{
+    char why[480];
+    if (!path) LAC_FAIL(ARGUMENT, "cuda: no path of a plug-in");
+    if (cuda_backend) return 0;
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) return plug_in_refuse(dlerror());
+    /* the plug-in answers with its table, or with NULL and the reason why this machine cannot use it */
+    const lac_backend *(*entry)(const char **reason);
+    *(void **)&entry = dlsym(library, "lac_backend_v1");
+    const char *reason = "it does not export lac_backend_v1";
+    const lac_backend *table = entry ? entry(&reason) : NULL;
+    if (!table) {
+        snprintf(why, sizeof why, "%s", reason);
+        dlclose(library);
+        return plug_in_refuse(why);
+    }
+    if (table->abi != LAC_ABI || table->bytes != (int32_t)sizeof(lac_backend)) {
+        snprintf(why, sizeof why, "%s was built for ABI %d (%d bytes), the engine has %d (%d bytes): run `make` again", path,
+                 table->abi, table->bytes, LAC_ABI, (int)sizeof(lac_backend));
+        dlclose(library);
+        return plug_in_refuse(why);
+    }
+    cuda_backend = table;
+    snprintf(cuda_reason, sizeof cuda_reason, "%s", table->detail);
+    return 0;
+}
+
+int lac_threads(int n)
+{
+    if (n > 0) {
+        omp_set_num_threads(n);
+        openblas_set_num_threads(n);
+    }
+    return omp_get_max_threads();
+}
+
+const char *lac_build_info(void)
+{
+    static char text[1024];
+    snprintf(text, sizeof text, "compiler: gcc " __VERSION__ "\nblas: %s\ncpu: %s\ncuda: %s\n", openblas_get_config(),
+             cpu_backend->detail, cuda_reason);
+    return text;
+}

@@ -1,0 +1,66 @@
+/* backend.h: the contract between front ends (op_*.c) and back ends (cpu/, the CUDA plug-in).
+ *
+ * A front end checks everything, makes outputs and fills one plain argument struct per operator; a back end gets
+ * valid arguments and only computes. c/ops.def lists the operators; it expands to the typed slots of the table
+ * below, to names and to the support matrix that `lacuna devices` prints. The first three fields of the table are
+ * its ABI: a plug-in built against another version is refused with what to rebuild. Mathematics that is one line
+ * per function (maps) lives in c/maps.def, which all back ends compile.
+ * An empty slot means "not supported on this device": lac_backend_need() turns it into an error, never into a
+ * silent fallback.
+ */
+#ifndef LAC_BACKEND_H
+#define LAC_BACKEND_H
+#include "core.h"
+
+typedef struct { lac_view x; double value; } lac_a_fill;
+typedef struct { lac_view x, out; } lac_a_copy; /* x expanded to out's shape; dtypes may differ */
+typedef struct { lac_view out; double start, step; } lac_a_arange;
+typedef struct { int fn; lac_view x, out; } lac_a_map1;
+typedef struct { int fn; lac_view x, y, g, out; } lac_a_map1_bwd;
+/* y.data NULL: the scalar takes its place; swapped: fn(y, x). Inputs are expanded to out's shape. */
+typedef struct { int fn; lac_view x, y, out; double scalar; bool swapped; } lac_a_map2;
+typedef struct { int fn, which; lac_view x, y, g, out; double scalar; bool swapped; } lac_a_map2_bwd;
+typedef struct { lac_view cond, x, y, out; } lac_a_where;
+typedef struct { double alpha; lac_view x, dst; } lac_a_axpy; /* x.data NULL: dst *= alpha */
+typedef struct { int fn; lac_view x, out; uint32_t dims; } lac_a_reduce; /* out has size 1 on reduced axes */
+typedef struct { lac_view x, out; int dim; bool logarithm; } lac_a_softmax;
+typedef struct { lac_view y, g, out; int dim; bool logarithm; } lac_a_softmax_bwd;
+typedef struct { lac_view a, b, bias, out; } lac_a_matmul; /* batch axes expanded; bias.data may be NULL */
+typedef struct { lac_view x, gamma, beta, out, mean, rstd; double eps; } lac_a_layernorm;
+typedef struct { lac_view x, gamma, mean, rstd, g, dx, dgamma, dbeta; } lac_a_layernorm_bwd;
+typedef struct { lac_view logits, target, out, lse; int64_t ignore; } lac_a_cross_entropy;
+typedef struct { lac_view logits, target, lse, g, out; int64_t ignore; } lac_a_cross_entropy_bwd;
+typedef struct { lac_view x, w, bias, target, out, lse; int64_t ignore, chunk; } lac_a_linear_ce;
+typedef struct { lac_view x, w, bias, target, lse, g, dx, dw, dbias; int64_t ignore, chunk; } lac_a_linear_ce_bwd;
+typedef struct { lac_view x, index, out; int dim; } lac_a_index; /* index_select, gather */
+typedef struct { lac_view g, index, out; int dim; } lac_a_index_bwd;
+typedef struct { lac_view x, out; int64_t start; double base, scale_base; bool interleaved, transpose; int sign; } lac_a_rope;
+typedef struct { lac_view out; int kind; double a, b; uint64_t seed, offset; } lac_a_random;
+typedef struct { lac_view x, out; double p; uint64_t seed, offset; } lac_a_dropout;
+typedef struct { lac_view param, grad, m, v; double lr, weight_decay; } lac_a_adamw_item;
+typedef struct { const lac_a_adamw_item *items; int64_t n; double beta1, beta2, eps, grad_scale; int64_t step; } lac_a_adamw;
+typedef struct { const lac_view *items; int64_t n; double *norm; } lac_a_norm;
+/* lse and delta layouts and the meaning of every field: plan.h */
+typedef struct lac_a_attend lac_a_attend;
+typedef struct lac_a_attend_bwd lac_a_attend_bwd;
+
+typedef struct lac_backend {
+    int32_t abi, bytes;
+    const char *name;
+    const char *detail; /* ISA or device, for people */
+#define LAC_OP(name, args, gradient) int (*name)(const args *a);
+#include "ops.def"
+#undef LAC_OP
+} lac_backend;
+
+/* the table that serves `device`; a missing back end or an empty slot is an error of status "device" naming op and device */
+const lac_backend *lac_backend_for(int device);
+#define LAC_RUN(op, device, args)                                                                                      \
+    do {                                                                                                               \
+        const lac_backend *lac_run_b_ = lac_backend_for(device);                                                       \
+        if (!lac_run_b_ || !lac_run_b_->op) return lac_backend_missing(#op, device);                                   \
+        LAC_TRY(lac_run_b_->op(args));                                                                                 \
+    } while (0)
+int lac_backend_missing(const char *op, int device);
+
+#endif

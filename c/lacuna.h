@@ -1,0 +1,215 @@
+/* lacuna.h: the engine's one public header, and its manual.
+ *
+ * Everything that a host language may call is here. The text between the two ffi markers is embedded in the
+ * library and handed out by lac_cdef(), so the declarations that LuaJIT reads can never drift from the
+ * binary. In that region: plain C declarations only, no preprocessor lines, no function pointers.
+ *
+ * Conventions
+ *   - Every function returns a status (0 is success) unless its comment says otherwise; the message of the
+ *     last failure on this thread is lac_last_error(). Nothing here aborts, exits or throws on bad input.
+ *   - Tensors are passed by pointer. An `out` tensor is uninitialised on entry: the call infers shape and
+ *     dtype, takes storage from the pool with one reference and fills the struct; on failure it leaves
+ *     out->storage NULL. Arguments named `dst` or documented "in place" exist already.
+ *   - Inputs may have any strides, also 0 (broadcast) and negative, unless stated otherwise.
+ *   - Dimensions, axes and positions are 0-based here; the Lua layer is 1-based.
+ *   - Shapes are written [B, N, H, D]: batch, positions, heads, head dimension. R rows, V vocabulary, E width.
+ */
+#ifndef LACUNA_H
+#define LACUNA_H
+#include <stddef.h>
+#include <stdint.h>
+
+#define LAC_VERSION "0.1.0"
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
+/* <ffi> */
+enum { LAC_ABI = 1, LAC_MAX_DIMS = 6, LAC_MAX_BRANCHES = 32 };
+enum { LAC_F64 = 0, LAC_F32 = 1, LAC_F16 = 2, LAC_BF16 = 3, LAC_I64 = 4, LAC_I32 = 5, LAC_U8 = 6, LAC_BOOL = 7, LAC_DTYPES = 8 };
+enum { LAC_CPU = 0, LAC_CUDA = 256 }; /* a CUDA device k is LAC_CUDA + k */
+
+typedef struct lac_storage lac_storage; /* opaque, reference-counted bytes from the pool (or a mapped file) */
+typedef struct lac_plan lac_plan;       /* opaque, reference-counted attention plan */
+
+/* A strided view of a storage. Strides and offset count elements. Views that a host makes by copying the
+ * struct do not own a reference: they must keep the owner alive. */
+typedef struct lac_tensor {
+    lac_storage *storage;
+    int64_t offset;
+    int32_t dtype, device, ndim, reserved;
+    int64_t shape[6];
+    int64_t stride[6];
+} lac_tensor;
+
+typedef struct lac_memory_stats {
+    int64_t live, cached, peak, limit;         /* bytes; limit 0 = none */
+    int64_t live_blocks, allocations, reused;  /* blocks in use now; allocations ever; of these from the cache */
+    int64_t storages;                          /* storage headers alive (released or not) */
+} lac_memory_stats;
+
+/* Flags that the host polls after a call by one load: nonzero `attention` means that one of the others is set. */
+typedef struct lac_flags { volatile int32_t attention, interrupted, pressure, reserved; } lac_flags;
+
+/* ---- library ---- */
+const char *lac_cdef(void);              /* the text of this region */
+const char *lac_version(void);
+const char *lac_last_error(void);        /* message of this thread's last failure, "" if none */
+const char *lac_status_name(int status); /* "ok", "shape", "dtype", "memory", ... */
+int lac_sizeof(const char *type);        /* bytes of a public struct by name, -1 if unknown: checked at load */
+const char *lac_build_info(void);        /* compiler, BLAS, ISA chosen, CUDA plug-in state; one line each */
+lac_flags *lac_flags_get(void);
+void lac_interrupt(int on);              /* async-signal-safe: ask running operators to stop / clear the request */
+int lac_threads(int n);                  /* set the number of threads if n > 0; returns the number in use */
+const char *lac_isa(const char *name);   /* force "baseline", "avx2", "avx512" (tests); NULL asks. NULL result: not available */
+int lac_backend_load(const char *path);  /* load the CUDA plug-in; fails with the reason (status "device") */
+
+/* ---- storage, pool, tensors ---- */
+int lac_memory(lac_memory_stats *out);
+int lac_memory_limit(int64_t bytes);     /* hard limit on live bytes, 0 = physical memory only */
+int lac_memory_trim(void);               /* give cached blocks back to the system */
+int lac_memory_pace(int64_t bytes);      /* raise flags->pressure when live exceeds this many bytes (soft limit); 0 = never */
+int lac_memory_reset_peak(void);
+int lac_memory_guard(int on);            /* put guard bytes round every new block and check them when it is freed */
+int lac_memory_guard_errors(void);       /* returns how many blocks were found overwritten */
+int lac_empty(lac_tensor *t);            /* host fills dtype, device, ndim, shape; the call adds storage and strides */
+void lac_tensor_drop(lac_tensor *t);     /* the finalizer: drop the owner's reference (idempotent) */
+int lac_tensor_release(lac_tensor *t);   /* free the bytes now; later use of any view is an error of status "released" */
+int lac_tensor_data(const lac_tensor *t, void **data); /* address of element 0 (host memory), after checks */
+int lac_tensor_check(const lac_tensor *t);             /* is it a valid live view inside its storage? */
+int lac_map_file(const char *path, lac_tensor *out);   /* u8 [bytes] view of a file, memory-mapped, private copy-on-write */
+int lac_fill(lac_tensor *dst, double value);
+int lac_copy(const lac_tensor *src, lac_tensor *dst);  /* cast and broadcast src into dst (any strides, may not overlap) */
+int lac_arange(lac_tensor *dst, double start, double step); /* dst [n] */
+
+/* ---- elementwise (c/maps.def lists the functions; ids by name) ---- */
+int lac_map_id(int arity, const char *name);            /* returns the id, -1 if there is none */
+const char *lac_map_name(int arity, int id);            /* returns NULL past the end */
+int lac_map1(int fn, const lac_tensor *x, lac_tensor *out);
+int lac_map1_bwd(int fn, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, lac_tensor *out);
+int lac_map2(int fn, const lac_tensor *x, const lac_tensor *y, lac_tensor *out);
+int lac_map2_scalar(int fn, const lac_tensor *x, double y, int swapped, lac_tensor *out); /* swapped: fn(y, x) */
+/* gradient of map2 towards argument `which` (0 or 1), in the broadcast shape; reduce it with lac_sum_to */
+int lac_map2_bwd(int fn, int which, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, lac_tensor *out);
+int lac_map2_scalar_bwd(int fn, const lac_tensor *x, double y, int swapped, const lac_tensor *g, lac_tensor *out);
+int lac_where(const lac_tensor *cond, const lac_tensor *x, const lac_tensor *y, lac_tensor *out); /* cond bool, all broadcast */
+int lac_axpy(double alpha, const lac_tensor *x, lac_tensor *dst); /* in place dst += alpha x; x broadcasts to dst */
+int lac_scale(double alpha, lac_tensor *dst);                     /* in place dst *= alpha */
+
+/* ---- reductions ---- */
+enum { LAC_SUM = 0, LAC_MEAN = 1, LAC_MAX = 2, LAC_MIN = 3, LAC_ANY = 4, LAC_ALL = 5, LAC_ARGMAX = 6, LAC_ARGMIN = 7, LAC_REDUCTIONS = 8 };
+/* dims: bit mask of axes; 0 means all. ANY/ALL give bool, ARG* give i64 (exactly one axis, or all: flat index).
+ * max, min, argmax, argmin: NaN wins; the first of equals. Sum of ints is i64, sum of bool is i64. */
+int lac_reduce(int fn, const lac_tensor *x, uint32_t dims, int keepdim, lac_tensor *out);
+int lac_sum_to(const lac_tensor *x, const lac_tensor *like, lac_tensor *out);   /* sum the broadcast axes back to like's shape */
+int lac_softmax(const lac_tensor *x, int dim, int logarithm, lac_tensor *out);
+int lac_softmax_bwd(const lac_tensor *y, const lac_tensor *g, int dim, int logarithm, lac_tensor *out);
+
+/* ---- matrix product ---- */
+/* out[..., M, N] = a[..., M, K] b[..., K, N] (+ bias [N]); batch axes broadcast; views made by transpose are read in
+ * place. f16 and bf16 accumulate in f32. bias may be NULL. 1-D arguments are refused (use view). */
+int lac_matmul(const lac_tensor *a, const lac_tensor *b, const lac_tensor *bias, lac_tensor *out);
+
+/* ---- normalisation ---- */
+/* over the last axis; gamma, beta [E] may be NULL; mean, rstd [rows] f32 (f64 for f64) are saved for the backward */
+int lac_layernorm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *beta, double eps,
+                  lac_tensor *out, lac_tensor *mean, lac_tensor *rstd);
+/* dgamma and dbeta may be NULL; they are of gamma's dtype */
+int lac_layernorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *mean, const lac_tensor *rstd,
+                      const lac_tensor *g, lac_tensor *dx, lac_tensor *dgamma, lac_tensor *dbeta);
+
+/* ---- losses ---- */
+/* logits [R, V], target [R] i64 or i32 (0-based class); out [R]: -log softmax at the target, 0 where target == ignore.
+ * lse [R] is saved for the backward. A target outside [0, V) that is not `ignore` is an error of status "index". */
+int lac_cross_entropy(const lac_tensor *logits, const lac_tensor *target, int64_t ignore, lac_tensor *out, lac_tensor *lse);
+int lac_cross_entropy_bwd(const lac_tensor *logits, const lac_tensor *target, int64_t ignore, const lac_tensor *lse,
+                          const lac_tensor *g, lac_tensor *dlogits); /* g [R] */
+/* The same on logits = x w^T (+ bias), x [R, E], w [V, E], bias [V] or NULL, computed `chunk` rows at a time: the
+ * logits never exist as a whole, in either direction. chunk 0 chooses. dbias is NULL exactly when bias is. */
+int lac_linear_cross_entropy(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, const lac_tensor *target,
+                             int64_t ignore, int64_t chunk, lac_tensor *out, lac_tensor *lse);
+int lac_linear_cross_entropy_bwd(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, const lac_tensor *target,
+                                 int64_t ignore, int64_t chunk, const lac_tensor *lse, const lac_tensor *g,
+                                 lac_tensor *dx, lac_tensor *dw, lac_tensor *dbias);
+
+/* ---- indexing ---- */
+/* idx i64 or i32, 0-based, any shape; out has x's shape with axis `dim` replaced by idx's shape (embedding: dim 0).
+ * Index outside the axis: status "index". The backward adds rows in a fixed order (deterministic). */
+int lac_index_select(const lac_tensor *x, int dim, const lac_tensor *idx, lac_tensor *out);
+int lac_index_select_bwd(const lac_tensor *g, int dim, const lac_tensor *idx, int64_t size, lac_tensor *out);
+/* out = x along `dim` at idx, elementwise: idx has out's shape and x's rank (torch.gather) */
+int lac_gather(const lac_tensor *x, int dim, const lac_tensor *idx, lac_tensor *out);
+int lac_gather_bwd(const lac_tensor *g, int dim, const lac_tensor *idx, int64_t size, lac_tensor *out);
+
+/* ---- positions ---- */
+/* x [B, N, H, D], D even; rotates pairs (2i, 2i+1) if interleaved else (i, i + D/2) by angle p base^(-2i/D), p = start + n.
+ * RoPE: Su et al. 2021, eq. 34. scale_base > 0 adds XPOS (Sun et al. 2022, eq. 9): each pair is multiplied by
+ * zeta_i^(sign p / scale_base), zeta_i = (2i/D + 0.4)/1.4, sign +1 for queries, -1 for keys. transpose = 1 applies the
+ * transposed map, which is the gradient. */
+int lac_rope(const lac_tensor *x, int64_t start, double base, int interleaved, double scale_base, int sign, int transpose,
+             lac_tensor *out);
+
+/* ---- random numbers: Philox4x32-10, counter = position, so results do not depend on threads or device ---- */
+enum { LAC_UNIFORM = 0, LAC_NORMAL = 1, LAC_BERNOULLI = 2, LAC_INTEGER = 3 };
+/* fill dst: UNIFORM [a, b), NORMAL mean a, deviation b, BERNOULLI(a), INTEGER a <= i < b */
+int lac_random(lac_tensor *dst, int kind, double a, double b, uint64_t seed, uint64_t offset);
+/* out = x * keep / (1 - p), keep drawn from (seed, offset) by the element's row-major position; its own backward */
+int lac_dropout(const lac_tensor *x, double p, uint64_t seed, uint64_t offset, lac_tensor *out);
+
+/* ---- optimisers, over lists of tensors, one call ---- */
+/* one parameter: all contiguous and of one shape; m, v f32 (f64 for f64 parameters) */
+typedef struct lac_adamw_item { lac_tensor *param; const lac_tensor *grad; lac_tensor *m; lac_tensor *v; double lr, weight_decay; } lac_adamw_item;
+/* AdamW (Loshchilov and Hutter 2019, algorithm 2), decoupled decay; step counts from 1; gradients are read times grad_scale */
+int lac_adamw_many(const lac_adamw_item *items, int64_t n, double beta1, double beta2, double eps, int64_t step, double grad_scale);
+int lac_norm_many(const lac_tensor *const *list, int64_t n, double *norm); /* global 2-norm, accumulated in f64 */
+
+/* ---- dilated attention ---- */
+enum { LAC_HEADS_SPLIT = 0, LAC_HEADS_ALL = 1 };
+enum { LAC_OFFSET_BRANCH = 0, LAC_OFFSET_MOD = 1, LAC_OFFSET_BLOCK = 2 };
+enum { LAC_MERGE_MEAN = 0, LAC_MERGE_SUM = 1, LAC_MERGE_LSE = 2, LAC_MERGE_LSE_DETACH = 3 };
+/* What a plan is keyed by. Zero the struct first. window -1: none. align_end: the last query sits at the last key. */
+typedef struct lac_attn_desc {
+    int64_t batch, n, m; /* queries n, keys m */
+    int32_t heads, kv_heads, head_dim, branches;
+    int64_t segment[32], dilation[32];
+    int32_t heads_scheme, offset_rule, merge, causal, dedup, align_end;
+    int64_t window;
+} lac_attn_desc;
+/* Heads [head0, head0 + heads) run branch `branch`: segment, dilation, and offset of the kept lattice. */
+typedef struct lac_strip { int64_t segment, dilation, offset; int32_t head0, heads, branch, shared; } lac_strip; /* shared: rows may also be written by another strip */
+typedef struct lac_plan_info {
+    int32_t strips, overlapping; /* overlapping: some rows take part in more than one strip */
+    int64_t pairs;               /* (query, key) pairs attended, summed over heads and branches, one batch item, before padding and window of keys */
+    int64_t rows;                /* (row, head) pairs with at least one strip, one batch item */
+    double flops_forward, flops_backward; /* whole batch */
+    int64_t bytes_workspace_forward, bytes_workspace_backward, references;
+} lac_plan_info;
+/* Run-time arguments. NULL pointers mean "none". q, out [B, N, H, D]; k, v [B, M, Hk, D]; lse [B, N, H] f32 (f64 for f64). */
+typedef struct lac_attn_args {
+    const lac_tensor *q, *k, *v;
+    const lac_tensor *key_padding;   /* [B, M] bool, true = keep */
+    const lac_tensor *key_lengths;   /* [B] i64 or i32: keys at or past it are padding */
+    double scale;                    /* 0 = 1/sqrt(D) */
+    double dropout;                  /* probability in [0, 1) */
+    uint64_t seed, offset;           /* of the dropout's Philox stream */
+} lac_attn_args;
+int lac_plan_get(const lac_attn_desc *desc, lac_plan **out); /* from the cache or new; one reference for the caller */
+void lac_plan_drop(lac_plan *plan);
+int lac_plan_describe(const lac_plan *plan, lac_plan_info *out);
+int lac_plan_strip(const lac_plan *plan, int32_t index, lac_strip *out);
+typedef struct lac_cache_stats { int64_t size, capacity, hits, misses, evictions; } lac_cache_stats;
+int lac_plan_cache(lac_cache_stats *out);
+int lac_plan_cache_resize(int64_t capacity); /* 0 empties it and keeps nothing */
+/* out, lse and (merge mean/sum with heads all) branch_lse [G, B, N, H] are made by the call; branch_lse->storage stays
+ * NULL where it is not needed for the backward. */
+int lac_attend(lac_plan *plan, const lac_attn_args *args, lac_tensor *out, lac_tensor *lse, lac_tensor *branch_lse);
+/* dlse [B, N, H] may be NULL (gradient towards the returned lse). dq, dk, dv are made by the call. */
+int lac_attend_bwd(lac_plan *plan, const lac_attn_args *args, const lac_tensor *out, const lac_tensor *lse,
+                   const lac_tensor *branch_lse, const lac_tensor *dout, const lac_tensor *dlse,
+                   lac_tensor *dq, lac_tensor *dk, lac_tensor *dv);
+/* </ffi> */
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+#endif

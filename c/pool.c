@@ -1,0 +1,311 @@
+/* pool.c: the one caching allocator; every byte of a tensor and of an operator's workspace comes from here.
+ *
+ * Why a cache: a training step makes and drops the same sizes over and over; the system's allocator returns large
+ * blocks to the kernel each time, and the page faults of getting them back cost more than the arithmetic of a
+ * small operator. Blocks are rounded up to a size class, four per octave (at most 25% waste), and kept on a free
+ * list per class when dropped. Splitting and coalescing were rejected: more code, and fragmentation that a script
+ * can not explain. One mutex guards the lists (about 20 ns, uncontended).
+ *
+ * Limits. `limit` is hard: a request that would take live bytes over it fails with status "memory", after which
+ * everything is as before. Large requests are also compared with the memory that the system says is available,
+ * because overcommit would otherwise hand out pages that do not exist and the process would be killed later.
+ * `pace` is soft: crossing it raises flags.pressure, and the host collects its garbage at the next opportunity.
+ *
+ * Guard mode puts a pattern before and after every new block and checks it when the block is freed; tests use it
+ * to catch kernels that write outside their tensors.
+ */
+#include "core.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { ALIGNMENT = 64, CLASSES = 48 * 4, GUARD = 64, CHECK_SYSTEM = 64 << 20 };
+#define GUARD_BYTE 0xa5
+
+/* Stands in front of every block; ALIGNMENT bytes, so that data stays aligned. */
+typedef struct block {
+    struct block *next; /* on a free list */
+    size_t class_bytes, asked;
+    int32_t class_index, guarded;
+    unsigned char guard[ALIGNMENT - 32];
+} block;
+_Static_assert(sizeof(block) == ALIGNMENT, "a block header keeps its data aligned");
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static block *free_lists[CLASSES];
+static lac_memory_stats stats;
+static int64_t pace;
+static int guarding, guard_errors;
+
+static size_t class_bytes(int index) { return ((size_t)(4 + (index & 3)) << (index >> 2)) * 16; }
+
+/* the smallest class that holds `bytes`: 64, 80, 96, 112, 128, 160, ... */
+static int class_of(size_t bytes)
+{
+    if (bytes <= 64) return 0;
+    int octave = 63 - __builtin_clzll((unsigned long long)(bytes - 1)) - 6; /* 0 for 65..128 */
+    size_t quarter = (size_t)16 << octave;
+    int step = (int)((bytes - 1) / quarter) - 3; /* 1..4 within the octave */
+    return octave * 4 + step;
+}
+
+/* bytes that the system could still give, or SIZE_MAX if it does not say */
+static size_t system_available(void)
+{
+    FILE *f = fopen("/proc/meminfo", "r");
+    char line[128];
+    unsigned long long kib = 0;
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) break;
+    if (f) fclose(f);
+    return kib ? (size_t)kib * 1024 : SIZE_MAX;
+}
+
+static void trim_locked(void)
+{
+    for (int i = 0; i < CLASSES; i++)
+        while (free_lists[i]) {
+            block *b = free_lists[i];
+            free_lists[i] = b->next;
+            stats.cached -= (int64_t)b->class_bytes;
+            free(b);
+        }
+}
+
+static int refuse(size_t bytes, const char *why)
+{
+    return lac_fail(LAC_E_MEMORY, "out of memory: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)",
+                    bytes, why, (long long)stats.live, (long long)stats.cached, (long long)stats.peak,
+                    (long long)stats.limit);
+}
+
+/* a fresh block from the system; the lock is held */
+static int fresh_block(int index, size_t bytes, block **out)
+{
+    size_t size = class_bytes(index);
+    if (size >= CHECK_SYSTEM && system_available() < size) {
+        trim_locked();
+        if (system_available() < size) return refuse(bytes, "more than the system has available");
+    }
+    block *b = aligned_alloc(ALIGNMENT, sizeof(block) + size);
+    if (!b) {
+        trim_locked();
+        b = aligned_alloc(ALIGNMENT, sizeof(block) + size);
+    }
+    if (!b) return refuse(bytes, "the system refused");
+    b->class_bytes = size;
+    b->class_index = index;
+    *out = b;
+    return 0;
+}
+
+static void guard_set(block *b)
+{
+    b->guarded = guarding;
+    if (!guarding) return;
+    memset(b->guard, GUARD_BYTE, sizeof b->guard);
+    memset((unsigned char *)(b + 1) + b->asked, GUARD_BYTE, GUARD);
+}
+
+static void guard_check(const block *b)
+{
+    if (!b->guarded) return;
+    const unsigned char *tail = (const unsigned char *)(b + 1) + b->asked;
+    int bad = 0;
+    for (size_t i = 0; i < sizeof b->guard; i++) bad |= b->guard[i] != GUARD_BYTE;
+    for (int i = 0; i < GUARD; i++) bad |= tail[i] != GUARD_BYTE;
+    guard_errors += bad;
+}
+
+static int block_take(size_t bytes, block **out)
+{
+    if (bytes > (size_t)1 << 46) return lac_fail(LAC_E_MEMORY, "out of memory: %zu bytes asked for", bytes);
+    pthread_mutex_lock(&lock);
+    int index = class_of(bytes + (guarding ? GUARD : 0)), status = 0;
+    int64_t size = (int64_t)class_bytes(index);
+    block *b = free_lists[index];
+    if (stats.limit && stats.live + size > stats.limit) status = refuse(bytes, "over the limit");
+    else if (b) {
+        free_lists[index] = b->next;
+        stats.cached -= size;
+        stats.reused++;
+    } else
+        status = fresh_block(index, bytes, &b);
+    if (!status) {
+        b->asked = bytes;
+        guard_set(b);
+        stats.live += size;
+        stats.live_blocks++;
+        stats.allocations++;
+        if (stats.live > stats.peak) stats.peak = stats.live;
+        if (pace && stats.live > pace) lac_flags_global.pressure = lac_flags_global.attention = 1;
+        *out = b;
+    }
+    pthread_mutex_unlock(&lock);
+    return status;
+}
+
+static void block_give(block *b)
+{
+    pthread_mutex_lock(&lock);
+    guard_check(b);
+    stats.live -= (int64_t)b->class_bytes;
+    stats.live_blocks--;
+    stats.cached += (int64_t)b->class_bytes;
+    b->next = free_lists[b->class_index];
+    free_lists[b->class_index] = b;
+    pthread_mutex_unlock(&lock);
+}
+
+int lac_storage_new(int device, size_t bytes, lac_storage **out)
+{
+    if (device != LAC_CPU) return lac_fail(LAC_E_DEVICE, "no memory pool for device cuda:%d", device - LAC_CUDA);
+    lac_storage *s = malloc(sizeof *s);
+    block *b;
+    if (!s) return lac_fail(LAC_E_MEMORY, "out of memory for a storage header");
+    int status = block_take(bytes, &b);
+    if (status) {
+        free(s);
+        return status;
+    }
+    *s = (lac_storage){.references = 1, .device = device, .data = b + 1, .bytes = bytes, .block = b->class_bytes};
+    __atomic_add_fetch(&stats.storages, 1, __ATOMIC_RELAXED);
+    *out = s;
+    return 0;
+}
+
+static void storage_free_bytes(lac_storage *s)
+{
+    void *data = s->data;
+    s->data = NULL;
+    if (!data) return;
+    if (s->block) block_give((block *)data - 1);
+    else if (s->bytes) munmap(data, s->bytes);
+}
+
+void lac_storage_retain(lac_storage *s) { atomic_fetch_add(&s->references, 1); }
+
+void lac_storage_drop(lac_storage *s)
+{
+    if (!s || atomic_fetch_sub(&s->references, 1) != 1) return;
+    storage_free_bytes(s);
+    free(s);
+    __atomic_sub_fetch(&stats.storages, 1, __ATOMIC_RELAXED);
+}
+
+void *lac_workspace_get(const char *op, size_t bytes)
+{
+    block *b;
+    if (block_take(bytes, &b)) {
+        char why[512];
+        snprintf(why, sizeof why, "%s", lac_last_error());
+        lac_fail(LAC_E_MEMORY, "%s: workspace: %s", op, why);
+        return NULL;
+    }
+    return b + 1;
+}
+
+void lac_workspace_put(void *p)
+{
+    if (p) block_give((block *)p - 1);
+}
+
+int lac_memory(lac_memory_stats *out)
+{
+    if (!out) LAC_FAIL(ARGUMENT, "memory: no struct to fill");
+    pthread_mutex_lock(&lock);
+    *out = stats;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
+int lac_memory_limit(int64_t bytes)
+{
+    if (bytes < 0) LAC_FAIL(ARGUMENT, "memory: the limit must not be negative, got %lld", (long long)bytes);
+    pthread_mutex_lock(&lock);
+    stats.limit = bytes;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
+int lac_memory_pace(int64_t bytes)
+{
+    if (bytes < 0) LAC_FAIL(ARGUMENT, "memory: the pace must not be negative, got %lld", (long long)bytes);
+    pthread_mutex_lock(&lock);
+    pace = bytes;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
+int lac_memory_trim(void)
+{
+    pthread_mutex_lock(&lock);
+    trim_locked();
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
+int lac_memory_reset_peak(void)
+{
+    pthread_mutex_lock(&lock);
+    stats.peak = stats.live;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
+int lac_memory_guard(int on)
+{
+    pthread_mutex_lock(&lock);
+    guarding = on != 0;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
+int lac_memory_guard_errors(void)
+{
+    pthread_mutex_lock(&lock);
+    int errors = guard_errors;
+    pthread_mutex_unlock(&lock);
+    return errors;
+}
+
+int lac_tensor_release(lac_tensor *t)
+{
+    if (!t || !t->storage) LAC_FAIL(RELEASED, "release: the tensor has no storage");
+    storage_free_bytes(t->storage);
+    return 0;
+}
+
+int lac_map_file(const char *path, lac_tensor *out)
+{
+    if (!path || !out) LAC_FAIL(ARGUMENT, "map_file: no path or no tensor");
+    memset(out, 0, sizeof *out);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat st;
+    if (fd < 0) LAC_FAIL(SYSTEM, "map_file: cannot open '%s': %s", path, strerror(errno));
+    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
+        close(fd);
+        LAC_FAIL(SYSTEM, "map_file: '%s' is not a regular file", path);
+    }
+    /* private: a script that writes into the tensor changes its own copy of the page, never the file */
+    size_t bytes = (size_t)st.st_size;
+    void *data = bytes ? mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0) : (void *)&stats;
+    int error = errno;
+    close(fd);
+    if (data == MAP_FAILED) LAC_FAIL(SYSTEM, "map_file: cannot map '%s': %s", path, strerror(error));
+    lac_storage *s = malloc(sizeof *s);
+    if (!s) {
+        if (bytes) munmap(data, bytes);
+        LAC_FAIL(MEMORY, "out of memory for a storage header");
+    }
+    *s = (lac_storage){.references = 1, .device = LAC_CPU, .data = data, .bytes = bytes, .block = 0};
+    __atomic_add_fetch(&stats.storages, 1, __ATOMIC_RELAXED);
+    *out = (lac_tensor){.storage = s, .dtype = LAC_U8, .ndim = 1, .shape = {(int64_t)bytes}, .stride = {1}};
+    return 0;
+}
