@@ -102,7 +102,7 @@ endif
 
 # ---- use ----
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint
 demo: deps ## train a small LongNet on real text, about five minutes on two cores
 	@$(MAKE) --no-print-directory all
 	$(COMMAND) experiments/language_model.lua
@@ -111,9 +111,11 @@ test: deps ## build and run the whole test suite
 	@$(MAKE) --no-print-directory all
 	$(BUSTED)
 
-lint: ## luacheck, formatting of the C sources, warnings as errors
+lint: ## luacheck, format of the C and CUDA sources, every translation unit with warnings as errors
+	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) clang-format"
 	luacheck -q lua experiments tests
-	.ci/lint
+	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh tests/support/*.c)
+	@$(MAKE) --no-print-directory WERROR=-Werror $(OBJECTS) $(COMMAND)
 
 .PHONY: deps
 deps: ## install the Debian packages that building, testing and the demo need (root or sudo)

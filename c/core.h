@@ -10,9 +10,10 @@
 #define LAC_CORE_H
 #include "lacuna.h"
 #include "status.h"
-#include <stdatomic.h>
 #include <stdbool.h>
 
+#ifndef __cplusplus /* CUDA plug-ins include this header for views only: storage is the engine's own business */
+#include <stdatomic.h>
 struct lac_storage {
     atomic_int references;
     int32_t device;
@@ -20,6 +21,7 @@ struct lac_storage {
     size_t bytes; /* as asked for */
     size_t block; /* as taken from the pool; 0 for a mapped file */
 };
+#endif
 
 /* A checked, typed address: what back ends work on. Strides count elements. */
 typedef struct lac_view {
