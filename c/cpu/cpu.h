@@ -1,0 +1,101 @@
+/* cpu.h: what the CPU's kernels share.
+ *
+ * Every file in this directory is compiled once per instruction set with -DLAC_ISA=baseline|avx2|avx512; all symbols
+ * that are not static go through LAC_CPU(name), so that the builds live in one library and the table of the best
+ * one is chosen at run time.
+ *
+ * Threads. Work is cut into tasks by shape alone; lac_cpu_*_parallel() hands each thread one run of tasks. No task
+ * depends on another and no reduction crosses tasks, except through partial results that are combined in task order
+ * afterwards: the number of threads can not change a bit. Small work runs on the caller, without OpenMP.
+ * Long loops notice an interrupt between pieces.
+ *
+ * Blocks. Kernels see short contiguous arrays in a compute type: double, float (also for f16 and bf16) or int64_t (all
+ * integers and bool). load/store below convert and gather; contiguous data of the compute type is used in place.
+ */
+#ifndef LAC_CPU_H
+#define LAC_CPU_H
+#include "../backend.h"
+
+#ifndef LAC_ISA
+#error "compile with -DLAC_ISA=baseline, avx2 or avx512"
+#endif
+#define LAC_CPU_PASTE(isa, name) lac_cpu_##isa##_##name
+#define LAC_CPU_EXPAND(isa, name) LAC_CPU_PASTE(isa, name)
+#define LAC_CPU(name) LAC_CPU_EXPAND(LAC_ISA, name)
+#define LAC_CPU_TEXT2(x) #x
+#define LAC_CPU_TEXT(x) LAC_CPU_TEXT2(x)
+
+enum { C_F32 = 0, C_F64 = 1, C_I64 = 2 }; /* compute types */
+static inline int lac_compute_type(int dtype)
+{
+    return dtype == LAC_F64 ? C_F64 : dtype <= LAC_BF16 ? C_F32 : C_I64;
+}
+static inline size_t lac_compute_size(int ctype) { return ctype == C_F32 ? 4 : 8; }
+/* is memory of this dtype already an array of its compute type? */
+static inline bool lac_is_native(int dtype) { return dtype <= LAC_F32 || dtype == LAC_I64; }
+static inline int64_t lac_bytes_of(int dtype)
+{
+    static const uint8_t bytes[LAC_DTYPES] = {8, 4, 2, 2, 8, 4, 1, 1};
+    return bytes[dtype];
+}
+
+enum { LAC_PARALLEL_WORK = 32768 }; /* elements (or as costly) below which threads cost more than they give */
+
+/* tasks [begin, end) of a kernel; thread: 0 .. lac_cpu_*_threads(...) - 1, for per-thread workspace */
+typedef void lac_task(void *context, int64_t begin, int64_t end, int thread);
+/* Runs all tasks; `work` is the cost of all of them in elements. Returns 0 or "interrupted". */
+int LAC_CPU(parallel)(const char *op, int64_t tasks, int64_t work, lac_task *task, void *context);
+/* how many threads parallel() will use for that */
+int LAC_CPU(threads)(int64_t tasks, int64_t work);
+
+/* n elements of dtype, `stride` bytes apart, as the compute type of dtype; returns x itself if it already is that,
+ * else fills buffer and returns it */
+const void *LAC_CPU(load)(int dtype, const void *x, int64_t stride, int64_t n, void *buffer);
+/* the reverse: rounds to nearest even; integers wrap */
+void LAC_CPU(store)(int dtype, const void *values, void *x, int64_t stride, int64_t n);
+
+/* The same for the elements at row-major positions [start, start + n) of a view of any strides. load_linear returns an
+ * address inside the view where it can. */
+const void *LAC_CPU(load_linear)(const lac_view *v, int64_t start, int64_t n, void *buffer);
+void LAC_CPU(store_linear)(const lac_view *v, int64_t start, int64_t n, const void *values);
+
+/* One loop nest over several views of one shape: axes sorted by the first view's strides and merged where all views
+ * allow it. The innermost axis is the last. */
+enum { LAC_NEST_VIEWS = 5 };
+typedef struct {
+    int ndim, views;
+    int64_t shape[LAC_MAX_DIMS], stride[LAC_NEST_VIEWS][LAC_MAX_DIMS]; /* strides in bytes */
+    char *data[LAC_NEST_VIEWS];
+} lac_nest;
+void LAC_CPU(nest_make)(lac_nest *nest, int views, const lac_view *const *view);
+/* addresses of all views at row `row` (all axes but the last, row-major); advances index[] by one row */
+typedef struct {
+    int64_t index[LAC_MAX_DIMS];
+    char *at[LAC_NEST_VIEWS];
+} lac_cursor;
+void LAC_CPU(cursor_set)(const lac_nest *nest, lac_cursor *c, int64_t row);
+static inline void lac_cursor_next(const lac_nest *nest, lac_cursor *c)
+{
+    for (int d = nest->ndim - 2; d >= 0; d--) {
+        for (int v = 0; v < nest->views; v++) c->at[v] += nest->stride[v][d];
+        if (++c->index[d] < nest->shape[d]) return;
+        for (int v = 0; v < nest->views; v++) c->at[v] -= nest->stride[v][d] * nest->shape[d];
+        c->index[d] = 0;
+    }
+}
+
+/* C [m, n] (row stride ldc, compute type of dtype) = beta C + alpha A B, with A [m, k] and B [k, n] given by element
+ * strides. Any float dtype on either side; f16 and bf16 multiply and accumulate in f32. matmul.c */
+typedef struct {
+    const void *data;
+    int dtype;
+    int64_t rs, cs;
+} lac_matrix;
+int LAC_CPU(gemm)(const char *op, int64_t m, int64_t n, int64_t k, lac_matrix a, lac_matrix b, double beta, void *c,
+                  int64_t ldc, const lac_matrix *bias);
+
+#define LAC_OP(name, args, gradient) int LAC_CPU(name)(const args *a);
+#include "../ops.def"
+#undef LAC_OP
+
+#endif
