@@ -1,0 +1,123 @@
+--- Devices, dtypes, threads, and the pool's controls.
+--
+-- Names in Lua, numbers in the engine: this file holds the two translations (dtype "f32" <-> code 1, device
+-- "cuda:0" <-> 256) and the process-wide switches: default dtype, number of threads, memory limit and
+-- statistics. One process has one engine, so these are functions, not methods of a context object; a context
+-- would have to be passed through every call of every script only to be the same one each time.
+--
+-- Strings rather than constants for dtypes and devices, because they print, compare and go to files as they
+-- are.
+
+local lib = require "lacuna.lib"
+local schema = require "lacuna.schema"
+
+local C, ffi = lib.C, lib.ffi
+local device = {}
+
+--- dtype code by name, and name by code.
+device.dtype_code = { f64 = C.LAC_F64, f32 = C.LAC_F32, f16 = C.LAC_F16, bf16 = C.LAC_BF16, i64 = C.LAC_I64,
+                      i32 = C.LAC_I32, u8 = C.LAC_U8, bool = C.LAC_BOOL }
+device.dtype_name = {}
+for name, code in pairs(device.dtype_code) do device.dtype_name[code] = name end
+
+--- Bytes of one element by dtype code.
+device.dtype_size = { [C.LAC_F64] = 8, [C.LAC_F32] = 4, [C.LAC_F16] = 2, [C.LAC_BF16] = 2, [C.LAC_I64] = 8,
+                      [C.LAC_I32] = 4, [C.LAC_U8] = 1, [C.LAC_BOOL] = 1 }
+
+local DTYPE_NAMES = { "f64", "f32", "f16", "bf16", "i64", "i32", "u8", "bool" }
+local default_dtype = C.LAC_F32
+
+--- Code of a dtype name; nil means the default dtype. Raises with the nearest name.
+function device.dtype(op, name)
+  if name == nil then return default_dtype end
+  local code = type(name) == "string" and device.dtype_code[name]
+  if not code then schema.unknown(op, "dtype", name, DTYPE_NAMES) end
+  return code
+end
+
+--- Is a dtype code one of the floating-point types?
+function device.is_float(code) return code <= C.LAC_BF16 end
+
+--- The dtype of tensors made without `dtype`: read it, or set it.
+-- @tparam[opt] string name one of f64, f32, f16, bf16
+-- @treturn string the dtype in force
+function device.default_dtype(name)
+  if name ~= nil then
+    local code = device.dtype("default_dtype", name)
+    if not device.is_float(code) then
+      schema.fail("default_dtype", "the default dtype must be f64, f32, f16 or bf16, got '%s'", name)
+    end
+    default_dtype = code
+  end
+  return device.dtype_name[default_dtype]
+end
+
+--- Code of a device name: "cpu", "cuda" (the first), "cuda:1"; nil is the CPU.
+function device.code(op, name)
+  if name == nil or name == "cpu" then return C.LAC_CPU end
+  if type(name) == "string" then
+    local index = name == "cuda" and 0 or tonumber(name:match("^cuda:(%d+)$"))
+    if index and index < 64 then return C.LAC_CUDA + index end
+  end
+  schema.unknown(op, "device", name, { "cpu", "cuda", "cuda:0" })
+end
+
+--- Name of a device code.
+function device.name(code)
+  code = tonumber(code)
+  return code < C.LAC_CUDA and "cpu" or "cuda:" .. (code - C.LAC_CUDA)
+end
+
+--- What this process computes on: compiler, BLAS, instruction set, threads, and why there is or is no GPU.
+-- @treturn string several lines
+function device.devices()
+  local text = ffi.string(C.lac_build_info())
+  return (text:gsub("\n+$", ""))
+end
+
+--- Number of threads of the CPU back end: read it, or set it.
+-- @tparam[opt] integer n 1 or more
+-- @treturn number threads in use
+function device.threads(n)
+  if n ~= nil then schema.check("threads", "n", n, { type = "integer", min = 1, max = 4096 }) end
+  return tonumber(C.lac_threads(n or 0))
+end
+
+--- Version of the engine, as "0.1.0".
+function device.version() return ffi.string(C.lac_version()) end
+
+--- Wait until everything queued on the device is done. CPU operators finish before they return, so on the CPU
+-- this only answers a pending Ctrl-C or memory pressure.
+function device.synchronize()
+  lib.check(0)
+end
+
+--- Memory statistics of a device.
+-- @tparam[opt] string name "cpu" (the default)
+-- @treturn table {live, cached, peak, limit, live_blocks, allocations, reused, storages}; bytes and counts
+function device.memory(name)
+  local code = device.code("memory", name)
+  if code ~= C.LAC_CPU then
+    schema.fail("memory", "device '%s' has no memory pool in this process; lac.devices() says what is there",
+                name)
+  end
+  return lib.memory_stats()
+end
+
+--- Hard limit on live bytes; 0 removes it.
+function device.memory_limit(bytes)
+  schema.check("memory_limit", "bytes", bytes, { type = "integer", min = 0 })
+  lib.check(C.lac_memory_limit(bytes))
+end
+
+--- Start the peak statistic afresh from what is live now.
+function device.reset_peak() lib.check(C.lac_memory_reset_peak()) end
+
+--- Collect dead tensors and give cached memory back to the system.
+function device.trim()
+  collectgarbage()
+  collectgarbage()
+  lib.check(C.lac_memory_trim())
+end
+
+return device

@@ -1,0 +1,76 @@
+--- local lac = require "lacuna"
+--
+-- The namespace that scripts see: factories, operators, gradients, scopes, attention and the process-wide
+-- switches, gathered from the modules that define them; nothing is defined here. Modules above the core (nn,
+-- optim, io, train, ...) load when first used, so that a script pays for what it names and the core can be
+-- used while an upper module is broken. Reading a name that does not exist raises an error with the nearest
+-- one: `lac.zeroes` is a mistake, not nil.
+--
+-- Index conventions, in one place: dimensions, positions, slices and the results of argmax/argmin are 1-based
+-- like all of Lua; the contents of index TENSORS (token ids, class targets, idx of index_select and gather)
+-- are data and 0-based, because they come from and go to files; positions inside attention strips are 0-based
+-- as in the mathematics.
+
+local lib = require "lacuna.lib"
+local class = require "lacuna.class"
+local schema = require "lacuna.schema"
+local registry = require "lacuna.registry"
+local device = require "lacuna.device"
+local scope = require "lacuna.scope"
+local tensor = require "lacuna.tensor"
+require "lacuna.pretty"
+local create = require "lacuna.create"
+local ops = require "lacuna.ops"
+local grad = require "lacuna.grad"
+
+local lac = { class = class, registry = registry, schema = schema, is_tensor = tensor.is }
+
+local function export(from, names)
+  for name in names:gmatch("[%w_]+") do lac[name] = assert(from[name], name) end
+end
+
+export(device, "default_dtype devices threads version synchronize memory memory_limit reset_peak trim")
+export(create,
+       [[tensor from_string zeros ones full empty rand randn randint randperm bernoulli arange linspace eye
+  zeros_like ones_like empty_like full_like rand_like randn_like manual_seed rng_state set_rng_state]])
+export(grad, "grad no_grad enable_grad is_grad_enabled zero_grad custom_op")
+for name, f in pairs(ops.fn) do
+  local record = ops.table[name]
+  if not (record and record.internal) and name ~= "slice" then lac[name] = f end
+end
+lac.scope, lac.keep = scope.run, scope.keep
+
+--- The path of the engine that was loaded.
+lac.library = lib.path
+
+-- upper modules by name; each is a file that may or may not be there in a trimmed installation
+local LAZY = { "nn", "optim", "io", "data", "log", "train", "dist", "sweep", "bench", "plot", "repl",
+               "notebook" }
+local lazy = {}
+for _, name in ipairs(LAZY) do lazy[name] = true end
+lazy.gradcheck, lazy.attend, lazy.attention = true, true, true
+
+local function load_lazy(name)
+  if name == "attend" or name == "attention" then
+    local attention = require "lacuna.attention"
+    lac.attend, lac.attention = attention.attend, attention
+    return lac[name]
+  end
+  local path = "lacuna." .. name
+  if not package.loaded[path] and not package.searchpath(path, package.path) then return nil end
+  local value = require(path)
+  lac[name] = value
+  return value
+end
+
+local function unknown(_, name)
+  local value = lazy[name] and load_lazy(name)
+  if value ~= nil and value ~= false then return value end
+  local names = schema.keys(lac)
+  for key in pairs(lazy) do names[#names + 1] = key end
+  schema.fail("lacuna", "there is no lac.%s, did you mean lac.%s?", tostring(name),
+              schema.nearest(tostring(name), names))
+end
+
+return setmetatable(lac, { __index = unknown, __tostring = function() return "lacuna "
+                           .. device.version() end })

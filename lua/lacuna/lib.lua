@@ -1,0 +1,238 @@
+--- The binding to the engine: loading, checking, errors, memory pressure.
+--
+-- This is the only file that requires "ffi" for the engine; everything else reaches C through `lib.C`,
+-- `lib.ffi` and the check functions here. The declarations are not written down twice: the library carries
+-- the text of its own header (lac_cdef) and hands it over, so a binary and its declarations cannot drift.
+-- What can still drift is a Lua tree next to an old binary: the ABI number and the size of every plain struct
+-- are compared at load.
+--
+-- Errors are plain Lua strings: the engine's sentence, then ` [model path, file.lua:line]`. The line is found
+-- by walking the call stack to the first frame outside this library, and the model path by recognising the
+-- frames of registered functions (lib.frame_name) on the way. The rejected alternative, pushing and popping
+-- names around every module call, costs time on the hot path and goes stale when an error passes through.
+--
+-- The garbage collector cannot see engine memory: a dead tensor weighs 200 bytes in Lua however many
+-- megabytes it holds. So the pool raises flags.pressure when live bytes pass a soft limit; lib.attend then
+-- runs a full collection and sets the next limit at twice what survived, as the collector itself paces its
+-- heap. When the pool refuses an allocation, lib.recover collects and trims, and the caller tries exactly
+-- once more.
+
+local ffi = require "ffi"
+
+local lib = { ffi = ffi }
+
+local EXPECTED_ABI = 1
+local MIN_PACE = 64 * 2 ^ 20
+local STRUCTS = { "lac_tensor", "lac_memory_stats", "lac_flags", "lac_adamw_item", "lac_attn_desc",
+                  "lac_strip",
+                  "lac_plan_info", "lac_attn_args", "lac_cache_stats" }
+
+local function file_exists(path)
+  local f = io.open(path, "rb")
+  if f then f:close() end
+  return f ~= nil
+end
+
+-- the directory that holds lacuna/: "lua" for ./lua/lacuna/lib.lua
+local source = debug.getinfo(1, "S").source
+local library_dir = source:match("^@(.*)[/\\]lacuna[/\\]lib%.lua$") or "."
+local own_prefix = "@" .. library_dir .. "/lacuna/"
+
+local function find_library()
+  local named = os.getenv("LACUNA_LIBRARY")
+  if named and named ~= "" then
+    if not file_exists(named) then
+      error("lacuna: LACUNA_LIBRARY names a file that does not exist: " .. named, 0)
+    end
+    return named:find("/", 1, true) and named or "./" .. named
+  end
+  local tried = { library_dir .. "/../build/lib/liblacuna.so", library_dir .. "/../../../lib/liblacuna.so" }
+  for _, path in ipairs(tried) do
+    if file_exists(path) then return path end
+  end
+  error("lacuna: the engine liblacuna.so was not found; build it with `make` or set LACUNA_LIBRARY; looked at:\n  "
+    .. table.concat(tried, "\n  "), 0)
+end
+
+local function load_library()
+  local path = find_library()
+  local ok, C = pcall(ffi.load, path)
+  if not ok then error("lacuna: cannot load " .. path .. ": " .. tostring(C), 0) end
+  -- busted and `package.loaded[...] = nil` load this file again in one process: declarations exist then
+  if not pcall(ffi.typeof, "struct lac_tensor") then
+    if not pcall(function() return ffi.C.lac_cdef end) then pcall(ffi.cdef, "const char *lac_cdef(void);") end
+    ffi.cdef(ffi.string(C.lac_cdef()))
+  end
+  if C.LAC_ABI ~= EXPECTED_ABI then
+    error(("lacuna: %s has ABI %d, this Lua tree needs %d: rebuild the engine with `make clean all`")
+      :format(path, C.LAC_ABI, EXPECTED_ABI), 0)
+  end
+  for _, name in ipairs(STRUCTS) do
+    local here, there = ffi.sizeof(name), C.lac_sizeof(name)
+    if here ~= there then
+      error(("lacuna: struct %s has %d bytes here and %d in %s: rebuild the engine with `make clean all`")
+        :format(name, here, there, path), 0)
+    end
+  end
+  return C, path
+end
+
+local C
+C, lib.path = load_library()
+lib.C = C
+lib.dir = library_dir
+lib.flags = C.lac_flags_get()
+
+--- Status codes by name: lib.status.memory, lib.status.shape, ...
+lib.status = {}
+for code = 0, 63 do
+  local name = C.lac_status_name(code)
+  if name == nil then break end
+  name = ffi.string(name)
+  if lib.status[name] then break end -- past the end the engine repeats a catch-all name
+  lib.status[name] = code
+end
+
+-- ---- where an error happened --------------------------------------------------------------------
+
+local frame_names = setmetatable({}, { __mode = "k" })
+
+--- Register a function whose frames name a part of a model in error messages.
+-- When an error is raised while `f` is active, `describe(first argument of f)` becomes one step of the path,
+-- outermost first. `f` must not leave by a tail call while its work runs (a tail call has no frame). Costs
+-- nothing until an error happens.
+-- @tparam function f called as f(self, ...)
+-- @tparam function describe takes self, returns a string such as "layers[3]" or nil to stay out of the path
+function lib.frame_name(f, describe) frame_names[f] = describe end
+
+--- Text for the end of an error message: " [LongNet.layers[3].attn, train.lua:41]", or "" when nothing is
+-- known.
+-- @treturn string
+function lib.where()
+  local path, line = {}, nil
+  local level = 2
+  while true do
+    local info = debug.getinfo(level, "Slf")
+    if not info then break end
+    local describe = frame_names[info.func]
+    if describe then
+      local _, self = debug.getlocal(level, 1)
+      local ok, step = pcall(describe, self)
+      if ok and step then table.insert(path, 1, tostring(step)) end
+    end
+    if not line and info.what ~= "C" and info.currentline > 0 and info.source:sub(1,
+      #own_prefix) ~= own_prefix then
+      line = info.short_src .. ":" .. info.currentline
+    end
+    level = level + 1
+  end
+  local parts = {}
+  if #path > 0 then parts[#parts + 1] = table.concat(path, ".") end
+  if line then parts[#parts + 1] = line end
+  return #parts > 0 and " [" .. table.concat(parts, ", ") .. "]" or ""
+end
+
+--- Raise a Lua error with the place of the user's call appended.
+-- @tparam string format a string.format pattern, already complete when there are no more arguments
+function lib.fail(format, ...)
+  local message = select("#", ...) > 0 and format:format(...) or format
+  error(message .. lib.where(), 0)
+end
+
+-- ---- memory -------------------------------------------------------------------------------------
+
+local stats = ffi.new("lac_memory_stats")
+
+--- Bytes for people: "1.5 MiB".
+function lib.bytes_text(n)
+  local units = { "B", "KiB", "MiB", "GiB", "TiB" }
+  local i = 1
+  while n >= 1024 and i < #units do n, i = n / 1024, i + 1 end
+  return (i == 1 and "%d %s" or "%.1f %s"):format(n, units[i])
+end
+
+--- Statistics of the pool as a Lua table of numbers (bytes, and counts).
+function lib.memory_stats()
+  C.lac_memory(stats)
+  return { live = tonumber(stats.live), cached = tonumber(stats.cached), peak = tonumber(stats.peak),
+           limit = tonumber(stats.limit), live_blocks = tonumber(stats.live_blocks),
+           allocations = tonumber(stats.allocations), reused = tonumber(stats.reused),
+           storages = tonumber(stats.storages) }
+end
+
+local function pool_report()
+  local m = lib.memory_stats()
+  return ("; pool: live %s in %d blocks, cached %s, peak %s, limit %s (tried: a garbage collection and a trim)")
+    :format(lib.bytes_text(m.live), m.live_blocks, lib.bytes_text(m.cached), lib.bytes_text(m.peak),
+            m.limit > 0 and lib.bytes_text(m.limit) or "none")
+end
+
+local function collect()
+  collectgarbage()
+  collectgarbage() -- the second cycle frees what the finalizers of the first let go
+end
+
+-- ---- checking calls -----------------------------------------------------------------------------
+
+local MEMORY, INTERRUPTED = lib.status.memory, lib.status.interrupted
+local flags = lib.flags
+
+--- After a failed call: can trying again help? Only for status "memory", after a collection and a trim.
+-- @tparam number status
+-- @treturn boolean
+function lib.recover(status)
+  if status ~= MEMORY then return false end
+  collect()
+  C.lac_memory_trim()
+  return true
+end
+
+--- Raise the engine's message for a nonzero status.
+function lib.raise(status)
+  if status == INTERRUPTED then
+    C.lac_interrupt(0)
+    error("interrupted", 0)
+  end
+  local message = ffi.string(C.lac_last_error())
+  if message == "" then message = "lacuna: status " .. ffi.string(C.lac_status_name(status)) end
+  if status == MEMORY then message = message .. pool_report() end
+  error(message .. lib.where(), 0)
+end
+
+--- Answer the engine's flags: stop for Ctrl-C, collect under memory pressure. Called when flags.attention is
+-- set.
+function lib.attend()
+  if flags.interrupted ~= 0 then
+    C.lac_interrupt(0)
+    error("interrupted", 0)
+  end
+  if flags.pressure ~= 0 then
+    collect()
+    C.lac_memory(stats)
+    local pace = 2 * tonumber(stats.live)
+    C.lac_memory_pace(pace > MIN_PACE and pace or MIN_PACE)
+  end
+end
+
+local recover, raise, attend = lib.recover, lib.raise, lib.attend
+
+--- Check a status that cannot be retried.
+function lib.check(status)
+  if status ~= 0 then raise(status) end
+  if flags.attention ~= 0 then attend() end
+end
+
+--- Call an engine function, retry once after freeing memory, raise on failure. Operators on the hot path
+-- write the same four lines out instead, because a vararg call can end a trace.
+function lib.call(f, ...)
+  local status = f(...)
+  if status ~= 0 then
+    if recover(status) then status = f(...) end
+    if status ~= 0 then raise(status) end
+  end
+  if flags.attention ~= 0 then attend() end
+end
+
+C.lac_memory_pace(MIN_PACE)
+
+return lib

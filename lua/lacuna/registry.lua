@@ -1,0 +1,54 @@
+--- Named things that scripts can add to: attention variants, and whatever else is chosen by name.
+--
+-- A registry maps a name to a value with a one-line description, refuses duplicates, and answers a wrong name
+-- with the nearest right one and the whole list, so that a sweep over names fails with a sentence. It exists
+-- once so that every "unknown variant" reads the same. A research script adds its own variant with
+-- lac.attention.variants:add("mine", { doc = "...", build = function(options) ... end }) and it is then as
+-- good as the built-in ones. Rejected: discovery by scanning a directory, which makes the set of names depend
+-- on the working directory.
+
+local schema = require "lacuna.schema"
+local class = require "lacuna.class"
+
+local Registry = class("Registry")
+
+--- @tparam string op the name that starts error messages ("attention")
+-- @tparam string what what an entry is called in messages ("variant")
+function Registry:init(op, what)
+  self.op, self.what, self.entries = op, what, {}
+end
+
+--- Add an entry. Raises if the name is taken or not a string.
+function Registry:add(name, value)
+  if type(name) ~= "string" or name == "" then
+    schema.fail(self.op, "the name of a %s must be a nonempty string, got %s", self.what, schema.show(name))
+  end
+  if value == nil then schema.fail(self.op, "%s '%s' needs a value, got nil", self.what, name) end
+  if self.entries[name] ~= nil then schema.fail(self.op, "%s '%s' is already registered", self.what, name) end
+  self.entries[name] = value
+  return value
+end
+
+--- Look a name up. Raises with the nearest name and the list of valid ones.
+function Registry:get(name)
+  local value = type(name) == "string" and self.entries[name]
+  if not value then
+    local names = self:names()
+    if type(name) ~= "string" then
+      schema.fail(self.op, "%s must be one of %s, got %s", self.what, table.concat(names, ", "),
+                  schema.show(name))
+    end
+    schema.fail(self.op, "unknown %s '%s', did you mean '%s'? valid: %s", self.what, name,
+                schema.nearest(name, names) or "", table.concat(names, ", "))
+  end
+  return value
+end
+
+--- All names, sorted.
+function Registry:names() return schema.keys(self.entries) end
+
+function Registry:__tostring()
+  return ("Registry of %ss: %s"):format(self.what, table.concat(self:names(), ", "))
+end
+
+return Registry

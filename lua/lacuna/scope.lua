@@ -1,0 +1,135 @@
+--- Scopes: release every tensor that was made inside and not returned.
+--
+-- The garbage collector frees tensors when it gets round to it; a scope frees them at a known moment, which
+-- keeps the peak of a training step flat. Every owner (a tensor with its own storage; views have none) that
+-- is made while a scope runs is listed in it, weakly, so that the collector may be faster. At the end the
+-- owners that are reachable from the returned values survive into the outer scope; the others are released at
+-- once, also when the function raises.
+--
+-- What survives: returned tensors and tensors in returned tables (deep, through metatables' instances, not
+-- through closures); the owner behind a returned view; gradients of tensors from outside; the saved tensors
+-- of a returned tensor's graph, as long as backward has not freed it; everything passed to lac.keep. A view
+-- of an outer tensor that was made inside releases nothing: only owners are listed. Each owner has a `level`,
+-- the depth of the scope that will release it; moving a tensor outwards only lowers its level, and list
+-- entries whose level does not match are skipped. Rejected: reference counts in Lua (every assignment of a
+-- script would have to take part).
+
+local lib = require "lacuna.lib"
+local schema = require "lacuna.schema"
+
+local C = lib.C
+local scope = { depth = 0 }
+local stack = {} -- stack[depth] = { n = number of entries, list = weak list of owners }
+local WEAK = { __mode = "v" }
+
+--- List a new owner in the innermost scope. Called by tensor.adopt only while depth > 0.
+function scope.enter(t)
+  local depth = scope.depth
+  local s = stack[depth]
+  local n = s.n + 1
+  s.n = n
+  s.list[n] = t
+  t.level = depth
+end
+
+local function move(root, level)
+  if root.level <= level then return end
+  root.level = level
+  if level > 0 then
+    local s = stack[level]
+    s.n = s.n + 1
+    s.list[s.n] = root
+  end
+end
+
+--- Let tensor t live at least as long as the tensor `holder` does (a gradient and its leaf, a moment and its
+-- parameter).
+function scope.follow(t, holder) move(t.root, holder.root.level) end
+
+-- Visit everything reachable from `value`; move owners to `level`. A work list, because a graph can be
+-- 100,000 deep.
+local function move_reachable(value, level)
+  local seen = { [_G] = true, [package.loaded] = true, [stack] = true }
+  local work, n = { value }, 1
+  local function push(v)
+    if type(v) == "table" and not seen[v] then
+      seen[v] = true
+      n = n + 1
+      work[n] = v
+    end
+  end
+  while n > 0 do
+    local v = work[n]
+    work[n] = nil
+    n = n - 1
+    if type(v) == "table" then
+      local root = rawget(v, "root")
+      if root and rawget(v, "c") then move(root, level) end
+      for key, item in next, v do
+        push(key)
+        push(item)
+      end
+    end
+  end
+end
+
+--- Keep a tensor, or every tensor in a table, when the running scope ends: it moves to the scope around it.
+-- @tparam Tensor|table value
+-- @tparam[opt] Tensor holder keep it as long as this tensor lives instead (optimizer moments: their
+-- parameter)
+-- @return value
+function scope.keep(value, holder)
+  if type(value) ~= "table" then
+    schema.fail("keep", "expected a tensor or a table of tensors, got %s", schema.show(value))
+  end
+  if holder ~= nil and not (type(holder) == "table" and rawget(holder, "root")) then
+    schema.fail("keep", "the holder must be a tensor, got %s", schema.show(holder))
+  end
+  local level = holder and holder.root.level or math.max(scope.depth - 1, 0)
+  if scope.depth > 0 then move_reachable(value, level) end
+  return value
+end
+
+-- Leave the innermost scope: survivors move out, the rest is released.
+local function leave(results, count)
+  local depth = scope.depth
+  local s = stack[depth]
+  for i = 2, count do
+    if type(results[i]) == "table" then move_reachable(results[i], depth - 1) end
+  end
+  stack[depth] = nil
+  scope.depth = depth - 1
+  local list = s.list
+  for i = 1, s.n do
+    local t = list[i]
+    if t and t.level == depth then
+      t.level = 0
+      C.lac_tensor_release(t.c)
+    end
+  end
+end
+
+local function on_error(message)
+  lib.last_traceback = debug.traceback(message, 2) -- the REPL shows it; the message itself stays as it was
+  return message
+end
+
+local function pack(...) return { ... }, select("#", ...) end
+
+--- Run fn(...) and release every tensor made inside that is not returned.
+-- @tparam function fn
+-- @param ... its arguments
+-- @return what fn returns; an error passes through unchanged after the release
+function scope.run(fn, ...)
+  if type(fn) ~= "function" then schema.fail("scope", "expected a function, got %s", schema.show(fn)) end
+  local depth = scope.depth + 1
+  stack[depth] = { n = 0, list = setmetatable({}, WEAK) }
+  scope.depth = depth
+  local results, count = pack(xpcall(fn, on_error, ...))
+  local ok = results[1]
+  leave(results, ok and count or 0)
+  if not ok then error(results[2], 0) end
+  return unpack(results, 2, count)
+end
+
+return scope
