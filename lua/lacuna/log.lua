@@ -1,0 +1,150 @@
+--- log.lua: what a run did, as files that outlive it.
+--
+-- A run is a folder, runs/<name>-<time>, with config.json (what was asked for), log.jsonl (what happened, one
+-- JSON object a line) and whatever else the script puts there. JSON lines, because a line is complete or
+-- absent: a killed run leaves a readable log, `tail -f` follows it, and every tool reads it. Each line is
+-- flushed. NaN and infinities, which a diverging run does produce, are written as the strings "NaN" and
+-- "Infinity" and come back as numbers from log.read.
+--
+-- The folder is made with mkdir, which fails if it exists, so two runs started in the same second get two
+-- folders (-2, -3, ...); checking first and creating later would let them share one.
+-- lac.log is the logarithm, so this module is reached by require "lacuna.log".
+-- Rejected: TensorBoard's event files (protocol buffers, a foreign viewer), CSV (columns change between
+-- events).
+
+local json = require "lacuna.json"
+local sys = require "lacuna.sys"
+local schema = require "lacuna.schema"
+local class = require "lacuna.class"
+
+local SPECIAL = { NaN = 0 / 0, Infinity = math.huge, ["-Infinity"] = -math.huge }
+local ORDER = { "event", "step", "time" }
+
+local function write_file(path, text)
+  local file, reason = io.open(path, "wb")
+  if not file then schema.fail("log", "cannot write %s", reason) end
+  file:write(text)
+  file:close()
+end
+
+local Log = class("Log")
+
+function Log:init(dir)
+  local path = dir .. "/log.jsonl"
+  local file, reason = io.open(path, "ab")
+  if not file then schema.fail("log", "cannot write %s", reason) end
+  self.dir, self.file, self.started = dir, file, sys.time()
+end
+
+function Log:__tostring()
+  return ("Log(%s%s)"):format(self.dir, self.file and "" or ", closed")
+end
+
+--- A path inside the run's folder.
+-- @tparam string name
+-- @treturn string
+function Log:path(name)
+  return self.dir .. "/" .. name
+end
+
+--- Append one record; `time` (seconds since the log was opened) is added.
+-- @tparam table record string keys; field `event` says what kind of record it is
+function Log:write(record)
+  if not self.file then schema.fail("log", "%s is closed", self.dir) end
+  if type(record) ~= "table" or type(record.event) ~= "string" then
+    schema.fail("log", "a record is a table with a string field `event`")
+  end
+  local copy = {}
+  for key, value in pairs(record) do copy[key] = value end
+  copy.time = math.floor((sys.time() - self.started) * 1000 + 0.5) / 1000
+  local ok, line = pcall(json.encode, copy, { nan = "string", order = ORDER })
+  if not ok then error(line, 0) end
+  local good, reason = self.file:write(line, "\n")
+  if good then good, reason = self.file:flush() end
+  if not good then schema.fail("log", "cannot write to %s/log.jsonl: %s", self.dir, tostring(reason)) end
+end
+
+--- Write the configuration to config.json, indented, keys sorted.
+-- @tparam table config
+function Log:config(config)
+  local ok, text = pcall(json.encode, config, { indent = 2, nan = "string" })
+  if not ok then error(text, 0) end
+  write_file(self:path("config.json"), text .. "\n")
+end
+
+--- Write any text file into the run's folder.
+-- @tparam string name
+-- @tparam string text
+function Log:save(name, text)
+  write_file(self:path(name), text)
+end
+
+--- Close the file. Closing twice is harmless; writing afterwards is an error.
+function Log:close()
+  if self.file then
+    self.file:close()
+    self.file = false
+  end
+end
+
+local log = {}
+
+--- Start a run's folder and its log.
+-- @tparam table options name = "run"; dir = "runs" (the parent folder); or path = the very folder to use
+-- @treturn Log
+function log.open(options)
+  local o = schema.options("log.open", options, {
+    name = { type = "string", default = "run" },
+    dir = { type = "string", default = "runs" },
+    path = { type = "string" },
+  })
+  if o.path then
+    local ok, reason = sys.mkdir(o.path)
+    if not ok then schema.fail("log", "%s", reason) end
+    return Log(o.path)
+  end
+  if not o.name:match("^[%w%._%-]+$") then
+    schema.fail("log.open", "name %q may hold letters, digits, dots, dashes and underscores only", o.name)
+  end
+  local ok, reason = sys.mkdir(o.dir)
+  if not ok then schema.fail("log", "%s", reason) end
+  local base, count = ("%s/%s-%s"):format(o.dir, o.name, os.date("%Y%m%d-%H%M%S")), 1
+  while true do
+    local path = count == 1 and base or base .. "-" .. count
+    local made, why = sys.mkdir_new(path)
+    if made then return Log(path) end
+    if made == nil then schema.fail("log", "%s", why) end
+    count = count + 1
+  end
+end
+
+local function restore(value)
+  if type(value) == "string" then return SPECIAL[value] or value end
+  if type(value) == "table" then
+    for key, item in pairs(value) do value[key] = restore(item) end
+  end
+  return value
+end
+
+--- Read a log.jsonl back.
+-- @tparam string path
+-- @treturn table list of records
+-- @raise names the line that is not JSON
+function log.read(path)
+  local file, reason = io.open(path, "rb")
+  if not file then schema.fail("log.read", "cannot read %s", reason) end
+  local records, number = {}, 0
+  for line in file:lines() do
+    number = number + 1
+    local record, why = json.decode(line)
+    if record == nil then
+      file:close()
+      schema.fail("log.read", "%s, line %d: %s", path, number, why)
+    end
+    records[number] = restore(record)
+  end
+  file:close()
+  return records
+end
+
+return log

@@ -1,0 +1,62 @@
+--- log_spec.lua: run folders and JSON-lines logs.
+--
+-- Folders are made under a temporary directory; two runs of one second must not share a folder; a log must be
+-- readable while it is open; NaN must survive; errors must name the file and the line.
+
+local runlog = require "lacuna.log" -- lac.log is the logarithm
+local sys = require "lacuna.sys"
+local json = require "lacuna.json"
+
+describe("log", function()
+  local dir
+  before_each(function() dir = sys.temporary("-logs") end)
+  after_each(function() os.execute("rm -r " .. sys.quote(dir) .. " 2>/dev/null") end)
+
+  it("makes a folder of its own for every run", function()
+    local a, b = runlog.open{ dir = dir, name = "demo" }, runlog.open{ dir = dir, name = "demo" }
+    assert.not_equal(a.dir, b.dir)
+    assert.matches("/demo%-%d%d%d%d%d%d%d%d%-%d%d%d%d%d%d$", a.dir)
+    a:close()
+    b:close()
+  end)
+
+  it("writes lines that can be read at once, numbers exactly", function()
+    local log = runlog.open{ path = dir .. "/deep/run" }
+    log:write{ event = "step", step = 1, loss = 0.1, bad = 0 / 0, worse = -math.huge }
+    log:write{ event = "note", text = "a\n\"b\"" }
+    local records = runlog.read(log:path("log.jsonl"))
+    assert.equal(2, #records)
+    assert.equal(0.1, records[1].loss)
+    assert.is_true(records[1].bad ~= records[1].bad)
+    assert.equal(-math.huge, records[1].worse)
+    assert.is_number(records[1].time)
+    assert.equal("a\n\"b\"", records[2].text)
+    log:close()
+    log:close()
+    assert.error_matches(function() log:write{ event = "x" } end, "is closed")
+  end)
+
+  it("dumps the configuration", function()
+    local log = runlog.open{ path = dir }
+    log:config{ width = 3, segments = { 1, 2 }, name = "x" }
+    local file = io.open(dir .. "/config.json")
+    local text = file:read("*a")
+    file:close()
+    assert.same({ width = 3, segments = { 1, 2 }, name = "x" }, json.decode(text))
+    assert.is_true(text:find("name") < text:find("segments"))
+    log:close()
+  end)
+
+  it("names what is wrong", function()
+    local log = runlog.open{ path = dir }
+    assert.error_matches(function() log:write{ step = 1 } end, "field `event`")
+    assert.error_matches(function() log:write{ event = "x", f = print } end, "value.f is a function")
+    assert.error_matches(function() runlog.open{ dir = dir, name = "../x" } end, "may hold letters")
+    assert.error_matches(function() runlog.open{ dri = dir } end, "did you mean 'dir'")
+    assert.error_matches(function() runlog.open{ path = "/proc/nope" } end, "cannot make the directory")
+    log:save("bad.jsonl", "{\"a\":1}\n{oops\n")
+    assert.error_matches(function() runlog.read(log:path("bad.jsonl")) end, "bad%.jsonl, line 2: ")
+    assert.error_matches(function() runlog.read("/nonexistent") end, "cannot read /nonexistent")
+    log:close()
+  end)
+end)
