@@ -287,7 +287,7 @@ end
 local function seed_for(op, t, g)
   if g == nil then
     if tensor.numel(t) ~= 1 then
-      fail(op, "%s has more than one element; pass a gradient of its shape, or reduce it (t:sum():backward())",
+      fail(op, "%s has more than one element; pass a gradient like it, or reduce it (t:sum():backward())",
            show(t))
     end
     local one = tensor.empty_like(t)

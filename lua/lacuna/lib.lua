@@ -50,7 +50,7 @@ local function find_library()
   for _, path in ipairs(tried) do
     if file_exists(path) then return path end
   end
-  error("lacuna: the engine liblacuna.so was not found; build it with `make` or set LACUNA_LIBRARY; looked at:\n  "
+  error("lacuna: the engine liblacuna.so was not found; build it with `make` or set LACUNA_LIBRARY. Tried:\n  "
     .. table.concat(tried, "\n  "), 0)
 end
 
@@ -162,7 +162,7 @@ end
 
 local function pool_report()
   local m = lib.memory_stats()
-  return ("; pool: live %s in %d blocks, cached %s, peak %s, limit %s (tried: a garbage collection and a trim)")
+  return ("; pool: live %s in %d blocks, cached %s, peak %s, limit %s (after collecting and trimming)")
     :format(lib.bytes_text(m.live), m.live_blocks, lib.bytes_text(m.cached), lib.bytes_text(m.peak),
             m.limit > 0 and lib.bytes_text(m.limit) or "none")
 end

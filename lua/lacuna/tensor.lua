@@ -592,7 +592,7 @@ function Tensor.__newindex(t, key, value)
       fail("grad", "a gradient has its tensor's shape, dtype and device: %s against %s", show(value), show(t))
     end
   elseif not OPTIONAL[key] and not FIXED[key] then
-    fail("tensor", "there is no field '%s' to set, did you mean '%s'? (grad, name and t[position] can be set)", key,
+    fail("tensor", "there is no field '%s' to set, did you mean '%s'? (grad, name, t[position])", key,
          schema.nearest(key, field_names()))
   end
   rawset(t, key, value)

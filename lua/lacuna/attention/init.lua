@@ -1,0 +1,464 @@
+--- Dilated attention: the functional form lac.attend and the module form lac.attention{...}.
+--
+-- A configuration (segments, dilations, which heads run which branch, offset rule, merge rule, causal,
+-- window) becomes one engine plan; running it is one C call forward and one backward, whatever the number of
+-- branches. This file validates options, keeps plan handles, and records the tape node. The mathematics is
+-- the plan's; nothing is decided here but defaults.
+--
+-- Plans are found by a string key made of the configuration and the sizes, about two microseconds; the engine
+-- has its own cache behind it, so a lost handle costs a lookup there, not a rebuild. Keying by the identity
+-- of the options table was rejected: scripts change tables. Handles are dropped by their finalizer, a C
+-- function.
+--
+-- Defaults follow the two published schemes: heads = "all" (LongNet: offset "mod", merge "lse") and heads =
+-- "split" (offset "branch", merge "mean"). Options that attention knows but this engine cannot honour yet
+-- (mask, bias, block_mask, ...) are refused by name: an ignored mask is a silent wrong answer.
+
+local lib = require "lacuna.lib"
+local schema = require "lacuna.schema"
+local class = require "lacuna.class"
+local Registry = require "lacuna.registry"
+local tensor = require "lacuna.tensor"
+local create = require "lacuna.create"
+local ops = require "lacuna.ops"
+
+local ffi, C = lib.ffi, lib.C
+local fail, show = schema.fail, schema.show
+local adopt, ctensor, expect = tensor.adopt, tensor.ctype, tensor.expect
+
+local OP = "attention"
+local SCHEME = { split = C.LAC_HEADS_SPLIT, all = C.LAC_HEADS_ALL }
+local OFFSET = { branch = C.LAC_OFFSET_BRANCH, mod = C.LAC_OFFSET_MOD, block = C.LAC_OFFSET_BLOCK }
+local MERGE = { mean = C.LAC_MERGE_MEAN, sum = C.LAC_MERGE_SUM, lse = C.LAC_MERGE_LSE,
+  lse_detach = C.LAC_MERGE_LSE_DETACH }
+local MAX_BRANCHES = tonumber(C.LAC_MAX_BRANCHES)
+
+local attention = {}
+
+-- ---- options ---------------------------------------------------------------------------------------
+
+--- Options that shape a plan.
+local PATTERN = {
+  segments = { type = "integers", min = 1, required = true },
+  dilations = { type = "integers", min = 1, required = true },
+  heads = { one_of = { "split", "all" }, default = "all" },
+  offset = { one_of = { "branch", "mod", "block" } },
+  merge = { one_of = { "mean", "sum", "lse", "lse_detach" } },
+  causal = { type = "boolean", default = false },
+  dedup = { type = "boolean", default = false },
+  align = { one_of = { "start", "end" }, default = "start" },
+  window = { type = "integer", min = 0 },
+}
+
+--- Options of one call.
+local RUN = {
+  scale = { type = "number", check = function(v)
+    if v == 0 or math.abs(v) == math.huge then return "must be finite and not 0" end
+  end },
+  dropout = { type = "number", check = function(v)
+    if not (v >= 0 and v < 1) then return "must be in [0, 1)" end
+  end, default = 0 },
+  training = { type = "boolean", default = true },
+  key_padding = { type = "tensor" }, key_lengths = { type = "tensor" },
+  return_lse = { type = "boolean", default = true },
+}
+
+-- known to attention, not to this engine: refused by name, with what there is instead
+local NOT_YET = {
+  mask = "use key_padding, key_lengths, causal or window", bias = "only unbiased scores can be computed",
+  block_mask = "use segments, dilations and window", alibi = "use lac.rope on q and k for positions",
+  cu_seqlens = "use key_lengths", need_weights = "compute a small case densely to see the weights",
+  rope = "call lac.rope on q and k first", xpos = "call lac.rope{scale_base = 512} on q and k first",
+}
+
+local function refuse_unknown(options)
+  for name, instead in pairs(NOT_YET) do
+    if options[name] ~= nil and options[name] ~= false then
+      fail(OP, "option '%s' is not supported by this engine yet; %s", name, instead)
+    end
+  end
+end
+
+local function merged_spec(...)
+  local spec = {}
+  for i = 1, select("#", ...) do
+    for name, rule in pairs((select(i, ...))) do spec[name] = rule end
+  end
+  for name in pairs(NOT_YET) do spec[name] = { check = function() end } end -- false says "off" and is allowed
+  return spec
+end
+
+local FUNCTIONAL, RUN_ONLY, PATTERN_ONLY = merged_spec(PATTERN, RUN), merged_spec(RUN), merged_spec(PATTERN)
+
+-- cross-checks and the defaults that depend on the scheme; fills `o` in place
+local function complete(o)
+  if #o.segments ~= #o.dilations then
+    fail(OP, "segments and dilations must have the same length: %d != %d", #o.segments, #o.dilations)
+  end
+  if #o.segments > MAX_BRANCHES then
+    fail(OP, "at most %d branches are supported, got %d segments", MAX_BRANCHES, #o.segments)
+  end
+  o.offset = o.offset or (o.heads == "split" and "branch" or "mod")
+  o.merge = o.merge or (o.heads == "split" and "mean" or "lse")
+  if o.dedup and o.merge ~= "lse" then
+    fail(OP, "dedup counts every key once in one softmax, so it needs merge = 'lse', got '%s'", o.merge)
+  end
+  return o
+end
+
+local function pattern_key(o)
+  return table.concat(o.segments, ",") .. "/" .. table.concat(o.dilations, ",") .. "/" .. o.heads .. "/"
+    .. o.offset
+    .. "/" .. o.merge .. (o.causal and "c" or "-") .. (o.dedup and "d" or "-") .. o.align .. (o.window or "-")
+end
+
+-- ---- plans -----------------------------------------------------------------------------------------
+
+local CACHE_MOST = 256
+local plans, plan_count = {}, 0
+local plan_out = ffi.new("lac_plan *[1]")
+
+local function describe(o, B, N, M, H, Hk, D)
+  local desc = ffi.new("lac_attn_desc")
+  desc.batch, desc.n, desc.m = B, N, M
+  desc.heads, desc.kv_heads, desc.head_dim, desc.branches = H, Hk, D, #o.segments
+  for i = 1, #o.segments do
+    desc.segment[i - 1], desc.dilation[i - 1] = o.segments[i], o.dilations[i]
+  end
+  desc.heads_scheme, desc.offset_rule, desc.merge = SCHEME[o.heads], OFFSET[o.offset], MERGE[o.merge]
+  desc.causal, desc.dedup, desc.align_end = o.causal and 1 or 0, o.dedup and 1 or 0, o.align == "end" and 1
+    or 0
+  desc.window = o.window or -1
+  return desc
+end
+
+-- the plan of a completed configuration for these sizes
+local function plan_for(o, key, B, N, M, H, Hk, D)
+  local full = key .. "|" .. B .. "," .. N .. "," .. M .. "," .. H .. "," .. Hk .. "," .. D
+  local plan = plans[full]
+  if plan then return plan end
+  lib.call(C.lac_plan_get, describe(o, B, N, M, H, Hk, D), plan_out)
+  plan = ffi.gc(plan_out[0], C.lac_plan_drop)
+  if plan_count >= CACHE_MOST then
+    plans, plan_count = {}, 0 -- the engine's cache still has the recent ones
+  end
+  plans[full] = plan
+  plan_count = plan_count + 1
+  return plan
+end
+
+-- ---- the operator ----------------------------------------------------------------------------------
+
+local function fill_args(q, k, v, o)
+  local args = ffi.new("lac_attn_args")
+  args.q, args.k, args.v = q.c, k.c, v.c
+  if o.key_padding then args.key_padding = o.key_padding.c end
+  if o.key_lengths then args.key_lengths = o.key_lengths.c end
+  args.scale, args.dropout, args.seed, args.offset = o.scale or 0, o.p, o.seed, o.at
+  return args
+end
+
+local attend_op = { name = "attend", saves = "abco", method = false }
+
+-- run: {scale, p, seed, at, key_padding, key_lengths, return_lse}
+local function attend(plan, q, k, v, run)
+  local out_c, lse_c, branch_c = ctensor(), ctensor(), ctensor()
+  lib.call(C.lac_attend, plan, fill_args(q, k, v, run), out_c, lse_c, branch_c)
+  local out, lse = adopt(out_c), adopt(lse_c)
+  local branch = branch_c.storage ~= nil and adopt(branch_c) or nil
+  if ops.wants(q, k, v) then
+    local node = ops.record(attend_op, out, q, k, v)
+    lse.requires_grad, lse.node, lse.slot = true, node, 2
+    node.outputs, node.plan, node.run, node.branch = { out, lse }, plan, run, branch
+    node.saved, node.saved_versions = { lse }, { 0 }
+    for _, name in ipairs { "key_padding", "key_lengths" } do
+      local extra = run[name]
+      if extra then
+        node.saved[#node.saved + 1] = extra
+        node.saved_versions[#node.saved_versions + 1] = extra.root.version
+      end
+    end
+  end
+  if run.return_lse then return out, lse end
+  return out
+end
+
+function attend_op.backward(node, g, more)
+  local out, lse = node.outputs[1], node.outputs[2]
+  local dlse = more and more[2]
+  g = g or ops.raw_zeros_like(out)
+  local dq, dk, dv = ctensor(), ctensor(), ctensor()
+  lib.call(C.lac_attend_bwd, node.plan, fill_args(node.a, node.b, node.c, node.run), out.c, lse.c,
+           node.branch and node.branch.c or nil, g.c, dlse and dlse.c or nil, dq, dk, dv)
+  return adopt(dq), adopt(dk), adopt(dv)
+end
+
+local DIMENSIONS = { "batch items", "positions", "heads", "head dimensions" }
+
+local function check_same(name, t, i, other_name, other)
+  if t.c.shape[i] ~= other.c.shape[i] then
+    fail(OP, "%s has %d %s, %s has %d: %s is %s, %s is %s", name, tonumber(t.c.shape[i]), DIMENSIONS[i + 1],
+      other_name,
+         tonumber(other.c.shape[i]), name, show(t), other_name, show(other))
+  end
+end
+
+local function check_inputs(q, k, v)
+  expect(OP, "q", q)
+  expect(OP, "k", k)
+  expect(OP, "v", v)
+  local list = { { "q", q }, { "k", k }, { "v", v } }
+  for i = 1, 3 do
+    local t = list[i][2]
+    if t.c.ndim ~= 4 then fail(OP, "%s must be [batch, positions, heads, head_dim], got %s", list[i][1],
+      show(t)) end
+    if t.c.dtype ~= q.c.dtype then fail(OP, "q is %s and %s is %s: one dtype is needed", show(q), list[i][1],
+      show(t)) end
+    if t.c.device ~= q.c.device then
+      fail(OP, "q is %s and %s is %s: one device is needed", show(q), list[i][1], show(t))
+    end
+  end
+  check_same("k", k, 0, "q", q)
+  check_same("k", k, 3, "q", q)
+  for i = 0, 3 do check_same("v", v, i, "k", k) end
+end
+
+local function run_options(o)
+  local p = o.training and o.dropout or 0
+  local seed, at = 0, 0
+  if p > 0 then seed, at = create.draw() end
+  return { scale = o.scale, p = p, seed = seed, at = at, key_padding = o.key_padding,
+    key_lengths = o.key_lengths,
+           return_lse = o.return_lse }
+end
+
+local function apply(o, key, q, k, v, run)
+  check_inputs(q, k, v)
+  local qs, ks = q.c.shape, k.c.shape
+  local plan = plan_for(o, key, tonumber(qs[0]), tonumber(qs[1]), tonumber(ks[1]), tonumber(qs[2]),
+    tonumber(ks[2]),
+                        tonumber(qs[3]))
+  return attend(plan, q, k, v, run_options(run))
+end
+
+--- Dilated attention of q, k, v.
+-- @tparam Tensor q [B, N, H, D] @tparam Tensor k [B, M, Hk, D], H a multiple of Hk @tparam Tensor v like k
+-- @tparam table options segments, dilations (lists of one length); heads "all" or "split"; offset "branch",
+--   "mod", "block";
+-- merge "mean", "sum", "lse", "lse_detach"; causal, dedup (false); align "start" or "end"; window; scale
+-- (1/sqrt(D)); dropout (0), training (true); key_padding [B, M] bool, true = keep; key_lengths [B];
+-- return_lse (true)
+-- @treturn Tensor out [B, N, H, D]; rows without a key are 0
+-- @treturn Tensor lse [B, N, H] f32 (f64 for f64), natural logarithm; -inf for rows without a key; not with
+--   return_lse = false
+-- Source: LongNet, arXiv 2307.02486, eq. 6 to 15.
+function attention.attend(q, k, v, options)
+  if type(options) ~= "table" then fail(OP, "options must be a table with segments and dilations, got %s",
+    show(options)) end
+  refuse_unknown(options)
+  local o = complete(schema.options(OP, options, FUNCTIONAL))
+  return apply(o, pattern_key(o), q, k, v, o)
+end
+attend_op.forward = attention.attend
+ops.define(attend_op)
+
+-- ---- what a plan is --------------------------------------------------------------------------------
+
+local SIZES = { batch = { type = "integer", min = 1, default = 1 }, n = { type = "integer", min = 1,
+  required = true },
+                m = { type = "integer", min = 1 }, heads = { type = "integer", min = 1, required = true },
+                kv_heads = { type = "integer", min = 1 }, head_dim = { type = "integer", min = 1,
+                default = 64 } }
+
+local function info_of(plan)
+  local raw = ffi.new("lac_plan_info")
+  lib.check(C.lac_plan_describe(plan, raw))
+  local info = { pairs = tonumber(raw.pairs), rows = tonumber(raw.rows),
+    flops_forward = tonumber(raw.flops_forward),
+                 flops_backward = tonumber(raw.flops_backward), overlapping = raw.overlapping ~= 0,
+                 workspace_forward = tonumber(raw.bytes_workspace_forward),
+                 workspace_backward = tonumber(raw.bytes_workspace_backward), strips = {} }
+  local s = ffi.new("lac_strip")
+  for i = 1, raw.strips do
+    lib.check(C.lac_plan_strip(plan, i - 1, s))
+    info.strips[i] = { segment = tonumber(s.segment), dilation = tonumber(s.dilation),
+      offset = tonumber(s.offset),
+                       head0 = s.head0, heads = s.heads, branch = s.branch, shared = s.shared ~= 0 }
+  end
+  return info
+end
+
+local function sized_plan(o, sizes)
+  local z = schema.options(OP, sizes, SIZES)
+  return plan_for(o, pattern_key(o), z.batch, z.n, z.m or z.n, z.heads, z.kv_heads or z.heads, z.head_dim), z
+end
+
+--- Counts of a configuration at given sizes, without any tensor.
+-- @tparam table pattern options of lac.attend that shape a plan
+-- @tparam table sizes n, heads; batch (1), m (n), kv_heads (heads), head_dim (64)
+-- @treturn table pairs, rows (per batch item), flops_forward, flops_backward, workspace_forward,
+--   workspace_backward (bytes),
+-- strips: list of {segment, dilation, offset, head0, heads, branch, shared}, 0-based as in the mathematics
+function attention.plan_info(pattern, sizes)
+  if type(pattern) ~= "table" then fail(OP, "the pattern must be a table, got %s", show(pattern)) end
+  refuse_unknown(pattern)
+  local spec = {}
+  for name, rule in pairs(PATTERN_ONLY) do spec[name] = rule end
+  for name,
+    rule in pairs(RUN) do spec[name] = rule end -- run options of a call are welcome; they change no count
+  return info_of((sized_plan(complete(schema.options(OP, pattern, spec)), sizes)))
+end
+
+--- Statistics of the engine's plan cache: size, capacity, hits, misses, evictions.
+function attention.cache()
+  local raw = ffi.new("lac_cache_stats")
+  lib.check(C.lac_plan_cache(raw))
+  return { size = tonumber(raw.size), capacity = tonumber(raw.capacity), hits = tonumber(raw.hits),
+           misses = tonumber(raw.misses), evictions = tonumber(raw.evictions) }
+end
+
+-- ---- the module form -------------------------------------------------------------------------------
+
+--- Registry of variants; scripts may add their own: variants:add(name, {doc =, options = spec, build =
+-- function(o) ... end}).
+attention.variants = Registry("attention", "variant")
+
+local Attention = class("Attention", nil, true)
+
+-- options of the module form: `heads` is a number here, the scheme belongs to the variant
+local MODULE = merged_spec(PATTERN, RUN)
+MODULE.heads = { type = "integer", min = 1, required = true }
+MODULE.kv_heads = { type = "integer", min = 1 }
+MODULE.variant = { type = "any", required = true }
+MODULE.segments = { type = "integers", min = 1 }
+MODULE.dilations = { type = "integers", min = 1 }
+MODULE.training, MODULE.key_padding, MODULE.key_lengths, MODULE.align = nil, nil, nil, PATTERN.align
+
+local function module_spec(variant)
+  local spec = {}
+  for name, rule in pairs(MODULE) do spec[name] = rule end
+  for name, rule in pairs(variant.options or {}) do spec[name] = rule end
+  return spec
+end
+
+function Attention:init(options)
+  if type(options) ~= "table" then fail(OP, "options must be a table, got %s", show(options)) end
+  if options.variant == nil then
+    fail(OP, "variant is required; valid: %s", table.concat(attention.variants:names(), ", "))
+  end
+  local variant = attention.variants:get(options.variant)
+  refuse_unknown(options)
+  local o = schema.options(OP, options, module_spec(variant))
+  o.kv_heads = o.kv_heads or o.heads
+  if o.heads % o.kv_heads ~= 0 then
+    fail(OP, "heads must be a multiple of kv_heads: %d %% %d = %d", o.heads, o.kv_heads, o.heads % o.kv_heads)
+  end
+  local pattern = variant.build(o, fail)
+  for _, name in ipairs { "causal", "dedup", "align", "window" } do
+    if pattern[name] == nil then pattern[name] = o[name] end
+  end
+  self.variant, self.options = options.variant, o
+  self.pattern = complete(schema.options(OP, pattern, PATTERN))
+  self.key = pattern_key(self.pattern)
+  self.training = true
+  -- every mistake in the configuration is found now, not at the first call
+  plan_for(self.pattern, self.key, 1, 1, 1, o.heads, o.kv_heads, 1)
+end
+
+--- Switch dropout on (default) or off; returns self.
+function Attention:train(on)
+  if on == nil then on = true end
+  if type(on) ~= "boolean" then fail(OP, "train takes true or false, got %s", show(on)) end
+  self.training = on
+  return self
+end
+
+--- Switch dropout off; returns self.
+function Attention:eval() return self:train(false) end
+
+--- Run it. @tparam Tensor q [B, N, H, D] @tparam Tensor k [B, M, Hk, D] @tparam Tensor v like k
+-- @tparam[opt] table options key_padding, key_lengths, scale, dropout, training, return_lse for this call
+-- @treturn Tensor out [B, N, H, D] @treturn Tensor lse [B, N, H]
+function Attention:__call(q, k, v, options)
+  local o = self.options
+  local run = { scale = o.scale, dropout = o.dropout, return_lse = o.return_lse, training = self.training }
+  if options ~= nil then
+    if type(options) ~= "table" then fail(OP, "options must be a table, got %s", show(options)) end
+    refuse_unknown(options)
+    local given = schema.options(OP, options, RUN_ONLY)
+    for name in pairs(options) do run[name] = given[name] end
+  end
+  expect(OP, "q", q)
+  expect(OP, "k", k)
+  if q.c.ndim == 4 and q.c.shape[2] ~= o.heads then
+    fail(OP, "q has %d heads, the module has %d: q is %s", tonumber(q.c.shape[2]), o.heads, show(q))
+  end
+  if k.c.ndim == 4 and k.c.shape[2] ~= o.kv_heads then
+    fail(OP, "k has %d heads, the module has kv_heads = %d: k is %s", tonumber(k.c.shape[2]), o.kv_heads,
+      show(k))
+  end
+  local out, lse = apply(self.pattern, self.key, q, k, v, run)
+  return out, lse
+end
+lib.frame_name(Attention.__call, function(self) return "attention(" .. tostring(rawget(self, "variant"))
+  .. ")" end)
+
+local function big(n)
+  for _, unit in ipairs { { 1e15, "P" }, { 1e12, "T" }, { 1e9, "G" }, { 1e6, "M" }, { 1e3, "k" } } do
+    if n >= unit[1] then return ("%.2f %s"):format(n / unit[1], unit[2]) end
+  end
+  return ("%d "):format(n)
+end
+
+--- What the plan does at a length: strips, coverage, FLOPs, working memory.
+-- @tparam integer n positions @tparam[opt] table sizes batch (1), m (n), head_dim (64)
+-- @treturn string
+function Attention:explain(n, sizes)
+  schema.check(OP, "n", n == nil and false or n, { type = "integer", min = 1 })
+  local z = schema.options(OP, sizes, { batch = SIZES.batch, m = SIZES.m, head_dim = SIZES.head_dim })
+  local o, m = self.options, z.m or n
+  local plan = plan_for(self.pattern, self.key, z.batch, n, m, o.heads, o.kv_heads, z.head_dim)
+  local info = info_of(plan)
+  local lines = { ("%s at N = %d%s, batch %d, head_dim %d"):format(tostring(self), n, m ~= n
+    and (", M = %d"):format(m) or "",
+                                                                   z.batch, z.head_dim),
+                  ("  %-7s %9s %9s %7s  %s"):format("branch", "segment", "dilation", "offset", "heads") }
+  for _, s in ipairs(info.strips) do
+    lines[#lines + 1] = ("  %-7d %9d %9d %7d  %d to %d%s"):format(s.branch + 1, math.min(s.segment,
+      math.max(n, m)), s.dilation,
+                                                                   s.offset, s.head0 + 1, s.head0 + s.heads,
+      s.shared and ", rows shared with other strips" or "")
+  end
+  local dense = o.heads * n * m
+  if self.pattern.causal and n == m then dense = o.heads * n * (n + 1) / 2 end
+  lines[#lines + 1] = ("  rows covered   %.1f%% of (position, head)"):format(100 * info.rows / (n * o.heads))
+  lines[#lines + 1] = ("  pairs          %spairs per batch item, %.2f%% of dense%s"):format(big(info.pairs),
+    100 * info.pairs / dense, self.pattern.causal and " causal" or "")
+  lines[#lines + 1] = ("  FLOPs          forward %sFLOP, backward %sFLOP"):format(big(info.flops_forward),
+                                                                                big(info.flops_backward))
+  lines[#lines + 1] = ("  workspace      forward %s, backward %s"):format(
+    lib.bytes_text(info.workspace_forward), lib.bytes_text(info.workspace_backward))
+  return table.concat(lines, "\n")
+end
+
+function Attention:__tostring()
+  local p, o = self.pattern, self.options
+  local segments = self.variant == "dense" and "" or (", segments {%s}, dilations {%s}"):format(
+    table.concat(p.segments, ", "), table.concat(p.dilations, ", "))
+  return ("attention %s(%d heads%s%s, %s, offset %s, merge %s%s%s)"):format(self.variant, o.heads,
+    o.kv_heads ~= o.heads and (", %d for keys and values"):format(o.kv_heads) or "", segments, p.heads,
+    p.offset, p.merge,
+    p.causal and ", causal" or "", p.window and (", window %d"):format(p.window) or "")
+end
+
+require("lacuna.attention.variants")(attention.variants)
+
+return setmetatable(attention, {
+  __call = function(_, options) return Attention(options) end,
+  __index = function(_, name)
+    fail("attention", "there is no lac.attention.%s, did you mean '%s'?", tostring(name),
+         schema.nearest(tostring(name), schema.keys(attention)) or "attend")
+  end,
+  __tostring = function() return "lac.attention{variant = ...}: " .. table.concat(attention.variants:names(),
+  ", ") end,
+})
