@@ -1,0 +1,79 @@
+/* attn.h: what the parts of the CPU's attention share: addresses, tasks, and the list of what a phase runs.
+ *
+ * attn.c decides what runs when; attn_kernel.inc, compiled for float and for double, computes one task. The names
+ * below are everything that passes between them. A forward task is (branch, head, batch item, run of segments or
+ * chunk of query rows); a backward task is (unit, batch item, run of segments). Task numbers are decoded
+ * arithmetically: a list of tasks would take memory in proportion to N.
+ */
+#ifndef LAC_CPU_ATTN_H
+#define LAC_CPU_ATTN_H
+#include "cpu.h"
+#include "../plan.h"
+
+/* one lattice that a phase works on: a (branch, head), or a unit of heads that share keys */
+typedef struct attn_item {
+    int32_t branch, kv_head, heads;
+    const int32_t *head; /* [heads] */
+    int64_t offset;
+    int64_t segment0, segments; /* that hold queries */
+    int64_t group;              /* segments of one task */
+    int64_t chunks;             /* tasks of one group: several only if group is 1 */
+    int64_t first;              /* number of its first task */
+} attn_item;
+
+typedef struct attn_job {
+    const lac_a_attend *a;
+    const lac_a_attend_bwd *bwd; /* NULL in the forward */
+    attn_item *items;
+    int64_t item_count, tasks, chunk; /* chunk: query rows of a forward task */
+    bool carry;                       /* continue the softmax that earlier phases left in out and lse */
+    bool add;                         /* add to out instead of storing */
+    /* results in the compute type, contiguous: the tensors themselves, or workspace for f16 and bf16; acc_out is NULL
+     * where a task stores straight into an f16 or bf16 tensor */
+    void *acc_out, *acc_dq, *acc_dk, *acc_dv;
+    char *workspace; /* thread_bytes per thread */
+    size_t thread_bytes;
+} attn_job;
+
+/* one decoded task */
+typedef struct attn_task {
+    const attn_item *item;
+    int64_t batch, segment0, segment1, chunk;
+} attn_task;
+
+/* row (b, n, h) of a [B, N, H, D] view in the compute type: in place where possible, else in buffer [D] */
+static inline const void *attn_load(const lac_view *v, int64_t b, int64_t n, int64_t h, void *buffer)
+{
+    int64_t bytes = lac_bytes_of(v->dtype), at = b * v->stride[0] + n * v->stride[1] + h * v->stride[2];
+    return LAC_CPU(load)(v->dtype, (const char *)v->data + at * bytes, v->stride[3] * bytes, v->shape[3], buffer);
+}
+
+/* keys at or past this are padding in batch item b */
+static inline int64_t attn_length(const lac_a_attend *a, int64_t b)
+{
+    if (!a->lengths.data) return a->plan->desc.m;
+    int64_t at = b * a->lengths.stride[0];
+    return a->lengths.dtype == LAC_I64 ? ((const int64_t *)a->lengths.data)[at]
+                                       : ((const int32_t *)a->lengths.data)[at];
+}
+
+/* is key j of batch item b padding? */
+static inline bool attn_key_dead(const lac_a_attend *a, int64_t b, int64_t length, int64_t j)
+{
+    if (j >= length) return true;
+    return a->padding.data && !((const uint8_t *)a->padding.data)[b * a->padding.stride[0] + j * a->padding.stride[1]];
+}
+
+/* which earlier branches keep position p for head h, one bit each: dedup leaves the pair to the first of them */
+static inline uint32_t attn_kept_before(const lac_plan *p, int32_t branch, int32_t h, int64_t position)
+{
+    uint32_t kept = 0;
+    for (int32_t e = 0; e < branch; e++) {
+        if (h < p->head0[e] || h >= p->head0[e] + p->heads[e]) continue;
+        int64_t at = position % p->segment[e] - lac_plan_offset(&p->desc, e, h);
+        if (at >= 0 && at % p->desc.dilation[e] == 0) kept |= (uint32_t)1 << e;
+    }
+    return kept;
+}
+
+#endif

@@ -1,0 +1,139 @@
+/* plan.h: an attention plan as back ends see it, and the argument structs of attend and attend_bwd.
+ *
+ * A plan is a validated description plus everything that follows from it: strips, the phases in which branches may
+ * run, and counts. It is immutable after lac_plan_get(), so that any number of threads can run it at once.
+ *
+ * Geometry. Queries have positions n + shift (shift = M - N if aligned to the end, else 0), keys have positions
+ * 0 .. M - 1. Inside one segment of one branch the kept positions form a lattice base + i r; both queries and keys
+ * are numbered by i, so causality is j <= i and a window of W positions is |i - j| <= W / r, whatever the dilation.
+ * lac_span_get() is the only place that knows how a segment is cut; the CPU and CUDA back ends both call it.
+ *
+ * Phases. Branches whose strips share no (row, head) may run at the same time; others run one after the other, in
+ * the order of the branches, because a merge reads what the earlier branches left. The backward has phases of its
+ * own: with grouped heads two strips can also meet in the rows of dk and dv.
+ *
+ * Dropout of the pair (b, h, query row n, key row j) is draw ((b H + h) N + n) M + j of the stream (seed, offset) in
+ * the mapping of rng.h for 32-bit draws: exactly what lac_dropout does to a dense f32 [B, H, N, M] tensor. It does
+ * not depend on the branch: a pair that several branches keep is dropped in all of them or in none.
+ */
+#ifndef LAC_PLAN_H
+#define LAC_PLAN_H
+#include "backend.h"
+
+/* Tile sizes of the CPU back end; here because the plan reports how much working memory they take. */
+enum {
+    LAC_ATTN_QUERIES = 1024, /* query rows of one forward task */
+    LAC_ATTN_KEYS = 256,     /* keys of one forward tile, and columns of a score row */
+    LAC_ATTN_ROWS = 48,      /* query rows that a score tile holds: a multiple of every micro-kernel's height */
+    LAC_ATTN_BKEYS = 128,    /* keys and query rows of one backward tile */
+    LAC_ATTN_BROWS = 96,
+    LAC_ATTN_GROUP = 128 /* short segments share a task until they have this many rows */
+};
+
+/* The heads of one branch that share a key/value head and an offset: what one backward task owns. */
+typedef struct lac_unit {
+    int32_t branch, kv_head, first, heads; /* plan->unit_heads[first .. first + heads) */
+    int64_t offset;
+} lac_unit;
+
+struct lac_plan {
+    atomic_int references;
+    lac_attn_desc desc;
+    lac_plan_info info;                /* all but rows and references, which lac_plan_describe() fills */
+    int64_t shift;                     /* position of query row 0 */
+    int64_t segment[LAC_MAX_BRANCHES]; /* clamped to the largest position + 1: one segment then */
+    int32_t head0[LAC_MAX_BRANCHES], heads[LAC_MAX_BRANCHES];
+    int32_t forward_phase[LAC_MAX_BRANCHES], backward_phase[LAC_MAX_BRANCHES];
+    int32_t forward_phases, backward_phases;
+    int32_t units;
+    lac_strip *strips;
+    lac_unit *unit; /* sorted by branch */
+    int32_t *unit_heads;
+};
+
+/* weight of one branch's output in the sum */
+static inline double lac_plan_gscale(const lac_plan *p)
+{
+    return p->desc.merge == LAC_MERGE_MEAN ? 1.0 / p->desc.branches : 1.0;
+}
+/* does every head run several branches, so that rows have one softmax per branch beside the merged one? */
+static inline bool lac_plan_many(const lac_plan *p)
+{
+    return p->desc.heads_scheme == LAC_HEADS_ALL && p->desc.branches > 1;
+}
+/* is the softmax over each branch alone (mean, sum) and has branch_lse to be kept for the backward? */
+static inline bool lac_plan_branch_softmax(const lac_plan *p)
+{
+    return lac_plan_many(p) && (p->desc.merge == LAC_MERGE_MEAN || p->desc.merge == LAC_MERGE_SUM);
+}
+/* does the backward need one delta per branch, hence a pass over scores of its own? */
+static inline bool lac_plan_branch_delta(const lac_plan *p)
+{
+    return lac_plan_branch_softmax(p) || (lac_plan_many(p) && p->desc.merge == LAC_MERGE_LSE_DETACH);
+}
+
+/* offset of the lattice that head `head` keeps in branch `branch` */
+int64_t lac_plan_offset(const lac_attn_desc *d, int32_t branch, int32_t head);
+
+/* One segment of one lattice: row i has position base + i r; queries are q0 <= i < q1, keys 0 <= i < keys. */
+typedef struct lac_span {
+    int64_t base, q0, q1, keys;
+} lac_span;
+
+/* how many lattice points base, base + r, ... are below `end` */
+static inline int64_t lac_lattice_count(int64_t base, int64_t r, int64_t end)
+{
+    return end > base ? (end - base - 1) / r + 1 : 0;
+}
+
+static inline lac_span lac_span_get(const lac_plan *p, int32_t branch, int64_t offset, int64_t segment)
+{
+    int64_t w = p->segment[branch], r = p->desc.dilation[branch], end = (segment + 1) * w;
+    int64_t q_end = p->shift + p->desc.n, m = p->desc.m;
+    lac_span s = {.base = segment * w + offset};
+    s.q0 = lac_lattice_count(s.base, r, p->shift < end ? p->shift : end);
+    s.q1 = lac_lattice_count(s.base, r, q_end < end ? q_end : end);
+    s.keys = lac_lattice_count(s.base, r, m < end ? m : end);
+    return s;
+}
+
+/* the segments that hold queries: [*first, *last) */
+static inline void lac_plan_segments(const lac_plan *p, int32_t branch, int64_t *first, int64_t *last)
+{
+    int64_t w = p->segment[branch], start = p->shift > 0 ? p->shift : 0;
+    *first = start / w;
+    *last = (p->shift + p->desc.n - 1) / w + 1;
+}
+
+/* Row i attends to the keys lattice_low(i) <= j < lattice_high(i) of its span (before padding, dedup). Windows
+ * are in lattice steps: lac_plan_window() gives keys that may follow and precede a row. */
+typedef struct lac_band {
+    int64_t after, before; /* j <= i + after, j >= i - before */
+} lac_band;
+static inline lac_band lac_plan_band(const lac_plan *p, int32_t branch)
+{
+    int64_t reach = p->desc.window < 0 ? INT64_MAX / 4 : p->desc.window / p->desc.dilation[branch];
+    return (lac_band){.after = p->desc.causal ? 0 : reach, .before = reach};
+}
+
+/* Views not given have data NULL. */
+struct lac_a_attend {
+    const lac_plan *plan;
+    lac_view q, k, v; /* [B, N, H, D], [B, M, Hk, D]; one float dtype, any strides */
+    lac_view padding; /* [B, M] bool, true = keep */
+    lac_view lengths; /* [B] i64 or i32 */
+    double scale;     /* finite, not 0 */
+    double dropout;   /* [0, 1) */
+    uint64_t seed, offset;
+    lac_view out;        /* [B, N, H, D] contiguous, of q's dtype */
+    lac_view lse;        /* [B, N, H] contiguous, f32 (f64 for f64): of the merged softmax */
+    lac_view branch_lse; /* [G, B, N, H] contiguous; only if lac_plan_branch_softmax() */
+};
+
+struct lac_a_attend_bwd {
+    lac_a_attend forward; /* out, lse and branch_lse as the forward left them, any strides */
+    lac_view dout, dlse;  /* [B, N, H, D], [B, N, H]; any strides; dlse of lse's dtype */
+    lac_view dq, dk, dv;  /* contiguous, shapes and dtype of q, k, v */
+};
+
+#endif

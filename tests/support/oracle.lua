@@ -1,0 +1,191 @@
+--- Reference mathematics of dilated attention: a dense boolean mask per branch, naive loops, doubles.
+--
+-- This is the definition written down as slowly and as directly as possible, and it shares nothing with the engine:
+-- no strips, no lattice indices, no online softmax, no log-sum-exp carry. A pair (query position p, key j) belongs to
+-- a branch if both are kept, (x mod w) mod r = offset, and floor(x / w) agrees. The exact merge is not computed
+-- from branches at all: every key has a multiplicity (in how many branches it belongs to the row) and one softmax
+-- runs over the keys weighted by it. Gradients are the textbook softmax backward per branch, or for that one
+-- softmax; the engine's P = exp(S - lse), dS = P (dP - delta) with a global delta does not appear.
+--
+-- `rounding` makes the same loops a naive implementation in a lower precision: {result = f, sum = g} rounds every
+-- tensor that an operator would write (scores, probabilities, outputs, ...) and every partial sum.
+--
+-- Arrays are flat, row-major, from 1. Configurations as in attn_direct (filled).
+
+local oracle = {}
+
+local exact = { result = function(x) return x end, sum = function(x) return x end }
+
+-- ---- which pairs ---------------------------------------------------------------------------------
+
+-- offset of head h (from 0) in branch g (from 1)
+local function offset_of(c, g, h)
+  local r = c.dilations[g]
+  if c.offset == "branch" then return (g - 1) % r end
+  if c.offset == "mod" then return h % r end
+  return math.floor(h / math.ceil(c.H / r))
+end
+oracle.offset_of = offset_of
+
+-- does head h run branch g?
+local function runs(c, g, h)
+  if c.heads == "all" then return true end
+  local G, first = #c.segments, 0
+  for i = 1, g - 1 do first = first + math.floor(c.H / G) + (i <= c.H % G and 1 or 0) end
+  return h >= first and h < first + math.floor(c.H / G) + (g <= c.H % G and 1 or 0)
+end
+oracle.runs = runs
+
+local function position(c, n) return c.align == "end" and n + c.M - c.N or n end
+
+--- Does row n (from 0) attend to key j (from 0) in branch g, for head h of batch item b?
+function oracle.attends(c, g, b, h, n, j)
+  local p = position(c, n)
+  local w, r, o = c.segments[g], c.dilations[g], offset_of(c, g, h)
+  if not runs(c, g, h) then return false end
+  if (p % w) % r ~= o or (j % w) % r ~= o then return false end
+  if math.floor(p / w) ~= math.floor(j / w) then return false end
+  if c.causal and j > p then return false end
+  if c.window and c.window >= 0 and math.abs(p - j) > c.window then return false end
+  if c.padding and not c.padding[b * c.M + j + 1] then return false end
+  if c.lengths and j >= c.lengths[b + 1] then return false end
+  return true
+end
+
+--- Is row n kept by branch g for head h, whatever keys there are?
+function oracle.keeps(c, g, h, n)
+  local p = position(c, n)
+  return p >= 0 and runs(c, g, h) and (p % c.segments[g]) % c.dilations[g] == offset_of(c, g, h)
+end
+
+-- weights of one softmax over keys with multiplicity count[j] > 0: p[j] sums to 1; returns p, lse
+local function softmax(c, s, count, ro)
+  local top = -math.huge
+  for j = 1, c.M do if count[j] > 0 and (s[j] > top or s[j] ~= s[j]) then top = s[j] end end
+  local p, sum = {}, 0
+  for j = 1, c.M do
+    p[j] = count[j] > 0 and ro.result(count[j] * math.exp(s[j] - top)) or 0
+    sum = ro.sum(sum + p[j])
+  end
+  if sum == 0 then return p, -math.huge end
+  for j = 1, c.M do p[j] = ro.result(p[j] / sum) end
+  return p, ro.sum(top + math.log(sum))
+end
+
+-- the softmaxes that make one output row: list of { p =, lse =, weight =, exact = } and the merged lse.
+-- out = sum weight * p V; detached weights are constants in the backward.
+local function parts_of(c, s, b, h, n, ro)
+  local parts, total, union = {}, {}, false
+  for j = 1, c.M do total[j] = 0 end
+  for g = 1, #c.segments do
+    local count = {}
+    for j = 1, c.M do
+      count[j] = oracle.attends(c, g, b, h, n, j - 1) and 1 or 0
+      total[j] = total[j] + count[j]
+      if c.dedup and total[j] > 1 then total[j] = 1 end
+    end
+    if runs(c, g, h) then
+      local p, lse = softmax(c, s, count, ro)
+      parts[#parts + 1] = { p = p, lse = lse }
+    end
+  end
+  local merged, lse = softmax(c, s, total, ro)
+  if c.merge == "lse" then union = true end
+  for _, part in ipairs(parts) do
+    if c.merge == "mean" then part.weight = 1 / #c.segments
+    elseif c.merge == "sum" then part.weight = 1
+    else part.weight = lse == -math.huge and 0 or ro.result(math.exp(part.lse - lse)) end
+  end
+  if union then parts = { { p = merged, lse = lse, weight = 1 } } end
+  return parts, lse, merged
+end
+
+--- Expected output row for q = 0 and V = identity: the weight of every key.
+function oracle.pattern_row(c, b, h, n)
+  local zero, row = {}, {}
+  for j = 1, c.M do zero[j], row[j] = 0, 0 end
+  local parts, lse = parts_of(c, zero, b, h, n, exact)
+  for _, part in ipairs(parts) do
+    for j = 1, c.M do row[j] = row[j] + part.weight * part.p[j] end
+  end
+  return row, lse
+end
+
+-- ---- forward and backward ------------------------------------------------------------------------
+
+--- Everything at once. dout nil: forward only. keep(b, h, n, j) says whether dropout keeps a pair.
+-- @treturn table out, lse, dq, dk, dv (flat arrays)
+function oracle.run(c, q, k, v, dout, dlse, opts)
+  opts = opts or {}
+  local ro, keep = opts.rounding or exact, opts.keep
+  local B, N, M, H, Hk, D = c.B, c.N, c.M, c.H, c.Hk, c.D
+  local scale = (c.scale and c.scale ~= 0) and c.scale or 1 / math.sqrt(D)
+  local res = { out = {}, lse = {}, dq = {}, dk = {}, dv = {} }
+  for i = 1, B * N * H * D do res.out[i], res.dq[i] = 0, 0 end
+  for i = 1, B * M * Hk * D do res.dk[i], res.dv[i] = 0, 0 end
+  local inverse = 1 / (1 - (c.dropout or 0))
+  for b = 0, B - 1 do for h = 0, H - 1 do
+    local hk = math.floor(h / (H / Hk))
+    for n = 0, N - 1 do
+      local qa = ((b * N + n) * H + h) * D
+      local s, z = {}, {}
+      for j = 0, M - 1 do
+        local ka, dot = ((b * M + j) * Hk + hk) * D, 0
+        for d = 1, D do dot = ro.sum(dot + q[qa + d] * k[ka + d]) end
+        s[j + 1] = ro.result(ro.result(dot) * scale)
+        z[j + 1] = not keep and 1 or keep(b, h, n, j) and inverse or 0
+      end
+      local parts, lse, merged = parts_of(c, s, b, h, n, ro)
+      res.lse[(b * N + n) * H + h + 1] = lse
+      for _, part in ipairs(parts) do
+        for d = 1, D do
+          local sum = 0
+          for j = 0, M - 1 do
+            if part.p[j + 1] ~= 0 then
+              sum = ro.sum(sum + part.p[j + 1] * z[j + 1] * v[((b * M + j) * Hk + hk) * D + d])
+            end
+          end
+          res.out[qa + d] = ro.sum(res.out[qa + d] + part.weight * ro.result(sum))
+        end
+      end
+      for d = 1, D do res.out[qa + d] = ro.result(res.out[qa + d]) end
+      local ds = {}
+      for j = 1, M do ds[j] = 0 end
+      for _, part in ipairs(dout and parts or {}) do
+        local dp, inner = {}, 0
+        for j = 0, M - 1 do
+          local ka, dot = ((b * M + j) * Hk + hk) * D, 0
+          if part.p[j + 1] ~= 0 then
+            for d = 1, D do
+              local g = ro.result(part.weight * dout[qa + d])
+              res.dv[ka + d] = ro.sum(res.dv[ka + d] + part.p[j + 1] * z[j + 1] * g)
+              dot = ro.sum(dot + g * v[ka + d])
+            end
+          end
+          dp[j + 1] = ro.result(dot * z[j + 1])
+          inner = ro.sum(inner + part.p[j + 1] * dp[j + 1])
+        end
+        for j = 1, M do ds[j] = ds[j] + ro.result(part.p[j] * (dp[j] - inner)) end
+      end
+      if dlse and lse ~= -math.huge then
+        local gl = dlse[(b * N + n) * H + h + 1]
+        for j = 1, M do ds[j] = ds[j] + gl * merged[j] end
+      end
+      for j = 0, dout and M - 1 or -1 do
+        local ka = ((b * M + j) * Hk + hk) * D
+        if ds[j + 1] ~= 0 then
+          for d = 1, D do
+            res.dq[qa + d] = ro.sum(res.dq[qa + d] + scale * ds[j + 1] * k[ka + d])
+            res.dk[ka + d] = ro.sum(res.dk[ka + d] + scale * ds[j + 1] * q[qa + d])
+          end
+        end
+      end
+    end
+  end end
+  for _, name in ipairs { "dq", "dk", "dv" } do
+    for i = 1, #res[name] do res[name][i] = ro.result(res[name][i]) end
+  end
+  return res
+end
+
+return oracle
