@@ -32,7 +32,15 @@ const lac_backend LAC_CPU(backend) = {
     .abi = LAC_ABI, .bytes = sizeof(lac_backend), .name = "cpu", .detail = LAC_CPU_TEXT(LAC_ISA),
     .fill = LAC_CPU(fill), .copy = LAC_CPU(copy), .arange = LAC_CPU(arange),
     .map1 = LAC_CPU(map1), .map1_bwd = LAC_CPU(map1_bwd), .map2 = LAC_CPU(map2), .map2_bwd = LAC_CPU(map2_bwd),
-    .where = LAC_CPU(where), .axpy = LAC_CPU(axpy), .random = LAC_CPU(random), .dropout = LAC_CPU(dropout),
+    .where = LAC_CPU(where), .axpy = LAC_CPU(axpy), .reduce = LAC_CPU(reduce),
+    .softmax = LAC_CPU(softmax), .softmax_bwd = LAC_CPU(softmax_bwd), .matmul = LAC_CPU(matmul),
+    .layernorm = LAC_CPU(layernorm), .layernorm_bwd = LAC_CPU(layernorm_bwd),
+    .cross_entropy = LAC_CPU(cross_entropy), .cross_entropy_bwd = LAC_CPU(cross_entropy_bwd),
+    .linear_cross_entropy = LAC_CPU(linear_cross_entropy), .linear_cross_entropy_bwd = LAC_CPU(linear_cross_entropy_bwd),
+    .index_select = LAC_CPU(index_select), .index_select_bwd = LAC_CPU(index_select_bwd),
+    .gather = LAC_CPU(gather), .gather_bwd = LAC_CPU(gather_bwd), .rope = LAC_CPU(rope),
+    .random = LAC_CPU(random), .dropout = LAC_CPU(dropout),
+    .adamw_many = LAC_CPU(adamw_many), .norm_many = LAC_CPU(norm_many),
     SLOT_attend SLOT_attend_bwd
 };
 

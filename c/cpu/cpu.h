@@ -84,15 +84,29 @@ static inline void lac_cursor_next(const lac_nest *nest, lac_cursor *c)
     }
 }
 
-/* C [m, n] (row stride ldc, compute type of dtype) = beta C + alpha A B, with A [m, k] and B [k, n] given by element
- * strides. Any float dtype on either side; f16 and bf16 multiply and accumulate in f32. matmul.c */
+/* n elements of `bytes` bytes each, so and sx bytes apart; sx = 0 repeats one (elem.c) */
+void LAC_CPU(move)(int bytes, char *out, int64_t so, const char *x, int64_t sx, int64_t n);
+
+/* C = A B (+ C) (+ bias): C [batch, m, n] has dense rows ldc elements apart; A [batch, m, k] and B [batch, k, n] are given
+ * by element strides. Any float dtypes with one compute type; half types multiply and accumulate in f32. matmul.c */
 typedef struct {
-    const void *data;
-    int dtype;
-    int64_t rs, cs;
-} lac_matrix;
-int LAC_CPU(gemm)(const char *op, int64_t m, int64_t n, int64_t k, lac_matrix a, lac_matrix b, double beta, void *c,
-                  int64_t ldc, const lac_matrix *bias);
+    int64_t m, n, k;
+    const void *a, *b;
+    int a_dtype, b_dtype, c_dtype;
+    int64_t a_rs, a_cs, b_rs, b_cs, ldc;
+    void *c;
+    bool accumulate;    /* needs c_dtype f32 or f64 */
+    const lac_view *bias; /* [n] or NULL */
+    int batch_axes;     /* c steps m * ldc from one batch item to the next */
+    int64_t batch_shape[LAC_MAX_DIMS], a_batch[LAC_MAX_DIMS], b_batch[LAC_MAX_DIMS];
+} lac_gemm;
+int LAC_CPU(gemm)(const char *op, const lac_gemm *g);
+
+/* double or float sums of short arrays, in a fixed order (reduce.c) */
+double LAC_CPU(sum)(int ctype, const void *x, int64_t n);
+/* the index tensor as int64_t in row-major order in new workspace; every value must be in [0, size) or equal *ignore */
+int LAC_CPU(indices)(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore,
+                     int64_t **out);
 
 #define LAC_OP(name, args, gradient) int LAC_CPU(name)(const args *a);
 #include "../ops.def"

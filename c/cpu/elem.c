@@ -95,8 +95,7 @@ LAC_INLINE double d_gelu_tanh_grad(double x)
 }
 LAC_INLINE float f_gelu_tanh(float x)
 {
-    double d = (double)x;
-    return x * (float)(1 / (1 + v_exp_d(-GELU_TANH_ARGUMENT(d))));
+    return x * v_sigmoidf(1.595769122f * (x + 0.044715f * x * x * x));
 }
 LAC_INLINE float f_gelu_tanh_grad(float x)
 {
@@ -376,7 +375,7 @@ int LAC_CPU(axpy)(const lac_a_axpy *a)
         for (int64_t i = 0; i < n; i++) to[i] = value;                                                                 \
     } while (0)
 
-static void move_strip(int bytes, char *out, int64_t so, const char *x, int64_t sx, int64_t n)
+void LAC_CPU(move)(int bytes, char *out, int64_t so, const char *x, int64_t sx, int64_t n)
 {
     if (so == bytes && sx == bytes) {
         memcpy(out, x, (size_t)(n * bytes));
@@ -448,7 +447,7 @@ static void copy_task(void *context, int64_t begin, int64_t end, int thread)
         const char *x = at.at[1] + start * sx;
         if (length == 1) so = lac_bytes_of(to), sx = lac_bytes_of(from);
         if (to == from) {
-            move_strip((int)lac_bytes_of(to), out, so, x, sx, n);
+            LAC_CPU(move)((int)lac_bytes_of(to), out, so, x, sx, n);
         } else {
             const void *v = LAC_CPU(load)(from, x, sx, n, first);
             v = convert_block(lac_compute_type(from), lac_compute_type(to), to, v, second, n);

@@ -1,0 +1,279 @@
+/* index.c: index_select (the embedding), gather and their gradients on the CPU.
+ *
+ * Forward copies bytes, whatever the dtype. All indices are checked before anything is written, so an error leaves no
+ * half-filled result and names the first bad one.
+ * The embedding's gradient adds rows that share an index. Atomics would make the sum depend on timing; here a
+ * counting sort lists, for every destination row, its sources in their original order, and each destination is summed
+ * by one thread, in double, and rounded once. So it is deterministic, independent of threads, and in half precision far
+ * better than adding into bf16. gather's gradient does the same per line along the axis, without the sort.
+ */
+#include "cpu.h"
+#include "simd.h"
+
+enum { BLOCK = 256 };
+
+int LAC_CPU(indices)(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore, int64_t **out)
+{
+    int64_t n = lac_view_numel(index);
+    int64_t *list = lac_workspace_get(op, (size_t)n * 8 + 8);
+    if (!list) return LAC_E_MEMORY;
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        int64_t m = n - at < BLOCK ? n - at : BLOCK, bad = 0;
+        const void *from = LAC_CPU(load_linear)(index, at, m, list + at);
+        if (from != list + at) memcpy(list + at, from, (size_t)m * 8);
+        for (int64_t i = at; i < at + m; i++) bad += (list[i] < 0 || list[i] >= size) && !(ignore && list[i] == *ignore);
+        if (!bad) continue;
+        int64_t i = at;
+        while ((list[i] >= 0 && list[i] < size) || (ignore && list[i] == *ignore)) i++;
+        int64_t value = list[i];
+        lac_workspace_put(list);
+        LAC_FAIL(INDEX, "%s: %s number %lld is %lld (counted from 0), outside 0..%lld", op, what, (long long)(i + 1),
+                 (long long)value, (long long)(size - 1));
+    }
+    *out = list;
+    return 0;
+}
+
+/* axes [first, last) of v as a view of their own */
+static lac_view axes_of(const lac_view *v, int first, int last)
+{
+    lac_view w = {.data = v->data, .dtype = v->dtype, .ndim = last - first};
+    for (int d = first; d < last; d++) {
+        w.shape[d - first] = v->shape[d];
+        w.stride[d - first] = v->stride[d];
+    }
+    return w;
+}
+
+/* elements from v's start to row-major position i of its axes */
+static int64_t offset_of(const lac_view *v, int64_t i)
+{
+    int64_t at = 0;
+    for (int d = v->ndim - 1; d >= 0; d--) {
+        at += i % v->shape[d] * v->stride[d];
+        i /= v->shape[d];
+    }
+    return at;
+}
+
+/* ---- index_select ---- */
+
+typedef struct {
+    lac_view x_outer, x_inner; /* axes before and after `dim` */
+    lac_nest inner;            /* out, x: the axes after `dim` */
+    const int64_t *index;
+    int64_t n, inner_count, inner_rows, x_stride, size;
+    char *x, *out;
+    int bytes;
+    /* backward */
+    const int64_t *start, *order;
+    lac_view g_outer, g_index, g_inner;
+    int dtype;
+} select_job;
+
+static void select_task(void *context, int64_t begin, int64_t end, int thread)
+{
+    const select_job *job = context;
+    const lac_nest *nest = &job->inner;
+    int last = nest->ndim - 1;
+    (void)thread;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t outer = t / job->n, i = t % job->n;
+        const char *x = job->x + (offset_of(&job->x_outer, outer) + job->index[i] * job->x_stride) * job->bytes;
+        char *out = job->out + t * job->inner_count * job->bytes;
+        int64_t out_delta = out - nest->data[0], x_delta = x - nest->data[1], so = nest->stride[0][last], sx = nest->stride[1][last];
+        if (nest->shape[last] == 1) so = sx = job->bytes;
+        lac_cursor c;
+        LAC_CPU(cursor_set)(nest, &c, 0);
+        for (int64_t r = 0; r < job->inner_rows; r++, lac_cursor_next(nest, &c))
+            LAC_CPU(move)(job->bytes, c.at[0] + out_delta, so, c.at[1] + x_delta, sx, nest->shape[last]);
+    }
+}
+
+int LAC_CPU(index_select)(const lac_a_index *a)
+{
+    int64_t *index;
+    if (lac_view_numel(&a->out) == 0) {
+        /* nothing to copy, but a bad index is still an error */
+        LAC_TRY(LAC_CPU(indices)("index_select", "index", &a->index, a->x.shape[a->dim], NULL, &index));
+        lac_workspace_put(index);
+        return 0;
+    }
+    LAC_TRY(LAC_CPU(indices)("index_select", "index", &a->index, a->x.shape[a->dim], NULL, &index));
+    select_job job = {.x_outer = axes_of(&a->x, 0, a->dim), .x_inner = axes_of(&a->x, a->dim + 1, a->x.ndim), .index = index,
+                      .n = lac_view_numel(&a->index), .x_stride = a->x.stride[a->dim], .x = a->x.data, .out = a->out.data,
+                      .bytes = (int)lac_bytes_of(a->x.dtype)};
+    lac_view out_inner = job.x_inner;
+    int64_t span = 1;
+    for (int d = out_inner.ndim - 1; d >= 0; d--) {
+        out_inner.stride[d] = span;
+        span *= out_inner.shape[d];
+    }
+    out_inner.data = a->out.data;
+    const lac_view *views[] = {&out_inner, &job.x_inner};
+    LAC_CPU(nest_make)(&job.inner, 2, views);
+    job.inner_count = span;
+    job.inner_rows = span / job.inner.shape[job.inner.ndim - 1];
+    int64_t tasks = lac_view_numel(&job.x_outer) * job.n;
+    int status = LAC_CPU(parallel)("index_select", tasks, tasks * span, select_task, &job);
+    lac_workspace_put(index);
+    return status;
+}
+
+static void select_bwd_task(void *context, int64_t begin, int64_t end, int thread)
+{
+    const select_job *job = context;
+    int64_t bytes = job->bytes;
+    double sums[BLOCK], space[BLOCK];
+    float rounded[BLOCK];
+    (void)thread;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t outer = t / job->size, row = t % job->size;
+        char *out = job->out + t * job->inner_count * bytes;
+        for (int64_t at = 0; at < job->inner_count; at += BLOCK) {
+            int64_t m = job->inner_count - at < BLOCK ? job->inner_count - at : BLOCK;
+            for (int64_t j = 0; j < m; j++) sums[j] = 0;
+            for (int64_t e = job->start[row]; e < job->start[row + 1]; e++) {
+                lac_view g = job->g_inner;
+                g.data = job->x + (offset_of(&job->g_outer, outer) + offset_of(&job->g_index, job->order[e])) * bytes;
+                const void *v = LAC_CPU(load_linear)(&g, at, m, space);
+                if (job->dtype == LAC_F64) for (int64_t j = 0; j < m; j++) sums[j] += ((const double *)v)[j];
+                else for (int64_t j = 0; j < m; j++) sums[j] += (double)((const float *)v)[j];
+            }
+            const void *v = sums;
+            if (job->dtype != LAC_F64) {
+                for (int64_t j = 0; j < m; j++) rounded[j] = job->dtype == LAC_F32 ? (float)sums[j] : v_round_odd(sums[j]);
+                v = rounded;
+            }
+            LAC_CPU(store)(job->dtype, v, out + at * bytes, bytes, m);
+        }
+    }
+}
+
+/* start[r] .. start[r + 1]: where in order[] the positions with index r are, ascending */
+static int64_t *sort_positions(const char *op, const int64_t *index, int64_t n, int64_t size)
+{
+    int64_t *start = lac_workspace_get(op, (size_t)(n + size + 2) * 8);
+    if (!start) return NULL;
+    int64_t *order = start + size + 1;
+    memset(start, 0, (size_t)(size + 1) * 8);
+    for (int64_t i = 0; i < n; i++) start[index[i] + 1]++;
+    for (int64_t r = 0; r < size; r++) start[r + 1] += start[r];
+    /* start[r] moves to the end of its run while the run is filled, then everything is shifted back */
+    for (int64_t i = 0; i < n; i++) order[start[index[i]]++] = i;
+    memmove(start + 1, start, (size_t)size * 8);
+    start[0] = 0;
+    return start;
+}
+
+int LAC_CPU(index_select_bwd)(const lac_a_index_bwd *a)
+{
+    const char *op = "index_select_bwd";
+    int64_t *index, size = a->out.shape[a->dim], n = lac_view_numel(&a->index);
+    int axes = a->index.ndim;
+    LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
+    if (lac_view_numel(&a->out) == 0) return lac_workspace_put(index), 0;
+    int64_t *start = sort_positions(op, index, n, size);
+    lac_workspace_put(index);
+    if (!start) return LAC_E_MEMORY;
+    select_job job = {.start = start, .order = start + size + 1, .size = size, .dtype = a->g.dtype,
+                      .g_outer = axes_of(&a->g, 0, a->dim), .g_index = axes_of(&a->g, a->dim, a->dim + axes),
+                      .g_inner = axes_of(&a->g, a->dim + axes, a->g.ndim), .x = a->g.data, .out = a->out.data,
+                      .bytes = (int)lac_bytes_of(a->g.dtype)};
+    job.inner_count = lac_view_numel(&job.g_inner);
+    int64_t outer = lac_view_numel(&job.g_outer), work = outer * (size + n) * job.inner_count;
+    int status = LAC_CPU(parallel)(op, outer * size, work, select_bwd_task, &job);
+    lac_workspace_put(start);
+    return status;
+}
+
+/* ---- gather ---- */
+
+typedef struct {
+    const lac_view *x, *out; /* backward: x is g */
+    const int64_t *index;    /* in the row-major order of the indexed tensor */
+    int64_t size, length, bytes;
+    int dim;
+    double *sums; /* [threads][size] */
+} gather_job;
+
+static void gather_task(void *context, int64_t begin, int64_t end, int thread)
+{
+    const gather_job *job = context;
+    const lac_view *x = job->x;
+    int last = job->out->ndim - 1;
+    (void)thread;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t base = 0, rest = t;
+        for (int d = last - 1; d >= 0; d--) {
+            int64_t i = rest % job->out->shape[d];
+            rest /= job->out->shape[d];
+            if (d != job->dim) base += i * x->stride[d];
+        }
+        int64_t along = job->dim == last ? 0 : x->stride[last], step = x->stride[job->dim];
+        for (int64_t j = 0; j < job->length; j++) {
+            int64_t at = t * job->length + j;
+            const char *from = (const char *)x->data + (base + j * along + job->index[at] * step) * job->bytes;
+            memcpy((char *)job->out->data + at * job->bytes, from, (size_t)job->bytes);
+        }
+    }
+}
+
+int LAC_CPU(gather)(const lac_a_index *a)
+{
+    int64_t *index;
+    LAC_TRY(LAC_CPU(indices)("gather", "index", &a->index, a->x.shape[a->dim], NULL, &index));
+    int64_t numel = lac_view_numel(&a->out);
+    gather_job job = {.x = &a->x, .out = &a->out, .index = index, .dim = a->dim, .bytes = lac_bytes_of(a->x.dtype),
+                      .length = a->out.shape[a->out.ndim - 1]};
+    int status = numel ? LAC_CPU(parallel)("gather", numel / job.length, numel * 2, gather_task, &job) : 0;
+    lac_workspace_put(index);
+    return status;
+}
+
+/* one line along `dim`: sum the line of g into zeros at the indices, in order */
+static void gather_bwd_task(void *context, int64_t begin, int64_t end, int thread)
+{
+    const gather_job *job = context;
+    const lac_view *g = job->x;
+    double *sums = job->sums + job->size * thread;
+    int64_t inner = 1, lines = g->shape[job->dim];
+    for (int d = job->dim + 1; d < g->ndim; d++) inner *= g->shape[d];
+    for (int64_t t = begin; t < end; t++) {
+        int64_t before = t / inner, after = t % inner, base = 0, rest = t;
+        for (int d = g->ndim - 1; d >= 0; d--) {
+            if (d == job->dim) continue;
+            base += rest % g->shape[d] * g->stride[d];
+            rest /= g->shape[d];
+        }
+        memset(sums, 0, (size_t)job->size * sizeof(double));
+        for (int64_t i = 0; i < lines; i++) {
+            double value;
+            const char *at = (const char *)g->data + (base + i * g->stride[job->dim]) * job->bytes;
+            const void *v = LAC_CPU(load)(g->dtype, at, job->bytes, 1, &value);
+            sums[job->index[(before * lines + i) * inner + after]] += g->dtype == LAC_F64 ? *(const double *)v : (double)*(const float *)v;
+        }
+        char *out = (char *)job->out->data + (before * job->size * inner + after) * job->bytes;
+        for (int64_t i = 0; i < job->size; i++) {
+            float f = g->dtype == LAC_F32 ? (float)sums[i] : v_round_odd(sums[i]);
+            LAC_CPU(store)(g->dtype, g->dtype == LAC_F64 ? (void *)&sums[i] : &f, out + i * inner * job->bytes, job->bytes, 1);
+        }
+    }
+}
+
+int LAC_CPU(gather_bwd)(const lac_a_index_bwd *a)
+{
+    const char *op = "gather_bwd";
+    int64_t *index, size = a->out.shape[a->dim], numel = lac_view_numel(&a->out);
+    LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
+    int status = 0;
+    if (numel > 0) {
+        gather_job job = {.x = &a->g, .out = &a->out, .index = index, .dim = a->dim, .size = size, .bytes = lac_bytes_of(a->g.dtype)};
+        int64_t lines = numel / size, work = numel * 2;
+        job.sums = lac_workspace_get(op, (size_t)(size * LAC_CPU(threads)(lines, work)) * 8);
+        status = job.sums ? LAC_CPU(parallel)(op, lines, work, gather_bwd_task, &job) : LAC_E_MEMORY;
+        lac_workspace_put(job.sums);
+    }
+    lac_workspace_put(index);
+    return status;
+}

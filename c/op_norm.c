@@ -1,0 +1,126 @@
+/* op_norm.c: front ends of softmax and layer normalisation.
+ *
+ * Softmax runs over any one axis, as the softmax or its logarithm; the backward needs only the result, so the input can
+ * go. Layer normalisation (Ba, Kiros and Hinton 2016) runs over the last axis with optional gamma and beta; it saves
+ * mean and rstd, [rows] in f32 (f64 for f64), because recomputing them costs two passes and they are small.
+ * eps must be positive: with 0 a constant row divides by zero, and a script that wants NaN there can write it out.
+ * dgamma and dbeta are asked for by passing a place for them; dgamma without gamma is refused, as there is nothing it
+ * would be the gradient of (dbeta does not need beta's value, so it is always possible).
+ */
+#include "op_front.h"
+
+int lac_softmax(const lac_tensor *x, int dim, int logarithm, lac_tensor *out)
+{
+    const char *op = logarithm ? "log_softmax" : "softmax";
+    lac_a_softmax a = {.logarithm = logarithm != 0};
+    LAC_OUT(op, "out", out);
+    LAC_TRY(lac_view_get(op, "x", x, &a.x));
+    LAC_TRY(lac_need_float(op, "x", x));
+    LAC_TRY(lac_axis(op, x, dim, &a.dim));
+    LAC_TRY(lac_tensor_new(op, x->dtype, x->device, x->ndim, x->shape, out, &a.out));
+    LAC_RUN_OUT(softmax, x->device, &a, out);
+    return 0;
+}
+
+int lac_softmax_bwd(const lac_tensor *y, const lac_tensor *g, int dim, int logarithm, lac_tensor *out)
+{
+    const char *op = logarithm ? "log_softmax_bwd" : "softmax_bwd";
+    lac_a_softmax_bwd a = {.logarithm = logarithm != 0};
+    LAC_OUT(op, "out", out);
+    LAC_TRY(lac_view_get(op, "y", y, &a.y));
+    LAC_TRY(lac_view_get(op, "g", g, &a.g));
+    LAC_TRY(lac_need_float(op, "y", y));
+    LAC_TRY(lac_same_dtype(op, "y", y, "g", g));
+    LAC_TRY(lac_same_device(op, "y", y, "g", g));
+    LAC_TRY(lac_same_shape(op, "y", y, "g", g));
+    LAC_TRY(lac_axis(op, y, dim, &a.dim));
+    LAC_TRY(lac_tensor_new(op, y->dtype, y->device, y->ndim, y->shape, out, &a.out));
+    LAC_RUN_OUT(softmax_bwd, y->device, &a, out);
+    return 0;
+}
+
+/* an optional vector [E] of x's dtype */
+static int vector_get(const char *op, const char *name, const lac_tensor *t, const lac_tensor *x, lac_view *v)
+{
+    v->data = NULL;
+    if (!t) return 0;
+    LAC_TRY(lac_view_get(op, name, t, v));
+    LAC_TRY(lac_same_dtype(op, "x", x, name, t));
+    LAC_TRY(lac_same_device(op, "x", x, name, t));
+    if (t->ndim == 1 && t->shape[0] == x->shape[x->ndim - 1]) return 0;
+    LAC_FAIL(SHAPE, "%s: %s must be [%lld], the last size of x %s, got %s", op, name, (long long)x->shape[x->ndim - 1],
+             lac_shape_text(x->shape, x->ndim), lac_shape_text(t->shape, t->ndim));
+}
+
+/* x [..., E], a float of at least one dimension; *rows is the product of the others */
+static int rows_get(const char *op, const lac_tensor *x, lac_view *v, int64_t *rows)
+{
+    int64_t total;
+    LAC_TRY(lac_view_get(op, "x", x, v));
+    LAC_TRY(lac_need_float(op, "x", x));
+    if (x->ndim < 1 || x->shape[x->ndim - 1] < 1)
+        LAC_FAIL(SHAPE, "%s: x must have a last dimension of at least one element, got %s", op,
+                 lac_shape_text(x->shape, x->ndim));
+    LAC_TRY(lac_front_count(op, "x", x, &total));
+    lac_tensor outer = *x;
+    outer.ndim--;
+    return lac_front_count(op, "x", &outer, rows);
+}
+
+int lac_layernorm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *beta, double eps, lac_tensor *out,
+                  lac_tensor *mean, lac_tensor *rstd)
+{
+    lac_a_layernorm a = {.eps = eps};
+    int64_t rows;
+    LAC_OUT("layernorm", "out", out);
+    LAC_OUT("layernorm", "mean", mean);
+    LAC_OUT("layernorm", "rstd", rstd);
+    LAC_TRY(rows_get("layernorm", x, &a.x, &rows));
+    LAC_TRY(vector_get("layernorm", "gamma", gamma, x, &a.gamma));
+    LAC_TRY(vector_get("layernorm", "beta", beta, x, &a.beta));
+    if (!(eps > 0 && isfinite(eps))) LAC_FAIL(ARGUMENT, "layernorm: eps must be positive and finite, got %g", eps);
+    int stat = lac_front_stat_dtype(x->dtype);
+    LAC_TRY(lac_tensor_new("layernorm", x->dtype, x->device, x->ndim, x->shape, out, &a.out));
+    LAC_TRY_OUT(lac_tensor_new("layernorm", stat, x->device, 1, &rows, mean, &a.mean), out);
+    LAC_TRY_OUT(lac_tensor_new("layernorm", stat, x->device, 1, &rows, rstd, &a.rstd), out, mean);
+    LAC_RUN_OUT(layernorm, x->device, &a, out, mean, rstd);
+    return 0;
+}
+
+/* saved statistics [rows] */
+static int stat_get(const char *name, const lac_tensor *t, const lac_tensor *x, int64_t rows, lac_view *v)
+{
+    LAC_TRY(lac_view_get("layernorm_bwd", name, t, v));
+    LAC_TRY(lac_same_device("layernorm_bwd", "x", x, name, t));
+    int stat = lac_front_stat_dtype(x->dtype);
+    if (t->dtype == stat && t->ndim == 1 && t->shape[0] == rows) return 0;
+    LAC_FAIL(SHAPE, "layernorm_bwd: %s must be %s [%lld] for x %s, got %s", name, lac_dtype_name(stat), (long long)rows,
+             lac_describe(x), lac_describe(t));
+}
+
+int lac_layernorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *mean, const lac_tensor *rstd,
+                      const lac_tensor *g, lac_tensor *dx, lac_tensor *dgamma, lac_tensor *dbeta)
+{
+    const char *op = "layernorm_bwd";
+    lac_a_layernorm_bwd a;
+    int64_t rows;
+    LAC_OUT(op, "dx", dx);
+    if (dgamma) dgamma->storage = NULL;
+    if (dbeta) dbeta->storage = NULL;
+    LAC_TRY(rows_get(op, x, &a.x, &rows));
+    LAC_TRY(vector_get(op, "gamma", gamma, x, &a.gamma));
+    LAC_TRY(stat_get("mean", mean, x, rows, &a.mean));
+    LAC_TRY(stat_get("rstd", rstd, x, rows, &a.rstd));
+    LAC_TRY(lac_view_get(op, "g", g, &a.g));
+    LAC_TRY(lac_same_dtype(op, "x", x, "g", g));
+    LAC_TRY(lac_same_device(op, "x", x, "g", g));
+    LAC_TRY(lac_same_shape(op, "x", x, "g", g));
+    if (dgamma && !gamma) LAC_FAIL(ARGUMENT, "layernorm_bwd: dgamma was asked for, but there is no gamma");
+    const int64_t *width = &x->shape[x->ndim - 1];
+    a.dgamma.data = a.dbeta.data = NULL;
+    LAC_TRY(lac_tensor_new(op, x->dtype, x->device, x->ndim, x->shape, dx, &a.dx));
+    if (dgamma) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 1, width, dgamma, &a.dgamma), dx);
+    if (dbeta) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 1, width, dbeta, &a.dbeta), dx, dgamma);
+    LAC_RUN_OUT(layernorm_bwd, x->device, &a, dx, dgamma, dbeta);
+    return 0;
+}
