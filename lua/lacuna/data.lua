@@ -360,4 +360,35 @@ function data.xz_size(...)
   return size
 end
 
+--- The default text: the King James Bible of the Debian packages bible-kjv and bible-kjv-text (4.4 MB, public
+-- domain), one verse a line ("Ge1:1 In the beginning ..."), made once and kept in the user's cache directory.
+-- @treturn Bytes
+-- @raise names the packages when the program `bible` is missing
+function data.bible()
+  local home = os.getenv("HOME")
+  local cache = os.getenv("XDG_CACHE_HOME")
+  if not cache or cache == "" then cache = (home and home ~= "" and home or "/tmp") .. "/.cache" end
+  local dir = cache .. "/lacuna"
+  local path = dir .. "/kjv.txt"
+  if not sys.exists(path) then
+    if not sys.has_program("bible") then
+      schema.fail("data.bible",
+        "the default text is not installed: apt-get install bible-kjv bible-kjv-text, or "
+        .. "give a file of your own")
+    end
+    local ok, reason = sys.mkdir(dir)
+    if not ok then schema.fail("data.bible", "%s", reason) end
+    local temporary = sys.temporary_beside(path)
+    local status, _, err = sys.run("bible -f gen1:1-rev22:21 >" .. sys.quote(temporary))
+    local size = sys.file_size(temporary) or 0
+    if status ~= 0 or size < 4e6 then
+      os.remove(temporary)
+      schema.fail("data.bible", "`bible -f gen1:1-rev22:21` failed with status %d after %d bytes: %s",
+        status, size, err)
+    end
+    assert(os.rename(temporary, path))
+  end
+  return data.open(path)
+end
+
 return data

@@ -1,0 +1,172 @@
+--- sweep_segments.lua: quality against cost of segment and dilation configurations.
+--
+--   build/bin/lacuna experiments/sweep_segments.lua --seeds 2
+--
+-- One model, one text, one number of steps; only the attention pattern differs: dense, a local window of one
+-- segment length, LongNet mixtures of growing reach, the same with heads split, and dilation alone. Every
+-- configuration starts from the same initial values and sees the same batches in the same order (both depend
+-- on the seed only), so differences are the pattern's. With several seeds the table gives mean and half the
+-- range; differences within that range are noise.
+--
+-- Cost is counted, not timed: attention FLOPs per token from the plan's pairs, and total FLOPs per token with
+-- the products, which at small contexts dominate (that is why both are shown: a pattern that saves 80% of the
+-- attention may save 5% of a step). The results are in sweep.json, the log of every run in its folder,
+-- figures beside them. Equal steps are not equal compute; the plot against total FLOPs is there for that
+-- question.
+
+local lac = require "lacuna"
+local cli = require "lacuna.cli"
+local runlog = require "lacuna.log"
+local json = require "lacuna.json"
+
+local SPEC = {
+  program = "sweep_segments",
+  about = "Trains one model with different segments and dilations; shows quality against FLOPs.",
+  { name = "data", type = "string",
+  help = "text file (default: the King James Bible of Debian's bible-kjv)" },
+  { name = "context", type = "integer", min = 16, default = 512, help = "bytes in a window" },
+  { name = "layers", type = "integer", min = 1, default = 2, help = "blocks" },
+  { name = "width", type = "integer", min = 1, default = 96, help = "model width" },
+  { name = "heads", type = "integer", min = 2, default = 4, help = "attention heads" },
+  { name = "batch", type = "integer", min = 1, default = 8, help = "windows in a step" },
+  { name = "steps", type = "integer", min = 1, default = 200, help = "training steps of every run" },
+  { name = "lr", type = "number", above = 0, default = 4e-3, help = "largest learning rate" },
+  { name = "seed", type = "integer", min = 0, default = 1, help = "the first seed" },
+  { name = "seeds", type = "integer", min = 1, default = 1, help = "runs of every configuration" },
+  { name = "eval_bytes", type = "integer", min = 16, default = 32768,
+  help = "held-out bytes at the end of the text" },
+  { name = "out", type = "string", help = "run folder (default runs/sweep_segments-<time>)" },
+  { name = "threads", type = "integer", min = 1, help = "CPU threads (default: all cores)" },
+  { name = "quick", type = "boolean", help = "a sweep of seconds (other options still apply)" },
+}
+local QUICK = { context = 64, layers = 1, width = 32, batch = 4, steps = 8, eval_bytes = 1024 }
+local QUICK_TEXT = 100000
+
+--- The patterns, as fractions of the context N.
+local function configurations(N)
+  local half, quarter, eighth = math.floor(N / 2), math.floor(N / 4), math.floor(N / 8)
+  return {
+    { name = "dense", segments = { N }, dilations = { 1 } },
+    { name = "local N/4", segments = { quarter }, dilations = { 1 } },
+    { name = "local N/8", segments = { eighth }, dilations = { 1 } },
+    { name = "dilated N, r 4", segments = { N }, dilations = { 4 } },
+    { name = "longnet 2 branches", segments = { quarter, N }, dilations = { 1, 4 } },
+    { name = "longnet 3 branches", segments = { quarter, half, N }, dilations = { 1, 2, 4 } },
+    { name = "longnet 4 branches", segments = { eighth, quarter, half, N }, dilations = { 1, 2, 4, 8 } },
+    { name = "split 2 branches", segments = { quarter, N }, dilations = { 1, 4 }, scheme = "split" },
+  }
+end
+
+local function printf(...)
+  io.stdout:write(string.format(...), "\n")
+  io.stdout:flush()
+end
+
+local function train_one(o, c, seed, train, held, dir)
+  lac.manual_seed(seed)
+  local model = lac.nn.LongNetLM{ layers = o.layers, width = o.width, heads = o.heads, context = o.context,
+    segments = c.segments, dilations = c.dilations, scheme = c.scheme }
+  local schedule, warmup = lac.optim.schedule, math.floor(o.steps / 10)
+  local log = runlog.open{ path = dir }
+  log:config{ name = c.name, segments = c.segments, dilations = c.dilations, scheme = c.scheme or "all",
+    seed = seed,
+    steps = o.steps, context = o.context, width = o.width, layers = o.layers, heads = o.heads,
+    batch = o.batch, lr = o.lr }
+  lac.train.fit{ model = model, optimizer = lac.optim.adamw(model, { lr = o.lr, betas = { 0.9, 0.98 } }),
+    steps = o.steps,
+    clip = 1, schedule = schedule.warmup(warmup, schedule.cosine{ steps = math.max(1, o.steps - warmup),
+    min = 0.05 }),
+    batch = function(k) return train:batch(k, { batch = o.batch, context = o.context, seed = seed }) end,
+    log = log, progress = "none" }
+  local bits = lac.train.bits_per_byte(model, held, { stride = math.floor(o.context / 2) })
+  log:write{ event = "result", bits_per_byte = bits }
+  log:close()
+  local total, parts = model:flops_per_token()
+  return bits, parts.attention_forward + parts.attention_backward, total
+end
+
+local function run_all(o, train, held, dir)
+  local results = {}
+  for i, c in ipairs(configurations(o.context)) do
+    local r = { name = c.name, segments = c.segments, dilations = c.dilations, scheme = c.scheme or "all",
+      bits = json.array() }
+    local started = os.time()
+    for s = 1, o.seeds do
+      local seed = o.seed + s - 1
+      r.bits[s], r.attention_flops, r.total_flops = train_one(o, c, seed, train, held,
+        ("%s/%02d-seed%d"):format(dir, i, seed))
+    end
+    local low, high, sum = math.huge, -math.huge, 0
+    for _, b in ipairs(r.bits) do low, high, sum = math.min(low, b), math.max(high, b), sum + b end
+    r.mean, r.half_range = sum / #r.bits, (high - low) / 2
+    results[i] = r
+    printf("%d/%d  %-20s %.4f bits per byte%s  (%d s)", i, #configurations(o.context), r.name, r.mean,
+      o.seeds > 1 and (" +- %.4f"):format(r.half_range) or "", os.time() - started)
+  end
+  return results
+end
+
+local function show_table(o, results)
+  printf("\n%-20s %-22s %-12s %-6s %10s %10s %9s%s", "pattern", "segments", "dilations", "heads",
+    "attention", "total",
+    "held out", o.seeds > 1 and "   +- half range" or "")
+  printf("%-20s %-22s %-12s %-6s %10s %10s %9s", "", "", "", "", "FLOP/token", "FLOP/token", "bits/byte")
+  for _, r in ipairs(results) do
+    printf("%-20s %-22s %-12s %-6s %9.1fk %9.1fk %9.4f%s", r.name, table.concat(r.segments, ","),
+      table.concat(r.dilations, ","), r.scheme, r.attention_flops / 1e3, r.total_flops / 1e3, r.mean,
+      o.seeds > 1 and ("   %.4f"):format(r.half_range) or "")
+  end
+  if o.seeds == 1 then
+    printf("\nOne seed: how much of a difference is noise is not known. --seeds 2 or more tells.")
+  else
+    printf("\n%d seeds: differences of the order of the half range are noise.", o.seeds)
+  end
+end
+
+local function draw(results, dir)
+  for _, cost in ipairs{ { "attention_flops", "attention FLOP per token" }, { "total_flops",
+    "total FLOP per token" } } do
+    local x, y, labels = {}, {}, {}
+    for i, r in ipairs(results) do x[i], y[i], labels[i] = r[cost[1]], r.mean, r.name end
+    local figure = { title = "Quality against cost of attention patterns", xlabel = cost[2],
+      ylabel = "held-out bits per byte",
+      series = { { x = x, y = y, labels = labels } }, logx = true, legend = "none" }
+    for _, extension in ipairs{ ".png", ".svg" } do
+      figure.output = ("%s/%s%s"):format(dir, cost[1], extension)
+      lac.plot.scatter(figure)
+    end
+    if cost[1] == "attention_flops" then
+      figure.output = nil
+      io.stdout:write("\n", lac.plot.scatter(figure))
+    end
+  end
+end
+
+local function main(o)
+  if o.quick then
+    for name, value in pairs(QUICK) do
+      if not o.given[name] then o[name] = value end
+    end
+  end
+  if o.threads then lac.threads(o.threads) end
+  local text = o.data and lac.data.open(o.data) or lac.data.bible()
+  if o.quick and text.size > QUICK_TEXT then text = text:slice(1, QUICK_TEXT) end
+  local train, held = text:split{ held_out = o.eval_bytes }
+  local log = runlog.open(o.out and { path = o.out } or { name = "sweep_segments" })
+  local config = {}
+  for _, option in ipairs(SPEC) do config[option.name] = o[option.name] end
+  log:config(config)
+  printf("%d layers, width %d, context %d; %d steps of %d x %d bytes for each of %d patterns, %d seed(s); %s",
+    o.layers, o.width, o.context, o.steps, o.batch, o.context, #configurations(o.context), o.seeds, log.dir)
+  local results = run_all(o, train, held, log.dir)
+  for _, r in ipairs(results) do
+    log:write{ event = "result", name = r.name, mean = r.mean, half_range = r.half_range, bits = r.bits,
+      attention_flops = r.attention_flops, total_flops = r.total_flops }
+  end
+  log:save("sweep.json", json.encode(results, { indent = 2, order = { "name" } }) .. "\n")
+  show_table(o, results)
+  draw(results, log.dir)
+  log:close()
+end
+
+cli.main(SPEC, arg, main)

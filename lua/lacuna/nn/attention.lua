@@ -1,0 +1,182 @@
+--- nn/attention.lua: multi-head dilated attention with its projections.
+--
+-- x [B, N, E] -> q, k, v projections -> heads [B, N, H, D] -> positions (RoPE or XPOS) -> dilated attention
+-- (any scheme of lacuna.attention) -> heads merged [B, N, E] -> LayerNorm (MAGNETO's sub-LN) -> output
+-- projection.
+--
+-- The projections are separate or fused; fused is one [E + 2 Ek, E] product, initialised slice by slice, so
+-- that both forms start from the same distribution. MAGNETO's gains: 1 for q and k, gamma for v and out. Key
+-- and value may come from another sequence (cross-attention) and may have fewer heads (grouped queries).
+--
+-- XPOS multiplies queries and keys by zeta^(+-p / scale_base), which leaves the range of a float long before
+-- position 10^5; only differences of positions matter, so `origin` shifts p to be small where the data is.
+-- Attention options are checked here once and passed on by name; nothing is accepted that lac.attend would
+-- ignore. Rejected: a separate class per variant (the variants are options of one formula).
+
+local schema = require "lacuna.schema"
+local tensor = require "lacuna.tensor"
+local ops = require("lacuna.ops").fn
+local attention = require "lacuna.attention"
+local base = require "lacuna.nn.module"
+local layers = require "lacuna.nn.layers"
+
+local fail, show = schema.fail, schema.show
+local OP = "MultiheadDilatedAttention"
+
+--- Options that go to the attention as they are; models that contain this module accept them too.
+local PATTERN = {
+  segments = { type = "integers", min = 1, required = true },
+  dilations = { type = "integers", min = 1, required = true },
+  scheme = { one_of = { "split", "all" }, default = "all" },
+  offset = { one_of = { "branch", "mod", "block" } },
+  merge = { one_of = { "mean", "sum", "lse", "lse_detach" } },
+  dedup = { type = "boolean", default = false },
+  causal = { type = "boolean", default = false },
+  window = { type = "integer", min = 0 },
+}
+
+local OPTIONS = {
+  embed_dim = { type = "integer", min = 1, required = true },
+  heads = { type = "integer", min = 1, required = true },
+  kv_heads = { type = "integer", min = 1 },
+  scale = { type = "number", above = 0 },
+  dropout = { type = "number", min = 0, below = 1, default = 0 },
+  bias = { type = "boolean", default = true },
+  fused = { type = "boolean", default = false },
+  layer_norm = { type = "boolean", default = true },
+  eps = { type = "number", above = 0, default = 1e-5 },
+  gamma = { type = "number", above = 0, default = 1 },
+  positions = { one_of = { "none", "rope", "xpos" }, default = "none" },
+  rope_base = { type = "number", above = 1, default = 10000 },
+  xpos_base = { type = "number", above = 0, default = 512 },
+  origin = { type = "integer", default = 0 },
+  dtype = { type = "string" }, device = { type = "string" },
+}
+for name, rule in pairs(PATTERN) do OPTIONS[name] = rule end
+
+local Attention = base.define(OP)
+
+local function check_heads(o)
+  if o.embed_dim % o.heads ~= 0 then
+    fail(OP, "embed_dim %d is not divisible by heads %d", o.embed_dim, o.heads)
+  end
+  if o.heads % o.kv_heads ~= 0 then
+    fail(OP, "heads %d is not divisible by kv_heads %d", o.heads, o.kv_heads)
+  end
+  if o.positions ~= "none" and o.embed_dim / o.heads % 2 ~= 0 then
+    fail(OP, "positions '%s' rotate pairs: the head dimension must be even, got %d", o.positions,
+      o.embed_dim / o.heads)
+  end
+  if #o.segments ~= #o.dilations then
+    fail(OP, "segments and dilations must have the same length: %d ~= %d", #o.segments, #o.dilations)
+  end
+end
+
+--- The published defaults of a scheme: split heads are averaged with the offset of their branch (fkodom), all
+-- heads are merged by their softmax weights with the offset of their head (LongNet).
+local function pattern_options(o)
+  local split = o.scheme == "split"
+  return { segments = o.segments, dilations = o.dilations, heads = o.scheme,
+    offset = o.offset or (split and "branch" or "mod"), merge = o.merge or (split and "mean" or "lse"),
+    dedup = o.dedup, causal = o.causal, window = o.window, scale = o.scale }
+end
+
+--- Make the module.
+-- @tparam table options embed_dim E, heads H, segments, dilations; kv_heads = heads; scheme = "all" |
+--   "split"; offset, merge (default: the scheme's), dedup, causal, window, scale; dropout = 0 (on the
+--   attention weights, in training); bias = true; fused = false; layer_norm = true; gamma = 1; positions =
+--   "none" | "rope" | "xpos", rope_base, xpos_base, origin (position of the first row); dtype, device
+function Attention:init(options)
+  local o = schema.options(OP, options, OPTIONS)
+  o.kv_heads = o.kv_heads or o.heads
+  check_heads(o)
+  local E, D = o.embed_dim, o.embed_dim / o.heads
+  local Ek = o.kv_heads * D
+  self.options, self.embed_dim, self.heads, self.kv_heads, self.head_dim = o, E, o.heads, o.kv_heads, D
+  self.pattern = pattern_options(o)
+  local function linear(inputs, outputs, gain, parts)
+    return layers.Linear(inputs, outputs, { gain = gain, parts = parts, bias = o.bias, dtype = o.dtype,
+      device = o.device })
+  end
+  if o.fused then
+    self.qkv = linear(E, E + 2 * Ek, { 1, 1, o.gamma }, { E, Ek, Ek })
+  else
+    self.q, self.k, self.v = linear(E, E, 1), linear(E, Ek, 1), linear(E, Ek, o.gamma)
+  end
+  if o.layer_norm then self.norm = layers.LayerNorm(E, { eps = o.eps, dtype = o.dtype,
+    device = o.device }) end
+  self.out = linear(E, E, o.gamma)
+end
+
+local function project_fused(self, x)
+  local E, Ek = self.embed_dim, self.kv_heads * self.head_dim
+  local all = self.qkv(x)
+  return all:narrow(-1, 1, E), all:narrow(-1, E + 1, Ek), all:narrow(-1, E + Ek + 1, Ek)
+end
+
+local function project(self, query, key, value)
+  if self.options.fused then
+    if key ~= query or value ~= query then
+      fail(OP, "a fused projection needs query, key and value to be the same tensor; use fused = false")
+    end
+    return project_fused(self, query)
+  end
+  return self.q(query), self.k(key), self.v(value)
+end
+
+local function split_heads(x, heads, D)
+  return x:view(x:size(1), x:size(2), heads, D) -- [B, N, H, D]
+end
+
+local function rotate(self, x, sign)
+  local o = self.options
+  if o.positions == "none" then return x end
+  return ops.rope(x, { start = o.origin, base = o.rope_base, scale_base = o.positions == "xpos"
+    and o.xpos_base or nil,
+    sign = sign })
+end
+
+local function check_input(self, name, x)
+  tensor.expect(OP, name, x)
+  if x:dim() ~= 3 or x:size(3) ~= self.embed_dim then
+    fail(OP, "%s must be [batch x positions x %d], got %s", name, self.embed_dim, show(x))
+  end
+end
+
+--- @tparam Tensor query [B, N, E]
+-- @tparam[opt] Tensor key [B, M, E], default query
+-- @tparam[opt] Tensor value [B, M, E], default key
+-- @tparam[opt] table options key_padding [B, M] bool (true = keep), key_lengths [B]
+-- @treturn Tensor [B, N, E]
+function Attention:forward(query, key, value, options)
+  local o = schema.options(OP, options, { key_padding = { type = "tensor" },
+    key_lengths = { type = "tensor" } })
+  key = key or query
+  value = value or key
+  check_input(self, "query", query)
+  check_input(self, "key", key)
+  check_input(self, "value", value)
+  local q, k, v = project(self, query, key, value)
+  q = rotate(self, split_heads(q, self.heads, self.head_dim), 1)
+  k = rotate(self, split_heads(k, self.kv_heads, self.head_dim), -1)
+  v = split_heads(v, self.kv_heads, self.head_dim)
+  local call = { dropout = self.training and self.options.dropout or 0, key_padding = o.key_padding,
+    key_lengths = o.key_lengths, return_lse = false }
+  for name, setting in pairs(self.pattern) do call[name] = setting end
+  local merged = attention.attend(q, k, v, call):view(query:size(1), query:size(2), self.embed_dim)
+  if self.options.layer_norm then merged = self.norm(merged) end
+  return self.out(merged)
+end
+
+function Attention:extra()
+  local p, o = self.pattern, self.options
+  local kv = self.kv_heads ~= self.heads and ("/%d"):format(self.kv_heads) or ""
+  local text = ("%d, %d%s heads, segments {%s}, dilations {%s}, %s, offset %s, merge %s"):format(
+    self.embed_dim, self.heads, kv, table.concat(p.segments, ", "), table.concat(p.dilations, ", "), p.heads,
+    p.offset, p.merge)
+  if p.causal then text = text .. ", causal" end
+  if p.window then text = ("%s, window %d"):format(text, p.window) end
+  return o.positions == "none" and text or text .. ", " .. o.positions
+end
+
+return { MultiheadDilatedAttention = Attention, PATTERN = PATTERN }

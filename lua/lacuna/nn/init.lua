@@ -1,0 +1,23 @@
+--- nn: modules. Small parts in layers.lua, multi-head dilated attention in attention.lua, the LongNet
+-- language model in longnet.lua, and what they all are in module.lua. nn.module(name) makes a new kind of
+-- module in a script.
+--
+-- One table of names, no logic: a reader who looks for nn.X finds here which file has it. Reading a name that
+-- is not there is an error with the nearest one, since `nn.LayrNorm` would otherwise fail later as a call of
+-- nil.
+
+local schema = require "lacuna.schema"
+local base = require "lacuna.nn.module"
+
+local nn = { module = base.define, Module = base.Module, is_module = base.is_module }
+
+for _, file in ipairs{ "layers", "attention", "longnet" } do
+  for name, value in pairs(require("lacuna.nn." .. file)) do
+    if name ~= "PATTERN" then nn[name] = value end
+  end
+end
+
+return setmetatable(nn, { __index = function(_, name)
+  schema.fail("nn", "there is no '%s', did you mean '%s'?", tostring(name), schema.nearest(tostring(name),
+    schema.keys(nn)))
+end })

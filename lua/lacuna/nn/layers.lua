@@ -1,0 +1,225 @@
+--- nn/layers.lua: the small parts that models are made of.
+--
+-- Linear, Embedding, LayerNorm, Dropout, activations, Sequential and ModuleList. Each is what its formula
+-- says and prints as one line. A Linear keeps its weight as [outputs, inputs], the layout that the fused
+-- linear-cross-entropy and everybody's checkpoints use; the product reads the transposed view in place.
+--
+-- Initial values come from the global random stream (lac.manual_seed), in the order in which modules are
+-- made. A Linear starts Xavier-normal, std = gain sqrt(2 / (in + out)), bias 0: MAGNETO's rules are then a
+-- matter of the gain. `parts` initialises a fused projection slice by slice, because Xavier's rule on a fused
+-- [3E, E] matrix gives a deviation that is too small by sqrt(2). Rejected: torch's uniform default (an
+-- accident of history, tied to no rule).
+
+local schema = require "lacuna.schema"
+local tensor = require "lacuna.tensor"
+local create = require "lacuna.create"
+local ops = require("lacuna.ops").fn
+local base = require "lacuna.nn.module"
+
+local fail, show = schema.fail, schema.show
+
+local POSITIVE = { type = "integer", min = 1 }
+
+local function check_width(op, x, width, what)
+  tensor.expect(op, "the input", x)
+  if x:dim() < 1 or x:size(-1) ~= width then
+    fail(op, "the input %s must have %s %d in its last dimension", show(x), what, width)
+  end
+end
+
+-- ---- Linear -----------------------------------------------------------------------------------------------
+
+local Linear = base.define("Linear")
+
+local LINEAR = {
+  bias = { type = "boolean", default = true },
+  gain = { type = { "number", "table" }, default = 1 },
+  parts = { type = "integers", min = 1 },
+  dtype = { type = "string" }, device = { type = "string" },
+}
+
+-- Xavier-normal rows: for each part (a slice of the outputs) its own fan-out and gain
+local function xavier(inputs, parts, gains, o)
+  local rows = {}
+  for i, outputs in ipairs(parts) do
+    local std = gains[i] * math.sqrt(2 / (inputs + outputs))
+    rows[i] = create.randn({ outputs, inputs }, { std = std, dtype = o.dtype, device = o.device })
+  end
+  return #rows == 1 and rows[1] or ops.cat(rows, 1)
+end
+
+--- y = x W^T + b.
+-- @tparam integer inputs
+-- @tparam integer outputs
+-- @tparam[opt] table options bias = true; gain = 1 (of Xavier's deviation; a list with `parts`); parts = {n1,
+--   n2, ...} slices of the outputs that are initialised one by one; dtype, device
+function Linear:init(inputs, outputs, options)
+  schema.check("Linear", "inputs", inputs, POSITIVE)
+  schema.check("Linear", "outputs", outputs, POSITIVE)
+  local o = schema.options("Linear", options, LINEAR)
+  local parts = o.parts or { outputs }
+  local gains, total = o.gain, 0
+  if type(gains) == "number" then
+    gains = {}
+    for i = 1, #parts do gains[i] = o.gain end
+  end
+  if #gains ~= #parts then fail("Linear", "gain and parts must have the same length: %d ~= %d", #gains,
+    #parts) end
+  for i, gain in ipairs(gains) do schema.check("Linear", ("gain[%d]"):format(i), gain, { type = "number",
+    min = 0 }) end
+  for _, n in ipairs(parts) do total = total + n end
+  if total ~= outputs then fail("Linear", "parts add up to %d, not to the %d outputs", total, outputs) end
+  self.inputs, self.outputs = inputs, outputs
+  self:param("weight", xavier(inputs, parts, gains, o), "weight")
+  self.has_bias = o.bias
+  if o.bias then self:param("bias", create.zeros({ outputs }, { dtype = o.dtype, device = o.device }),
+    "bias") end
+end
+
+--- @tparam Tensor x [..., inputs]
+-- @treturn Tensor [..., outputs]
+function Linear:forward(x)
+  check_width("linear", x, self.inputs, "size")
+  return ops.linear(x, self.weight, self.has_bias and self.bias or nil)
+end
+
+function Linear:extra()
+  return ("%d -> %d%s"):format(self.inputs, self.outputs, self.has_bias and "" or ", no bias")
+end
+
+-- ---- Embedding --------------------------------------------------------------------------------------------
+
+local Embedding = base.define("Embedding")
+
+--- Rows of a table by index (0-based).
+-- @tparam integer count rows
+-- @tparam integer width
+-- @tparam[opt] table options std = 1 / sqrt(width); dtype, device
+function Embedding:init(count, width, options)
+  schema.check("Embedding", "count", count, POSITIVE)
+  schema.check("Embedding", "width", width, POSITIVE)
+  local o = schema.options("Embedding", options, { std = { type = "number", min = 0 },
+    dtype = { type = "string" }, device = { type = "string" } })
+  self.count, self.width = count, width
+  self:param("weight", create.randn({ count, width },
+    { std = o.std or 1 / math.sqrt(width), dtype = o.dtype, device = o.device }), "embedding")
+end
+
+--- @tparam Tensor index i32 or i64, any shape
+-- @treturn Tensor [shape of index ..., width]
+function Embedding:forward(index)
+  tensor.expect("embedding", "the index", index)
+  return ops.embedding(self.weight, index)
+end
+
+function Embedding:extra() return ("%d x %d"):format(self.count, self.width) end
+
+-- ---- LayerNorm --------------------------------------------------------------------------------------------
+
+local LayerNorm = base.define("LayerNorm")
+
+--- (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
+-- @tparam integer width
+-- @tparam[opt] table options eps = 1e-5; dtype, device
+function LayerNorm:init(width, options)
+  schema.check("LayerNorm", "width", width, POSITIVE)
+  local o = schema.options("LayerNorm", options, { eps = { type = "number", above = 0, default = 1e-5 },
+    dtype = { type = "string" }, device = { type = "string" } })
+  self.width, self.eps = width, o.eps
+  self:param("weight", create.ones({ width }, { dtype = o.dtype, device = o.device }), "norm")
+  self:param("bias", create.zeros({ width }, { dtype = o.dtype, device = o.device }), "norm")
+end
+
+--- @tparam Tensor x [..., width]
+function LayerNorm:forward(x)
+  check_width("layernorm", x, self.width, "size")
+  return ops.layernorm(x, self.weight, self.bias, self.eps)
+end
+
+function LayerNorm:extra() return ("%d, eps %g"):format(self.width, self.eps) end
+
+-- ---- Dropout, activations ---------------------------------------------------------------------------------
+
+local Dropout = base.define("Dropout")
+
+--- In training, zero each element with probability p and divide the others by 1 - p; in evaluation, nothing.
+-- @tparam number p in [0, 1)
+function Dropout:init(p)
+  schema.check("Dropout", "p", p, { type = "number", min = 0, below = 1 })
+  self.p = p
+end
+
+function Dropout:forward(x)
+  tensor.expect("dropout", "the input", x)
+  if not self.training or self.p == 0 then return x end
+  return ops.dropout(x, self.p)
+end
+
+function Dropout:extra() return ("%g"):format(self.p) end
+
+local function activation(name, method)
+  local Activation = base.define(name)
+  function Activation.forward(_, x)
+    tensor.expect(method, "the input", x)
+    return x[method](x)
+  end
+  return Activation
+end
+
+-- ---- containers -------------------------------------------------------------------------------------------
+
+local ModuleList = base.define("ModuleList")
+
+--- A list of modules that is indexed and measured like a Lua list: list[1], #list, list:append(m).
+-- @tparam[opt] table modules
+function ModuleList:init(modules)
+  if modules ~= nil then schema.check("ModuleList", "modules", modules, { type = "table" }) end
+  for i, m in ipairs(modules or {}) do
+    if not base.is_module(m) then fail("ModuleList", "item %d must be a module, got %s", i, show(m)) end
+    rawset(self, i, m)
+  end
+end
+
+--- Add a module at the end. @treturn ModuleList self
+function ModuleList:append(m)
+  if not base.is_module(m) then fail("ModuleList", "append takes a module, got %s", show(m)) end
+  rawset(self, #self + 1, m)
+  if rawget(self, "_label") then self:relabel(self._label) end
+  return self
+end
+
+function ModuleList:children()
+  local list = {}
+  for i = 1, #self do list[i] = { i, rawget(self, i) } end
+  return list
+end
+
+function ModuleList:relabel(name)
+  rawset(self, "_label", name)
+  for i = 1, #self do rawget(self, i):relabel(("%s[%d]"):format(name, i)) end
+end
+
+function ModuleList:extra() return ("%d"):format(#self) end
+
+local Sequential = base.define("Sequential", ModuleList)
+
+--- Modules applied one after the other: nn.Sequential(a, b, c).
+function Sequential:init(...)
+  ModuleList.init(self, { ... })
+  if #self ~= select("#", ...) or #self == 0 then fail("Sequential", "takes one or more modules") end
+  for i = 1, #self do rawget(self, i):relabel(("[%d]"):format(i)) end
+end
+
+function Sequential:relabel(name) rawset(self, "_label", name) end
+
+function Sequential:forward(x)
+  for i = 1, #self do x = rawget(self, i)(x) end
+  return x
+end
+
+return {
+  Linear = Linear, Embedding = Embedding, LayerNorm = LayerNorm, Dropout = Dropout,
+  GELU = activation("GELU", "gelu"), ReLU = activation("ReLU", "relu"), SiLU = activation("SiLU", "silu"),
+  Tanh = activation("Tanh", "tanh"), Sigmoid = activation("Sigmoid", "sigmoid"),
+  ModuleList = ModuleList, Sequential = Sequential,
+}

@@ -1,0 +1,495 @@
+--- nn_spec.lua: modules, their state, and LongNet.
+--
+-- Values are compared with formulas in plain Lua doubles (Linear, feed-forward, a whole attention module on a
+-- small case); gradients of the whole language model with central differences in f64 on parameters of every
+-- kind. Beyond values: order and names of parameters, the printed tree, strict fields, error paths, state
+-- dicts that do not fit, initial deviations, determinism, overfitting, and costs counted by hand.
+
+local lac = require "lacuna"
+local nn = lac.nn
+
+local function leaf_values(t) return t:detach():to{ dtype = "f64" }:totable() end
+
+-- y = x W^T + b in doubles; x is a list of rows
+local function linear(x, m)
+  local w, b, out = leaf_values(m.weight), m.has_bias and leaf_values(m.bias), {}
+  for n = 1, #x do
+    out[n] = {}
+    for o = 1, #w do
+      local sum = b and b[o] or 0
+      for i = 1, #x[n] do sum = sum + x[n][i] * w[o][i] end
+      out[n][o] = sum
+    end
+  end
+  return out
+end
+
+local function layernorm(x, m)
+  local w, b, out = leaf_values(m.weight), leaf_values(m.bias), {}
+  for n = 1, #x do
+    local mean, var = 0, 0
+    for _, v in ipairs(x[n]) do mean = mean + v / #x[n] end
+    for _, v in ipairs(x[n]) do var = var + (v - mean) ^ 2 / #x[n] end
+    out[n] = {}
+    for i, v in ipairs(x[n]) do out[n][i] = (v - mean) / math.sqrt(var + m.eps) * w[i] + b[i] end
+  end
+  return out
+end
+
+local function near_rows(expected, got, tolerance)
+  assert.equal(#expected, #got)
+  for n = 1, #expected do
+    assert.equal(#expected[n], #got[n])
+    for i = 1, #expected[n] do assert.near(expected[n][i], got[n][i], tolerance) end
+  end
+end
+
+local function tiny(options)
+  local o = { vocab = 11, layers = 2, width = 8, heads = 2, ffn = 12, context = 12, segments = { 4, 12 },
+    dilations = { 1, 2 },
+    dtype = "f64" }
+  for name, value in pairs(options or {}) do o[name] = value end
+  lac.manual_seed(3)
+  return nn.LongNetLM(o)
+end
+
+local function tokens(B, N, V)
+  local x, y = {}, {}
+  for b = 1, B do
+    x[b], y[b] = {}, {}
+    for n = 1, N do x[b][n], y[b][n] = (b * 7 + n * n) % V, (b * 5 + n * 3) % V end
+  end
+  return lac.tensor(x, { dtype = "i32" }), lac.tensor(y, { dtype = "i32" })
+end
+
+describe("nn modules", function()
+  it("print as a tree", function()
+    assert.equal("Linear(10 -> 5)", tostring(nn.Linear(10, 5)))
+    local net = nn.Sequential(nn.Linear(4, 4, { bias = false }), nn.GELU(), nn.GELU(), nn.Dropout(0.5))
+    assert.equal("Sequential(4\n  (1): Linear(4 -> 4, no bias)\n  (2-3): 2 x GELU()\n  (4): Dropout(0.5)\n)",
+      tostring(net))
+  end)
+
+  it("compute their formulas", function()
+    local m = nn.Linear(3, 2, { dtype = "f64" })
+    local x = { { 1, 2, 3 }, { -1, 0.5, 0 } }
+    m.bias:detach():copy_(lac.tensor({ 0.25, -1 }, { dtype = "f64" }))
+    near_rows(linear(x, m), m(lac.tensor(x, { dtype = "f64" })):totable(), 1e-14)
+    local norm = nn.LayerNorm(3, { dtype = "f64" })
+    near_rows(layernorm(x, norm), norm(lac.tensor(x, { dtype = "f64" })):totable(), 1e-12)
+    local e = nn.Embedding(4, 2, { dtype = "f64" })
+    local table_rows = leaf_values(e.weight)
+    assert.same({ { table_rows[4], table_rows[1] } }, e(lac.tensor({ { 3, 0 } },
+      { dtype = "i64" })):totable())
+    local ffn = nn.FeedForward(3, 5, { dtype = "f64" })
+    local hidden = linear(x, ffn.up)
+    for _, row in ipairs(hidden) do -- gelu itself has its own spec; here the composition is checked
+      local y = lac.tensor(row, { dtype = "f64" }):gelu():totable()
+      for i = 1, #row do row[i] = y[i] end
+    end
+    near_rows(linear(layernorm(hidden, ffn.norm), ffn.down), ffn(lac.tensor(x, { dtype = "f64" })):totable(),
+      1e-12)
+  end)
+
+  it("switch dropout with train and eval", function()
+    lac.manual_seed(1)
+    local m = nn.Sequential(nn.Dropout(0.5))
+    local x = lac.ones{ 1000 }
+    local y = m(x):totable()
+    local zeros = 0
+    for i = 1, 1000 do
+      assert.is_true(y[i] == 0 or y[i] == 2)
+      if y[i] == 0 then zeros = zeros + 1 end
+    end
+    assert.is_true(zeros > 400 and zeros < 600)
+    assert.same(x:totable(), m:eval()(x):totable())
+    assert.is_false(m[1].training)
+    assert.is_true(m:train()[1].training)
+  end)
+
+  it("keep parameters in order, shared ones once", function()
+    local Pair = nn.module("Pair")
+    function Pair:init()
+      self.zeta = nn.Linear(2, 2)
+      self:param("scale", lac.ones{ 2 }, "norm")
+      self.alpha = nn.Linear(2, 2, { bias = false })
+      self:buffer("seen", lac.zeros{ 1 })
+      self.alpha.weight = self.zeta.weight
+    end
+    local m = Pair()
+    local names = {}
+    for name in m:named_parameters() do names[#names + 1] = name end
+    assert.same({ "scale", "zeta.weight", "zeta.bias" }, names)
+    assert.equal(8, m:parameter_count())
+    local state = m:state_dict()
+    assert.is_nil(state["alpha.weight"])
+    assert.is_truthy(state.seen)
+    assert.error_matches(function() m(1) end, "Pair: has no forward method")
+    m:to{ dtype = "f64" }
+    assert.equal(m.alpha.weight, m.zeta.weight)
+    assert.equal("f64", m.seen:dtype())
+    assert.is_true(m.zeta.weight.requires_grad)
+    assert.is_false(m.seen.requires_grad)
+    local visited = {}
+    m:apply(function(_, path) visited[#visited + 1] = path end)
+    assert.same({ "", "zeta", "alpha" }, visited)
+  end)
+
+  it("is strict about fields", function()
+    local m = nn.Linear(2, 2)
+    assert.error_matches(function() return m.wieght end,
+      "Linear: there is no field 'wieght', did you mean 'weight'")
+    assert.error_matches(function() m.dropuot = 3 end, "Linear: there is no field 'dropuot' to set")
+    assert.error_matches(function() return nn.Linaer end, "nn: there is no 'Linaer', did you mean 'Linear'")
+    local Bad = nn.module("Bad")
+    function Bad:init() self.scale = lac.ones{ 2 } end
+    assert.error_matches(function() Bad() end, 'self:param%("scale", t, kind%)')
+    local Twice = nn.module("Twice")
+    function Twice:init()
+      self:param("a", lac.ones{ 2 })
+      self:param("a", lac.ones{ 2 })
+    end
+    assert.error_matches(function() Twice() end, "the name 'a' is taken")
+    local Kind = nn.module("Kind")
+    function Kind:init() self:param("a", lac.ones{ 2 }, "wieght") end
+    assert.error_matches(function() Kind() end, "did you mean 'weight'")
+    assert.error_matches(function() nn.Linear(0, 2) end, "inputs must be positive, got 0")
+    assert.error_matches(function() nn.Linear(2, 2, { bais = true }) end, "did you mean 'bias'")
+    assert.error_matches(function() nn.Linear(2, 4, { parts = { 1, 2 } }) end,
+      "parts add up to 3, not to the 4 outputs")
+    assert.error_matches(function() nn.Sequential(nn.GELU(), 3) end, "item 2 must be a module, got 3")
+    assert.error_matches(function() nn.Dropout(1) end, "p must be below 1")
+  end)
+
+  it("says where in the model an error happened", function()
+    local model = tiny()
+    local x = tokens(1, 12, 11)
+    model.layers[2].attention.out.weight = lac.ones{ 8, 9, dtype = "f64" }
+    local ok, message = pcall(function() return model(x) end)
+    assert.is_false(ok)
+    assert.matches("%[LongNetLM%.layers%[2%]%.attention%.out, .*nn_spec%.lua:%d+%]", message)
+    assert.matches("9", message)
+    local ok2, message2 = pcall(function() return model:loss(x, x) end)
+    assert.is_false(ok2)
+    assert.matches("%[LongNetLM%.layers%[2%]%.attention", message2)
+  end)
+
+  it("loads state dicts that fit and lists everything about those that do not", function()
+    local a, b = tiny(), tiny{ dtype = "f32" }
+    for _, p in ipairs(b:parameters()) do p:detach():fill_(0) end
+    a:load_state_dict(a:state_dict())
+    b:load_state_dict(a:state_dict())
+    for name, t in a:named_parameters() do
+      local other = b:state_dict()[name]:to{ dtype = "f64" }
+      assert.is_true((t:detach() - other):abs():max():item() < 1e-6)
+    end
+    local state = a:state_dict()
+    state["layers.1.ffn.upp.weight"], state["layers.1.ffn.up.weight"] = state["layers.1.ffn.up.weight"], nil
+    state["norm.bias"] = lac.ones{ 3 }
+    local before = a.norm.weight:string()
+    local ok, message = pcall(a.load_state_dict, a, state)
+    assert.is_false(ok)
+    assert.matches("1 missing: layers%.1%.ffn%.up%.weight", message)
+    assert.is_truthy(message:find(
+      "1 unexpected: layers.1.ffn.upp.weight (did you mean 'layers.1.ffn.up.weight'?)", 1, true), message)
+    assert.matches("1 of another shape: norm%.bias %(here %[8%], given %[3%]%)", message)
+    assert.equal(before, a.norm.weight:string())
+    assert.error_matches(function() a:load_state_dict({ ["norm.bias"] = lac.ones{ 3 } },
+      { strict = false }) end, "another shape")
+    a:load_state_dict({ ["norm.bias"] = lac.full({ 8 }, 7) }, { strict = false })
+    assert.same({ 7, 7, 7, 7, 7, 7, 7, 7 }, leaf_values(a.norm.bias))
+  end)
+
+  it("initialise with the deviations they state", function()
+    lac.manual_seed(5)
+    local function deviation(t)
+      local sum, n = 0, t:numel()
+      for _, row in ipairs(leaf_values(t)) do
+        for _, v in ipairs(row) do sum = sum + v * v end
+      end
+      return math.sqrt(sum / n)
+    end
+    -- the deviation of n samples is itself off by about 1/sqrt(2n): 4 of these for 128 x 96 is 2.6 %
+    local m = nn.Linear(128, 96, { gain = 1.5 })
+    local expected = 1.5 * math.sqrt(2 / 224)
+    assert.near(expected, deviation(m.weight), expected * 4 / math.sqrt(2 * 128 * 96))
+    local attention = nn.MultiheadDilatedAttention{ embed_dim = 96, heads = 4, kv_heads = 2,
+      segments = { 8 }, dilations = { 1 },
+      fused = true, gamma = 2 }
+    local w = attention.qkv.weight:detach()
+    for i, part in ipairs{ { 1, 96, 1 }, { 97, 48, 1 }, { 145, 48, 2 } } do
+      local std = part[3] * math.sqrt(2 / (96 + part[2]))
+      local found = deviation(w:narrow(1, part[1], part[2]):contiguous())
+      assert.near(std, found, std * 4 / math.sqrt(2 * 96 * part[2]), "part " .. i)
+    end
+    assert.near(math.sqrt(math.log(24)), nn.magneto_gain(12), 1e-15)
+  end)
+end)
+
+describe("nn.MultiheadDilatedAttention", function()
+  local E, H, N = 4, 2, 5
+
+  local function rows_of(x) return x:totable()[1] end
+
+  -- dense causal attention, in doubles
+  local function reference(x, m)
+    local q, k, v = linear(x, m.q), linear(x, m.k), linear(x, m.v)
+    local D, merged = E / H, {}
+    for n = 1, N do
+      merged[n] = {}
+      for h = 0, H - 1 do
+        local p, total, best = {}, 0, -math.huge
+        for j = 1, n do
+          local s = 0
+          for d = 1, D do s = s + q[n][h * D + d] * k[j][h * D + d] end
+          p[j] = s / math.sqrt(D)
+          best = math.max(best, p[j])
+        end
+        for j = 1, n do
+          p[j] = math.exp(p[j] - best)
+          total = total + p[j]
+        end
+        for d = 1, D do
+          local sum = 0
+          for j = 1, n do sum = sum + p[j] / total * v[j][h * D + d] end
+          merged[n][h * D + d] = sum
+        end
+      end
+    end
+    return linear(layernorm(merged, m.norm), m.out)
+  end
+
+  it("is projections, attention, LayerNorm, projection", function()
+    lac.manual_seed(2)
+    local m = nn.MultiheadDilatedAttention{ embed_dim = E, heads = H, segments = { N }, dilations = { 1 },
+      causal = true, dtype = "f64" }
+    local x = lac.randn{ 1, N, E, dtype = "f64" }
+    near_rows(reference(rows_of(x), m), rows_of(m(x)), 1e-12)
+  end)
+
+  it("gives the same fused or separate, for equal weights", function()
+    local o = { embed_dim = 8, heads = 4, kv_heads = 2, segments = { 3, 6 }, dilations = { 1, 2 },
+      causal = true,
+      positions = "rope", dtype = "f64" }
+    local separate = nn.MultiheadDilatedAttention(o)
+    o.fused = true
+    local fused = nn.MultiheadDilatedAttention(o)
+    local state = separate:state_dict()
+    for _, name in ipairs{ "weight", "bias" } do
+      state["qkv." .. name] = lac.cat({ state["q." .. name], state["k." .. name], state["v." .. name] }, 1)
+      state["q." .. name], state["k." .. name], state["v." .. name] = nil, nil, nil
+    end
+    fused:load_state_dict(state)
+    local x = lac.randn{ 2, 7, 8, dtype = "f64" }
+    assert.is_true((separate(x) - fused(x)):abs():max():item() < 1e-13)
+    assert.error_matches(function() fused(x, lac.randn{ 2, 7, 8, dtype = "f64" }) end,
+      "fused projection needs query, key and value")
+  end)
+
+  it("attends to another sequence, honours padding, ignores the origin of relative positions", function()
+    local o = { embed_dim = 8, heads = 2, segments = { 9 }, dilations = { 1 }, positions = "xpos",
+      dtype = "f64" }
+    lac.manual_seed(4)
+    local m = nn.MultiheadDilatedAttention(o)
+    o.origin = -5
+    local shifted = nn.MultiheadDilatedAttention(o)
+    shifted:load_state_dict(m:state_dict())
+    local x, y = lac.randn{ 2, 4, 8, dtype = "f64" }, lac.randn{ 2, 6, 8, dtype = "f64" }
+    local out = m(x, y)
+    assert.same({ 2, 4, 8 }, { out:size(1), out:size(2), out:size(3) })
+    assert.is_true((out - shifted(x, y)):abs():max():item() < 1e-12)
+    local short = m(x, y:narrow(2, 1, 4):contiguous())
+    local padded = m(x, y, nil, { key_lengths = lac.tensor({ 4, 4 }, { dtype = "i64" }) })
+    assert.is_true((short - padded):abs():max():item() < 1e-13)
+  end)
+
+  it("names what is wrong", function()
+    local function try(pattern, change)
+      local o = { embed_dim = 8, heads = 2, segments = { 4 }, dilations = { 1 } }
+      for name, value in pairs(change) do o[name] = value end
+      assert.error_matches(function() nn.MultiheadDilatedAttention(o) end, pattern)
+    end
+    try("embed_dim 8 is not divisible by heads 3", { heads = 3 })
+    try("heads 2 is not divisible by kv_heads 4", { kv_heads = 4 })
+    try("segments and dilations must have the same length: 1 ~= 2", { dilations = { 1, 2 } })
+    try("segments%[1%] must be positive, got 0", { segments = { 0 } })
+    try("the head dimension must be even, got 1", { heads = 8, positions = "rope" })
+    try("unknown scheme 'spilt', did you mean 'split'", { scheme = "spilt" })
+    try("did you mean 'causal'", { casual = true })
+    try("dropout must be below 1", { dropout = 1 })
+    local m = nn.MultiheadDilatedAttention{ embed_dim = 8, heads = 2, segments = { 4 }, dilations = { 1 } }
+    assert.error_matches(function() m(lac.ones{ 2, 3 }) end,
+      "query must be %[batch x positions x 8%], got Tensor f32 %[2 x 3%]")
+    assert.error_matches(function() m(3) end, "query must be a tensor")
+    assert.error_matches(function() m(lac.ones{ 1, 3, 8 }, nil, nil, { mask = 1 }) end,
+      "unknown option 'mask'")
+  end)
+end)
+
+describe("nn.LongNetLM", function()
+  it("prints, counts parameters, FLOPs and memory", function()
+    local model = tiny()
+    assert.matches("^LongNetLM%(vocabulary 11, width 8, context 12, tied output, %d+ parameters",
+      tostring(model))
+    assert.matches("%(1%-2%): 2 x Block", tostring(model))
+    -- embedding; per block: 2 LN, q k v out, inner LN, up, LN, down; final LN
+    local block = 2 * 16 + 4 * (64 + 8) + 16 + (96 + 12) + 24 + (96 + 8)
+    assert.equal(88 + 2 * block + 16, model:parameter_count())
+    assert.equal(88 + 2 * block + 16 + 88, tiny{ tied = false }:parameter_count())
+    local total, parts = model:flops_per_token()
+    assert.equal(2 * (2 * (4 * 64 + 2 * 96) + 88), parts.linear_forward)
+    -- pairs of one head, by brute force over the definition of a branch
+    local count = 0
+    for h = 0, 1 do
+      for _, branch in ipairs{ { 4, 1 }, { 12, 2 } } do
+        local w, r = branch[1], branch[2]
+        for p = 0, 11 do
+          for j = 0, p do
+            local o = h % r
+            if (p % w) % r == o and (j % w) % r == o
+              and math.floor(p / w) == math.floor(j / w) then count = count + 1 end
+          end
+        end
+      end
+    end
+    assert.near(2 * 4 * 4 * count / 12, parts.attention_forward, parts.attention_forward * 1e-12)
+    assert.near(total, parts.forward + parts.backward, 1e-9)
+    local bytes, memory = model:memory_estimate(3)
+    assert.equal(8 * model:parameter_count(), memory.parameters)
+    assert.equal(16 * model:parameter_count(), memory.optimizer)
+    assert.is_true(bytes > memory.parameters + memory.optimizer)
+  end)
+
+  it("has a loss that is the cross-entropy of its logits", function()
+    for _, tied in ipairs{ true, false } do
+      local model = tiny{ tied = tied }
+      local x, y = tokens(2, 10, 11)
+      local logits, target = model(x):totable(), y:totable()
+      target[1][3], target[2][10] = -100, -100
+      local sum, n = 0, 0
+      for b = 1, 2 do
+        for t = 1, 10 do
+          if target[b][t] >= 0 then
+            local total = 0
+            for c = 1, 11 do total = total + math.exp(logits[b][t][c]) end
+            sum, n = sum + math.log(total) - logits[b][t][target[b][t] + 1], n + 1
+          end
+        end
+      end
+      local ty = lac.tensor(target, { dtype = "i32" })
+      assert.near(sum / n, model:loss(x, ty):item(), 1e-12)
+      assert.near(sum, model:loss(x, ty, { reduction = "sum", chunk = 3 }):item(), 1e-11)
+    end
+  end)
+
+  it("is causal", function()
+    local model = tiny{ scheme = "split", merge = "sum" }
+    local x = tokens(1, 12, 11):totable()
+    local before = model(lac.tensor(x, { dtype = "i32" })):totable()[1]
+    x[1][7] = (x[1][7] + 1) % 11
+    local after = model(lac.tensor(x, { dtype = "i32" })):totable()[1]
+    for n = 1, 6 do assert.same(before[n], after[n]) end
+    assert.not_same(before[7], after[7])
+  end)
+
+  it("has the gradients of its loss, for parameters of every kind", function()
+    for _, options in ipairs{ { positions = "xpos" }, { positions = "rope", tied = false, fused = true,
+      kv_heads = 1 },
+      { positions = "none", scheme = "split" } } do
+      local model = tiny(options)
+      local x, y = tokens(2, 11, 11)
+      model:loss(x, y):backward()
+      for name, p in model:named_parameters() do
+        local grad, data = p.grad:data(), p:data()
+        local n = p:numel()
+        for _, i in ipairs{ 0, math.floor(n * 0.37), n - 1 } do
+          local keep, h = data[i], 1e-5
+          local function loss_at(v)
+            data[i] = v
+            return lac.no_grad(function() return model:loss(x, y):item() end)
+          end
+          local slope = (loss_at(keep + h) - loss_at(keep - h)) / (2 * h)
+          data[i] = keep
+          -- the difference has an error of h^2 times the third derivative, and of rounding over h
+          assert.near(slope, grad[i], 1e-8 + 1e-6 * math.abs(slope), name .. "[" .. i .. "]")
+        end
+      end
+    end
+  end)
+
+  it("is deterministic: five steps twice, with dropout, bit by bit", function()
+    local function run()
+      lac.manual_seed(9)
+      local model = nn.LongNetLM{ vocab = 11, layers = 2, width = 16, heads = 2, context = 12,
+        segments = { 4, 12 },
+        dilations = { 1, 2 }, dropout = 0.1, attention_dropout = 0.1 }
+      local opt = lac.optim.adamw(model, { lr = 0.01 })
+      local losses = {}
+      for i = 1, 5 do
+        local x, y = tokens(2, 12, 11)
+        local loss = model:loss(x, y)
+        loss:backward()
+        opt:step{ clip = 1 }
+        opt:zero_grad()
+        losses[i] = loss:item()
+      end
+      return losses, model.embedding.weight:detach():string()
+    end
+    local a, wa = run()
+    local b, wb = run()
+    assert.same(a, b)
+    assert.equal(wa, wb)
+    assert.not_equal(a[1], a[2])
+  end)
+
+  it("learns a repeating pattern and continues it", function()
+    lac.manual_seed(1)
+    local model = nn.LongNetLM{ layers = 2, width = 32, heads = 2, context = 32, segments = { 8, 32 },
+      dilations = { 1, 2 } }
+    local text = lac.data.string(("the gap is the point. "):rep(40))
+    local opt = lac.optim.adamw(model, { lr = 0.01 })
+    local loss
+    for k = 1, 80 do
+      lac.scope(function()
+        local l = model:loss(text:batch(k, { batch = 4, context = 32 }))
+        l:backward()
+        opt:step{ clip = 1 }
+        opt:zero_grad()
+        loss = l:item()
+      end)
+    end
+    assert.is_true(loss < 0.3, "loss " .. loss)
+    assert.equal("the point. the gap is ", model:generate("the gap is ", 22, { temperature = 0 }))
+  end)
+
+  it("generates by its seed, within the context, from bytes or tokens", function()
+    local model = nn.LongNetLM{ layers = 1, width = 8, heads = 2, context = 6, segments = { 6 },
+      dilations = { 1 } }
+    local a = model:generate("abc", 12, { seed = 4 })
+    assert.equal(12, #a)
+    assert.equal(a, model:generate("abc", 12, { seed = 4 }))
+    assert.not_equal(a, model:generate("abc", 12, { seed = 5 }))
+    assert.equal(model:generate("abc", 5, { temperature = 0 }), model:generate("abc", 5, { top_k = 1 }))
+    local list = model:generate({ 97, 98, 99 }, 12, { seed = 4 })
+    assert.equal(a, string.char(unpack(list)))
+    assert.is_true(model.training)
+    assert.error_matches(function() model:generate("", 3) end, "must not be empty")
+    assert.error_matches(function() model:generate({ 1, 256 }, 3) end,
+      "prompt%[2%] must be a token from 0 to 255, got 256")
+    assert.error_matches(function() model:generate("a", -1) end, "n must be at least 0")
+    assert.error_matches(function() model:generate("a", 1, { topk = 3 }) end, "did you mean 'top_k'")
+  end)
+
+  it("names what is wrong", function()
+    local model = tiny()
+    local x, y = tokens(1, 13, 11)
+    assert.error_matches(function() model(x) end, "13 positions exceed the context of 12 %[LongNetLM")
+    assert.error_matches(function() model(lac.ones{ 12 }) end, "tokens must be %[batch x positions%]")
+    assert.error_matches(function() model(lac.tensor({ { 11 } }, { dtype = "i32" })) end, "11")
+    assert.error_matches(function() model:loss(x:narrow(2, 1, 5), y) end, "the same shape")
+    assert.error_matches(function() nn.LongNetLM{ segments = { 4 }, dilations = { 1 } } end,
+      "context is required")
+    assert.error_matches(function() tiny{ causal = false } end, "unknown option 'causal'")
+    assert.error_matches(function() tiny{ positions = "alibi" } end, "positions")
+  end)
+end)

@@ -1,0 +1,219 @@
+--- train_spec.lua: the loop, its failures, checkpoints and evaluation.
+--
+-- A stopped and resumed run must equal an uninterrupted one bit by bit. A loss that turns NaN and an
+-- interrupt raised in the middle must end the run with the right error, a closed log that says so, and (for
+-- the interrupt) a checkpoint of the completed step. Memory must be flat over steps. Held-out bits are
+-- compared with a model whose probabilities are known.
+
+local lac = require "lacuna"
+local sys = require "lacuna.sys"
+local runlog = require "lacuna.log"
+
+local text = lac.data.string(("It is a lacuna: a gap that is meant. "):rep(60))
+
+local function make(seed, dropout)
+  lac.manual_seed(seed or 1)
+  local model = lac.nn.LongNetLM{ layers = 1, width = 16, heads = 2, context = 16, segments = { 8, 16 },
+    dilations = { 1, 2 },
+    dropout = dropout or 0 }
+  return model, lac.optim.adamw(model, { lr = 0.01 })
+end
+
+local function batch(k) return text:batch(k, { batch = 4, context = 16, seed = 2 }) end
+
+local function capture()
+  local path = os.tmpname()
+  local file = io.open(path, "w")
+  return file, function()
+    file:close()
+    local f = io.open(path)
+    local s = f:read("*a")
+    f:close()
+    os.remove(path)
+    return s
+  end
+end
+
+describe("train.fit", function()
+  local dir
+  before_each(function() dir = sys.temporary("-train") end)
+  after_each(function() os.execute("rm -r " .. sys.quote(dir) .. " 2>/dev/null") end)
+
+  it("trains, logs, evaluates, reports lines and writes a checkpoint", function()
+    local model, optimizer = make()
+    local log = runlog.open{ path = dir }
+    local out, text_of = capture()
+    local modes = {}
+    local fit = lac.train.fit{ model = model, optimizer = optimizer, steps = 20, batch = batch, clip = 1,
+      log = log, log_every = 5,
+      schedule = lac.optim.schedule.warmup(5), eval_every = 10, out = out, progress = "lines",
+      evaluate = function(m, step)
+        modes[#modes + 1] = { m.training, lac.is_grad_enabled(), step }
+        return { bits = lac.train.bits_per_byte(m, text:slice(1, 100)) }
+      end,
+      checkpoint = log:path("c.safetensors"), config = { width = 16 } }
+    log:close()
+    local printed = text_of()
+    assert.same({ { false, false, 10 }, { false, false, 20 } }, modes)
+    assert.is_true(model.training)
+    assert.equal(20, fit.steps)
+    assert.equal(20 * 4 * 16, fit.tokens)
+    assert.is_true(fit.smooth < math.log(256))
+    assert.matches("step 20/20  loss %d", printed)
+    assert.matches("step 10/20  evaluation: bits %d", printed)
+    local events = {}
+    for _, r in ipairs(runlog.read(dir .. "/log.jsonl")) do events[r.event] = (events[r.event] or 0) + 1 end
+    assert.same({ step = 5, eval = 2, done = 1 }, events)
+    local info = lac.train.load_checkpoint(dir .. "/c.safetensors", {})
+    assert.equal(20, info.step)
+    assert.equal(16, info.config.width)
+  end)
+
+  it("draws a bar that it clears", function()
+    local model, optimizer = make()
+    local out, text_of = capture()
+    lac.train.fit{ model = model, optimizer = optimizer, steps = 3, batch = batch, out = out,
+      progress = "bar" }
+    local printed = text_of()
+    assert.matches("\r%[=+ *%] step 3/3", printed)
+    assert.matches("\27%[K$", printed)
+  end)
+
+  it("resumes bit by bit, with dropout", function()
+    local function fit(model, optimizer, first, last)
+      lac.train.fit{ model = model, optimizer = optimizer, first_step = first, steps = last, batch = batch,
+        progress = "none",
+        schedule = lac.optim.schedule.cosine{ steps = 8 }, checkpoint = dir .. "/c.safetensors", clip = 1 }
+    end
+    assert(sys.mkdir(dir))
+    local whole, opt = make(3, 0.2)
+    fit(whole, opt, 1, 8)
+    local half, half_opt = make(3, 0.2)
+    fit(half, half_opt, 1, 4)
+    local rest, rest_opt = make(77, 0.2)
+    local info = lac.train.load_checkpoint(dir .. "/c.safetensors", { model = rest, optimizer = rest_opt,
+      rng = true })
+    assert.equal(4, info.step)
+    fit(rest, rest_opt, info.step + 1, 8)
+    for name, t in pairs(whole:state_dict()) do assert.equal(t:string(), rest:state_dict()[name]:string(),
+      name) end
+  end)
+
+  it("stops on a loss that is not finite, and says so in the log", function()
+    local model, optimizer = make()
+    local log = runlog.open{ path = dir }
+    local calls = 0
+    local ok, message = pcall(lac.train.fit, { model = model, optimizer = optimizer, steps = 9,
+      batch = batch, log = log,
+      progress = "none", loss = function(m, ...)
+        calls = calls + 1
+        local loss = m:loss(...)
+        return calls == 3 and loss * (0 / 0) or loss
+      end })
+    assert.is_false(ok)
+    assert.matches("the loss is nan at step 3 %(learning rate 0.01; last finite loss %d[%d.]* at step 2%)",
+      message)
+    local records = runlog.read(dir .. "/log.jsonl")
+    assert.equal("failed", records[#records].event)
+    assert.equal(3, calls)
+    assert.error_matches(function() log:write{ event = "x" } end, "closed")
+  end)
+
+  it("saves and closes when interrupted", function()
+    local model, optimizer = make()
+    local log = runlog.open{ path = dir }
+    local ok, message = pcall(lac.train.fit, { model = model, optimizer = optimizer, steps = 9, log = log,
+      progress = "none",
+      checkpoint = log:path("c.safetensors"), batch = function(k)
+        if k == 4 then error("interrupted!", 0) end
+        return batch(k)
+      end })
+    assert.is_false(ok)
+    assert.equal("interrupted", message)
+    local records = runlog.read(dir .. "/log.jsonl")
+    assert.equal("interrupted", records[#records].event)
+    assert.equal(3, lac.train.load_checkpoint(dir .. "/c.safetensors", { model = model,
+      optimizer = optimizer }).step)
+  end)
+
+  it("keeps memory flat", function()
+    local model, optimizer = make()
+    local live = {}
+    collectgarbage() -- tensors of other specs
+    collectgarbage()
+    lac.train.fit{ model = model, optimizer = optimizer, steps = 30, progress = "none", batch = function(k)
+      live[k] = lac.memory("cpu").live
+      return batch(k)
+    end }
+    assert.equal(live[3], live[30])
+  end)
+
+  it("stops by time", function()
+    local model, optimizer = make()
+    local fit = lac.train.fit{ model = model, optimizer = optimizer, steps = 1e6, minutes = 0.002,
+      batch = batch,
+      progress = "none" }
+    assert.is_true(fit.steps >= 1 and fit.steps < 1e6)
+    assert.is_true(fit.seconds < 5)
+  end)
+
+  it("names what is wrong", function()
+    local model, optimizer = make()
+    local function try(pattern, change)
+      local o = { model = model, optimizer = optimizer, steps = 2, batch = batch, progress = "none" }
+      for name, value in pairs(change) do o[name] = value end
+      assert.error_matches(function() lac.train.fit(o) end, pattern)
+    end
+    try("did you mean 'optimizer'", { optimiser = optimizer })
+    try("steps must be positive, got 0", { steps = 0 })
+    try("first_step 3 is after the last step 2", { first_step = 3 })
+    try("loss must return a tensor with one element, got 3", { loss = function() return 3 end })
+    try("evaluate must return a table", { evaluate = function() end })
+    try("evaluate: a must be a number", { evaluate = function() return { a = "x" } end })
+    assert.error_matches(function() lac.train.fit{ model = model, optimizer = optimizer, steps = 1 } end,
+      "batch is required")
+  end)
+
+  it("refuses files that are not its checkpoints", function()
+    local model, optimizer = make()
+    local path = os.tmpname()
+    lac.io.save(path, { a = lac.ones{ 1 } })
+    assert.error_matches(function() lac.train.load_checkpoint(path) end,
+      "is not a lacuna%-checkpoint%-1 file")
+    lac.train.save_checkpoint(path, { model = model })
+    assert.error_matches(function() lac.train.load_checkpoint(path, { optimizer = optimizer }) end,
+      "holds no optimizer state")
+    local other = lac.nn.LongNetLM{ layers = 2, width = 16, heads = 2, context = 16, segments = { 8 },
+      dilations = { 1 } }
+    assert.error_matches(function() lac.train.load_checkpoint(path, { model = other }) end,
+      "missing: layers%.2%.")
+    os.remove(path)
+  end)
+end)
+
+describe("train.bits_per_byte", function()
+  it("is 8 for a uniform model, whatever the windows", function()
+    local model = make()
+    model.norm.weight:detach():fill_(0) -- all logits are 0 then
+    model.norm.bias:detach():fill_(0)
+    for _, stride in ipairs{ 16, 8, 5 } do
+      local bits, counted = lac.train.bits_per_byte(model, text:slice(1, 101), { stride = stride })
+      assert.near(8, bits, 1e-5)
+      assert.equal(100, counted)
+    end
+    assert.is_true(model.training)
+  end)
+
+  it("agrees with -log2 of the model's own probabilities", function()
+    local model = make(4)
+    local bytes = text:slice(1, 17)
+    local tokens = lac.tensor({ { bytes:text():byte(1, 16) } }, { dtype = "i32" })
+    local logits, total = model(tokens):totable()[1], 0
+    for t = 1, 16 do
+      local sum = 0
+      for c = 1, 256 do sum = sum + math.exp(logits[t][c]) end
+      total = total + math.log(sum) - logits[t][bytes:text():byte(t + 1) + 1]
+    end
+    assert.near(total / math.log(2) / 16, (lac.train.bits_per_byte(model, bytes)), 1e-5)
+  end)
+end)
