@@ -202,11 +202,13 @@ end
 --- Answer the engine's flags: stop for Ctrl-C, collect under memory pressure. Called when flags.attention is
 -- set.
 function lib.attend()
+  flags.attention = 0 -- first: what is raised while we look is then seen at the next call
   if flags.interrupted ~= 0 then
     C.lac_interrupt(0)
     error("interrupted", 0)
   end
   if flags.pressure ~= 0 then
+    flags.pressure = 0
     collect()
     C.lac_memory(stats)
     local pace = 2 * tonumber(stats.live)
