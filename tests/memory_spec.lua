@@ -1,8 +1,8 @@
 -- memory_spec.lua: the pool, its statistics, its limits, and what happens to memory that nobody holds.
 --
 -- The engine's leak check is the pool's own count, so the count is tested first: every byte that a tensor
--- takes must come back, through the collector, a scope, release(), or an error in the middle of an operator. Out
--- of memory must be an error after which everything still works.
+-- takes must come back, through the collector, a scope, release(), or an error in the middle of an operator.
+-- Out of memory must be an error after which everything still works.
 
 local lac = require "lacuna"
 local lib = require "lacuna.lib"

@@ -1,0 +1,84 @@
+-- readme_spec.lua: the README is true.
+--
+-- Every ```lua block of the README is run as a script by the real command, in a scratch directory; every path
+-- that the map of the house names must exist; every `make` target that it mentions must be a target. The two
+-- commands themselves (make demo, make test) are not run from inside the test suite, which one of them is.
+
+local posix = require "posix"
+local COMMAND = "build/bin/lacuna"
+
+local function read(path)
+  local f = assert(io.open(path, "rb"))
+  local text = f:read("*a")
+  f:close()
+  return text
+end
+
+local function blocks(text, language)
+  local found = {}
+  for body in ("\n" .. text):gmatch("\n```" .. language .. "\n(.-)\n```") do found[#found + 1] = body end
+  return found
+end
+
+describe("README", function()
+  local readme = read("README.md")
+  local root = posix.getcwd()
+
+  for i, code in ipairs(blocks(readme, "lua")) do
+    it("has a runnable Lua snippet " .. i, function()
+      local dir = os.tmpname()
+      os.remove(dir)
+      assert(posix.mkdir(dir))
+      local f = assert(io.open(dir .. "/snippet.lua", "w"))
+      f:write(code, "\n")
+      f:close()
+      local run = "cd %s && LACUNA_LUA=%s/lua %s/%s snippet.lua 2>&1; echo status $?"
+      local pipe = io.popen(run:format(dir, root, root, COMMAND))
+      local output = pipe:read("*a")
+      pipe:close()
+      os.execute("rm -r " .. dir)
+      assert.matches("status 0%s*$", output, nil, nil, output)
+    end)
+  end
+
+  it("has at least the snippets that it promises", function()
+    assert.is_true(#blocks(readme, "lua") >= 4)
+  end)
+
+  it("mentions only make targets that exist", function()
+    local makefile = read("Makefile")
+    local count = 0
+    for target in readme:gmatch("make ([a-z]+)") do
+      assert.matches("\n" .. target .. ":", makefile, nil, nil, "make " .. target)
+      count = count + 1
+    end
+    assert.is_true(count >= 2)
+  end)
+
+  it("names only files that exist", function()
+    local count = 0
+    for path in readme:gmatch("[`(]([%w_]+/[%w_./]*)[`)]") do
+      if not path:match("^build/") and not path:match("^runs/") then
+        count = count + 1
+        assert.is_truthy(posix.stat(path), path)
+      end
+    end
+    assert.is_true(count >= 15, "only " .. count .. " paths")
+  end)
+
+  it("names the version of the engine", function()
+    local version = read("c/lacuna.h"):match('LAC_VERSION "(.-)"')
+    local pipe = io.popen(COMMAND .. " --version")
+    assert.matches(version, pipe:read("*a"), 1, true)
+    pipe:close()
+  end)
+
+  it("agrees with a walk through notebooks/first_steps.lua", function()
+    local pipe = io.popen(COMMAND .. " notebooks/first_steps.lua 2>&1; echo status $?")
+    local output = pipe:read("*a")
+    pipe:close()
+    assert.matches("status 0%s*$", output, nil, nil, output)
+    assert.matches("module form differ by%s+0%s", output)
+    assert.matches("did you mean", output)
+  end)
+end)
