@@ -8,7 +8,9 @@
 -- softmax; the engine's P = exp(S - lse), dS = P (dP - delta) with a global delta does not appear.
 --
 -- `rounding` makes the same loops a naive implementation in a lower precision: {result = f, sum = g} rounds every
--- tensor that an operator would write (scores, probabilities, outputs, ...) and every partial sum.
+-- tensor that an operator would write (scores, probabilities, outputs, ...) and every partial sum. Its backward
+-- then has only what a backward that saves out and lse has: probabilities exp(s - lse) and the inner product of
+-- dout and out, each rounded. (One that keeps the whole probability matrix is a little better in peaked rows.)
 --
 -- Arrays are flat, row-major, from 1. Configurations as in attn_direct (filled).
 
@@ -58,7 +60,8 @@ function oracle.keeps(c, g, h, n)
   return p >= 0 and runs(c, g, h) and (p % c.segments[g]) % c.dilations[g] == offset_of(c, g, h)
 end
 
--- weights of one softmax over keys with multiplicity count[j] > 0: p[j] sums to 1; returns p, lse
+-- weights of one softmax over keys with multiplicity count[j] > 0: p[j] sums to 1; returns p, lse, and the p that
+-- a backward sees
 local function softmax(c, s, count, ro)
   local top = -math.huge
   for j = 1, c.M do if count[j] > 0 and (s[j] > top or s[j] ~= s[j]) then top = s[j] end end
@@ -67,9 +70,13 @@ local function softmax(c, s, count, ro)
     p[j] = count[j] > 0 and ro.result(count[j] * math.exp(s[j] - top)) or 0
     sum = ro.sum(sum + p[j])
   end
-  if sum == 0 then return p, -math.huge end
+  if sum == 0 then return p, -math.huge, p end
   for j = 1, c.M do p[j] = ro.result(p[j] / sum) end
-  return p, ro.sum(top + math.log(sum))
+  local lse = ro.sum(top + math.log(sum))
+  if ro == exact then return p, lse, p end
+  local again = {} -- what a backward gets back from s and the saved lse
+  for j = 1, c.M do again[j] = count[j] > 0 and ro.result(count[j] * math.exp(ro.sum(s[j] - lse))) or 0 end
+  return p, lse, again
 end
 
 -- the softmaxes that make one output row: list of { p =, lse =, weight =, exact = } and the merged lse.
@@ -85,18 +92,18 @@ local function parts_of(c, s, b, h, n, ro)
       if c.dedup and total[j] > 1 then total[j] = 1 end
     end
     if runs(c, g, h) then
-      local p, lse = softmax(c, s, count, ro)
-      parts[#parts + 1] = { p = p, lse = lse }
+      local p, lse, again = softmax(c, s, count, ro)
+      parts[#parts + 1] = { p = p, lse = lse, again = again }
     end
   end
-  local merged, lse = softmax(c, s, total, ro)
+  local merged, lse, again = softmax(c, s, total, ro)
   if c.merge == "lse" then union = true end
   for _, part in ipairs(parts) do
     if c.merge == "mean" then part.weight = 1 / #c.segments
     elseif c.merge == "sum" then part.weight = 1
     else part.weight = lse == -math.huge and 0 or ro.result(math.exp(part.lse - lse)) end
   end
-  if union then parts = { { p = merged, lse = lse, weight = 1 } } end
+  if union then parts = { { p = merged, lse = lse, again = again, weight = 1 } } end
   return parts, lse, merged
 end
 
@@ -138,6 +145,7 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
       local parts, lse, merged = parts_of(c, s, b, h, n, ro)
       res.lse[(b * N + n) * H + h + 1] = lse
       for _, part in ipairs(parts) do
+        part.out = {}
         for d = 1, D do
           local sum = 0
           for j = 0, M - 1 do
@@ -145,7 +153,8 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
               sum = ro.sum(sum + part.p[j + 1] * z[j + 1] * v[((b * M + j) * Hk + hk) * D + d])
             end
           end
-          res.out[qa + d] = ro.sum(res.out[qa + d] + part.weight * ro.result(sum))
+          part.out[d] = ro.result(sum)
+          res.out[qa + d] = ro.sum(res.out[qa + d] + part.weight * part.out[d])
         end
       end
       for d = 1, D do res.out[qa + d] = ro.result(res.out[qa + d]) end
@@ -155,17 +164,21 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
         local dp, inner = {}, 0
         for j = 0, M - 1 do
           local ka, dot = ((b * M + j) * Hk + hk) * D, 0
-          if part.p[j + 1] ~= 0 then
+          if part.again[j + 1] ~= 0 then
             for d = 1, D do
               local g = ro.result(part.weight * dout[qa + d])
-              res.dv[ka + d] = ro.sum(res.dv[ka + d] + part.p[j + 1] * z[j + 1] * g)
+              res.dv[ka + d] = ro.sum(res.dv[ka + d] + part.again[j + 1] * z[j + 1] * g)
               dot = ro.sum(dot + g * v[ka + d])
             end
           end
           dp[j + 1] = ro.result(dot * z[j + 1])
           inner = ro.sum(inner + part.p[j + 1] * dp[j + 1])
         end
-        for j = 1, M do ds[j] = ds[j] + ro.result(part.p[j] * (dp[j] - inner)) end
+        if ro ~= exact then
+          inner = 0
+          for d = 1, D do inner = ro.sum(inner + ro.result(part.weight * dout[qa + d]) * part.out[d]) end
+        end
+        for j = 1, M do ds[j] = ds[j] + ro.result(part.again[j] * (dp[j] - inner)) end
       end
       if dlse and lse ~= -math.huge then
         local gl = dlse[(b * N + n) * H + h + 1]
