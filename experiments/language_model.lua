@@ -150,7 +150,7 @@ local function draw(log, held_bits, order2_bits)
   series[#series + 1] = { label = "order-2 model", x = { 0, steps[#steps] }, y = { order2_bits,
     order2_bits } }
   local figure = { title = "Byte-level LongNet", xlabel = "step", ylabel = "bits per byte", series = series,
-    yrange = { math.min(held_bits, order2_bits) * 0.9, math.max(4, order2_bits * 1.1) } }
+    yrange = { math.min(held_bits, order2_bits) * 0.9, math.max(4, order2_bits * 1.1, bits[#bits] * 1.3) } }
   for _, name in ipairs{ "loss.png", "loss.svg" } do
     figure.output = log:path(name)
     lac.plot.lines(figure)

@@ -107,12 +107,12 @@ local function run_all(o, train, held, dir)
 end
 
 local function show_table(o, results)
-  printf("\n%-20s %-22s %-12s %-6s %10s %10s %9s%s", "pattern", "segments", "dilations", "heads",
+  printf("\n   %-20s %-22s %-12s %-6s %10s %10s %9s%s", "pattern", "segments", "dilations", "heads",
     "attention", "total",
     "held out", o.seeds > 1 and "   +- half range" or "")
-  printf("%-20s %-22s %-12s %-6s %10s %10s %9s", "", "", "", "", "FLOP/token", "FLOP/token", "bits/byte")
-  for _, r in ipairs(results) do
-    printf("%-20s %-22s %-12s %-6s %9.1fk %9.1fk %9.4f%s", r.name, table.concat(r.segments, ","),
+  printf("   %-20s %-22s %-12s %-6s %10s %10s %9s", "", "", "", "", "FLOP/token", "FLOP/token", "bits/byte")
+  for i, r in ipairs(results) do
+    printf("%d  %-20s %-22s %-12s %-6s %9.1fk %9.1fk %9.4f%s", i, r.name, table.concat(r.segments, ","),
       table.concat(r.dilations, ","), r.scheme, r.attention_flops / 1e3, r.total_flops / 1e3, r.mean,
       o.seeds > 1 and ("   %.4f"):format(r.half_range) or "")
   end
@@ -126,17 +126,18 @@ end
 local function draw(results, dir)
   for _, cost in ipairs{ { "attention_flops", "attention FLOP per token" }, { "total_flops",
     "total FLOP per token" } } do
-    local x, y, labels = {}, {}, {}
-    for i, r in ipairs(results) do x[i], y[i], labels[i] = r[cost[1]], r.mean, r.name end
+    local series = {}
+    for i, r in ipairs(results) do
+      series[i] = { x = { r[cost[1]] }, y = { r.mean }, label = ("%d %s"):format(i, r.name) }
+    end
     local figure = { title = "Quality against cost of attention patterns", xlabel = cost[2],
-      ylabel = "held-out bits per byte",
-      series = { { x = x, y = y, labels = labels } }, logx = true, legend = "none" }
+      ylabel = "held-out bits per byte", series = series, logx = true, legend = "outside" }
     for _, extension in ipairs{ ".png", ".svg" } do
       figure.output = ("%s/%s%s"):format(dir, cost[1], extension)
       lac.plot.scatter(figure)
     end
     if cost[1] == "attention_flops" then
-      figure.output = nil
+      figure.output, figure.size = nil, { 100, 24 }
       io.stdout:write("\n", lac.plot.scatter(figure))
     end
   end

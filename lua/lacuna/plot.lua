@@ -74,7 +74,7 @@ local function preamble(spec, kind)
   if not text then
     put("set border 3 linecolor rgb '#4c5563'")
     put("set tics nomirror out scale 0.6")
-    put("set grid linecolor rgb '#d5dae1' linewidth 0.6, linecolor rgb '#eceff3' linewidth 0.4")
+    put("set grid linetype 1 linecolor rgb '#c9ced6' linewidth 0.5")
     put("set style fill solid 0.85 noborder")
   end
   if spec.logx then put("set logscale x") end
@@ -206,6 +206,11 @@ local function draw_xy(name, spec, default_style)
   if #series == 0 then schema.fail(name, "nothing to draw: series is empty") end
   local lines = preamble(spec, kind)
   lines[#lines + 1] = legend_line(spec.legend)
+  if kind ~= "text" then -- room round points, and for the last number of the axis
+    local side = default_style == "points" and "graph 0.03" or "0"
+    lines[#lines + 1] = ("set offsets %s, %s, graph 0.05, graph 0.03"):format(side, side)
+    if spec.legend ~= "outside" then lines[#lines + 1] = "set rmargin 6" end
+  end
   local clauses = {}
   for i, one in ipairs(series) do
     one = schema.options(("%s: series[%d]"):format(name, i), one, SERIES)

@@ -1,0 +1,168 @@
+--- experiments_spec.lua: the scripts in experiments/ run, with --quick, as a user runs them.
+--
+-- Each runs in a child process, under luajit and (when it has been built) under the command lacuna, and what
+-- it leaves is looked at: the table on standard output, every file of the run folder, a log that ends with
+-- the result, a checkpoint that loads. The same seed must give the same result. Wrong options must give one
+-- sentence and status 2,
+-- --help the list. The default text must not be needed: a small text is made here.
+
+local lac = require "lacuna"
+local cli = require "lacuna.cli"
+local json = require "lacuna.json"
+local runlog = require "lacuna.log"
+local sys = require "lacuna.sys"
+
+local dir = sys.temporary("-experiments")
+local text = dir .. "/text.txt"
+local LUA = [[LUA_PATH="lua/?.lua;lua/?/init.lua;$LUA_PATH;;" luajit]]
+local COMMAND = "build/bin/lacuna"
+
+local function run(host, script, options)
+  return sys.run(("%s experiments/%s.lua %s"):format(host, script, options))
+end
+
+local function read(path)
+  local file = assert(io.open(path, "rb"))
+  local s = file:read("*a")
+  file:close()
+  return s
+end
+
+describe("experiments", function()
+  setup(function()
+    assert(sys.mkdir(dir))
+    local lines, state = {}, 1
+    local words = { "light", "dark", "earth", "water", "made", "called", "the", "and", "it", "was", "good",
+      "day" }
+    for i = 1, 1500 do
+      local line = {}
+      for j = 1, 8 do
+        state = (state * 16807) % 2147483647
+        line[j] = words[state % #words + 1]
+      end
+      lines[i] = table.concat(line, " ")
+    end
+    local file = assert(io.open(text, "wb"))
+    file:write(table.concat(lines, "\n"), "\n")
+    file:close()
+  end)
+  teardown(function() os.execute("rm -r " .. sys.quote(dir)) end)
+
+  local function check_language_model(host, name)
+    local out = dir .. "/" .. name
+    local status, printed, err = run(host, "language_model",
+      ("--quick --threads 1 --data %s --out %s"):format(sys.quote(text), sys.quote(out)))
+    assert.equal(0, status, err)
+    for _, pattern in ipairs{ "LongNet, held out +%d%.%d+ +bits per byte, 2047 bytes",
+      "order%-2 model, held out +%d%.%d+",
+      "xz %-9, held out alone +%d%.%d+", "xz %-9, whole text +%d%.%d+", "sample %(temperature 0.8, top 40%)",
+      "model +2 layers, width 32", "FLOP a token" } do
+      assert.matches(pattern, printed)
+    end
+    assert.matches("step 30/30", err)
+    local config = json.decode(read(out .. "/config.json"))
+    assert.equal(32, config.width)
+    assert.same({ 16, 32 }, config.segments)
+    local records = runlog.read(out .. "/log.jsonl")
+    local result = records[#records]
+    assert.equal("result", result.event)
+    assert.is_true(result.bits_per_byte < 8)
+    assert.equal("\137PNG", read(out .. "/loss.png"):sub(1, 4))
+    assert.matches("<svg", read(out .. "/loss.svg"))
+    assert.equal(#"In the beginning " + 40 + 1, #read(out .. "/sample.txt"))
+    local model = lac.nn.LongNetLM{ layers = 2, width = 32, heads = 4, context = 32, segments = { 16, 32 },
+      dilations = { 1, 2 } }
+    assert.equal(30, lac.train.load_checkpoint(out .. "/checkpoint.safetensors", { model = model }).step)
+    -- the number in the table is the model's in the file
+    local held = select(2, lac.data.open(text):split{ held_out = 2048 })
+    local bits = lac.train.bits_per_byte(model, held, { stride = 16 })
+    assert.near(result.bits_per_byte, bits, 1e-12)
+    return result.bits_per_byte
+  end
+
+  it("language_model --quick", function()
+    local first = check_language_model(LUA, "lm1")
+    assert.equal(first, check_language_model(sys.exists(COMMAND) and COMMAND or LUA, "lm2"))
+  end)
+
+  it("sweep_segments --quick", function()
+    local out = dir .. "/sweep"
+    local status, printed, err = run(sys.exists(COMMAND) and COMMAND or LUA, "sweep_segments",
+      ("--quick --threads 1 --steps 4 --seeds 2 --data %s --out %s"):format(sys.quote(text), sys.quote(out)))
+    assert.equal(0, status, err)
+    local results = json.decode(read(out .. "/sweep.json"))
+    assert.equal(8, #results)
+    for _, r in ipairs(results) do
+      assert.is_truthy(printed:find(r.name, 1, true))
+      assert.equal(2, #r.bits)
+      assert.near((r.bits[1] + r.bits[2]) / 2, r.mean, 1e-12)
+      assert.near(math.abs(r.bits[1] - r.bits[2]) / 2, r.half_range, 1e-12)
+      assert.is_true(r.total_flops > r.attention_flops)
+    end
+    assert.equal("dense", results[1].name)
+    assert.is_true(results[1].attention_flops > results[2].attention_flops)
+    for _, name in ipairs{ "attention_flops.png", "total_flops.png" } do
+      assert.equal("\137PNG", read(out .. "/" .. name):sub(1, 4))
+    end
+    assert.matches("2 seeds: differences", printed)
+  end)
+
+  it("answer --help and wrong options", function()
+    for _, script in ipairs{ "language_model", "sweep_segments" } do
+      local status, printed = run(LUA, script, "--help")
+      assert.equal(0, status)
+      assert.matches("usage: " .. script, printed)
+      assert.matches("%-%-quick", printed)
+      local bad, _, err = run(LUA, script, "--stpes 3")
+      assert.equal(2, bad)
+      assert.equal(script .. ": unknown option '--stpes', did you mean '--steps'? (see --help)\n", err)
+    end
+    local status, _, err = run(LUA, "language_model", "--quick --data /nonexistent")
+    assert.equal(1, status)
+    assert.matches("cannot read /nonexistent", err)
+    status, _, err = run(LUA, "language_model", ("--quick --segments 16 --data %s --out %s/x"):format(text,
+      dir))
+    assert.equal(1, status)
+    assert.matches("segments and dilations must have the same length: 1 ~= 2", err)
+  end)
+end)
+
+describe("cli", function()
+  local SPEC = { program = "demo", about = "A demo.",
+    { name = "steps", type = "integer", min = 1, default = 5, help = "how many" },
+    { name = "list_of", type = "integers", min = 1, help = "several" },
+    { name = "kind", one_of = { "red", "green" }, default = "red", help = "which" },
+    { name = "fast", type = "boolean", help = "quickly" },
+    { name = "name", type = "string", help = "a text" } }
+
+  it("reads values in both forms, lists and flags", function()
+    local o = cli.parse(SPEC, { "--steps=7", "--list-of", "1,2,3", "--fast", "--name", "--x", "--kind",
+      "green" })
+    assert.same({ 7, { 1, 2, 3 }, true, "--x", "green" }, { o.steps, o.list_of, o.fast, o.name, o.kind })
+    assert.is_true(o.given.steps)
+    local defaults = cli.parse(SPEC, {})
+    assert.equal(5, defaults.steps)
+    assert.is_nil(defaults.fast)
+    assert.is_nil(defaults.given.steps)
+    assert.is_true(cli.parse(SPEC, { "--help" }).help)
+  end)
+
+  it("names what is wrong", function()
+    local function try(pattern, ...)
+      local args = { ... }
+      assert.error_matches(function() cli.parse(SPEC, args) end, pattern)
+    end
+    try("unknown option '%-%-setps', did you mean '%-%-steps'", "--setps", "3")
+    try("unknown option '%-%-hlep', did you mean '%-%-help'", "--hlep")
+    try("%-%-steps needs a value", "--steps")
+    try("%-%-steps must be a number, got 'x'", "--steps", "x")
+    try("%-%-steps must be positive, got 0", "--steps", "0")
+    try("%-%-steps must be an integer, got 1.5", "--steps", "1.5")
+    try("integers separated by commas, got '1,x'", "--list-of", "1,x")
+    try("integers separated by commas, got '1,'", "--list-of", "1,")
+    try("%-%-list%-of%[2%] must be positive, got 0", "--list-of", "1,0")
+    try("'gren', did you mean 'green'", "--kind", "gren")
+    try("%-%-fast takes no value, got 'yes'", "--fast=yes")
+    try("unexpected argument 'steps'", "steps")
+  end)
+end)
