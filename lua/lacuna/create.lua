@@ -79,8 +79,8 @@ local function split(op, spec, ...)
     for i = 1, #first do list[i] = first[i] end
     take_options(first)
     if count > 2 then fail(op, "expected one table of sizes and options, got %d arguments", count) end
-    if count == 2 then
-      local second = select(2, ...)
+    local second = select(2, ...)
+    if second ~= nil then
       if type(second) ~= "table" or tensor.is(second) or #second > 0 then
         fail(op, "the second argument must be a table of options, got %s", show(second))
       end

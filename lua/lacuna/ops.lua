@@ -157,12 +157,16 @@ end
 
 -- ---- elementwise, from the engine's list --------------------------------------------------------
 
-local RENAME = { max = "maximum", min = "minimum" } -- max and min of one tensor are reductions
+-- max and min of one tensor are reductions; and, or, not are keywords of Lua
+local RENAME = { max = "maximum", min = "minimum", ["and"] = "logical_and", ["or"] = "logical_or",
+  xor = "logical_xor",
+                 ["not"] = "logical_not" }
 local NO_GRADIENT = { isnan = true, isfinite = true, logical_not = true, eq = true, ne = true, lt = true,
                       le = true,
                       gt = true, ge = true, logical_and = true, logical_or = true, logical_xor = true }
 
-local function define_map1(name, id)
+local function define_map1(engine_name, id)
+  local name = RENAME[engine_name] or engine_name
   local op = { name = name, map = 1, saves = "ao" }
   local differentiable = not NO_GRADIENT[name]
   function op.forward(x)
@@ -199,9 +203,9 @@ local function map2_scalar(op, id, differentiable, x, y, swapped)
   if flags.attention ~= 0 then attend() end
   local out = adopt(c)
   if differentiable and x.requires_grad and tape.enabled then
-    record1(op, out, x)
-    local node = out.node
-    node.k, node.swapped = y, swapped
+    out.requires_grad = true
+    out.node = { op = op, a = x, b = false, o = out, va = x.root.version, vb = 0, g = false, n = 0, k = y,
+                 swapped = swapped }
   end
   return out
 end
@@ -217,10 +221,9 @@ local function as_number(v)
 end
 
 local function define_map2(name, id)
-  local op = { name = RENAME[name] or name, map = 2, saves = name == "add" and "" or name == "sub" and ""
-               or "ab",
-               alias = name == "add" or name == "sub" }
-  local differentiable = not NO_GRADIENT[name]
+  local passes = name == "add" or name == "sub" -- their rules hand g on and read no input
+  local op = { name = RENAME[name] or name, map = 2, saves = passes and "" or "ab", alias = passes }
+  local differentiable = not NO_GRADIENT[op.name]
   function op.forward(x, y)
     if not is(y) then
       y = as_number(y)

@@ -1,0 +1,115 @@
+--- The price of an operator: hot loops must be compiled by LuaJIT without aborts, and stay cheap.
+--
+-- A spec that only measured time would be red on slow machines and green on broken code on fast ones. So the
+-- first thing asserted is that LuaJIT compiles the loop: jit.attach reports every trace that is stopped or
+-- aborted while the loop runs. An abort in the library's dispatch (a closure made per call, a vararg, pairs)
+-- fails the spec by name. Time is asserted under a bound that only an interpreter-speed regression reaches,
+-- and printed so that drift can be seen.
+
+local lac = require "lacuna"
+local jutil = require "jit.util"
+local vmdef = require "jit.vmdef"
+
+local ITERATIONS = 4000
+
+-- run body(n) under a fresh compiler; gives the traces that were finished and the reasons of aborts inside
+-- lua/lacuna
+local function traced(body)
+  collectgarbage()
+  collectgarbage()
+  -- a finalizer that runs while a trace is recorded aborts it; LuaJIT tries again later, so that says nothing
+  -- about the code
+  collectgarbage("stop")
+  jit.flush()
+  local stops, aborts = 0, {}
+  local function observe(what, _, func, pc, code, reason)
+    if what == "stop" then
+      stops = stops + 1
+    elseif what == "abort" then
+      local info = jutil.funcinfo(func, pc)
+      local text = tostring(vmdef.traceerr[code] or code):gsub("%%[sd]", tostring(reason))
+      aborts[#aborts + 1] = ("%s at %s"):format(text, info.loc or "?")
+    end
+  end
+  jit.attach(observe, "trace")
+  body(ITERATIONS)
+  jit.attach(observe)
+  collectgarbage("restart")
+  return stops, aborts
+end
+
+-- aborts that say only that a trace is being tried elsewhere are part of LuaJIT's heuristics: an inner loop
+-- inside a trace that is being recorded, a loop that is left while it is recorded, a blacklisted function of
+-- the test itself
+local HARMLESS = { "inner loop in root trace", "leaving loop in root trace", "down%-recursion",
+  "retry recording" }
+
+local function serious(aborts)
+  local list = {}
+  for _, text in ipairs(aborts) do
+    local harmless = false
+    for _, pattern in ipairs(HARMLESS) do harmless = harmless or text:find(pattern) ~= nil end
+    if not harmless then list[#list + 1] = text end
+  end
+  return list
+end
+
+local function check(name, body)
+  it(name .. " is compiled without an abort", function()
+    local stops, aborts = traced(body)
+    assert.is_true(stops > 0, "no trace was finished")
+    assert.are.same({}, serious(aborts))
+  end)
+end
+
+local function tensors()
+  return lac.randn { 16, grad = true }, lac.randn { 16, grad = true }
+end
+
+describe("dispatch", function()
+  local a, b = tensors()
+
+  check("add", function(n) for _ = 1, n do local _ = a + b end end)
+  check("multiply by a number", function(n) for _ = 1, n do local _ = a * 2 end end)
+  check("a chain of add, mul, tanh", function(n) for _ = 1, n do local _ = (a * b + a):tanh() end end)
+  check("without gradients", function(n)
+    local c = a:detach()
+    for _ = 1, n do local _ = (c * b:detach()):exp() end
+  end)
+
+  local m = lac.randn { 4, 4, grad = true }
+  check("matmul of a transposed view", function(n)
+    local t = m:transpose(1, 2)
+    for _ = 1, n do local _ = m:matmul(t) end
+  end)
+  check("view and transpose", function(n) for _ = 1, n do local _ = a:view(4, 4):transpose(1, 2) end end)
+
+  it("notices an abort", function() -- the check can fail
+    local _, aborts = traced(function(n)
+      local keep
+      for i = 1, n do keep = function() return i end end
+      return keep
+    end)
+    assert.is_true(#serious(aborts) > 0)
+  end)
+
+  it("costs little", function()
+    local clock = os.clock
+    local function median(body)
+      local times = {}
+      for round = 1, 15 do
+        local start = clock()
+        body(5000)
+        times[round] = (clock() - start) / 5000
+      end
+      table.sort(times)
+      return times[8]
+    end
+    local each = median(function(n) for _ = 1, n do local _ = a + b end end)
+    local scalar = median(function(n) for _ = 1, n do local _ = a * 2 end end)
+    local unary = median(function(n) for _ = 1, n do local _ = a:tanh() end end)
+    print(("\n  16 elements with tape record: add %.2f us, mul by number %.2f us, tanh %.2f us"):format(
+      each * 1e6, scalar * 1e6, unary * 1e6))
+    for _, t in ipairs { each, scalar, unary } do assert.is_true(t < 5e-6, ("%.2f us"):format(t * 1e6)) end
+  end)
+end)

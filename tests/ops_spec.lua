@@ -1,0 +1,195 @@
+--- Every operator against its case: values in four dtypes, layouts, gradients, bad inputs, guard bytes,
+-- completeness.
+--
+-- The tests are generated from tests/support/cases.lua; this file knows no operator. For each case: the
+-- result in f64, f32, f16 and bf16 obeys the tolerance rule against the plain Lua reference; transposed,
+-- stepped, reversed and expanded inputs give the same; f64 gradients pass gradcheck (which runs every
+-- backward twice), contiguous and strided; bad inputs raise the promised sentence. The pool puts guard bytes
+-- round every block meanwhile and none may be touched.
+
+local lac = require "lacuna"
+local lib = require "lacuna.lib"
+local ops = require "lacuna.ops"
+local cases = require "support.cases"
+
+-- plain generator, so that inputs do not depend on the engine
+local state = 12345
+local function uniform()
+  state = (state * 1103515245 + 12345) % 2147483648
+  return state / 2147483648
+end
+local function normal()
+  return math.sqrt(-2 * math.log(1 - uniform())) * math.cos(2 * math.pi * uniform())
+end
+
+local MAKE = {
+  normal = normal,
+  positive = function() return 0.25 + 2 * uniform() end,
+  away = function() return (uniform() < 0.5 and -1 or 1) * (0.25 + 2 * uniform()) end,
+}
+
+local function is_float(spec) return spec.kind ~= "bool" and spec.kind ~= "index" end
+
+-- the plain array of an input spec, rounded to dtype
+local function array_for(spec, dtype)
+  local shape, data = {}, {}
+  for i = 1, #spec do shape[i] = spec[i] end
+  for k = 1, cases.count(shape) do
+    if spec.kind == "bool" then
+      data[k] = uniform() < 0.5 and 1 or 0
+    elseif spec.kind == "index" then
+      data[k] = math.floor(uniform() * spec.high)
+    else
+      data[k] = cases.round(dtype, MAKE[spec.kind or "normal"]())
+    end
+  end
+  return { shape = shape, data = data }
+end
+
+local function dtype_of(spec, dtype)
+  return spec.kind == "bool" and "bool" or spec.kind == "index" and "i64" or dtype
+end
+
+local function contiguous(array, dtype) return lac.tensor(array.data, { dtype = dtype,
+  shape = array.shape }) end
+
+-- the same values in another memory layout: dimensions stored in reverse order, every second element, last
+-- one reversed
+local function strided(array, dtype)
+  local n = #array.shape
+  local shape, order = {}, {}
+  for d = 1, n do shape[d], order[d] = array.shape[n + 1 - d], n + 1 - d end
+  local function stored(index)
+    local back = {}
+    for d = 1, n do back[d] = index[n + 1 - d] end
+    return cases.at(array, back)
+  end
+  local reversed = cases.build(shape, stored)
+  local t = contiguous(reversed, dtype)
+  if n == 0 then return t end
+  local wide = lac.zeros { shape[1], 2, cases.count(shape) / shape[1], dtype = dtype }
+  wide[{ {}, 2 }] = t:view(shape[1], -1)
+  local sizes = { shape[1] }
+  for d = 2, n do sizes[d] = shape[d] end
+  local view = wide[{ { -1, 1, -1 }, 2 }] -- negative stride, and gaps between rows
+  if n == 1 then return view:squeeze(2)[{ { -1, 1, -1 } }] end
+  local rows = view:view(sizes)[{ { -1, 1, -1 } }]
+  return rows:permute(order)
+end
+
+local function run(case, tensors)
+  if case.fixed_seed then lac.manual_seed(7) end
+  return case.call(lac, unpack(tensors))
+end
+
+local function check_values(case, dtype, layout)
+  local arrays, tensors = {}, {}
+  for i, spec in ipairs(case.inputs) do
+    arrays[i] = array_for(spec, dtype)
+    tensors[i] = layout(arrays[i], dtype_of(spec, dtype))
+  end
+  local out = run(case, tensors)
+  local got = out:to { dtype = (out:dtype() == "f16" or out:dtype() == "bf16") and "f64" or out:dtype() }
+  got = require("lacuna.tensor").flat_list(got)
+  if case.check then
+    assert.is_nil(case.check(arrays[1], got, dtype))
+    return
+  end
+  local exact = case.ref(function(v) return v end, unpack(arrays))
+  local naive = case.ref(function(v) return cases.round(dtype == "f64" and "f32" or dtype, v) end,
+    unpack(arrays))
+  if dtype == "f64" then
+    -- the reference is a naive f64 program itself; its rounding error is that of the f32 one, 29 bits smaller
+    for i = 1, #exact.data do naive.data[i] = exact.data[i] + (naive.data[i] - exact.data[i]) * 2 ^ -29 end
+  end
+  assert.are.same(exact.shape, { unpack(out:size()) })
+  assert.is_nil(cases.compare(dtype, got, exact.data, naive.data))
+end
+
+local function check_gradients(case, layout)
+  local inputs, checked = {}, {}
+  for _, i in ipairs(case.grad_inputs or {}) do checked[i] = true end
+  for i, spec in ipairs(case.inputs) do
+    local t = layout(array_for(spec, "f64"), dtype_of(spec, "f64"))
+    if is_float(spec) and (not case.grad_inputs or checked[i]) then t = t:detach():requires_grad_(true) end
+    inputs[i] = t
+  end
+  local ok, report = lac.gradcheck(function(...) return run(case, { ... }) end, inputs,
+                                   { name = case.name, rtol = case.rtol })
+  assert.is_true(ok, tostring(report))
+end
+
+describe("operators", function()
+  setup(function() lib.C.lac_memory_guard(1) end)
+
+  for _, case in ipairs(cases.list) do
+    describe(case.name .. (case.label and " (" .. case.label .. ")" or ""), function()
+      local floats = false
+      for _, spec in ipairs(case.inputs) do floats = floats or is_float(spec) end
+
+      it("has the reference's values in every dtype", function()
+        for _, dtype in ipairs(floats and (case.dtypes or { "f64", "f32", "f16", "bf16" }) or { "f64" }) do
+          local ok, message = pcall(check_values, case, dtype, contiguous)
+          if not ok then error(dtype .. ": " .. tostring(type(message) == "table" and message.message
+            or message), 0) end
+        end
+      end)
+
+      if case.strided ~= false then
+        it("takes strided inputs", function()
+          check_values(case, "f64", strided)
+          check_values(case, "f32", strided)
+        end)
+      end
+
+      if case.grad then
+        it("has the right gradient", function()
+          check_gradients(case, contiguous)
+          if case.strided ~= false then check_gradients(case, strided) end
+        end)
+      end
+
+      if case.bad then
+        it("refuses bad inputs", function()
+          local tensors = {}
+          for i, spec in ipairs(case.inputs) do tensors[i] = contiguous(array_for(spec, "f32"),
+            dtype_of(spec, "f32")) end
+          for _, bad in ipairs(case.bad) do
+            local ok, message = pcall(bad[1], lac, unpack(tensors))
+            assert.is_false(ok)
+            assert.matches(bad[2], message)
+            assert.matches("%[tests/[%w_/]+%.lua:%d+%]$", message) -- the user's line, not the library's
+          end
+        end)
+      end
+    end)
+  end
+
+  it("all have a case", function()
+    local covered = {}
+    for _, case in ipairs(cases.list) do covered[case.name] = true end
+    local missing = {}
+    for name, record in pairs(ops.table) do
+      if not covered[name] and not record.internal then missing[#missing + 1] = name end
+    end
+    assert.are.same({}, missing)
+  end)
+
+  it("that are differentiable have their gradient checked", function()
+    local checked = {}
+    for _, case in ipairs(cases.list) do checked[case.name] = checked[case.name] or case.grad end
+    local missing = {}
+    for name, record in pairs(ops.table) do
+      if record.backward and not record.internal and not checked[name] then missing[#missing + 1] = name end
+    end
+    assert.are.same({}, missing)
+  end)
+
+  it("wrote over no guard bytes", function()
+    collectgarbage()
+    collectgarbage()
+    lac.trim()
+    assert.are.equal(0, lib.C.lac_memory_guard_errors())
+    lib.C.lac_memory_guard(0)
+  end)
+end)
