@@ -1,0 +1,470 @@
+--- Dilated attention at the level of the C functions: exactness, gradients, options, dtypes, threads, bad input.
+--
+-- The strongest test is the pattern test: with q = 0 every score is 0, and with V = identity row n of the output is
+-- the list of weights of the keys that row n attends to. So hundreds of random configurations check strips, masks,
+-- offsets, alignment and merges against the dense boolean mask of support/oracle.lua without a tolerance on values
+-- (only the rounding of 1 / count). Values and gradients are then compared with the oracle in f64, gradients
+-- also with finite differences of the engine's own forward, and lower precisions by the tolerance rule.
+
+local direct = require "support.attn_direct"
+local oracle = require "support.oracle"
+local bit = require "bit"
+local ffi, C = direct.ffi, direct.C
+
+local function filled(n, value)
+  local a = {}
+  for i = 1, n do a[i] = value end
+  return a
+end
+
+local random_state = 1
+local function random(n) -- 1 .. n
+  random_state = (random_state * 1103515245 + 12345) % 2147483648
+  return math.floor(random_state / 65536) % n + 1
+end
+local function pick(list) return list[random(#list)] end
+local function chance(p) return random(1000) <= p * 1000 end
+
+-- any valid configuration; segments shorter, equal or longer than N, dilations that do not divide them
+local function random_config(options)
+  options = options or {}
+  while true do
+    local c = { B = random(2), N = random(options.most or 36), D = options.D or random(20), segments = {}, dilations = {} }
+    c.M = chance(0.6) and c.N or random(options.most or 36)
+    c.Hk = random(3)
+    c.H = c.Hk * pick { 1, 1, 2, 3 }
+    for g = 1, random(4) do
+      c.segments[g] = chance(0.1) and 1000000007 or random(24)
+      c.dilations[g] = chance(0.4) and 1 or random(6)
+    end
+    c.heads = pick { "all", "split" }
+    c.offset = pick { "mod", "block", "branch" }
+    c.merge = options.merge or pick { "mean", "sum", "lse", "lse_detach" }
+    c.causal, c.align = chance(0.5), chance(0.5) and "end" or nil
+    if chance(0.3) then c.window = random(12) - 1 end
+    if chance(0.3) then
+      c.padding = {}
+      for i = 1, c.B * c.M do c.padding[i] = chance(0.7) end
+    end
+    if chance(0.3) then
+      c.lengths, c.lengths_dtype = {}, pick { "i32", "i64" }
+      for i = 1, c.B do c.lengths[i] = random(c.M + 1) - 1 end
+    end
+    c.dedup = c.merge == "lse" and chance(0.4)
+    c = direct.fill(c)
+    local valid = c.heads == "all" or c.H >= #c.segments
+    for g = 1, #c.segments do
+      for h = 0, c.H - 1 do
+        if oracle.runs(c, g, h) and oracle.offset_of(c, g, h) >= c.segments[g] then valid = false end
+      end
+    end
+    if valid then return c end
+  end
+end
+
+local function text(c)
+  local list = {}
+  for key, value in pairs(c) do
+    if type(value) == "table" then
+      local items = {}
+      for i, x in ipairs(value) do items[i] = tostring(x) end
+      value = "{" .. table.concat(items, ",") .. "}"
+    end
+    list[#list + 1] = key .. "=" .. tostring(value)
+  end
+  table.sort(list)
+  return table.concat(list, " ")
+end
+
+local function inputs(c, seed)
+  local nq, nk = c.B * c.N * c.H * c.D, c.B * c.M * c.Hk * c.D
+  return direct.numbers(seed, nq), direct.numbers(seed + 1, nk), direct.numbers(seed + 2, nk),
+    direct.numbers(seed + 3, nq), direct.numbers(seed + 4, c.B * c.N * c.H)
+end
+
+local function results(r, dq, dk, dv)
+  return { out = direct.read(r.out), lse = direct.read(r.lse), dq = direct.read(dq), dk = direct.read(dk),
+           dv = direct.read(dv) }
+end
+
+local function largest(a)
+  local most = 0
+  for i = 1, #a do
+    local x = math.abs(a[i])
+    if x > most and x < math.huge then most = x end
+  end
+  return most
+end
+
+-- ---- independent Philox (uint64 arithmetic), for the dropout's bits ---------------------------------
+
+local u64 = ffi.typeof("uint64_t")
+local function word_of(seed, offset, index)
+  local block = math.floor(index / 4)
+  local c = { block % 2 ^ 32, math.floor(block / 2 ^ 32), offset, 0 }
+  local k = { seed, 0 }
+  for _ = 1, 10 do
+    local p0, p1 = u64(0xD2511F53) * u64(c[1]), u64(0xCD9E8D57) * u64(c[3])
+    local function hi(p) return tonumber(p / 4294967296ULL) end
+    local function lo(p) return tonumber(p % 4294967296ULL) end
+    local function xor(a, b, d) return bit.bxor(bit.bxor(bit.tobit(a), bit.tobit(b)), bit.tobit(d)) % 2 ^ 32 end
+    c = { xor(hi(p1), c[2], k[1]), lo(p1), xor(hi(p0), c[4], k[2]), lo(p0) }
+    k = { (k[1] + 0x9E3779B9) % 2 ^ 32, (k[2] + 0xBB67AE85) % 2 ^ 32 }
+  end
+  return c[index % 4 + 1]
+end
+
+local function keep_of(c)
+  return function(b, h, n, j)
+    local index = ((b * c.H + h) * c.N + n) * c.M + j
+    return math.floor(word_of(c.seed, c.rng_offset or 0, index) / 256) * 2 ^ -24 >= direct.round.f32(c.dropout)
+  end
+end
+
+-- ---- specs ---------------------------------------------------------------------------------------
+
+describe("attention in C", function()
+  local isa, threads
+
+  setup(function()
+    isa, threads = ffi.string(C.lac_isa(nil)):match("^%w+"), C.lac_threads(0)
+    C.lac_memory_guard(1)
+  end)
+  teardown(function()
+    C.lac_isa(isa)
+    C.lac_threads(threads)
+    C.lac_memory_guard(0)
+  end)
+
+  it("attends to exactly the keys of the dense mask, in 600 random configurations", function()
+    random_state = 20240611
+    for trial = 1, 600 do
+      local c = random_config()
+      c.D = c.M
+      local v = filled(c.B * c.M * c.Hk * c.D, 0)
+      for b = 0, c.B - 1 do for j = 0, c.M - 1 do for h = 0, c.Hk - 1 do
+        v[((b * c.M + j) * c.Hk + h) * c.D + j + 1] = 1
+      end end end
+      local r = direct.forward(c, filled(c.B * c.N * c.H * c.D, 0), direct.numbers(trial, c.B * c.M * c.Hk * c.D), v)
+      local out, lse = direct.read(r.out), direct.read(r.lse)
+      for b = 0, c.B - 1 do for n = 0, c.N - 1 do for h = 0, c.H - 1 do
+        local row, row_lse = oracle.pattern_row(c, b, h, n)
+        local at = (b * c.N + n) * c.H + h
+        local function complain(j)
+          error(("row b=%d n=%d h=%d, key %d: weight %.17g, expected %.17g in %s"):format(b, n, h, j - 1,
+            out[at * c.D + j] or -1, row[j] or -1, text(c)), 0)
+        end
+        for j = 1, c.M do
+          local x = out[at * c.D + j]
+          if (row[j] == 0) ~= (x == 0) or not (math.abs(x - row[j]) <= 1e-14 * row[j]) then complain(j) end
+        end
+        local same = lse[at + 1] == row_lse or math.abs(lse[at + 1] - row_lse) < 1e-14
+        if not same then error(("lse %.17g, expected %.17g in %s"):format(lse[at + 1], row_lse, text(c)), 0) end
+      end end end
+    end
+  end)
+
+  it("equals the oracle in f64, forward and backward, with every option, in 150 random configurations", function()
+    random_state = 77
+    for trial = 1, 150 do
+      local c = random_config { most = 24 }
+      c.scale = pick { 0, 0.3, -0.7 }
+      if chance(0.25) then c.dropout, c.seed, c.rng_offset = 0.3, trial, 5 end
+      local q, k, v, dout, dlse = inputs(c, trial)
+      if chance(0.5) then dlse = nil end
+      local layout = pick { false, "heads", "inner", "reversed" } or nil
+      local r = direct.forward(c, q, k, v, { layout = layout })
+      local got = results(r, direct.backward(r, dout, dlse, { layout = layout }))
+      local want = oracle.run(c, q, k, v, dout, dlse, { keep = c.dropout > 0 and keep_of(c) or nil })
+      for name, data in pairs(got) do
+        local found = direct.max_diff(data, want[name])
+        assert.is_true(found <= 1e-12 * (1 + largest(want[name])),
+          ("%s differs by %g in %s layout=%s"):format(name, found, text(c), tostring(layout)))
+      end
+    end
+  end)
+
+  it("agrees with finite differences for every heads x merge x causal, ragged, grouped, padded, dropped", function()
+    for _, heads in ipairs { "all", "split" } do
+      for _, merge in ipairs { "mean", "sum", "lse", "lse_detach" } do
+        for _, causal in ipairs { false, true } do
+          -- the weights of lse_detach are constants in the gradient only, so with several branches it has no
+          -- finite difference; the oracle and the golden values cover it
+          local branches = not (merge == "lse_detach" and heads == "all")
+          local c = direct.fill { B = 2, N = 19, H = 4, Hk = 2, D = 5, segments = branches and { 8, 14 } or { 14 },
+                                  dilations = branches and { 2, 3 } or { 3 }, heads = heads, merge = merge, causal = causal,
+                                  padding = {}, dropout = 0.25, seed = 3, window = causal and 9 or nil,
+                                  dedup = merge == "lse" }
+          for i = 1, c.B * c.M do c.padding[i] = i % 7 ~= 3 end
+          local q, k, v, dout, dlse = inputs(c, 5)
+          local r = direct.forward(c, q, k, v)
+          local lse0 = direct.read(r.lse)
+          local dq, dk, dv = direct.backward(r, dout, dlse)
+          local function loss(x)
+            local f = direct.forward(c, x[1], x[2], x[3])
+            local sum, out, lse = 0, direct.read(f.out), direct.read(f.lse)
+            for i = 1, #out do sum = sum + out[i] * dout[i] end
+            for i = 1, #lse do if lse0[i] > -math.huge then sum = sum + lse[i] * dlse[i] end end
+            return sum
+          end
+          local gradients = { direct.read(dq), direct.read(dk), direct.read(dv) }
+          for which = 1, 3 do
+            for seed = 1, 3 do
+              local base = { q, k, v }
+              local u, expected = direct.numbers(90 + seed, #base[which]), 0
+              for i = 1, #u do expected = expected + u[i] * gradients[which][i] end
+              local h, values = 1e-5, {}
+              for _, sign in ipairs { 1, -1 } do
+                local moved = {}
+                for i = 1, #u do moved[i] = base[which][i] + sign * h * u[i] end
+                local x = { q, k, v }
+                x[which] = moved
+                values[sign] = loss(x)
+              end
+              local found = (values[1] - values[-1]) / (2 * h)
+              assert.is_true(math.abs(found - expected) < 1e-7 * (1 + math.abs(expected)),
+                ("d%s: %.12g, differences say %.12g in %s"):format(("qkv"):sub(which, which), expected, found, text(c)))
+            end
+          end
+        end
+      end
+    end
+  end)
+
+  it("keeps the tolerance rule in f32, f16 and bf16 on every instruction set, D from 1 to 256", function()
+    local cases = {
+      { N = 70, H = 2, D = 16, segments = { 32, 70 }, dilations = { 1, 3 }, causal = true },
+      { N = 61, H = 2, D = 33, segments = { 24, 61 }, dilations = { 2, 3 }, merge = "mean" },
+      { N = 40, H = 1, D = 1, segments = { 40 }, dilations = { 1 }, merge = "sum", causal = true },
+      { N = 20, H = 2, Hk = 1, D = 256, segments = { 16, 20 }, dilations = { 1, 2 }, merge = "lse_detach" },
+    }
+    for index, case in ipairs(cases) do
+      local c = direct.fill(case)
+      for _, dtype in ipairs { "f32", "f16", "bf16" } do
+        local q, k, v, dout = inputs(c, index)
+        for _, a in ipairs { q, k, v, dout } do
+          for i = 1, #a do a[i] = direct.round[dtype](a[i]) end
+        end
+        local want = oracle.run(c, q, k, v, dout)
+        local naive = oracle.run(c, q, k, v, dout, nil,
+                                 { rounding = { result = direct.round[dtype], sum = direct.round.f32 } })
+        for _, name in ipairs { "baseline", "avx2", "avx512" } do
+          if C.lac_isa(name) ~= nil then
+            local r = direct.forward(c, q, k, v, { dtype = dtype })
+            for tensor, data in pairs(results(r, direct.backward(r, dout))) do
+              local allowed = 2 * direct.max_diff(naive[tensor], want[tensor]) + 2 ^ -23 * largest(want[tensor])
+              local found = direct.max_diff(data, want[tensor])
+              assert.is_true(found <= allowed, ("%s %s on %s: %g > %g, case %d"):format(dtype, tensor, name, found, allowed, index))
+            end
+          end
+        end
+        C.lac_isa(isa)
+      end
+    end
+  end)
+
+  it("spans several tiles and tasks like the oracle", function()
+    for _, case in ipairs {
+      { N = 700, H = 1, D = 8, segments = { 600 }, dilations = { 1 }, causal = true },
+      { N = 1300, H = 1, D = 4, segments = { 1300 }, dilations = { 1 }, window = 40, causal = true },
+      { N = 1300, H = 1, D = 4, segments = { 1300, 64 }, dilations = { 3, 1 }, window = 90, merge = "lse" },
+      { N = 50, M = 600, H = 1, D = 8, segments = { 600, 90 }, dilations = { 1, 2 }, align = "end", causal = true },
+    } do
+      local c = direct.fill(case)
+      local q, k, v, dout, dlse = inputs(c, 8)
+      local r = direct.forward(c, q, k, v)
+      local got = results(r, direct.backward(r, dout, dlse))
+      local want = oracle.run(c, q, k, v, dout, dlse)
+      for name, data in pairs(got) do
+        assert.is_true(direct.max_diff(data, want[name]) < 1e-11, name .. " in " .. text(c))
+      end
+    end
+  end)
+
+  it("gives the same bits for any number of threads", function()
+    for _, case in ipairs {
+      { B = 2, N = 300, H = 3, D = 24, segments = { 64, 300 }, dilations = { 1, 3 }, causal = true },
+      { N = 2100, H = 1, D = 8, segments = { 2100 }, dilations = { 1 }, merge = "mean" },
+      { B = 1, N = 200, H = 4, Hk = 2, D = 16, segments = { 50, 200 }, dilations = { 2, 3 }, merge = "sum" },
+    } do
+      local c = direct.fill(case)
+      local q, k, v, dout = inputs(c, 3)
+      for _, dtype in ipairs { "f32", "bf16" } do
+        local first
+        for n = 1, 3 do
+          C.lac_threads(n)
+          local r = direct.forward(c, q, k, v, { dtype = dtype })
+          local got = results(r, direct.backward(r, dout))
+          first = first or got
+          for name, data in pairs(got) do assert.equal(0, direct.max_diff(data, first[name]), name) end
+        end
+        C.lac_threads(threads)
+      end
+    end
+  end)
+
+  it("writes 0 and -inf for rows without keys, and finite gradients", function()
+    local c = direct.fill { N = 6, H = 1, D = 3, segments = { 6 }, dilations = { 1 }, lengths = { 0 } }
+    local q, k, v, dout, dlse = inputs(c, 1)
+    for _, dtype in ipairs { "f64", "f32", "f16", "bf16" } do
+      local r = direct.forward(c, q, k, v, { dtype = dtype })
+      for name, data in pairs(results(r, direct.backward(r, dout, dlse))) do
+        for _, x in ipairs(data) do assert.equal(name == "lse" and -math.huge or 0, x) end
+      end
+    end
+  end)
+
+  it("ends and passes NaN and infinity on, but never from padded keys", function()
+    local nan = 0 / 0
+    local c = direct.fill { N = 9, H = 1, D = 2, segments = { 3 }, dilations = { 1 }, lengths = { 8 } }
+    for _, bad in ipairs { nan, math.huge, -math.huge } do
+      for _, dtype in ipairs { "f64", "f32", "bf16" } do
+        local q, k, v, dout = inputs(c, 2)
+        k[3] = bad -- key 1, first segment
+        k[17], v[17], v[18] = nan, nan, bad -- key 8 is padding
+        local r = direct.forward(c, q, k, v, { dtype = dtype })
+        local got = results(r, direct.backward(r, dout))
+        if bad ~= bad then assert.is_true(got.out[1] ~= got.out[1] and got.dq[1] ~= got.dq[1]) end
+        for _, name in ipairs { "out", "dq", "dk", "dv" } do
+          for i = 7, 18 do assert.is_true(math.abs(got[name][i]) < 100, name .. " of a clean segment") end
+        end
+      end
+    end
+  end)
+
+  it("drops pairs like dropout on the dense f32 weights, the same in forward and backward", function()
+    local c = direct.fill { B = 2, N = 12, H = 2, D = 12, segments = { 12 }, dilations = { 2 }, dropout = 0.4,
+                            seed = 4000000000, rng_offset = 9 }
+    local v = filled(c.B * c.M * c.H * c.D, 0)
+    for b = 0, 1 do for j = 0, 11 do for h = 0, 1 do v[((b * 12 + j) * 2 + h) * 12 + j + 1] = 1 end end end
+    local r = direct.forward(c, filled(#v, 0), filled(#v, 0), v)
+    local out, keep, dropped = direct.read(r.out), keep_of(c), 0
+    for b = 0, 1 do for n = 0, 11 do for h = 0, 1 do for j = 0, 11 do
+      local x = out[((b * 12 + n) * 2 + h) * 12 + j + 1]
+      local attended = oracle.attends(c, 1, b, h, n, j)
+      local want = attended and keep(b, h, n, j) and 1 / 6 / 0.6 or 0
+      if attended and want == 0 then dropped = dropped + 1 end
+      assert.is_true(math.abs(x - want) < 1e-15)
+    end end end end
+    assert.is_true(dropped > 30 and dropped < 85) -- of 144
+  end)
+
+  it("does not keep branch_lse where the backward does not need it, and asks for it where it does", function()
+    local function branch(case)
+      local c = direct.fill(case)
+      local q, k, v, dout = inputs(c, 1)
+      return direct.forward(c, q, k, v), dout
+    end
+    local r = branch { N = 8, H = 2, D = 4, segments = { 4, 8 }, dilations = { 1, 2 }, merge = "lse" }
+    assert.is_true(r.branch_lse.storage == nil)
+    local dout
+    r, dout = branch { N = 8, H = 2, D = 4, segments = { 4, 8 }, dilations = { 1, 2 }, merge = "mean" }
+    assert.equal(4, r.branch_lse.ndim)
+    r.branch_lse = nil
+    local ok, message = pcall(direct.backward, r, dout)
+    assert.is_false(ok)
+    assert.equal("attention: merge 'mean' over 2 branches needs the forward's branch_lse in the backward", message)
+  end)
+
+  it("stays within the working memory that the plan states", function()
+    local c = direct.fill { B = 2, N = 700, H = 2, Hk = 1, D = 24, segments = { 128, 512 }, dilations = { 1, 2 } }
+    local q, k, v, dout = inputs(c, 1)
+    C.lac_threads(1)
+    C.lac_memory_guard(0)
+    local info, stats = direct.info(direct.plan(c)), ffi.new("lac_memory_stats")
+    local function peak(f)
+      collectgarbage()
+      collectgarbage()
+      C.lac_memory_reset_peak()
+      C.lac_memory(stats)
+      local before = tonumber(stats.live)
+      local result = f()
+      C.lac_memory(stats)
+      return tonumber(stats.peak) - before, result
+    end
+    local io_bytes = 2 * (2 * 700 * 2 * 24 + 2 * 2 * 700 * 24) + 4 * 2 * 700 * 2
+    local forward, r = peak(function() return direct.forward(c, q, k, v, { dtype = "bf16" }) end)
+    local extra = 2 * 2 * 700 * 2 * 24
+    -- classes of the pool round up by at most a quarter
+    assert.is_true(forward <= 1.25 * (tonumber(info.bytes_workspace_forward) + io_bytes + extra) + 65536)
+    local backward = peak(function() return { direct.backward(r, dout) } end)
+    assert.is_true(backward <= 1.25 * (tonumber(info.bytes_workspace_backward) + io_bytes + extra) + 65536)
+    C.lac_memory_guard(1)
+    C.lac_threads(threads)
+  end)
+
+  it("stops when asked to, and works again afterwards", function()
+    local c = direct.fill { N = 64, H = 2, D = 8, segments = { 16 }, dilations = { 1 } }
+    local q, k, v = inputs(c, 1)
+    C.lac_interrupt(1)
+    local ok, message = pcall(direct.forward, c, q, k, v)
+    C.lac_interrupt(0)
+    assert.is_false(ok)
+    assert.equal("attention: interrupted", message)
+    direct.forward(c, q, k, v)
+  end)
+
+  it("refuses bad tensors with both sides in the message", function()
+    local c = direct.fill { B = 2, N = 8, H = 4, Hk = 2, D = 4, segments = { 4 }, dilations = { 1 }, merge = "lse" }
+    local plan = direct.plan(c)
+    local function fresh()
+      return { q = direct.tensor("f32", { 2, 8, 4, 4 }), k = direct.tensor("f32", { 2, 8, 2, 4 }),
+               v = direct.tensor("f32", { 2, 8, 2, 4 }) }
+    end
+    local function message_of(change)
+      local t, cfg = fresh(), direct.fill(c)
+      change(t, cfg)
+      local args, keep = direct.args(cfg, t.q, t.k, t.v)
+      if t.key_padding then args.key_padding = t.key_padding end
+      if t.key_lengths then args.key_lengths = t.key_lengths end
+      local out, lse = direct.blank(), direct.blank()
+      local status = C.lac_attend(plan, args, out, lse, nil)
+      assert.is_true(status ~= 0 and keep ~= nil)
+      assert.is_true(out.storage == nil and lse.storage == nil)
+      return ffi.string(C.lac_last_error())
+    end
+    local f32, size = "f32", direct.tensor
+    local cases = {
+      ["attention: k has 3 heads, the plan has 2 (k is [2, 8, 3, 4])"] = function(t) t.k = size(f32, { 2, 8, 3, 4 }) end,
+      ["attention: q has 7 queries, the plan has 8 (q is [2, 7, 4, 4])"] = function(t) t.q = size(f32, { 2, 7, 4, 4 }) end,
+      ["attention: v has 5 head dimensions, the plan has 4 (v is [2, 8, 2, 5])"] =
+        function(t) t.v = size(f32, { 2, 8, 2, 5 }) end,
+      ["attention: v has 1 batch items, the plan has 2 (v is [1, 8, 2, 4])"] = function(t) t.v = size(f32, { 1, 8, 2, 4 }) end,
+      ["attention: q must have 4 dimensions, got f32 [8, 4, 4]"] = function(t) t.q = size(f32, { 8, 4, 4 }) end,
+      ["attention: q is f32 but k is f64"] = function(t) t.k = size("f64", { 2, 8, 2, 4 }) end,
+      ["attention: q must be a floating-point tensor (f64, f32, f16, bf16), got i32"] =
+        function(t) t.q = size("i32", { 2, 8, 4, 4 }) end,
+      ["attention: v is missing"] = function(t) t.v = nil end,
+      ["attention: v is used after release"] = function(t) C.lac_tensor_release(t.v) end,
+      ["attention: dropout must be in [0, 1), got 1"] = function(_, cfg) cfg.dropout = 1 end,
+      ["attention: scale must be finite, got inf"] = function(_, cfg) cfg.scale = math.huge end,
+      ["attention: key_padding has 7 keys, the plan has 8 (key_padding is [2, 7])"] =
+        function(t) t.key_padding = size("bool", { 2, 7 }) end,
+      ["attention: key_padding must be bool, got f32"] = function(t) t.key_padding = size(f32, { 2, 8 }) end,
+      ["attention: key_lengths must be i64 or i32, got f32"] = function(t) t.key_lengths = size(f32, { 2 }) end,
+    }
+    for message, change in pairs(cases) do assert.equal(message, message_of(change)) end
+  end)
+
+  it("refuses null pointers and wrong saved tensors", function()
+    local c = direct.fill { N = 8, H = 2, D = 4, segments = { 4 }, dilations = { 1 } }
+    local q, k, v, dout = inputs(c, 1)
+    local r = direct.forward(c, q, k, v, { dtype = "f32" })
+    local t = direct.blank()
+    assert.is_true(C.lac_attend(nil, r.args, t, t, nil) ~= 0)
+    assert.is_true(C.lac_attend(r.plan, nil, t, t, nil) ~= 0)
+    assert.is_true(C.lac_attend(r.plan, r.args, nil, t, nil) ~= 0)
+    assert.is_true(C.lac_attend(r.plan, r.args, t, nil, nil) ~= 0)
+    assert.is_true(C.lac_attend_bwd(r.plan, r.args, nil, nil, nil, nil, nil, nil, nil, nil) ~= 0)
+    r.dtype = "f64"
+    local ok, message = pcall(direct.backward, r, dout)
+    assert.is_false(ok)
+    assert.equal("attention: dout must be f32, got f64", message)
+    r.dtype, r.lse = "f32", direct.tensor("f32", { 1, 8, 3 })
+    ok, message = pcall(direct.backward, r, dout)
+    assert.is_false(ok)
+    assert.equal("attention: lse has 3 heads, the plan has 2 (lse is [1, 8, 3])", message)
+  end)
+
+  it("has written outside no block", function() assert.equal(0, C.lac_memory_guard_errors()) end)
+end)
