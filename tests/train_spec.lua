@@ -35,7 +35,12 @@ local function capture()
 end
 
 describe("train.fit", function()
-  local dir
+  local dir, threads
+  setup(function() -- tensors too small to share out
+    threads = lac.threads()
+    lac.threads(1)
+  end)
+  teardown(function() lac.threads(threads) end)
   before_each(function() dir = sys.temporary("-train") end)
   after_each(function() os.execute("rm -r " .. sys.quote(dir) .. " 2>/dev/null") end)
 

@@ -221,6 +221,31 @@ local function draw_xy(name, spec, default_style)
   return run_gnuplot(table.concat(lines, "\n") .. "\nunset output\n", spec, kind)
 end
 
+-- gnuplot's dumb terminal has no colours, so a heat map in text is ours: one digit a cell
+local function heat_text(z, spec)
+  local low, high = math.huge, -math.huge
+  for i = 1, #z do
+    for j = 1, #z[i] do
+      if math.abs(z[i][j]) < math.huge then low, high = math.min(low, z[i][j]), math.max(high, z[i][j]) end
+    end
+  end
+  if spec.zrange then low, high = spec.zrange[1], spec.zrange[2] end
+  local lines = {}
+  if spec.title then lines[1] = spec.title end
+  for i = 1, #z do
+    local row = {}
+    for j = 1, #z[i] do
+      local v = z[i][j]
+      local level = high > low and math.floor((v - low) / (high - low) * 9 + 0.5) or 0
+      row[j] = v ~= v and "?" or tostring(math.max(0, math.min(9, level)))
+    end
+    lines[#lines + 1] = table.concat(row, " ") .. (spec.yticks and "  " .. tostring(spec.yticks[i] or "")
+      or "")
+  end
+  lines[#lines + 1] = ("0 = %.4g, 9 = %.4g"):format(low, high)
+  return table.concat(lines, "\n") .. "\n"
+end
+
 local plot = {}
 
 --- Lines through points.
@@ -259,7 +284,7 @@ function plot.heatmap(spec)
     end
     check_numbers(z[i], ("z[%d]"):format(i))
   end
-  if kind == "text" then return plot._heat_text(z, spec) end
+  if kind == "text" then return heat_text(z, spec) end
   local lines = preamble(spec, kind)
   local function put(format, ...) lines[#lines + 1] = format:format(...) end
   put("unset key\nunset grid\nset border 0")
@@ -282,31 +307,6 @@ function plot.heatmap(spec)
   end
   put("LACUNA_END\nplot $z matrix with image")
   return run_gnuplot(table.concat(lines, "\n") .. "\nunset output\n", spec, kind)
-end
-
--- gnuplot's dumb terminal has no colours, so a heat map in text is ours: one digit a cell
-function plot._heat_text(z, spec)
-  local low, high = math.huge, -math.huge
-  for i = 1, #z do
-    for j = 1, #z[i] do
-      if math.abs(z[i][j]) < math.huge then low, high = math.min(low, z[i][j]), math.max(high, z[i][j]) end
-    end
-  end
-  if spec.zrange then low, high = spec.zrange[1], spec.zrange[2] end
-  local lines = {}
-  if spec.title then lines[1] = spec.title end
-  for i = 1, #z do
-    local row = {}
-    for j = 1, #z[i] do
-      local v = z[i][j]
-      local level = high > low and math.floor((v - low) / (high - low) * 9 + 0.5) or 0
-      row[j] = v ~= v and "?" or tostring(math.max(0, math.min(9, level)))
-    end
-    lines[#lines + 1] = table.concat(row, " ") .. (spec.yticks and "  " .. tostring(spec.yticks[i] or "")
-      or "")
-  end
-  lines[#lines + 1] = ("0 = %.4g, 9 = %.4g"):format(low, high)
-  return table.concat(lines, "\n") .. "\n"
 end
 
 return plot
