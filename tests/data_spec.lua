@@ -46,6 +46,13 @@ describe("data", function()
       "context 10 needs 11 bytes")
     assert.error_matches(function() bytes:batch(0, { batch = 1, context = 3 }) end, "numbered from 1")
     assert.error_matches(function() bytes:batch(1, { batch = 0, context = 3 }) end, "batch must be positive")
+    assert.error_matches(function() bytes:tensors({ 6 }, 4) end, "starts%[1%] must be at most 5, got 6")
+    assert.error_matches(function() bytes:tensors({ 0 / 0 }, 4) end,
+      "starts%[1%] must be an integer, got nan")
+    assert.error_matches(function() bytes:tensors({ 0 }, 0) end, "context must be positive")
+    assert.error_matches(function() data.order2(bytes):probability(1, 2, 256) end, "s must be at most 255")
+    assert.error_matches(function() data.order2("text") end, "expected bytes")
+    assert.error_matches(function() data.xz_size(bytes, 3) end, "expected bytes .*got 3")
     assert.error_matches(function() bytes:windows{ batch = 1, context = 3, stride = 4 } end,
       "stride 4 exceeds context 3")
   end)

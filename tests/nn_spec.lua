@@ -150,6 +150,9 @@ describe("nn modules", function()
       self:param("a", lac.ones{ 2 })
     end
     assert.error_matches(function() Twice() end, "the name 'a' is taken")
+    local Derived = nn.module("Derived")
+    function Derived:init(t) self:param("a", t * 2) end
+    assert.error_matches(function() Derived(lac.ones{ 2, grad = true }) end, "leaf")
     local Kind = nn.module("Kind")
     function Kind:init() self:param("a", lac.ones{ 2 }, "wieght") end
     assert.error_matches(function() Kind() end, "did you mean 'weight'")
@@ -486,6 +489,10 @@ describe("nn.LongNetLM", function()
     assert.error_matches(function() model:generate("", 3) end, "must not be empty")
     assert.error_matches(function() model:generate({ 1, 256 }, 3) end,
       "prompt%[2%] must be a token from 0 to 255, got 256")
+    local broken = nn.LongNetLM{ layers = 1, width = 8, heads = 2, context = 6, segments = { 6 },
+      dilations = { 1 } }
+    broken.norm.bias:detach():fill_(0 / 0)
+    assert.error_matches(function() broken:generate("a", 1) end, "the logit of token 0 is nan")
     assert.error_matches(function() model:generate("a", -1) end, "n must be at least 0")
     assert.error_matches(function() model:generate("a", 1, { topk = 3 }) end, "did you mean 'top_k'")
   end)

@@ -68,7 +68,25 @@ local function permute(i, n, seed, pass)
   return i
 end
 
+-- tokens[b][t] = byte p_b + t, targets the byte after it, for 0-based positions p_b; pointers to int32_t [B,
+-- N]
+local function fill(bytes, starts, context, tokens, targets)
+  for b = 1, #starts do
+    local from, at = bytes.pointer + starts[b], (b - 1) * context
+    for t = 0, context - 1 do
+      tokens[at + t] = from[t]
+      targets[at + t] = from[t + 1]
+    end
+  end
+end
+
 local Bytes = class("Bytes")
+
+local function expect_bytes(op, value)
+  if type(value) ~= "table" or getmetatable(value) ~= Bytes then
+    schema.fail(op, "expected bytes (data.open, data.string), got %s", schema.show(value))
+  end
+end
 
 function Bytes:init(pointer, size, owner, path)
   self.pointer, self.size, self.owner, self.path = pointer, size, owner, path
@@ -148,26 +166,6 @@ function Bytes:window_starts(k, options)
   return starts
 end
 
---- Copy windows into token buffers: tokens[b][t] = byte p_b + t, targets the byte after it.
--- @tparam table starts 0-based positions
--- @tparam number context
--- @param tokens int32_t* [B, N]
--- @param targets int32_t* [B, N]
-function Bytes:fill(starts, context, tokens, targets)
-  for b = 1, #starts do
-    local start = starts[b]
-    if start < 0 or start + context + 1 > self.size then
-      schema.fail("data", "the window of %d bytes at %d is outside the %d bytes", context + 1, start,
-        self.size)
-    end
-    local from, at = self.pointer + start, (b - 1) * context
-    for t = 0, context - 1 do
-      tokens[at + t] = from[t]
-      targets[at + t] = from[t + 1]
-    end
-  end
-end
-
 --- Batch k as two tensors.
 -- @tparam number k batch number, from 1
 -- @tparam table options batch B, context N, seed
@@ -184,9 +182,12 @@ end
 -- @treturn Tensor tokens [B, N] i32
 -- @treturn Tensor targets [B, N] i32
 function Bytes:tensors(starts, context)
+  schema.check("data.tensors", "context", context, { type = "integer", min = 1, max = self.size - 1 })
+  schema.check("data.tensors", "starts", starts, { type = "integers", min = 0,
+    max = self.size - context - 1 })
   local size = { #starts, context }
   local tokens, targets = tensor.empty(I32, CPU, size, 2), tensor.empty(I32, CPU, size, 2)
-  self:fill(starts, context, tensor.pointer(tokens), tensor.pointer(targets))
+  fill(self, starts, context, tensor.pointer(tokens), tensor.pointer(targets))
   return tokens, targets
 end
 
@@ -233,6 +234,7 @@ local Order2 = class("Order2")
 
 --- Counts of a byte after the two, one and zero bytes before it.
 function Order2:init(bytes)
+  expect_bytes("data.order2", bytes)
   if bytes.size < 3 then schema.fail("data.order2", "needs at least 3 bytes to count") end
   self.c2 = ffi.new("uint32_t[?]", 65536 * 256)
   self.c1 = ffi.new("uint32_t[?]", 256 * 256)
@@ -264,6 +266,20 @@ function Order2:init(bytes)
   totals(c1, 256, self.n1, self.t1)
 end
 
+local BYTE = { type = "integer", min = 0, max = 255 }
+
+local function probability(model, a, b, s)
+  local p = (model.c0[s] + 1) / (model.n0 + 256)
+  if not b then return p end
+  local n, t = model.n1[b], model.t1[b]
+  if n > 0 then p = (model.c1[b * 256 + s] + t * p) / (n + t) end
+  if not a then return p end
+  local at = a * 256 + b
+  n, t = model.n2[at], model.t2[at]
+  if n > 0 then p = (model.c2[at * 256 + s] + t * p) / (n + t) end
+  return p
+end
+
 --- Probability of byte s after bytes a, b (b is the nearer one; nil where the text starts).
 -- Witten-Bell interpolation: p_k(s) = (n_k(s) + T_k p_{k-1}(s)) / (N_k + T_k), with n_k(s) how often s
 -- followed this context of k bytes in training, N_k their sum and T_k the number of different bytes that did;
@@ -274,15 +290,10 @@ end
 -- @tparam number s
 -- @treturn number
 function Order2:probability(a, b, s)
-  local p = (self.c0[s] + 1) / (self.n0 + 256)
-  if not b then return p end
-  local n, t = self.n1[b], self.t1[b]
-  if n > 0 then p = (self.c1[b * 256 + s] + t * p) / (n + t) end
-  if not a then return p end
-  local at = a * 256 + b
-  n, t = self.n2[at], self.t2[at]
-  if n > 0 then p = (self.c2[at * 256 + s] + t * p) / (n + t) end
-  return p
+  schema.check("order2", "s", s, BYTE)
+  if b ~= nil then schema.check("order2", "b", b, BYTE) end
+  if a ~= nil then schema.check("order2", "a", a, BYTE) end
+  return probability(self, a, b, s)
 end
 
 --- Mean bits for each byte of a text but its first, as a language model is scored.
@@ -290,16 +301,17 @@ end
 -- @treturn number bits per byte
 -- @treturn number bytes counted
 function Order2:bits_per_byte(bytes)
+  expect_bytes("order2.bits_per_byte", bytes)
   if bytes.size < 2 then schema.fail("data.order2", "fewer than 2 bytes have no next byte") end
   local p, total = bytes.pointer, 0
-  total = total - math.log(self:probability(nil, p[0], p[1]))
-  for i = 2, bytes.size - 1 do total = total - math.log(self:probability(p[i - 2], p[i - 1], p[i])) end
+  total = total - math.log(probability(self, nil, p[0], p[1]))
+  for i = 2, bytes.size - 1 do total = total - math.log(probability(self, p[i - 2], p[i - 1], p[i])) end
   return total / math.log(2) / (bytes.size - 1), bytes.size - 1
 end
 
 local data = { _permute = permute, _hash = hash }
 
---- Map a file into memory.
+--- Map a file into memory. The file must not be made shorter by another program while it is in use.
 -- @tparam string path
 -- @treturn Bytes
 -- @raise the file is missing, unreadable or empty
@@ -336,6 +348,7 @@ end
 -- @treturn number bytes
 -- @raise xz is not installed (Debian package xz-utils)
 function data.xz_size(...)
+  for i = 1, select("#", ...) do expect_bytes("data.xz_size", (select(i, ...))) end
   if not sys.has_program("xz") then
     schema.fail("data.xz_size", "xz is not installed; install the Debian package xz-utils")
   end

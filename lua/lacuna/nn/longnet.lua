@@ -267,7 +267,10 @@ end
 -- draw from softmax(logits / temperature) restricted to the top_k largest, with the uniform number u
 local function sample(logits, temperature, top_k, u)
   local order = {}
-  for i = 1, #logits do order[i] = i end
+  for i = 1, #logits do
+    if logits[i] ~= logits[i] then fail("generate", "the logit of token %d is nan", i - 1) end
+    order[i] = i
+  end
   table.sort(order, function(a, b)
     if logits[a] ~= logits[b] then return logits[a] > logits[b] end
     return a < b

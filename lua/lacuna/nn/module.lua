@@ -138,6 +138,10 @@ function Module:param(name, t, kind)
   tensor.expect(class_name(self), name, t)
   kind = kind or "weight"
   if not KINDS[kind] then schema.unknown(class_name(self), "kind of parameter", kind, schema.keys(KINDS)) end
+  if t.node then
+    fail(class_name(self), "parameter '%s' must be a leaf, but %s was computed from others: detach() it",
+      name, show(t))
+  end
   t:requires_grad_(true)
   self._params[#self._params + 1] = name
   self._kinds[name] = kind
