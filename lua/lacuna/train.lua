@@ -24,7 +24,7 @@ local store = require "lacuna.io"
 
 local fail, show = schema.fail, schema.show
 local FORMAT = "lacuna-checkpoint-1"
-local BAR = 24
+local BAR = 14 -- the whole line stays under 80 columns
 local SMOOTH = 0.95
 
 local train = {}
@@ -48,7 +48,7 @@ local function progress_line(s)
   local done = s.step - s.first + 1
   local left = (s.last - s.step) * elapsed / done
   if s.deadline then left = math.min(left, s.deadline - sys.time()) end
-  return ("step %d/%d  loss %.4f  lr %.2e  %s tokens/s  left %s"):format(s.step, s.last, s.smooth, s.lr,
+  return ("step %d/%d  loss %.4f  lr %.1e  %s tok/s  left %s"):format(s.step, s.last, s.smooth, s.lr,
     rate_text(s.tokens / elapsed), clock_text(left))
 end
 
