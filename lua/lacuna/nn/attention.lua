@@ -101,7 +101,9 @@ function Attention:init(options)
   if o.fused then
     self.qkv = linear(E, E + 2 * Ek, { 1, 1, o.gamma }, { E, Ek, Ek })
   else
-    self.q, self.k, self.v = linear(E, E, 1), linear(E, Ek, 1), linear(E, Ek, o.gamma)
+    self.q = linear(E, E, 1) -- one by one: a multiple assignment would register them from the right
+    self.k = linear(E, Ek, 1)
+    self.v = linear(E, Ek, o.gamma)
   end
   if o.layer_norm then self.norm = layers.LayerNorm(E, { eps = o.eps, dtype = o.dtype,
     device = o.device }) end
