@@ -142,8 +142,9 @@ static void reduced_seek(const reduce_job *job, reduced_cursor *c, const char *b
 {
     c->at = base;
     for (int d = job->reduced - 1; d >= 0; d--) {
-        c->index[d] = position % job->rs[d];
-        position /= job->rs[d];
+        int64_t size = job->rs[d] ? job->rs[d] : 1; /* an empty range has no position but 0 */
+        c->index[d] = position % size;
+        position /= size;
         c->at += c->index[d] * job->rx[d];
     }
 }
@@ -168,6 +169,7 @@ static void reduce_row(const reduce_job *job, const char *base, int64_t begin, i
     double space[BLOCK];
     reduced_cursor c;
     int last = job->reduced - 1, dtype = job->a->x.dtype;
+    if (begin >= end) return; /* also when an axis has no elements */
     reduced_seek(job, &c, base, begin);
     for (int64_t r = begin, n; r < end; r += n) {
         n = job->rs[last] - c.index[last];
@@ -210,6 +212,7 @@ static void reduce_columns(const reduce_job *job, const char *base, int64_t step
     uint64_t isums[COLUMNS];
     reduced_cursor c;
     int dtype = job->a->x.dtype;
+    if (begin >= end) return;
     reduced_seek(job, &c, base, begin);
     for (int64_t r = begin; r < end;) {
         int64_t stop = end - r < SUBSUM ? end : r + SUBSUM;
