@@ -34,8 +34,28 @@
 #define ATTN_EACH_MR(X) X(1) X(2) X(3) X(4)
 #endif
 
+/* lanes of two vectors taken in turn, for each number of lanes: first halves, second halves */
+#define ATTN_LOW_2 {0, 2}
+#define ATTN_HIGH_2 {1, 3}
+#define ATTN_LOW_4 {0, 4, 1, 5}
+#define ATTN_HIGH_4 {2, 6, 3, 7}
+#define ATTN_LOW_8 {0, 8, 1, 9, 2, 10, 3, 11}
+#define ATTN_HIGH_8 {4, 12, 5, 13, 6, 14, 7, 15}
+#define ATTN_LOW_16 {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
+#define ATTN_HIGH_16 {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}
+
 #define NAME(x) attn_f32_##x
 #define real float
+#if ATTN_VECTOR == 64
+#define ATTN_LOW ATTN_LOW_16
+#define ATTN_HIGH ATTN_HIGH_16
+#elif ATTN_VECTOR == 32
+#define ATTN_LOW ATTN_LOW_8
+#define ATTN_HIGH ATTN_HIGH_8
+#else
+#define ATTN_LOW ATTN_LOW_4
+#define ATTN_HIGH ATTN_HIGH_4
+#endif
 #define IREAL int32_t
 #define REAL_EXP2 exp2f
 #define EXP2_MAGIC 12583039.0f /* 1.5 2^23 + 127 */
@@ -50,6 +70,8 @@
      1.0f)
 #include "attn_kernel.inc"
 #undef NAME
+#undef ATTN_LOW
+#undef ATTN_HIGH
 #undef real
 #undef IREAL
 #undef REAL_EXP2
@@ -60,6 +82,16 @@
 
 #define NAME(x) attn_f64_##x
 #define real double
+#if ATTN_VECTOR == 64
+#define ATTN_LOW ATTN_LOW_8
+#define ATTN_HIGH ATTN_HIGH_8
+#elif ATTN_VECTOR == 32
+#define ATTN_LOW ATTN_LOW_4
+#define ATTN_HIGH ATTN_HIGH_4
+#else
+#define ATTN_LOW ATTN_LOW_2
+#define ATTN_HIGH ATTN_HIGH_2
+#endif
 #define IREAL int64_t
 #define REAL_EXP2 exp2
 #define EXP2_MAGIC 6755399441056767.0 /* 1.5 2^52 + 1023 */
@@ -217,13 +249,13 @@ static void fill_lse(const lac_view *v)
 
 static bool is_half(const lac_view *v) { return v->dtype == LAC_F16 || v->dtype == LAC_BF16; }
 
-/* A zeroed accumulator for t: t itself, or float workspace if t is f16 or bf16. */
-static int accumulator(const lac_view *t, void **acc)
+/* An accumulator for t, zeroed unless `covered`: t itself, or float workspace if t is f16 or bf16. */
+static int accumulator(const lac_view *t, bool covered, void **acc)
 {
     size_t n = (size_t)lac_view_numel(t);
     *acc = is_half(t) ? lac_workspace_get("attention", n * sizeof(float)) : t->data;
     if (!*acc) return LAC_E_MEMORY;
-    memset(*acc, 0, n * (t->dtype == LAC_F64 ? 8 : 4));
+    if (!covered) memset(*acc, 0, n * (t->dtype == LAC_F64 ? 8 : 4));
     return 0;
 }
 
@@ -257,8 +289,11 @@ int LAC_CPU(attend)(const lac_a_attend *a)
     fill_lse(&a->lse);
     fill_lse(&a->branch_lse);
     job.add = lac_plan_branch_softmax(p);
-    if (is_half(&a->out) && p->forward_phases == 1) memset(a->out.data, 0, (size_t)lac_view_numel(&a->out) * 2);
-    else LAC_TRY(accumulator(&a->out, &job.acc_out));
+    /* one phase without dilation stores every row: nothing to clear */
+    bool covered = p->forward_phases == 1 && p->shift >= 0;
+    for (int g = 0; g < p->desc.branches; g++) covered &= p->desc.dilation[g] == 1;
+    if (!is_half(&a->out) || p->forward_phases > 1) LAC_TRY(accumulator(&a->out, covered, &job.acc_out));
+    else if (!covered) memset(a->out.data, 0, (size_t)lac_view_numel(&a->out) * 2);
     int status = items_get(&job);
     for (int32_t i = 0; !status && i < p->forward_phases; i++) {
         job.carry = softmax_goes_on && i > 0;
@@ -274,9 +309,9 @@ int LAC_CPU(attend_bwd)(const lac_a_attend_bwd *w)
     const lac_plan *p = w->forward.plan;
     attn_job job = {.a = &w->forward, .bwd = w};
     int status = items_get(&job);
-    if (!status) status = accumulator(&w->dq, &job.acc_dq);
-    if (!status) status = accumulator(&w->dk, &job.acc_dk);
-    if (!status) status = accumulator(&w->dv, &job.acc_dv);
+    if (!status) status = accumulator(&w->dq, false, &job.acc_dq);
+    if (!status) status = accumulator(&w->dk, false, &job.acc_dk);
+    if (!status) status = accumulator(&w->dv, false, &job.acc_dv);
     for (int32_t i = 0; !status && i < p->backward_phases; i++)
         status = run_phase(&job, p->backward_phase, i, (double)p->info.pairs * (double)p->desc.batch);
     lac_workspace_put(job.items);
