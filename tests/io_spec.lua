@@ -103,7 +103,8 @@ describe("io", function()
 
   it("widens the integer types that the engine lacks, exactly", function()
     local header = [[{"a":{"dtype":"I8","shape":[2],"data_offsets":[0,2]},]]
-      .. [["b":{"dtype":"I16","shape":[1],"data_offsets":[2,4]},"c":{"dtype":"U16","shape":[1],"data_offsets":[4,6]},]]
+      .. [["b":{"dtype":"I16","shape":[1],"data_offsets":[2,4]},]]
+      .. [["c":{"dtype":"U16","shape":[1],"data_offsets":[4,6]},]]
       .. [["d":{"dtype":"U32","shape":[1],"data_offsets":[6,10]},]]
       .. [["e":{"dtype":"U64","shape":[1],"data_offsets":[10,18]}}]]
     write(safetensors(header, "\255\127\0\128\255\255\255\255\255\255" .. "\1\0\0\0\0\0\0\64"))

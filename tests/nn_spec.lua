@@ -344,7 +344,8 @@ describe("nn.LongNetLM", function()
     for _, p in ipairs(model.layers[1]:parameter_list()) do names[#names + 1] = p.name end
     assert.equal("norm1.weight norm1.bias attention.q.weight attention.q.bias attention.k.weight "
       .. "attention.k.bias attention.v.weight attention.v.bias attention.norm.weight attention.norm.bias "
-      .. "attention.out.weight attention.out.bias norm2.weight norm2.bias ffn.up.weight ffn.up.bias ffn.norm.weight ffn.norm.bias "
+      .. "attention.out.weight attention.out.bias norm2.weight norm2.bias "
+      .. "ffn.up.weight ffn.up.bias ffn.norm.weight ffn.norm.bias "
       .. "ffn.down.weight ffn.down.bias", table.concat(names, " "))
     assert.matches("^LongNetLM%(vocabulary 11, width 8, context 12, tied output, %d+ parameters",
       tostring(model))
