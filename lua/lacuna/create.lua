@@ -375,6 +375,18 @@ local function check_element(code, v, i)
   end
 end
 
+-- t on the device, copied there if it is elsewhere
+local function place(t, dev)
+  if t.c.device == dev then return t end
+  local c = tensor.ctype()
+  c.dtype, c.device, c.ndim = t.c.dtype, dev, t.c.ndim
+  for i = 0, t.c.ndim - 1 do c.shape[i] = t.c.shape[i] end
+  lib.call(C.lac_empty, c)
+  local out = tensor.adopt(c)
+  lib.call(C.lac_copy, t.c, out.c)
+  return out
+end
+
 -- Write flat into a new tensor of a dtype that Lua can store directly, then cast.
 local function from_flat(flat, sizes, code, dev)
   local half = code == C.LAC_F16 or code == C.LAC_BF16
@@ -394,16 +406,7 @@ local function from_flat(flat, sizes, code, dev)
     end
   end
   if half then t = tensor.cast(t, code) end
-  if dev ~= C.LAC_CPU then
-    local c = tensor.ctype()
-    c.dtype, c.device, c.ndim = code, dev, #sizes
-    for i = 1, #sizes do c.shape[i - 1] = sizes[i] end
-    lib.call(C.lac_empty, c)
-    local out = tensor.adopt(c)
-    lib.call(C.lac_copy, t.c, out.c)
-    t = out
-  end
-  return t
+  return place(t, dev)
 end
 
 local CTYPES = { { "double", C.LAC_F64 }, { "float", C.LAC_F32 }, { "int64_t", C.LAC_I64 }, { "int32_t",
@@ -413,8 +416,7 @@ local CTYPES = { { "double", C.LAC_F64 }, { "float", C.LAC_F32 }, { "int64_t", C
 -- A cdata array double[n], float[n], int64_t[n], int32_t[n], uint8_t[n] or bool[n]: its bytes are copied.
 local function from_array(value, options)
   local text = tostring(ffi.typeof(value))
-  local kind, count = text:match("^ctype<([%w_ ]+) %(?&?%)?%[(%d*)%]>$")
-  if not kind then kind, count = text:match("^ctype<([%w_ ]+) %[(%d*)%]>$") end
+  local kind, count = text:match("^ctype<([%w_ ]+) %[(%d*)%??%]>$")
   for _, pair in ipairs(CTYPES) do
     if kind and tostring(ffi.typeof(pair[1])) == "ctype<" .. kind .. ">" then
       local size = device.dtype_size[pair[2]]
@@ -441,8 +443,9 @@ function create.tensor(value, options)
   if tensor.is(value) then
     local code = options.dtype and device.dtype("tensor", options.dtype) or value.c.dtype
     t = tensor.cast(value, code)
+    if options.device then t = place(t, device.code("tensor", options.device)) end
   elseif type(value) == "cdata" and not tonumber(value) then
-    t = from_array(value, options)
+    t = place(from_array(value, options), device.code("tensor", options.device))
   else
     local kind = type(value)
     if kind ~= "table" and kind ~= "number" and kind ~= "boolean" and kind ~= "cdata" then

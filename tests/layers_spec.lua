@@ -1,0 +1,147 @@
+--- Layers point one way: a file may require or include only what is below it.
+--
+-- The order is written down here once. A file that is in no layer fails too, so that a new file has to be
+-- given its place. The check reads the sources; lazy requires inside functions count like the others, except
+-- in lacuna/init.lua, which is the top.
+
+local function read(path)
+  local f = assert(io.open(path, "rb"))
+  local text = f:read("*a")
+  f:close()
+  return text
+end
+
+local function files(command)
+  local list = {}
+  local p = io.popen(command)
+  for line in p:lines() do list[#list + 1] = line end
+  p:close()
+  return list
+end
+
+-- one entry per layer; modules of one layer do not require each other, except inside a package (nn*, dist*)
+local LUA = {
+  "lib", "sys json class", "schema", "registry device scope", "tensor", "pretty create", "ops", "grad",
+    "gradcheck",
+  "attention.variants attention.masks attention.explain", "attention", "nn*", "optim", "io", "data log plot",
+  "train",
+  "dist*", "sweep bench", "cli", "repl notebook", "init",
+}
+
+local function rank_of(name)
+  for rank, line in ipairs(LUA) do
+    for entry in line:gmatch("%S+") do
+      local package = entry:match("^(.*)%*$")
+      if entry == name or (package and (name == package or name:sub(1, #package + 1) == package .. ".")) then
+        return rank, package
+      end
+    end
+  end
+end
+
+local function module_name(path)
+  return (path:gsub("^lua/lacuna/", ""):gsub("%.lua$", ""):gsub("/init$", ""):gsub("/", "."))
+end
+
+-- names of the modules below lacuna. that a source requires; comments do not count
+local function required(text)
+  local names = {}
+  for line in text:gmatch("[^\n]+") do
+    local code = line:gsub("%-%-.*$", "")
+    for name in code:gmatch("require%s*%(?%s*[\"']lacuna%.([%w_.]+)[\"']") do names[#names + 1] = name end
+  end
+  return names
+end
+
+-- complaints about one Lua file; separate from the file system so that the check itself can be tested
+local function check_lua(name, text)
+  local complaints = {}
+  local rank, package = rank_of(name)
+  if not rank then return { ("%s is in no layer of tests/layers_spec.lua"):format(name) } end
+  for _, other in ipairs(required(text)) do
+    local other_rank, other_package = rank_of(other)
+    if not other_rank then
+      complaints[#complaints + 1] = ("%s requires %s, which is in no layer"):format(name, other)
+    elseif other_rank > rank or (other_rank == rank and not (package and package == other_package)) then
+      complaints[#complaints + 1] = ("%s (layer %d) requires %s (layer %d)"):format(name, rank, other,
+        other_rank)
+    end
+  end
+  return complaints
+end
+
+-- C: a header's layer is its file's; entries may be included from any later line and from their own
+local C_LAYERS = {
+  "lacuna.h status.h status.c rng.h lru.h", "core.h maps.def ops.def", "backend.h op_front.h",
+    "plan.h comm.h ring.h",
+  "cpu/*", "pool.c tensor.c abi.c backend.c", "op_*.c", "plan.c", "comm*.c", "ring*.c", "interrupt.h",
+  "interrupt.c main.c",
+}
+
+local function c_rank(name)
+  for rank, line in ipairs(C_LAYERS) do
+    for entry in line:gmatch("%S+") do
+      local pattern = "^" .. entry:gsub("[%.%-]", "%%%0"):gsub("%*", ".*") .. "$"
+      if name:match(pattern) then return rank end
+    end
+  end
+end
+
+local function check_c(name, text)
+  local complaints = {}
+  local rank = c_rank(name)
+  if not rank then return { ("c/%s is in no layer of tests/layers_spec.lua"):format(name) } end
+  for other in text:gmatch('#%s*include%s*"([^"]+)"') do
+    local clean = other:gsub("^%.%./", "")
+    local other_rank = c_rank(clean) or c_rank("cpu/" .. clean)
+    if not other_rank then
+      complaints[#complaints + 1] = ("c/%s includes %s, which is in no layer"):format(name, other)
+    elseif other_rank > rank then
+      complaints[#complaints + 1] = ("c/%s includes %s from above"):format(name, other)
+    end
+  end
+  return complaints
+end
+
+local function collect(list, check, prefix, name_of)
+  local all = {}
+  for _, path in ipairs(list) do
+    for _, complaint in ipairs(check(name_of and name_of(path) or path:sub(#prefix + 1), read(path))) do
+      all[#all + 1] = complaint
+    end
+  end
+  return all
+end
+
+describe("layers", function()
+  it("point one way in lua/", function()
+    local list = files("find lua/lacuna -name '*.lua' | sort")
+    assert.is_true(#list > 10)
+    assert.are.same({}, collect(list, check_lua, "", module_name))
+  end)
+
+  it("point one way in c/", function()
+    local list = files("find c -name '*.[ch]' -o -name '*.def' -o -name '*.inc' | sort")
+    assert.is_true(#list > 10)
+    assert.are.same({}, collect(list, check_c, "c/"))
+  end)
+
+  it("notice an upward require and an upward include", function() -- the checks can fail
+    assert.are.same({ "ops (layer 7) requires grad (layer 8)" }, check_lua("ops",
+      'local g = require "lacuna.grad"'))
+    assert.are.same({}, check_lua("grad", 'local o = require("lacuna.ops") -- require "lacuna.nn"'))
+    assert.are.equal(1, #check_lua("nowhere", ""))
+    assert.are.same({ "c/core.h includes backend.h from above" }, check_c("core.h", '#include "backend.h"\n'))
+    assert.are.equal(1, #check_c("nowhere.c", ""))
+  end)
+
+  it("keep the engine's ffi in one file", function()
+    -- sys.lua and repl/plot may use ffi for the C library; nobody but lib.lua may load the engine
+    local users = {}
+    for _, path in ipairs(files("find lua/lacuna -name '*.lua' | sort")) do
+      local text = read(path)
+      if text:find("ffi.load", 1, true) and text:find("liblacuna", 1, true) then users[#users + 1] = path end
+    end
+    assert.are.same({ "lua/lacuna/lib.lua" }, users)
+  end)
+end)

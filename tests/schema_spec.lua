@@ -1,0 +1,139 @@
+--- Options: every kind of mistake gets a sentence with the value in it, and nothing passes unnoticed.
+
+local lac = require "lacuna"
+local schema = require "lacuna.schema"
+
+local SPEC = {
+  n = { type = "integer", min = 1, max = 10, default = 3 }, rate = { type = "number", min = 0, below = 1 },
+  gain = { type = "number", above = 0 }, on = { type = "boolean", default = false },
+  label = { type = "string" },
+  merge = { one_of = { "mean", "sum", "lse" }, default = "mean" }, sizes = { type = "integers", min = 1 },
+  weights = { type = "numbers" }, x = { type = { "number", "tensor" } }, f = { type = "function" },
+  even = { type = "integer", check = function(v) if v % 2 == 1 then return "must be even" end end },
+}
+
+local function refused(options, pattern)
+  local ok, message = pcall(schema.options, "op", options, SPEC)
+  assert.is_false(ok)
+  assert.matches(pattern, message)
+end
+
+describe("schema", function()
+  it("fills in defaults and copies", function()
+    local given = { n = 5 }
+    local o = schema.options("op", given, SPEC)
+    assert.are.same({ n = 5, on = false, merge = "mean" }, o)
+    assert.are_not.equal(given, o)
+    assert.are.same({ n = 3, on = false, merge = "mean" }, schema.options("op", nil, SPEC))
+  end)
+
+  it("takes what is valid", function()
+    local f = function() end
+    local o = schema.options("op", { sizes = { 1, 2 }, weights = { 0.5 }, x = lac.zeros { 2 }, f = f,
+      rate = 0, even = 2 }, SPEC)
+    assert.are.equal(f, o.f)
+    assert.are.same({ 1, 2 }, o.sizes)
+  end)
+
+  it("refuses unknown keys with the nearest one", function()
+    refused({ mrege = "sum" }, "op: unknown option 'mrege', did you mean 'merge'%? valid: even, f, gain,")
+    refused({ 7 }, "options are given by name, got 7 at %[1%]")
+    refused(3, "options must be a table, got 3")
+    refused(lac.zeros { 2 }, "options must be a table, got Tensor f32 %[2%] cpu")
+  end)
+
+  it("refuses wrong types and ranges with the value", function()
+    refused({ n = "3" }, "n must be an integer, got '3'")
+    refused({ n = 2.5 }, "n must be an integer, got 2.5")
+    refused({ n = 0 / 0 }, "n must be an integer, got nan")
+    refused({ n = math.huge }, "n must be an integer, got inf")
+    refused({ n = 0 }, "n must be positive, got 0")
+    refused({ n = 11 }, "n must be at most 10, got 11")
+    refused({ rate = 1 }, "rate must be below 1, got 1")
+    refused({ rate = -0.5 }, "rate must be at least 0, got %-0.5")
+    refused({ rate = 0 / 0 }, "rate must be a number, got nan")
+    refused({ gain = 0 }, "gain must be above 0, got 0")
+    refused({ on = 1 }, "on must be true or false, got 1")
+    refused({ label = false }, "label must be a string, got false")
+    refused({ merge = "man" }, "unknown merge 'man', did you mean 'mean'")
+    refused({ merge = 4 }, "merge must be one of lse, mean, sum, got 4")
+    refused({ sizes = {} }, "sizes must not be empty")
+    refused({ sizes = { 1, 0 } }, "sizes%[2%] must be positive, got 0")
+    refused({ sizes = { 1, 1.5 } }, "sizes%[2%] must be an integer, got 1.5")
+    refused({ sizes = { 1, "2" } }, "sizes must be a list of integers, got {1, '2'}")
+    refused({ sizes = { 1, b = 2 } }, "must be a plain list, it has the key 'b'")
+    refused({ sizes = 4 }, "sizes must be a list of integers, got 4")
+    refused({ weights = { 0 / 0 } }, "weights%[1%] must be a number, got nan")
+    refused({ x = "t" }, "x must be a number or a tensor, got 't'")
+    refused({ even = 3 }, "even must be even, got 3")
+  end)
+
+  it("requires what is required", function()
+    local ok, message = pcall(schema.options, "op", {}, { a = { type = "number", required = true } })
+    assert.is_false(ok)
+    assert.matches("op: a is required", message)
+  end)
+
+  it("finds the nearest name by edit distance", function()
+    assert.are.equal("dilations", schema.nearest("dilation", { "segments", "dilations", "offset" }))
+    assert.are.equal("causal", schema.nearest("casual", { "causal", "scale", "cat" }))
+    assert.are.equal("zeros", schema.nearest("zeroes", { "zeros", "eros", "ones" }))
+    assert.are.equal("a", schema.nearest("zzz", { "b", "a" }))
+    assert.is_nil(schema.nearest("x", {}))
+  end)
+
+  it("shows any value in a line", function()
+    assert.are.equal("{1, 'a', {...}}", schema.show { 1, "a", {} })
+    assert.are.equal("nil", schema.show(nil))
+    assert.are.equal("a function", schema.show(print))
+    assert.are.equal("Tensor f64 [2 x 1] cpu", schema.show(lac.zeros { 2, 1, dtype = "f64" }))
+    assert.is_true(#schema.show(("x"):rep(500)) < 80)
+  end)
+
+  it("puts the user's line and model path at the end", function()
+    local lib = require "lacuna.lib"
+    local function call(self) local x = lac.zeros { self.n, "a" } return x end
+    lib.frame_name(call, function(self) return "layers[" .. self.n .. "]" end)
+    local ok, message = pcall(call, { n = 3 })
+    assert.is_false(ok)
+    assert.matches("%[layers%[3%], tests/schema_spec.lua:%d+%]$", message)
+  end)
+end)
+
+describe("the namespace", function()
+  it("refuses unknown names with the nearest one", function()
+    assert.error_matches(function() return lac.zeroes end, "there is no lac.zeroes, did you mean lac.zeros%?")
+    assert.error_matches(function() return lac.zeros { 2 }.szie end,
+      "no field or method 'szie', did you mean 'size'")
+    assert.error_matches(function() lac.zeros { 2 }.gard = 1 end, "did you mean 'grad'")
+    assert.error_matches(function() return lac.attention.atend end, "did you mean 'attend'")
+  end)
+
+  it("checks the engine's ABI against this tree", function()
+    assert.are.equal(1, require("lacuna.lib").C.LAC_ABI)
+    assert.matches("^%d+%.%d+%.%d+$", lac.version())
+    assert.matches("cpu", lac.devices())
+  end)
+
+  it("has classes with inheritance and strict fields", function()
+    local Base = lac.class("Base")
+    function Base:init(x) self.x = x end
+    function Base:double() return 2 * self.x end
+    local Child = lac.class("Child", Base, true)
+    local c = Child(4)
+    assert.are.equal(8, c:double())
+    assert.error_matches(function() return c.doubel end,
+      "Child: there is no field 'doubel', did you mean 'double'")
+    assert.is_nil(Base(1).missing)
+  end)
+
+  it("has registries", function()
+    local r = lac.registry("op", "thing")
+    r:add("alpha", 1)
+    assert.are.equal(1, r:get("alpha"))
+    assert.error_matches(function() r:get("alpah") end,
+      "op: unknown thing 'alpah', did you mean 'alpha'%? valid: alpha")
+    assert.error_matches(function() r:add("alpha", 2) end, "already registered")
+    assert.error_matches(function() r:get(nil) end, "thing must be one of alpha, got nil")
+  end)
+end)

@@ -1,0 +1,151 @@
+--- Scopes: what is released, what survives, and that nobody outside is hurt. Counted by the pool's own
+-- statistics.
+
+local lac = require "lacuna"
+
+local function settle()
+  collectgarbage()
+  collectgarbage()
+  return lac.memory().live_blocks
+end
+
+local function refused(pattern, f, ...)
+  local ok, message = pcall(f, ...)
+  assert.is_false(ok)
+  assert.matches(pattern, message)
+end
+
+describe("lac.scope", function()
+  it("releases everything that is not returned", function()
+    local before = settle()
+    local inner
+    local kept = lac.scope(function()
+      inner = lac.ones { 100 }
+      for _ = 1, 10 do local _ = inner * 2 end
+      return inner + 1
+    end)
+    assert.are.equal(before + 1, lac.memory().live_blocks) -- at once, without a collection
+    assert.is_true(inner:is_released())
+    assert.are.equal(200, kept:sum():item())
+    refused("after release", function() return inner + 1 end)
+  end)
+
+  it("passes arguments and results through", function()
+    local a, b, c = lac.scope(function(x, y) return y, nil, x end, 1, 2)
+    assert.are.equal(2, a)
+    assert.is_nil(b)
+    assert.are.equal(1, c)
+    refused("expected a function, got nil", lac.scope)
+  end)
+
+  it("keeps what is reachable from returned tables", function()
+    local result = lac.scope(function()
+      local t = { deep = { { lac.ones { 2 } } } }
+      t.self = t
+      t.view = lac.full { 4, value = 3 }:view(2, 2)[1]
+      return t
+    end)
+    assert.are.same({ 1, 1 }, result.deep[1][1]:totable())
+    assert.are.same({ 3, 3 }, result.view:totable()) -- the owner behind the view lives
+  end)
+
+  it("never frees outer storage through an inner view", function()
+    local outer = lac.ones { 4 }
+    lac.scope(function()
+      local v = outer:view(2, 2)
+      local _ = v:t():contiguous()
+      v[1] = 5
+    end)
+    assert.are.same({ 5, 5, 1, 1 }, outer:totable())
+  end)
+
+  it("keeps gradients of outer leaves", function()
+    local w = lac.ones { 3, grad = true }
+    lac.scope(function() (w * w):sum():backward() end)
+    assert.are.same({ 2, 2, 2 }, w.grad:totable())
+    lac.scope(function() -- accumulates into a gradient that lives outside
+      (w * 3):sum():backward()
+    end)
+    assert.are.same({ 5, 5, 5 }, w.grad:totable())
+    lac.scope(function()
+      w.grad = nil
+      lac.scope(function() (w * 2):sum():backward() end)
+    end)
+    assert.are.same({ 2, 2, 2 }, w.grad:totable())
+  end)
+
+  it("keeps the graph of a returned loss", function()
+    local w = lac.ones { 3, grad = true }
+    local loss = lac.scope(function()
+      local h = (w * 2):exp()
+      return (h * h):sum()
+    end)
+    loss:backward() -- 4 e^4
+    assert.is_true(math.abs(w.grad[1]:item() - 4 * math.exp(4)) < 1e-3)
+  end)
+
+  it("keeps what lac.keep marks, one scope outwards", function()
+    local a, b
+    lac.scope(function()
+      lac.scope(function()
+        a, b = lac.ones { 2 }, lac.keep { lac.full { 2, value = 7 } }
+      end)
+      assert.is_true(a:is_released())
+      assert.are.same({ 7, 7 }, b[1]:totable())
+    end)
+    assert.is_true(b[1]:is_released())
+    refused("expected a tensor or a table of tensors, got 3", lac.keep, 3)
+    local x = lac.ones { 1 }
+    assert.are.equal(x, lac.keep(x)) -- outside of any scope: nothing to do
+  end)
+
+  it("keeps a state as long as its holder", function()
+    local parameter = lac.ones { 2 }
+    local moment
+    lac.scope(function()
+      lac.scope(function() moment = lac.keep(lac.zeros { 2 }, parameter) end)
+    end)
+    assert.are.same({ 0, 0 }, moment:totable())
+  end)
+
+  it("releases on errors too, and passes them on", function()
+    local before = settle()
+    local inner
+    refused("^tests/scope_spec.lua:%d+: my message$", lac.scope, function()
+      inner = lac.ones { 10 }
+      error("my message")
+    end)
+    assert.are.equal(before, lac.memory().live_blocks)
+    assert.is_true(inner:is_released())
+    assert.matches("stack traceback", require("lacuna.lib").last_traceback)
+    local thrown = {}
+    local ok, got = pcall(lac.scope, function() error(thrown) end)
+    assert.is_false(ok)
+    assert.are.equal(thrown, got)
+    local t = lac.scope(function() return lac.ones { 1 } end) -- the stack of scopes is intact
+    assert.are.equal(1, t:item())
+  end)
+
+  it("leaves dead tensors to the collector meanwhile", function()
+    lac.scope(function()
+      local before = settle()
+      for _ = 1, 100 do local _ = lac.ones { 10 } end
+      assert.is_true(settle() <= before + 1)
+    end)
+  end)
+
+  it("holds the pool level over training-like steps", function()
+    local w = lac.randn { 32, 32, grad = true }
+    local level
+    for i = 1, 20 do
+      lac.scope(function()
+        local loss = (lac.randn { 8, 32 }:matmul(w)):tanh():square():mean()
+        loss:backward()
+        lac.no_grad(function() w:add_(w.grad, -0.1) end)
+        w.grad:zero_()
+      end)
+      if i == 3 then level = lac.memory().live end
+    end
+    assert.is_true(lac.memory().live <= level)
+  end)
+end)
