@@ -21,6 +21,8 @@ typedef struct attn_item {
     int64_t first;              /* number of its first task */
 } attn_item;
 
+enum { ATTN_AHEAD = 6 }; /* rows */
+
 typedef struct attn_job {
     const lac_a_attend *a;
     const lac_a_attend_bwd *bwd; /* NULL in the forward */
@@ -46,6 +48,14 @@ static inline const void *attn_load(const lac_view *v, int64_t b, int64_t n, int
 {
     int64_t bytes = lac_bytes_of(v->dtype), at = b * v->stride[0] + n * v->stride[1] + h * v->stride[2];
     return LAC_CPU(load)(v->dtype, (const char *)v->data + at * bytes, v->stride[3] * bytes, v->shape[3], buffer);
+}
+
+/* Asks for row (b, n, h) ahead of its use: rows of a dilated lattice lie too far apart for the hardware to guess. */
+static inline void attn_prefetch(const lac_view *v, int64_t b, int64_t n, int64_t h)
+{
+    int64_t bytes = lac_bytes_of(v->dtype), at = b * v->stride[0] + n * v->stride[1] + h * v->stride[2];
+    const char *row = (const char *)v->data + at * bytes;
+    for (int64_t e = 0; e < v->shape[3] * bytes; e += 64) __builtin_prefetch(row + e);
 }
 
 /* keys at or past this are padding in batch item b */
