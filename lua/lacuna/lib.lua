@@ -50,7 +50,7 @@ local function find_library()
   for _, path in ipairs(tried) do
     if file_exists(path) then return path end
   end
-  error("lacuna: the engine liblacuna.so was not found; build it with `make` or set LACUNA_LIBRARY; tried:\n  "
+  error("lacuna: the engine liblacuna.so is not there; build it with `make` or set LACUNA_LIBRARY; tried:\n  "
     .. table.concat(tried, "\n  "), 0)
 end
 

@@ -236,26 +236,33 @@ function schema.options(op, options, spec)
   if type(options) ~= "table" or is_tensor(options) then
     fail(op, "options must be a table, got %s", show(options))
   end
-  local result = {}
+  -- in the order of the names, so that of two mistakes always the same one is reported
+  local given, n = {}, 0
   for name, v in pairs(options) do
-    local rule = spec[name]
-    if not rule then
-      local names = schema.keys(spec)
-      if type(name) ~= "string" then
-        fail(op, "options are given by name, got %s at [%s]; valid: %s", show(v), show(name),
-             table.concat(names, ", "))
-      end
-      schema.unknown(op, "option", name, names)
+    if type(name) ~= "string" then
+      fail(op, "options are given by name, got %s at [%s]; valid: %s", show(v), show(name),
+           table.concat(schema.keys(spec), ", "))
     end
-    schema.check(op, name, v, rule)
-    result[name] = v
+    n = n + 1
+    given[n] = name
   end
+  if n > 1 then table.sort(given) end
+  local result = {}
+  for i = 1, n do
+    local name = given[i]
+    local rule = spec[name]
+    if not rule then schema.unknown(op, "option", name, schema.keys(spec)) end
+    schema.check(op, name, options[name], rule)
+    result[name] = options[name]
+  end
+  local missing
   for name, rule in pairs(spec) do
     if result[name] == nil then
-      if rule.required then fail(op, "%s is required", name) end
+      if rule.required and (not missing or name < missing) then missing = name end
       result[name] = rule.default
     end
   end
+  if missing then fail(op, "%s is required", missing) end
   return result
 end
 
