@@ -378,6 +378,24 @@ describe("nn.LongNetLM", function()
     assert.is_true(bytes > memory.parameters + memory.optimizer)
   end)
 
+  it("counts the activations that are kept for the backward to within a quarter", function()
+    local model = nn.LongNetLM{ layers = 2, width = 32, heads = 2, context = 128, segments = { 32, 128 },
+      dilations = { 1, 2 } }
+    local x, y = tokens(8, 128, 256)
+    local function live()
+      collectgarbage()
+      collectgarbage()
+      return lac.memory("cpu").live
+    end
+    lac.scope(function()
+      local before = live()
+      local loss = model:loss(x, y)
+      local kept, estimate = live() - before, select(2, model:memory_estimate(8)).activations
+      assert.is_truthy(loss.node)
+      assert.is_true(kept > 0.8 * estimate and kept < 1.25 * estimate, kept .. " against " .. estimate)
+    end)
+  end)
+
   it("has a loss that is the cross-entropy of its logits", function()
     for _, tied in ipairs{ true, false } do
       local model = tiny{ tied = tied }
