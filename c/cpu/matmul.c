@@ -15,7 +15,7 @@
 #include <omp.h>
 #include <string.h>
 
-enum { TILE_M = 256, TILE_N = 512, PANEL = 512, FEW_TILES = 8, SMALL_TILE = 1 << 21 };
+enum { TILE_M = 256, TILE_N = 512, PANEL = 512, FEW_TILES = 4, SMALL_TILE = 1 << 22 };
 
 typedef struct {
     const lac_gemm *g;

@@ -256,11 +256,13 @@ LAC_INLINE uint16_t v_to_bf16(float f)
     return (uint16_t)((b & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
-/* The exponent is moved by a multiplication with 2^112, which also makes subnormals normal. */
+/* The exponent is moved by a multiplication with 2^112, which also makes subnormals normal; NaNs become quiet ones, as
+ * the processor's own conversion does. */
 LAC_INLINE float v_from_f16(uint16_t h)
 {
     uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13, sign = (uint32_t)(h & 0x8000u) << 16;
     uint32_t finite = v_bits(v_float(magnitude) * 0x1p112f), special = magnitude | 0x7f800000u;
+    special |= magnitude > 0x0f800000u ? 0x400000u : 0u;
     return v_float(sign | (magnitude >= 0x0f800000u ? special : finite));
 }
 LAC_INLINE uint16_t v_to_f16(float f)

@@ -8,6 +8,7 @@
 -- Shapes and indices are 0-based as in C. Values are flat Lua arrays (1-based) in row-major order.
 
 local ffi = require "ffi"
+local bit = require "bit"
 
 local M = { ffi = ffi }
 local path = os.getenv("LACUNA_LIBRARY") or "build/lib/liblacuna.so"
@@ -72,10 +73,18 @@ local function encode(dtype, x)
   return x
 end
 
-local function decode(dtype, raw)
-  if dtype == 2 then return decode_half(raw, 10, 15) end
-  if dtype == 3 then return decode_half(raw, 7, 127) end
-  return tonumber(raw)
+-- A NaN's bits must not become a Lua number: LuaJIT tags its values with NaN payloads, and a foreign one is a crash.
+local function is_nan(dtype, words, at)
+  if dtype == 1 then return bit.band(words[at], 0x7fffffff) > 0x7f800000 end
+  local high = bit.band(words[2 * at + 1], 0x7fffffff)
+  return high > 0x7ff00000 or (high == 0x7ff00000 and words[2 * at] ~= 0)
+end
+
+local function decode(dtype, m, at, words)
+  if dtype <= 1 and is_nan(dtype, words, at) then return 0 / 0 end
+  if dtype == 2 then return decode_half(m[at], 10, 15) end
+  if dtype == 3 then return decode_half(m[at], 7, 127) end
+  return tonumber(m[at])
 end
 
 --- The message of the last failure.
@@ -165,7 +174,8 @@ function M.get(t)
   local values = {}
   if M.numel(t) == 0 then return values end
   local m = memory(t)
-  each(t, function(at) values[#values + 1] = decode(t.dtype, m[at]) end)
+  local words = ffi.cast("uint32_t *", m)
+  each(t, function(at) values[#values + 1] = decode(t.dtype, m, at, words) end)
   return values
 end
 
