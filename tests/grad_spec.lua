@@ -65,6 +65,22 @@ describe("backward", function()
     assert.are.equal(1, x.grad:item())
   end)
 
+  it("gives gradients back to the pool as it goes", function()
+    local x = lac.ones { 100, 1000, grad = true } -- 0.4 MB
+    local y = x
+    for _ = 1, 20 do y = y:tanh() * 1.5 end
+    y = y:sum()
+    collectgarbage()
+    collectgarbage()
+    collectgarbage("stop")
+    local before = lac.memory().live
+    y:backward()
+    local growth = lac.memory().live - before
+    collectgarbage("restart")
+    assert.is_true(growth < 1e6, ("%.1f MB of gradients are left"):format(growth / 1e6)) -- one is x.grad
+    assert.are.same({ 100, 1000 }, { unpack(x.grad:size()) })
+  end)
+
   it("computes in every float dtype", function()
     for _, dtype in ipairs { "f32", "f16", "bf16" } do
       local x = leaf({ 1, 2 }, dtype);

@@ -12,6 +12,7 @@ local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 
 local C, ffi = lib.C, lib.ffi
+local fail = schema.fail
 local device = {}
 
 --- dtype code by name, and name by code.
@@ -45,19 +46,30 @@ function device.default_dtype(name)
   if name ~= nil then
     local code = device.dtype("default_dtype", name)
     if not device.is_float(code) then
-      schema.fail("default_dtype", "the default dtype must be f64, f32, f16 or bf16, got '%s'", name)
+      fail("default_dtype", "the default dtype must be f64, f32, f16 or bf16, got '%s'", name)
     end
     default_dtype = code
   end
   return device.dtype_name[default_dtype]
 end
 
---- Code of a device name: "cpu", "cuda" (the first), "cuda:1"; nil is the CPU.
+-- The CUDA plug-in sits next to the engine and is loaded when a script first names a CUDA device. Gives nil,
+-- or the reason why there is none.
+local function cuda_missing()
+  if C.lac_backend_load(lib.path:match("^(.*/)") .. "liblacuna_cuda.so") == 0 then return nil end
+  return ffi.string(C.lac_last_error())
+end
+
+--- Code of a device name: "cpu", "cuda" (the first), "cuda:1"; nil: the CPU. Raises if it is not there.
 function device.code(op, name)
   if name == nil or name == "cpu" then return C.LAC_CPU end
   if type(name) == "string" then
     local index = name == "cuda" and 0 or tonumber(name:match("^cuda:(%d+)$"))
-    if index and index < 64 then return C.LAC_CUDA + index end
+    if index and index < 64 then
+      local reason = cuda_missing()
+      if reason then fail(op, "device '%s' is not available: %s", name, reason) end
+      return C.LAC_CUDA + index
+    end
   end
   schema.unknown(op, "device", name, { "cpu", "cuda", "cuda:0" })
 end
@@ -71,6 +83,7 @@ end
 --- What this process computes on: compiler, BLAS, instruction set, threads, and why there is or is no GPU.
 -- @treturn string several lines
 function device.devices()
+  cuda_missing() -- so that the text says what became of the plug-in
   local text = ffi.string(C.lac_build_info())
   return (text:gsub("\n+$", ""))
 end
@@ -98,7 +111,7 @@ end
 function device.memory(name)
   local code = device.code("memory", name)
   if code ~= C.LAC_CPU then
-    schema.fail("memory", "device '%s' has no memory pool in this process; lac.devices() says what is there",
+    fail("memory", "device '%s' has no memory pool in this process; lac.devices() says what is there",
                 name)
   end
   return lib.memory_stats()

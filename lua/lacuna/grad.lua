@@ -71,17 +71,21 @@ local function sum(a, b)
   return out
 end
 
--- Add g to the pending gradient of output `slot` of a node. node.own says that the pending one is ours to
--- write to.
-local function arrive(node, slot, g)
+-- Add g to the pending gradient of output `slot` of a node. `fresh`: nobody else holds g. node.own says that
+-- the pending one is ours: it may be written to, and its bytes go back to the pool when the rule has read it.
+local function arrive(node, slot, g, fresh)
   if slot == 1 then
     local pending = node.g
+    fresh = fresh and g.root == g
     if not pending then
       node.g = g
+      if fresh then node.own = true end
     elseif node.own then
       call(C.lac_axpy, 1, g.c, pending.c)
+      if fresh then C.lac_tensor_release(g.c) end
     else
       node.g, node.own = sum(pending, g), true
+      if fresh then C.lac_tensor_release(g.c) end
     end
   else
     local more = node.more
@@ -174,7 +178,7 @@ local function deliver(op, input, g, ready, top)
     local capture = walk.capture
     local node = input.node
     if node then
-      arrive(node, input.slot or 1, g)
+      arrive(node, input.slot or 1, g, not op.alias)
     elseif capture then
       local held = capture[input]
       if held ~= nil then capture[input] = held and sum(held, g) or g end
@@ -210,19 +214,21 @@ end
 
 -- Gradients of one node's outputs are complete: run its rule.
 local function process(node, retain, ready, top)
-  local op, g, more = node.op, node.g, node.more
+  local op, g, more, own, o = node.op, node.g, node.more, node.own, node.o
   node.g, node.own, node.more = false, nil, nil
   local a, b, c, d, list = node.a, node.b, node.c, node.d, node.list
   local ga, gb, gc, gd
-  if g then g = settle_output(node.o, g) end
+  if g then g = settle_output(o, g) end
   if more then
-    for slot, o in pairs(node.outputs) do
-      if more[slot] then more[slot] = settle_output(o, more[slot]) end
+    for slot, output in pairs(node.outputs) do
+      if more[slot] then more[slot] = settle_output(output, more[slot]) end
     end
   end
   if g or more then
     check_versions(node)
     ga, gb, gc, gd = op.backward(node, g, more)
+    -- dead now, unless somebody was shown it or the rule handed it on
+    if own and not (op.alias or o.hooks or o.retains or walk.capture) then C.lac_tensor_release(g.c) end
   end
   if not retain then
     node.op, node.a, node.b = FREED, false, false

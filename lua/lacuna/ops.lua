@@ -31,6 +31,12 @@ local ctensor, axis, same_shape = tensor.ctype, tensor.axis, tensor.same_shape
 local shape, numel, contiguous = tensor.shape, tensor.numel, tensor.contiguous
 local D = tensor.sizes_buffer
 
+-- The compiler cannot record the first use of a C symbol, and a loop may be recorded on its first turn: the
+-- symbols of the hot path are resolved now.
+for _, name in ipairs { "lac_map1", "lac_map2", "lac_map2_scalar", "lac_matmul", "lac_empty", "lac_copy" } do
+  local _ = C[name]
+end
+
 --- ops.table: record by name. ops.fn: the function of every operator by name.
 local ops = { table = {}, fn = {} }
 local fn = ops.fn
@@ -79,12 +85,6 @@ end
 ops.wants = wants
 
 -- ---- helpers for rules: no gradients inside -----------------------------------------------------
-
-local function run1(f, x, ...)
-  local c = ctensor()
-  call(f, x, ...)
-  return c
-end
 
 local function new() return ctensor() end
 
@@ -1653,5 +1653,4 @@ function fn.allclose(a, b, options)
 end
 methods.allclose = fn.allclose
 
-ops.map_id, ops.run1 = map_id, run1
 return ops

@@ -568,12 +568,17 @@ local function field_names()
   return names
 end
 
+-- what other libraries call things; nearer in meaning than in spelling
+local SYNONYM = { shape = "size", ndim = "dim", T = "t", mm = "matmul", bmm = "matmul", dot = "matmul",
+                  numpy = "totable", tolist = "totable", cuda = "to", cpu = "to", float = "to", double = "to",
+                  type = "dtype", nElement = "numel" }
+
 local function special(t, key)
   local kind = type(key)
   if kind == "string" then
     if OPTIONAL[key] then return nil end
-    fail("tensor", "there is no field or method '%s', did you mean '%s'?", key, schema.nearest(key,
-                                                                                               field_names()))
+    fail("tensor", "there is no field or method '%s', did you mean '%s'?", key,
+         SYNONYM[key] or schema.nearest(key, field_names()))
   end
   return tensor.get(t, key) -- ops.lua: positions and slices
 end
