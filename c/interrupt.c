@@ -63,6 +63,7 @@ static struct {
     int sticky;      /* it is raised at every instruction now */
     int interrupted; /* it has reached the outermost handler */
     int ticks;       /* since raised */
+    int gc_stopped;  /* by on_hook, until its frame is gone */
     int presses;
     int64_t first_press, last_press; /* ms */
 } S;
@@ -71,6 +72,7 @@ static sigset_t lock(void);
 static void unlock(sigset_t old);
 static void hook_arm(void);
 static void hook_disarm(void);
+static void gc_restart(lua_State *L);
 static void timer_run(int on);
 static void settle(void);
 static void traces_patch(void);
@@ -149,6 +151,12 @@ static void on_hook(lua_State *L, lua_Debug *ar)
     }
     unlock(old);
     if (!pending) return;
+    /* The interpreter may stand in the copy of an instruction that a trace holds (one that begins at a return),
+     * and tracebacks look there: flushed traces must not be collected before the error is out of this frame. */
+    if (lua_gc(L, LUA_GCISRUNNING, 0)) {
+        lua_gc(L, LUA_GCSTOP, 0);
+        S.gc_stopped = 1;
+    }
     traces_flush(L);
     lua_pushliteral(L, "interrupted");
     lua_error(L);
@@ -211,6 +219,7 @@ int lac_interrupt_end(lua_State *L, int mode)
     S.mode = (lac_mode)mode;
     unlock(old);
     traces_flush(L);
+    gc_restart(L);
     return interrupted;
 }
 
@@ -230,6 +239,7 @@ void lac_interrupt_handled(lua_State *L)
     settle();
     unlock(old);
     traces_flush(L);
+    gc_restart(L);
 }
 
 int lac_interrupt_editing(int on)
@@ -276,6 +286,12 @@ static void hook_arm(void)
 static void hook_disarm(void)
 {
     if (lua_gethook(S.L) == on_hook) lua_sethook(S.L, S.user_hook, S.user_mask, S.user_count);
+}
+
+static void gc_restart(lua_State *L)
+{
+    if (S.gc_stopped) lua_gc(L, LUA_GCRESTART, 0);
+    S.gc_stopped = 0;
 }
 
 static void timer_run(int on)

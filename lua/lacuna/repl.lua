@@ -9,9 +9,10 @@
 -- Whether an entry is complete is asked of the parser: an error "near '<eof>'" means that more can help. Each
 -- entry is tried as an expression first, so `x`, `f()` and `x = 1` all do what one expects.
 --
--- Completion looks at tables with rawget and next only and follows __index where it is a table (where it is a
--- function, the names in the metatable itself, which is how classes here are built). It can therefore neither
--- run user code nor raise, also not on strict tables; that matters because it runs inside a C callback.
+-- Completion looks at tables with rawget and next only and follows __index where it is a table; where it is a
+-- function, it takes the names in the metatable itself (which is how classes here are built) and the keys of
+-- the metatable's field __names. So it can neither run user code nor raise, also not on strict tables, which
+-- matters because it runs inside a C callback.
 --
 -- Under the command `lacuna` the module "lacuna.host" stops running code at Ctrl-C (guard) and tells a press
 -- at the prompt from the end of input (editing). Under plain luajit there is none: Ctrl-C ends luajit.
@@ -71,15 +72,15 @@ end
 
 local show_value
 
--- `{` and `}` round the parts: on one line where that fits, else one part per line
-local function lay_out(parts, indent, options)
+-- `{` and `}` round the parts: on one line where that fits behind `lead` characters, else one part per line
+local function lay_out(parts, indent, lead, options)
   local line = "{ " .. table.concat(parts, ", ") .. " }"
-  if #line + indent <= options.width and not line:find("\n", 1, true) then return line end
+  if #line + indent + lead <= options.width and not line:find("\n", 1, true) then return line end
   local pad = (" "):rep(indent + 2)
   return "{\n" .. pad .. table.concat(parts, ",\n" .. pad) .. "\n" .. (" "):rep(indent) .. "}"
 end
 
-local function show_table(t, options, depth, indent, open)
+local function show_table(t, options, depth, indent, open, lead)
   if open[t] then return "<cycle>" end
   if next(t) == nil then return "{}" end
   if depth >= options.depth then return "{...}" end
@@ -92,17 +93,17 @@ local function show_table(t, options, depth, indent, open)
       key = keys[i - n]
       name = is_identifier(key) and key
         or "[" .. (type(key) == "table" and safe_tostring(key)
-                   or show_value(key, options, depth + 1, indent + 2, open)) .. "]"
+                   or show_value(key, options, depth + 1, indent + 2, open, 1)) .. "]"
       name = name .. " = "
     end
-    parts[i] = name .. show_value(rawget(t, key), options, depth + 1, indent + 2, open)
+    parts[i] = name .. show_value(rawget(t, key), options, depth + 1, indent + 2, open, #name + 1)
   end
   if total > options.items then parts[#parts + 1] = ("... %d more"):format(total - options.items) end
   open[t] = nil
-  return lay_out(parts, indent, options)
+  return lay_out(parts, indent, lead, options)
 end
 
-function show_value(value, options, depth, indent, open)
+function show_value(value, options, depth, indent, open, lead)
   if type(value) == "string" then
     return depth == 0 and value or ("%q"):format(value):gsub("\\\n", "\\n")
   end
@@ -111,7 +112,7 @@ function show_value(value, options, depth, indent, open)
     local first, rest = text:match("^([^\n]*)\n(.*)$")
     return (depth > 0 and rest) and first .. " ..." or text
   end
-  return show_table(value, options, depth, indent, open)
+  return show_table(value, options, depth, indent, open, lead)
 end
 
 --- Text of a value as the session prints it. Tables are shown with sorted keys, to a depth, number of entries
@@ -120,7 +121,7 @@ end
 -- @tparam[opt] table options depth, items, width
 -- @treturn string
 function repl.show(value, options)
-  return (show_value(value, setmetatable(options or {}, { __index = SHOW }), 0, 0, {}))
+  return (show_value(value, setmetatable(options or {}, { __index = SHOW }), 0, 0, {}, 0))
 end
 
 -- ---- errors --------------------------------------------------------------------------------------
@@ -150,8 +151,8 @@ function repl.traceback(message)
   if os.getenv("LACUNA_TRACE") == "1" then return debug.traceback(text, 2) end
   local lines, level = { text }, 1
   while true do
-    local info = debug.getinfo(level, "Sln")
-    if not info then break end
+    local info = debug.getinfo(level, "Slnf")
+    if not info or info.func == repl.run_entry then break end -- below are the session and who started it
     local own = info.what == "C" or info.source:sub(1, #own_prefix) == own_prefix or info.source == "=lacuna"
     if not own and #lines > TRACE_FRAMES then
       lines[#lines + 1] = "  ..."
@@ -165,7 +166,10 @@ end
 
 -- ---- entries -------------------------------------------------------------------------------------
 
-local function wants_more(message) return message:find("near '<eof>'$") ~= nil end
+-- a quoted string cannot go on in the next line, but a bracketed one can
+local function wants_more(message)
+  return message:find("near '<eof>'$") ~= nil and not message:find("unfinished string", 1, true)
+end
 
 --- Compile an entry, as an expression if it is one. Call the chunk with a function that returns its
 -- arguments: `return f()` alone is a tail call, and an error in f would have lost where it was called.
@@ -196,6 +200,7 @@ local function places(value)
     local mt = debug.getmetatable(t)
     if type(mt) ~= "table" then return end
     visit(type(rawget(mt, "__index")) == "function" and mt or rawget(mt, "__index"))
+    visit(rawget(mt, "__names"))
   end
   if type(value) == "table" then visit(value) else visit(meta_field(value, "__index")) end
   return list
@@ -302,8 +307,11 @@ function Session:prompt() return self.unfinished and ">> " or "> " end
 
 local function pass(...) return ... end
 
--- runs inside the guard: printing may call __tostring, which is user code as well
-local function run_entry(self, chunk)
+--- Run an entry and show what it returns. Inside the guard, because printing may call __tostring, which is
+-- user code as well; tracebacks end at this function.
+-- @tparam table self the session
+-- @tparam function chunk from repl.compile
+function repl.run_entry(self, chunk)
   local function show(...)
     local n = select("#", ...)
     if n > 0 and (...) ~= nil then rawset(self.env, "_", (...)) end
@@ -335,7 +343,7 @@ function Session:feed(line)
     return "done", entry
   end
   setfenv(chunk, self.env)
-  local ok, report = self.guard(run_entry, self, chunk)
+  local ok, report = self.guard(repl.run_entry, self, chunk)
   if not ok then self.write(tostring(report) .. "\n") end
   if not self.hinted and entry:find("^%s*local%s") then
     self.hinted = true

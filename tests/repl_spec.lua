@@ -1,0 +1,295 @@
+-- repl_spec.lua: the logic of the interactive session, without a terminal.
+--
+-- A session is fed lines and its output is collected, in an environment of its own, so that what a spec
+-- defines is gone with it. Printing, completion and tracebacks are functions and tested as such. The promises
+-- that matter most are negative ones (completion runs no code, printing ends on cyclic tables, no error
+-- leaves the session), so each has a value built to break it. Editing, history on disk and Ctrl-C need a
+-- terminal and a process: command_spec.lua.
+
+local repl = require "lacuna.repl"
+
+local function new_session(extra)
+  local env = setmetatable({}, { __index = _G })
+  local out = {}
+  local options = { env = env, write = function(text) out[#out + 1] = text end }
+  for key, value in pairs(extra or {}) do options[key] = value end
+  local session = repl.new(options)
+  -- feed lines, return what was written
+  return function(...)
+    for i = 1, select("#", ...) do session:feed((select(i, ...))) end
+    local text = table.concat(out)
+    for i = #out, 1, -1 do out[i] = nil end
+    return text
+  end, session, env
+end
+
+describe("repl: an entry", function()
+  it("shows the values of an expression, not those that are nil", function()
+    local feed = new_session()
+    assert.equal("2\n", feed "1 + 1")
+    assert.equal("1\nx\n", feed "1, nil, 'x'")
+    assert.equal("", feed "nil")
+    assert.equal("false\n", feed "false")
+    assert.equal("", feed "(function() end)()")
+    assert.equal("3\n", feed "= 3")
+    assert.equal("4\n", feed "4 -- with a comment")
+    assert.equal("5\n", feed "return 5;")
+  end)
+
+  it("may be a statement, and keeps globals", function()
+    local feed = new_session()
+    assert.equal("", feed "x = 20")
+    assert.equal("41\n", feed "x * 2 + 1")
+    assert.equal("", feed "-- nothing")
+    assert.equal("", feed "   ")
+  end)
+
+  it("leaves its first value in _, unless that is nil", function()
+    local feed = new_session()
+    assert.equal("7\n8\n", feed "7, 8")
+    assert.equal("14\n", feed "_ * 2")
+    feed "nil"
+    assert.equal("14\n", feed "_")
+    feed "false"
+    assert.equal("false\n", feed "_")
+  end)
+
+  it("goes on over lines until it is complete", function()
+    local feed, session = new_session()
+    assert.equal("> ", session:prompt())
+    assert.equal("more", (session:feed "for i = 1, 2 do"))
+    assert.equal(">> ", session:prompt())
+    assert.equal("more", (session:feed "  out = i * 10"))
+    local state, entry = session:feed "end"
+    assert.equal("done", state)
+    assert.equal("for i = 1, 2 do\n  out = i * 10\nend", entry)
+    assert.equal("> ", session:prompt())
+    assert.equal("20\n", feed "out")
+    assert.equal("6\n", feed("1 +", "2 +", "3"))
+    assert.equal("a\nb\n", feed("[[a", "b]]"))
+    assert.equal("", feed("--[[ a comment", "of two lines ]]"))
+    assert.equal("3\n", feed("(function()", "return 3", "end)()"))
+  end)
+
+  it("is dropped by reset", function()
+    local feed, session = new_session()
+    session:feed "if true then"
+    session:reset()
+    assert.equal("> ", session:prompt())
+    assert.equal("1\n", feed "1")
+  end)
+
+  it("that is wrong is reported at once, not continued", function()
+    local feed, session = new_session()
+    local wrong = {
+      ["x = = 1"] = "unexpected symbol near '='",
+      ["foo bar"] = "'=' expected near 'bar'",
+      ["1 + )"] = "unexpected symbol near ')'",
+      ["'abc"] = "unfinished string",
+      ["end"] = "'<eof>' expected near 'end'",
+      ["x = }"] = "unexpected symbol near '}'",
+    }
+    for line, message in pairs(wrong) do
+      local text = feed(line)
+      assert.truthy(text:find(message, 1, true), line .. " gave " .. text)
+      assert.equal("> ", session:prompt())
+    end
+  end)
+
+  it("says once that locals are local", function()
+    local feed = new_session()
+    assert.truthy(feed("local a = 1"):find("a local ends with its entry", 1, true))
+    assert.equal("", feed "local b = 2")
+    assert.equal("", new_session()("localised = 1"))
+  end)
+end)
+
+describe("repl: an error", function()
+  it("shows message and the user's frames, and the session goes on", function()
+    local feed = new_session()
+    feed "function inner() error('deep') end"
+    feed "function outer() inner() return 1 end"
+    assert.equal(table.concat({
+      "entry 1:1: deep",
+      "  entry 1:1: in function 'inner'",
+      "  entry 2:1: in function 'outer'",
+      "  entry 3:1: in main chunk",
+      "",
+    }, "\n"), feed "outer()")
+    assert.equal("2\n", feed "1 + 1")
+  end)
+
+  it("names the entry also when the error is in a call at its end", function()
+    assert.equal("entry 1:1: direct\n  entry 1:1: in main chunk\n", (new_session()) "error('direct')")
+  end)
+
+  it("may be any object", function()
+    local feed = new_session()
+    assert.truthy(feed("error({ code = 3 })"):find("(the error is a table: { code = 3 })", 1, true))
+    feed "object = setmetatable({}, { __tostring = function() return 'spoken' end })"
+    assert.truthy(feed("error(object)"):find("^spoken\n  entry"))
+    assert.truthy(feed("error(nil)"):find("(the error is a nil: nil)", 1, true))
+  end)
+
+  it("may come from a value's own __tostring", function()
+    local feed = new_session()
+    local text = feed "setmetatable({}, { __tostring = function() error('mute') end })"
+    assert.truthy(text:find("^<table, its __tostring failed: .*mute>\n$"), text)
+    assert.equal("1\n", feed "1")
+  end)
+
+  it("deep in a recursion shows a few frames", function()
+    local feed = new_session()
+    feed "function down(n) if n == 0 then error('bottom') end return 1 + down(n - 1) end"
+    local text = feed "down(100)"
+    local _, lines = text:gsub("\n", "")
+    assert.equal(10, lines, text)
+    assert.truthy(text:find("\n  ...\n$"), text)
+  end)
+
+  it("goes through the guard that was given", function()
+    local called = {}
+    local feed = new_session { guard = function(f, ...)
+      called[#called + 1] = f ~= nil and select("#", ...)
+      return false, "stopped by the guard"
+    end }
+    assert.equal("stopped by the guard\n", feed "1 + 1")
+    assert.equal(1, #called)
+  end)
+end)
+
+describe("repl.show", function()
+  local show = repl.show
+
+  it("sorts keys, numbers first, and quotes what is no name", function()
+    assert.equal("{}", show {})
+    assert.equal("{ 1, 2, 3 }", show { 1, 2, 3 })
+    assert.equal('{ 1, [3] = "c", [5.5] = 0, a = "x\\ny", b = true }',
+                 show { 1, nil, "c", b = true, a = "x\ny", [5.5] = 0 })
+    assert.equal('{ ["end"] = 1, ["no name"] = 2, [true] = 3 }',
+                 show { [true] = 3, ["no name"] = 2, ["end"] = 1 })
+  end)
+
+  it("breaks what is too wide", function()
+    local long = ("x"):rep(40)
+    assert.equal(('{\n  a = "%s",\n  b = {\n    "%s",\n    "%s",\n    1\n  }\n}'):format(long, long, long),
+                 show({ a = long, b = { long, long, 1 } }))
+    for line in show({ list = { 1, 2, 3 }, b = { c = { d = 1 } } }, { width = 20 }):gmatch("[^\n]+") do
+      assert.is_true(#line <= 20, line)
+    end
+  end)
+
+  it("ends: depth, number of entries, cycles", function()
+    assert.equal("{ { { {...} } } }", show { { { { { 1 } } } } })
+    assert.equal("{ { { { {} } } } }", show { { { { {} } } } }:gsub("{%.%.%.}", "{ {} }"))
+    local many = {}
+    for i = 1, 100 do many[i] = i end
+    assert.truthy(show(many):find("40,\n  ... 60 more\n}", 1, true))
+    local cycle = { name = "me" }
+    cycle.self = cycle
+    assert.equal('{ name = "me", self = <cycle> }', show(cycle))
+    local shared = { 1 }
+    assert.equal("{ { 1 }, { 1 } }", show { shared, shared })
+  end)
+
+  it("lets objects speak, in one line inside of tables", function()
+    local object = setmetatable({}, { __tostring = function() return "first\nsecond" end })
+    assert.equal("first\nsecond", show(object))
+    assert.equal("{ first ... }", show { object })
+    local hidden = setmetatable({ 1 }, { __metatable = "locked" })
+    assert.equal("{ 1 }", show(hidden))
+  end)
+
+  it("does not index, so strict tables can be shown", function()
+    local strict = setmetatable({ a = 1 }, { __index = function() error "strict" end })
+    assert.equal("{ a = 1 }", show(strict))
+  end)
+
+  it("shows strings as they are, numbers and cdata as Lua does", function()
+    assert.equal("a\nb", show "a\nb")
+    assert.equal("5LL", show(5LL))
+    assert.equal("nil", show(nil))
+  end)
+end)
+
+describe("repl.complete", function()
+  local function complete(env, word) return table.concat(repl.complete(env, word), " ") end
+
+  it("finds globals, fields and keywords", function()
+    local env = { print = print, pairs = pairs, private = 1, lib = { zeros = print, zip = 1, ones = 2 } }
+    assert.equal("pairs print private", complete(env, "p"))
+    assert.equal("lib.zeros lib.zip", complete(env, "lib.z"))
+    assert.equal("lib.ones lib.zeros lib.zip", complete(env, "lib."))
+    assert.equal("function", complete(env, "func"))
+    assert.equal("", complete(env, "lib.none"))
+    assert.equal("", complete(env, "none.at.all"))
+    assert.equal("", complete(env, ".x"))
+    assert.equal("", complete(env, "a-b"))
+    assert.equal("string.rep", complete(_G, "string.rep"))
+  end)
+
+  it("finds methods through __index, also of parents; after : only functions", function()
+    local Base = { save = print, label = "b" }
+    local Class = setmetatable({ sum = print, size = print, shape = 1 }, { __index = Base })
+    Class.__index = Class
+    local env = { t = setmetatable({ stored = 1 }, Class), text = "abc" }
+    assert.equal("t.save t.shape t.size t.stored t.sum", complete(env, "t.s"))
+    assert.equal("t:save t:size t:sum", complete(env, "t:s"))
+    assert.equal("text:rep text:reverse", complete(env, "text:re"))
+  end)
+
+  it("finds methods where __index is a function, and calls nothing", function()
+    local function never() error "user code was run" end
+    local class = { sum = print, size = print, __index = never, __tostring = never, __call = never }
+    local env = setmetatable({ t = setmetatable({ data = 1 }, class) }, { __index = never })
+    assert.equal("t.size t.sum", complete(env, "t.s"))
+    assert.equal("", complete(env, "t.missing.more"))
+    assert.equal("", complete(env, "missing.more"))
+    assert.equal("t.data t.size t.sum", complete(env, "t."))
+  end)
+
+  it("takes the names that a metatable lists", function()
+    local function never() error "user code was run" end
+    local env = { t = setmetatable({}, { __index = never, __names = { zeros = print, zip = true } }) }
+    assert.equal("t.zeros t.zip", complete(env, "t.z"))
+    assert.equal("t:zeros", complete(env, "t:z"))
+  end)
+
+  it("completes the library's strict namespace", function()
+    local env = { lac = require "lacuna" }
+    assert.equal("lac.zeros lac.zeros_like", complete(env, "lac.zeros"))
+    assert.equal("", complete(env, "lac.no_such_thing.x"))
+  end)
+
+  it("hides private names until asked, ends on cyclic metatables", function()
+    local env = { t = { _hidden = 1, shown = 2, ["not a name"] = 3, [1] = 4 } }
+    assert.equal("t.shown", complete(env, "t."))
+    assert.equal("t._hidden", complete(env, "t._"))
+    local a, b = {}, {}
+    setmetatable(a, { __index = b })
+    setmetatable(b, { __index = a })
+    a.x1, b.x2 = 1, 2
+    assert.equal("a.x1 a.x2", complete({ a = a }, "a.x"))
+  end)
+end)
+
+describe("repl: help and history", function()
+  it("help is a page, help(x) is about x", function()
+    local feed = new_session()
+    assert.truthy(feed("help"):find("Ctrl%-D"))
+    assert.truthy(feed("help()"):find("Ctrl%-D"))
+    assert.equal("{ 1, 2 }\n", feed "help({ 1, 2 })")
+  end)
+
+  it("the history is where the environment says", function()
+    local function path(environment) return repl.history_path(function(name) return environment[name] end) end
+    assert.equal("/h", path { LACUNA_HISTORY = "/h", XDG_STATE_HOME = "/s", HOME = "/home" })
+    assert.equal("/s/lacuna/history", path { XDG_STATE_HOME = "/s", HOME = "/home" })
+    assert.equal("/home/.local/state/lacuna/history", path { XDG_STATE_HOME = "", HOME = "/home" })
+    assert.is_nil(path {})
+  end)
+
+  it("a history line holds any entry in one line", function()
+    assert.equal("a\\012b\\040\\134n\\303\\251\\000!~\n", repl.history_line("a\nb \\n\195\169\0!~"))
+  end)
+end)
