@@ -1,9 +1,10 @@
 --- Attention against golden values that were computed elsewhere.
 --
--- The file holds 14 configurations with inputs (f32) and outputs, log-sum-exps and gradients in f64, made by an
--- independent dense implementation and, where those are right, agreeing with two public libraries to 1e-15 (its
--- metadata names them). f64 must agree to 1e-12. f32 must be no worse than twice the error of a naive f32
--- implementation (support/oracle.lua with rounding), which is the tolerance rule of the whole suite.
+-- The file holds 14 configurations with inputs (f32) and outputs, log-sum-exps and gradients in f64, made by
+-- an independent dense implementation and, where those are right, agreeing with two public libraries to
+-- 1e-15 (its metadata names them). f64 must agree to 1e-12. f32 must be no worse than twice the error of a
+-- naive f32 implementation (support/oracle.lua with rounding), which is the tolerance rule of the whole
+-- suite.
 
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"

@@ -1,7 +1,8 @@
 --- Plans: strips, counts, overlap, errors, and the cache under many threads.
 --
--- Counts are compared with the dense mask of support/oracle.lua over random configurations, because the engine
--- counts pairs in closed form. Strips are checked against the published offset schemes written out by hand.
+-- Counts are compared with the dense mask of support/oracle.lua over random configurations, because the
+-- engine counts pairs in closed form. Strips are checked against the published offset schemes written out by
+-- hand.
 
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
@@ -12,15 +13,18 @@ local function strips(plan)
   local list, s = {}, ffi.new("lac_strip")
   for i = 0, direct.info(plan).strips - 1 do
     direct.check(C.lac_plan_strip(plan, i, s))
-    list[#list + 1] = { segment = tonumber(s.segment), dilation = tonumber(s.dilation), offset = tonumber(s.offset),
-                        head0 = s.head0, heads = s.heads, branch = s.branch, shared = s.shared }
+    list[#list + 1] = { segment = tonumber(s.segment), dilation = tonumber(s.dilation),
+                        offset = tonumber(s.offset), head0 = s.head0, heads = s.heads,
+                        branch = s.branch, shared = s.shared }
   end
   return list
 end
 
 local function short(plan) -- "branch:head0+heads@offset"
   local list = {}
-  for i, s in ipairs(strips(plan)) do list[i] = ("%d:%d+%d@%d"):format(s.branch, s.head0, s.heads, s.offset) end
+  for i, s in ipairs(strips(plan)) do
+    list[i] = ("%d:%d+%d@%d"):format(s.branch, s.head0, s.heads, s.offset)
+  end
   return table.concat(list, " ")
 end
 
@@ -59,18 +63,24 @@ describe("an attention plan", function()
     assert.equal("11", shared { N = 64, H = 1, segments = { 16, 64 }, dilations = { 1, 4 } })
     assert.equal("00", shared { N = 64, H = 2, segments = { 16, 64 }, dilations = { 1, 4 }, heads = "split" })
     -- even and odd rows of the same head
-    assert.equal("00", shared { N = 64, H = 1, segments = { 16, 64 }, dilations = { 2, 2 }, offset = "branch" })
-    assert.equal("11", shared { N = 64, H = 1, segments = { 16, 64 }, dilations = { 3, 2 }, offset = "branch" })
-    assert.equal(0, direct.info(direct.plan(direct.fill { N = 9, H = 3, segments = { 9 }, dilations = { 2 } })).overlapping)
+    assert.equal("00", shared { N = 64, H = 1, segments = { 16, 64 }, dilations = { 2, 2 },
+      offset = "branch" })
+    assert.equal("11", shared { N = 64, H = 1, segments = { 16, 64 }, dilations = { 3, 2 },
+      offset = "branch" })
+    local apart = direct.plan(direct.fill { N = 9, H = 3, segments = { 9 }, dilations = { 2 } })
+    assert.equal(0, direct.info(apart).overlapping)
   end)
 
   it("counts pairs, rows and FLOPs exactly, in 300 random configurations", function()
     local tried = 0
     while tried < 300 do
-      local c = direct.fill { N = random(40), M = random(40), H = random(4), D = 3, segments = { random(30), random(30) },
-                              dilations = { random(5), random(5) }, causal = random(2) == 1, align = random(2) == 1 and "end" or nil,
-                              window = random(2) == 1 and random(20) - 1 or nil, heads = random(2) == 1 and "all" or "split",
-                              offset = ({ "mod", "block", "branch" })[random(3)] }
+      local c = direct.fill {
+        N = random(40), M = random(40), H = random(4), D = 3, segments = { random(30), random(30) },
+        dilations = { random(5), random(5) }, causal = random(2) == 1,
+        align = random(2) == 1 and "end" or nil,
+        window = random(2) == 1 and random(20) - 1 or nil, heads = random(2) == 1 and "all" or "split",
+        offset = ({ "mod", "block", "branch" })[random(3)],
+      }
       local ok, plan = pcall(direct.plan, c)
       if ok then
         tried = tried + 1
@@ -94,7 +104,8 @@ describe("an attention plan", function()
   end)
 
   it("counts long sequences at once", function()
-    local c = direct.fill { B = 3, N = 2 ^ 30, H = 4, D = 64, segments = { 2 ^ 11, 2 ^ 30 }, dilations = { 1, 2 ^ 15 }, causal = true }
+    local c = direct.fill { B = 3, N = 2 ^ 30, H = 4, D = 64, segments = { 2 ^ 11, 2 ^ 30 },
+                            dilations = { 1, 2 ^ 15 }, causal = true }
     local info = direct.info(direct.plan(c))
     local tri = function(n) return n * (n + 1) / 2 end
     assert.equal(4 * (2 ^ 19 * tri(2 ^ 11) + tri(2 ^ 15)), tonumber(info.pairs))
@@ -114,7 +125,8 @@ describe("an attention plan", function()
     end
     assert.equal("attention: segments[2] must be positive, got 0", with { segments = { 4, 0 } })
     assert.equal("attention: dilations[1] must be positive, got -3", with { dilations = { -3, 2 } })
-    assert.equal("attention: 2 heads cannot be split over 3 branches (heads = 'split' needs heads >= branches)",
+    assert.equal("attention: 2 heads cannot be split over 3 branches "
+      .. "(heads = 'split' needs heads >= branches)",
       with { heads = "split", segments = { 4, 8, 8 }, dilations = { 1, 2, 2 } })
     assert.equal("attention: heads must be a multiple of kv_heads: 5 % 2 = 1", with { H = 5, Hk = 2 })
     assert.equal("attention: branch 2 keeps nothing for head 2: its offset 1 is not below the segment 1",
@@ -138,7 +150,8 @@ describe("an attention plan", function()
   end)
 
   it("refuses null pointers and strips that do not exist", function()
-    local plan, s, p = direct.plan(direct.fill { segments = { 1 }, dilations = { 1 } }), ffi.new("lac_strip"), ffi.new("lac_plan*[1]")
+    local plan, s, p = direct.plan(direct.fill { segments = { 1 }, dilations = { 1 } }),
+      ffi.new("lac_strip"), ffi.new("lac_plan*[1]")
     assert.is_true(C.lac_plan_get(nil, p) ~= 0 and p[0] == nil)
     assert.is_true(C.lac_plan_get(ffi.new("lac_attn_desc"), nil) ~= 0)
     assert.is_true(C.lac_plan_describe(nil, ffi.new("lac_plan_info")) ~= 0)
@@ -202,8 +215,11 @@ describe("the plan cache", function()
     os.remove(directory)
     assert(os.execute("mkdir " .. directory) == 0)
     local library = lib.path:match("^(.*)/[^/]*$")
-    local command = ("cc -O1 -std=c11 -D_GNU_SOURCE -Wall -Werror -Ic tests/support/plan_stress.c -o %s/stress -L%s -Wl,-rpath,%s "
-      .. "-Wl,--allow-shlib-undefined -llacuna -lpthread 2>&1"):format(directory, library, library)
+    local command = table.concat({
+      "cc -O1 -std=c11 -D_GNU_SOURCE -Wall -Werror -Ic tests/support/plan_stress.c",
+      "-o", directory .. "/stress", "-L" .. library, "-Wl,-rpath," .. library,
+      "-Wl,--allow-shlib-undefined -llacuna -lpthread 2>&1",
+    }, " ")
     local pipe = io.popen(command .. " && OMP_NUM_THREADS=1 " .. directory .. "/stress; echo status $?")
     local output = pipe:read("*a")
     pipe:close()

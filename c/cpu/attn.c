@@ -34,15 +34,41 @@
 #define ATTN_EACH_MR(X) X(1) X(2) X(3) X(4)
 #endif
 
+#define ATTN_LOG2E 1.442695040888963407359924681L
+
 /* lanes of two vectors taken in turn, for each number of lanes: first halves, second halves */
-#define ATTN_LOW_2 {0, 2}
-#define ATTN_HIGH_2 {1, 3}
-#define ATTN_LOW_4 {0, 4, 1, 5}
-#define ATTN_HIGH_4 {2, 6, 3, 7}
-#define ATTN_LOW_8 {0, 8, 1, 9, 2, 10, 3, 11}
-#define ATTN_HIGH_8 {4, 12, 5, 13, 6, 14, 7, 15}
-#define ATTN_LOW_16 {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
-#define ATTN_HIGH_16 {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}
+#define ATTN_LOW_2                                                                                                     \
+    {                                                                                                                  \
+        0, 2                                                                                                           \
+    }
+#define ATTN_HIGH_2                                                                                                    \
+    {                                                                                                                  \
+        1, 3                                                                                                           \
+    }
+#define ATTN_LOW_4                                                                                                     \
+    {                                                                                                                  \
+        0, 4, 1, 5                                                                                                     \
+    }
+#define ATTN_HIGH_4                                                                                                    \
+    {                                                                                                                  \
+        2, 6, 3, 7                                                                                                     \
+    }
+#define ATTN_LOW_8                                                                                                     \
+    {                                                                                                                  \
+        0, 8, 1, 9, 2, 10, 3, 11                                                                                       \
+    }
+#define ATTN_HIGH_8                                                                                                    \
+    {                                                                                                                  \
+        4, 12, 5, 13, 6, 14, 7, 15                                                                                     \
+    }
+#define ATTN_LOW_16                                                                                                    \
+    {                                                                                                                  \
+        0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23                                                         \
+    }
+#define ATTN_HIGH_16                                                                                                   \
+    {                                                                                                                  \
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31                                                   \
+    }
 
 #define NAME(x) attn_f32_##x
 #define real float

@@ -1,13 +1,14 @@
 --- Drives the engine's attention through its C functions, below the Lua library.
 --
--- The specs of the plan and of the kernels must not depend on lacuna.tensor or lacuna.attention, which are tested
--- by their own specs and are built on what is tested here. So this file knows only lacuna.lib (library, declarations)
--- and moves numbers between flat Lua arrays and engine tensors of any dtype and memory layout. It also
--- reads safetensors files, for the golden values; the library's own reader is not used for the same reason.
--- Conversions of f16 and bf16 are written here by arithmetic, independently of the engine's bit manipulation.
+-- The specs of the plan and of the kernels must not depend on lacuna.tensor or lacuna.attention, which are
+-- tested by their own specs and are built on what is tested here. So this file knows only lacuna.lib
+-- (library, declarations) and moves numbers between flat Lua arrays and engine tensors of any dtype and
+-- memory layout. It also reads safetensors files, for the golden values; the library's own reader is not
+-- used for the same reason. Conversions of f16 and bf16 are written here by arithmetic, independently of the
+-- engine's bit manipulation.
 --
--- Configurations are plain tables with the fields of lacuna.attend (segments, dilations, heads, offset, merge,
--- causal, window, dedup, align) plus B, N, M, H, Hk, D; missing ones have the defaults of `fill`.
+-- Configurations are plain tables with the fields of lacuna.attend (segments, dilations, heads, offset,
+-- merge, causal, window, dedup, align) plus B, N, M, H, Hk, D; missing ones have the defaults of `fill`.
 
 local lib = require "lacuna.lib"
 local ffi, C = lib.ffi, lib.C
@@ -87,8 +88,8 @@ function direct.blank() return ffi.gc(ffi.new("lac_tensor"), C.lac_tensor_drop) 
 -- @tparam string dtype
 -- @tparam table shape
 -- @param values flat row-major array (from 1), or nil to leave it uninitialised
--- @tparam[opt] string layout nil contiguous; "heads" memory order [B, H, N, D]; "inner" the last axis has stride 3;
--- "reversed" the second axis runs backwards
+-- @tparam[opt] string layout nil contiguous; "heads" memory order [B, H, N, D]; "inner" the last axis has
+-- stride 3; "reversed" the second axis runs backwards
 function direct.tensor(dtype, shape, values, layout)
   local t, n = direct.blank(), #shape
   t.dtype, t.device, t.ndim = DTYPE[dtype], 0, n

@@ -1,16 +1,18 @@
 --- Reference mathematics of dilated attention: a dense boolean mask per branch, naive loops, doubles.
 --
--- This is the definition written down as slowly and as directly as possible, and it shares nothing with the engine:
--- no strips, no lattice indices, no online softmax, no log-sum-exp carry. A pair (query position p, key j) belongs to
--- a branch if both are kept, (x mod w) mod r = offset, and floor(x / w) agrees. The exact merge is not computed
--- from branches at all: every key has a multiplicity (in how many branches it belongs to the row) and one softmax
--- runs over the keys weighted by it. Gradients are the textbook softmax backward per branch, or for that one
--- softmax; the engine's P = exp(S - lse), dS = P (dP - delta) with a global delta does not appear.
+-- This is the definition written down as slowly and as directly as possible, and it shares nothing with the
+-- engine: no strips, no lattice indices, no online softmax, no log-sum-exp carry. A pair (query position p,
+-- key j) belongs to a branch if both are kept, (x mod w) mod r = offset, and floor(x / w) agrees. The exact
+-- merge is not computed from branches at all: every key has a multiplicity (in how many branches it belongs
+-- to the row) and one softmax runs over the keys weighted by it. Gradients are the textbook softmax backward
+-- per branch, or for that one softmax; the engine's P = exp(S - lse), dS = P (dP - delta) with a global
+-- delta does not appear.
 --
--- `rounding` makes the same loops a naive implementation in a lower precision: {result = f, sum = g} rounds every
--- tensor that an operator would write (scores, probabilities, outputs, ...) and every partial sum. Its backward
--- then has only what a backward that saves out and lse has: probabilities exp(s - lse) and the inner product of
--- dout and out, each rounded. (One that keeps the whole probability matrix is a little better in peaked rows.)
+-- `rounding` makes the same loops a naive implementation in a lower precision: {result = f, sum = g} rounds
+-- every tensor that an operator would write (scores, probabilities, outputs, ...) and every partial sum. Its
+-- backward then has only what a backward that saves out and lse has: probabilities exp(s - lse) and the
+-- inner product of dout and out, each rounded. (One that keeps the whole probability matrix is a little
+-- better in peaked rows.)
 --
 -- Arrays are flat, row-major, from 1. Configurations as in attn_direct (filled).
 
@@ -60,8 +62,8 @@ function oracle.keeps(c, g, h, n)
   return p >= 0 and runs(c, g, h) and (p % c.segments[g]) % c.dilations[g] == offset_of(c, g, h)
 end
 
--- weights of one softmax over keys with multiplicity count[j] > 0: p[j] sums to 1; returns p, lse, and the p that
--- a backward sees
+-- weights of one softmax over keys with multiplicity count[j] > 0: p[j] sums to 1; returns p, lse, and the p
+-- that a backward sees
 local function softmax(c, s, count, ro)
   local top = -math.huge
   for j = 1, c.M do if count[j] > 0 and (s[j] > top or s[j] ~= s[j]) then top = s[j] end end
