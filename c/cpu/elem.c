@@ -460,6 +460,66 @@ static void copy_task(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
+/* A transposing copy in square tiles: a strip would touch one cache line per element and drop it before its
+ * neighbours are wanted. Axis `tile_axis` is contiguous in x, the last axis in out. */
+enum { TILE = 32 };
+typedef struct {
+    lac_nest nest;
+    int tile_axis, bytes;
+    int64_t tiles_a, tiles_b;
+} transpose_job;
+
+#define TILE_MOVE(type)                                                                                                \
+    do {                                                                                                               \
+        for (int64_t i = 0; i < na; i++)                                                                               \
+            for (int64_t j = 0; j < nb; j++) ((type *)(out + i * oa))[j] = *(const type *)(x + i * xa + j * xb);       \
+    } while (0)
+
+static void transpose_task(void *context, int64_t begin, int64_t end, int thread)
+{
+    const transpose_job *job = context;
+    const lac_nest *nest = &job->nest;
+    int a = job->tile_axis, b = nest->ndim - 1;
+    int64_t oa = nest->stride[0][a], xa = nest->stride[1][a], xb = nest->stride[1][b];
+    (void)thread;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t tb = t % job->tiles_b * TILE, ta = t / job->tiles_b % job->tiles_a * TILE, rest = t / job->tiles_b / job->tiles_a;
+        char *out = nest->data[0] + ta * oa + tb * job->bytes;
+        const char *x = nest->data[1] + ta * xa + tb * xb;
+        for (int d = b - 1; d >= 0; d--) {
+            if (d == a) continue;
+            out += rest % nest->shape[d] * nest->stride[0][d];
+            x += rest % nest->shape[d] * nest->stride[1][d];
+            rest /= nest->shape[d];
+        }
+        int64_t na = nest->shape[a] - ta < TILE ? nest->shape[a] - ta : TILE;
+        int64_t nb = nest->shape[b] - tb < TILE ? nest->shape[b] - tb : TILE;
+        switch (job->bytes) {
+        case 1: TILE_MOVE(uint8_t); break;
+        case 2: TILE_MOVE(uint16_t); break;
+        case 4: TILE_MOVE(uint32_t); break;
+        default: TILE_MOVE(uint64_t); break;
+        }
+    }
+}
+
+/* fills the job if a and b transpose a plane that is worth tiles */
+static bool transpose_fits(const lac_view *out, const lac_view *x, transpose_job *job)
+{
+    const lac_view *views[] = {out, x};
+    if (out->dtype != x->dtype) return false;
+    LAC_CPU(nest_make)(&job->nest, 2, views);
+    int b = job->nest.ndim - 1;
+    job->bytes = (int)lac_bytes_of(out->dtype);
+    if (job->nest.stride[0][b] != job->bytes || job->nest.stride[1][b] == job->bytes || job->nest.shape[b] < 8) return false;
+    for (job->tile_axis = 0; job->tile_axis < b; job->tile_axis++)
+        if (job->nest.stride[1][job->tile_axis] == job->bytes && job->nest.shape[job->tile_axis] >= 8) break;
+    if (job->tile_axis == b) return false;
+    job->tiles_a = (job->nest.shape[job->tile_axis] + TILE - 1) / TILE;
+    job->tiles_b = (job->nest.shape[b] + TILE - 1) / TILE;
+    return true;
+}
+
 static int move_run(const char *op, lac_task *task, int count, const lac_view *const *views)
 {
     if (lac_view_numel(views[0]) == 0) return 0;
@@ -475,6 +535,14 @@ static int move_run(const char *op, lac_task *task, int count, const lac_view *c
 int LAC_CPU(copy)(const lac_a_copy *a)
 {
     const lac_view *views[] = {&a->out, &a->x};
+    transpose_job job;
+    int64_t numel = lac_view_numel(&a->out), tiles;
+    if (numel >= 4 * TILE * TILE && transpose_fits(&a->out, &a->x, &job)) {
+        tiles = job.tiles_a * job.tiles_b;
+        for (int d = 0; d < job.nest.ndim - 1; d++)
+            if (d != job.tile_axis) tiles *= job.nest.shape[d];
+        return LAC_CPU(parallel)("copy", tiles, numel, transpose_task, &job);
+    }
     return move_run("copy", copy_task, 2, views);
 }
 

@@ -1,9 +1,9 @@
 --- Drives the engine's C interface directly, without the Lua library.
 --
--- The engine's spec must not lean on lua/lacuna (which has its own specs): a defect there could hide one here. So this
--- file declares the header that the library carries, and offers just enough to write tensors and read them back: values
--- travel through plain C arrays of the dtype, half precision is encoded and decoded here by arithmetic that shares
--- nothing with the engine's bit tricks, and every call that fails raises the engine's message.
+-- The engine's spec must not lean on lua/lacuna (which has its own specs): a defect there could hide one here. So
+-- this file declares the header that the library carries, and offers just enough to write tensors and read them
+-- back: values travel through plain C arrays of the dtype, half precision is encoded and decoded here by
+-- arithmetic that shares nothing with the engine's bit tricks, and every failing call raises the engine's message.
 -- Tensors are the C structs themselves, with a finalizer; views are copies that keep their owner in a table.
 -- Shapes and indices are 0-based as in C. Values are flat Lua arrays (1-based) in row-major order.
 
@@ -29,7 +29,7 @@ local largest = { f32 = 3.4028234663852886e38, f16 = 65504, bf16 = 3.38953138925
 local owners = setmetatable({}, { __mode = "k" })
 local tensor_type = ffi.typeof("lac_tensor")
 
---- x rounded to the dtype (nearest, ties to even), as a Lua number; the reference for every rounding in the specs.
+--- x rounded to the dtype (nearest, ties to even), as a Lua number; the reference for every rounding.
 function M.round(dtype, x)
   local p = precision[dtype]
   if not p or dtype == "f64" or x ~= x or x == 0 or x == math.huge or x == -math.huge then return x end
@@ -73,7 +73,7 @@ local function encode(dtype, x)
   return x
 end
 
--- A NaN's bits must not become a Lua number: LuaJIT tags its values with NaN payloads, and a foreign one is a crash.
+-- A NaN's bits must not become a Lua number: LuaJIT tags its values in NaN payloads, a foreign one crashes.
 local function is_nan(dtype, words, at)
   if dtype == 1 then return bit.band(words[at], 0x7fffffff) > 0x7f800000 end
   local high = bit.band(words[2 * at + 1], 0x7fffffff)
@@ -225,7 +225,7 @@ function M.expand(t, shape)
   return v
 end
 
---- The same values in five layouts: contiguous, transposed, stepped, reversed, and at an offset in a wider array.
+--- The same values in five layouts: contiguous, transposed, stepped, reversed, and inside a wider array.
 -- @treturn table name -> tensor of the given shape
 function M.layouts(dtype, shape, values)
   local result = { contiguous = M.tensor(dtype, shape, values) }
