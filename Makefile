@@ -70,7 +70,7 @@ $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
 
 $(LIBRARY): $(OBJECTS)
 	@mkdir -p $(@D)
-	$(CC) -shared $(ALL_CFLAGS) -o $@ $^ -Wl,-z,defs -Wl,-rpath,$(BLAS_DIR) $(BLAS_DIR)/libopenblas.so -ldl -lpthread -lm
+	$(CC) -shared $(ALL_CFLAGS) -o $@ $^ -Wl,-z,defs -Wl,-z,nodelete -Wl,-rpath,$(BLAS_DIR) $(BLAS_DIR)/libopenblas.so -ldl -lpthread -lm
 
 # ---- command ----
 

@@ -5,7 +5,13 @@
 -- everything else, and the list of the slowest spec files, so that a suite that grows slow says where.
 
 local plain = require "busted.outputHandlers.plainTerminal"
+local gettimeofday = require("posix.sys.time").gettimeofday
 local SHOWN = 5
+
+local function now()
+  local t = gettimeofday()
+  return t.tv_sec + t.tv_usec * 1e-6
+end
 
 return function(options)
   local handler = plain(options)
@@ -13,16 +19,16 @@ return function(options)
   local started, files = {}, {}
 
   busted.subscribe({ "file", "start" }, function(element)
-    started[element.name] = os.clock()
+    started[element.name] = now()
     return nil, true
   end)
   busted.subscribe({ "file", "end" }, function(element)
-    files[#files + 1] = { name = element.name, seconds = os.clock() - (started[element.name] or os.clock()) }
+    files[#files + 1] = { name = element.name, seconds = now() - (started[element.name] or now()) }
     return nil, true
   end)
   busted.subscribe({ "suite", "end" }, function()
     table.sort(files, function(a, b) return a.seconds > b.seconds end)
-    io.write("\nslowest files (processor seconds):")
+    io.write("\nslowest files (seconds):")
     for i = 1, math.min(SHOWN, #files) do
       io.write((" %s %.1f"):format(files[i].name:match("[^/]*$"), files[i].seconds))
     end
