@@ -6,9 +6,9 @@
 -- The last --eval-bytes bytes of the text are held out; everything before them trains. Held-out quality is
 -- bits per byte over every held-out byte but the first, each byte predicted from at least context - stride
 -- bytes before it (but for the first window). Beside it stand, on the very same bytes: an order-2 byte model
--- with Witten-Bell interpolation, counted on the same training part, and `xz -9` of the held-out bytes alone.
--- xz of the whole text is printed too, because alone xz has no training text to learn from; neither is the
--- same task as the model's, and the table says so.
+-- with Witten-Bell interpolation, counted on the same training part, and `xz -9` of the held-out bytes
+-- alone. xz of the whole text is printed too, because alone xz has no training text to learn from; neither
+-- is the same task as the model's, and the table says so.
 --
 -- Everything about a run is in its folder: config.json, log.jsonl, checkpoint.safetensors, loss.png,
 -- loss.svg, sample.txt. The same seed on the same machine gives the same run, bit for bit.
@@ -134,28 +134,32 @@ local function train_model(o, model, train, held, log)
   }
 end
 
-local function draw(log, held_bits, order2_bits)
-  local steps, bits, evals, eval_bits = {}, {}, {}, {}
+local function draw(log, result)
+  local steps, bits, evals, eval_bits, low = {}, {}, {}, {}, result.bits_per_byte
   for _, r in ipairs(runlog.read(log:path("log.jsonl"))) do
     if r.event == "step" then
       steps[#steps + 1], bits[#bits + 1] = r.step, r.smooth / math.log(2)
+      low = math.min(low, bits[#bits])
     elseif r.event == "eval" then
       evals[#evals + 1], eval_bits[#eval_bits + 1] = r.step, r.bits_per_byte
+      low = math.min(low, r.bits_per_byte)
     end
   end
-  local series = { { label = "training (smoothed)", x = steps, y = bits } }
+  local function level(label, value) return { label = label, x = { 0, steps[#steps] }, y = { value, value } } end
+  local series = { { label = "LongNet, training (smoothed)", x = steps, y = bits } }
   if #evals > 0 then
-    series[2] = { label = "held out (first 16 KB)", x = evals, y = eval_bits, style = "linespoints" }
+    series[2] = { label = "LongNet, held out (first 16 KB)", x = evals, y = eval_bits, style = "linespoints" }
   end
-  series[#series + 1] = { label = "order-2 model", x = { 0, steps[#steps] }, y = { order2_bits,
-    order2_bits } }
-  local figure = { title = "Byte-level LongNet", xlabel = "step", ylabel = "bits per byte", series = series,
-    yrange = { math.min(held_bits, order2_bits) * 0.9, math.max(4, order2_bits * 1.1, bits[#bits] * 1.3) } }
+  series[#series + 1] = level("order-2 model, held out", result.order2_bits_per_byte)
+  series[#series + 1] = level("xz -9, held out alone", result.xz_held_out_bits_per_byte)
+  local high = math.max(result.order2_bits_per_byte, result.xz_held_out_bits_per_byte, bits[#bits])
+  local figure = { title = ("Byte-level LongNet: %.3f bits per byte held out"):format(result.bits_per_byte),
+    xlabel = "step", ylabel = "bits per byte", series = series, yrange = { low * 0.95, high * 1.4 } }
   for _, name in ipairs{ "loss.png", "loss.svg" } do
     figure.output = log:path(name)
     lac.plot.lines(figure)
   end
-  figure.output, figure.size, figure.yrange = nil, { 78, 20 }, nil
+  figure.output, figure.size = nil, { 78, 22 }
   io.stdout:write("\n", lac.plot.lines(figure))
 end
 
@@ -197,7 +201,7 @@ local function main(o)
     log:save("sample.txt", sample .. "\n")
     printf("\nsample (temperature %g, top %d):\n%s", o.temperature, o.top_k, (sample:gsub("[^%g%s]", "?")))
   end
-  draw(log, bits, order2_bits)
+  draw(log, result)
   table_of{
     { "LongNet, held out", bits, ("bits per byte, %d bytes, each from %d or more before it"):format(counted,
       o.context - o.stride) },
