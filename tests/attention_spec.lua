@@ -253,8 +253,8 @@ describe("lac.attention", function()
   it("explains and prints itself", function()
     local attn = lac.attention { variant = "longnet", segments = { 4, 8 }, dilations = { 1, 2 }, heads = 2,
       causal = true }
-    assert.are.equal("attention longnet(2 heads, segments {4, 8}, dilations {1, 2}, all, offset mod, merge lse, "
-      .. "causal)", tostring(attn))
+    assert.are.equal("attention longnet(2 heads, segments {4, 8}, dilations {1, 2}, all, offset mod, "
+      .. "merge lse, causal)", tostring(attn))
     local text = attn:explain(8)
     for _, pattern in ipairs { "branch +segment +dilation", "rows covered +100.0%%", "pairs +60 pairs",
       "FLOPs", "workspace" } do

@@ -95,6 +95,7 @@ describe("dispatch", function()
 
   it("costs little", function()
     local clock = os.clock
+    local fastest = 0 -- the slowest operator's fastest round is asserted: other work on the machine adds time
     local function median(body)
       local times = {}
       for round = 1, 15 do
@@ -103,6 +104,7 @@ describe("dispatch", function()
         times[round] = (clock() - start) / 5000
       end
       table.sort(times)
+      fastest = math.max(fastest, times[1])
       return times[8]
     end
     local each = median(function(n) for _ = 1, n do local _ = a + b end end)
@@ -110,6 +112,6 @@ describe("dispatch", function()
     local unary = median(function(n) for _ = 1, n do local _ = a:tanh() end end)
     print(("\n  16 elements with tape record: add %.2f us, mul by number %.2f us, tanh %.2f us"):format(
       each * 1e6, scalar * 1e6, unary * 1e6))
-    for _, t in ipairs { each, scalar, unary } do assert.is_true(t < 5e-6, ("%.2f us"):format(t * 1e6)) end
+    assert.is_true(fastest < 5e-6, ("%.2f us"):format(fastest * 1e6))
   end)
 end)

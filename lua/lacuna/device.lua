@@ -85,7 +85,7 @@ end
 function device.devices()
   cuda_missing() -- so that the text says what became of the plug-in
   local text = ffi.string(C.lac_build_info())
-  return (text:gsub("\n+$", ""))
+  return (text:gsub("\n+$", "")) .. "\nthreads: " .. device.threads()
 end
 
 --- Number of threads of the CPU back end: read it, or set it.

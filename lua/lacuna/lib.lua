@@ -61,7 +61,9 @@ local function load_library()
   -- busted and `package.loaded[...] = nil` load this file again in one process: declarations exist then
   if not pcall(ffi.typeof, "struct lac_tensor") then
     if not pcall(function() return ffi.C.lac_cdef end) then pcall(ffi.cdef, "const char *lac_cdef(void);") end
-    ffi.cdef(ffi.string(C.lac_cdef()))
+    local found, text = pcall(function() return ffi.string(C.lac_cdef()) end)
+    if not found then error("lacuna: " .. path .. " is not this engine: " .. tostring(text), 0) end
+    ffi.cdef(text)
   end
   if C.LAC_ABI ~= EXPECTED_ABI then
     error(("lacuna: %s has ABI %d, this Lua tree needs %d: rebuild the engine with `make clean all`")
