@@ -145,7 +145,9 @@ local function draw(log, result)
       low = math.min(low, r.bits_per_byte)
     end
   end
-  local function level(label, value) return { label = label, x = { 0, steps[#steps] }, y = { value, value } } end
+  local function level(label, value)
+    return { label = label, x = { 0, steps[#steps] }, y = { value, value } }
+  end
   local series = { { label = "LongNet, training (smoothed)", x = steps, y = bits } }
   if #evals > 0 then
     series[2] = { label = "LongNet, held out (first 16 KB)", x = evals, y = eval_bits, style = "linespoints" }
