@@ -167,7 +167,9 @@ int lac_norm_many(const lac_tensor *const *list, int64_t n, double *norm); /* gl
 enum { LAC_HEADS_SPLIT = 0, LAC_HEADS_ALL = 1 };
 enum { LAC_OFFSET_BRANCH = 0, LAC_OFFSET_MOD = 1, LAC_OFFSET_BLOCK = 2 };
 enum { LAC_MERGE_MEAN = 0, LAC_MERGE_SUM = 1, LAC_MERGE_LSE = 2, LAC_MERGE_LSE_DETACH = 3 };
-/* What a plan is keyed by. Zero the struct first. window -1: none. align_end: the last query sits at the last key. */
+/* What a plan is keyed by. Zero the struct first; entries past `branches` are ignored. window -1: none, else |p - j| <= window.
+ * align_end: the last query sits at the last key (else the first at the first). Any offset rule may go with any scheme;
+ * MOD and BLOCK count heads over all of them. A query before position 0 (align_end with n > m) has no keys. */
 typedef struct lac_attn_desc {
     int64_t batch, n, m; /* queries n, keys m */
     int32_t heads, kv_heads, head_dim, branches;
@@ -179,9 +181,14 @@ typedef struct lac_attn_desc {
 typedef struct lac_strip { int64_t segment, dilation, offset; int32_t head0, heads, branch, shared; } lac_strip; /* shared: rows may also be written by another strip */
 typedef struct lac_plan_info {
     int32_t strips, overlapping; /* overlapping: some rows take part in more than one strip */
-    int64_t pairs;               /* (query, key) pairs attended, summed over heads and branches, one batch item, before padding and window of keys */
+    /* (query, key) pairs, summed over heads and branches, one batch item: causal, window and ragged ends are counted
+     * exactly; key padding is unknown to a plan, and with dedup a pair counts as often as branches compute it */
+    int64_t pairs;
     int64_t rows;                /* (row, head) pairs with at least one strip, one batch item */
-    double flops_forward, flops_backward; /* whole batch */
+    /* whole batch: 4 D a pair forward; 10 D backward (five products, the scores again among them), 14 D where each
+     * branch needs a delta of its own (mean, sum, lse_detach with several branches on every head) */
+    double flops_forward, flops_backward;
+    /* on the CPU with one thread and f16 or bf16 tensors; f32 and f64 accumulate in the results themselves */
     int64_t bytes_workspace_forward, bytes_workspace_backward, references;
 } lac_plan_info;
 /* Run-time arguments. NULL pointers mean "none". q, out [B, N, H, D]; k, v [B, M, Hk, D]; lse [B, N, H] f32 (f64 for f64). */
@@ -191,7 +198,9 @@ typedef struct lac_attn_args {
     const lac_tensor *key_lengths;   /* [B] i64 or i32: keys at or past it are padding */
     double scale;                    /* 0 = 1/sqrt(D) */
     double dropout;                  /* probability in [0, 1) */
-    uint64_t seed, offset;           /* of the dropout's Philox stream */
+    /* of the dropout's Philox stream: the pair (b, h, n, j) has the bits of element [b, h, n, j] of lac_dropout on a
+     * dense f32 [B, H, N, M] tensor, in every branch */
+    uint64_t seed, offset;
 } lac_attn_args;
 int lac_plan_get(const lac_attn_desc *desc, lac_plan **out); /* from the cache or new; one reference for the caller */
 void lac_plan_drop(lac_plan *plan);
@@ -201,9 +210,11 @@ typedef struct lac_cache_stats { int64_t size, capacity, hits, misses, evictions
 int lac_plan_cache(lac_cache_stats *out);
 int lac_plan_cache_resize(int64_t capacity); /* 0 empties it and keeps nothing */
 /* out, lse and (merge mean/sum with heads all) branch_lse [G, B, N, H] are made by the call; branch_lse->storage stays
- * NULL where it is not needed for the backward. */
+ * NULL where it is not needed for the backward, and branch_lse may be NULL if there will be none. lse is that of the
+ * softmax over all branches of the row's head, whatever the merge; a row without keys has out 0 and lse -inf. */
 int lac_attend(lac_plan *plan, const lac_attn_args *args, lac_tensor *out, lac_tensor *lse, lac_tensor *branch_lse);
-/* dlse [B, N, H] may be NULL (gradient towards the returned lse). dq, dk, dv are made by the call. */
+/* dlse [B, N, H] may be NULL (gradient towards the returned lse; exact for every merge). dq, dk, dv are made by the call.
+ * branch_lse is needed exactly where the forward makes it. */
 int lac_attend_bwd(lac_plan *plan, const lac_attn_args *args, const lac_tensor *out, const lac_tensor *lse,
                    const lac_tensor *branch_lse, const lac_tensor *dout, const lac_tensor *dlse,
                    lac_tensor *dq, lac_tensor *dk, lac_tensor *dv);
