@@ -1,9 +1,13 @@
---- The Lua forms of dilated attention: results and gradients through the tape, options, module form, errors,
--- plans.
+--- The Lua forms of dilated attention: results, gradients through the tape, options, modules, errors, plans.
 --
 -- The kernels are tested below the Lua library (attend_spec, golden_spec); here the library is the subject,
 -- so each configuration runs through lac.attend or lac.attention and is compared with the naive oracle, in
--- f64, with gradients arriving through out and through lse.
+-- f64, with gradients arriving through out and through lse. Sizes are small and odd on purpose: ragged
+-- segments, grouped heads, cross-attention.
+--
+-- The errors are a table of options and sentences. They are pinned down word by word because a
+-- configuration error is what a user of a sweep meets most often, and because two of the projects that this
+-- one learns from ignored such options silently.
 
 local lac = require "lacuna"
 local direct = require "support.attn_direct"

@@ -1,8 +1,12 @@
---- The tape: accumulation, topology, hooks, freeing, in-place detection, switches, custom operators,
--- gradcheck itself.
+--- The tape: accumulation, topology, hooks, freeing, in-place detection, switches, custom operators, gradcheck.
 --
--- The rules of single operators are checked in ops_spec; here the graph is the subject. Expected gradients
--- are worked out by hand.
+-- The rules of single operators are checked in ops_spec against differences; here the graph is the subject,
+-- with operators so simple that the expected gradients are worked out by hand and compared exactly.
+--
+-- Each protection is tested by doing what it protects from: backward twice, changing a saved tensor through
+-- a view, replacing a gradient by one of the wrong shape, raising from inside a rule and running again
+-- afterwards. gradcheck is tested by rules that are wrong, unsteady or missing: a checker that cannot fail
+-- would make every other gradient test worthless.
 
 local lac = require "lacuna"
 

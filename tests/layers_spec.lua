@@ -1,8 +1,12 @@
 --- Layers point one way: a file may require or include only what is below it.
 --
 -- The order is written down here once. A file that is in no layer fails too, so that a new file has to be
--- given its place. The check reads the sources; lazy requires inside functions count like the others, except
--- in lacuna/init.lua, which is the top.
+-- given its place. The check reads the sources; lazy requires inside functions count like the others,
+-- except in lacuna/init.lua, which is the top.
+--
+-- Why a test and not a habit: one upward require makes two modules one, and the cycle shows up months later
+-- as a load order that only works from one entry point. The checks are functions of (name, text), so that
+-- they are tested themselves.
 
 local function read(path)
   local f = assert(io.open(path, "rb"))

@@ -1,4 +1,11 @@
 --- Options: every kind of mistake gets a sentence with the value in it, and nothing passes unnoticed.
+--
+-- One spec with a rule of every type is attacked with wrong types, bounds, NaN, unknown and positional
+-- keys; the patterns pin the wording down, because the wording is the interface here. The nearest-name
+-- search is tested on the slips people make (a swap, a missing letter, a plural). The second half looks at
+-- the same promises from outside: unknown names of the namespace, of tensors, classes and registries, and
+-- the place at the end of an error message, which must be the user's line and the path in the model, not a
+-- line of the library.
 
 local lac = require "lacuna"
 local schema = require "lacuna.schema"

@@ -1,5 +1,11 @@
---- Scopes: what is released, what survives, and that nobody outside is hurt. Counted by the pool's own
--- statistics.
+--- Scopes: what is released, what survives, and that nobody outside is hurt.
+--
+-- Release is observed in the pool's own statistics (live_blocks), right after the scope and without a
+-- garbage collection, so a scope that only left its tensors to the collector would fail. Survival is
+-- observed by reading values. The cases are the rules of scope.lua one by one: results deep in tables,
+-- owners behind views, gradients of outer leaves, the graph of a returned loss, lac.keep with and without a
+-- holder, errors. The last one runs training-like steps and wants the level of the pool not to rise, which
+-- is what scopes are for.
 
 local lac = require "lacuna"
 

@@ -1,5 +1,15 @@
---- Tensors: construction, shapes, views, slices, assignment, host access, printing, release, and garbage in
--- every argument.
+--- Tensors: construction, shapes, views, slices, assignment, host access, printing, release, memory pressure.
+--
+-- Values are compared exactly: everything here moves numbers about and does not compute. What is computed
+-- (operators, gradients) is in ops_spec and grad_spec.
+--
+-- The last part passes garbage to every public function and method: nil, wrong types, NaN and huge sizes,
+-- tensors of other dtypes, empty, 0-dim and released ones. It is generated from the library's own tables,
+-- so a new function is attacked as soon as it exists. Whatever happens must be a result or a sentence of
+-- the library; "attempt to index a nil value" from inside the library fails, because it names neither the
+-- operator nor the argument, and a crash ends the run. The sequence is a fixed generator's: a failure
+-- repeats. Rejected: a list of bad calls by hand, which has holes exactly where nobody thought of a
+-- mistake.
 
 local lac = require "lacuna"
 local lib = require "lacuna.lib"
