@@ -34,6 +34,40 @@
 #define ATTN_EACH_MR(X) X(1) X(2) X(3) X(4)
 #endif
 
+enum { ATTN_BLOCKS = 8 };
+
+/* lac_philox of several blocks: word[w][i] holds word w of block[i] in its low half (the high half is garbage). The
+ * rounds only ever multiply low halves, so AVX2 needs no masks. */
+static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATTN_BLOCKS],
+                        uint64_t word[4][ATTN_BLOCKS])
+{
+#ifdef __AVX2__
+    for (int half = 0; half < ATTN_BLOCKS; half += 4) {
+        __m256i c0 = _mm256_loadu_si256((const __m256i *)(block + half)), c1 = _mm256_srli_epi64(c0, 32);
+        __m256i c2 = _mm256_set1_epi64x((long long)offset), c3 = _mm256_srli_epi64(c2, 32);
+        __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
+        uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+        for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+            __m256i p0 = _mm256_mul_epu32(m0, c0), p1 = _mm256_mul_epu32(m1, c2);
+            c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1), _mm256_set1_epi64x(k0));
+            c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3), _mm256_set1_epi64x(k1));
+            c1 = p1;
+            c3 = p0;
+        }
+        _mm256_storeu_si256((__m256i *)(word[0] + half), c0);
+        _mm256_storeu_si256((__m256i *)(word[1] + half), c1);
+        _mm256_storeu_si256((__m256i *)(word[2] + half), c2);
+        _mm256_storeu_si256((__m256i *)(word[3] + half), c3);
+    }
+#else
+    for (int i = 0; i < ATTN_BLOCKS; i++) {
+        uint32_t bits[4];
+        lac_philox(seed, offset, block[i], bits);
+        for (int w = 0; w < 4; w++) word[w][i] = bits[w];
+    }
+#endif
+}
+
 #define ATTN_LOG2E 1.442695040888963407359924681L
 
 /* lanes of two vectors taken in turn, for each number of lanes: first halves, second halves */
