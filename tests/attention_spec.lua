@@ -6,8 +6,8 @@
 -- segments, grouped heads, cross-attention.
 --
 -- The errors are a table of options and sentences. They are pinned down word by word because a
--- configuration error is what a user of a sweep meets most often, and because two of the projects that this
--- one learns from ignored such options silently.
+-- configuration error is what a user of a sweep meets most often, and because an option that is ignored
+-- silently is a wrong answer that nobody sees.
 
 local lac = require "lacuna"
 local direct = require "support.attn_direct"

@@ -1,4 +1,4 @@
---- The tape: accumulation, topology, hooks, freeing, in-place detection, switches, custom operators, gradcheck.
+--- The tape: accumulation, topology, hooks, freeing, in-place detection, switches, custom operators.
 --
 -- The rules of single operators are checked in ops_spec against differences; here the graph is the subject,
 -- with operators so simple that the expected gradients are worked out by hand and compared exactly.
