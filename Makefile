@@ -15,6 +15,10 @@ BUSTED  ?= luajit /usr/bin/busted
 PACKAGES := gcc make pkg-config luajit libluajit-5.1-dev libopenblas-openmp-dev libedit2 lua-busted lua-check lua-cjson \
             lua-posix lua-filesystem gnuplot-nox bible-kjv bible-kjv-text xz-utils
 
+# short lines unless V=1: `  CC c/pool.c`
+Q := $(if $(V),,@)
+say = $(if $(V),,@printf '  %-4s %s\n' '$(1)' '$(2)')
+
 # -fno-trapping-math and -fno-math-errno let loops vectorise and keep NaN, infinities and denormals exact;
 # -ffast-math would not. -ffp-contract=fast allows fused multiply-add.
 WARN   := -Wall -Wextra -Wstrict-prototypes -Wmissing-prototypes -Wshadow
@@ -53,30 +57,34 @@ all: $(LIBRARY) $(COMMAND) cuda ## build the engine, the command and, where nvcc
 
 $(BUILD)/ffi.h: c/lacuna.h
 	@mkdir -p $(@D)
-	sed -n '/^\/\* <ffi> \*\//,/^\/\* <\/ffi> \*\//p' $< > $@
+	$(Q)sed -n '/^\/\* <ffi> \*\//,/^\/\* <\/ffi> \*\//p' $< > $@
 
 $(BUILD)/obj/abi.o: $(BUILD)/ffi.h
 
 $(BUILD)/obj/%.o: c/%.c
 	@mkdir -p $(@D)
-	$(CC) $(ALL_CFLAGS) $(INCLUDES) -DLAC_FFI_FILE='"$(BUILD)/ffi.h"' -MMD -MP -c $< -o $@
+	$(call say,CC,$<)
+	$(Q)$(CC) $(ALL_CFLAGS) $(INCLUDES) -DLAC_FFI_FILE='"$(BUILD)/ffi.h"' -MMD -MP -c $< -o $@
 
 define isa_rule
 $$(BUILD)/obj/$(1)/%.o: c/cpu/%.c
 	@mkdir -p $$(@D)
-	$$(CC) $$(ALL_CFLAGS) $$(ISA_$(1)) -DLAC_ISA=$(1) $$(INCLUDES) -MMD -MP -c $$< -o $$@
+	$$(call say,CC,$$< ($(1)))
+	$$(Q)$$(CC) $$(ALL_CFLAGS) $$(ISA_$(1)) -DLAC_ISA=$(1) $$(INCLUDES) -MMD -MP -c $$< -o $$@
 endef
 $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
 
 $(LIBRARY): $(OBJECTS)
 	@mkdir -p $(@D)
-	$(CC) -shared $(ALL_CFLAGS) -o $@ $^ -Wl,-z,defs -Wl,-z,nodelete -Wl,-rpath,$(BLAS_DIR) $(BLAS_DIR)/libopenblas.so -ldl -lpthread -lm
+	$(call say,LD,$@)
+	$(Q)$(CC) -shared $(ALL_CFLAGS) -o $@ $^ -Wl,-z,defs -Wl,-z,nodelete -Wl,-rpath,$(BLAS_DIR) $(BLAS_DIR)/libopenblas.so -ldl -lpthread -lm
 
 # ---- command ----
 
 $(COMMAND): c/main.c c/interrupt.c c/interrupt.h c/lacuna.h
 	@mkdir -p $(@D)
-	$(CC) -std=c11 -D_GNU_SOURCE $(CFLAGS) $(WARN) $(WERROR) -Ic $$(pkg-config --cflags luajit) c/main.c c/interrupt.c \
+	$(call say,CC,$@)
+	$(Q)$(CC) -std=c11 -D_GNU_SOURCE $(CFLAGS) $(WARN) $(WERROR) -Ic $$(pkg-config --cflags luajit) c/main.c c/interrupt.c \
 	  -o $@ -rdynamic $$(pkg-config --libs luajit) -ldl -lm -lpthread
 
 -include $(OBJECTS:.o=.d)
@@ -96,7 +104,8 @@ cuda: $(PLUGIN)
 
 $(PLUGIN): $(wildcard kernels/*.cu kernels/*.cuh) $(wildcard c/*.h c/*.def)
 	@mkdir -p $(@D)
-	$(NVCC) -O3 -std=c++17 $(GENCODE) -Ic -Xcompiler -fPIC,-Wall,-fvisibility=hidden -shared -cudart static \
+	$(call say,NVCC,$@)
+	$(Q)$(NVCC) -O3 -std=c++17 $(GENCODE) -Ic -Xcompiler -fPIC,-Wall,-fvisibility=hidden -shared -cudart static \
 	  -o $@ $(wildcard kernels/*.cu)
 endif
 
@@ -104,18 +113,18 @@ endif
 
 .PHONY: demo test lint
 demo: deps ## train a small LongNet on real text, about five minutes on two cores
-	@$(MAKE) --no-print-directory all
+	@$(MAKE) --no-print-directory -j$$(nproc) all
 	$(COMMAND) experiments/language_model.lua
 
 test: deps ## build and run the whole test suite
-	@$(MAKE) --no-print-directory all
+	@$(MAKE) --no-print-directory -j$$(nproc) all
 	$(BUSTED)
 
 lint: ## luacheck, format of the C and CUDA sources, every translation unit with warnings as errors
 	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) clang-format"
 	luacheck -q lua experiments tests
 	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh tests/support/*.c)
-	@$(MAKE) --no-print-directory WERROR=-Werror $(OBJECTS) $(COMMAND)
+	@$(MAKE) --no-print-directory -j$$(nproc) WERROR=-Werror $(OBJECTS) $(COMMAND)
 
 .PHONY: deps
 deps: ## install the Debian packages that building, testing and the demo need (root or sudo)
