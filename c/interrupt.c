@@ -151,8 +151,8 @@ static void on_hook(lua_State *L, lua_Debug *ar)
     }
     unlock(old);
     if (!pending) return;
-    /* The interpreter may stand in the copy of an instruction that a trace holds (one that begins at a return),
-     * and tracebacks look there: flushed traces must not be collected before the error is out of this frame. */
+    /* The interpreter may stand in the copy of an instruction that a trace holds (one that begins at a
+     * return), and tracebacks look there: flushed traces must not be collected before the error has left. */
     if (lua_gc(L, LUA_GCISRUNNING, 0)) {
         lua_gc(L, LUA_GCSTOP, 0);
         S.gc_stopped = 1;
