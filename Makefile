@@ -77,7 +77,8 @@ $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
 $(LIBRARY): $(OBJECTS)
 	@mkdir -p $(@D)
 	$(call say,LD,$@)
-	$(Q)$(CC) -shared $(ALL_CFLAGS) -o $@ $^ -Wl,-z,defs -Wl,-z,nodelete -Wl,-rpath,$(BLAS_DIR) $(BLAS_DIR)/libopenblas.so -ldl -lpthread -lm
+	$(Q)$(CC) -shared $(ALL_CFLAGS) -o $@.new $^ -Wl,-z,defs -Wl,-z,nodelete -Wl,-rpath,$(BLAS_DIR) \
+	  $(BLAS_DIR)/libopenblas.so -ldl -lpthread -lm && mv $@.new $@ # whole or not at all: it may be in use
 
 # ---- command ----
 
