@@ -303,15 +303,15 @@ int lac_front_scalar(const char *op, const char *name, const lac_tensor *t, doub
     int i = t->dtype - LAC_I64;
     bool fits = value >= low[i] && value <= high[i] && value < 0x1p63; /* false for NaN */
     if (fits && value == floor(value)) return 0;
-    LAC_FAIL(ARGUMENT, "%s: %s %.17g is not a value of dtype %s; cast the tensor to a floating-point dtype first", op, name,
-             value, lac_dtype_name(t->dtype));
+    LAC_FAIL(ARGUMENT, "%s: %s %.17g is not a value of dtype %s; cast the tensor to a floating-point dtype first", op,
+             name, value, lac_dtype_name(t->dtype));
 }
 
 int lac_front_writable(const char *op, const char *name, const lac_tensor *t, const lac_view *v)
 {
     if (!lac_view_self_overlaps(v)) return 0;
-    LAC_FAIL(ARGUMENT, "%s: %s %s is an expanded view: several of its elements share memory; make it contiguous first", op,
-             name, lac_describe(t));
+    LAC_FAIL(ARGUMENT, "%s: %s %s is an expanded view: several of its elements share memory; make it contiguous first",
+             op, name, lac_describe(t));
 }
 
 /* Is `delta` a difference of two index tuples? Strides sorted downwards, each above the reach of the smaller ones, so
@@ -321,7 +321,8 @@ static bool reachable(int64_t delta, int n, const int64_t *shape, const int64_t 
     if (n == 0) return delta == 0;
     int64_t q = delta / stride[0];
     for (int64_t m = q - 1; m <= q + 1; m++)
-        if (m > -shape[0] && m < shape[0] && reachable(delta - m * stride[0], n - 1, shape + 1, stride + 1)) return true;
+        if (m > -shape[0] && m < shape[0] && reachable(delta - m * stride[0], n - 1, shape + 1, stride + 1))
+            return true;
     return false;
 }
 

@@ -53,8 +53,9 @@ int lac_index_select_bwd(const lac_tensor *g, int dim, const lac_tensor *idx, in
     bool fits = rank >= 1 && a.dim >= 0 && a.dim < rank;
     for (int d = 0; fits && d < idx->ndim; d++) fits = g->shape[a.dim + d] == idx->shape[d];
     if (!fits)
-        LAC_FAIL(SHAPE, "%s: g %s does not have the axes of index %s at dimension %d", op, lac_shape_text(g->shape, g->ndim),
-                 lac_shape_text(idx->shape, idx->ndim), dim < 0 || dim == INT32_MAX ? dim : dim + 1);
+        LAC_FAIL(SHAPE, "%s: g %s does not have the axes of index %s at dimension %d", op,
+                 lac_shape_text(g->shape, g->ndim), lac_shape_text(idx->shape, idx->ndim),
+                 dim < 0 || dim == INT32_MAX ? dim : dim + 1);
     for (int d = 0; d < a.dim; d++) shape[n++] = g->shape[d];
     shape[n++] = size;
     for (int d = a.dim + idx->ndim; d < g->ndim; d++) shape[n++] = g->shape[d];

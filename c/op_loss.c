@@ -1,15 +1,16 @@
 /* op_loss.c: front ends of the cross-entropy losses.
  *
- * The loss per row comes back unreduced: mean, sum and weights are one more line of script. Losses, lse and the gradient
- * g that the backward takes are f32 for f32, f16 and bf16 logits, and f64 for f64: a loss in bf16 would have two
- * digits. A row whose target equals `ignore` has loss 0 and gradient 0, and `ignore` may be any integer; other targets
- * must be classes, which the back end checks (only it can read the tensor) before it writes anything.
- * The fused form takes the projection's weights as they are, w [V, E], and never makes the logits.
+ * The loss per row comes back unreduced: mean, sum and weights are one more line of script. Losses, lse and the
+ * gradient g that the backward takes are f32 for f32, f16 and bf16 logits, and f64 for f64: a loss in bf16 would have
+ * two digits. A row whose target equals `ignore` has loss 0 and gradient 0, and `ignore` may be any integer; other
+ * targets must be classes, which the back end checks (only it can read the tensor) before it writes anything. The fused
+ * form takes the projection's weights as they are, w [V, E], and never makes the logits.
  */
 #include "op_front.h"
 
 /* target [R], i64 or i32 */
-static int target_get(const char *op, const lac_tensor *t, const lac_tensor *x, const char *nx, int64_t rows, lac_view *v)
+static int target_get(const char *op, const lac_tensor *t, const lac_tensor *x, const char *nx, int64_t rows,
+                      lac_view *v)
 {
     LAC_TRY(lac_view_get(op, "target", t, v));
     LAC_TRY(lac_front_integer_index(op, "target", t));
@@ -20,14 +21,15 @@ static int target_get(const char *op, const lac_tensor *t, const lac_tensor *x, 
 }
 
 /* lse or g: [R] in the dtype of losses */
-static int stat_get(const char *op, const char *name, const lac_tensor *t, const lac_tensor *x, int64_t rows, lac_view *v)
+static int stat_get(const char *op, const char *name, const lac_tensor *t, const lac_tensor *x, int64_t rows,
+                    lac_view *v)
 {
     LAC_TRY(lac_view_get(op, name, t, v));
     LAC_TRY(lac_same_device(op, "x", x, name, t));
     int stat = lac_front_stat_dtype(x->dtype);
     if (t->dtype != stat)
-        LAC_FAIL(DTYPE, "%s: %s must be %s for %s input, got %s", op, name, lac_dtype_name(stat), lac_dtype_name(x->dtype),
-                 lac_dtype_name(t->dtype));
+        LAC_FAIL(DTYPE, "%s: %s must be %s for %s input, got %s", op, name, lac_dtype_name(stat),
+                 lac_dtype_name(x->dtype), lac_dtype_name(t->dtype));
     if (t->ndim == 1 && t->shape[0] == rows) return 0;
     LAC_FAIL(SHAPE, "%s: %s must be [%lld], got %s", op, name, (long long)rows, lac_shape_text(t->shape, t->ndim));
 }
@@ -38,11 +40,13 @@ static int logits_get(const char *op, const lac_tensor *t, lac_view *v)
     LAC_TRY(lac_view_get(op, "logits", t, v));
     LAC_TRY(lac_need_float(op, "logits", t));
     if (t->ndim != 2 || t->shape[1] < 1)
-        LAC_FAIL(SHAPE, "%s: logits must be [rows, classes] with at least one class, got %s", op, lac_shape_text(t->shape, t->ndim));
+        LAC_FAIL(SHAPE, "%s: logits must be [rows, classes] with at least one class, got %s", op,
+                 lac_shape_text(t->shape, t->ndim));
     return 0;
 }
 
-int lac_cross_entropy(const lac_tensor *logits, const lac_tensor *target, int64_t ignore, lac_tensor *out, lac_tensor *lse)
+int lac_cross_entropy(const lac_tensor *logits, const lac_tensor *target, int64_t ignore, lac_tensor *out,
+                      lac_tensor *lse)
 {
     const char *op = "cross_entropy";
     lac_a_cross_entropy a = {.ignore = ignore};
@@ -73,8 +77,8 @@ int lac_cross_entropy_bwd(const lac_tensor *logits, const lac_tensor *target, in
 }
 
 /* the arguments that both directions of the fused loss have */
-static int linear_get(const char *op, const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, const lac_tensor *target,
-                      int64_t chunk, lac_view *vx, lac_view *vw, lac_view *vb, lac_view *vt)
+static int linear_get(const char *op, const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias,
+                      const lac_tensor *target, int64_t chunk, lac_view *vx, lac_view *vw, lac_view *vb, lac_view *vt)
 {
     LAC_TRY(lac_view_get(op, "x", x, vx));
     LAC_TRY(lac_view_get(op, "w", w, vw));
@@ -82,8 +86,8 @@ static int linear_get(const char *op, const lac_tensor *x, const lac_tensor *w, 
     LAC_TRY(lac_same_dtype(op, "x", x, "w", w));
     LAC_TRY(lac_same_device(op, "x", x, "w", w));
     if (x->ndim != 2 || w->ndim != 2 || x->shape[1] != w->shape[1] || w->shape[0] < 1)
-        LAC_FAIL(SHAPE, "%s: x must be [rows, width] and w [classes, width] with at least one class, got x %s and w %s", op,
-                 lac_shape_text(x->shape, x->ndim), lac_shape_text(w->shape, w->ndim));
+        LAC_FAIL(SHAPE, "%s: x must be [rows, width] and w [classes, width] with at least one class, got x %s and w %s",
+                 op, lac_shape_text(x->shape, x->ndim), lac_shape_text(w->shape, w->ndim));
     if (chunk < 0) LAC_FAIL(ARGUMENT, "%s: chunk must be at least 1, or 0 to choose, got %lld", op, (long long)chunk);
     vb->data = NULL;
     if (bias) {
@@ -112,9 +116,9 @@ int lac_linear_cross_entropy(const lac_tensor *x, const lac_tensor *w, const lac
     return 0;
 }
 
-int lac_linear_cross_entropy_bwd(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, const lac_tensor *target,
-                                 int64_t ignore, int64_t chunk, const lac_tensor *lse, const lac_tensor *g, lac_tensor *dx,
-                                 lac_tensor *dw, lac_tensor *dbias)
+int lac_linear_cross_entropy_bwd(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias,
+                                 const lac_tensor *target, int64_t ignore, int64_t chunk, const lac_tensor *lse,
+                                 const lac_tensor *g, lac_tensor *dx, lac_tensor *dw, lac_tensor *dbias)
 {
     const char *op = "linear_cross_entropy_bwd";
     lac_a_linear_ce_bwd a = {.ignore = ignore, .chunk = chunk};
@@ -123,7 +127,8 @@ int lac_linear_cross_entropy_bwd(const lac_tensor *x, const lac_tensor *w, const
     if (dbias) dbias->storage = NULL;
     LAC_TRY(linear_get(op, x, w, bias, target, chunk, &a.x, &a.w, &a.bias, &a.target));
     if (!bias != !dbias)
-        LAC_FAIL(ARGUMENT, "%s: %s", op, bias ? "there is a bias but no place for dbias" : "dbias was asked for, but there is no bias");
+        LAC_FAIL(ARGUMENT, "%s: %s", op,
+                 bias ? "there is a bias but no place for dbias" : "dbias was asked for, but there is no bias");
     LAC_TRY(stat_get(op, "lse", lse, x, x->shape[0], &a.lse));
     LAC_TRY(stat_get(op, "g", g, x, x->shape[0], &a.g));
     LAC_TRY(lac_tensor_new(op, x->dtype, x->device, 2, x->shape, dx, &a.dx));

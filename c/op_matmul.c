@@ -1,8 +1,8 @@
 /* op_matmul.c: front end of the matrix product.
  *
- * Shapes: a [..., M, K], b [..., K, N], bias [N]; batch axes broadcast as in NumPy. One-dimensional arguments are refused:
- * whether a vector is a row or a column is the caller's knowledge, and `view` says it in one word. Floats only: an
- * exact integer product needs no BLAS and no model needs it. K = 0 is a sum of nothing: zeros, or the bias.
+ * Shapes: a [..., M, K], b [..., K, N], bias [N]; batch axes broadcast as in NumPy. One-dimensional arguments are
+ * refused: whether a vector is a row or a column is the caller's knowledge, and `view` says it in one word. Floats
+ * only: an exact integer product needs no BLAS and no model needs it. K = 0 is a sum of nothing: zeros, or the bias.
  * The back end gets batch axes already expanded, with stride 0 where one matrix serves several items.
  */
 #include "op_front.h"
@@ -46,16 +46,17 @@ int lac_matmul(const lac_tensor *a, const lac_tensor *b, const lac_tensor *bias,
                  lac_shape_text(a->shape, a->ndim), lac_shape_text(b->shape, b->ndim));
     int64_t m = a->shape[a->ndim - 2], k = a->shape[a->ndim - 1], n = b->shape[b->ndim - 1];
     if (b->shape[b->ndim - 2] != k)
-        LAC_FAIL(SHAPE, "matmul: a is %s and b is %s: the inner sizes differ, %lld != %lld", lac_shape_text(a->shape, a->ndim),
-                 lac_shape_text(b->shape, b->ndim), (long long)k, (long long)b->shape[b->ndim - 2]);
+        LAC_FAIL(SHAPE, "matmul: a is %s and b is %s: the inner sizes differ, %lld != %lld",
+                 lac_shape_text(a->shape, a->ndim), lac_shape_text(b->shape, b->ndim), (long long)k,
+                 (long long)b->shape[b->ndim - 2]);
     args.bias.data = NULL;
     if (bias) {
         LAC_TRY(lac_view_get("matmul", "bias", bias, &args.bias));
         LAC_TRY(lac_same_dtype("matmul", "a", a, "bias", bias));
         LAC_TRY(lac_same_device("matmul", "a", a, "bias", bias));
         if (bias->ndim != 1 || bias->shape[0] != n)
-            LAC_FAIL(SHAPE, "matmul: bias must be [%lld] for b %s, got %s", (long long)n, lac_shape_text(b->shape, b->ndim),
-                     lac_shape_text(bias->shape, bias->ndim));
+            LAC_FAIL(SHAPE, "matmul: bias must be [%lld] for b %s, got %s", (long long)n,
+                     lac_shape_text(b->shape, b->ndim), lac_shape_text(bias->shape, bias->ndim));
     }
     lac_tensor ba = batch_of(a), bb = batch_of(b);
     LAC_TRY(lac_broadcast("matmul (batch dimensions)", &ba, &bb, &ndim, shape));

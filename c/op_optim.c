@@ -16,7 +16,8 @@ static int finite_get(const char *name, double value)
 }
 
 /* one tensor of an item: shape of the parameter, contiguous */
-static int part_get(int64_t number, const char *part, const lac_tensor *t, const lac_tensor *param, int dtype, lac_view *v)
+static int part_get(int64_t number, const char *part, const lac_tensor *t, const lac_tensor *param, int dtype,
+                    lac_view *v)
 {
     char name[48];
     snprintf(name, sizeof name, "%s of item %lld", part, (long long)(number + 1));
@@ -46,7 +47,8 @@ static int item_get(int64_t number, const lac_adamw_item *item, lac_a_adamw_item
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < i; j++)
             if (lac_views_overlap(all[i], all[j]))
-                LAC_FAIL(ARGUMENT, "adamw: %s and %s of item %lld overlap in memory", names[j], names[i], (long long)(number + 1));
+                LAC_FAIL(ARGUMENT, "adamw: %s and %s of item %lld overlap in memory", names[j], names[i],
+                         (long long)(number + 1));
     LAC_TRY(finite_get("lr", item->lr));
     LAC_TRY(finite_get("weight_decay", item->weight_decay));
     a->lr = item->lr;
@@ -70,7 +72,8 @@ static int items_get(const lac_adamw_item *items, int64_t n, lac_a_adamw_item *l
     return 0;
 }
 
-int lac_adamw_many(const lac_adamw_item *items, int64_t n, double beta1, double beta2, double eps, int64_t step, double grad_scale)
+int lac_adamw_many(const lac_adamw_item *items, int64_t n, double beta1, double beta2, double eps, int64_t step,
+                   double grad_scale)
 {
     if (n < 0 || n > INT32_MAX) LAC_FAIL(ARGUMENT, "adamw: a list of %lld items", (long long)n);
     if (n == 0) return 0;
@@ -82,7 +85,8 @@ int lac_adamw_many(const lac_adamw_item *items, int64_t n, double beta1, double 
     LAC_TRY(finite_get("grad_scale", grad_scale));
     lac_a_adamw_item *list = lac_workspace_get("adamw", (size_t)n * sizeof *list);
     if (!list) return LAC_E_MEMORY;
-    lac_a_adamw a = {.items = list, .n = n, .beta1 = beta1, .beta2 = beta2, .eps = eps, .step = step, .grad_scale = grad_scale};
+    lac_a_adamw a = {
+        .items = list, .n = n, .beta1 = beta1, .beta2 = beta2, .eps = eps, .step = step, .grad_scale = grad_scale};
     int status = items_get(items, n, list);
     if (!status) status = run_adamw(items[0].param->device, &a);
     lac_workspace_put(list);

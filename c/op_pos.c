@@ -2,16 +2,20 @@
  *
  * One function serves queries, keys and the gradient of both: `sign` chooses XPOS's growth or decay, `transpose` the
  * adjoint map. The pairing convention is explicit because published weights come in both: interleaved pairs
- * (2i, 2i+1) as in the RoPE paper, or halves (i, i + D/2) as in most ports. base must be above 1, so that frequency 0 is the
- * largest; positions may start anywhere, also below 0, within what a double counts exactly.
+ * (2i, 2i+1) as in the RoPE paper, or halves (i, i + D/2) as in most ports. base must be above 1, so that frequency 0
+ * is the largest; positions may start anywhere, also below 0, within what a double counts exactly.
  */
 #include "op_front.h"
 
-int lac_rope(const lac_tensor *x, int64_t start, double base, int interleaved, double scale_base, int sign, int transpose,
-             lac_tensor *out)
+int lac_rope(const lac_tensor *x, int64_t start, double base, int interleaved, double scale_base, int sign,
+             int transpose, lac_tensor *out)
 {
-    lac_a_rope a = {.start = start, .base = base, .scale_base = scale_base, .interleaved = interleaved != 0,
-                    .transpose = transpose != 0, .sign = sign};
+    lac_a_rope a = {.start = start,
+                    .base = base,
+                    .scale_base = scale_base,
+                    .interleaved = interleaved != 0,
+                    .transpose = transpose != 0,
+                    .sign = sign};
     LAC_OUT("rope", "out", out);
     LAC_TRY(lac_view_get("rope", "x", x, &a.x));
     LAC_TRY(lac_need_float("rope", "x", x));

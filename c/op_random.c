@@ -38,7 +38,8 @@ static int check_parameters(const lac_tensor *dst, int kind, double a, double b)
         if (b >= 0x1p63) LAC_FAIL(ARGUMENT, "random: the upper bound of integers must be below 2^63, got %g", b);
         LAC_TRY(lac_front_scalar("random", "the lower bound", dst, a));
         return lac_front_scalar("random", "the largest value", dst, b - 1);
-    default: LAC_FAIL(ARGUMENT, "random: unknown kind %d (0 uniform, 1 normal, 2 bernoulli, 3 integer)", kind);
+    default:
+        LAC_FAIL(ARGUMENT, "random: unknown kind %d (0 uniform, 1 normal, 2 bernoulli, 3 integer)", kind);
     }
 }
 

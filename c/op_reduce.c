@@ -1,11 +1,11 @@
 /* op_reduce.c: front ends of the reductions.
  *
- * `dims` is a bit mask of axes, 0 for all of them: one pass over memory whatever the axes, and nothing to sort or to check
- * for repetition. Results: sum and mean of floats keep the dtype (accumulated in double), sums of integers and bool
- * are i64, mean wants floats, max and min keep any dtype, any and all give bool, argmax and argmin give i64 positions
- * along one axis or in the flattened tensor. A sum of nothing is 0, its mean NaN, any false, all true; an extremum of
- * nothing does not exist and is an error.
- * lac_sum_to undoes broadcasting: it sums the axes that `like` does not have or has with size 1.
+ * `dims` is a bit mask of axes, 0 for all of them: one pass over memory whatever the axes, and nothing to sort or to
+ * check for repetition. Results: sum and mean of floats keep the dtype (accumulated in double), sums of integers and
+ * bool are i64, mean wants floats, max and min keep any dtype, any and all give bool, argmax and argmin give i64
+ * positions along one axis or in the flattened tensor. A sum of nothing is 0, its mean NaN, any false, all true; an
+ * extremum of nothing does not exist and is an error. lac_sum_to undoes broadcasting: it sums the axes that `like` does
+ * not have or has with size 1.
  */
 #include "op_front.h"
 

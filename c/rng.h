@@ -56,8 +56,8 @@ LAC_HD double lac_rng_between(double unit, double a, double b, double top)
     return value > top ? top : value;
 }
 
-/* The largest value below b of a float format with `bits` of precision and least exponent `least` (f32 24, -149; f16 11,
- * -24; bf16 8, -133; f64 53, -1074), but not below a: the `top` of uniforms on [a, b). Host only. */
+/* The largest value below b of a float format with `bits` of precision and least exponent `least` (f32 24, -149; f16
+ * 11, -24; bf16 8, -133; f64 53, -1074), but not below a: the `top` of uniforms on [a, b). Host only. */
 static inline __attribute__((unused)) double lac_rng_below(int bits, int least, double a, double b)
 {
     int e;

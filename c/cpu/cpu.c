@@ -12,36 +12,16 @@
 #include "cpu.h"
 #include "simd.h"
 #include <omp.h>
-#if defined(__has_include)
-#if __has_include("attn.h")
-#include "attn.h"
-#define HAVE_ATTN 1
-#endif
-#endif
-
-#ifdef HAVE_ATTN
-#define SLOT_attend .attend = LAC_CPU(attend),
-#define SLOT_attend_bwd .attend_bwd = LAC_CPU(attend_bwd),
-#else
-#define SLOT_attend
-#define SLOT_attend_bwd
-#endif
 
 extern const lac_backend LAC_CPU(backend);
 const lac_backend LAC_CPU(backend) = {
-    .abi = LAC_ABI, .bytes = sizeof(lac_backend), .name = "cpu", .detail = LAC_CPU_TEXT(LAC_ISA),
-    .fill = LAC_CPU(fill), .copy = LAC_CPU(copy), .arange = LAC_CPU(arange),
-    .map1 = LAC_CPU(map1), .map1_bwd = LAC_CPU(map1_bwd), .map2 = LAC_CPU(map2), .map2_bwd = LAC_CPU(map2_bwd),
-    .where = LAC_CPU(where), .axpy = LAC_CPU(axpy), .reduce = LAC_CPU(reduce),
-    .softmax = LAC_CPU(softmax), .softmax_bwd = LAC_CPU(softmax_bwd), .matmul = LAC_CPU(matmul),
-    .layernorm = LAC_CPU(layernorm), .layernorm_bwd = LAC_CPU(layernorm_bwd),
-    .cross_entropy = LAC_CPU(cross_entropy), .cross_entropy_bwd = LAC_CPU(cross_entropy_bwd),
-    .linear_cross_entropy = LAC_CPU(linear_cross_entropy), .linear_cross_entropy_bwd = LAC_CPU(linear_cross_entropy_bwd),
-    .index_select = LAC_CPU(index_select), .index_select_bwd = LAC_CPU(index_select_bwd),
-    .gather = LAC_CPU(gather), .gather_bwd = LAC_CPU(gather_bwd), .rope = LAC_CPU(rope),
-    .random = LAC_CPU(random), .dropout = LAC_CPU(dropout),
-    .adamw_many = LAC_CPU(adamw_many), .norm_many = LAC_CPU(norm_many),
-    SLOT_attend SLOT_attend_bwd
+    .abi = LAC_ABI,
+    .bytes = sizeof(lac_backend),
+    .name = "cpu",
+    .detail = LAC_CPU_TEXT(LAC_ISA),
+#define LAC_OP(name, args, gradient) .name = LAC_CPU(name),
+#include "../ops.def"
+#undef LAC_OP
 };
 
 /* ---- threads ---- */
@@ -163,22 +143,45 @@ const void *LAC_CPU(load)(int dtype, const void *x, int64_t stride, int64_t n, v
 {
     if (stride == lac_bytes_of(dtype)) {
         switch (dtype) {
-        case LAC_F16: v_load_f16(x, buffer, n); return buffer;
-        case LAC_BF16: v_load_bf16(x, buffer, n); return buffer;
-        case LAC_I32: LOAD_DENSE(int32_t, int64_t); return buffer;
+        case LAC_F16:
+            v_load_f16(x, buffer, n);
+            return buffer;
+        case LAC_BF16:
+            v_load_bf16(x, buffer, n);
+            return buffer;
+        case LAC_I32:
+            LOAD_DENSE(int32_t, int64_t);
+            return buffer;
         case LAC_U8:
-        case LAC_BOOL: LOAD_DENSE(uint8_t, int64_t); return buffer;
-        default: return x;
+        case LAC_BOOL:
+            LOAD_DENSE(uint8_t, int64_t);
+            return buffer;
+        default:
+            return x;
         }
     }
     switch (dtype) {
-    case LAC_F64: LOAD_LOOP(double, double, ); break;
-    case LAC_F32: LOAD_LOOP(float, float, ); break;
-    case LAC_F16: LOAD_LOOP(uint16_t, float, v_from_f16); break;
-    case LAC_BF16: LOAD_LOOP(uint16_t, float, v_from_bf16); break;
-    case LAC_I64: LOAD_LOOP(int64_t, int64_t, ); break;
-    case LAC_I32: LOAD_LOOP(int32_t, int64_t, ); break;
-    default: LOAD_LOOP(uint8_t, int64_t, ); break;
+    case LAC_F64:
+        LOAD_LOOP(double, double, );
+        break;
+    case LAC_F32:
+        LOAD_LOOP(float, float, );
+        break;
+    case LAC_F16:
+        LOAD_LOOP(uint16_t, float, v_from_f16);
+        break;
+    case LAC_BF16:
+        LOAD_LOOP(uint16_t, float, v_from_bf16);
+        break;
+    case LAC_I64:
+        LOAD_LOOP(int64_t, int64_t, );
+        break;
+    case LAC_I32:
+        LOAD_LOOP(int32_t, int64_t, );
+        break;
+    default:
+        LOAD_LOOP(uint8_t, int64_t, );
+        break;
     }
     return buffer;
 }
@@ -201,25 +204,51 @@ void LAC_CPU(store)(int dtype, const void *values, void *x, int64_t stride, int6
 {
     if (stride == lac_bytes_of(dtype)) {
         switch (dtype) {
-        case LAC_F16: v_store_f16(values, x, n); return;
-        case LAC_BF16: v_store_bf16(values, x, n); return;
-        case LAC_I32: STORE_DENSE(int64_t, int32_t, ); return;
-        case LAC_U8: STORE_DENSE(int64_t, uint8_t, ); return;
-        case LAC_BOOL: STORE_DENSE(int64_t, uint8_t, NONZERO); return;
+        case LAC_F16:
+            v_store_f16(values, x, n);
+            return;
+        case LAC_BF16:
+            v_store_bf16(values, x, n);
+            return;
+        case LAC_I32:
+            STORE_DENSE(int64_t, int32_t, );
+            return;
+        case LAC_U8:
+            STORE_DENSE(int64_t, uint8_t, );
+            return;
+        case LAC_BOOL:
+            STORE_DENSE(int64_t, uint8_t, NONZERO);
+            return;
         default:
             if (values != x) memcpy(x, values, (size_t)(n * stride));
             return;
         }
     }
     switch (dtype) {
-    case LAC_F64: STORE_LOOP(double, double, ); break;
-    case LAC_F32: STORE_LOOP(float, float, ); break;
-    case LAC_F16: STORE_LOOP(float, uint16_t, v_to_f16); break;
-    case LAC_BF16: STORE_LOOP(float, uint16_t, v_to_bf16); break;
-    case LAC_I64: STORE_LOOP(int64_t, int64_t, ); break;
-    case LAC_I32: STORE_LOOP(int64_t, int32_t, ); break;
-    case LAC_U8: STORE_LOOP(int64_t, uint8_t, ); break;
-    default: STORE_LOOP(int64_t, uint8_t, NONZERO); break;
+    case LAC_F64:
+        STORE_LOOP(double, double, );
+        break;
+    case LAC_F32:
+        STORE_LOOP(float, float, );
+        break;
+    case LAC_F16:
+        STORE_LOOP(float, uint16_t, v_to_f16);
+        break;
+    case LAC_BF16:
+        STORE_LOOP(float, uint16_t, v_to_bf16);
+        break;
+    case LAC_I64:
+        STORE_LOOP(int64_t, int64_t, );
+        break;
+    case LAC_I32:
+        STORE_LOOP(int64_t, int32_t, );
+        break;
+    case LAC_U8:
+        STORE_LOOP(int64_t, uint8_t, );
+        break;
+    default:
+        STORE_LOOP(int64_t, uint8_t, NONZERO);
+        break;
     }
 }
 
@@ -271,7 +300,8 @@ const void *LAC_CPU(load_linear)(const lac_view *v, int64_t start, int64_t n, vo
     linear_walk w;
     size_t size = lac_compute_size(lac_compute_type(v->dtype));
     if (lac_view_contiguous(v))
-        return LAC_CPU(load)(v->dtype, (char *)v->data + start * lac_bytes_of(v->dtype), lac_bytes_of(v->dtype), n, buffer);
+        return LAC_CPU(load)(v->dtype, (char *)v->data + start * lac_bytes_of(v->dtype), lac_bytes_of(v->dtype), n,
+                             buffer);
     linear_begin(v, start, &w);
     for (int64_t at = 0, m; at < n; at += m) {
         m = w.run < n - at ? w.run : n - at;

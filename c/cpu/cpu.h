@@ -26,10 +26,7 @@
 #define LAC_CPU_TEXT(x) LAC_CPU_TEXT2(x)
 
 enum { C_F32 = 0, C_F64 = 1, C_I64 = 2 }; /* compute types */
-static inline int lac_compute_type(int dtype)
-{
-    return dtype == LAC_F64 ? C_F64 : dtype <= LAC_BF16 ? C_F32 : C_I64;
-}
+static inline int lac_compute_type(int dtype) { return dtype == LAC_F64 ? C_F64 : dtype <= LAC_BF16 ? C_F32 : C_I64; }
 static inline size_t lac_compute_size(int ctype) { return ctype == C_F32 ? 4 : 8; }
 /* is memory of this dtype already an array of its compute type? */
 static inline bool lac_is_native(int dtype) { return dtype <= LAC_F32 || dtype == LAC_I64; }
@@ -87,17 +84,18 @@ static inline void lac_cursor_next(const lac_nest *nest, lac_cursor *c)
 /* n elements of `bytes` bytes each, so and sx bytes apart; sx = 0 repeats one (elem.c) */
 void LAC_CPU(move)(int bytes, char *out, int64_t so, const char *x, int64_t sx, int64_t n);
 
-/* C = A B (+ C) (+ bias): C [batch, m, n] has dense rows ldc elements apart; A [batch, m, k] and B [batch, k, n] are given
- * by element strides. Any float dtypes with one compute type; half types multiply and accumulate in f32. matmul.c */
+/* C = A B (+ C) (+ bias): C [batch, m, n] has dense rows ldc elements apart; A [batch, m, k] and B [batch, k, n] are
+ * given by element strides. Any float dtypes with one compute type; half types multiply and accumulate in f32. matmul.c
+ */
 typedef struct {
     int64_t m, n, k;
     const void *a, *b;
     int a_dtype, b_dtype, c_dtype;
     int64_t a_rs, a_cs, b_rs, b_cs, ldc;
     void *c;
-    bool accumulate;    /* needs c_dtype f32 or f64 */
+    bool accumulate;      /* needs c_dtype f32 or f64 */
     const lac_view *bias; /* [n] or NULL */
-    int batch_axes;     /* c steps m * ldc from one batch item to the next */
+    int batch_axes;       /* c steps m * ldc from one batch item to the next */
     int64_t batch_shape[LAC_MAX_DIMS], a_batch[LAC_MAX_DIMS], b_batch[LAC_MAX_DIMS];
 } lac_gemm;
 int LAC_CPU(gemm)(const char *op, const lac_gemm *g);

@@ -18,8 +18,8 @@ typedef void lac_kernel(int64_t n, const void *const *in, void *out);
 /* ---- type-generic mathematics for maps.def ---- */
 
 #define K(c) ((T)(c))
-#define GENERIC2(x, f, d) _Generic((x), float: f, double: d)
-#define GENERIC3(x, f, d, i) _Generic((x), float: f, double: d, int64_t: i)
+#define GENERIC2(x, f, d) _Generic((x), float : f, double : d)
+#define GENERIC3(x, f, d, i) _Generic((x), float : f, double : d, int64_t : i)
 
 LAC_INLINE int64_t i_neg(int64_t x) { return (int64_t)(0 - (uint64_t)x); }
 LAC_INLINE int64_t i_add(int64_t x, int64_t y) { return (int64_t)((uint64_t)x + (uint64_t)y); }
@@ -93,10 +93,7 @@ LAC_INLINE double d_gelu_tanh_grad(double x)
     double s = d_sigmoid(GELU_TANH_ARGUMENT(x));
     return s + x * s * (1 - s) * GELU_TANH_SLOPE(x);
 }
-LAC_INLINE float f_gelu_tanh(float x)
-{
-    return x * v_sigmoidf(1.595769122f * (x + 0.044715f * x * x * x));
-}
+LAC_INLINE float f_gelu_tanh(float x) { return x * v_sigmoidf(1.595769122f * (x + 0.044715f * x * x * x)); }
 LAC_INLINE float f_gelu_tanh_grad(float x)
 {
     double d = (double)x, s = 1 / (1 + v_exp_d(-GELU_TANH_ARGUMENT(d)));
@@ -156,8 +153,7 @@ LAC_INLINE float f_gelu_tanh_grad(float x)
 #define X1 T x = in0[i]
 #define X2 T x = in0[i], y = in1[i]
 #define X3 T x = in0[i], y = in1[i], g = in2[i]
-#define BACKWARD1(name, f)                                                                                             \
-    KERNEL(name, T, X3; (void)x; (void)y, g * (f))
+#define BACKWARD1(name, f) KERNEL(name, T, X3; (void)x; (void)y, g * (f))
 #define IF_FLOAT_FLOAT(a) a
 #define IF_FLOAT_ANY(a)
 
@@ -193,7 +189,7 @@ KERNEL(axpy_i64, T, X3, i_add(i_mul(x, y), g))
 #undef T
 
 typedef struct {
-    lac_kernel *value[3]; /* by compute type; NULL: not defined there */
+    lac_kernel *value[3];       /* by compute type; NULL: not defined there */
     lac_kernel *gradient[2][2]; /* [argument][compute type] */
     bool to_bool;
 } lac_map;
@@ -201,7 +197,9 @@ typedef struct {
 #define I64_ANY(name) name
 static const lac_map maps1[] = {
 #define MAP1(name, domain, value, gradient)                                                                            \
-    {{m1_f32_##name, m1_f64_##name, I64_##domain(m1_i64_##name)}, {{b1_f32_##name, b1_f64_##name}, {NULL, NULL}}, false},
+    {{m1_f32_##name, m1_f64_##name, I64_##domain(m1_i64_##name)},                                                      \
+     {{b1_f32_##name, b1_f64_##name}, {NULL, NULL}},                                                                   \
+     false},
 #define CMP1(name, value) {{m1_f32_##name, m1_f64_##name, m1_i64_##name}, {{NULL, NULL}, {NULL, NULL}}, true},
 #define LOGIC1(name, text, value) {{NULL, NULL, m1_i64_##name}, {{NULL, NULL}, {NULL, NULL}}, true},
 #include "../maps.def"
@@ -222,7 +220,7 @@ typedef struct {
     lac_nest nest; /* view 0 is the output */
     lac_kernel *kernel;
     int32_t dtype[4];
-    bool raw; /* the kernel writes the output's dtype itself (bool) */
+    bool raw;       /* the kernel writes the output's dtype itself (bool) */
     int64_t strips; /* per row */
 } elem_job;
 
@@ -353,7 +351,8 @@ int LAC_CPU(map2_bwd)(const lac_a_map2_bwd *a)
 /* dst = alpha x + dst, or alpha dst */
 int LAC_CPU(axpy)(const lac_a_axpy *a)
 {
-    static lac_kernel *const add[] = {axpy_f32, axpy_f64, axpy_i64}, *const mul[] = {m2_f32_mul, m2_f64_mul, m2_i64_mul};
+    static lac_kernel *const add[] = {axpy_f32, axpy_f64, axpy_i64}, *const mul[] = {m2_f32_mul, m2_f64_mul,
+                                                                                     m2_i64_mul};
     lac_view alpha;
     scalar space;
     int ctype = lac_compute_type(a->dst.dtype);
@@ -383,17 +382,33 @@ void LAC_CPU(move)(int bytes, char *out, int64_t so, const char *x, int64_t sx, 
     }
     if (so == bytes && sx == 0) {
         switch (bytes) {
-        case 1: REPEAT(uint8_t); return;
-        case 2: REPEAT(uint16_t); return;
-        case 4: REPEAT(uint32_t); return;
-        default: REPEAT(uint64_t); return;
+        case 1:
+            REPEAT(uint8_t);
+            return;
+        case 2:
+            REPEAT(uint16_t);
+            return;
+        case 4:
+            REPEAT(uint32_t);
+            return;
+        default:
+            REPEAT(uint64_t);
+            return;
         }
     }
     switch (bytes) {
-    case 1: MOVE(uint8_t); break;
-    case 2: MOVE(uint16_t); break;
-    case 4: MOVE(uint32_t); break;
-    default: MOVE(uint64_t); break;
+    case 1:
+        MOVE(uint8_t);
+        break;
+    case 2:
+        MOVE(uint16_t);
+        break;
+    case 4:
+        MOVE(uint32_t);
+        break;
+    default:
+        MOVE(uint64_t);
+        break;
     }
 }
 
@@ -483,7 +498,8 @@ static void transpose_task(void *context, int64_t begin, int64_t end, int thread
     int64_t oa = nest->stride[0][a], xa = nest->stride[1][a], xb = nest->stride[1][b];
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
-        int64_t tb = t % job->tiles_b * TILE, ta = t / job->tiles_b % job->tiles_a * TILE, rest = t / job->tiles_b / job->tiles_a;
+        int64_t tb = t % job->tiles_b * TILE, ta = t / job->tiles_b % job->tiles_a * TILE,
+                rest = t / job->tiles_b / job->tiles_a;
         char *out = nest->data[0] + ta * oa + tb * job->bytes;
         const char *x = nest->data[1] + ta * xa + tb * xb;
         for (int d = b - 1; d >= 0; d--) {
@@ -495,10 +511,18 @@ static void transpose_task(void *context, int64_t begin, int64_t end, int thread
         int64_t na = nest->shape[a] - ta < TILE ? nest->shape[a] - ta : TILE;
         int64_t nb = nest->shape[b] - tb < TILE ? nest->shape[b] - tb : TILE;
         switch (job->bytes) {
-        case 1: TILE_MOVE(uint8_t); break;
-        case 2: TILE_MOVE(uint16_t); break;
-        case 4: TILE_MOVE(uint32_t); break;
-        default: TILE_MOVE(uint64_t); break;
+        case 1:
+            TILE_MOVE(uint8_t);
+            break;
+        case 2:
+            TILE_MOVE(uint16_t);
+            break;
+        case 4:
+            TILE_MOVE(uint32_t);
+            break;
+        default:
+            TILE_MOVE(uint64_t);
+            break;
         }
     }
 }
@@ -511,7 +535,8 @@ static bool transpose_fits(const lac_view *out, const lac_view *x, transpose_job
     LAC_CPU(nest_make)(&job->nest, 2, views);
     int b = job->nest.ndim - 1;
     job->bytes = (int)lac_bytes_of(out->dtype);
-    if (job->nest.stride[0][b] != job->bytes || job->nest.stride[1][b] == job->bytes || job->nest.shape[b] < 8) return false;
+    if (job->nest.stride[0][b] != job->bytes || job->nest.stride[1][b] == job->bytes || job->nest.shape[b] < 8)
+        return false;
     for (job->tile_axis = 0; job->tile_axis < b; job->tile_axis++)
         if (job->nest.stride[1][job->tile_axis] == job->bytes && job->nest.shape[job->tile_axis] >= 8) break;
     if (job->tile_axis == b) return false;
@@ -563,8 +588,8 @@ int LAC_CPU(fill)(const lac_a_fill *a)
 #define SELECT(type)                                                                                                   \
     do {                                                                                                               \
         for (int64_t i = 0; i < n; i++)                                                                                \
-            *(type *)(out + i * s[0]) = *(const uint8_t *)(c + i * s[1]) ? *(const type *)(x + i * s[2])               \
-                                                                         : *(const type *)(y + i * s[3]);              \
+            *(type *)(out + i * s[0]) =                                                                                \
+                *(const uint8_t *)(c + i * s[1]) ? *(const type *)(x + i * s[2]) : *(const type *)(y + i * s[3]);      \
     } while (0)
 
 static void where_task(void *context, int64_t begin, int64_t end, int thread)
@@ -583,10 +608,18 @@ static void where_task(void *context, int64_t begin, int64_t end, int thread)
         char *out = at.at[0] + start * s[0];
         const char *c = at.at[1] + start * s[1], *x = at.at[2] + start * s[2], *y = at.at[3] + start * s[3];
         switch (lac_bytes_of(job->dtype[0])) {
-        case 1: SELECT(uint8_t); break;
-        case 2: SELECT(uint16_t); break;
-        case 4: SELECT(uint32_t); break;
-        default: SELECT(uint64_t); break;
+        case 1:
+            SELECT(uint8_t);
+            break;
+        case 2:
+            SELECT(uint16_t);
+            break;
+        case 4:
+            SELECT(uint32_t);
+            break;
+        default:
+            SELECT(uint64_t);
+            break;
         }
         if (++strip == job->strips) {
             strip = 0;

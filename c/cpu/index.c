@@ -12,7 +12,8 @@
 
 enum { BLOCK = 256 };
 
-int LAC_CPU(indices)(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore, int64_t **out)
+int LAC_CPU(indices)(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore,
+                     int64_t **out)
 {
     int64_t n = lac_view_numel(index);
     int64_t *list = lac_workspace_get(op, (size_t)n * 8 + 8);
@@ -21,7 +22,8 @@ int LAC_CPU(indices)(const char *op, const char *what, const lac_view *index, in
         int64_t m = n - at < BLOCK ? n - at : BLOCK, bad = 0;
         const void *from = LAC_CPU(load_linear)(index, at, m, list + at);
         if (from != list + at) memcpy(list + at, from, (size_t)m * 8);
-        for (int64_t i = at; i < at + m; i++) bad += (list[i] < 0 || list[i] >= size) && !(ignore && list[i] == *ignore);
+        for (int64_t i = at; i < at + m; i++)
+            bad += (list[i] < 0 || list[i] >= size) && !(ignore && list[i] == *ignore);
         if (!bad) continue;
         int64_t i = at;
         while ((list[i] >= 0 && list[i] < size) || (ignore && list[i] == *ignore)) i++;
@@ -81,7 +83,8 @@ static void select_task(void *context, int64_t begin, int64_t end, int thread)
         int64_t outer = t / job->n, i = t % job->n;
         const char *x = job->x + (offset_of(&job->x_outer, outer) + job->index[i] * job->x_stride) * job->bytes;
         char *out = job->out + t * job->inner_count * job->bytes;
-        int64_t out_delta = out - nest->data[0], x_delta = x - nest->data[1], so = nest->stride[0][last], sx = nest->stride[1][last];
+        int64_t out_delta = out - nest->data[0], x_delta = x - nest->data[1], so = nest->stride[0][last],
+                sx = nest->stride[1][last];
         if (nest->shape[last] == 1) so = sx = job->bytes;
         lac_cursor c;
         LAC_CPU(cursor_set)(nest, &c, 0);
@@ -100,8 +103,13 @@ int LAC_CPU(index_select)(const lac_a_index *a)
         return 0;
     }
     LAC_TRY(LAC_CPU(indices)("index_select", "index", &a->index, a->x.shape[a->dim], NULL, &index));
-    select_job job = {.x_outer = axes_of(&a->x, 0, a->dim), .x_inner = axes_of(&a->x, a->dim + 1, a->x.ndim), .index = index,
-                      .n = lac_view_numel(&a->index), .x_stride = a->x.stride[a->dim], .x = a->x.data, .out = a->out.data,
+    select_job job = {.x_outer = axes_of(&a->x, 0, a->dim),
+                      .x_inner = axes_of(&a->x, a->dim + 1, a->x.ndim),
+                      .index = index,
+                      .n = lac_view_numel(&a->index),
+                      .x_stride = a->x.stride[a->dim],
+                      .x = a->x.data,
+                      .out = a->out.data,
                       .bytes = (int)lac_bytes_of(a->x.dtype)};
     lac_view out_inner = job.x_inner;
     int64_t span = 1;
@@ -137,12 +145,15 @@ static void select_bwd_task(void *context, int64_t begin, int64_t end, int threa
                 lac_view g = job->g_inner;
                 g.data = job->x + (offset_of(&job->g_outer, outer) + offset_of(&job->g_index, job->order[e])) * bytes;
                 const void *v = LAC_CPU(load_linear)(&g, at, m, space);
-                if (job->dtype == LAC_F64) for (int64_t j = 0; j < m; j++) sums[j] += ((const double *)v)[j];
-                else for (int64_t j = 0; j < m; j++) sums[j] += (double)((const float *)v)[j];
+                if (job->dtype == LAC_F64)
+                    for (int64_t j = 0; j < m; j++) sums[j] += ((const double *)v)[j];
+                else
+                    for (int64_t j = 0; j < m; j++) sums[j] += (double)((const float *)v)[j];
             }
             const void *v = sums;
             if (job->dtype != LAC_F64) {
-                for (int64_t j = 0; j < m; j++) rounded[j] = job->dtype == LAC_F32 ? (float)sums[j] : v_round_odd(sums[j]);
+                for (int64_t j = 0; j < m; j++)
+                    rounded[j] = job->dtype == LAC_F32 ? (float)sums[j] : v_round_odd(sums[j]);
                 v = rounded;
             }
             LAC_CPU(store)(job->dtype, v, out + at * bytes, bytes, m);
@@ -176,9 +187,15 @@ int LAC_CPU(index_select_bwd)(const lac_a_index_bwd *a)
     int64_t *start = sort_positions(op, index, n, size);
     lac_workspace_put(index);
     if (!start) return LAC_E_MEMORY;
-    select_job job = {.start = start, .order = start + size + 1, .size = size, .dtype = a->g.dtype,
-                      .g_outer = axes_of(&a->g, 0, a->dim), .g_index = axes_of(&a->g, a->dim, a->dim + axes),
-                      .g_inner = axes_of(&a->g, a->dim + axes, a->g.ndim), .x = a->g.data, .out = a->out.data,
+    select_job job = {.start = start,
+                      .order = start + size + 1,
+                      .size = size,
+                      .dtype = a->g.dtype,
+                      .g_outer = axes_of(&a->g, 0, a->dim),
+                      .g_index = axes_of(&a->g, a->dim, a->dim + axes),
+                      .g_inner = axes_of(&a->g, a->dim + axes, a->g.ndim),
+                      .x = a->g.data,
+                      .out = a->out.data,
                       .bytes = (int)lac_bytes_of(a->g.dtype)};
     job.inner_count = lac_view_numel(&job.g_inner);
     int64_t outer = lac_view_numel(&job.g_outer), work = outer * (size + n) * job.inner_count;
@@ -224,7 +241,11 @@ int LAC_CPU(gather)(const lac_a_index *a)
     int64_t *index;
     LAC_TRY(LAC_CPU(indices)("gather", "index", &a->index, a->x.shape[a->dim], NULL, &index));
     int64_t numel = lac_view_numel(&a->out);
-    gather_job job = {.x = &a->x, .out = &a->out, .index = index, .dim = a->dim, .bytes = lac_bytes_of(a->x.dtype),
+    gather_job job = {.x = &a->x,
+                      .out = &a->out,
+                      .index = index,
+                      .dim = a->dim,
+                      .bytes = lac_bytes_of(a->x.dtype),
                       .length = a->out.shape[a->out.ndim - 1]};
     int status = numel ? LAC_CPU(parallel)("gather", numel / job.length, numel * 2, gather_task, &job) : 0;
     lac_workspace_put(index);
@@ -251,12 +272,14 @@ static void gather_bwd_task(void *context, int64_t begin, int64_t end, int threa
             double value;
             const char *at = (const char *)g->data + (base + i * g->stride[job->dim]) * job->bytes;
             const void *v = LAC_CPU(load)(g->dtype, at, job->bytes, 1, &value);
-            sums[job->index[(before * lines + i) * inner + after]] += g->dtype == LAC_F64 ? *(const double *)v : (double)*(const float *)v;
+            sums[job->index[(before * lines + i) * inner + after]] +=
+                g->dtype == LAC_F64 ? *(const double *)v : (double)*(const float *)v;
         }
         char *out = (char *)job->out->data + (before * job->size * inner + after) * job->bytes;
         for (int64_t i = 0; i < job->size; i++) {
             float f = g->dtype == LAC_F32 ? (float)sums[i] : v_round_odd(sums[i]);
-            LAC_CPU(store)(g->dtype, g->dtype == LAC_F64 ? (void *)&sums[i] : &f, out + i * inner * job->bytes, job->bytes, 1);
+            LAC_CPU(store)
+            (g->dtype, g->dtype == LAC_F64 ? (void *)&sums[i] : &f, out + i * inner * job->bytes, job->bytes, 1);
         }
     }
 }
@@ -268,7 +291,8 @@ int LAC_CPU(gather_bwd)(const lac_a_index_bwd *a)
     LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
     int status = 0;
     if (numel > 0) {
-        gather_job job = {.x = &a->g, .out = &a->out, .index = index, .dim = a->dim, .size = size, .bytes = lac_bytes_of(a->g.dtype)};
+        gather_job job = {
+            .x = &a->g, .out = &a->out, .index = index, .dim = a->dim, .size = size, .bytes = lac_bytes_of(a->g.dtype)};
         int64_t lines = numel / size, work = numel * 2;
         job.sums = lac_workspace_get(op, (size_t)(size * LAC_CPU(threads)(lines, work)) * 8);
         status = job.sums ? LAC_CPU(parallel)(op, lines, work, gather_bwd_task, &job) : LAC_E_MEMORY;

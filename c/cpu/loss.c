@@ -40,7 +40,8 @@ ROW_KERNELS(double, d, exp, (double)INFINITY)
 /* element i of a statistics vector (f32 or f64) */
 static double stat_get(const lac_view *v, int64_t i)
 {
-    return v->dtype == LAC_F64 ? ((const double *)v->data)[i * v->stride[0]] : (double)((const float *)v->data)[i * v->stride[0]];
+    return v->dtype == LAC_F64 ? ((const double *)v->data)[i * v->stride[0]]
+                               : (double)((const float *)v->data)[i * v->stride[0]];
 }
 static void stat_set(const lac_view *v, int64_t i, double value)
 {
@@ -54,7 +55,7 @@ typedef struct {
     const lac_view *logits; /* rows of the tensor, or NULL: */
     void *chunk;            /* dense rows in the compute type */
     int64_t first, rows, n, ignore;
-    const int64_t *target;  /* [R], checked */
+    const int64_t *target; /* [R], checked */
     const lac_view *out, *lse, *g;
     const lac_view *gradient; /* where dlogits goes; NULL: in place */
     int ctype;
@@ -80,7 +81,9 @@ static void loss_task(void *context, int64_t begin, int64_t end, int thread)
         int64_t row = job->first + r, t = job->target[row];
         stat_set(job->lse, row, lse);
         if (t == job->ignore) stat_set(job->out, row, 0);
-        else stat_set(job->out, row, lse - (job->ctype == C_F32 ? (double)((const float *)x)[t] : ((const double *)x)[t]));
+        else
+            stat_set(job->out, row,
+                     lse - (job->ctype == C_F32 ? (double)((const float *)x)[t] : ((const double *)x)[t]));
     }
 }
 
@@ -92,7 +95,8 @@ static void gradient_task(void *context, int64_t begin, int64_t end, int thread)
         const void *x = logits_row(job, r, space);
         int64_t row = job->first + r, t = job->target[row];
         /* in place, or to the output if that is an array of the compute type, or through the buffer */
-        char *out = job->gradient ? (char *)job->gradient->data + r * job->n * lac_bytes_of(job->gradient->dtype) : NULL;
+        char *out =
+            job->gradient ? (char *)job->gradient->data + r * job->n * lac_bytes_of(job->gradient->dtype) : NULL;
         void *y = !out ? (void *)(uintptr_t)x : lac_is_native(job->gradient->dtype) ? out : space;
         if (t == job->ignore) {
             memset(y, 0, (size_t)job->n * lac_compute_size(job->ctype));
@@ -123,8 +127,14 @@ int LAC_CPU(cross_entropy)(const lac_a_cross_entropy *a)
 {
     int64_t *target;
     LAC_TRY(LAC_CPU(indices)("cross_entropy", "target", &a->target, a->logits.shape[1], &a->ignore, &target));
-    loss_job job = {.logits = &a->logits, .rows = a->logits.shape[0], .n = a->logits.shape[1], .ignore = a->ignore,
-                    .target = target, .out = &a->out, .lse = &a->lse, .ctype = lac_compute_type(a->logits.dtype)};
+    loss_job job = {.logits = &a->logits,
+                    .rows = a->logits.shape[0],
+                    .n = a->logits.shape[1],
+                    .ignore = a->ignore,
+                    .target = target,
+                    .out = &a->out,
+                    .lse = &a->lse,
+                    .ctype = lac_compute_type(a->logits.dtype)};
     int status = run_rows("cross_entropy", &job, loss_task);
     lac_workspace_put(target);
     return status;
@@ -134,8 +144,14 @@ int LAC_CPU(cross_entropy_bwd)(const lac_a_cross_entropy_bwd *a)
 {
     int64_t *target;
     LAC_TRY(LAC_CPU(indices)("cross_entropy_bwd", "target", &a->target, a->logits.shape[1], &a->ignore, &target));
-    loss_job job = {.logits = &a->logits, .rows = a->logits.shape[0], .n = a->logits.shape[1], .ignore = a->ignore,
-                    .target = target, .lse = &a->lse, .g = &a->g, .gradient = &a->out,
+    loss_job job = {.logits = &a->logits,
+                    .rows = a->logits.shape[0],
+                    .n = a->logits.shape[1],
+                    .ignore = a->ignore,
+                    .target = target,
+                    .lse = &a->lse,
+                    .g = &a->g,
+                    .gradient = &a->out,
                     .ctype = lac_compute_type(a->logits.dtype)};
     int status = run_rows("cross_entropy_bwd", &job, gradient_task);
     lac_workspace_put(target);
@@ -153,14 +169,23 @@ static int64_t chunk_rows(int64_t asked, int64_t rows, int64_t classes)
 }
 
 /* logits of rows [first, first + rows) into chunk */
-static int chunk_logits(const char *op, const lac_view *x, const lac_view *w, const lac_view *bias, int64_t first, int64_t rows,
-                        void *chunk)
+static int chunk_logits(const char *op, const lac_view *x, const lac_view *w, const lac_view *bias, int64_t first,
+                        int64_t rows, void *chunk)
 {
-    lac_gemm g = {.m = rows, .n = w->shape[0], .k = x->shape[1],
-                  .a = (const char *)x->data + first * x->stride[0] * lac_bytes_of(x->dtype), .a_dtype = x->dtype,
-                  .a_rs = x->stride[0], .a_cs = x->stride[1],
-                  .b = w->data, .b_dtype = w->dtype, .b_rs = w->stride[1], .b_cs = w->stride[0],
-                  .c = chunk, .c_dtype = x->dtype == LAC_F64 ? LAC_F64 : LAC_F32, .ldc = w->shape[0],
+    lac_gemm g = {.m = rows,
+                  .n = w->shape[0],
+                  .k = x->shape[1],
+                  .a = (const char *)x->data + first * x->stride[0] * lac_bytes_of(x->dtype),
+                  .a_dtype = x->dtype,
+                  .a_rs = x->stride[0],
+                  .a_cs = x->stride[1],
+                  .b = w->data,
+                  .b_dtype = w->dtype,
+                  .b_rs = w->stride[1],
+                  .b_cs = w->stride[0],
+                  .c = chunk,
+                  .c_dtype = x->dtype == LAC_F64 ? LAC_F64 : LAC_F32,
+                  .ldc = w->shape[0],
                   .bias = bias->data ? bias : NULL};
     return LAC_CPU(gemm)(op, &g);
 }
@@ -176,8 +201,15 @@ int LAC_CPU(linear_cross_entropy)(const lac_a_linear_ce *a)
     if (!logits) status = LAC_E_MEMORY;
     for (int64_t at = 0; at < rows && !status; at += chunk) {
         int64_t m = rows - at < chunk ? rows - at : chunk;
-        loss_job job = {.chunk = logits, .first = at, .rows = m, .n = classes, .ignore = a->ignore, .target = target,
-                        .out = &a->out, .lse = &a->lse, .ctype = ctype};
+        loss_job job = {.chunk = logits,
+                        .first = at,
+                        .rows = m,
+                        .n = classes,
+                        .ignore = a->ignore,
+                        .target = target,
+                        .out = &a->out,
+                        .lse = &a->lse,
+                        .ctype = ctype};
         status = chunk_logits(op, &a->x, &a->w, &a->bias, at, m, logits);
         if (!status) status = run_rows(op, &job, loss_task);
         if (!status && lac_interrupted()) status = lac_fail(LAC_E_INTERRUPTED, "%s: interrupted", op);
@@ -224,16 +256,45 @@ static int backward_chunk(const lac_a_linear_ce_bwd *a, const ce_space *s, int64
     int64_t classes = a->w.shape[0], width = a->x.shape[1], xb = lac_bytes_of(a->x.dtype);
     int ctype = lac_compute_type(a->x.dtype), plain = ctype == C_F64 ? LAC_F64 : LAC_F32;
     LAC_TRY(chunk_logits(op, &a->x, &a->w, &a->bias, at, m, s->logits));
-    loss_job job = {.chunk = s->logits, .first = at, .rows = m, .n = classes, .ignore = a->ignore, .target = s->target,
-                    .lse = &a->lse, .g = &a->g, .ctype = ctype};
+    loss_job job = {.chunk = s->logits,
+                    .first = at,
+                    .rows = m,
+                    .n = classes,
+                    .ignore = a->ignore,
+                    .target = s->target,
+                    .lse = &a->lse,
+                    .g = &a->g,
+                    .ctype = ctype};
     LAC_TRY(run_rows(op, &job, gradient_task));
-    lac_gemm dx = {.m = m, .n = width, .k = classes, .a = s->logits, .a_dtype = plain, .a_rs = classes, .a_cs = 1,
-                   .b = a->w.data, .b_dtype = a->w.dtype, .b_rs = a->w.stride[0], .b_cs = a->w.stride[1],
-                   .c = (char *)a->dx.data + at * width * xb, .c_dtype = a->dx.dtype, .ldc = width};
+    lac_gemm dx = {.m = m,
+                   .n = width,
+                   .k = classes,
+                   .a = s->logits,
+                   .a_dtype = plain,
+                   .a_rs = classes,
+                   .a_cs = 1,
+                   .b = a->w.data,
+                   .b_dtype = a->w.dtype,
+                   .b_rs = a->w.stride[0],
+                   .b_cs = a->w.stride[1],
+                   .c = (char *)a->dx.data + at * width * xb,
+                   .c_dtype = a->dx.dtype,
+                   .ldc = width};
     LAC_TRY(LAC_CPU(gemm)(op, &dx));
-    lac_gemm dw = {.m = classes, .n = width, .k = m, .a = s->logits, .a_dtype = plain, .a_rs = 1, .a_cs = classes,
-                   .b = (const char *)a->x.data + at * a->x.stride[0] * xb, .b_dtype = a->x.dtype, .b_rs = a->x.stride[0],
-                   .b_cs = a->x.stride[1], .c = s->dw ? s->dw : a->dw.data, .c_dtype = plain, .ldc = width,
+    lac_gemm dw = {.m = classes,
+                   .n = width,
+                   .k = m,
+                   .a = s->logits,
+                   .a_dtype = plain,
+                   .a_rs = 1,
+                   .a_cs = classes,
+                   .b = (const char *)a->x.data + at * a->x.stride[0] * xb,
+                   .b_dtype = a->x.dtype,
+                   .b_rs = a->x.stride[0],
+                   .b_cs = a->x.stride[1],
+                   .c = s->dw ? s->dw : a->dw.data,
+                   .c_dtype = plain,
+                   .ldc = width,
                    .accumulate = at > 0};
     LAC_TRY(LAC_CPU(gemm)(op, &dw));
     if (!s->dbias) return 0;
@@ -247,7 +308,8 @@ static void store_sums(const double *sums, const lac_view *out)
     int64_t n = out->shape[0], bytes = lac_bytes_of(out->dtype);
     for (int64_t i = 0; i < n; i++) {
         float f = out->dtype == LAC_F32 ? (float)sums[i] : v_round_odd(sums[i]);
-        LAC_CPU(store)(out->dtype, out->dtype == LAC_F64 ? (const void *)&sums[i] : &f, (char *)out->data + i * bytes, bytes, 1);
+        LAC_CPU(store)
+        (out->dtype, out->dtype == LAC_F64 ? (const void *)&sums[i] : &f, (char *)out->data + i * bytes, bytes, 1);
     }
 }
 
@@ -265,7 +327,8 @@ int LAC_CPU(linear_cross_entropy_bwd)(const lac_a_linear_ce_bwd *a)
     if (a->dbias.data) s.dbias = lac_workspace_get(op, (size_t)classes * 8 + 8);
     if (!s.logits || (half && !s.dw) || (a->dbias.data && !s.dbias)) status = LAC_E_MEMORY;
     if (!status && s.dbias) memset(s.dbias, 0, (size_t)classes * 8);
-    if (!status && rows == 0) memset(s.dw ? s.dw : a->dw.data, 0, (size_t)cells * (s.dw ? 4 : (size_t)lac_bytes_of(a->dw.dtype)));
+    if (!status && rows == 0)
+        memset(s.dw ? s.dw : a->dw.data, 0, (size_t)cells * (s.dw ? 4 : (size_t)lac_bytes_of(a->dw.dtype)));
     for (int64_t at = 0; at < rows && !status; at += chunk) {
         status = backward_chunk(a, &s, at, rows - at < chunk ? rows - at : chunk);
         if (!status && lac_interrupted()) status = lac_fail(LAC_E_INTERRUPTED, "%s: interrupted", op);

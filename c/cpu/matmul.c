@@ -2,13 +2,12 @@
  *
  * The product is cut into tiles by shape alone, and every tile is one single-threaded BLAS call; threads share the
  * tiles. Letting OpenBLAS spread one product over its own threads was rejected: where it cuts, and so which kernel
- * handles an edge, depends on the number of threads, and results would too. The cost of cutting is that panels are packed
- * once per tile, a few percent at 256 x 512.
- * BLAS reads a matrix in place when one of its strides is 1 and the other spans it (so transposed and sliced views
- * cost nothing). Anything else (half precision, steps, broadcast or negative strides) is packed into thread-local
- * panels, 512 columns of the inner dimension at a time; half-precision sums stay in f32 until the tile is done.
- * OpenBLAS (OpenMP build) runs single-threaded inside a parallel region; outside of one the region's thread count is
- * set to 1 round the call and restored.
+ * handles an edge, depends on the number of threads, and results would too. The cost of cutting is that panels are
+ * packed once per tile, a few percent at 256 x 512. BLAS reads a matrix in place when one of its strides is 1 and the
+ * other spans it (so transposed and sliced views cost nothing). Anything else (half precision, steps, broadcast or
+ * negative strides) is packed into thread-local panels, 512 columns of the inner dimension at a time; half-precision
+ * sums stay in f32 until the tile is done. OpenBLAS (OpenMP build) runs single-threaded inside a parallel region;
+ * outside of one the region's thread count is set to 1 round the call and restored.
  */
 #include "cpu.h"
 #include <cblas.h>
@@ -88,8 +87,8 @@ static void add_bias(const lac_view *bias, int ctype, int64_t first, void *c, in
 }
 
 /* one tile: rows [i0, i0 + m), columns [j0, j0 + n) of one batch item */
-static void gemm_tile(const gemm_job *job, const char *a, const char *b, char *c, int64_t i0, int64_t j0, int64_t m, int64_t n,
-                      char *space)
+static void gemm_tile(const gemm_job *job, const char *a, const char *b, char *c, int64_t i0, int64_t j0, int64_t m,
+                      int64_t n, char *space)
 {
     const lac_gemm *g = job->g;
     int64_t ab = lac_bytes_of(g->a_dtype), bb = lac_bytes_of(g->b_dtype), cb = lac_bytes_of(g->c_dtype);
@@ -103,15 +102,16 @@ static void gemm_tile(const gemm_job *job, const char *a, const char *b, char *c
         operand y = operand_of(b + (k0 * g->b_rs + j0 * g->b_cs) * bb, g->b_dtype, k, n, g->b_rs, g->b_cs, panel_b);
         double beta = k0 > 0 || g->accumulate ? 1 : 0;
         if (job->ctype == C_F32)
-            cblas_sgemm(CblasRowMajor, x.trans, y.trans, (blasint)m, (blasint)n, (blasint)k, 1.0f, x.data, x.ld, y.data, y.ld,
-                        (float)beta, sum, (blasint)ldc);
+            cblas_sgemm(CblasRowMajor, x.trans, y.trans, (blasint)m, (blasint)n, (blasint)k, 1.0f, x.data, x.ld, y.data,
+                        y.ld, (float)beta, sum, (blasint)ldc);
         else
-            cblas_dgemm(CblasRowMajor, x.trans, y.trans, (blasint)m, (blasint)n, (blasint)k, 1.0, x.data, x.ld, y.data, y.ld,
-                        beta, sum, (blasint)ldc);
+            cblas_dgemm(CblasRowMajor, x.trans, y.trans, (blasint)m, (blasint)n, (blasint)k, 1.0, x.data, x.ld, y.data,
+                        y.ld, beta, sum, (blasint)ldc);
     }
     if (g->k == 0 && !g->accumulate)
         for (int64_t i = 0; i < m; i++)
-            memset((char *)sum + (size_t)(i * ldc) * lac_compute_size(job->ctype), 0, (size_t)n * lac_compute_size(job->ctype));
+            memset((char *)sum + (size_t)(i * ldc) * lac_compute_size(job->ctype), 0,
+                   (size_t)n * lac_compute_size(job->ctype));
     if (g->bias) add_bias(g->bias, job->ctype, j0, sum, m, n, ldc);
     if (job->buffer_c)
         for (int64_t i = 0; i < m; i++) LAC_CPU(store)(g->c_dtype, (float *)sum + i * n, out + i * g->ldc * cb, cb, n);
@@ -134,8 +134,10 @@ static void gemm_task(void *context, int64_t begin, int64_t end, int thread)
             b += i * g->b_batch[d];
         }
         int64_t i0 = tile / job->tiles_n * job->tile_m, j0 = tile % job->tiles_n * job->tile_n;
-        int64_t m = g->m - i0 < job->tile_m ? g->m - i0 : job->tile_m, n = g->n - j0 < job->tile_n ? g->n - j0 : job->tile_n;
-        gemm_tile(job, (const char *)g->a + a * lac_bytes_of(g->a_dtype), (const char *)g->b + b * lac_bytes_of(g->b_dtype),
+        int64_t m = g->m - i0 < job->tile_m ? g->m - i0 : job->tile_m,
+                n = g->n - j0 < job->tile_n ? g->n - j0 : job->tile_n;
+        gemm_tile(job, (const char *)g->a + a * lac_bytes_of(g->a_dtype),
+                  (const char *)g->b + b * lac_bytes_of(g->b_dtype),
                   (char *)g->c + item * g->m * g->ldc * lac_bytes_of(g->c_dtype), i0, j0, m, n, space);
     }
     if (alone) omp_set_num_threads(threads);
@@ -156,7 +158,8 @@ static void choose_tiles(gemm_job *job, int64_t items)
     for (;;) {
         job->tiles_m = (g->m + tm - 1) / tm;
         job->tiles_n = (g->n + tn - 1) / tn;
-        if (job->tiles_m * job->tiles_n * items >= FEW_TILES || (double)tm * (double)tn * (double)g->k < SMALL_TILE) break;
+        if (job->tiles_m * job->tiles_n * items >= FEW_TILES || (double)tm * (double)tn * (double)g->k < SMALL_TILE)
+            break;
         if (tm >= tn && tm > 64) tm = (tm / 2 + 15) / 16 * 16;
         else if (tn > 64) tn = (tn / 2 + 15) / 16 * 16;
         else break;
@@ -198,12 +201,22 @@ int LAC_CPU(gemm)(const char *op, const lac_gemm *g)
 int LAC_CPU(matmul)(const lac_a_matmul *a)
 {
     int axes = a->out.ndim - 2;
-    lac_gemm g = {.m = a->out.shape[axes], .n = a->out.shape[axes + 1], .k = a->a.shape[axes + 1],
-                  .a = a->a.data, .b = a->b.data, .c = a->out.data,
-                  .a_dtype = a->a.dtype, .b_dtype = a->b.dtype, .c_dtype = a->out.dtype,
-                  .a_rs = a->a.stride[axes], .a_cs = a->a.stride[axes + 1],
-                  .b_rs = a->b.stride[axes], .b_cs = a->b.stride[axes + 1],
-                  .ldc = a->out.shape[axes + 1], .bias = a->bias.data ? &a->bias : NULL, .batch_axes = axes};
+    lac_gemm g = {.m = a->out.shape[axes],
+                  .n = a->out.shape[axes + 1],
+                  .k = a->a.shape[axes + 1],
+                  .a = a->a.data,
+                  .b = a->b.data,
+                  .c = a->out.data,
+                  .a_dtype = a->a.dtype,
+                  .b_dtype = a->b.dtype,
+                  .c_dtype = a->out.dtype,
+                  .a_rs = a->a.stride[axes],
+                  .a_cs = a->a.stride[axes + 1],
+                  .b_rs = a->b.stride[axes],
+                  .b_cs = a->b.stride[axes + 1],
+                  .ldc = a->out.shape[axes + 1],
+                  .bias = a->bias.data ? &a->bias : NULL,
+                  .batch_axes = axes};
     for (int d = 0; d < axes; d++) {
         g.batch_shape[d] = a->out.shape[d];
         g.a_batch[d] = a->a.stride[d];

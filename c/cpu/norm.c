@@ -68,7 +68,8 @@ enum { SUM_BLOCK = 256, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16 };
             _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dx[i] = y[i] * (g[i] - s);                             \
         }                                                                                                              \
     }                                                                                                                  \
-    static void layernorm_row_##S(const T *x, const T *gamma, const T *beta, double eps, T *y, T *mean, T *rstd, int64_t n) \
+    static void layernorm_row_##S(const T *x, const T *gamma, const T *beta, double eps, T *y, T *mean, T *rstd,       \
+                                  int64_t n)                                                                           \
     {                                                                                                                  \
         double m = LAC_CPU(sum)(sizeof(T) == 4 ? C_F32 : C_F64, x, n) / (double)n, s = 0;                              \
         _Pragma("omp simd reduction(+ : s)") for (int64_t i = 0; i < n; i++)                                           \
@@ -81,13 +82,13 @@ enum { SUM_BLOCK = 256, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16 };
         *rstd = (T)r;                                                                                                  \
         T scale = (T)r;                                                                                                \
         if (gamma && beta)                                                                                             \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                        \
-                y[i] = (T)((double)x[i] - m) * scale * gamma[i] + beta[i];                                             \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] =                                                 \
+                (T)((double)x[i] - m) * scale * gamma[i] + beta[i];                                                    \
         else if (gamma)                                                                                                \
             _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = (T)((double)x[i] - m) * scale * gamma[i];       \
         else                                                                                                           \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                        \
-                y[i] = (T)((double)x[i] - m) * scale + (beta ? beta[i] : 0);                                           \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] =                                                 \
+                (T)((double)x[i] - m) * scale + (beta ? beta[i] : 0);                                                  \
     }                                                                                                                  \
     /* adds to dgamma and dbeta (may be NULL) and writes dx, which may be x */                                         \
     static void layernorm_bwd_row_##S(const T *x, const T *gamma, T mean, T rstd, const T *g, T *dx, double *dgamma,   \
@@ -102,8 +103,7 @@ enum { SUM_BLOCK = 256, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16 };
         }                                                                                                              \
         if (dgamma)                                                                                                    \
             _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dgamma[i] += (double)(g[i] * ((x[i] - mean) * rstd));  \
-        if (dbeta)                                                                                                     \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dbeta[i] += (double)g[i];                              \
+        if (dbeta) _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dbeta[i] += (double)g[i];                       \
         T ma = (T)(a / (double)n), mb = (T)(b / (double)n);                                                            \
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                            \
         {                                                                                                              \
@@ -117,7 +117,7 @@ ROW_KERNELS(double, d, exp, (double)INFINITY)
 /* ---- softmax ---- */
 
 typedef struct {
-    lac_nest nest; /* the axes that are not normalised: out, x (, g) */
+    lac_nest nest;        /* the axes that are not normalised: out, x (, g) */
     int64_t n, row_bytes; /* length of a row; bytes of one buffer */
     int64_t stride[3];    /* bytes between a row's elements */
     int dtype, ctype, inputs;
@@ -147,7 +147,8 @@ static void softmax_task(void *context, int64_t begin, int64_t end, int thread)
         const void *x = LAC_CPU(load)(job->dtype, c.at[1] + i * stride[1][last], job->stride[1], job->n, space);
         void *y = row_target(job, out, space + 2 * job->row_bytes);
         if (job->inputs == 2) {
-            const void *g = LAC_CPU(load)(job->dtype, c.at[2] + i * stride[2][last], job->stride[2], job->n, space + job->row_bytes);
+            const void *g = LAC_CPU(load)(job->dtype, c.at[2] + i * stride[2][last], job->stride[2], job->n,
+                                          space + job->row_bytes);
             if (job->ctype == C_F32) softmax_bwd_row_f(x, g, y, job->n, job->logarithm);
             else softmax_bwd_row_d(x, g, y, job->n, job->logarithm);
         } else {
@@ -207,8 +208,8 @@ typedef struct {
     const void *gamma, *beta; /* in the compute type, or NULL */
     int64_t rows, n, row_bytes, blocks;
     int dtype, ctype;
-    char *workspace;          /* three rows per thread */
-    double *dgamma, *dbeta;   /* [blocks][n], or NULL */
+    char *workspace;        /* three rows per thread */
+    double *dgamma, *dbeta; /* [blocks][n], or NULL */
 } layernorm_job;
 
 static void layernorm_task(void *context, int64_t begin, int64_t end, int thread)
@@ -222,10 +223,8 @@ static void layernorm_task(void *context, int64_t begin, int64_t end, int thread
         char *out = (char *)a->out.data + t * n * lac_bytes_of(job->dtype); /* contiguous: made by the front end */
         void *y = lac_is_native(job->dtype) ? out : space + job->row_bytes;
         char *mean = (char *)a->mean.data + t * size, *rstd = (char *)a->rstd.data + t * size;
-        if (job->ctype == C_F32)
-            layernorm_row_f(x, job->gamma, job->beta, a->eps, y, (float *)mean, (float *)rstd, n);
-        else
-            layernorm_row_d(x, job->gamma, job->beta, a->eps, y, (double *)mean, (double *)rstd, n);
+        if (job->ctype == C_F32) layernorm_row_f(x, job->gamma, job->beta, a->eps, y, (float *)mean, (float *)rstd, n);
+        else layernorm_row_d(x, job->gamma, job->beta, a->eps, y, (double *)mean, (double *)rstd, n);
         if (y != out) LAC_CPU(store)(job->dtype, y, out, lac_bytes_of(job->dtype), n);
     }
 }
@@ -293,7 +292,8 @@ static void layernorm_bwd_task(void *context, int64_t begin, int64_t end, int th
             if (job->ctype == C_F32)
                 layernorm_bwd_row_f(x, job->gamma, *(const float *)mean, *(const float *)rstd, g, dx, dgamma, dbeta, n);
             else
-                layernorm_bwd_row_d(x, job->gamma, *(const double *)mean, *(const double *)rstd, g, dx, dgamma, dbeta, n);
+                layernorm_bwd_row_d(x, job->gamma, *(const double *)mean, *(const double *)rstd, g, dx, dgamma, dbeta,
+                                    n);
             if (dx != out) LAC_CPU(store)(job->dtype, dx, out, lac_bytes_of(job->dtype), n);
         }
     }

@@ -1,7 +1,7 @@
 /* optim.c: AdamW and the global norm over lists of tensors, on the CPU.
  *
- * One call covers a whole model: parameters are cut into chunks of 16384 elements, all chunks of all parameters form one
- * list of tasks, so hundreds of small biases cost no more threads or barriers than one large matrix. The update is
+ * One call covers a whole model: parameters are cut into chunks of 16384 elements, all chunks of all parameters form
+ * one list of tasks, so hundreds of small biases cost no more threads or barriers than one large matrix. The update is
  * memory-bound (four streams read, three written) and vectorises as it stands.
  * The norm adds squares in double per chunk; the chunks' sums are added in order, so it does not depend on threads.
  */
@@ -15,7 +15,7 @@ typedef struct {
     const lac_view *list;
     const int64_t *first; /* [n + 1]: number of the first chunk of every item */
     int64_t n;
-    double *sums; /* norm: one per chunk */
+    double *sums;                  /* norm: one per chunk */
     double step_scale, root_scale; /* 1 / (1 - beta1^t), 1 / sqrt(1 - beta2^t) */
 } list_job;
 

@@ -12,7 +12,7 @@
 typedef struct {
     const lac_a_rope *a;
     int64_t n, half;
-    void *cosine, *sine; /* [N, D/2] in the compute type */
+    void *cosine, *sine;            /* [N, D/2] in the compute type */
     const double *frequency, *zeta; /* [D/2]: base^(-2i/D); log of XPOS's zeta, or NULL */
     int ctype;
     int64_t row_bytes;
@@ -50,15 +50,13 @@ static void table_task(void *context, int64_t begin, int64_t end, int thread)
 #define ROTATE(name, T)                                                                                                \
     static void name(const T *x, const T *c, const T *s, T *y, int64_t half, bool interleaved)                         \
     {                                                                                                                  \
-        if (interleaved)                                                                                               \
-            _Pragma("omp simd") for (int64_t i = 0; i < half; i++)                                                     \
+        if (interleaved) _Pragma("omp simd") for (int64_t i = 0; i < half; i++)                                        \
             {                                                                                                          \
                 T a = x[2 * i], b = x[2 * i + 1];                                                                      \
                 y[2 * i] = a * c[i] - b * s[i];                                                                        \
                 y[2 * i + 1] = a * s[i] + b * c[i];                                                                    \
             }                                                                                                          \
-        else                                                                                                           \
-            _Pragma("omp simd") for (int64_t i = 0; i < half; i++)                                                     \
+        else _Pragma("omp simd") for (int64_t i = 0; i < half; i++)                                                    \
             {                                                                                                          \
                 T a = x[i], b = x[i + half];                                                                           \
                 y[i] = a * c[i] - b * s[i];                                                                            \
@@ -83,9 +81,11 @@ static void rope_task(void *context, int64_t begin, int64_t end, int thread)
             const void *v = LAC_CPU(load)(x->dtype, from, x->stride[3] * bytes, width, space);
             void *y = lac_is_native(x->dtype) ? to : space + job->row_bytes;
             if (job->ctype == C_F32)
-                rotate_f(v, (float *)job->cosine + n * job->half, (float *)job->sine + n * job->half, y, job->half, job->a->interleaved);
+                rotate_f(v, (float *)job->cosine + n * job->half, (float *)job->sine + n * job->half, y, job->half,
+                         job->a->interleaved);
             else
-                rotate_d(v, (double *)job->cosine + n * job->half, (double *)job->sine + n * job->half, y, job->half, job->a->interleaved);
+                rotate_d(v, (double *)job->cosine + n * job->half, (double *)job->sine + n * job->half, y, job->half,
+                         job->a->interleaved);
             if (y != to) LAC_CPU(store)(x->dtype, y, to, bytes, width);
         }
     }

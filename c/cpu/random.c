@@ -92,7 +92,8 @@ static void random_task(void *context, int64_t begin, int64_t end, int thread)
         philox_blocks(job->seed, job->offset, (uint64_t)t * BLOCKS, words);
         if (a->kind == LAC_INTEGER) {
             for (int i = 0; i < n; i++)
-                values.i[i] = lac_rng_integer(lac_rng_pair(words[2 * i], words[2 * i + 1]), (int64_t)a->a, (int64_t)a->b);
+                values.i[i] =
+                    lac_rng_integer(lac_rng_pair(words[2 * i], words[2 * i + 1]), (int64_t)a->a, (int64_t)a->b);
         } else {
             units(words, wide, u);
             if (a->kind == LAC_NORMAL) normals(u, all, a->a, a->b);
@@ -148,8 +149,7 @@ static void dropout_task(void *context, int64_t begin, int64_t end, int thread)
         const void *x = LAC_CPU(load_linear)(job->x, start, n, space);
         if (job->x->dtype == LAC_F64) {
             const double *in = x;
-            for (int i = 0; i < n; i++)
-                result[i] = lac_rng_keep(words[i], (float)job->p) ? in[i] * job->scale : 0.0;
+            for (int i = 0; i < n; i++) result[i] = lac_rng_keep(words[i], (float)job->p) ? in[i] * job->scale : 0.0;
         } else {
             const float *in = x;
             float *out = (float *)result, p = (float)job->p, scale = (float)job->scale;

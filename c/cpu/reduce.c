@@ -27,12 +27,12 @@ typedef struct {
     const lac_a_reduce *a;
     int ctype, class;
     bool smallest, position, columns;
-    int kept, reduced; /* axes */
+    int kept, reduced;                                            /* axes */
     int64_t ks[LAC_MAX_DIMS], kx[LAC_MAX_DIMS], ko[LAC_MAX_DIMS]; /* kept: size, x's and out's strides in bytes */
     int64_t rs[LAC_MAX_DIMS], rx[LAC_MAX_DIMS];
     int64_t outputs, count; /* number of outputs; of elements behind each */
-    int64_t blocks, parts; /* column blocks per outer row (1 for rows); parts of the reduced range */
-    partial *partials; /* [outputs][parts] when parts > 1 */
+    int64_t blocks, parts;  /* column blocks per outer row (1 for rows); parts of the reduced range */
+    partial *partials;      /* [outputs][parts] when parts > 1 */
 } reduce_job;
 
 /* ---- sums of blocks ---- */
@@ -108,9 +108,12 @@ static void block_extreme_i(const reduce_job *job, partial *p, const int64_t *x,
 static int64_t count_true(int ctype, const void *x, int64_t n)
 {
     int64_t c = 0;
-    if (ctype == C_F32) for (int64_t i = 0; i < n; i++) c += ((const float *)x)[i] != 0;
-    else if (ctype == C_F64) for (int64_t i = 0; i < n; i++) c += ((const double *)x)[i] != 0;
-    else for (int64_t i = 0; i < n; i++) c += ((const int64_t *)x)[i] != 0;
+    if (ctype == C_F32)
+        for (int64_t i = 0; i < n; i++) c += ((const float *)x)[i] != 0;
+    else if (ctype == C_F64)
+        for (int64_t i = 0; i < n; i++) c += ((const double *)x)[i] != 0;
+    else
+        for (int64_t i = 0; i < n; i++) c += ((const int64_t *)x)[i] != 0;
     return c;
 }
 
@@ -206,7 +209,8 @@ static void column_extremes(const reduce_job *job, partial *p, const void *x, in
 }
 
 /* w neighbouring outputs, x's elements `step` bytes apart */
-static void reduce_columns(const reduce_job *job, const char *base, int64_t step, int64_t w, int64_t begin, int64_t end, partial *p)
+static void reduce_columns(const reduce_job *job, const char *base, int64_t step, int64_t w, int64_t begin, int64_t end,
+                           partial *p)
 {
     double space[COLUMNS], sums[COLUMNS];
     uint64_t isums[COLUMNS];
@@ -222,7 +226,8 @@ static void reduce_columns(const reduce_job *job, const char *base, int64_t step
             if (job->class == CLASS_EXTREME) column_extremes(job, p, x, w, r);
             else if (job->class == CLASS_TRUTH)
                 for (int64_t j = 0; j < w; j++)
-                    isums[j] += (uint64_t)count_true(job->ctype, (const char *)x + (size_t)j * lac_compute_size(job->ctype), 1);
+                    isums[j] +=
+                        (uint64_t)count_true(job->ctype, (const char *)x + (size_t)j * lac_compute_size(job->ctype), 1);
             else if (job->ctype == C_F32)
                 for (int64_t j = 0; j < w; j++) sums[j] += (double)((const float *)x)[j];
             else if (job->ctype == C_F64)
@@ -241,7 +246,7 @@ static void combine(const reduce_job *job, partial *into, const partial *p)
     if (job->class == CLASS_EXTREME) {
         if (p->at < 0) return;
         bool better = into->at < 0 || (job->ctype == C_I64 ? (job->smallest ? p->i < into->i : p->i > into->i)
-                                                            : better_d(job, p->d, into->d));
+                                                           : better_d(job, p->d, into->d));
         if (better) *into = *p;
         return;
     }
@@ -362,7 +367,8 @@ static void choose_order(reduce_job *job)
             swap(&job->ks[d], &job->ks[k]), swap(&job->kx[d], &job->kx[k]), swap(&job->ko[d], &job->ko[k]);
     if (!job->position)
         for (int d = 0; d < r; d++)
-            if (magnitude(job->rx[d]) < magnitude(job->rx[r])) swap(&job->rs[d], &job->rs[r]), swap(&job->rx[d], &job->rx[r]);
+            if (magnitude(job->rx[d]) < magnitude(job->rx[r]))
+                swap(&job->rs[d], &job->rs[r]), swap(&job->rx[d], &job->rx[r]);
     job->columns = k >= 0 && job->ks[k] >= 4 && magnitude(job->kx[k]) < magnitude(job->rx[r]);
 }
 
@@ -395,7 +401,8 @@ int LAC_CPU(reduce)(const lac_a_reduce *a)
         job.partials = lac_workspace_get("reduce", sizeof(partial) * (size_t)(job.outputs * job.parts));
         if (!job.partials) return LAC_E_MEMORY;
     }
-    int status = LAC_CPU(parallel)("reduce", rows * job.parts, work > 1e18 ? (int64_t)1e18 : (int64_t)work, reduce_task, &job);
+    int status =
+        LAC_CPU(parallel)("reduce", rows * job.parts, work > 1e18 ? (int64_t)1e18 : (int64_t)work, reduce_task, &job);
     if (job.parts > 1) {
         if (!status) combine_all(&job);
         lac_workspace_put(job.partials);

@@ -6,10 +6,10 @@
  * called: its functions are scalar, and its vector variants need -ffast-math, which would break -inf and NaN.
  *
  * exp and the sigmoid carry softmax and silu and are computed in float (1 to 1.5 ulp). The other float functions are
- * computed in double inside, to a relative 1e-10, and rounded once: no ulp analysis, and still 4 to 8 lanes. Functions of
- * double arguments go to libm: f64 exists for gradient checks, where accuracy is everything.
- * Polynomials are our own Chebyshev fits; the range and the largest error stand next to each.
- * Rejected: tables (gathers are slow before AVX-512), _Float16 (library calls without AVX512-FP16).
+ * computed in double inside, to a relative 1e-10, and rounded once: no ulp analysis, and still 4 to 8 lanes. Functions
+ * of double arguments go to libm: f64 exists for gradient checks, where accuracy is everything. Polynomials are our own
+ * Chebyshev fits; the range and the largest error stand next to each. Rejected: tables (gathers are slow before
+ * AVX-512), _Float16 (library calls without AVX512-FP16).
  */
 #ifndef LAC_CPU_SIMD_H
 #define LAC_CPU_SIMD_H
