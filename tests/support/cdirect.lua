@@ -2,9 +2,9 @@
 --
 -- The engine's spec must not lean on lua/lacuna (which has its own specs): a defect there could hide one
 -- here. So this file declares the header that the library carries, and offers just enough to write tensors
--- and read them back: values travel through plain C arrays of the dtype, half precision is encoded and decoded
--- here by arithmetic that shares nothing with the engine's bit tricks, and a failing call raises the engine's
--- message.
+-- and read them back: values travel through plain C arrays of the dtype, half precision is encoded and
+-- decoded here by arithmetic that shares nothing with the bit tricks of the engine, and a failing call raises
+-- the message of the engine.
 -- Tensors are the C structs themselves, with a finalizer; views are copies that keep their owner in a table.
 -- Shapes and indices are 0-based as in C. Values are flat Lua arrays (1-based) in row-major order.
 
