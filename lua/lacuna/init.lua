@@ -72,5 +72,9 @@ local function unknown(_, name)
               schema.nearest(tostring(name), names))
 end
 
-return setmetatable(lac, { __index = unknown, __tostring = function() return "lacuna "
-                           .. device.version() end })
+-- __names: what completion may offer beyond the fields that are there already
+return setmetatable(lac, {
+  __index = unknown,
+  __names = lazy,
+  __tostring = function() return "lacuna " .. device.version() end,
+})

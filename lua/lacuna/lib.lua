@@ -239,4 +239,9 @@ end
 
 C.lac_memory_pace(MIN_PACE)
 
+-- inside the `lacuna` command Ctrl-C also asks long operators to stop; a plain luajit has no such function
+pcall(ffi.cdef, "void lac_host_engine(void (*interrupt)(int on));")
+local hosted, register = pcall(function() return ffi.C.lac_host_engine end)
+if hosted then register(C.lac_interrupt) end
+
 return lib

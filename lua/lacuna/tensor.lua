@@ -145,6 +145,7 @@ local function describe(t)
   return ("%s %s %s"):format(dtype_name[t.c.dtype] or "?", tostring(shape(t)), device.name(t.c.device))
 end
 tensor.describe = describe
+Tensor.__names = methods -- for completion, which never calls an __index function
 function Tensor.__describe(t) return "Tensor " .. describe(t) end
 
 --- Do two tensors have the same shape?
