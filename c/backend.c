@@ -104,8 +104,8 @@ int lac_backend_load(const char *path)
         return plug_in_refuse(why);
     }
     if (table->abi != LAC_ABI || table->bytes != (int32_t)sizeof(lac_backend)) {
-        snprintf(why, sizeof why, "%s was built for ABI %d (%d bytes), the engine has %d (%d bytes): run `make` again", path,
-                 table->abi, table->bytes, LAC_ABI, (int)sizeof(lac_backend));
+        snprintf(why, sizeof why, "%s was built for ABI %d (%d bytes), the engine has %d (%d bytes): run `make` again",
+                 path, table->abi, table->bytes, LAC_ABI, (int)sizeof(lac_backend));
         dlclose(library);
         return plug_in_refuse(why);
     }

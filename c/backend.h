@@ -12,6 +12,8 @@
 #define LAC_BACKEND_H
 #include "core.h"
 
+/* one operator, one line */
+/* clang-format off */
 typedef struct { lac_view x; double value; } lac_a_fill;
 typedef struct { lac_view x, out; } lac_a_copy; /* x expanded to out's shape; dtypes may differ */
 typedef struct { lac_view out; double start, step; } lac_a_arange;
@@ -40,6 +42,7 @@ typedef struct { lac_view x, out; double p; uint64_t seed, offset; } lac_a_dropo
 typedef struct { lac_view param, grad, m, v; double lr, weight_decay; } lac_a_adamw_item;
 typedef struct { const lac_a_adamw_item *items; int64_t n; double beta1, beta2, eps, grad_scale; int64_t step; } lac_a_adamw;
 typedef struct { const lac_view *items; int64_t n; double *norm; } lac_a_norm;
+/* clang-format on */
 /* lse and delta layouts and the meaning of every field: plan.h */
 typedef struct lac_a_attend lac_a_attend;
 typedef struct lac_a_attend_bwd lac_a_attend_bwd;
@@ -53,7 +56,7 @@ typedef struct lac_backend {
 #undef LAC_OP
 } lac_backend;
 
-/* the table that serves `device`; a missing back end or an empty slot is an error of status "device" naming op and device */
+/* the table that serves `device`; a missing back end or an empty slot is an error of status "device" that names both */
 const lac_backend *lac_backend_for(int device);
 #define LAC_RUN(op, device, args)                                                                                      \
     do {                                                                                                               \

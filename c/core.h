@@ -53,7 +53,8 @@ bool lac_view_contiguous(const lac_view *v);
 /* "[2, 3, 4] f32": the text for messages; the buffers rotate (8 per thread) */
 const char *lac_describe(const lac_tensor *t);
 const char *lac_shape_text(const int64_t *shape, int ndim);
-/* checks that t is a live view inside its storage, then fills v; `op` and `name` go into the message: "softmax: x ..." */
+/* checks that t is a live view inside its storage, then fills v; `op` and `name` go into the message: "softmax: x ..."
+ */
 int lac_view_get(const char *op, const char *name, const lac_tensor *t, lac_view *v);
 /* a new contiguous tensor: storage from the pool, struct filled, view filled if v is not NULL */
 int lac_tensor_new(const char *op, int dtype, int device, int ndim, const int64_t *shape, lac_tensor *t, lac_view *v);
@@ -67,7 +68,8 @@ int lac_same_shape(const char *op, const char *na, const lac_tensor *a, const ch
 int lac_need_float(const char *op, const char *name, const lac_tensor *t);
 /* 0-based axis, negative counts from the end */
 int lac_axis(const char *op, const lac_tensor *t, int dim, int *axis);
-/* Does writing a touch bytes of b? Used to refuse overlapping in-place arguments. Conservative: compares address ranges. */
+/* Does writing a touch bytes of b? Used to refuse overlapping in-place arguments. Conservative: compares address
+ * ranges. */
 bool lac_views_overlap(const lac_view *a, const lac_view *b);
 /* Do two index tuples of this view share an address (a broadcast or folded view)? Such a view must not be written. */
 bool lac_view_self_overlaps(const lac_view *v);

@@ -24,6 +24,8 @@
 #pragma GCC visibility push(default)
 #endif
 
+/* one declaration, one line */
+/* clang-format off */
 /* <ffi> */
 enum { LAC_ABI = 1, LAC_MAX_DIMS = 6, LAC_MAX_BRANCHES = 32 };
 enum { LAC_F64 = 0, LAC_F32 = 1, LAC_F16 = 2, LAC_BF16 = 3, LAC_I64 = 4, LAC_I32 = 5, LAC_U8 = 6, LAC_BOOL = 7, LAC_DTYPES = 8 };
@@ -219,6 +221,7 @@ int lac_attend_bwd(lac_plan *plan, const lac_attn_args *args, const lac_tensor *
                    const lac_tensor *branch_lse, const lac_tensor *dout, const lac_tensor *dlse,
                    lac_tensor *dq, lac_tensor *dk, lac_tensor *dv);
 /* </ffi> */
+/* clang-format on */
 
 #if defined(__GNUC__)
 #pragma GCC visibility pop

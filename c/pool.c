@@ -80,9 +80,9 @@ static void trim_locked(void)
 
 static int refuse(size_t bytes, const char *why)
 {
-    return lac_fail(LAC_E_MEMORY, "out of memory: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)",
-                    bytes, why, (long long)stats.live, (long long)stats.cached, (long long)stats.peak,
-                    (long long)stats.limit);
+    return lac_fail(LAC_E_MEMORY,
+                    "out of memory: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)", bytes,
+                    why, (long long)stats.live, (long long)stats.cached, (long long)stats.peak, (long long)stats.limit);
 }
 
 /* a fresh block from the system; the lock is held */
@@ -93,12 +93,12 @@ static int fresh_block(int index, size_t bytes, block **out)
         trim_locked();
         if (system_available() < size) return refuse(bytes, "more than the system has available");
     }
-    block *b = aligned_alloc(ALIGNMENT, sizeof(block) + size);
-    if (!b) {
+    void *raw;
+    if (posix_memalign(&raw, ALIGNMENT, sizeof(block) + size)) {
         trim_locked();
-        b = aligned_alloc(ALIGNMENT, sizeof(block) + size);
+        if (posix_memalign(&raw, ALIGNMENT, sizeof(block) + size)) return refuse(bytes, "the system refused");
     }
-    if (!b) return refuse(bytes, "the system refused");
+    block *b = raw;
     b->class_bytes = size;
     b->class_index = index;
     *out = b;
@@ -135,8 +135,7 @@ static int block_take(size_t bytes, block **out)
         free_lists[index] = b->next;
         stats.cached -= size;
         stats.reused++;
-    } else
-        status = fresh_block(index, bytes, &b);
+    } else status = fresh_block(index, bytes, &b);
     if (!status) {
         b->asked = bytes;
         guard_set(b);

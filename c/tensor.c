@@ -13,7 +13,8 @@
 static const struct {
     const char *name;
     uint8_t bytes;
-} dtypes[LAC_DTYPES] = {{"f64", 8}, {"f32", 4}, {"f16", 2}, {"bf16", 2}, {"i64", 8}, {"i32", 4}, {"u8", 1}, {"bool", 1}};
+} dtypes[LAC_DTYPES] = {{"f64", 8}, {"f32", 4}, {"f16", 2}, {"bf16", 2},
+                        {"i64", 8}, {"i32", 4}, {"u8", 1},  {"bool", 1}};
 
 size_t lac_dtype_size(int dtype) { return dtype >= 0 && dtype < LAC_DTYPES ? dtypes[dtype].bytes : 0; }
 
@@ -66,14 +67,14 @@ static const char *device_text(int device)
 /* Are all elements inside [0, bytes) of the storage? Overflow counts as outside. */
 static bool inside_storage(const lac_tensor *t)
 {
-    int64_t low = t->offset, high = t->offset, span;
+    int64_t low = t->offset, high = t->offset, span, elements = (int64_t)(t->storage->bytes / dtypes[t->dtype].bytes);
     for (int i = 0; i < t->ndim; i++) {
-        if (t->shape[i] == 0) return t->offset >= 0;
+        if (t->shape[i] == 0) return t->offset >= 0 && t->offset <= elements;
         if (__builtin_mul_overflow(t->shape[i] - 1, t->stride[i], &span)) return false;
         int64_t *end = span < 0 ? &low : &high;
         if (__builtin_add_overflow(*end, span, end)) return false;
     }
-    return low >= 0 && high < (int64_t)(t->storage->bytes / dtypes[t->dtype].bytes);
+    return low >= 0 && high < elements;
 }
 
 int lac_view_get(const char *op, const char *name, const lac_tensor *t, lac_view *v)
@@ -91,7 +92,8 @@ int lac_view_get(const char *op, const char *name, const lac_tensor *t, lac_view
         if (t->shape[i] < 0)
             LAC_FAIL(SHAPE, "%s: %s has a negative size: %s", op, name, lac_shape_text(t->shape, t->ndim));
     if (!inside_storage(t))
-        LAC_FAIL(SHAPE, "%s: %s %s reaches outside its storage of %zu bytes", op, name, lac_describe(t), t->storage->bytes);
+        LAC_FAIL(SHAPE, "%s: %s %s reaches outside its storage of %zu bytes", op, name, lac_describe(t),
+                 t->storage->bytes);
     v->data = (char *)t->storage->data + (size_t)t->offset * dtypes[t->dtype].bytes;
     v->dtype = t->dtype;
     v->ndim = t->ndim;
@@ -113,7 +115,8 @@ int lac_tensor_data(const lac_tensor *t, void **data)
     lac_view v;
     if (!data) LAC_FAIL(ARGUMENT, "data: nowhere to put the address");
     LAC_TRY(lac_view_get("data", "tensor", t, &v));
-    if (t->device != LAC_CPU) LAC_FAIL(DEVICE, "data: the tensor is on %s; move it to the cpu first", device_text(t->device));
+    if (t->device != LAC_CPU)
+        LAC_FAIL(DEVICE, "data: the tensor is on %s; move it to the cpu first", device_text(t->device));
     *data = v.data;
     return 0;
 }
@@ -189,8 +192,8 @@ int lac_broadcast(const char *op, const lac_tensor *a, const lac_tensor *b, int 
         int64_t sa = ia < 0 ? 1 : a->shape[ia], sb = ib < 0 ? 1 : b->shape[ib];
         if (sa != sb && sa != 1 && sb != 1)
             LAC_FAIL(SHAPE, "%s: shapes %s and %s do not broadcast: %lld != %lld in dimension %d", op,
-                     lac_shape_text(a->shape, a->ndim), lac_shape_text(b->shape, b->ndim), (long long)sa,
-                     (long long)sb, i + 1);
+                     lac_shape_text(a->shape, a->ndim), lac_shape_text(b->shape, b->ndim), (long long)sa, (long long)sb,
+                     i + 1);
         shape[i] = sa == 1 ? sb : sa;
     }
     *ndim = n;
@@ -240,7 +243,8 @@ int lac_axis(const char *op, const lac_tensor *t, int dim, int *axis)
 {
     int a = dim < 0 ? dim + t->ndim : dim;
     if (a < 0 || a >= t->ndim)
-        LAC_FAIL(ARGUMENT, "%s: dimension %d of a tensor with %d dimensions", op, dim < 0 ? dim : dim + 1, t->ndim);
+        LAC_FAIL(ARGUMENT, "%s: dimension %lld of a tensor with %d dimensions", op, dim < 0 ? dim : (long long)dim + 1,
+                 t->ndim);
     *axis = a;
     return 0;
 }

@@ -23,6 +23,11 @@ extern "C" __attribute__((visibility("default"))) const lac_backend *lac_backend
     cudaDeviceProp device;
     cudaError_t error = cudaGetDeviceCount(&count);
     *reason = text;
+    if (error == cudaErrorInsufficientDriver) { /* also what the runtime says where there is no driver at all */
+        snprintf(text, sizeof text, "no NVIDIA driver, or one too old for CUDA %d.%d", CUDART_VERSION / 1000,
+                 CUDART_VERSION % 1000 / 10);
+        return nullptr;
+    }
     if (error != cudaSuccess || count == 0) {
         snprintf(text, sizeof text, "no usable device: %s", error ? cudaGetErrorString(error) : "none is visible");
         return nullptr;
@@ -33,8 +38,8 @@ extern "C" __attribute__((visibility("default"))) const lac_backend *lac_backend
         return nullptr;
     }
     if (device.major < 8) {
-        snprintf(text, sizeof text, "%s has compute capability %d.%d, at least 8.0 is needed", device.name, device.major,
-                 device.minor);
+        snprintf(text, sizeof text, "%s has compute capability %d.%d, at least 8.0 is needed", device.name,
+                 device.major, device.minor);
         return nullptr;
     }
     snprintf(text, sizeof text, "cuda:0 %s, compute capability %d.%d, %.1f GiB, %d multiprocessors", device.name,
