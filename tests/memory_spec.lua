@@ -169,3 +169,26 @@ describe("release", function()
     assert.are.equal(before.live, after.live)
   end)
 end)
+
+describe("reading", function()
+  it("takes any NaN bits for NaN, whatever LuaJIT keeps in their payload", function()
+    local ffi = require "ffi"
+    for _, dtype in ipairs{ "f64", "f32", "f16", "bf16" } do
+      for _, byte in ipairs{ 0xff, 0x7f } do
+        local t = lac.zeros{ 3, dtype = dtype }
+        ffi.fill(ffi.cast("uint8_t *", t:data()), #t:string(), byte)
+        t[2] = 5
+        local list = t:totable()
+        assert.are.equal(5, list[2])
+        for i = 1, 3, 2 do
+          assert.are.equal("number", type(list[i]))
+          -- bytes 7f 7f.. are a NaN in f16 only
+          assert.are.equal(byte == 0xff or dtype == "f16", list[i] ~= list[i])
+          local item = t[i]:item()
+          assert.are.equal(list[i] ~= list[i], item ~= item)
+        end
+        assert.are.equal("string", type(tostring(t)))
+      end
+    end
+  end)
+end)

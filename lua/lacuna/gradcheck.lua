@@ -19,23 +19,25 @@ local C = lib.C
 local fail, show = schema.fail, schema.show
 local OP = "gradcheck"
 
-local OPTIONS = { rtol = { type = "number", above = 0, default = 1e-5 }, atol = { type = "number", min = 0,
-  default = 1e-7 },
-                  step = { type = "number", above = 0, default = 6e-6 }, seed = { type = "integer", min = 0,
-                  default = 1 },
-                  name = { type = "string", default = "function" } }
+local OPTIONS = {
+  rtol = { type = "number", above = 0, default = 1e-5 },
+  atol = { type = "number", min = 0, default = 1e-7 },
+  step = { type = "number", above = 0, default = 6e-6 },
+  seed = { type = "integer", min = 0, default = 1 },
+  name = { type = "string", default = "function" },
+}
 
 local Report = {}
 Report.__index = Report
 
 function Report:__tostring()
   if self.ok then
-    return ("gradcheck of %s: ok, %d elements, worst error %.3g of the tolerance"):format(self.name,
-      self.checked, self.worst)
+    return ("gradcheck of %s: ok, %d elements, worst error %.3g of the tolerance")
+      :format(self.name, self.checked, self.worst)
   end
   if self.message then return ("gradcheck of %s: FAILED: %s"):format(self.name, self.message) end
-  return ("gradcheck of %s: FAILED in input %d, element %d: backward %.10g, differences %.10g"):format(
-    self.name, self.input, self.element, self.analytic, self.numeric)
+  return ("gradcheck of %s: FAILED in input %d, element %d: backward %.10g, differences %.10g")
+    :format(self.name, self.input, self.element, self.analytic, self.numeric)
 end
 
 local function evaluate(f, inputs, n)
@@ -44,8 +46,9 @@ local function evaluate(f, inputs, n)
   for i = 1, #outputs do
     if tensor.is(outputs[i]) and outputs[i].c.dtype <= C.LAC_BF16 then list[#list + 1] = outputs[i] end
   end
-  if #list == 0 then fail(OP, "the function must return a floating-point tensor, got %s",
-    show(outputs[1])) end
+  if #list == 0 then
+    fail(OP, "the function must return a floating-point tensor, got %s", show(outputs[1]))
+  end
   return list
 end
 
@@ -93,7 +96,7 @@ local function compare(report, index, x, analytic, measure, o)
   local p, list = tensor.pointer(x), offsets(x)
   local a = analytic and tensor.flat_list(analytic) or {}
   for e, at in ipairs(list) do
-    local value = p[at]
+    local value = tensor.element(x.c.dtype, p, at)
     local h = o.step * math.max(1, math.abs(value))
     p[at] = value + h
     local up, size = measure()
@@ -122,13 +125,15 @@ local function check(f, inputs, o, report)
   for i = 1, n do
     local x = inputs[i]
     if tensor.is(x) and x.requires_grad then
-      if x.c.dtype ~= C.LAC_F64 then fail(OP, "inputs that require a gradient must be f64, input %d is %s",
-        i, show(x)) end
+      if x.c.dtype ~= C.LAC_F64 then
+        fail(OP, "inputs that require a gradient must be f64, input %d is %s", i, show(x))
+      end
       wanted[#wanted + 1], position[#wanted + 1] = x, i
     end
   end
-  if #wanted == 0 then fail(OP,
-    "no input requires a gradient; make one with grad = true and dtype = 'f64'") end
+  if #wanted == 0 then
+    fail(OP, "no input requires a gradient; make one with grad = true and dtype = 'f64'")
+  end
   local seed, offset = o.seed, 0
   create.set_rng_state(seed, offset)
   local probe = evaluate(f, inputs, n)
@@ -168,8 +173,8 @@ end
 -- @tparam table inputs list; f64 tensors with grad = true are checked, everything else is passed on
 -- @tparam[opt] table options rtol 1e-5, atol 1e-7, step 6e-6, seed 1, name
 -- @treturn boolean ok
--- @treturn table report {ok, checked, worst, input, element, analytic, numeric, message}; tostring gives a
---   sentence
+-- @treturn table report {ok, checked, worst, input, element, analytic, numeric, message}; tostring
+--   gives a sentence
 local function gradcheck(f, inputs, options)
   if type(f) ~= "function" and not (type(f) == "table" and getmetatable(f) and getmetatable(f).__call) then
     fail(OP, "expected a function, got %s", show(f))

@@ -44,12 +44,10 @@ local function reader(t)
     if half then
       local one = tensor.alias(t)
       one.c.ndim, one.c.offset = 0, t.c.offset + at
-      return tonumber(tensor.pointer(tensor.cast(one, C.LAC_F32))[0])
+      return tensor.element(C.LAC_F32, tensor.pointer(tensor.cast(one, C.LAC_F32)), 0)
     end
-    local v = p[at]
-    if t.c.dtype == C.LAC_BOOL then return v ~= 0 end
-    if t.c.dtype == C.LAC_I64 then return v end
-    return tonumber(v)
+    if t.c.dtype == C.LAC_I64 then return p[at] end
+    return tensor.element(t.c.dtype, p, at)
   end
 end
 

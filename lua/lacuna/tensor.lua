@@ -158,8 +158,7 @@ function tensor.same_shape(a, b)
   return true
 end
 
---- 0-based axis from a 1-based dim; negative counts from the end. `extra` allows positions past the last
--- (unsqueeze).
+--- 0-based axis from a 1-based dim; negative counts from the end. `extra` allows positions past the last.
 local function axis(op, t, dim, extra)
   local n = t.c.ndim + (extra or 0)
   if not is_integer(dim) then fail(op, "dim must be an integer, got %s", show(dim)) end
@@ -189,9 +188,8 @@ local function sizes(op, infer, a, b, c, d, e, f, g)
     for i = 1, math.min(n, MAX_DIMS) do D[i] = a[i] end
   else
     D[1], D[2], D[3], D[4], D[5], D[6] = a, b, c, d, e, f
-    n = g ~= nil and 7 or f ~= nil and 6 or e ~= nil and 5 or d ~= nil and 4 or c ~= nil and 3 or b ~= nil
-      and 2
-      or a ~= nil and 1 or 0
+    n = g ~= nil and 7 or f ~= nil and 6 or e ~= nil and 5 or d ~= nil and 4
+      or c ~= nil and 3 or b ~= nil and 2 or a ~= nil and 1 or 0
   end
   if n > MAX_DIMS then fail(op, "a tensor has at most %d dimensions, got %d or more", MAX_DIMS, n) end
   local inferred = false
@@ -254,9 +252,8 @@ local function resolve(op, t, n)
   end
   if hole then
     if known == 0 or total % known ~= 0 then
-      fail(op, "%s: the size at -1 cannot be found: %d elements of %s do not divide by %d", sizes_text(n),
-           total,
-           Tensor.__describe(t), known)
+      fail(op, "%s: the size at -1 cannot be found: %d elements of %s do not divide by %d",
+           sizes_text(n), total, Tensor.__describe(t), known)
     end
     D[hole] = total / known
   elseif known ~= total then
@@ -306,9 +303,8 @@ function tensor.raw_view(op, t, n, copy)
     for i = 1, n do c.shape[i - 1] = D[i] end
     if regroup(t.c, c, n) then return v end
     if not copy then
-      fail(op,
-           "%s with strides %s cannot be seen as %s without a copy; use reshape, or contiguous():view(...)",
-           Tensor.__describe(t), tostring(t:stride()), sizes_text(n))
+      fail(op, "%s with strides %s cannot be seen as %s without a copy; use reshape, or "
+        .. "contiguous():view(...)", Tensor.__describe(t), tostring(t:stride()), sizes_text(n))
     end
     t = contiguous(t)
   end
@@ -358,8 +354,8 @@ function tensor.raw_expand(op, t, n)
       want = size
     end
     if want ~= size and size ~= 1 then
-      fail(op, "%s cannot be expanded to %s: dimension %d has %d, not 1", Tensor.__describe(t), sizes_text(n),
-           i, size)
+      fail(op, "%s cannot be expanded to %s: dimension %d has %d, not 1",
+           Tensor.__describe(t), sizes_text(n), i, size)
     end
     c.shape[i - 1] = want
     c.stride[i - 1] = (k >= 0 and want == size) and old.stride[k] or 0
@@ -426,12 +422,28 @@ function tensor.to_host(t)
   return out
 end
 
--- int64 beyond 2^53 stays a cdata integer: a number would silently be another one
-local function to_lua(dtype, v)
+local WORDS = ffi.typeof("const uint32_t *")
+local NAN = 0 / 0
+
+-- Is element i a NaN? Asked of its bits, because LuaJIT keeps its type tags in NaN payloads: loading a NaN with
+-- arbitrary bits (from a file, from lac.empty) as a number would forge a value of another type.
+local function is_nan_at(dtype, p, i)
+  local words = ffi.cast(WORDS, p)
+  if dtype == C.LAC_F32 then return bit.band(words[i], 0x7fffffff) > 0x7f800000 end
+  local high = bit.band(words[2 * i + 1], 0x7fffffff)
+  return high > 0x7ff00000 or (high == 0x7ff00000 and words[2 * i] ~= 0)
+end
+
+--- Element i (0-based) behind a pointer of methods.data as a Lua value; f16 and bf16 are not read this way.
+-- int64 beyond 2^53 stays a cdata integer: a number would silently be another one.
+local function element(dtype, p, i)
+  if dtype <= C.LAC_F32 then return is_nan_at(dtype, p, i) and NAN or tonumber(p[i]) end
+  local v = p[i]
   if dtype == C.LAC_BOOL then return v ~= 0 end
   if dtype == C.LAC_I64 and (v > 9007199254740992LL or v < -9007199254740992LL) then return v end
   return tonumber(v)
 end
+tensor.element = element
 
 --- All elements in row-major order as a flat Lua list, for printing and tests.
 function tensor.flat_list(t)
@@ -442,7 +454,7 @@ function tensor.flat_list(t)
     return list
   end
   local p, dtype = pointer(host), host.c.dtype
-  for i = 0, n - 1 do list[i + 1] = to_lua(dtype, p[i]) end
+  for i = 0, n - 1 do list[i + 1] = element(dtype, p, i) end
   return list
 end
 
@@ -468,7 +480,7 @@ function methods.item(t)
   receiver("item", t)
   if numel(t) ~= 1 then fail("item", "needs a tensor with one element, got %s", show(t)) end
   local host = readable(t)
-  return to_lua(host.c.dtype, pointer(host)[0])
+  return element(host.c.dtype, pointer(host), 0)
 end
 
 --- The elements as nested Lua tables; a 0-dim tensor gives its value.
@@ -553,8 +565,8 @@ function methods.is_released(t)
   return C.lac_tensor_check(t.c) == lib.status.released
 end
 
---- Tell the tape that the engine has written to t behind its back (optimizers): a graph that saved it is then
--- invalid.
+--- Tell the tape that the engine has written to t behind its back (optimizers): a graph that saved t is
+-- invalid from now on.
 function tensor.touch(t)
   local root = t.root
   root.version = root.version + 1
