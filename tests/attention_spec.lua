@@ -38,23 +38,20 @@ end
 local CONFIGS = {
   longnet = { B = 2, N = 13, H = 4, D = 3, segments = { 4, 8, 16 }, dilations = { 1, 2, 4 }, causal = true },
   split = { B = 1, N = 12, H = 5, D = 4, segments = { 3, 6 }, dilations = { 1, 2 }, heads = "split" },
-  ["detached weights, block offset"] = { B = 1, N = 9, H = 4, D = 2, segments = { 3, 9 }, dilations = { 1,
-  3 },
-                                         merge = "lse_detach", offset = "block" },
+  ["detached weights, block offset"] = { B = 1, N = 9, H = 4, D = 2, segments = { 3, 9 },
+                                         dilations = { 1, 3 }, merge = "lse_detach", offset = "block" },
   ["sum over shared rows"] = { B = 1, N = 10, H = 2, D = 3, segments = { 4, 10 }, dilations = { 1, 2 },
-  merge = "sum",
-                               offset = "mod" },
+                               merge = "sum", offset = "mod" },
   ["dedup, window, grouped heads"] = { B = 1, N = 11, H = 4, Hk = 2, D = 3, segments = { 5, 11 },
-  dilations = { 1, 2 },
-                                       dedup = true, window = 4, causal = true },
+                                       dilations = { 1, 2 }, dedup = true, window = 4, causal = true },
   ["cross, aligned to the end"] = { B = 1, N = 4, M = 10, H = 2, D = 3, segments = { 5 }, dilations = { 1 },
                                     causal = true, align = "end" },
 }
 
 local function options_of(c)
   return { segments = c.segments, dilations = c.dilations, heads = c.heads, offset = c.offset,
-    merge = c.merge,
-           causal = c.causal, dedup = c.dedup, window = c.window, align = c.align, scale = c.scale }
+           merge = c.merge, causal = c.causal, dedup = c.dedup, window = c.window, align = c.align,
+           scale = c.scale }
 end
 
 describe("lac.attend", function()
@@ -101,8 +98,8 @@ describe("lac.attend", function()
   it("honours key_padding and key_lengths", function()
     local q, k, v = leaves(direct.fill { B = 2, N = 6, H = 1, D = 2 })
     local o = { segments = { 6 }, dilations = { 1 } }
-    local mask = lac.tensor { { true, true, true, false, false, false }, { true, true, true, true, true,
-      true } }
+    local mask = lac.tensor { { true, true, true, false, false, false },
+                              { true, true, true, true, true, true } }
     o.key_padding = mask
     local a = lac.attend(q, k, v, o)
     o.key_padding, o.key_lengths = nil, lac.tensor({ 3, 6 }, { dtype = "i64" })
@@ -110,8 +107,8 @@ describe("lac.attend", function()
     assert.is_true(a:allclose(b, { atol = 1e-14 }))
     o.key_lengths = nil
     assert.is_false(a:allclose(lac.attend(q, k, v, o), { atol = 1e-6 }))
-    refused("key_padding", lac.attend, q, k, v, { segments = { 6 }, dilations = { 1 },
-      key_padding = mask:t() })
+    refused("key_padding", lac.attend, q, k, v,
+            { segments = { 6 }, dilations = { 1 }, key_padding = mask:t() })
     refused("key_padding must be bool", lac.attend, q, k, v,
             { segments = { 6 }, dilations = { 1 }, key_padding = lac.ones { 2, 6 } })
     refused("key_lengths must be i64 or i32", lac.attend, q, k, v,
@@ -180,16 +177,16 @@ describe("errors of lac.attend", function()
   bad("segments is required", { dilations = one })
   bad("segments must not be empty", { segments = {}, dilations = one })
   bad("dilations must not be empty", { segments = one, dilations = {} })
-  bad("segments and dilations must have the same length: 3 != 2", { segments = { 1, 2, 3 }, dilations = { 1,
-    2 } })
+  bad("segments and dilations must have the same length: 3 != 2",
+      { segments = { 1, 2, 3 }, dilations = { 1, 2 } })
   bad("segments[2] must be positive, got 0", { segments = { 1, 0 }, dilations = { 1, 1 } })
   bad("dilations[1] must be positive, got -2", { segments = { 1 }, dilations = { -2 } })
   bad("segments[1] must be an integer, got 2.5", { segments = { 2.5 }, dilations = one })
   bad("segments[1] must be an integer, got nan", { segments = { 0 / 0 }, dilations = one })
   bad("segments must be a list of integers, got {'a'}", { segments = { "a" }, dilations = one })
   bad("segments must be a list of integers, got 4", { segments = 4, dilations = one })
-  bad("unknown heads 'al', did you mean 'all'? valid: all, split", { segments = one, dilations = one,
-    heads = "al" })
+  bad("unknown heads 'al', did you mean 'all'? valid: all, split",
+      { segments = one, dilations = one, heads = "al" })
   bad("unknown merge 'mena', did you mean 'mean'?", { segments = one, dilations = one, merge = "mena" })
   bad("unknown offset 'modulo', did you mean 'mod'?", { segments = one, dilations = one, offset = "modulo" })
   bad("unknown option 'segment', did you mean 'segments'?", { segment = one, dilations = one })
@@ -199,28 +196,27 @@ describe("errors of lac.attend", function()
   bad("window must be at least 0, got -1", { segments = one, dilations = one, window = -1 })
   bad("dedup counts every key once in one softmax, so it needs merge = 'lse', got 'sum'",
       { segments = one, dilations = one, merge = "sum", dedup = true })
-  bad("2 heads cannot be split over 3 branches", { segments = { 1, 1, 1 }, dilations = { 1, 1, 1 },
-    heads = "split" })
-  bad("branch 1 keeps nothing for head 2: its offset 1 is not below the segment 1", { segments = { 1 },
-    dilations = { 2 } })
+  bad("2 heads cannot be split over 3 branches",
+      { segments = { 1, 1, 1 }, dilations = { 1, 1, 1 }, heads = "split" })
+  bad("branch 1 keeps nothing for head 2: its offset 1 is not below the segment 1",
+      { segments = { 1 }, dilations = { 2 } })
   bad("option 'mask' is not supported by this engine yet", { segments = one, dilations = one, mask = v })
-  bad("option 'alibi' is not supported by this engine yet", { segments = one, dilations = one,
-    alibi = { 1 } })
+  bad("option 'alibi' is not supported by this engine yet",
+      { segments = one, dilations = one, alibi = { 1 } })
   bad("causal must be true or false, got 1", { segments = one, dilations = one, causal = 1 })
 
   it("names tensors, dimensions and both sizes", function()
     local o = { segments = { 4 }, dilations = { 1 } }
     refused("q must be a tensor, got nil", lac.attend, nil, k, v, o)
     refused("options must be a table", lac.attend, q, k, v)
-    refused("v must be %[batch, positions, heads, head_dim%], got Tensor f64 %[8 x 2%]", lac.attend, q, k,
-      v:view(8, 2), o)
+    refused("v must be %[batch, positions, heads, head_dim%], got Tensor f64 %[8 x 2%]",
+            lac.attend, q, k, v:view(8, 2), o)
     refused("k has 3 head dimensions, q has 2", lac.attend, q, lac.zeros { 1, 4, 2, 3, dtype = "f64" }, v, o)
     refused("k has 2 batch items, q has 1", lac.attend, q, lac.zeros { 2, 4, 2, 2, dtype = "f64" }, v, o)
     refused("v has 5 positions, k has 4", lac.attend, q, k, lac.zeros { 1, 5, 2, 2, dtype = "f64" }, o)
     refused("one dtype is needed", lac.attend, q, k, v:to "f32", o)
-    refused("heads must be a multiple of kv_heads: 2 %% 4", lac.attend, q, lac.zeros { 1, 4, 4, 2,
-      dtype = "f64" },
-            lac.zeros { 1, 4, 4, 2, dtype = "f64" }, o)
+    local many = lac.zeros { 1, 4, 4, 2, dtype = "f64" }
+    refused("heads must be a multiple of kv_heads: 2 %% 4", lac.attend, q, many, many, o)
     refused(".", lac.attend, lac.zeros { 1, 0, 2, 2 }, lac.zeros { 1, 0, 2, 2 }, lac.zeros { 1, 0, 2, 2 }, o)
   end)
 end)
@@ -241,8 +237,8 @@ describe("lac.attention", function()
          { segments = s, dilations = d, heads = "split", offset = "branch", merge = "mean" })
     same(lac.attention { variant = "improved", segments = s, dilations = d, heads = 4 },
          { segments = s, dilations = d, heads = "split", offset = "branch", merge = "mean" })
-    same(lac.attention { variant = "dense", heads = 4, causal = true }, { segments = { 12 },
-      dilations = { 1 }, causal = true })
+    same(lac.attention { variant = "dense", heads = 4, causal = true },
+         { segments = { 12 }, dilations = { 1 }, causal = true })
   end)
 
   it("obeys train and eval", function()
@@ -256,7 +252,7 @@ describe("lac.attention", function()
 
   it("explains and prints itself", function()
     local attn = lac.attention { variant = "longnet", segments = { 4, 8 }, dilations = { 1, 2 }, heads = 2,
-      causal = true }
+                                 causal = true }
     assert.are.equal("attention longnet(2 heads, segments {4, 8}, dilations {1, 2}, all, offset mod, "
       .. "merge lse, causal)", tostring(attn))
     local text = attn:explain(8)
@@ -268,8 +264,8 @@ describe("lac.attention", function()
   end)
 
   it("counts what a pattern costs", function()
-    local info = lac.attention.plan_info({ segments = { 4 }, dilations = { 2 }, heads = "all" }, { n = 8,
-      heads = 2 })
+    local info = lac.attention.plan_info({ segments = { 4 }, dilations = { 2 }, heads = "all" },
+                                         { n = 8, heads = 2 })
     assert.are.equal(2 * 2 * 4, info.pairs) -- 2 heads, 2 segments, 2 kept rows squared
     assert.are.equal(8, info.rows)
     assert.are.equal(2, #info.strips)
@@ -279,35 +275,36 @@ describe("lac.attention", function()
   it("checks its configuration when it is made", function()
     refused("variant is required; valid: dense, dilated, improved, longnet", lac.attention, { heads = 1 })
     refused("unknown variant 'longnt', did you mean 'longnet'%? valid: dense, dilated, improved, longnet",
-      lac.attention,
-            { variant = "longnt", heads = 1 })
+            lac.attention, { variant = "longnt", heads = 1 })
     refused("segments is required by variant 'longnet'", lac.attention, { variant = "longnet", heads = 1 })
     refused("heads is required", lac.attention, { variant = "dense" })
-    refused("variant 'dense' takes no segments, got {4}", lac.attention, { variant = "dense", heads = 1,
-      segments = { 4 } })
+    refused("variant 'dense' takes no segments, got {4}",
+            lac.attention, { variant = "dense", heads = 1, segments = { 4 } })
     refused("variant 'longnet' has merge = 'lse', got 'mean'", lac.attention,
             { variant = "longnet", heads = 1, segments = { 4 }, dilations = { 1 }, merge = "mean" })
     refused("1 heads cannot be split over 2 branches", lac.attention,
             { variant = "dilated", heads = 1, segments = { 4, 8 }, dilations = { 1, 2 } })
-    refused("heads must be a multiple of kv_heads: 3 %% 2 = 1", lac.attention, { variant = "dense",
-      heads = 3, kv_heads = 2 })
-    refused("unknown option 'drop', did you mean 'dropout'", lac.attention, { variant = "dense", heads = 1,
-      drop = 1 })
-    refused("is not supported by this engine yet", lac.attention, { variant = "dense", heads = 1,
-      bias = true })
+    refused("heads must be a multiple of kv_heads: 3 %% 2 = 1",
+            lac.attention, { variant = "dense", heads = 3, kv_heads = 2 })
+    refused("unknown option 'drop', did you mean 'dropout'",
+            lac.attention, { variant = "dense", heads = 1, drop = 1 })
+    refused("is not supported by this engine yet",
+            lac.attention, { variant = "dense", heads = 1, bias = true })
   end)
 
   it("checks the heads of its inputs, and names itself in errors", function()
     local attn = lac.attention { variant = "dense", heads = 4 }
     local x = lac.zeros { 1, 4, 2, 2 }
-    refused("q has 2 heads, the module has 4: .*%[attention%(dense%), tests/attention_spec.lua:%d+%]$", attn,
-      x, x, x)
+    refused("q has 2 heads, the module has 4: .*%[attention%(dense%), tests/attention_spec.lua:%d+%]$",
+            attn, x, x, x)
   end)
 
   it("takes new variants from scripts", function()
-    lac.attention.variants:add("test_local", { doc = "a window", options = { reach = { type = "integer",
-      min = 1, required = true } },
-      build = function(o) return { segments = { 2 ^ 40 }, dilations = { 1 }, window = o.reach } end })
+    lac.attention.variants:add("test_local", {
+      doc = "a window",
+      options = { reach = { type = "integer", min = 1, required = true } },
+      build = function(o) return { segments = { 2 ^ 40 }, dilations = { 1 }, window = o.reach } end,
+    })
     local attn = lac.attention { variant = "test_local", heads = 1, reach = 2 }
     assert.matches("window 2", tostring(attn))
     refused("reach is required", lac.attention, { variant = "test_local", heads = 1 })

@@ -12,13 +12,12 @@ local vmdef = require "jit.vmdef"
 
 local ITERATIONS = 4000
 
--- run body(n) under a fresh compiler; gives the traces that were finished and the reasons of aborts inside
--- lua/lacuna
+-- run body(n) under a fresh compiler; gives the number of finished traces and the reasons of aborts
 local function traced(body)
   collectgarbage()
   collectgarbage()
-  -- a finalizer that runs while a trace is recorded aborts it; LuaJIT tries again later, so that says nothing
-  -- about the code
+  -- a finalizer that runs while a trace is recorded aborts it; LuaJIT tries again later, so that says
+  -- nothing about the code
   collectgarbage("stop")
   jit.flush()
   local stops, aborts = 0, {}
@@ -42,7 +41,7 @@ end
 -- inside a trace that is being recorded, a loop that is left while it is recorded, a blacklisted function of
 -- the test itself
 local HARMLESS = { "inner loop in root trace", "leaving loop in root trace", "down%-recursion",
-  "retry recording" }
+                   "retry recording" }
 
 local function serious(aborts)
   local list = {}

@@ -241,11 +241,10 @@ describe("lac.grad", function()
     local y = x:sum()
     refused("do not depend on inputs%[1%]", lac.grad, y, unused)
     assert.is_false(lac.grad(x:sum(), unused, { allow_unused = true }))
-    local g = lac.grad({ x * 2, x * 3 }, x, { grad_outputs = { lac.ones { 2, dtype = "f64" }, lac.ones { 2,
-      dtype = "f64" } } })
+    local ones = lac.ones { 2, dtype = "f64" }
+    local g = lac.grad({ x * 2, x * 3 }, x, { grad_outputs = { ones, ones } })
     assert.are.same({ 5, 5 }, g:totable())
-    refused("grad_outputs has 1 tensors for 2 outputs", lac.grad, { x, x }, x, { grad_outputs = lac.ones { 2,
-      dtype = "f64" } })
+    refused("grad_outputs has 1 tensors for 2 outputs", lac.grad, { x, x }, x, { grad_outputs = ones })
   end)
 end)
 
@@ -260,8 +259,8 @@ describe("operators in Lua", function()
   }
 
   it("have gradients that pass the check", function()
-    local ok, report = lac.gradcheck(function(x) return cube(x) end, { lac.randn { 3, dtype = "f64",
-      grad = true } })
+    local inputs = { lac.randn { 3, dtype = "f64", grad = true } }
+    local ok, report = lac.gradcheck(function(x) return cube(x) end, inputs)
     assert.is_true(ok, tostring(report))
   end)
 
@@ -295,9 +294,8 @@ describe("operators in Lua", function()
     local z = wrong(x):sum()
     refused("the rule of wrong gave the gradient Tensor f64 %[9%]", z.backward, z)
     refused("forward is required", lac.custom_op, { name = "x", backward = function() end })
-    refused("result 1 of forward must be a tensor", lac.custom_op { name = "n",
-      forward = function() return 3 end,
-                                                                   backward = function() end }, x)
+    local three = lac.custom_op { name = "n", forward = function() return 3 end, backward = function() end }
+    refused("result 1 of forward must be a tensor", three, x)
   end)
 end)
 
@@ -305,8 +303,8 @@ describe("gradcheck", function()
   it("finds a wrong rule", function()
     local wrong = lac.custom_op { name = "wrong", forward = function(_, x) return x * x end,
                                   backward = function(_, g) return g * 2 end }
-    local ok, report = lac.gradcheck(function(x) return wrong(x) end, { lac.tensor({ 3 }, { dtype = "f64",
-      grad = true }) })
+    local inputs = { lac.tensor({ 3 }, { dtype = "f64", grad = true }) }
+    local ok, report = lac.gradcheck(function(x) return wrong(x) end, inputs)
     assert.is_false(ok)
     assert.matches("FAILED in input 1, element 1: backward", tostring(report))
   end)
@@ -335,10 +333,9 @@ describe("gradcheck", function()
   end)
 
   it("refuses inputs that it cannot check", function()
-    refused("must be f64, input 1 is", lac.gradcheck, function(x) return x end, { lac.zeros { 1,
-      grad = true } })
-    refused("no input requires a gradient", lac.gradcheck, function(x) return x end, { lac.zeros { 1,
-      dtype = "f64" } })
+    local function same(x) return x end
+    refused("must be f64, input 1 is", lac.gradcheck, same, { lac.zeros { 1, grad = true } })
+    refused("no input requires a gradient", lac.gradcheck, same, { lac.zeros { 1, dtype = "f64" } })
     refused("expected a function", lac.gradcheck, 3, {})
   end)
 end)

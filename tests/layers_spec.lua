@@ -26,10 +26,8 @@ end
 -- one entry per layer; modules of one layer do not require each other, except inside a package (nn*, dist*)
 local LUA = {
   "lib", "sys json class", "schema", "registry device scope", "tensor", "pretty create", "ops", "grad",
-    "gradcheck",
-  "attention.variants attention.masks attention.explain", "attention", "nn*", "optim", "io", "data log plot",
-  "train",
-  "dist*", "sweep bench", "cli", "repl notebook", "init",
+  "gradcheck", "attention.variants attention.masks attention.explain", "attention", "nn*", "optim", "io",
+  "data log plot", "train", "dist*", "sweep bench", "cli", "repl notebook", "init",
 }
 
 local function rank_of(name)
@@ -67,8 +65,8 @@ local function check_lua(name, text)
     if not other_rank then
       complaints[#complaints + 1] = ("%s requires %s, which is in no layer"):format(name, other)
     elseif other_rank > rank or (other_rank == rank and not (package and package == other_package)) then
-      complaints[#complaints + 1] = ("%s (layer %d) requires %s (layer %d)"):format(name, rank, other,
-        other_rank)
+      complaints[#complaints + 1] = ("%s (layer %d) requires %s (layer %d)")
+        :format(name, rank, other, other_rank)
     end
   end
   return complaints
@@ -77,9 +75,8 @@ end
 -- C: a header's layer is its file's; entries may be included from any later line and from their own
 local C_LAYERS = {
   "lacuna.h status.h status.c rng.h lru.h", "core.h maps.def ops.def", "backend.h op_front.h",
-    "plan.h comm.h ring.h",
-  "cpu/*", "pool.c tensor.c abi.c backend.c", "op_*.c", "plan.c", "comm*.c", "ring*.c", "interrupt.h",
-  "interrupt.c main.c",
+  "plan.h comm.h ring.h", "cpu/*", "pool.c tensor.c abi.c backend.c", "op_*.c", "plan.c", "comm*.c",
+  "ring*.c", "interrupt.h", "interrupt.c main.c",
 }
 
 local function c_rank(name)
@@ -131,8 +128,8 @@ describe("layers", function()
   end)
 
   it("notice an upward require and an upward include", function() -- the checks can fail
-    assert.are.same({ "ops (layer 7) requires grad (layer 8)" }, check_lua("ops",
-      'local g = require "lacuna.grad"'))
+    assert.are.same({ "ops (layer 7) requires grad (layer 8)" },
+                    check_lua("ops", 'local g = require "lacuna.grad"'))
     assert.are.same({}, check_lua("grad", 'local o = require("lacuna.ops") -- require "lacuna.nn"'))
     assert.are.equal(1, #check_lua("nowhere", ""))
     assert.are.same({ "c/core.h includes backend.h from above" }, check_c("core.h", '#include "backend.h"\n'))

@@ -1,5 +1,4 @@
---- Every operator against its case: values in four dtypes, layouts, gradients, bad inputs, guard bytes,
--- completeness.
+--- Every operator against its case: values in four dtypes, layouts, gradients, bad inputs, guard bytes.
 --
 -- The tests are generated from tests/support/cases.lua; this file knows no operator. For each case: the
 -- result in f64, f32, f16 and bf16 obeys the tolerance rule against the plain Lua reference; transposed,
@@ -50,11 +49,12 @@ local function dtype_of(spec, dtype)
   return spec.kind == "bool" and "bool" or spec.kind == "index" and "i64" or dtype
 end
 
-local function contiguous(array, dtype) return lac.tensor(array.data, { dtype = dtype,
-  shape = array.shape }) end
+local function contiguous(array, dtype)
+  return lac.tensor(array.data, { dtype = dtype, shape = array.shape })
+end
 
--- the same values in another memory layout: dimensions stored in reverse order, every second element, last
--- one reversed
+-- the same values in another memory layout: dimensions stored in reverse, every second element, the last
+-- dimension backwards
 local function strided(array, dtype)
   local n = #array.shape
   local shape, order = {}, {}
@@ -96,8 +96,8 @@ local function check_values(case, dtype, layout)
     return
   end
   local exact = case.ref(function(v) return v end, unpack(arrays))
-  local naive = case.ref(function(v) return cases.round(dtype == "f64" and "f32" or dtype, v) end,
-    unpack(arrays))
+  local rounded = dtype == "f64" and "f32" or dtype
+  local naive = case.ref(function(v) return cases.round(rounded, v) end, unpack(arrays))
   if dtype == "f64" then
     -- the reference is a naive f64 program itself; its rounding error is that of the f32 one, 29 bits smaller
     for i = 1, #exact.data do naive.data[i] = exact.data[i] + (naive.data[i] - exact.data[i]) * 2 ^ -29 end
@@ -134,8 +134,9 @@ describe("operators", function()
       it("has the reference's values in every dtype", function()
         for _, dtype in ipairs(floats and (case.dtypes or { "f64", "f32", "f16", "bf16" }) or { "f64" }) do
           local ok, message = pcall(check_values, case, dtype, contiguous)
-          if not ok then error(dtype .. ": " .. tostring(type(message) == "table" and message.message
-            or message), 0) end
+          if not ok then
+            error(dtype .. ": " .. tostring(type(message) == "table" and message.message or message), 0)
+          end
         end
       end)
 
@@ -156,8 +157,9 @@ describe("operators", function()
       if case.bad then
         it("refuses bad inputs", function()
           local tensors = {}
-          for i, spec in ipairs(case.inputs) do tensors[i] = contiguous(array_for(spec, "f32"),
-            dtype_of(spec, "f32")) end
+          for i, spec in ipairs(case.inputs) do
+            tensors[i] = contiguous(array_for(spec, "f32"), dtype_of(spec, "f32"))
+          end
           for _, bad in ipairs(case.bad) do
             local ok, message = pcall(bad[1], lac, unpack(tensors))
             assert.is_false(ok)

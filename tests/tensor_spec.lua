@@ -8,8 +8,7 @@
 -- so a new function is attacked as soon as it exists. Whatever happens must be a result or a sentence of
 -- the library; "attempt to index a nil value" from inside the library fails, because it names neither the
 -- operator nor the argument, and a crash ends the run. The sequence is a fixed generator's: a failure
--- repeats. Rejected: a list of bad calls by hand, which has holes exactly where nobody thought of a
--- mistake.
+-- repeats. Rejected: a list of bad calls by hand, which has holes where nobody thought of a mistake.
 
 local lac = require "lacuna"
 local lib = require "lacuna.lib"
@@ -65,8 +64,8 @@ describe("construction", function()
     refused("element 2 does not fit dtype 'i32': 1.5", lac.tensor, { 1, 1.5 }, { dtype = "i32" })
     refused("unknown option 'dytpe', did you mean 'dtype'", lac.zeros, { 2, dytpe = "f32" })
     refused("unknown device 'cud', did you mean 'cuda'", lac.zeros, { 2, device = "cud" })
-    refused("only floating%-point tensors can require a gradient", lac.zeros, { 2, dtype = "i64",
-      grad = true })
+    refused("only floating%-point tensors can require a gradient",
+            lac.zeros, { 2, dtype = "i64", grad = true })
     refused("expected a table of numbers", lac.tensor, nil)
     refused("expected a table of numbers", lac.tensor, "abc")
     refused("plain list", lac.tensor, { 1, 2, x = 3 })
@@ -223,15 +222,15 @@ describe("slices", function()
     assert.are.same({ 8, 9, 10, 11 }, t[t:gt(7)]:totable())
     assert.are.same({ { 8, 9, 10, 11 } }, t[lac.tensor { false, false, true }]:totable())
     assert.are.equal("[0]", tostring(t[t:gt(99)]:size()))
-    assert.are.same({ { 8, 9, 10, 11 }, { 0, 1, 2, 3 } }, t[lac.tensor({ 2, 0 },
-      { dtype = "i64" })]:totable())
+    local rows = lac.tensor({ 2, 0 }, { dtype = "i64" })
+    assert.are.same({ { 8, 9, 10, 11 }, { 0, 1, 2, 3 } }, t[rows]:totable())
     refused("the mask Tensor bool %[2%] cpu does not have the leading sizes",
-      function() return t[lac.tensor { true, false }] end)
+            function() return t[lac.tensor { true, false }] end)
   end)
 
   it("refuse what is out of range", function()
     refused("position 4 is out of range in dimension 1 of Tensor f32 %[3 x 4%] cpu: 1 to 3",
-      function() return t[4] end)
+            function() return t[4] end)
     refused("position 0 is out of range", function() return t[0] end)
     refused("a position must be an integer, got 1.5", function() return t[1.5] end)
     refused("a position must be an integer, got nan", function() return t[0 / 0] end)
@@ -266,8 +265,8 @@ describe("host access", function()
     assert.is_true(lac.from_string(t:string(), { dtype = "i32", shape = { 2, 2 } }):equal(t:view(2, 2)))
     assert.are.same({ 97, 98 }, lac.from_string("ab"):totable())
     assert.are.equal(3, tonumber(t:data()[2]))
-    assert.are.same({ 4, 3, 2, 1 }, lac.from_string(t[{ { -1, 1, -1 } }]:string(),
-      { dtype = "i32" }):totable())
+    local bytes = t[{ { -1, 1, -1 } }]:string()
+    assert.are.same({ 4, 3, 2, 1 }, lac.from_string(bytes, { dtype = "i32" }):totable())
     refused("3 bytes are not a whole number of f32", lac.from_string, "abc", { dtype = "f32" })
     assert.are.equal(true, lac.tensor(true):item())
   end)
@@ -309,8 +308,8 @@ describe("host access", function()
     assert.are.same({ 3, 4 }, i:add_(2):totable())
     refused("does not broadcast to dst %[3%]", a.add_, a, 2 * lac.zeros { 2, 3 })
     refused("does not fit into", i.copy_, i, lac.tensor { 1.5, 2.5 })
-    assert.are.same({ 2, 4, 6 }, (function() local x = lac.tensor { 1, 2,
-      3 } return x:add_(x) end)():totable())
+    local x = lac.tensor { 1, 2, 3 }
+    assert.are.same({ 2, 4, 6 }, x:add_(x):totable())
   end)
 end)
 
@@ -318,18 +317,18 @@ describe("printing", function()
   local function text(t) return tostring(t) end
 
   it("shows header and aligned rows", function()
-    assert.are.equal("Tensor f32 [2 x 3] cpu\n    1   -2    3\n    4    5  100", text(lac.tensor { { 1, -2,
-      3 }, { 4, 5, 100 } }))
-    assert.are.equal("Tensor f64 [2] cpu\n   0.5000  -1.2500", text(lac.tensor({ 0.5, -1.25 },
-      { dtype = "f64" })))
+    assert.are.equal("Tensor f32 [2 x 3] cpu\n    1   -2    3\n    4    5  100",
+                     text(lac.tensor { { 1, -2, 3 }, { 4, 5, 100 } }))
+    assert.are.equal("Tensor f64 [2] cpu\n   0.5000  -1.2500",
+                     text(lac.tensor({ 0.5, -1.25 }, { dtype = "f64" })))
     assert.are.equal("Tensor i64 [] cpu\n  42", text(lac.tensor(42, { dtype = "i64" })))
     assert.are.equal("Tensor bool [2] cpu\n   true  false", text(lac.tensor { true, false }))
     assert.are.equal("Tensor f32 [0 x 3] cpu (empty)", text(lac.zeros { 0, 3 }))
   end)
 
   it("shows nan, inf and extreme magnitudes", function()
-    assert.are.equal("Tensor f32 [3] cpu\n   nan   inf  -inf", text(lac.tensor { 0 / 0, math.huge,
-      -math.huge }))
+    assert.are.equal("Tensor f32 [3] cpu\n   nan   inf  -inf",
+                     text(lac.tensor { 0 / 0, math.huge, -math.huge }))
     assert.matches("1.0000e%+20", text(lac.tensor { 1e20, 1 }))
     assert.matches("1.0000e%-05", text(lac.tensor { 1e-5 }))
     assert.matches("1.5000", text(lac.tensor({ 1.5 }, { dtype = "bf16" })))
@@ -422,17 +421,16 @@ describe("garbage arguments", function()
   local released = lac.zeros { 2, 2 }
   released:release()
   local garbage = {
-    false, true, "x", "f32", 0, 1, -1, 2.5, 0 / 0, math.huge, -math.huge, 2 ^ 53, 1e300, {}, { 1 }, { "a" },
-      { x = 1 },
-    { { {} } }, function() end, lac.zeros { 2, 3 }, lac.zeros { 0 }, lac.tensor(1), lac.zeros { 2,
-    dtype = "i64" },
-    lac.zeros { 2, 2, dtype = "bool" }, lac.zeros { 2, 2, dtype = "f16" }, released, lac.zeros { 2, 2,
-    grad = true },
-    ffi.new("int[3]"), 5LL, lac.ones { 2, 2, dtype = "f64" }, lac.full { 2, 2, value = 7, dtype = "i64" },
+    false, true, "x", "f32", 0, 1, -1, 2.5, 0 / 0, math.huge, -math.huge, 2 ^ 53, 1e300,
+    {}, { 1 }, { "a" }, { x = 1 }, { { {} } }, function() end, ffi.new("int[3]"), 5LL,
+    lac.zeros { 2, 3 }, lac.zeros { 0 }, lac.tensor(1), lac.zeros { 2, dtype = "i64" },
+    lac.zeros { 2, 2, dtype = "bool" }, lac.zeros { 2, 2, dtype = "f16" }, released,
+    lac.zeros { 2, 2, grad = true }, lac.ones { 2, 2, dtype = "f64" },
+    lac.full { 2, 2, value = 7, dtype = "i64" },
   }
   local SKIP = { manual_seed = true, set_rng_state = true, threads = true, memory_limit = true,
-    default_dtype = true,
-                 scope = true, keep = true, class = true, registry = true, release = true, trim = true }
+                 default_dtype = true, scope = true, keep = true, class = true, registry = true,
+                 release = true, trim = true }
 
   local state = 1
   local function pick()
@@ -449,8 +447,7 @@ describe("garbage arguments", function()
       if not ok then
         assert.are.equal("string", type(message), name)
         local inside = message:find("attempt to") or message:find("bad argument")
-          or message:find("cannot convert")
-          or message:find("NYI") or message:find("internal")
+          or message:find("cannot convert") or message:find("NYI") or message:find("internal")
         assert.is_falsy(inside, name .. ": " .. message)
       end
     end
@@ -469,8 +466,8 @@ describe("garbage arguments", function()
 
   it("never crash methods", function()
     local tensors = { lac.ones { 2, 3 }, lac.tensor(1), lac.ones { 2, dtype = "i64" }, lac.zeros { 0, 2 },
-      released,
-                      lac.ones { 2, 2, grad = true }, lac.ones { 2, 2, 2, 2, dtype = "bf16" }, 3, "x", false }
+                      released, lac.ones { 2, 2, grad = true }, lac.ones { 2, 2, 2, 2, dtype = "bf16" },
+                      3, "x", false }
     for name, f in pairs(require("lacuna.tensor").methods) do
       if not SKIP[name] then attack(name, f, tensors) end
     end

@@ -52,6 +52,6 @@ return function(name, parent, strict)
     cls.__index = cls
   end
   cls.__tostring = parent and parent.__tostring or function() return name end
-  return setmetatable(cls, { __index = parent, __call = class_call, __tostring = function() return "class "
-                             .. name end })
+  local function describe() return "class " .. name end
+  return setmetatable(cls, { __index = parent, __call = class_call, __tostring = describe })
 end

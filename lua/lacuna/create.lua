@@ -62,8 +62,7 @@ local function with_common(extra)
   return spec
 end
 
--- Split {2, 3, dtype = ...}, or 2, 3, {dtype = ...}, or {2, 3}, {dtype = ...} into a list of numbers and
--- options.
+-- Split {2, 3, dtype = ...}, or 2, 3, {dtype = ...}, or {2, 3}, {dtype = ...} into numbers and options.
 local function split(op, spec, ...)
   local count = select("#", ...)
   local list, options = {}, {}
@@ -243,8 +242,8 @@ function create.arange(...)
   if #list < 1 or #list > 3 then
     fail("arange", "takes {stop}, {start, stop} or {start, stop, step}, got %d numbers", #list)
   end
-  for i = 1, #list do schema.check("arange", "number " .. i, list[i], { type = "number", min = -2 ^ 53,
-                                                                        max = 2 ^ 53 }) end
+  local rule = { type = "number", min = -2 ^ 53, max = 2 ^ 53 }
+  for i = 1, #list do schema.check("arange", "number " .. i, list[i], rule) end
   local start, stop, step = 0, list[1], list[3] or 1
   if #list > 1 then start, stop = list[1], list[2] end
   if step == 0 then fail("arange", "step must not be 0") end
@@ -260,8 +259,8 @@ local LINSPACE = with_common { steps = { type = "integer", min = 1 } }
 function create.linspace(...)
   local list, options = split("linspace", LINSPACE, ...)
   if #list == 3 and not options.steps then options.steps = list[3] end
-  schema.check("linspace", "steps", options.steps == nil and false or options.steps, { type = "integer",
-                                                                                       min = 1 })
+  local steps = options.steps
+  schema.check("linspace", "steps", steps == nil and false or steps, { type = "integer", min = 1 })
   if #list < 2 then fail("linspace", "takes {start, stop, steps = n}, got %d numbers", #list) end
   local start, stop, n = list[1], list[2], options.steps
   schema.check("linspace", "start", start, { type = "number" })
@@ -363,8 +362,8 @@ local function flatten(value, sizes, depth, flat, path)
 end
 
 -- element range of the integer dtypes that do not hold every double
-local RANGE = { [C.LAC_I32] = { -2 ^ 31, 2 ^ 31 - 1 }, [C.LAC_U8] = { 0, 255 }, [C.LAC_I64] = { -2 ^ 63,
-  2 ^ 63 - 1024 } }
+local RANGE = { [C.LAC_I32] = { -2 ^ 31, 2 ^ 31 - 1 }, [C.LAC_U8] = { 0, 255 },
+                [C.LAC_I64] = { -2 ^ 63, 2 ^ 63 - 1024 } }
 
 local function check_element(code, v, i)
   if type(v) == "cdata" then return end
@@ -409,9 +408,8 @@ local function from_flat(flat, sizes, code, dev)
   return place(t, dev)
 end
 
-local CTYPES = { { "double", C.LAC_F64 }, { "float", C.LAC_F32 }, { "int64_t", C.LAC_I64 }, { "int32_t",
-                                                                                              C.LAC_I32 },
-                 { "uint8_t", C.LAC_U8 }, { "bool", C.LAC_BOOL } }
+local CTYPES = { { "double", C.LAC_F64 }, { "float", C.LAC_F32 }, { "int64_t", C.LAC_I64 },
+                 { "int32_t", C.LAC_I32 }, { "uint8_t", C.LAC_U8 }, { "bool", C.LAC_BOOL } }
 
 -- A cdata array double[n], float[n], int64_t[n], int32_t[n], uint8_t[n] or bool[n]: its bytes are copied.
 local function from_array(value, options)
@@ -428,7 +426,8 @@ local function from_array(value, options)
     end
   end
   fail("tensor",
-    "cannot make a tensor of %s; arrays of double, float, int64_t, int32_t, uint8_t and bool are taken", text)
+       "cannot make a tensor of %s; arrays of double, float, int64_t, int32_t, uint8_t and bool are taken",
+       text)
 end
 
 local TENSOR = with_common { shape = { type = "table" } }

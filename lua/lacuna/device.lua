@@ -5,8 +5,8 @@
 -- statistics. One process has one engine, so these are functions, not methods of a context object; a context
 -- would have to be passed through every call of every script only to be the same one each time.
 --
--- Strings rather than constants for dtypes and devices, because they print, compare and go to files as they
--- are.
+-- Dtypes and devices are strings rather than constants, because strings print, compare and go to files as
+-- they are.
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
@@ -111,8 +111,7 @@ end
 function device.memory(name)
   local code = device.code("memory", name)
   if code ~= C.LAC_CPU then
-    fail("memory", "device '%s' has no memory pool in this process; lac.devices() says what is there",
-                name)
+    fail("memory", "device '%s' has no memory pool in this process; lac.devices() says what is there", name)
   end
   return lib.memory_stats()
 end

@@ -33,8 +33,7 @@ local FREED = { name = "freed" }
 
 local function stale(op, letter, t)
   local names = { a = "its first input", b = "its second input", c = "its third input",
-                  d = "its fourth input",
-                  o = "its result", s = "a tensor it saved" }
+                  d = "its fourth input", o = "its result", s = "a tensor it saved" }
   fail("backward", "%s needs %s as it was in the forward pass, but %s was changed in place since then; "
     .. "change a clone(), or do it after backward", op.name, names[letter], show(t))
 end
@@ -149,9 +148,8 @@ local function discover(work, top, nodes)
     local node = work[top]
     top = top - 1
     if node.op == FREED then
-      fail("backward",
-           "this graph was freed by an earlier backward; pass {retain_graph = true} to the first one "
-        .. "if you need it twice, or run the forward pass again")
+      fail("backward", "this graph was freed by an earlier backward; pass {retain_graph = true} to the first "
+        .. "one if you need it twice, or run the forward pass again")
     end
     top, count = visit(node.a, work, top, nodes, count)
     top, count = visit(node.b, work, top, nodes, count)
@@ -328,8 +326,8 @@ function methods.backward(t, g, options)
   run({ t }, { seed_for("backward", t, g) }, o.retain_graph, nil)
 end
 
-local GRAD = { retain_graph = { type = "boolean", default = false }, allow_unused = { type = "boolean",
-                                                                                      default = false },
+local GRAD = { retain_graph = { type = "boolean", default = false },
+               allow_unused = { type = "boolean", default = false },
                grad_outputs = { type = { "table", "tensor" } } }
 
 local function as_list(op, what, v)
@@ -369,9 +367,8 @@ function grad.grad(outputs, inputs, options)
   for i = 1, #leaves do
     local g = capture[leaves[i]]
     if not g and not o.allow_unused then
-      fail("grad",
-           "the outputs do not depend on inputs[%d], %s; pass allow_unused = true to get false for it", i,
-           show(leaves[i]))
+      fail("grad", "the outputs do not depend on inputs[%d], %s; pass allow_unused = true to get false "
+        .. "for it", i, show(leaves[i]))
     end
     result[i] = g
   end
@@ -449,8 +446,7 @@ function methods.retain_grad(t)
   return t
 end
 
---- Call f(gradient) when t's gradient is complete in a backward; a tensor that it returns takes the
--- gradient's place.
+--- Call f(gradient) when t's gradient is complete in a backward; a tensor that f returns replaces it.
 -- @treturn function call it to remove the hook
 function methods.register_hook(t, f)
   receiver("register_hook", t)
@@ -468,8 +464,8 @@ end
 
 -- ---- operators written in Lua -------------------------------------------------------------------
 
-local CUSTOM = { name = { type = "string", required = true }, forward = { type = "function",
-                                                                          required = true },
+local CUSTOM = { name = { type = "string", required = true },
+                 forward = { type = "function", required = true },
                  backward = { type = "function", required = true } }
 
 local Context = {}

@@ -24,8 +24,7 @@ local lib = { ffi = ffi }
 local EXPECTED_ABI = 1
 local MIN_PACE = 64 * 2 ^ 20
 local STRUCTS = { "lac_tensor", "lac_memory_stats", "lac_flags", "lac_adamw_item", "lac_attn_desc",
-                  "lac_strip",
-                  "lac_plan_info", "lac_attn_args", "lac_cache_stats" }
+                  "lac_strip", "lac_plan_info", "lac_attn_args", "lac_cache_stats" }
 
 local function file_exists(path)
   local f = io.open(path, "rb")
@@ -107,8 +106,7 @@ local frame_names = setmetatable({}, { __mode = "k" })
 -- @tparam function describe takes self, returns a string such as "layers[3]" or nil to stay out of the path
 function lib.frame_name(f, describe) frame_names[f] = describe end
 
---- Text for the end of an error message: " [LongNet.layers[3].attn, train.lua:41]", or "" when nothing is
--- known.
+--- Text for the end of an error message: " [LongNet.layers[3].attn, train.lua:41]", "" if nothing is known.
 -- @treturn string
 function lib.where()
   local path, line = {}, nil
@@ -122,8 +120,8 @@ function lib.where()
       local ok, step = pcall(describe, self)
       if ok and step then table.insert(path, 1, tostring(step)) end
     end
-    if not line and info.what ~= "C" and info.currentline > 0 and info.source:sub(1,
-      #own_prefix) ~= own_prefix then
+    local own = info.source:sub(1, #own_prefix) == own_prefix
+    if not line and info.what ~= "C" and info.currentline > 0 and not own then
       line = info.short_src .. ":" .. info.currentline
     end
     level = level + 1
@@ -201,8 +199,7 @@ function lib.raise(status)
   error(message .. lib.where(), 0)
 end
 
---- Answer the engine's flags: stop for Ctrl-C, collect under memory pressure. Called when flags.attention is
--- set.
+--- Answer the engine's flags, when flags.attention is set: stop for Ctrl-C, collect under memory pressure.
 function lib.attend()
   flags.attention = 0 -- first: what is raised while we look is then seen at the next call
   if flags.interrupted ~= 0 then

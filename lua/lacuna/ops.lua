@@ -70,8 +70,7 @@ local function version(t) return t and t.root.version or 0 end
 local function record(op, out, a, b, c, d)
   out.requires_grad = true
   local node = { op = op, a = a or false, b = b or false, c = c or false, d = d or false, o = out,
-                 va = version(a),
-                 vb = version(b), vc = version(c), vd = version(d), g = false, n = 0 }
+                 va = version(a), vb = version(b), vc = version(c), vd = version(d), g = false, n = 0 }
   out.node = node
   return node
 end
@@ -159,11 +158,10 @@ end
 
 -- max and min of one tensor are reductions; and, or, not are keywords of Lua
 local RENAME = { max = "maximum", min = "minimum", ["and"] = "logical_and", ["or"] = "logical_or",
-  xor = "logical_xor",
-                 ["not"] = "logical_not" }
-local NO_GRADIENT = { isnan = true, isfinite = true, logical_not = true, eq = true, ne = true, lt = true,
-                      le = true,
-                      gt = true, ge = true, logical_and = true, logical_or = true, logical_xor = true }
+                 xor = "logical_xor", ["not"] = "logical_not" }
+local NO_GRADIENT = { isnan = true, isfinite = true, eq = true, ne = true, lt = true, le = true, gt = true,
+                      ge = true, logical_not = true, logical_and = true, logical_or = true,
+                      logical_xor = true }
 
 local function define_map1(engine_name, id)
   local name = RENAME[engine_name] or engine_name
@@ -304,8 +302,8 @@ ops.table.sub.backward = function(node, g)
     if node.swapped == 0 then return g end
     return raw_map1(map_id["1neg"], g)
   end
-  return a.requires_grad and sum_to(g, a) or nil, b.requires_grad and raw_map1(map_id["1neg"], sum_to(g, b))
-    or nil
+  return a.requires_grad and sum_to(g, a) or nil,
+    b.requires_grad and raw_map1(map_id["1neg"], sum_to(g, b)) or nil
 end
 
 Tensor.__add, Tensor.__sub, Tensor.__mul, Tensor.__div = fn.add, fn.sub, fn.mul, fn.div
@@ -525,9 +523,8 @@ function expand_op.forward(x, a, b, c, d, e, f, g)
     for i = 1, math.min(#a, tensor.max_dims) do D[i] = a[i] end
     n = #a
   else
-    n = g ~= nil and 7 or f ~= nil and 6 or e ~= nil and 5 or d ~= nil and 4 or c ~= nil and 3 or b ~= nil
-      and 2
-      or a ~= nil and 1 or 0
+    n = g ~= nil and 7 or f ~= nil and 6 or e ~= nil and 5 or d ~= nil and 4
+      or c ~= nil and 3 or b ~= nil and 2 or a ~= nil and 1 or 0
     D[1], D[2], D[3], D[4], D[5], D[6] = a, b, c, d, e, f
   end
   if n > tensor.max_dims then
@@ -646,8 +643,7 @@ local function slice_axis(x, spec, k, entry)
   if not is_integer(step) or step == 0 then
     fail("index", "the step must be an integer other than 0, got %s", show(step))
   end
-  -- {from, from - 1} is the empty range; its end is no position, so it is recognised before the ends are
-  -- looked up
+  -- {from, from - 1} is the empty range; its end is no position, so it is recognised first
   if is_integer(from) and is_integer(to) and step == 1 and from > 0 and to == from - 1
     and from <= tonumber(x.c.shape[k]) + 1 then
     spec.count[i] = 0
@@ -806,8 +802,8 @@ local function in_place(name)
   end
 end
 for _, name in ipairs { "sub", "div", "pow", "mod", "maximum", "minimum", "neg", "abs", "exp", "log", "sqrt",
-                        "tanh",
-                        "sigmoid", "relu", "square", "floor", "ceil", "round", "mul", "add" } do
+                        "tanh", "sigmoid", "relu", "square", "floor", "ceil",
+                        "round", "mul", "add" } do
   in_place(name)
 end
 
@@ -1174,8 +1170,8 @@ define(linear_op)
 
 local layernorm_op = { name = "layernorm", saves = "ab" }
 --- Normalise the last dimension: gamma (x - mean) / sqrt(var + eps) + beta.
--- @tparam Tensor x [..., E] @tparam[opt] Tensor gamma [E] @tparam[opt] Tensor beta [E] @tparam[opt] number
--- eps 1e-5
+-- @tparam Tensor x [..., E] @tparam[opt] Tensor gamma [E] @tparam[opt] Tensor beta [E]
+-- @tparam[opt] number eps 1e-5
 function layernorm_op.forward(x, gamma, beta, eps)
   expect("layernorm", "x", x)
   if gamma ~= nil then expect("layernorm", "gamma", gamma) end
@@ -1247,8 +1243,7 @@ local function check_target(op, logits_name, x, target)
   for i = 0, t.ndim - 1 do fits = fits and t.shape[i] == x.c.shape[i] end
   if not fits then
     fail(op, "target must have the shape of %s without its last dimension: target is %s, %s is %s",
-         logits_name,
-         show(target), logits_name, show(x))
+         logits_name, show(target), logits_name, show(x))
   end
 end
 
@@ -1290,11 +1285,10 @@ define(rows_lce)
 local LINEAR_LOSS = { ignore_index = LOSS.ignore_index, reduction = LOSS.reduction,
                       chunk = { type = "integer", min = 0, default = 0 } }
 
---- cross_entropy(linear(x, w, bias), target) without ever holding the logits: `chunk` rows at a time (0:
--- chosen).
--- @tparam Tensor x [..., E] @tparam Tensor w [V, E] @tparam[opt] Tensor bias [V] @tparam Tensor target [...]
--- 0-based classes
--- @tparam[opt] table options ignore_index, reduction, chunk
+--- cross_entropy(linear(x, w, bias), target) without ever holding the logits: `chunk` rows at a time.
+-- @tparam Tensor x [..., E] @tparam Tensor w [V, E] @tparam[opt] Tensor bias [V]
+-- @tparam Tensor target [...] 0-based classes
+-- @tparam[opt] table options ignore_index, reduction, chunk (0: the engine chooses)
 define { name = "linear_cross_entropy", composite = true, forward = function(x, w, bias, target, options)
   expect("linear_cross_entropy", "x", x)
   expect("linear_cross_entropy", "w", w)
@@ -1331,8 +1325,8 @@ local function define_index(name, forward, backward)
   end
   define(op)
 end
---- index_select(x, dim, idx): rows of x along dim at the 0-based positions in idx; the dim becomes idx's
--- shape.
+--- index_select(x, dim, idx): rows of x along dim at the 0-based positions in idx, whose shape replaces
+-- the dim.
 define_index("index_select", "lac_index_select", "lac_index_select_bwd")
 --- gather(x, dim, idx): elementwise along dim; idx (0-based values) has x's rank and the result's shape.
 define_index("gather", "lac_gather", "lac_gather_bwd")
@@ -1351,8 +1345,8 @@ function where_op.forward(cond, x, y)
   expect("where", "cond", cond)
   x, y = as_number(x), as_number(y)
   if type(x) == "number" and type(y) == "number" then
-    x, y = create.tensor(x, { device = device.name(cond.c.device) }), create.tensor(y,
-      { device = device.name(cond.c.device) })
+    local o = { device = device.name(cond.c.device) }
+    x, y = create.tensor(x, o), create.tensor(y, o)
   elseif type(x) == "number" and is(y) then
     x = scalar_like(x, y)
   elseif type(y) == "number" and is(x) then
@@ -1595,11 +1589,13 @@ function dropout_op.backward(node, g)
 end
 define(dropout_op)
 
-local ROPE = { start = { type = "integer", default = 0 }, base = { type = "number", above = 0,
-                                                                   default = 10000 },
-               interleaved = { type = "boolean", default = false }, scale_base = { type = "number", min = 0,
-                                                                                   default = 0 },
-               sign = { one_of = { 1, -1 }, default = 1 } }
+local ROPE = {
+  start = { type = "integer", default = 0 },
+  base = { type = "number", above = 0, default = 10000 },
+  interleaved = { type = "boolean", default = false },
+  scale_base = { type = "number", min = 0, default = 0 },
+  sign = { one_of = { 1, -1 }, default = 1 },
+}
 
 local rope_op = { name = "rope" }
 --- Rotary positions (Su et al. 2021, eq. 34), and XPOS decay (Sun et al. 2022, eq. 9) if scale_base > 0.

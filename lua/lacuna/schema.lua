@@ -5,8 +5,7 @@
 -- of range is an error that shows the value. Nothing is ignored and nothing is coerced except a number that
 -- is an integer. A rule is
 --
--- { type = "integer", min = 1, max = 10, default = 3 }     number or integer; above/below are exclusive
--- bounds
+--   { type = "integer", min = 1, max = 10, default = 3 }      or "number"; above and below exclude the bound
 --   { type = "boolean", default = false }   { type = "string" }   { type = "function" }   { type = "table" }
 --   { one_of = { "mean", "sum" }, default = "mean" }          a string out of a list
 --   { type = "integers", min = 1, required = true }           a nonempty list of integers, each in range
@@ -14,8 +13,8 @@
 --
 -- Several types are a list: { type = { "number", "tensor" } }. The C engine checks again what memory safety
 -- needs; this layer exists for the sentence the user reads. Rejected: checks scattered through the functions
--- (they drift apart in wording) and a general JSON-schema interpreter (ten times the code for rules we do not
--- have).
+-- (they drift apart in wording) and a general JSON-schema interpreter (ten times the code, for rules that
+-- nobody here needs).
 
 local lib = require "lacuna.lib"
 
@@ -88,8 +87,7 @@ function schema.show(value)
 end
 local show = schema.show
 
---- Raise an error with the user's line: schema.fail("attention", "segments[%d] must be positive, got %s", 2,
--- 0).
+--- Raise an error with the user's line: schema.fail("attention", "segments[%d] must be positive", 2).
 function schema.fail(op, format, ...)
   local text = select("#", ...) > 0 and format:format(...) or format
   lib.fail("%s", op .. ": " .. text)
@@ -110,9 +108,8 @@ function schema.unknown(op, what, name, valid)
   if type(name) ~= "string" then
     fail(op, "%s must be one of %s, got %s", what, table.concat(sorted, ", "), show(name))
   end
-  fail(op, "unknown %s %s, did you mean '%s'? valid: %s", what, show(name), schema.nearest(name, sorted)
-       or "",
-       table.concat(sorted, ", "))
+  fail(op, "unknown %s %s, did you mean '%s'? valid: %s", what, show(name),
+       schema.nearest(name, sorted) or "", table.concat(sorted, ", "))
 end
 
 --- A copy of a list of names that is empty for a missing one: keys of a table, sorted.
@@ -130,8 +127,9 @@ local ARTICLE = { integer = "an integer", integers = "a list of integers", numbe
                   table = "a table", ["function"] = "a function" }
 
 local function is_tensor(v)
-  return type(v) == "table" and type(getmetatable(v)) == "table" and rawget(getmetatable(v),
-                                                                            "__describe") ~= nil
+  if type(v) ~= "table" then return false end
+  local mt = getmetatable(v)
+  return type(mt) == "table" and rawget(mt, "__describe") ~= nil
 end
 
 local function is_list(v, test)
@@ -150,8 +148,9 @@ local function matches(kind, v)
   if kind == "number" then return type(v) == "number" and v == v end
   if kind == "tensor" then return is_tensor(v) end
   if kind == "table" then return type(v) == "table" and not is_tensor(v) end
-  if kind == "integers" or kind == "numbers" then return is_list(v,
-    is_number) end -- elements are looked at below
+  if kind == "integers" or kind == "numbers" then
+    return is_list(v, is_number) -- check_list looks at the elements
+  end
   return type(v) == kind
 end
 

@@ -42,8 +42,8 @@ local function move(root, level)
   end
 end
 
---- Let tensor t live at least as long as the tensor `holder` does (a gradient and its leaf, a moment and its
--- parameter).
+--- Let tensor t live at least as long as the tensor `holder` does: a gradient and its leaf, a moment and
+-- its parameter.
 function scope.follow(t, holder) move(t.root, holder.root.level) end
 
 -- Visit everything reachable from `value`; move owners to `level`. A work list, because a graph can be
@@ -75,8 +75,7 @@ end
 
 --- Keep a tensor, or every tensor in a table, when the running scope ends: it moves to the scope around it.
 -- @tparam Tensor|table value
--- @tparam[opt] Tensor holder keep it as long as this tensor lives instead (optimizer moments: their
--- parameter)
+-- @tparam[opt] Tensor holder keep it as long as this tensor instead (an optimizer's moment: its parameter)
 -- @return value
 function scope.keep(value, holder)
   if type(value) ~= "table" then

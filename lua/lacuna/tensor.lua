@@ -425,8 +425,8 @@ end
 local WORDS = ffi.typeof("const uint32_t *")
 local NAN = 0 / 0
 
--- Is element i a NaN? Asked of its bits, because LuaJIT keeps its type tags in NaN payloads: loading a NaN with
--- arbitrary bits (from a file, from lac.empty) as a number would forge a value of another type.
+-- Is element i a NaN? Asked of its bits, because LuaJIT keeps its type tags in NaN payloads: loading a NaN
+-- with arbitrary bits (from a file, from lac.empty) as a number would forge a value of another type.
 local function is_nan_at(dtype, p, i)
   local words = ffi.cast(WORDS, p)
   if dtype == C.LAC_F32 then return bit.band(words[i], 0x7fffffff) > 0x7f800000 end

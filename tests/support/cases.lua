@@ -48,8 +48,9 @@ function cases.compare(dtype, got, exact, naive)
     local e, g, n = exact[i], got[i], naive[i]
     if type(g) == "boolean" then g = g and 1 or 0 end
     if e ~= e or math.abs(e) == math.huge then
-      if not (g == e or (g ~= g and e ~= e)) then return ("element %d is %s instead of %s"):format(i, g,
-        e) end
+      if not (g == e or (g ~= g and e ~= e)) then
+        return ("element %d is %s instead of %s"):format(i, g, e)
+      end
     else
       local error = math.abs(g - e)
       if error ~= error then return ("element %d is nan instead of %.17g"):format(i, e) end
@@ -59,9 +60,8 @@ function cases.compare(dtype, got, exact, naive)
     end
   end
   if worst > 2 * naive_worst + 2 * cases.epsilon(dtype) * largest then
-    return ("element %d is %.17g instead of %.17g; the error is %.3g, the naive program's %.3g"):format(at,
-      got[at], exact[at],
-      worst, naive_worst)
+    return ("element %d is %.17g instead of %.17g; the error is %.3g, the naive program's %.3g")
+      :format(at, got[at], exact[at], worst, naive_worst)
   end
 end
 
@@ -230,14 +230,15 @@ local function map2(name, f, spec)
   local function ref(R, x, y)
     return build(broadcast(x, y), function(i) return R(f(at(x, i), at(y, i))) end)
   end
-  local bad = { { function(lac, x) return lac[name](x, "no") end, name
-    .. ": the second operand must be a tensor or a number" },
-                { function(lac, x) return lac[name](x, lac.zeros { 7, dtype = x:dtype() }) end, "7" } }
+  local bad = {
+    { function(lac, x) return lac[name](x, "no") end,
+      name .. ": the second operand must be a tensor or a number" },
+    { function(lac, x) return lac[name](x, lac.zeros { 7, dtype = x:dtype() }) end, "7" },
+  }
   case { name = name, inputs = { { 3, 4, kind = kinds[1] }, { 3, 4, kind = kinds[2] } }, ref = ref,
-    grad = spec.grad, bad = bad }
-  case { name = name, label = "broadcast", inputs = { { 2, 1, 4, kind = kinds[1] }, { 3, 1,
-    kind = kinds[2] } }, ref = ref,
-         grad = spec.grad }
+         grad = spec.grad, bad = bad }
+  case { name = name, label = "broadcast", ref = ref, grad = spec.grad,
+         inputs = { { 2, 1, 4, kind = kinds[1] }, { 3, 1, kind = kinds[2] } } }
   if not spec.bool then
     local k = 1.5
     case { name = name, label = "number", inputs = { { 3, 4, kind = kinds[1] } }, grad = spec.grad,
@@ -257,8 +258,8 @@ map2("pow", function(x, y) return x ^ y end, { kinds = { "positive", "normal" } 
 map2("maximum", math.max)
 map2("minimum", math.min)
 -- both sides positive and apart: mod jumps at multiples
-map2("mod", function(x, y) return x - math.floor(x / y) * y end, { kinds = { "positive", "positive" },
-  grad = true })
+map2("mod", function(x, y) return x - math.floor(x / y) * y end,
+     { kinds = { "positive", "positive" }, grad = true })
 local function compare_case(name, f)
   map2(name, function(x, y) return f(x, y) and 1 or 0 end, { grad = false })
 end
@@ -283,25 +284,25 @@ end
 case { name = "clone", ref = same }
 case { name = "contiguous", ref = same }
 case { name = "detach", ref = same, grad = false }
-case { name = "to", ref = same, call = function(lac, x) return lac.to(x, { dtype = x:dtype(),
-  device = "cpu" }) end,
+case { name = "to", ref = same,
+       call = function(lac, x) return lac.to(x, { dtype = x:dtype(), device = "cpu" }) end,
        bad = { { function(_, x) return x:to { dtype = "f31" } end,
-       "unknown dtype 'f31', did you mean 'f32'" },
+                 "unknown dtype 'f31', did you mean 'f32'" },
                { function(_, x) return x:to { dtpe = "f32" } end,
-               "unknown option 'dtpe', did you mean 'dtype'" } } }
+                 "unknown option 'dtpe', did you mean 'dtype'" } } }
 case { name = "to", label = "cast and back", dtypes = { "f64", "f32" }, rtol = 1e-5,
        call = function(_, x) return x:to { dtype = "f64" }:to { dtype = x:dtype() } end, ref = same }
-case { name = "view", ref = reshaped { 2, 6 }, strided = false, call = function(_, x) return x:view(2,
-  -1) end,
+case { name = "view", ref = reshaped { 2, 6 }, strided = false,
+       call = function(_, x) return x:view(2, -1) end,
        bad = { { function(_, x) return x:view(5, -1) end, "the size at %-1 cannot be found" },
                { function(_, x) return x:view(7) end, "shape %[7%] has 7 elements" },
                { function(_, x) return x:view(1.5) end, "size 1 must be an integer, got 1.5" },
                { function(_, x) return x:t():view(12) end, "use reshape" } } }
 case { name = "reshape", ref = reshaped { 2, 6 }, call = function(_, x) return x:reshape { 2, 6 } end }
-case { name = "flatten", inputs = { { 2, 3, 4 } }, ref = reshaped { 2, 12 }, call = function(_,
-  x) return x:flatten(2) end }
-case { name = "squeeze", inputs = { { 3, 1, 2, 1 } }, ref = reshaped { 3, 2 }, call = function(_,
-  x) return x:squeeze() end }
+case { name = "flatten", inputs = { { 2, 3, 4 } }, ref = reshaped { 2, 12 },
+       call = function(_, x) return x:flatten(2) end }
+case { name = "squeeze", inputs = { { 3, 1, 2, 1 } }, ref = reshaped { 3, 2 },
+       call = function(_, x) return x:squeeze() end }
 case { name = "unsqueeze", ref = reshaped { 3, 1, 4 }, call = function(_, x) return x:unsqueeze(2) end,
        bad = { { function(_, x) return x:unsqueeze(5) end, "dim 5 is out of range" } } }
 local function transposed(_, x)
@@ -309,8 +310,8 @@ local function transposed(_, x)
 end
 case { name = "transpose", ref = transposed, call = function(_, x) return x:transpose(1, -1) end,
        bad = { { function(_, x) return x:transpose(1, 3) end, "dim 3 is out of range" } } }
-case { name = "t", ref = transposed, bad = { { function(lac) return lac.zeros { 2 }:t() end,
-  "needs 2 dimensions" } } }
+case { name = "t", ref = transposed,
+       bad = { { function(lac) return lac.zeros { 2 }:t() end, "needs 2 dimensions" } } }
 case { name = "permute", inputs = { { 2, 3, 4 } }, call = function(_, x) return x:permute(3, 1, 2) end,
        ref = function(_, x) return build({ 4, 2, 3 }, function(i) return at(x, { i[2], i[3], i[1] }) end) end,
        bad = { { function(_, x) return x:permute(1, 1, 2) end, "appears twice" },
@@ -321,8 +322,9 @@ case { name = "expand", inputs = { { 3, 1 } }, call = function(_, x) return x:ex
 case { name = "expand_as", inputs = { { 3, 1 }, { 3, 4 } }, grad_inputs = { 1 },
        ref = function(_, x) return build({ 3, 4 }, function(i) return at(x, i) end) end }
 case { name = "slice", inputs = { { 3, 5 } }, call = function(_, x) return x[{ { 2, 3 }, { -1, 1, -2 } }] end,
-       ref = function(_, x) return build({ 2, 3 }, function(i) return at(x, { i[1] + 1,
-       7 - 2 * i[2] }) end) end,
+       ref = function(_, x)
+         return build({ 2, 3 }, function(i) return at(x, { i[1] + 1, 7 - 2 * i[2] }) end)
+       end,
        bad = { { function(_, x) return x[{ 4 }] end, "position 4 is out of range in dimension 1" },
                { function(_, x) return x[{ {}, {}, {} }] end, "3 slices for the 2 dimensions" } } }
 case { name = "narrow", call = function(_, x) return x:narrow(2, 2, 2) end,
@@ -420,14 +422,16 @@ local function variance(R, v)
 end
 reduction("var", variance)
 reduction("std", function(R, v) return R(math.sqrt(variance(R, v))) end)
-case { name = "norm", inputs = { { 3, 4 } }, call = function(_, x) return x:norm(2, 2) end, ref = fold(2,
-  function(R, v)
-  local s = 0
-  for k = 1, #v do s = R(s + R(v[k] ^ 2)) end
-  return R(math.sqrt(s))
-end), bad = { { function(_, x) return x:norm(-1) end, "p must be a positive number" } } }
-case { name = "norm", label = "p = 3", inputs = { { 3, 4, kind = "positive" } }, call = function(_,
-  x) return x:norm(3) end,
+case { name = "norm", inputs = { { 3, 4 } },
+       call = function(_, x) return x:norm(2, 2) end,
+       ref = fold(2, function(R, v)
+         local s = 0
+         for k = 1, #v do s = R(s + R(v[k] ^ 2)) end
+         return R(math.sqrt(s))
+       end),
+       bad = { { function(_, x) return x:norm(-1) end, "p must be a positive number" } } }
+case { name = "norm", label = "p = 3", inputs = { { 3, 4, kind = "positive" } },
+       call = function(_, x) return x:norm(3) end,
        ref = function(R, x)
          local s = 0
          for k = 1, #x.data do s = R(s + R(R(math.abs(x.data[k])) ^ 3)) end
@@ -456,7 +460,7 @@ local function matrix_product(R, a, b) -- [..., M, K] [..., K, N] with broadcast
 end
 case { name = "matmul", inputs = { { 3, 4 }, { 4, 2 } }, ref = matrix_product,
        bad = { { function(lac, x) return x:matmul(lac.zeros { 3, 2, dtype = x:dtype() }) end,
-       "matmul: .*4.*3" },
+                 "matmul: .*4.*3" },
                { function(_, x) return x:matmul(3) end, "matmul: b must be a tensor, got 3" } } }
 case { name = "matmul", label = "batched", inputs = { { 2, 1, 3, 4 }, { 3, 4, 2 } }, ref = matrix_product }
 case { name = "matmul", label = "vectors", inputs = { { 4 }, { 4 } },
@@ -475,7 +479,7 @@ local function linear(R, x, w, b)
 end
 case { name = "linear", inputs = { { 2, 3, 4 }, { 5, 4 }, { 5 } }, ref = linear,
        bad = { { function(lac, x) return lac.linear(x, lac.zeros { 5, 3, dtype = x:dtype() }) end,
-       "do not fit: x is" } } }
+                 "do not fit: x is" } } }
 case { name = "linear", label = "no bias", inputs = { { 3, 4 }, { 5, 4 } }, ref = linear }
 case { name = "layernorm", inputs = { { 3, 4 }, { 4 }, { 4 } },
        ref = function(R, x, gamma, beta)
@@ -487,9 +491,10 @@ case { name = "layernorm", inputs = { { 3, 4 }, { 4 }, { 4 } },
            local rstd = R(1 / math.sqrt(R(s / 4) + 1e-5))
            return R(R(R(R(v[i[2]] - m) * rstd) * gamma.data[i[2]]) + beta.data[i[2]])
          end)
-       end, bad = { { function(lac, x) return lac.layernorm(x, lac.zeros { 5, dtype = x:dtype() }) end, "5" },
-                    { function(lac, x) return lac.layernorm(x, nil, nil, -1) end,
-                    "eps must not be negative" } } }
+       end,
+       bad = { { function(lac, x) return lac.layernorm(x, lac.zeros { 5, dtype = x:dtype() }) end, "5" },
+               { function(lac, x) return lac.layernorm(x, nil, nil, -1) end,
+                 "eps must not be negative" } } }
 
 local function row_loss(R, v, target)
   local _, s, top = softmax_of(R, v)
@@ -511,12 +516,12 @@ case { name = "cross_entropy", inputs = { { 2, 3, 4 }, TARGET },
        call = function(lac, x, target) return lac.cross_entropy(x, target, { ignore_index = 1 }) end,
        ref = function(R, x, target) return mean_loss(R, x, target, 1) end,
        bad = { { function(lac, x) return lac.cross_entropy(x, lac.zeros { 2, 3 }) end,
-       "i64 or i32, got Tensor f32" },
+                 "i64 or i32, got Tensor f32" },
                { function(lac, x) return lac.cross_entropy(x, lac.zeros { 2, dtype = "i64" }) end,
-               "without its last dimension" },
+                 "without its last dimension" },
                { function(lac, x, t) return lac.cross_entropy(x, t + 9) end, "target" },
                { function(lac, x, t) return lac.cross_entropy(x, t, { reduction = "men" }) end,
-               "did you mean 'mean'" } } }
+                 "did you mean 'mean'" } } }
 case { name = "cross_entropy", label = "none", inputs = { { 6, 4 }, { 6, kind = "index", high = 4 } },
        call = function(lac, x, target) return lac.cross_entropy(x, target, { reduction = "none" }) end,
        ref = function(R, x, target)
@@ -526,12 +531,12 @@ case { name = "cross_entropy", label = "none", inputs = { { 6, 4 }, { 6, kind = 
            return row_loss(R, v, target.data[i[1]])
          end)
        end }
-case { name = "linear_cross_entropy", inputs = { { 2, 3, 4 }, { 5, 4 }, { 5 }, { 2, 3, kind = "index",
-  high = 5 } },
+case { name = "linear_cross_entropy",
+       inputs = { { 2, 3, 4 }, { 5, 4 }, { 5 }, { 2, 3, kind = "index", high = 5 } },
        call = function(lac, x, w, b, t) return lac.linear_cross_entropy(x, w, b, t, { chunk = 4 }) end,
        ref = function(R, x, w, b, t) return mean_loss(R, linear(R, x, w, b), t, -100) end,
        bad = { { function(lac, x, w, _, t) return lac.linear_cross_entropy(x, w, 3, t) end,
-       "bias must be a tensor, got 3" } } }
+                 "bias must be a tensor, got 3" } } }
 
 -- ---- indexing -------------------------------------------------------------------------------------------
 
@@ -544,56 +549,72 @@ case { name = "index_select", inputs = { { 3, 4 }, { 2, 3, kind = "index", high 
                { function(lac, x) return x:index_select(2, lac.zeros { 2 }) end, "index_select" } } }
 case { name = "gather", inputs = { { 3, 4 }, { 3, 2, kind = "index", high = 4 } },
        call = function(_, x, idx) return x:gather(2, idx) end,
-       ref = function(_, x, idx) return build({ 3, 2 }, function(i) return at(x, { i[1], at(idx,
-       i) + 1 }) end) end }
+       ref = function(_, x, idx)
+         return build({ 3, 2 }, function(i) return at(x, { i[1], at(idx, i) + 1 }) end)
+       end }
 case { name = "embedding", inputs = { { 5, 3 }, { 2, 4, kind = "index", high = 5 } },
-       ref = function(_, w, idx) return build({ 2, 4, 3 }, function(i) return at(w, { at(idx, { i[1],
-       i[2] }) + 1, i[3] }) end) end,
+       ref = function(_, w, idx)
+         return build({ 2, 4, 3 }, function(i) return at(w, { at(idx, { i[1], i[2] }) + 1, i[3] }) end)
+       end,
        bad = { { function(lac, w) return lac.embedding(w:view(-1), lac.zeros { 1, dtype = "i64" }) end,
-       "weight must be" } } }
+                 "weight must be" } } }
 case { name = "where", inputs = { { 3, 4, kind = "bool" }, { 3, 1 }, { 4 } },
-       ref = function(_, c, x, y) return build({ 3, 4 }, function(i) return at(c, i) ~= 0 and at(x, i)
-       or at(y, i) end) end,
+       ref = function(_, c, x, y)
+         return build({ 3, 4 }, function(i) return at(c, i) ~= 0 and at(x, i) or at(y, i) end)
+       end,
        bad = { { function(lac, c) return lac.where(c, "a", 1) end, "x must be a tensor" } } }
 case { name = "masked_fill", inputs = { { 3, 4 }, { 4, kind = "bool" } },
        call = function(_, x, m) return x:masked_fill(m, -2) end,
-       ref = function(_, x, m) return build({ 3, 4 }, function(i) return at(m, i) ~= 0 and -2 or at(x,
-       i) end) end }
+       ref = function(_, x, m)
+         return build({ 3, 4 }, function(i) return at(m, i) ~= 0 and -2 or at(x, i) end)
+       end }
 case { name = "clamp", call = function(_, x) return x:clamp(-0.5, 0.75) end,
-       ref = function(_, x) return build(x.shape, function(i) return math.min(math.max(at(x, i), -0.5),
-       0.75) end) end,
+       ref = function(_, x)
+         return build(x.shape, function(i) return math.min(math.max(at(x, i), -0.5), 0.75) end)
+       end,
        bad = { { function(_, x) return x:clamp(2, 1) end, "lower bound 2 is above the upper bound 1" } } }
 case { name = "tril", call = function(_, x) return x:tril(1) end,
-       ref = function(_, x) return build(x.shape, function(i) return i[2] <= i[1] + 1 and at(x, i)
-       or 0 end) end }
-case { name = "triu", ref = function(_, x) return build(x.shape, function(i) return i[2] >= i[1] and at(x, i)
-  or 0 end) end }
+       ref = function(_, x)
+         return build(x.shape, function(i) return i[2] <= i[1] + 1 and at(x, i) or 0 end)
+       end }
+case { name = "triu",
+       ref = function(_, x)
+         return build(x.shape, function(i) return i[2] >= i[1] and at(x, i) or 0 end)
+       end }
 case { name = "one_hot", inputs = { { 2, 3, kind = "index", high = 4 } }, grad = false,
        call = function(_, idx) return idx:one_hot(4) end,
-       ref = function(_, idx) return build({ 2, 3, 4 }, function(i) return at(idx, { i[1],
-       i[2] }) == i[3] - 1 and 1 or 0 end) end,
+       ref = function(_, idx)
+         return build({ 2, 3, 4 }, function(i)
+           return at(idx, { i[1], i[2] }) == i[3] - 1 and 1 or 0
+         end)
+       end,
        bad = { { function(_, idx) return idx:one_hot(1) end, "is outside 0 to 0" } } }
-case { name = "cat", inputs = { { 2, 3 }, { 2, 1 } }, call = function(lac, x, y) return lac.cat({ x, y, x },
-  2) end,
+case { name = "cat", inputs = { { 2, 3 }, { 2, 1 } },
+       call = function(lac, x, y) return lac.cat({ x, y, x }, 2) end,
        ref = function(_, x, y)
          return build({ 2, 7 }, function(i)
            local j = i[2]
            return j <= 3 and at(x, { i[1], j }) or j == 4 and at(y, { i[1], 1 }) or at(x, { i[1], j - 4 })
          end)
-       end, bad = { { function(lac, x) return lac.cat({ x, x:t() }, 1) end,
-         "tensors must agree except in dim 1" },
-                    { function(lac) return lac.cat {} end, "the list of tensors is empty" } } }
-case { name = "stack", inputs = { { 2, 3 }, { 2, 3 } }, call = function(lac, x, y) return lac.stack({ x, y },
-  2) end,
-       ref = function(_, x, y) return build({ 2, 2, 3 }, function(i) return at(i[2] == 1 and x or y, { i[1],
-       i[3] }) end) end }
-case { name = "split", inputs = { { 3, 5 } }, call = function(lac, x)
-  local p = x:split(2, 2)
-  return lac.cat({ p[3], p[1], p[2] }, 2)
-end, ref = function(_, x)
-  local order = { 5, 1, 2, 3, 4 }
-  return build({ 3, 5 }, function(i) return at(x, { i[1], order[i[2]] }) end)
-end, bad = { { function(_, x) return x:split({ 2, 2 }, 2) end, "sum to 4, dimension 2 has 5" } } }
+       end,
+       bad = { { function(lac, x) return lac.cat({ x, x:t() }, 1) end,
+                 "tensors must agree except in dim 1" },
+               { function(lac) return lac.cat {} end, "the list of tensors is empty" } } }
+case { name = "stack", inputs = { { 2, 3 }, { 2, 3 } },
+       call = function(lac, x, y) return lac.stack({ x, y }, 2) end,
+       ref = function(_, x, y)
+         return build({ 2, 2, 3 }, function(i) return at(i[2] == 1 and x or y, { i[1], i[3] }) end)
+       end }
+case { name = "split", inputs = { { 3, 5 } },
+       call = function(lac, x)
+         local p = x:split(2, 2)
+         return lac.cat({ p[3], p[1], p[2] }, 2)
+       end,
+       ref = function(_, x)
+         local order = { 5, 1, 2, 3, 4 }
+         return build({ 3, 5 }, function(i) return at(x, { i[1], order[i[2]] }) end)
+       end,
+       bad = { { function(_, x) return x:split({ 2, 2 }, 2) end, "sum to 4, dimension 2 has 5" } } }
 case { name = "chunk", inputs = { { 5, 2 } }, call = function(_, x) return x:chunk(2)[2] end,
        ref = function(_, x) return build({ 2, 2 }, function(i) return at(x, { i[1] + 3, i[2] }) end) end }
 
@@ -617,20 +638,21 @@ case { name = "dropout", inputs = { { 20, 10, kind = "away" } }, fixed_seed = tr
        bad = { { function(lac, x) return lac.dropout(x, 1) end, "p must be in %[0, 1%), got 1" } } }
 
 local function rope_case(label, o)
-  case { name = "rope", label = label, inputs = { { 1, 3, 2, 4 } }, call = function(lac,
-    x) return lac.rope(x, o) end,
+  case { name = "rope", label = label, inputs = { { 1, 3, 2, 4 } },
+         call = function(lac, x) return lac.rope(x, o) end,
          ref = function(R, x)
            return build(x.shape, function(i)
              local D, d = 4, i[4] - 1
              local pair = o.interleaved and math.floor(d / 2) or d % (D / 2)
              local second = o.interleaved and d % 2 == 1 or not o.interleaved and d >= D / 2
-             local other = o.interleaved and (second and d - 1 or d + 1) or (second and d - D / 2
-               or d + D / 2)
+             local other = second and d - D / 2 or d + D / 2
+             if o.interleaved then other = second and d - 1 or d + 1 end
              local p = (o.start or 0) + i[2] - 1
              local angle = p * (o.base or 10000) ^ (-2 * pair / D)
              local scale = 1
-             if o.scale_base then scale = ((2 * pair / D + 0.4) / 1.4) ^ ((o.sign
-               or 1) * p / o.scale_base) end
+             if o.scale_base then
+               scale = ((2 * pair / D + 0.4) / 1.4) ^ ((o.sign or 1) * p / o.scale_base)
+             end
              local c, s = R(math.cos(angle) * scale), R(math.sin(angle) * scale)
              local a, b = at(x, i), at(x, with(i, 4, other + 1))
              return R(R(a * c) + R(second and b * s or -b * s))
@@ -655,8 +677,8 @@ case { name = "attend", inputs = { { 1, 6, 2, 3 }, { 1, 6, 1, 3 }, { 1, 6, 1, 3 
              if math.floor(p / 3) == math.floor(j / 3) then times = times + 1 end
              if p % 2 == h % 2 and j % 2 == h % 2 then times = times + 1 end
              if times > 0 then
-               local s = R(dot(R, 3,
-                 function(d) return q.data[(p * 2 + h) * 3 + d] * k.data[j * 3 + d] end) / math.sqrt(3))
+               local function product(d) return q.data[(p * 2 + h) * 3 + d] * k.data[j * 3 + d] end
+               local s = R(dot(R, 3, product) / math.sqrt(3))
                weights[#weights + 1] = R(math.exp(s)) * times
                values[#values + 1] = v.data[j * 3 + i[4]]
              end
@@ -665,8 +687,9 @@ case { name = "attend", inputs = { { 1, 6, 2, 3 }, { 1, 6, 1, 3 }, { 1, 6, 1, 3 
            return R(dot(R, #weights, function(n) return weights[n] * values[n] end) / sum)
          end)
        end,
-       bad = { { function(lac, q, k, v) return lac.attend(q, k, v, { segments = { 1, 2, 3 }, dilations = { 1,
-       2 } }) end,
+       bad = { { function(lac, q, k, v)
+                   return lac.attend(q, k, v, { segments = { 1, 2, 3 }, dilations = { 1, 2 } })
+                 end,
                  "segments and dilations must have the same length: 3 != 2" } } }
 
 return cases

@@ -7,8 +7,7 @@
 --
 -- Plans are found by a string key made of the configuration and the sizes, about two microseconds; the engine
 -- has its own cache behind it, so a lost handle costs a lookup there, not a rebuild. Keying by the identity
--- of the options table was rejected: scripts change tables. Handles are dropped by their finalizer, a C
--- function.
+-- of the options table was rejected: scripts change tables. A handle's finalizer is a C function.
 --
 -- Defaults follow the two published schemes: heads = "all" (LongNet: offset "mod", merge "lse") and heads =
 -- "split" (offset "branch", merge "mean"). Options that attention knows but this engine cannot honour yet
@@ -30,7 +29,7 @@ local OP = "attention"
 local SCHEME = { split = C.LAC_HEADS_SPLIT, all = C.LAC_HEADS_ALL }
 local OFFSET = { branch = C.LAC_OFFSET_BRANCH, mod = C.LAC_OFFSET_MOD, block = C.LAC_OFFSET_BLOCK }
 local MERGE = { mean = C.LAC_MERGE_MEAN, sum = C.LAC_MERGE_SUM, lse = C.LAC_MERGE_LSE,
-  lse_detach = C.LAC_MERGE_LSE_DETACH }
+                lse_detach = C.LAC_MERGE_LSE_DETACH }
 local MAX_BRANCHES = tonumber(C.LAC_MAX_BRANCHES)
 
 local attention = {}
@@ -107,9 +106,9 @@ local function complete(o)
 end
 
 local function pattern_key(o)
-  return table.concat(o.segments, ",") .. "/" .. table.concat(o.dilations, ",") .. "/" .. o.heads .. "/"
-    .. o.offset
-    .. "/" .. o.merge .. (o.causal and "c" or "-") .. (o.dedup and "d" or "-") .. o.align .. (o.window or "-")
+  return table.concat(o.segments, ",") .. "/" .. table.concat(o.dilations, ",")
+    .. "/" .. o.heads .. "/" .. o.offset .. "/" .. o.merge
+    .. (o.causal and "c" or "-") .. (o.dedup and "d" or "-") .. o.align .. (o.window or "-")
 end
 
 -- ---- plans -----------------------------------------------------------------------------------------
@@ -126,8 +125,8 @@ local function describe(o, B, N, M, H, Hk, D)
     desc.segment[i - 1], desc.dilation[i - 1] = o.segments[i], o.dilations[i]
   end
   desc.heads_scheme, desc.offset_rule, desc.merge = SCHEME[o.heads], OFFSET[o.offset], MERGE[o.merge]
-  desc.causal, desc.dedup, desc.align_end = o.causal and 1 or 0, o.dedup and 1 or 0, o.align == "end" and 1
-    or 0
+  desc.causal, desc.dedup = o.causal and 1 or 0, o.dedup and 1 or 0
+  desc.align_end = o.align == "end" and 1 or 0
   desc.window = o.window or -1
   return desc
 end
@@ -197,9 +196,9 @@ local DIMENSIONS = { "batch items", "positions", "heads", "head dimensions" }
 
 local function check_same(name, t, i, other_name, other)
   if t.c.shape[i] ~= other.c.shape[i] then
-    fail(OP, "%s has %d %s, %s has %d: %s is %s, %s is %s", name, tonumber(t.c.shape[i]), DIMENSIONS[i + 1],
-      other_name,
-         tonumber(other.c.shape[i]), name, show(t), other_name, show(other))
+    fail(OP, "%s has %d %s, %s has %d: %s is %s, %s is %s",
+         name, tonumber(t.c.shape[i]), DIMENSIONS[i + 1], other_name, tonumber(other.c.shape[i]),
+         name, show(t), other_name, show(other))
   end
 end
 
@@ -210,10 +209,12 @@ local function check_inputs(q, k, v)
   local list = { { "q", q }, { "k", k }, { "v", v } }
   for i = 1, 3 do
     local t = list[i][2]
-    if t.c.ndim ~= 4 then fail(OP, "%s must be [batch, positions, heads, head_dim], got %s", list[i][1],
-      show(t)) end
-    if t.c.dtype ~= q.c.dtype then fail(OP, "q is %s and %s is %s: one dtype is needed", show(q), list[i][1],
-      show(t)) end
+    if t.c.ndim ~= 4 then
+      fail(OP, "%s must be [batch, positions, heads, head_dim], got %s", list[i][1], show(t))
+    end
+    if t.c.dtype ~= q.c.dtype then
+      fail(OP, "q is %s and %s is %s: one dtype is needed", show(q), list[i][1], show(t))
+    end
     if t.c.device ~= q.c.device then
       fail(OP, "q is %s and %s is %s: one device is needed", show(q), list[i][1], show(t))
     end
@@ -227,34 +228,32 @@ local function run_options(o)
   local p = o.training and o.dropout or 0
   local seed, at = 0, 0
   if p > 0 then seed, at = create.draw() end
-  return { scale = o.scale, p = p, seed = seed, at = at, key_padding = o.key_padding,
-    key_lengths = o.key_lengths,
-           return_lse = o.return_lse }
+  return { scale = o.scale, p = p, seed = seed, at = at, return_lse = o.return_lse,
+           key_padding = o.key_padding, key_lengths = o.key_lengths }
 end
 
 local function apply(o, key, q, k, v, run)
   check_inputs(q, k, v)
   local qs, ks = q.c.shape, k.c.shape
-  local plan = plan_for(o, key, tonumber(qs[0]), tonumber(qs[1]), tonumber(ks[1]), tonumber(qs[2]),
-    tonumber(ks[2]),
-                        tonumber(qs[3]))
+  local plan = plan_for(o, key, tonumber(qs[0]), tonumber(qs[1]), tonumber(ks[1]),
+                        tonumber(qs[2]), tonumber(ks[2]), tonumber(qs[3]))
   return attend(plan, q, k, v, run_options(run))
 end
 
 --- Dilated attention of q, k, v.
 -- @tparam Tensor q [B, N, H, D] @tparam Tensor k [B, M, Hk, D], H a multiple of Hk @tparam Tensor v like k
 -- @tparam table options segments, dilations (lists of one length); heads "all" or "split"; offset "branch",
---   "mod", "block";
--- merge "mean", "sum", "lse", "lse_detach"; causal, dedup (false); align "start" or "end"; window; scale
--- (1/sqrt(D)); dropout (0), training (true); key_padding [B, M] bool, true = keep; key_lengths [B];
--- return_lse (true)
+--   "mod" or "block"; merge "mean", "sum", "lse" or "lse_detach"; causal, dedup (false); align "start" or
+--   "end"; window; scale (1/sqrt(D)); dropout (0), training (true); key_padding [B, M] bool, true = keep;
+--   key_lengths [B]; return_lse (true)
 -- @treturn Tensor out [B, N, H, D]; rows without a key are 0
--- @treturn Tensor lse [B, N, H] f32 (f64 for f64), natural logarithm; -inf for rows without a key; not with
---   return_lse = false
+-- @treturn Tensor lse [B, N, H] f32 (f64 for f64), natural logarithm; -inf for rows without a key; absent
+--   with return_lse = false
 -- Source: LongNet, arXiv 2307.02486, eq. 6 to 15.
 function attention.attend(q, k, v, options)
-  if type(options) ~= "table" then fail(OP, "options must be a table with segments and dilations, got %s",
-    show(options)) end
+  if type(options) ~= "table" then
+    fail(OP, "options must be a table with segments and dilations, got %s", show(options))
+  end
   refuse_unknown(options)
   local o = complete(schema.options(OP, options, FUNCTIONAL))
   return apply(o, pattern_key(o), q, k, v, o)
@@ -264,26 +263,32 @@ ops.define(attend_op)
 
 -- ---- what a plan is --------------------------------------------------------------------------------
 
-local SIZES = { batch = { type = "integer", min = 1, default = 1 }, n = { type = "integer", min = 1,
-  required = true },
-                m = { type = "integer", min = 1 }, heads = { type = "integer", min = 1, required = true },
-                kv_heads = { type = "integer", min = 1 }, head_dim = { type = "integer", min = 1,
-                default = 64 } }
+local SIZES = {
+  batch = { type = "integer", min = 1, default = 1 },
+  n = { type = "integer", min = 1, required = true },
+  m = { type = "integer", min = 1 },
+  heads = { type = "integer", min = 1, required = true },
+  kv_heads = { type = "integer", min = 1 },
+  head_dim = { type = "integer", min = 1, default = 64 },
+}
 
 local function info_of(plan)
   local raw = ffi.new("lac_plan_info")
   lib.check(C.lac_plan_describe(plan, raw))
-  local info = { pairs = tonumber(raw.pairs), rows = tonumber(raw.rows),
-    flops_forward = tonumber(raw.flops_forward),
-                 flops_backward = tonumber(raw.flops_backward), overlapping = raw.overlapping ~= 0,
-                 workspace_forward = tonumber(raw.bytes_workspace_forward),
-                 workspace_backward = tonumber(raw.bytes_workspace_backward), strips = {} }
+  local info = {
+    pairs = tonumber(raw.pairs), rows = tonumber(raw.rows), overlapping = raw.overlapping ~= 0,
+    flops_forward = tonumber(raw.flops_forward), flops_backward = tonumber(raw.flops_backward),
+    workspace_forward = tonumber(raw.bytes_workspace_forward),
+    workspace_backward = tonumber(raw.bytes_workspace_backward),
+    strips = {},
+  }
   local s = ffi.new("lac_strip")
   for i = 1, raw.strips do
     lib.check(C.lac_plan_strip(plan, i - 1, s))
-    info.strips[i] = { segment = tonumber(s.segment), dilation = tonumber(s.dilation),
-      offset = tonumber(s.offset),
-                       head0 = s.head0, heads = s.heads, branch = s.branch, shared = s.shared ~= 0 }
+    info.strips[i] = {
+      segment = tonumber(s.segment), dilation = tonumber(s.dilation), offset = tonumber(s.offset),
+      head0 = s.head0, heads = s.heads, branch = s.branch, shared = s.shared ~= 0,
+    }
   end
   return info
 end
@@ -297,15 +302,15 @@ end
 -- @tparam table pattern options of lac.attend that shape a plan
 -- @tparam table sizes n, heads; batch (1), m (n), kv_heads (heads), head_dim (64)
 -- @treturn table pairs, rows (per batch item), flops_forward, flops_backward, workspace_forward,
---   workspace_backward (bytes),
--- strips: list of {segment, dilation, offset, head0, heads, branch, shared}, 0-based as in the mathematics
+--   workspace_backward (bytes), overlapping, and strips: a list of {segment, dilation, offset, head0, heads,
+--   branch, shared}, 0-based as in the mathematics
 function attention.plan_info(pattern, sizes)
   if type(pattern) ~= "table" then fail(OP, "the pattern must be a table, got %s", show(pattern)) end
   refuse_unknown(pattern)
   local spec = {}
   for name, rule in pairs(PATTERN_ONLY) do spec[name] = rule end
-  for name,
-    rule in pairs(RUN) do spec[name] = rule end -- run options of a call are welcome; they change no count
+  -- run options of a call are welcome; they change no count
+  for name, rule in pairs(RUN) do spec[name] = rule end
   return info_of((sized_plan(complete(schema.options(OP, pattern, spec)), sizes)))
 end
 
@@ -319,8 +324,8 @@ end
 
 -- ---- the module form -------------------------------------------------------------------------------
 
---- Registry of variants; scripts may add their own: variants:add(name, {doc =, options = spec, build =
--- function(o) ... end}).
+--- Registry of variants. Scripts may add their own:
+-- variants:add(name, {doc =, options = spec, build = function(o) ... end}).
 attention.variants = Registry("attention", "variant")
 
 local Attention = class("Attention", nil, true)
@@ -394,14 +399,15 @@ function Attention:__call(q, k, v, options)
     fail(OP, "q has %d heads, the module has %d: q is %s", tonumber(q.c.shape[2]), o.heads, show(q))
   end
   if k.c.ndim == 4 and k.c.shape[2] ~= o.kv_heads then
-    fail(OP, "k has %d heads, the module has kv_heads = %d: k is %s", tonumber(k.c.shape[2]), o.kv_heads,
-      show(k))
+    fail(OP, "k has %d heads, the module has kv_heads = %d: k is %s",
+         tonumber(k.c.shape[2]), o.kv_heads, show(k))
   end
   local out, lse = apply(self.pattern, self.key, q, k, v, run)
   return out, lse
 end
-lib.frame_name(Attention.__call, function(self) return "attention(" .. tostring(rawget(self, "variant"))
-  .. ")" end)
+lib.frame_name(Attention.__call, function(self)
+  return "attention(" .. tostring(rawget(self, "variant")) .. ")"
+end)
 
 local function big(n)
   for _, unit in ipairs { { 1e15, "P" }, { 1e12, "T" }, { 1e9, "G" }, { 1e6, "M" }, { 1e3, "k" } } do
@@ -445,10 +451,10 @@ function Attention:__tostring()
   local p, o = self.pattern, self.options
   local segments = self.variant == "dense" and "" or (", segments {%s}, dilations {%s}"):format(
     table.concat(p.segments, ", "), table.concat(p.dilations, ", "))
-  return ("attention %s(%d heads%s%s, %s, offset %s, merge %s%s%s)"):format(self.variant, o.heads,
-    o.kv_heads ~= o.heads and (", %d for keys and values"):format(o.kv_heads) or "", segments, p.heads,
-    p.offset, p.merge,
-    p.causal and ", causal" or "", p.window and (", window %d"):format(p.window) or "")
+  return ("attention %s(%d heads%s%s, %s, offset %s, merge %s%s%s)"):format(
+    self.variant, o.heads, o.kv_heads ~= o.heads and (", %d for keys and values"):format(o.kv_heads) or "",
+    segments, p.heads, p.offset, p.merge, p.causal and ", causal" or "",
+    p.window and (", window %d"):format(p.window) or "")
 end
 
 require("lacuna.attention.variants")(attention.variants)
@@ -459,6 +465,7 @@ return setmetatable(attention, {
     fail("attention", "there is no lac.attention.%s, did you mean '%s'?", tostring(name),
          schema.nearest(tostring(name), schema.keys(attention)) or "attend")
   end,
-  __tostring = function() return "lac.attention{variant = ...}: " .. table.concat(attention.variants:names(),
-  ", ") end,
+  __tostring = function()
+    return "lac.attention{variant = ...}: " .. table.concat(attention.variants:names(), ", ")
+  end,
 })

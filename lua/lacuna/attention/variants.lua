@@ -16,8 +16,7 @@ local function fixed(name, o, settings)
   for key, value in pairs(settings) do
     if o[key] ~= nil and o[key] ~= value then
       schema.fail("attention", "variant '%s' has %s = '%s', got %s; lac.attend takes every combination",
-        name, key, value,
-                  schema.show(o[key]))
+                  name, key, value, schema.show(o[key]))
     end
   end
 end
@@ -39,30 +38,36 @@ local function split(name)
 end
 
 return function(registry)
-  registry:add("dense", { doc = "every position attends to every other (one branch over the whole sequence)",
+  registry:add("dense", {
+    doc = "every position attends to every other (one branch over the whole sequence)",
     build = function(o)
       for _, key in ipairs { "segments", "dilations", "offset", "merge" } do
-        if o[key] ~= nil then schema.fail("attention", "variant 'dense' takes no %s, got %s", key,
-          schema.show(o[key])) end
+        if o[key] ~= nil then
+          schema.fail("attention", "variant 'dense' takes no %s, got %s", key, schema.show(o[key]))
+        end
       end
       -- a segment longer than any sequence is one segment
       return { segments = { 2 ^ 40 }, dilations = { 1 }, heads = "all", offset = "mod", merge = "lse" }
-    end })
+    end,
+  })
 
-  registry:add("dilated",
-    { doc = "heads split over the branches, offset by branch, outputs averaged (DilatedAttention)",
-                            build = split("dilated") })
+  registry:add("dilated", {
+    doc = "heads split over the branches, offset by branch, outputs averaged (DilatedAttention)",
+    build = split("dilated"),
+  })
 
-  registry:add("improved",
-    { doc = "the mathematics of 'dilated' (ImprovedDilatedAttention); one fused kernel family runs both",
-                             build = split("improved") })
+  registry:add("improved", {
+    doc = "the mathematics of 'dilated' (ImprovedDilatedAttention); one fused kernel family runs both",
+    build = split("improved"),
+  })
 
-  registry:add("longnet",
-    { doc = "every head in every branch, offset by head, one softmax over all branches (LongNet, eq. 9-15)",
+  registry:add("longnet", {
+    doc = "every head in every branch, offset by head, one softmax over all branches (LongNet, eq. 9-15)",
     build = function(o)
       if o.merge ~= "lse_detach" then fixed("longnet", o, { merge = "lse" }) end
       local segments, dilations = branches("longnet", o)
       return { segments = segments, dilations = dilations, heads = "all", offset = o.offset or "mod",
-        merge = o.merge or "lse" }
-    end })
+               merge = o.merge or "lse" }
+    end,
+  })
 end
