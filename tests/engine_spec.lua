@@ -1557,12 +1557,14 @@ describe("engine errors:", function()
   end)
 
   it("an interrupt stops long work and nothing else", function()
-    local x = d.empty("f32", { 1500, 1500 })
+    local x, threads = d.empty("f32", { 1500, 1500 }), C.lac_threads(0)
     call("fill", x, 1)
+    C.lac_threads(2) -- with many threads each has one piece, and a piece that has begun is finished
     C.lac_interrupt(1)
     local ok, message = pcall(op, "map1", C.lac_map_id(1, "exp"), x)
     local small = { pcall(op, "map1", C.lac_map_id(1, "exp"), f(3)) }
     C.lac_interrupt(0)
+    C.lac_threads(threads)
     assert.is_false(ok)
     assert.is_truthy(message:find("interrupted: "))
     assert.is_true(small[1], tostring(small[2]))
