@@ -56,7 +56,7 @@ end
 local function start(arguments, environment)
   local in_read, in_write = unistd.pipe()
   local out_read, out_write = unistd.pipe()
-  local pid = unistd.fork()
+  local pid = assert(unistd.fork())
   if pid == 0 then
     unistd.dup2(in_read, 0)
     unistd.dup2(out_write, 1)
@@ -75,6 +75,8 @@ end
 local function start_terminal(arguments, environment)
   local master = ffi.new("int[1]")
   local pid = ffi.C.forkpty(master, nil, nil, nil)
+  -- never go on with -1: to kill() it means every process there is
+  assert(pid >= 0, "no pseudo-terminal: is /dev/pts mounted?")
   if pid == 0 then become(arguments, environment) end
   local child = setmetatable({ pid = pid, fd = master[0], fd_in = master[0], text = "" }, Child)
   children[pid] = child
