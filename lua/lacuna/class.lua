@@ -41,6 +41,10 @@ end
 -- @tparam[opt] boolean strict raise on reading an unknown field
 -- @treturn table the class: call it to make an instance; define `init`, methods and metamethods in it
 return function(name, parent, strict)
+  if type(name) ~= "string" then lib.fail("class: name must be a string, got a %s", type(name)) end
+  if parent ~= nil and not (type(parent) == "table" and rawget(parent, "__name")) then
+    lib.fail("class: the parent of %s must be a class, got a %s", name, type(parent))
+  end
   local cls = { __name = name, __parent = parent }
   if strict then
     cls.__index = function(object, key)

@@ -217,24 +217,6 @@ function create.bernoulli(...)
   return finish("bernoulli", random(t, C.LAC_BERNOULLI, options.p, 0), options)
 end
 
---- A random permutation of 0 .. n-1 (i64), by sorting keys of the random stream on the host.
-function create.randperm(n, options)
-  schema.check("randperm", "n", n, { type = "integer", min = 0 })
-  options = schema.options("randperm", options, RANDOM)
-  local t = tensor.empty(device.dtype("randperm", options.dtype or "i64"), C.LAC_CPU, { n }, 1)
-  if n == 0 then return t end
-  local keys = random(tensor.empty(C.LAC_F64, C.LAC_CPU, { n }, 1), C.LAC_UNIFORM, 0, 1)
-  local p, order = tensor.pointer(keys), {}
-  local key = {}
-  for i = 1, n do order[i], key[i] = i - 1, p[i - 1] end
-  table.sort(order, function(a, b)
-    local x, y = key[a + 1], key[b + 1]
-    if x ~= y then return x < y end
-    return a < b
-  end)
-  return create.tensor(order, { dtype = options.dtype or "i64", device = options.device })
-end
-
 --- Evenly spaced numbers: {stop}, {start, stop} or {start, stop, step}, the stop excluded; options dtype,
 -- device, grad. lac.arange{4} is 0 1 2 3. The dtype is the default dtype unless given.
 function create.arange(...)
@@ -251,28 +233,6 @@ function create.arange(...)
   local t = allocate("arange", { n }, options)
   lib.call(C.lac_arange, t.c, start, step)
   return finish("arange", t, options)
-end
-
-local LINSPACE = with_common { steps = { type = "integer", min = 1 } }
-
---- steps numbers from start to stop, both included: lac.linspace{0, 1, steps = 5}.
-function create.linspace(...)
-  local list, options = split("linspace", LINSPACE, ...)
-  if #list == 3 and not options.steps then options.steps = list[3] end
-  local steps = options.steps
-  schema.check("linspace", "steps", steps == nil and false or steps, { type = "integer", min = 1 })
-  if #list < 2 then fail("linspace", "takes {start, stop, steps = n}, got %d numbers", #list) end
-  local start, stop, n = list[1], list[2], options.steps
-  schema.check("linspace", "start", start, { type = "number" })
-  schema.check("linspace", "stop", stop, { type = "number" })
-  local values = {}
-  for i = 0, n - 1 do
-    -- from the nearer end, so that the last is stop exactly
-    local w = n > 1 and i / (n - 1) or 0
-    values[i + 1] = w < 0.5 and start + (stop - start) * w or stop - (stop - start) * (1 - w)
-  end
-  if n == 1 then values[1] = start end
-  return create.tensor(values, { dtype = options.dtype, device = options.device, grad = options.grad })
 end
 
 --- The identity: lac.eye{3} or lac.eye{3, 4}.
@@ -365,12 +325,12 @@ end
 local RANGE = { [C.LAC_I32] = { -2 ^ 31, 2 ^ 31 - 1 }, [C.LAC_U8] = { 0, 255 },
                 [C.LAC_I64] = { -2 ^ 63, 2 ^ 63 - 1024 } }
 
-local function check_element(code, v, i)
+local function check_element(op, code, v, i)
   if type(v) == "cdata" then return end
   if type(v) == "boolean" then v = v and 1 or 0 end
   local range = RANGE[code]
   if range and (v ~= math.floor(v) or v < range[1] or v > range[2]) then
-    fail("tensor", "element %d does not fit dtype '%s': %s", i, device.dtype_name[code], show(v))
+    fail(op, "element %d does not fit dtype '%s': %s", i, device.dtype_name[code], show(v))
   end
 end
 
@@ -395,7 +355,7 @@ local function from_flat(flat, sizes, code, dev)
     local p = tensor.pointer(t)
     for i = 1, #flat do
       local v = flat[i]
-      check_element(code, v, i)
+      check_element("tensor", code, v, i)
       if type(v) == "boolean" then v = v and 1 or 0 end
       if code == C.LAC_BOOL then v = v ~= 0 and 1 or 0 end
       if type(v) == "cdata" and not tonumber(v) then
@@ -406,6 +366,55 @@ local function from_flat(flat, sizes, code, dev)
   end
   if half then t = tensor.cast(t, code) end
   return place(t, dev)
+end
+
+-- ---- made on the host -----------------------------------------------------------------------------
+
+--- A random permutation of 0 .. n-1 (i64 unless told): Fisher and Yates's shuffle, by the random stream.
+function create.randperm(n, options)
+  schema.check("randperm", "n", n, { type = "integer", min = 0 })
+  options = schema.options("randperm", options, RANDOM)
+  local code = device.dtype("randperm", options.dtype or "i64")
+  local t = tensor.empty(C.LAC_I64, C.LAC_CPU, { n }, 1)
+  local draws = random(tensor.empty(C.LAC_F64, C.LAC_CPU, { n }, 1), C.LAC_UNIFORM, 0, 1)
+  if n > 0 then
+    check_element("randperm", code, n - 1, n)
+    local p, u = tensor.pointer(t), tensor.pointer(draws)
+    for i = 0, n - 1 do p[i] = i end
+    for i = n - 1, 1, -1 do
+      local j = math.floor(u[i] * (i + 1))
+      p[i], p[j] = p[j], p[i]
+    end
+  end
+  if code ~= C.LAC_I64 then t = tensor.cast(t, code) end
+  return finish("randperm", place(t, device.code("randperm", options.device)), options)
+end
+
+local LINSPACE = with_common { steps = { type = "integer", min = 1 } }
+
+--- steps numbers from start to stop, both included: lac.linspace{0, 1, steps = 5}.
+function create.linspace(...)
+  local list, options = split("linspace", LINSPACE, ...)
+  if #list == 3 and not options.steps then options.steps = list[3] end
+  local n = options.steps
+  schema.check("linspace", "steps", n == nil and false or n, LINSPACE.steps)
+  if #list < 2 then fail("linspace", "takes {start, stop, steps = n}, got %d numbers", #list) end
+  local start, stop = list[1], list[2]
+  schema.check("linspace", "start", start, { type = "number" })
+  schema.check("linspace", "stop", stop, { type = "number" })
+  local code = device.dtype("linspace", options.dtype)
+  local t = tensor.empty(C.LAC_F64, C.LAC_CPU, { n }, 1)
+  local p = tensor.pointer(t)
+  for i = 0, n - 1 do
+    -- from the nearer end, so that the last is stop exactly
+    local w = i / math.max(n - 1, 1)
+    local v = start
+    if i > 0 then v = w < 0.5 and start + (stop - start) * w or stop - (stop - start) * (1 - w) end
+    check_element("linspace", code, v, i + 1)
+    p[i] = v
+  end
+  t = place(code == C.LAC_F64 and t or tensor.cast(t, code), device.code("linspace", options.device))
+  return finish("linspace", t, options)
 end
 
 local CTYPES = { { "double", C.LAC_F64 }, { "float", C.LAC_F32 }, { "int64_t", C.LAC_I64 },

@@ -1641,7 +1641,7 @@ function fn.allclose(a, b, options)
   if not same_shape(a, b) then fail("allclose", "shapes differ: a is %s, b is %s", show(a), show(b)) end
   local x, y = tensor.flat_list(a), tensor.flat_list(b)
   for i = 1, #x do
-    local p, q = x[i], y[i]
+    local p, q = as_number(x[i]), as_number(y[i])
     local close = math.abs(p - q) <= o.atol + o.rtol * math.abs(q) -- false for NaN
     if p ~= q and not close then return false end
   end
