@@ -14,7 +14,7 @@ local cases = require "support.cases"
 -- plain generator, so that inputs do not depend on the engine
 local state = 12345
 local function uniform()
-  state = (state * 1103515245 + 12345) % 2147483648
+  state = state * 16807 % 2147483647
   return state / 2147483648
 end
 local function normal()

@@ -434,7 +434,7 @@ describe("garbage arguments", function()
 
   local state = 1
   local function pick()
-    state = (state * 1103515245 + 12345) % 2147483648
+    state = state * 16807 % 2147483647
     local i = math.floor(state / 65536) % (#garbage + 1)
     return garbage[i] -- nil for 0
   end
