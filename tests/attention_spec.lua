@@ -256,11 +256,20 @@ describe("lac.attention", function()
     assert.are.equal("attention longnet(2 heads, segments {4, 8}, dilations {1, 2}, all, offset mod, "
       .. "merge lse, causal)", tostring(attn))
     local text = attn:explain(8)
-    for _, pattern in ipairs { "branch +segment +dilation", "rows covered +100.0%%", "pairs +60 pairs",
-      "FLOPs", "workspace" } do
-      assert.matches(pattern, text) -- pairs per head: branch 1: 2 (1+2+3+4) = 20, branch 2: 1+2+3+4 = 10
+    -- pairs per head: branch 1: 2 (1+2+3+4) = 20, branch 2: 1+2+3+4 = 10; dense causal: 36 per head.
+    -- q, k, v, out: 8 x 2 x 64 x 4 bytes each; lse: 8 x 2 x 4; 4 D FLOPs a pair
+    for _, text_of in ipairs { "branch +segment +dilation", "\n  1 +4 +1 +0  1 to 2", "\n  2 +8 +2 +0  1;",
+                               "\n  2 +8 +2 +1  2;", "rows covered +100.0%%",
+                               "pairs +60 per batch item, 83.33%% of dense causal",
+                               "forward +15,360 FLOP, at least 16.1 KiB moved: 0.9 FLOP per byte",
+                               "backward .* at least 32.1 KiB moved", "workspace" } do
+      assert.matches(text_of, text)
     end
+    assert.matches("forward +15,360 FLOP, at least 8.1 KiB moved", attn:explain(8, { dtype = "bf16" }))
+    local cross = lac.attention { variant = "dense", heads = 1, causal = true, align = "end" }
+    assert.matches("9 per batch item, 100.00%% of dense causal", cross:explain(2, { m = 5 })) -- 4 + 5
     refused("n must be positive, got 0", attn.explain, attn, 0)
+    refused("dtype must be f64, f32, f16 or bf16, got 'i64'", attn.explain, attn, 8, { dtype = "i64" })
   end)
 
   it("counts what a pattern costs", function()

@@ -20,6 +20,8 @@ local Registry = require "lacuna.registry"
 local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
 local ops = require "lacuna.ops"
+local device = require "lacuna.device"
+local explain = require "lacuna.attention.explain"
 
 local ffi, C = lib.ffi, lib.C
 local fail, show = schema.fail, schema.show
@@ -409,42 +411,27 @@ lib.frame_name(Attention.__call, function(self)
   return "attention(" .. tostring(rawget(self, "variant")) .. ")"
 end)
 
-local function big(n)
-  for _, unit in ipairs { { 1e15, "P" }, { 1e12, "T" }, { 1e9, "G" }, { 1e6, "M" }, { 1e3, "k" } } do
-    if n >= unit[1] then return ("%.2f %s"):format(n / unit[1], unit[2]) end
-  end
-  return ("%d "):format(n)
-end
-
---- What the plan does at a length: strips, coverage, FLOPs, working memory.
--- @tparam integer n positions @tparam[opt] table sizes batch (1), m (n), head_dim (64)
+--- What the plan does at a length: strips, coverage, pairs, FLOPs, bytes moved, working memory.
+-- @tparam integer n positions
+-- @tparam[opt] table sizes batch (1), m (n), head_dim (64), dtype (the default dtype)
 -- @treturn string
 function Attention:explain(n, sizes)
-  schema.check(OP, "n", n == nil and false or n, { type = "integer", min = 1 })
-  local z = schema.options(OP, sizes, { batch = SIZES.batch, m = SIZES.m, head_dim = SIZES.head_dim })
+  schema.check(OP, "n", n == nil and false or n, SIZES.n)
+  local z = schema.options(OP, sizes, { batch = SIZES.batch, m = SIZES.m, head_dim = SIZES.head_dim,
+                                        dtype = { type = "string" } })
+  local dtype = device.dtype(OP, z.dtype)
+  if not device.is_float(dtype) then
+    fail(OP, "dtype must be f64, f32, f16 or bf16, got '%s'", z.dtype)
+  end
   local o, m = self.options, z.m or n
   local plan = plan_for(self.pattern, self.key, z.batch, n, m, o.heads, o.kv_heads, z.head_dim)
-  local info = info_of(plan)
-  local lines = { ("%s at N = %d%s, batch %d, head_dim %d"):format(tostring(self), n, m ~= n
-    and (", M = %d"):format(m) or "",
-                                                                   z.batch, z.head_dim),
-                  ("  %-7s %9s %9s %7s  %s"):format("branch", "segment", "dilation", "offset", "heads") }
-  for _, s in ipairs(info.strips) do
-    lines[#lines + 1] = ("  %-7d %9d %9d %7d  %d to %d%s"):format(s.branch + 1, math.min(s.segment,
-      math.max(n, m)), s.dilation,
-                                                                   s.offset, s.head0 + 1, s.head0 + s.heads,
-      s.shared and ", rows shared with other strips" or "")
-  end
-  local dense = o.heads * n * m
-  if self.pattern.causal and n == m then dense = o.heads * n * (n + 1) / 2 end
-  lines[#lines + 1] = ("  rows covered   %.1f%% of (position, head)"):format(100 * info.rows / (n * o.heads))
-  lines[#lines + 1] = ("  pairs          %spairs per batch item, %.2f%% of dense%s"):format(big(info.pairs),
-    100 * info.pairs / dense, self.pattern.causal and " causal" or "")
-  lines[#lines + 1] = ("  FLOPs          forward %sFLOP, backward %sFLOP"):format(big(info.flops_forward),
-                                                                                big(info.flops_backward))
-  lines[#lines + 1] = ("  workspace      forward %s, backward %s"):format(
-    lib.bytes_text(info.workspace_forward), lib.bytes_text(info.workspace_backward))
-  return table.concat(lines, "\n")
+  local title = ("%s at N = %d%s, batch %d, head_dim %d, %s"):format(
+    tostring(self), n, m ~= n and (", M = %d"):format(m) or "", z.batch, z.head_dim,
+    device.dtype_name[dtype])
+  return explain(title, info_of(plan), self.pattern, {
+    batch = z.batch, n = n, m = m, heads = o.heads, kv_heads = o.kv_heads, head_dim = z.head_dim,
+    element = device.dtype_size[dtype], lse = dtype == C.LAC_F64 and 8 or 4,
+  })
 end
 
 function Attention:__tostring()
