@@ -109,6 +109,17 @@ describe("backward", function()
     assert.are.equal(6, x.grad:item())
   end)
 
+  it("gives a zero vector's norm the gradient zero", function()
+    for _, p in ipairs { 1, 2, 3 } do
+      local x = leaf { 0, 0 }
+      x:norm(p):backward()
+      assert.are.same({ 0, 0 }, x.grad:totable())
+    end
+    local x = leaf { { 0, 0 }, { 0, -2 } }
+    x:norm(2, 2):sum():backward()
+    assert.are.same({ { 0, 0 }, { 0, -1 } }, x.grad:totable())
+  end)
+
   it("refuses what makes no sense", function()
     local x = leaf { 1, 2 }
     refused("has more than one element", (x * 2).backward, x * 2)
@@ -142,6 +153,18 @@ describe("in-place changes", function()
     local z = x:exp()
     lac.no_grad(function() z:detach():zero_() end)
     refused("exp needs its result as it was", z.backward, z, lac.ones { 2, dtype = "f64" })
+  end)
+
+  it("of targets are detected", function()
+    local logits, target = leaf { { 1, 2, 3 } }, lac.tensor({ 0 }, { dtype = "i64" })
+    local loss = lac.cross_entropy(logits, target)
+    target:fill_(2)
+    refused("cross_entropy needs a tensor it saved", loss.backward, loss)
+    local w, x = leaf { { 1, 2, 3 }, { 4, 5, 6 } }, leaf { { 1, 2, 3 } }
+    target:fill_(0)
+    loss = lac.linear_cross_entropy(x, w, nil, target)
+    target:fill_(1)
+    refused("linear_cross_entropy needs a tensor it saved", loss.backward, loss)
   end)
 
   it("of tensors that no rule reads are allowed", function()
@@ -279,6 +302,22 @@ describe("operators in Lua", function()
     local _, second = both(3, a, b) -- only the second output is used
     second:sum():backward()
     assert.are.same({ 1, 1, 1 }, a.grad:totable())
+  end)
+
+  it("may hand an input back, or one tensor twice", function()
+    local second = lac.custom_op { name = "second", forward = function(_, _, b) return b end,
+                                   backward = function(_, g) return nil, g * 5 end }
+    local a, b = leaf { 1 }, lac.ones { 1, dtype = "f64" }
+    local out = second(a, b)
+    assert.is_true(out.requires_grad)
+    assert.is_false(b.requires_grad) -- the caller's constant stays a constant
+    local twice = lac.custom_op { name = "twice", forward = function(_, x)
+      local y = x * 1
+      return y, y
+    end, backward = function(_, g, h) return g * 2 + h * 3 end }
+    local u, v = twice(a);
+    (u * 10 + v):sum():backward()
+    assert.are.same({ 23 }, a.grad:totable())
   end)
 
   it("notice changed saved tensors and wrong gradients", function()

@@ -35,7 +35,7 @@ local function stale(op, letter, t)
   local names = { a = "its first input", b = "its second input", c = "its third input",
                   d = "its fourth input", o = "its result", s = "a tensor it saved" }
   fail("backward", "%s needs %s as it was in the forward pass, but %s was changed in place since then; "
-    .. "change a clone(), or do it after backward", op.name, names[letter], show(t))
+    .. "change a clone(), or do it after backward", op.public or op.name, names[letter], show(t))
 end
 
 local function check_versions(node)
@@ -511,8 +511,14 @@ function grad.custom_op(definition)
     for i = 1, count do expect(o.name, ("result %d of forward"):format(i), outputs[i]) end
     if count == 0 then fail(o.name, "forward must return a tensor, it returned nothing") end
     if not wanted then return ... end
-    for i = 1, count do -- an input handed back would close a circle in the graph
-      if outputs[i].requires_grad or outputs[i].node then outputs[i] = tensor.alias(outputs[i]) end
+    -- the node is written into the outputs, so each must be a tensor of its own: not an input (that would
+    -- close a circle, or make the user's constant require a gradient) and not the same one twice
+    local taken = {}
+    for i = 1, #inputs do taken[inputs[i]] = true end
+    for i = 1, count do
+      local out = outputs[i]
+      if taken[out] or out.requires_grad or out.node then outputs[i] = tensor.alias(out) end
+      taken[outputs[i]] = true
     end
     ctx.count = count
     local node = ops.record(record, outputs[1])

@@ -134,6 +134,11 @@ local function scalar_like(value, t)
   return out
 end
 
+-- a tensor that a rule reads and that is no input of the node: changes of it are detected
+local function remember(node, t)
+  node.saved, node.saved_versions = { t }, { t.root.version }
+end
+
 local function zeros_like(t)
   local z = tensor.empty_like(t)
   call(C.lac_fill, z.c, 0)
@@ -706,9 +711,7 @@ function tensor.get(x, key)
   if is(key) then
     if key.c.dtype == C.LAC_BOOL then
       check_mask(x, key)
-      local sizes, rest = { -1 }, shape(x)
-      local lead = numel(key)
-      sizes[1] = lead
+      local sizes, rest = { numel(key) }, shape(x)
       for i = key.c.ndim + 1, #rest do sizes[#sizes + 1] = rest[i] end
       return fn.index_select(fn.reshape(x, sizes), 1, true_positions(key))
     end
@@ -721,6 +724,13 @@ end
 
 local function writable(op, t, source)
   if not is(t) then receiver(op, t) end
+  local c = t.c
+  for i = 0, c.ndim - 1 do
+    if c.stride[i] == 0 and c.shape[i] > 1 then
+      fail(op, "%s is an expanded view, several of its elements share memory; make it contiguous() first",
+           show(t))
+    end
+  end
   if tape.enabled then
     if t.requires_grad then
       fail(op, "%s requires a gradient, so it cannot be changed in place while gradients are recorded; "
@@ -1038,7 +1048,7 @@ end }
 
 --- Variance over dim (all unless given); correction 1 divides by n - 1.
 define { name = "var", composite = true, forward = function(x, dim, keepdim, correction)
-  local mask, keep = reduced("var", x, dim, keepdim)
+  local _, keep = reduced("var", x, dim, keepdim)
   correction = correction == nil and 1 or correction
   if type(correction) ~= "number" then
     fail("var", "correction must be a number, got %s", show(correction))
@@ -1047,7 +1057,7 @@ define { name = "var", composite = true, forward = function(x, dim, keepdim, cor
   local mean = fn.mean(x, dim, true)
   local total = fn.sum(fn.square(x - mean), dim, keep)
   local count = numel(x) / math.max(1, numel(mean))
-  return mask and total / (count - correction)
+  return total / (count - correction)
 end }
 
 --- Standard deviation; arguments as for var.
@@ -1056,7 +1066,15 @@ define { name = "std", composite = true, forward = function(x, dim, keepdim, cor
   return fn.sqrt(fn.var(x, dim, keepdim, correction))
 end }
 
---- The p-norm (2 unless given; math.huge is the largest magnitude) over dim.
+-- total ^ (1 / p), whose gradient at 0 is 0 and not infinite
+local function root(total, p)
+  local zero = fn.eq(total, 0)
+  local safe = fn.where(zero, 1, total)
+  return fn.where(zero, 0, p == 2 and fn.sqrt(safe) or fn.pow(safe, 1 / p))
+end
+
+--- The p-norm (2 unless given; math.huge is the largest magnitude) over dim. The gradient of a zero vector is
+-- zero, one of the subgradients.
 define { name = "norm", composite = true, forward = function(x, p, dim, keepdim)
   expect("norm", "x", x)
   p = p == nil and 2 or p
@@ -1065,8 +1083,8 @@ define { name = "norm", composite = true, forward = function(x, p, dim, keepdim)
   end
   if p == math.huge then return fn.max(fn.abs(x), dim, keepdim) end
   if p == 1 then return fn.sum(fn.abs(x), dim, keepdim) end
-  if p == 2 then return fn.sqrt(fn.sum(fn.square(x), dim, keepdim)) end
-  return fn.sum(fn.abs(x) ^ p, dim, keepdim) ^ (1 / p)
+  if p == 2 then return root(fn.sum(fn.square(x), dim, keepdim), 2) end
+  return root(fn.sum(fn.abs(x) ^ p, dim, keepdim), p)
 end }
 
 -- ---- matrix products ----------------------------------------------------------------------------
@@ -1203,7 +1221,8 @@ define(layernorm_op)
 
 -- ---- losses -------------------------------------------------------------------------------------
 
-local rows_ce = { name = "cross_entropy_rows", saves = "a", method = false, internal = true }
+local rows_ce = { name = "cross_entropy_rows", public = "cross_entropy", saves = "a", method = false,
+                  internal = true }
 function rows_ce.forward(logits, target, ignore)
   local c, lse = new(), new()
   call(C.lac_cross_entropy, logits.c, target.c, ignore, c, lse)
@@ -1211,6 +1230,7 @@ function rows_ce.forward(logits, target, ignore)
   lse = adopt(lse)
   if wants(logits) then
     local node = record(rows_ce, out, logits)
+    remember(node, target)
     node.target, node.ignore, node.lse = target, ignore, lse
   end
   return out
@@ -1261,7 +1281,8 @@ define { name = "cross_entropy", composite = true, forward = function(logits, ta
   return reduce_loss(rows_ce.forward(x, flat, o.ignore_index), target, o)
 end }
 
-local rows_lce = { name = "linear_cross_entropy_rows", saves = "abc", method = false, internal = true }
+local rows_lce = { name = "linear_cross_entropy_rows", public = "linear_cross_entropy", saves = "abc",
+                   method = false, internal = true }
 function rows_lce.forward(x, w, bias, target, ignore, chunk)
   local c, lse = new(), new()
   call(C.lac_linear_cross_entropy, x.c, w.c, bias and bias.c or nil, target.c, ignore, chunk, c, lse)
@@ -1269,6 +1290,7 @@ function rows_lce.forward(x, w, bias, target, ignore, chunk)
   lse = adopt(lse)
   if wants(x, w, bias) then
     local node = record(rows_lce, out, x, w, bias)
+    remember(node, target)
     node.target, node.ignore, node.chunk, node.lse = target, ignore, chunk, lse
   end
   return out
