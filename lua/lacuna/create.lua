@@ -68,8 +68,13 @@ local function split(op, spec, ...)
   local list, options = {}, {}
   local last = count
   local function take_options(t)
+    local n = #t
     for k, v in pairs(t) do
-      if type(k) ~= "number" then options[k] = v end
+      if type(k) ~= "number" then
+        options[k] = v
+      elseif k < 1 or k > n or k ~= math.floor(k) then
+        fail(op, "sizes must be a plain list, it has the key [%s]", show(k))
+      end
     end
   end
   local first = ...
