@@ -207,8 +207,10 @@ local function map2_scalar(op, id, differentiable, x, y, swapped)
   local out = adopt(c)
   if differentiable and x.requires_grad and tape.enabled then
     out.requires_grad = true
-    out.node = { op = op, a = x, b = false, o = out, va = x.root.version, vb = 0, g = false, n = 0, k = y,
-                 swapped = swapped }
+    -- the number sits in vb, where a second input's version would be, and the order in the record: two fields
+    -- more would double the node's size
+    out.node = { op = swapped == 0 and op or op.swapped, a = x, b = false, o = out, va = x.root.version,
+                 vb = y, g = false, n = 0 }
   end
   return out
 end
@@ -255,7 +257,7 @@ local function define_map2(name, id)
       local a, b = node.a, node.b
       if not b then
         local c = ctensor()
-        call(C.lac_map2_scalar_bwd, id, a.c, node.k, node.swapped, g.c, c)
+        call(C.lac_map2_scalar_bwd, id, a.c, node.vb, node.op == op and 0 or 1, g.c, c)
         return adopt(c)
       end
       local ga, gb
@@ -273,7 +275,7 @@ local function define_map2(name, id)
     end
   end
   define(op)
-  return op
+  op.swapped = setmetatable({}, { __index = op }) -- the same operator on (number, tensor)
 end
 
 local map_id = {} -- engine id of a binary function by its engine name
@@ -304,7 +306,7 @@ end
 ops.table.sub.backward = function(node, g)
   local a, b = node.a, node.b
   if not b then
-    if node.swapped == 0 then return g end
+    if node.op == ops.table.sub then return g end
     return raw_map1(map_id["1neg"], g)
   end
   return a.requires_grad and sum_to(g, a) or nil,
