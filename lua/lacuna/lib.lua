@@ -53,9 +53,9 @@ local function find_library()
     .. table.concat(tried, "\n  "), 0)
 end
 
--- OpenMP's threads wait for the next loop by spinning, by default for milliseconds. Beside one other busy process
--- that makes two threads slower than one; not spinning at all costs about a tenth on an idle machine. A short
--- spin keeps nearly all of both. Read once by libgomp when it loads; a setting of the user stands.
+-- OpenMP's threads wait for the next loop by spinning, by default for milliseconds. Beside one other busy
+-- process that makes two threads slower than one; not spinning at all costs about a tenth on an idle machine.
+-- A short spin keeps nearly all of both. Read once by libgomp when it loads; a setting of the user stands.
 local function calm_threads()
   if os.getenv("OMP_WAIT_POLICY") or os.getenv("GOMP_SPINCOUNT") then return end
   pcall(ffi.cdef, "int setenv(const char *name, const char *value, int overwrite);")
