@@ -127,6 +127,17 @@ lint: ## luacheck, format of the C and CUDA sources, every translation unit with
 	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh tests/support/*.c)
 	@$(MAKE) --no-print-directory -j$$(nproc) WERROR=-Werror $(OBJECTS) $(COMMAND)
 
+# Lua itself is not instrumented: the sanitizers' runtimes are preloaded, and leaks are the pool's own count. Specs of
+# the command and of experiments start processes of their own and are left out.
+SANITIZED := $(filter-out tests/command_spec.lua tests/experiments_spec.lua tests/readme_spec.lua,$(wildcard tests/*_spec.lua))
+.PHONY: asan
+asan: ## the specs of the engine and the library under AddressSanitizer and UBSan
+	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=$(BUILD)/asan CFLAGS="-O1 -g -fno-omit-frame-pointer" \
+	  EXTRA="-fsanitize=address,undefined -fno-sanitize-recover=undefined" $(BUILD)/asan/lib/liblacuna.so
+	for spec in $(SANITIZED); do \
+	  LACUNA_LIBRARY=$(BUILD)/asan/lib/liblacuna.so ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" $(BUSTED) $$spec || exit 1; done
+
 .PHONY: deps
 deps: ## install the Debian packages that building, testing and the demo need (root or sudo)
 	@missing=""; for p in $(PACKAGES); do \

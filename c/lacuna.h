@@ -191,7 +191,9 @@ typedef struct lac_plan_info {
      * branch needs a delta of its own (mean, sum, lse_detach with several branches on every head) */
     double flops_forward, flops_backward;
     /* on the CPU with one thread and f16 or bf16 tensors; f32 and f64 accumulate in the results themselves */
-    int64_t bytes_workspace_forward, bytes_workspace_backward, references;
+    int64_t bytes_workspace_forward, bytes_workspace_backward;   /* tiles of one CPU thread in f32; twice that in f64 */
+    int64_t bytes_accumulate_forward, bytes_accumulate_backward; /* f32 sums of f16 and bf16 results, whole batch */
+    int64_t references;
 } lac_plan_info;
 /* Run-time arguments. NULL pointers mean "none". q, out [B, N, H, D]; k, v [B, M, Hk, D]; lse [B, N, H] f32 (f64 for f64). */
 typedef struct lac_attn_args {

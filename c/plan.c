@@ -240,14 +240,12 @@ static int count_pairs(lac_plan *p)
     return 0;
 }
 
-/* (row, head) pairs of one head that at least one branch keeps, by marking a window of positions at a time */
-static int64_t head_rows(const lac_plan *p, int32_t head)
+/* positions in [start, end) that at least one branch keeps for this head, by marking a window of them at a time */
+static int64_t rows_between(const lac_plan *p, int32_t head, int64_t start, int64_t end)
 {
     enum { WINDOW = 1 << 15 };
     unsigned char kept[WINDOW];
-    int64_t rows = 0, start = p->shift > 0 ? p->shift : 0, end = p->shift + p->desc.n;
-    for (int g = 0; g < p->desc.branches; g++)
-        if (branch_runs(p, g, head) && p->desc.dilation[g] == 1) return end - start;
+    int64_t rows = 0;
     for (int64_t at = start; at < end; at += WINDOW) {
         int64_t stop = at + WINDOW < end ? at + WINDOW : end;
         memset(kept, 0, sizeof kept);
@@ -263,6 +261,22 @@ static int64_t head_rows(const lac_plan *p, int32_t head)
         for (int64_t i = 0; i < stop - at; i++) rows += kept[i];
     }
     return rows;
+}
+
+/* (row, head) pairs of one head that at least one branch keeps. The pattern repeats with the least common multiple of
+ * the segments, so one period and what is left over at both ends is enough. */
+static int64_t head_rows(const lac_plan *p, int32_t head)
+{
+    int64_t start = p->shift > 0 ? p->shift : 0, end = p->shift + p->desc.n, period = 1;
+    for (int g = 0; g < p->desc.branches; g++) {
+        if (!branch_runs(p, g, head)) continue;
+        if (p->desc.dilation[g] == 1) return end - start;
+        int64_t factor = p->segment[g] / gcd(period, p->segment[g]);
+        if (__builtin_mul_overflow(period, factor, &period) || period > end - start)
+            return rows_between(p, head, start, end);
+    }
+    int64_t periods = (end - start) / period, rest = start + periods * period;
+    return periods * rows_between(p, head, start, start + period) + rows_between(p, head, rest, end);
 }
 
 /* Two heads keep the same rows if their offsets agree in every branch. */
@@ -317,8 +331,10 @@ static void count_workspace(lac_plan *p)
     int64_t backward = padded * (7 * d + 8) + 3 * LAC_ATTN_BKEYS * d + 4 * LAC_ATTN_BROWS * (LAC_ATTN_BKEYS + 16);
     int64_t out = p->desc.batch * p->desc.n * p->desc.heads * p->desc.head_dim;
     int64_t kv = p->desc.batch * p->desc.m * p->desc.kv_heads * p->desc.head_dim;
-    p->info.bytes_workspace_forward = 4 * (forward + (p->forward_phases > 1 ? out : 0));
-    p->info.bytes_workspace_backward = 4 * (backward + out + 2 * kv);
+    p->info.bytes_workspace_forward = 4 * forward;
+    p->info.bytes_workspace_backward = 4 * backward;
+    p->info.bytes_accumulate_forward = p->forward_phases > 1 ? 4 * out : 0;
+    p->info.bytes_accumulate_backward = 4 * (out + 2 * kv);
 }
 
 /* ---- strips and units ---- */

@@ -128,9 +128,10 @@ end
 -- ---- specs ---------------------------------------------------------------------------------------
 
 describe("attention in C", function()
-  local isa, threads
+  local isa, threads, broken
 
   setup(function()
+    broken = C.lac_memory_guard_errors() -- another spec breaks a block on purpose
     isa, threads = ffi.string(C.lac_isa(nil)):match("^%w+"), C.lac_threads(0)
     C.lac_memory_guard(1)
   end)
@@ -397,9 +398,11 @@ describe("attention in C", function()
     local forward, r = peak(function() return direct.forward(c, q, k, v, { dtype = "bf16" }) end)
     local extra = 2 * 2 * 700 * 2 * 24
     -- classes of the pool round up by at most a quarter
-    assert.is_true(forward <= 1.25 * (tonumber(info.bytes_workspace_forward) + io_bytes + extra) + 65536)
+    local planned = tonumber(info.bytes_workspace_forward + info.bytes_accumulate_forward)
+    assert.is_true(forward <= 1.25 * (planned + io_bytes + extra) + 65536)
     local backward = peak(function() return { direct.backward(r, dout) } end)
-    assert.is_true(backward <= 1.25 * (tonumber(info.bytes_workspace_backward) + io_bytes + extra) + 65536)
+    planned = tonumber(info.bytes_workspace_backward + info.bytes_accumulate_backward)
+    assert.is_true(backward <= 1.25 * (planned + io_bytes + extra) + 65536)
     C.lac_memory_guard(1)
     C.lac_threads(threads)
   end)
@@ -480,5 +483,5 @@ describe("attention in C", function()
     assert.equal("attention: lse has 3 heads, the plan has 2 (lse is [1, 8, 3])", message)
   end)
 
-  it("has written outside no block", function() assert.equal(0, C.lac_memory_guard_errors()) end)
+  it("has written outside no block", function() assert.equal(broken, C.lac_memory_guard_errors()) end)
 end)

@@ -1543,6 +1543,8 @@ define { name = "stack", composite = true, method = false, forward = function(li
   return fn.cat(parts, dim)
 end }
 
+local MAX_PARTS = 2 ^ 20 -- tensors in one Lua table: beyond this it is a mistake
+
 --- Views of consecutive parts along dim (1): a size (the last part may be shorter) or a list of sizes that
 -- sum to the dim.
 define { name = "split", composite = true, forward = function(x, size, dim)
@@ -1553,6 +1555,9 @@ define { name = "split", composite = true, forward = function(x, size, dim)
   if type(size) ~= "table" then
     schema.check("split", "size", size == nil and false or size, { type = "integer", min = 1 })
     sizes = {}
+    if total / size > MAX_PARTS then
+      fail("split", "size %d cuts dimension %d of %d into more than %d parts", size, dim, total, MAX_PARTS)
+    end
     for at = 0, total - 1, size do sizes[#sizes + 1] = math.min(size, total - at) end
   end
   local parts, at = {}, 1

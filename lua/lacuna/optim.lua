@@ -37,7 +37,16 @@ local function tail(op, options, extra)
   return schema.options(op, options, spec)
 end
 
-local function progress(step, steps) return math.max(0, math.min(1, step / steps)) end
+local function check_step(step)
+  if type(step) ~= "number" then
+    schema.fail("schedule", "step must be a number, got %s", schema.show(step))
+  end
+end
+
+local function progress(step, steps)
+  check_step(step)
+  return math.max(0, math.min(1, step / steps))
+end
 
 --- Always `factor` (default 1).
 -- @treturn function step -> factor
@@ -76,6 +85,7 @@ function schedule.warmup(warmup, inner)
   inner = inner or schedule.constant()
   schema.check("schedule.warmup", "inner", inner, { type = "function" })
   return function(step)
+    check_step(step)
     if step <= warmup then return step / warmup * inner(0) end
     return inner(step - warmup)
   end
@@ -92,6 +102,9 @@ function optim.groups(model, options)
     weight_decay = { type = "number", min = 0, default = 0.01 },
     decay_embeddings = { type = "boolean", default = false },
   })
+  if type(model) ~= "table" or rawget(model, "_params") == nil then -- what every module has (nn/module.lua)
+    schema.fail("optim.groups", "model must be a module, got %s", schema.show(model))
+  end
   local decay = { names = {}, weight_decay = o.weight_decay }
   local plain = { names = {}, weight_decay = 0 }
   for _, p in ipairs(model:parameter_list()) do

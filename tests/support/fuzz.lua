@@ -41,8 +41,6 @@ local EXCLUDED = {
   data = "data.open and data.bible read files of the system; data.string and data.order2 are called below",
   io = "io.save writes where a path says; it is called below with paths inside a temporary folder",
   optim = "called below with parameters", nn = "called below", attention = "called below",
-  magneto_gain = "nn.magneto_gain is arithmetic on the number of layers and checks nothing",
-  groups = "optim.groups calls methods of whatever it is given",
 }
 
 -- ---- random choices ------------------------------------------------------------------------------
@@ -528,9 +526,10 @@ local function call_optim()
     local names = { "constant", "cosine", "linear", "polynomial", "warmup" }
     local name = one_of(names)
     local s = call("schedule." .. name, lac.optim.schedule[name], some_arguments())
-    if type(s) == "function" then call("schedule", s, one_of(NUMBERS)) end -- the optimizer passes a number
+    if type(s) == "function" then call("schedule", s, chance(80) and one_of(NUMBERS) or argument()) end
     return
   end
+  if chance(20) then call("optim.groups", lac.optim.groups, argument(), some_arguments()) end
   local p = chance(80) and lac.randn { 3, dtype = one_of { "f32", "f64" }, grad = true } or argument()
   local adam = call("optim.adamw", lac.optim.adamw, { p }, chance(50) and { lr = 0.1 } or argument())
   if type(adam) ~= "table" then return end

@@ -1,8 +1,8 @@
 -- output.lua: busted's plain terminal output plus a closing line that people and CI can read.
 --
--- busted ends with "N successes / N failures / N errors / N pending"; a script that wants to know what happened
--- has to parse four words in a sentence. This handler adds one plain line, `N passed, N failed, N skipped`, after
--- everything else, and the list of the slowest spec files, so that a suite that grows slow says where.
+-- busted ends with "N successes / N failures / N errors / N pending"; a script that wants to know what
+-- happened has to parse four words in a sentence. This handler adds one plain line, `N passed, N failed,
+-- N skipped`, after everything else, and the slowest spec files, so that a suite that grows slow says where.
 
 local plain = require "busted.outputHandlers.plainTerminal"
 local gettimeofday = require("posix.sys.time").gettimeofday
@@ -33,7 +33,8 @@ return function(options)
       io.write((" %s %.1f"):format(files[i].name:match("[^/]*$"), files[i].seconds))
     end
     local failed = handler.failuresCount + handler.errorsCount
-    io.write(("\n%d passed, %d failed, %d skipped\n"):format(handler.successesCount, failed, handler.pendingsCount))
+    io.write(("\n%d passed, %d failed, %d skipped\n"):format(handler.successesCount, failed,
+      handler.pendingsCount))
     io.flush()
     return nil, true
   end, { priority = 100000 })

@@ -88,7 +88,12 @@ return function(title, info, pattern, z)
     grouped(info.pairs), share, pattern.causal and " causal" or "")
   lines[#lines + 1] = traffic_line("forward", info.flops_forward, 2 * queries + 2 * keys + lse)
   lines[#lines + 1] = traffic_line("backward", info.flops_backward, 4 * queries + 4 * keys + lse)
-  lines[#lines + 1] = ("  workspace      forward %s, backward %s (f16 or bf16, one CPU thread)"):format(
-    lib.bytes_text(info.workspace_forward), lib.bytes_text(info.workspace_backward))
+  local width = z.element == 8 and 2 or 1 -- tiles are f32, in f64 twice as wide
+  lines[#lines + 1] = ("  workspace      forward %s, backward %s a CPU thread"):format(
+    lib.bytes_text(width * info.workspace_forward), lib.bytes_text(width * info.workspace_backward))
+  if z.element == 2 then
+    lines[#lines + 1] = ("  f32 sums       forward %s, backward %s"):format(
+      lib.bytes_text(info.accumulate_forward), lib.bytes_text(info.accumulate_backward))
+  end
   return table.concat(lines, "\n")
 end

@@ -282,6 +282,8 @@ local function info_of(plan)
     flops_forward = tonumber(raw.flops_forward), flops_backward = tonumber(raw.flops_backward),
     workspace_forward = tonumber(raw.bytes_workspace_forward),
     workspace_backward = tonumber(raw.bytes_workspace_backward),
+    accumulate_forward = tonumber(raw.bytes_accumulate_forward),
+    accumulate_backward = tonumber(raw.bytes_accumulate_backward),
     strips = {},
   }
   local s = ffi.new("lac_strip")
@@ -303,9 +305,10 @@ end
 --- Counts of a configuration at given sizes, without any tensor.
 -- @tparam table pattern options of lac.attend that shape a plan
 -- @tparam table sizes n, heads; batch (1), m (n), kv_heads (heads), head_dim (64)
--- @treturn table pairs, rows (per batch item), flops_forward, flops_backward, workspace_forward,
---   workspace_backward (bytes), overlapping, and strips: a list of {segment, dilation, offset, head0, heads,
---   branch, shared}, 0-based as in the mathematics
+-- @treturn table pairs, rows (per batch item), flops_forward, flops_backward; in bytes workspace_forward,
+--   workspace_backward (a CPU thread, f32), accumulate_forward, accumulate_backward (f32 sums of f16 and bf16
+--   results); overlapping, and strips: a list of {segment, dilation, offset, head0, heads, branch, shared},
+--   0-based as in the mathematics
 function attention.plan_info(pattern, sizes)
   if type(pattern) ~= "table" then fail(OP, "the pattern must be a table, got %s", show(pattern)) end
   refuse_unknown(pattern)

@@ -28,7 +28,11 @@ local fail, show = schema.fail, schema.show
 local POSITIVE = { type = "integer", min = 1 }
 
 --- MAGNETO's gain for a decoder- or encoder-only model of L layers.
-local function magneto_gain(count) return math.sqrt(math.log(2 * count)) end
+-- @tparam integer count L >= 1
+local function magneto_gain(count)
+  schema.check("magneto_gain", "layers", count, POSITIVE)
+  return math.sqrt(math.log(2 * count))
+end
 
 -- ---- feed-forward -----------------------------------------------------------------------------------------
 
