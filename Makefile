@@ -125,7 +125,7 @@ lint: ## luacheck, format of the C and CUDA sources, every translation unit with
 	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) clang-format"
 	luacheck -q lua experiments tests
 	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh tests/support/*.c)
-	@$(MAKE) --no-print-directory -j$$(nproc) WERROR=-Werror $(OBJECTS) $(COMMAND)
+	@$(MAKE) -s --no-print-directory -j$$(nproc) WERROR=-Werror $(OBJECTS) $(COMMAND)
 
 # Lua itself is not instrumented: the sanitizers' runtimes are preloaded, and leaks are the pool's own count. Specs of
 # the command and of experiments start processes of their own and are left out.
