@@ -1,6 +1,6 @@
 --- Reverse-mode differentiation over the tape.
 --
--- The tape is the graph of nodes that ops.lua hangs on results; there is no list of all operations, so what a
+-- The tape is the graph of nodes that ops/ hangs on results; there is no list of all operations, so what a
 -- script drops is collected. backward counts the edges of the reachable graph with a work list, then delivers
 -- gradients to a node only when all its edges have arrived. Both passes are loops: a graph 100,000 operators
 -- deep needs no stack, neither Lua's nor C's. Gradients meet by addition: the first arrival is kept as it is,

@@ -12,7 +12,7 @@
 -- Reading an unknown field raises an error with the nearest valid name: `t.shpae` is never nil. Integers and
 -- tables as keys are positions and slices. All fields are made at once by one constructor, because a table
 -- that changes shape makes traces longer. This file has what needs no gradient: construction from engine
--- results, raw views, host access. Differentiable operators are in ops.lua, factories in create.lua, printing
+-- results, raw views, host access. Differentiable operators are in ops/, factories in create.lua, printing
 -- in pretty.lua; they add themselves to `methods`.
 
 local lib = require "lacuna.lib"
@@ -35,7 +35,7 @@ local Tensor = { __name = "Tensor" }
 local methods = {}
 tensor.class, tensor.methods, tensor.ctype, tensor.max_dims = Tensor, methods, ctensor, MAX_DIMS
 
---- The tape's switch, shared by ops.lua and grad.lua: are operators recorded?
+--- The tape's switch, shared by ops/ and grad.lua: are operators recorded?
 tensor.tape = { enabled = true }
 
 -- fields that may be absent: reading them gives nil
@@ -208,7 +208,7 @@ tensor.sizes = sizes
 
 local function sizes_text(n) return "[" .. table.concat(D, " x ", 1, n) .. "]" end
 
--- ---- raw views (no gradient; ops.lua wraps them) ------------------------------------------------
+-- ---- raw views (no gradient; ops/ wraps them) ------------------------------------------------
 
 --- Strides as if contiguous, into c, from its shape.
 local function set_contiguous_strides(c)
@@ -593,7 +593,7 @@ local function special(t, key)
     fail("tensor", "there is no field or method '%s', did you mean '%s'?", key,
          SYNONYM[key] or schema.nearest(key, field_names()))
   end
-  return tensor.get(t, key) -- ops.lua: positions and slices
+  return tensor.get(t, key) -- ops/view.lua
 end
 
 function Tensor.__index(t, key)
@@ -603,7 +603,7 @@ function Tensor.__index(t, key)
 end
 
 function Tensor.__newindex(t, key, value)
-  if type(key) ~= "string" then return tensor.set(t, key, value) end -- ops.lua
+  if type(key) ~= "string" then return tensor.set(t, key, value) end -- ops/inplace.lua
   if key == "grad" and value ~= nil then
     expect("grad", "the gradient", value)
     if not tensor.same_shape(t, value) or t.c.dtype ~= value.c.dtype or t.c.device ~= value.c.device then

@@ -1,0 +1,155 @@
+--- The tape's records and what every file of operators builds on.
+--
+-- A record is { name, forward, backward, saves }. `forward` is the function users call, as lac.name(x, ...)
+-- and as x:name(...). `backward(node, g)` returns the gradients of the inputs node.a, node.b, node.c, node.d
+-- (or a list, for node.list). `saves` names by letters which of them the rule reads ("abo": a, b and the
+-- output o); grad.lua refuses a backward whose saved tensors were changed in place. `alias = true` marks
+-- rules that may return g itself or a view of it, so that grad.lua copies before it writes. A composite (no
+-- backward) is written with other operators and inherits their rules.
+--
+-- ops.internal is for the files of this package: helpers without gradients, and what one file of operators
+-- needs of another. Everything else of `ops` is public to the library.
+
+local lib = require "lacuna.lib"
+local tensor = require "lacuna.tensor"
+
+local C, call = lib.C, lib.call
+local adopt, tape, methods, same_shape = tensor.adopt, tensor.tape, tensor.methods, tensor.same_shape
+local ctensor, D = tensor.ctype, tensor.sizes_buffer
+
+-- The compiler cannot record the first use of a C symbol, and a loop may be recorded on its first turn: the
+-- symbols of the hot path are resolved now.
+for _, name in ipairs { "lac_map1", "lac_map2", "lac_map2_scalar", "lac_matmul", "lac_empty", "lac_copy" } do
+  local _ = C[name]
+end
+
+--- ops.table: record by name. ops.fn: the function of every operator by name.
+local ops = { table = {}, fn = {} }
+local fn = ops.fn
+
+local function define(record)
+  local saves = record.saves or ""
+  for letter in ("abcdo"):gmatch(".") do record["save_" .. letter] = saves:find(letter, 1, true) ~= nil end
+  ops.table[record.name] = record
+  fn[record.name] = record.forward
+  if record.method ~= false then methods[record.name] = record.forward end
+  return record
+end
+ops.define = define
+
+-- ---- the tape -----------------------------------------------------------------------------------
+-- A node: op, inputs a b c d (or list), their versions when recorded, the output o, and the walker's fields g
+-- (pending gradient) and n (edges not yet delivered). Input-less slots are false.
+
+local function record1(op, out, a)
+  out.requires_grad = true
+  out.node = { op = op, a = a, b = false, o = out, va = a.root.version, vb = 0, g = false, n = 0 }
+end
+
+local function record2(op, out, a, b)
+  out.requires_grad = true
+  out.node = { op = op, a = a, b = b, o = out, va = a.root.version, vb = b.root.version, g = false, n = 0 }
+end
+
+local function version(t) return t and t.root.version or 0 end
+
+local function record(op, out, a, b, c, d)
+  out.requires_grad = true
+  local node = { op = op, a = a or false, b = b or false, c = c or false, d = d or false, o = out,
+                 va = version(a), vb = version(b), vc = version(c), vd = version(d), g = false, n = 0 }
+  out.node = node
+  return node
+end
+ops.record = record
+
+--- Should an operator on these inputs be recorded?
+local function wants(a, b, c, d)
+  return tape.enabled and ((a and a.requires_grad) or (b and b.requires_grad) or (c and c.requires_grad)
+    or (d and d.requires_grad)) or false
+end
+ops.wants = wants
+
+-- ---- helpers for rules: no gradients inside -----------------------------------------------------
+
+local function new() return ctensor() end
+
+local function sum_to(x, like)
+  if same_shape(x, like) then return x end
+  local c = ctensor()
+  call(C.lac_sum_to, x.c, like.c, c)
+  return adopt(c)
+end
+ops.sum_to = sum_to
+
+local function raw_map1(id, x)
+  local c = ctensor()
+  call(C.lac_map1, id, x.c, c)
+  return adopt(c)
+end
+
+local function raw_map2(id, x, y)
+  local c = ctensor()
+  call(C.lac_map2, id, x.c, y.c, c)
+  return adopt(c)
+end
+
+local function raw_scalar(id, x, y)
+  local c = ctensor()
+  call(C.lac_map2_scalar, id, x.c, y, 0, c)
+  return adopt(c)
+end
+
+local function raw_matmul(a, b, bias)
+  local c = ctensor()
+  call(C.lac_matmul, a.c, b.c, bias and bias.c or nil, c)
+  return adopt(c)
+end
+
+local function raw_reduce(kind, x, mask, keep)
+  local c = ctensor()
+  call(C.lac_reduce, kind, x.c, mask, keep and 1 or 0, c)
+  return adopt(c)
+end
+
+local function scalar_like(value, t)
+  local c = ctensor()
+  c.dtype, c.device, c.ndim = t.c.dtype, t.c.device, 0
+  call(C.lac_empty, c)
+  local out = adopt(c)
+  call(C.lac_fill, out.c, value)
+  return out
+end
+
+-- a tensor that a rule reads and that is no input of the node: changes of it are detected
+local function remember(node, t)
+  node.saved, node.saved_versions = { t }, { t.root.version }
+end
+
+local function zeros_like(t)
+  local z = tensor.empty_like(t)
+  call(C.lac_fill, z.c, 0)
+  return z
+end
+ops.raw_zeros_like = zeros_like
+
+-- D[1..n] := the shape of t
+local function load_sizes(t)
+  local c = t.c
+  for i = 1, c.ndim do D[i] = tonumber(c.shape[i - 1]) end
+  return c.ndim
+end
+
+-- t's elements in the shape of `like` (same number of elements); a view if possible
+local function reshape_like(t, like)
+  if same_shape(t, like) then return t end
+  return tensor.raw_view("reshape", t, load_sizes(like), true)
+end
+
+ops.internal = {
+  record1 = record1, record2 = record2, record = record, wants = wants, new = new, sum_to = sum_to,
+  raw_map1 = raw_map1, raw_map2 = raw_map2, raw_scalar = raw_scalar, raw_matmul = raw_matmul,
+  raw_reduce = raw_reduce, scalar_like = scalar_like, remember = remember, zeros_like = zeros_like,
+  load_sizes = load_sizes, reshape_like = reshape_like, define = define,
+}
+
+return ops

@@ -1,0 +1,261 @@
+--- Matrix products, layer normalisation and losses.
+--
+-- matmul reads transposed views in place, so the gradients of a product are two products of views and copy
+-- nothing. linear adds the bias inside the product. cross_entropy and linear_cross_entropy save only the
+-- log-sum-exp of each row; the fused form recomputes its logits chunk by chunk in the backward, so that the
+-- logits of a long sequence never exist as a whole.
+--
+-- Class targets are data and 0-based; see lacuna/init.lua for the rule.
+
+local lib = require "lacuna.lib"
+local schema = require "lacuna.schema"
+local tensor = require "lacuna.tensor"
+local ops = require "lacuna.ops.base"
+
+local C, flags = lib.C, lib.flags
+local recover, raise, attend, call = lib.recover, lib.raise, lib.attend, lib.call
+local fail, show = schema.fail, schema.show
+local is, adopt, expect, tape = tensor.is, tensor.adopt, tensor.expect, tensor.tape
+local methods, shape, numel, contiguous = tensor.methods, tensor.shape, tensor.numel, tensor.contiguous
+local ctensor, D, fn = tensor.ctype, tensor.sizes_buffer, ops.fn
+local internal = ops.internal
+local record2, record, wants, new = internal.record2, internal.record, internal.wants, internal.new
+local sum_to, raw_scalar, raw_matmul = internal.sum_to, internal.raw_scalar, internal.raw_matmul
+local raw_reduce, remember, define = internal.raw_reduce, internal.remember, internal.define
+local map_id = internal.map_id
+
+-- ---- matrix products ----------------------------------------------------------------------------
+
+local matmul_op = { name = "matmul", saves = "ab", method = false }
+local function matmul2(a, b)
+  local c = ctensor()
+  local status = C.lac_matmul(a.c, b.c, nil, c)
+  if status ~= 0 then
+    if recover(status) then status = C.lac_matmul(a.c, b.c, nil, c) end
+    if status ~= 0 then raise(status) end
+  end
+  if flags.attention ~= 0 then attend() end
+  local out = adopt(c)
+  if tape.enabled and (a.requires_grad or b.requires_grad) then record2(matmul_op, out, a, b) end
+  return out
+end
+
+local function last_transposed(t) return tensor.raw_transpose(t, t.c.ndim - 2, t.c.ndim - 1) end
+
+function matmul_op.backward(node, g)
+  local a, b = node.a, node.b
+  return a.requires_grad and sum_to(raw_matmul(g, last_transposed(b)), a) or nil,
+    b.requires_grad and sum_to(raw_matmul(last_transposed(a), g), b) or nil
+end
+
+--- Matrix product [..., M, K] x [..., K, N] -> [..., M, N]; batch dimensions broadcast; a vector is a row on
+-- the left and a column on the right, and its dimension goes from the result.
+function matmul_op.forward(a, b)
+  if not (is(a) and is(b)) then
+    expect("matmul", "a", a)
+    expect("matmul", "b", b)
+  end
+  local va, vb = a.c.ndim == 1, b.c.ndim == 1
+  if not va and not vb then return matmul2(a, b) end
+  if va then a = fn.unsqueeze(a, 1) end
+  if vb then b = fn.unsqueeze(b, 2) end
+  local out = matmul2(a, b)
+  if vb then out = fn.squeeze(out, -1) end
+  if va then out = fn.squeeze(out, vb and -1 or -2) end
+  return out
+end
+define(matmul_op)
+methods.matmul = matmul_op.forward
+
+-- [..., E] as [R, E]
+local function rows(op, t)
+  D[1], D[2] = -1, tonumber(t.c.shape[t.c.ndim - 1])
+  if numel(t) == 0 then
+    D[1] = 1
+    for i = 0, t.c.ndim - 2 do D[1] = D[1] * tonumber(t.c.shape[i]) end
+  end
+  return tensor.raw_view(op, t, 2, true)
+end
+
+-- give the fresh [R, V] tensor `out` the leading sizes of x
+local function set_leading(out, x)
+  local c, last = out.c, out.c.shape[1]
+  c.ndim = x.c.ndim
+  for i = 0, x.c.ndim - 2 do c.shape[i] = x.c.shape[i] end
+  c.shape[c.ndim - 1] = last
+  local step = 1LL
+  for i = c.ndim - 1, 0, -1 do
+    c.stride[i] = step
+    if c.shape[i] > 1 then step = step * c.shape[i] end
+  end
+end
+
+local linear_op = { name = "linear", saves = "ab" }
+--- x w^T + b: x [..., E], w [V, E], b [V] or nil -> [..., V].
+function linear_op.forward(x, w, b)
+  expect("linear", "x", x)
+  expect("linear", "w", w)
+  if b ~= nil then expect("linear", "b", b) end
+  if w.c.ndim ~= 2 or x.c.ndim < 1 or x.c.shape[x.c.ndim - 1] ~= w.c.shape[1] then
+    fail("linear", "x [..., E] and w [V, E] do not fit: x is %s, w is %s", show(x), show(w))
+  end
+  if b ~= nil and (b.c.ndim ~= 1 or b.c.shape[0] ~= w.c.shape[0]) then
+    fail("linear", "b must be [V] for w [V, E]: b is %s, w is %s", show(b), show(w))
+  end
+  local out = raw_matmul(rows("linear", x), tensor.raw_transpose(w, 0, 1), b)
+  set_leading(out, x)
+  if wants(x, w, b) then record(linear_op, out, x, w, b) end
+  return out
+end
+function linear_op.backward(node, g)
+  local x, w, b = node.a, node.b, node.c
+  local g2 = rows("linear", g)
+  local gx, gw, gb
+  if x.requires_grad then
+    gx = raw_matmul(g2, w)
+    set_leading(gx, x)
+  end
+  if w.requires_grad then gw = raw_matmul(tensor.raw_transpose(g2, 0, 1), rows("linear", x)) end
+  if b and b.requires_grad then gb = raw_reduce(C.LAC_SUM, g2, 1, false) end
+  return gx, gw, gb
+end
+define(linear_op)
+
+-- ---- normalisation ------------------------------------------------------------------------------
+
+local layernorm_op = { name = "layernorm", saves = "ab" }
+--- Normalise the last dimension: gamma (x - mean) / sqrt(var + eps) + beta.
+-- @tparam Tensor x [..., E] @tparam[opt] Tensor gamma [E] @tparam[opt] Tensor beta [E]
+-- @tparam[opt] number eps 1e-5
+function layernorm_op.forward(x, gamma, beta, eps)
+  expect("layernorm", "x", x)
+  if gamma ~= nil then expect("layernorm", "gamma", gamma) end
+  if beta ~= nil then expect("layernorm", "beta", beta) end
+  eps = eps == nil and 1e-5 or eps
+  if type(eps) ~= "number" or eps ~= eps or eps < 0 then
+    fail("layernorm", "eps must not be negative, got %s", show(eps))
+  end
+  local c, mean, rstd = new(), new(), new()
+  call(C.lac_layernorm, x.c, gamma and gamma.c or nil, beta and beta.c or nil, eps, c, mean, rstd)
+  local out = adopt(c)
+  mean, rstd = adopt(mean), adopt(rstd)
+  if wants(x, gamma, beta) then
+    local node = record(layernorm_op, out, x, gamma, beta)
+    node.mean, node.rstd = mean, rstd
+  end
+  return out
+end
+function layernorm_op.backward(node, g)
+  local gamma, beta = node.b, node.c
+  local dx = new()
+  local dgamma = gamma and gamma.requires_grad and new() or nil
+  local dbeta = beta and beta.requires_grad and new() or nil
+  call(C.lac_layernorm_bwd, node.a.c, gamma and gamma.c or nil, node.mean.c, node.rstd.c, g.c, dx, dgamma,
+       dbeta)
+  return adopt(dx), dgamma and adopt(dgamma), dbeta and adopt(dbeta)
+end
+define(layernorm_op)
+
+-- ---- losses -------------------------------------------------------------------------------------
+
+local rows_ce = { name = "cross_entropy_rows", public = "cross_entropy", saves = "a", method = false,
+                  internal = true }
+function rows_ce.forward(logits, target, ignore)
+  local c, lse = new(), new()
+  call(C.lac_cross_entropy, logits.c, target.c, ignore, c, lse)
+  local out = adopt(c)
+  lse = adopt(lse)
+  if wants(logits) then
+    local node = record(rows_ce, out, logits)
+    remember(node, target)
+    node.target, node.ignore, node.lse = target, ignore, lse
+  end
+  return out
+end
+function rows_ce.backward(node, g)
+  local c = new()
+  call(C.lac_cross_entropy_bwd, node.a.c, node.target.c, node.ignore, node.lse.c, contiguous(g).c, c)
+  return adopt(c)
+end
+define(rows_ce)
+
+-- sum, mean over the targets that are not ignored, or nothing
+local function reduce_loss(losses, target, o)
+  if o.reduction == "none" then return fn.reshape(losses, shape(target)) end
+  local total = fn.sum(losses)
+  if o.reduction == "sum" then return total end
+  local counted = raw_reduce(C.LAC_SUM, raw_scalar(map_id.ne, target, o.ignore_index), 0, false)
+  return total / tensor.cast(counted, total.c.dtype)
+end
+
+local LOSS = { ignore_index = { type = "integer", default = -100 },
+               reduction = { one_of = { "mean", "sum", "none" }, default = "mean" } }
+
+local function check_target(op, logits_name, x, target)
+  local t = target.c
+  if t.dtype ~= C.LAC_I64 and t.dtype ~= C.LAC_I32 then
+    fail(op, "target must hold 0-based classes as i64 or i32, got %s", show(target))
+  end
+  local fits = x.c.ndim >= 1 and t.ndim == x.c.ndim - 1
+  for i = 0, t.ndim - 1 do fits = fits and t.shape[i] == x.c.shape[i] end
+  if not fits then
+    fail(op, "target must have the shape of %s without its last dimension: target is %s, %s is %s",
+         logits_name, show(target), logits_name, show(x))
+  end
+end
+
+--- -log softmax(logits) at the target class.
+-- @tparam Tensor logits [..., V] @tparam Tensor target [...] 0-based classes, i64 or i32
+-- @tparam[opt] table options ignore_index (-100: such targets count nothing), reduction "mean" (over the
+-- targets that count), "sum" or "none"
+define { name = "cross_entropy", composite = true, forward = function(logits, target, options)
+  expect("cross_entropy", "logits", logits)
+  expect("cross_entropy", "target", target)
+  local o = schema.options("cross_entropy", options, LOSS)
+  check_target("cross_entropy", "logits", logits, target)
+  local flat = target.c.ndim == 1 and target or fn.reshape(target, numel(target))
+  local x = logits.c.ndim == 2 and logits or fn.reshape(logits, numel(target), logits:size(-1))
+  return reduce_loss(rows_ce.forward(x, flat, o.ignore_index), target, o)
+end }
+
+local rows_lce = { name = "linear_cross_entropy_rows", public = "linear_cross_entropy", saves = "abc",
+                   method = false, internal = true }
+function rows_lce.forward(x, w, bias, target, ignore, chunk)
+  local c, lse = new(), new()
+  call(C.lac_linear_cross_entropy, x.c, w.c, bias and bias.c or nil, target.c, ignore, chunk, c, lse)
+  local out = adopt(c)
+  lse = adopt(lse)
+  if wants(x, w, bias) then
+    local node = record(rows_lce, out, x, w, bias)
+    remember(node, target)
+    node.target, node.ignore, node.chunk, node.lse = target, ignore, chunk, lse
+  end
+  return out
+end
+function rows_lce.backward(node, g)
+  local bias = node.c
+  local dx, dw, db = new(), new(), bias and new() or nil
+  call(C.lac_linear_cross_entropy_bwd, node.a.c, node.b.c, bias and bias.c or nil, node.target.c, node.ignore,
+       node.chunk, node.lse.c, contiguous(g).c, dx, dw, db)
+  return adopt(dx), adopt(dw), db and adopt(db)
+end
+define(rows_lce)
+
+local LINEAR_LOSS = { ignore_index = LOSS.ignore_index, reduction = LOSS.reduction,
+                      chunk = { type = "integer", min = 0, default = 0 } }
+
+--- cross_entropy(linear(x, w, bias), target) without ever holding the logits: `chunk` rows at a time.
+-- @tparam Tensor x [..., E] @tparam Tensor w [V, E] @tparam[opt] Tensor bias [V]
+-- @tparam Tensor target [...] 0-based classes
+-- @tparam[opt] table options ignore_index, reduction, chunk (0: the engine chooses)
+define { name = "linear_cross_entropy", composite = true, forward = function(x, w, bias, target, options)
+  expect("linear_cross_entropy", "x", x)
+  expect("linear_cross_entropy", "w", w)
+  if bias ~= nil then expect("linear_cross_entropy", "bias", bias) end
+  expect("linear_cross_entropy", "target", target)
+  local o = schema.options("linear_cross_entropy", options, LINEAR_LOSS)
+  check_target("linear_cross_entropy", "x", x, target)
+  local flat = target.c.ndim == 1 and target or fn.reshape(target, numel(target))
+  local x2 = x.c.ndim == 2 and x or fn.reshape(x, numel(target), x:size(-1))
+  return reduce_loss(rows_lce.forward(x2, w, bias, flat, o.ignore_index, o.chunk), target, o)
+end }
