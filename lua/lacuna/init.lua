@@ -41,7 +41,7 @@ end
 lac.scope, lac.keep = scope.run, scope.keep
 
 --- The path of the engine that was loaded.
-lac.library = lib.path
+lac.engine = lib.path
 
 -- upper modules by name; each is a file that may or may not be there in a trimmed installation
 local LAZY = { "nn", "optim", "io", "data", "log", "train", "dist", "sweep", "bench", "plot", "repl",
