@@ -123,7 +123,7 @@ describe("experiments", function()
     status, _, err = run(LUA, "language_model", ("--quick --segments 16 --data %s --out %s/x"):format(text,
       dir))
     assert.equal(1, status)
-    assert.matches("segments and dilations must have the same length: 1 ~= 2", err)
+    assert.matches("segments and dilations must have the same length: 1 != 2", err)
   end)
 end)
 

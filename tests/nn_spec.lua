@@ -314,12 +314,18 @@ describe("nn.MultiheadDilatedAttention", function()
     end
     try("embed_dim 8 is not divisible by heads 3", { heads = 3 })
     try("heads 2 is not divisible by kv_heads 4", { kv_heads = 4 })
-    try("segments and dilations must have the same length: 1 ~= 2", { dilations = { 1, 2 } })
+    try("segments and dilations must have the same length: 1 != 2", { dilations = { 1, 2 } })
     try("segments%[1%] must be positive, got 0", { segments = { 0 } })
     try("the head dimension must be even, got 1", { heads = 8, positions = "rope" })
     try("unknown scheme 'spilt', did you mean 'split'", { scheme = "spilt" })
     try("did you mean 'causal'", { casual = true })
     try("dropout must be below 1", { dropout = 1 })
+    -- what only the plan can know is refused at once too, not at the first batch
+    try("branch 1 keeps nothing for head 2: its offset 1 is not below the segment 1", { segments = { 1 },
+      dilations = { 2 } })
+    try("2 heads cannot be split over 3 branches", { segments = { 2, 4, 8 }, dilations = { 1, 1, 1 },
+      scheme = "split" })
+    try("dedup counts every key once", { merge = "mean", dedup = true })
     local m = nn.MultiheadDilatedAttention{ embed_dim = 8, heads = 2, segments = { 4 }, dilations = { 1 } }
     assert.error_matches(function() m(lac.ones{ 2, 3 }) end,
       "query must be %[batch x positions x 8%], got Tensor f32 %[2 x 3%]")

@@ -68,7 +68,7 @@ local function check_heads(o)
       o.embed_dim / o.heads)
   end
   if #o.segments ~= #o.dilations then
-    fail(OP, "segments and dilations must have the same length: %d ~= %d", #o.segments, #o.dilations)
+    fail(OP, "segments and dilations must have the same length: %d != %d", #o.segments, #o.dilations)
   end
 end
 
@@ -94,6 +94,8 @@ function Attention:init(options)
   local Ek = o.kv_heads * D
   self.options, self.embed_dim, self.heads, self.kv_heads, self.head_dim = o, E, o.heads, o.kv_heads, D
   self.pattern = pattern_options(o)
+  -- what depends on heads and offsets is the plan's to refuse, and now rather than at the first batch
+  attention.plan_info(self.pattern, { n = 1, heads = o.heads, kv_heads = o.kv_heads, head_dim = D })
   local function linear(inputs, outputs, gain, parts)
     return layers.Linear(inputs, outputs, { gain = gain, parts = parts, bias = o.bias, dtype = o.dtype,
       device = o.device })

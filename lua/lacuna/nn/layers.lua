@@ -63,7 +63,7 @@ function Linear:init(inputs, outputs, options)
     gains = {}
     for i = 1, #parts do gains[i] = o.gain end
   end
-  if #gains ~= #parts then fail("Linear", "gain and parts must have the same length: %d ~= %d", #gains,
+  if #gains ~= #parts then fail("Linear", "gain and parts must have the same length: %d != %d", #gains,
     #parts) end
   for i, gain in ipairs(gains) do schema.check("Linear", ("gain[%d]"):format(i), gain, { type = "number",
     min = 0 }) end
