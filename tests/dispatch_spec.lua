@@ -40,9 +40,9 @@ end
 
 -- aborts that say only that a trace is being tried elsewhere are part of LuaJIT's heuristics: an inner loop
 -- inside a trace that is being recorded, a loop that is left while it is recorded, a blacklisted function of
--- the test itself
+-- the test itself; and busted's lookup of globals, which calls itself
 local HARMLESS = { "inner loop in root trace", "leaving loop in root trace", "down%-recursion",
-                   "retry recording" }
+                   "retry recording", "environment%.lua" }
 
 local function serious(aborts)
   local list = {}
@@ -85,12 +85,16 @@ describe("dispatch", function()
   check("view and transpose", function(n) for _ = 1, n do local _ = a:view(4, 4):transpose(1, 2) end end)
 
   it("notices an abort", function() -- the check can fail
-    local _, aborts = traced(function(n)
-      local keep
-      for i = 1, n do keep = function() return i end end
-      return keep
-    end)
-    assert.is_true(#serious(aborts) > 0)
+    local seen = 0
+    for _ = 1, 10 do -- LuaJIT's counters are hashed by address: now and then a loop is not tried at all
+      local _, aborts = traced(function(n)
+        local keep
+        for i = 1, n do keep = function() return i end end
+        return keep
+      end)
+      seen = seen + #serious(aborts)
+    end
+    assert.is_true(seen > 0)
   end)
 
   it("costs little", function()
