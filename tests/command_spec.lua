@@ -179,6 +179,14 @@ describe("lacuna, the command", function()
     assert.equal(0, status)
   end)
 
+  it("refuses an instruction set that is not there instead of choosing another", function()
+    local text, status = run({ "-e", "require 'lacuna'" }, nil, { LACUNA_CPU = "avx9" })
+    assert.matches("LACUNA_CPU=avx9 is not available", text)
+    assert.equal(1, status)
+    text = run({ "devices" }, nil, { LACUNA_CPU = "baseline" })
+    assert.matches("cpu: baseline", text)
+  end)
+
   it("runs code given with -e, several times and before a script", function()
     assert.equal("1\n2\n", (run { "-e", "x = 1 print(x)", "-e", "print(x + 1)" }))
     local script = temporary "print('script', x, ...)"

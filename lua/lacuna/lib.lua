@@ -78,6 +78,11 @@ local function load_library()
     error(("lacuna: %s has ABI %d, this Lua tree needs %d: rebuild the engine with `make clean all`")
       :format(path, C.LAC_ABI, EXPECTED_ABI), 0)
   end
+  local forced, chosen = os.getenv("LACUNA_CPU"), ffi.string(C.lac_isa(nil)):match("^%w+")
+  if forced and forced ~= chosen then
+    error(("LACUNA_CPU=%s is not available on this processor or in this build (valid: baseline, avx2, "
+      .. "avx512; unset, it would be %s)"):format(forced, chosen), 0)
+  end
   for _, name in ipairs(STRUCTS) do
     local here, there = ffi.sizeof(name), C.lac_sizeof(name)
     if here ~= there then
