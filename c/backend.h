@@ -58,12 +58,35 @@ typedef struct lac_backend {
 
 /* the table that serves `device`; a missing back end or an empty slot is an error of status "device" that names both */
 const lac_backend *lac_backend_for(int device);
-#define LAC_RUN(op, device, args)                                                                                      \
-    do {                                                                                                               \
-        const lac_backend *lac_run_b_ = lac_backend_for(device);                                                       \
-        if (!lac_run_b_ || !lac_run_b_->op) return lac_backend_missing(#op, device);                                   \
-        LAC_TRY(lac_run_b_->op(args));                                                                                 \
-    } while (0)
 int lac_backend_missing(const char *op, int device);
+
+/* Slots by number, and the recorder (profile.c): every run of a slot goes through LAC_SLOT, which costs one predictable
+ * branch while nothing is recorded. */
+enum {
+#define LAC_OP(name, args, gradient) LAC_SLOT_##name,
+#include "ops.def"
+#undef LAC_OP
+    LAC_SLOTS
+};
+extern int lac_profile_on;
+void lac_profile_add(int slot, const void *args, int device, int64_t start);
+
+#define LAC_SLOT(status, slot, device, args)                                                                           \
+    do {                                                                                                               \
+        const lac_backend *slot_b_ = lac_backend_for(device);                                                          \
+        if (!slot_b_ || !slot_b_->slot) (status) = lac_backend_missing(#slot, device);                                 \
+        else if (__builtin_expect(!lac_profile_on, 1)) (status) = slot_b_->slot(args);                                 \
+        else {                                                                                                         \
+            int64_t slot_start_ = lac_clock();                                                                         \
+            (status) = slot_b_->slot(args);                                                                            \
+            lac_profile_add(LAC_SLOT_##slot, args, device, slot_start_);                                               \
+        }                                                                                                              \
+    } while (0)
+#define LAC_RUN(slot, device, args)                                                                                    \
+    do {                                                                                                               \
+        int lac_run_status_;                                                                                           \
+        LAC_SLOT(lac_run_status_, slot, device, args);                                                                 \
+        if (lac_run_status_) return lac_run_status_;                                                                   \
+    } while (0)
 
 #endif

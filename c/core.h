@@ -20,6 +20,10 @@ struct lac_storage {
     void *data;   /* NULL once released */
     size_t bytes; /* as asked for */
     size_t block; /* as taken from the pool; 0 for a mapped file */
+    /* for reports only: the tensor that it was made for, what made it, what the host says of it */
+    int32_t dtype, ndim, role, site;
+    int64_t shape[LAC_MAX_DIMS];
+    const char *op;
 };
 #endif
 
@@ -31,7 +35,9 @@ typedef struct lac_view {
 } lac_view;
 
 /* pool.c */
-int lac_storage_new(int device, size_t bytes, lac_storage **out);
+/* `op` must live for ever: reports name it long after the call */
+int lac_storage_new(const char *op, int device, int dtype, int ndim, const int64_t *shape, size_t bytes,
+                    lac_storage **out);
 void lac_storage_retain(lac_storage *s);
 void lac_storage_drop(lac_storage *s);
 /* short-lived working memory of an operator, from the same pool; NULL (with the message set) when there is none */
@@ -73,6 +79,17 @@ int lac_axis(const char *op, const lac_tensor *t, int dim, int *axis);
 bool lac_views_overlap(const lac_view *a, const lac_view *b);
 /* Do two index tuples of this view share an address (a broadcast or folded view)? Such a view must not be written. */
 bool lac_view_self_overlaps(const lac_view *v);
+
+/* profile.c: records in chunks that never move; the owner of the list locks. push: NULL if there is no memory */
+typedef struct lac_records {
+    size_t size; /* bytes of a record */
+    char **chunks;
+    int64_t count;
+} lac_records;
+void *lac_records_push(lac_records *list);
+int64_t lac_records_read(const lac_records *list, int64_t first, int64_t n, void *out);
+void lac_records_clear(lac_records *list);
+int64_t lac_clock(void); /* ns, monotonic */
 
 /* abi.c */
 extern lac_flags lac_flags_global;

@@ -48,10 +48,34 @@ typedef struct lac_memory_stats {
     int64_t live, cached, peak, limit;         /* bytes; limit 0 = none */
     int64_t live_blocks, allocations, reused;  /* blocks in use now; allocations ever; of these from the cache */
     int64_t storages;                          /* storage headers alive (released or not) */
+    int64_t soft;                              /* bytes; 0 = none */
 } lac_memory_stats;
 
-/* Flags that the host polls after a call by one load: nonzero `attention` means that one of the others is set. */
-typedef struct lac_flags { volatile int32_t attention, interrupted, pressure, reserved; } lac_flags;
+/* What the bytes of a tensor are for; the host says so (lac_tensor_role). WORKSPACE: an operator's own working memory. */
+enum { LAC_ROLE_NONE = 0, LAC_ROLE_PARAMETER = 1, LAC_ROLE_GRADIENT = 2, LAC_ROLE_OPTIMIZER = 3, LAC_ROLE_WORKSPACE = 4 };
+/* LAC_BLOCK_ALIVE: of lac_memory_blocks; the others: of lac_memory_events */
+enum { LAC_BLOCK_ALIVE = 0, LAC_BLOCK_TAKEN = 1, LAC_BLOCK_GIVEN = 2 };
+/* One block of the pool, or one change of it. Of a taken block role and site are what they were then: nothing yet. */
+typedef struct lac_block_info {
+    int64_t serial, time;        /* blocks are numbered from 1 in the order of their making; time of the event, ns, monotonic */
+    int64_t bytes, asked;        /* as taken from the pool; as asked for */
+    const char *op;              /* what made it */
+    int32_t kind, role, site, tag, dtype, ndim; /* dtype -1: not a tensor; tag: lac_flags.tag at the event */
+    int64_t shape[6];            /* of the tensor that it was made for */
+} lac_block_info;
+
+/* One run of an operator by a back end. Times in ns of the monotonic clock. */
+typedef struct lac_profile_event {
+    int64_t start, end;
+    double flops;                /* by the counting rules in c/profile.c */
+    int64_t bytes;               /* every distinct element read once plus every element written once */
+    const char *op, *function;   /* the slot of the back end; which of its functions, NULL if it has one */
+    int32_t device, tag;         /* tag: lac_flags.tag when it ended */
+} lac_profile_event;
+
+/* Flags that the host polls after a call by one load: nonzero `attention` means that one of the others is set. `tag` is the
+ * host's to write: recorded events carry it (the Lua layer: 0 forward, 1 backward). */
+typedef struct lac_flags { volatile int32_t attention, interrupted, pressure, tag; } lac_flags;
 
 /* ---- library ---- */
 const char *lac_cdef(void);              /* the text of this region */
@@ -66,14 +90,30 @@ int lac_threads(int n);                  /* set the number of threads if n > 0; 
 const char *lac_isa(const char *name);   /* force "baseline", "avx2", "avx512" (tests); NULL asks. NULL result: not available */
 int lac_backend_load(const char *path);  /* load the CUDA plug-in; fails with the reason (status "device") */
 
+/* ---- profiler ---- */
+int lac_profile(int on);                 /* record every run of an operator: 1 starts afresh, 0 stops, -1 stops and forgets */
+int64_t lac_profile_events(int64_t first, int64_t n, lac_profile_event *out); /* returns how many were read from `first` (0-based) on */
+int64_t lac_profile_lost(void);          /* events of either recorder that no memory was left for */
+const char *lac_op_name(int op);         /* slots of the back ends in the order of c/ops.def; NULL past the end */
+
 /* ---- storage, pool, tensors ---- */
 int lac_memory(lac_memory_stats *out);
 int lac_memory_limit(int64_t bytes);     /* hard limit on live bytes, 0 = physical memory only */
 int lac_memory_trim(void);               /* give cached blocks back to the system */
 int lac_memory_pace(int64_t bytes);      /* raise flags->pressure when live exceeds this many bytes (soft limit); 0 = never */
+/* soft limit on live bytes, 0 = none: a request that crosses it fails with status "memory" once, and so asks the host to
+ * free what nobody needs and to try again after lac_memory_excuse(1), which lifts the soft limit until excuse(0) */
+int lac_memory_soft_limit(int64_t bytes);
+int lac_memory_excuse(int on);
 int lac_memory_reset_peak(void);
 int lac_memory_guard(int on);            /* put guard bytes round every new block and check them when it is freed */
 int lac_memory_guard_errors(void);       /* returns how many blocks were found overwritten */
+/* the blocks in use, newest first: fills at most n and returns how many there are; out may be NULL if n is 0 */
+int64_t lac_memory_blocks(lac_block_info *out, int64_t n);
+int lac_memory_record(int on);           /* record every change of the pool: 1 starts afresh, 0 stops, -1 stops and forgets */
+int64_t lac_memory_events(int64_t first, int64_t n, lac_block_info *out); /* returns how many were read from `first` (0-based) on */
+int lac_tensor_role(const lac_tensor *t, int role); /* what its storage is for; a released tensor: nothing happens */
+int lac_tensor_site(const lac_tensor *t, int site); /* a number of the host for where its storage was made */
 int lac_empty(lac_tensor *t);            /* host fills dtype, device, ndim, shape; the call adds storage and strides */
 void lac_tensor_drop(lac_tensor *t);     /* the finalizer: drop the owner's reference (idempotent) */
 int lac_tensor_release(lac_tensor *t);   /* free the bytes now; later use of any view is an error of status "released" */

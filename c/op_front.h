@@ -21,8 +21,8 @@
 /* run a slot; on failure drop the outputs named after `args` */
 #define LAC_RUN_OUT(slot, device, args, ...)                                                                           \
     do {                                                                                                               \
-        const lac_backend *run_b_ = lac_backend_for(device);                                                           \
-        int run_status_ = run_b_ && run_b_->slot ? run_b_->slot(args) : lac_backend_missing(#slot, device);            \
+        int run_status_;                                                                                               \
+        LAC_SLOT(run_status_, slot, device, args);                                                                     \
         if (run_status_) {                                                                                             \
             lac_tensor *const run_outs_[] = {__VA_ARGS__};                                                             \
             for (size_t run_i_ = 0; run_i_ < sizeof run_outs_ / sizeof *run_outs_; run_i_++)                           \
@@ -55,6 +55,8 @@ int lac_front_expand_to(const char *op, const char *ns, const lac_tensor *src, l
 /* number of elements; fails on overflow (views of stride 0 can claim any shape) */
 int lac_front_count(const char *op, const char *name, const lac_tensor *t, int64_t *count);
 int lac_front_integer_index(const char *op, const char *name, const lac_tensor *t);
+/* "sum", "mean", ...: what LAC_SUM, LAC_MEAN, ... are called; NULL past the end (op_reduce.c) */
+const char *lac_reduce_name(int fn);
 /* f64 for f64, else f32: the dtype of statistics and losses */
 static inline int lac_front_stat_dtype(int dtype) { return dtype == LAC_F64 ? LAC_F64 : LAC_F32; }
 

@@ -11,6 +11,8 @@
 
 static const char *const names[LAC_REDUCTIONS] = {"sum", "mean", "max", "min", "any", "all", "argmax", "argmin"};
 
+const char *lac_reduce_name(int fn) { return fn >= 0 && fn < LAC_REDUCTIONS ? names[fn] : NULL; }
+
 static int result_dtype(int fn, int dtype)
 {
     if (fn == LAC_ANY || fn == LAC_ALL) return LAC_BOOL;

@@ -9,7 +9,13 @@
  * Limits. `limit` is hard: a request that would take live bytes over it fails with status "memory", after which
  * everything is as before. Large requests are also compared with the memory that the system says is available,
  * because overcommit would otherwise hand out pages that do not exist and the process would be killed later.
- * `pace` is soft: crossing it raises flags.pressure, and the host collects its garbage at the next opportunity.
+ * The soft limit fails in the same way, but only until the host has freed what it can and excuses the retry: so
+ * garbage never takes the pool over it, and what is needed may. `pace` only raises flags.pressure, and the host
+ * collects its garbage at the next opportunity. Rejected: a callback into the host (it may not run inside a call).
+ *
+ * Blocks in use form a list, so that a report can say what is alive without the host having kept books; what a
+ * tensor is for and which line made it are numbers that the host may leave in its storage. While recording is on,
+ * every change of the pool is written down too. Neither costs a lock of its own.
  *
  * Guard mode puts a pattern before and after every new block and checks it when the block is freed; tests use it
  * to catch kernels that write outside their tensors.
@@ -17,6 +23,7 @@
 #include "core.h"
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,18 +37,21 @@ enum { ALIGNMENT = 64, CLASSES = 48 * 4, GUARD = 64, CHECK_SYSTEM = 64 << 20 };
 
 /* Stands in front of every block; ALIGNMENT bytes, so that data stays aligned. */
 typedef struct block {
-    struct block *next; /* on a free list */
-    size_t class_bytes, asked;
+    struct block *next, *previous; /* in use: neighbours in the list of those; free: next of its class */
+    lac_storage *storage;          /* NULL: an operator's working memory */
+    size_t asked;
+    int64_t serial;
     int32_t class_index, guarded;
-    unsigned char guard[ALIGNMENT - 32];
+    unsigned char guard[ALIGNMENT - 48];
 } block;
 _Static_assert(sizeof(block) == ALIGNMENT, "a block header keeps its data aligned");
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static block *free_lists[CLASSES];
+static block *free_lists[CLASSES], *in_use; /* in_use: the newest */
 static lac_memory_stats stats;
-static int64_t pace;
-static int guarding, guard_errors;
+static int64_t pace, soft_now; /* soft_now: the soft limit in force, above stats.soft once something was excused */
+static int guarding, guard_errors, recording;
+static lac_records events = {.size = sizeof(lac_block_info)};
 
 static size_t class_bytes(int index) { return ((size_t)(4 + (index & 3)) << (index >> 2)) * 16; }
 
@@ -73,7 +83,7 @@ static void trim_locked(void)
         while (free_lists[i]) {
             block *b = free_lists[i];
             free_lists[i] = b->next;
-            stats.cached -= (int64_t)b->class_bytes;
+            stats.cached -= (int64_t)class_bytes(i);
             free(b);
         }
 }
@@ -82,7 +92,8 @@ static int refuse(size_t bytes, const char *why)
 {
     return lac_fail(LAC_E_MEMORY,
                     "out of memory: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)", bytes,
-                    why, (long long)stats.live, (long long)stats.cached, (long long)stats.peak, (long long)stats.limit);
+                    why, (long long)stats.live, (long long)stats.cached, (long long)stats.peak,
+                    (long long)(stats.limit ? stats.limit : stats.soft));
 }
 
 /* a fresh block from the system; the lock is held */
@@ -99,7 +110,6 @@ static int fresh_block(int index, size_t bytes, block **out)
         if (posix_memalign(&raw, ALIGNMENT, sizeof(block) + size)) return refuse(bytes, "the system refused");
     }
     block *b = raw;
-    b->class_bytes = size;
     b->class_index = index;
     *out = b;
     return 0;
@@ -123,27 +133,76 @@ static void guard_check(const block *b)
     guard_errors += bad;
 }
 
-static int block_take(size_t bytes, block **out)
+/* what reports say of a block; the lock is held */
+static void block_describe(const block *b, int kind, const char *op, lac_block_info *out)
+{
+    const lac_storage *s = b->storage;
+    *out = (lac_block_info){.serial = b->serial,
+                            .time = kind == LAC_BLOCK_ALIVE ? 0 : lac_clock(),
+                            .bytes = (int64_t)class_bytes(b->class_index),
+                            .asked = (int64_t)b->asked,
+                            .op = op,
+                            .kind = kind,
+                            .role = s ? s->role : LAC_ROLE_WORKSPACE,
+                            .site = s ? s->site : 0,
+                            .tag = lac_flags_global.tag,
+                            .dtype = s ? s->dtype : -1,
+                            .ndim = s ? s->ndim : 0};
+    if (s) memcpy(out->shape, s->shape, sizeof out->shape);
+}
+
+static void block_record(const block *b, int kind, const char *op)
+{
+    lac_block_info *event = lac_records_push(&events);
+    if (event) block_describe(b, kind, op, event);
+}
+
+/* may live bytes grow by `size`? the lock is held */
+static int limits_check(int64_t size, size_t bytes)
+{
+    if (stats.limit && stats.live + size > stats.limit) return refuse(bytes, "over the limit");
+    if (stats.soft && stats.live + size > soft_now) return refuse(bytes, "over the soft limit");
+    return 0;
+}
+
+/* a block from the cache or the system, not yet accounted for; the lock is held */
+static int block_find(int index, int64_t size, size_t bytes, block **out)
+{
+    LAC_TRY(limits_check(size, bytes));
+    if (free_lists[index]) {
+        *out = free_lists[index];
+        free_lists[index] = (*out)->next;
+        stats.cached -= size;
+        stats.reused++;
+        return 0;
+    }
+    int64_t most = stats.soft ? stats.soft : stats.limit; /* cached blocks of other sizes count, too */
+    if (most && stats.live + stats.cached + size > most) trim_locked();
+    return fresh_block(index, bytes, out);
+}
+
+static int block_take(const char *op, lac_storage *storage, size_t bytes, block **out)
 {
     if (bytes > (size_t)1 << 46) return lac_fail(LAC_E_MEMORY, "out of memory: %zu bytes asked for", bytes);
     pthread_mutex_lock(&lock);
-    int index = class_of(bytes + (guarding ? GUARD : 0)), status = 0;
+    int index = class_of(bytes + (guarding ? GUARD : 0));
     int64_t size = (int64_t)class_bytes(index);
-    block *b = free_lists[index];
-    if (stats.limit && stats.live + size > stats.limit) status = refuse(bytes, "over the limit");
-    else if (b) {
-        free_lists[index] = b->next;
-        stats.cached -= size;
-        stats.reused++;
-    } else status = fresh_block(index, bytes, &b);
+    block *b = NULL;
+    int status = block_find(index, size, bytes, &b);
     if (!status) {
         b->asked = bytes;
+        b->storage = storage;
         guard_set(b);
         stats.live += size;
         stats.live_blocks++;
-        stats.allocations++;
+        b->serial = ++stats.allocations;
         if (stats.live > stats.peak) stats.peak = stats.live;
         if (pace && stats.live > pace) lac_flags_global.pressure = lac_flags_global.attention = 1;
+        b->previous = NULL;
+        b->next = in_use;
+        if (in_use) in_use->previous = b;
+        in_use = b;
+        if (recording) block_record(b, LAC_BLOCK_TAKEN, op);
         *out = b;
     }
     pthread_mutex_unlock(&lock);
@@ -154,26 +213,36 @@ static void block_give(block *b)
 {
     pthread_mutex_lock(&lock);
     guard_check(b);
-    stats.live -= (int64_t)b->class_bytes;
+    if (recording) block_record(b, LAC_BLOCK_GIVEN, b->storage ? b->storage->op : NULL);
+    if (b->next) b->next->previous = b->previous;
+    if (b->previous) b->previous->next = b->next;
+    else in_use = b->next;
+    int64_t size = (int64_t)class_bytes(b->class_index);
+    stats.live -= size;
     stats.live_blocks--;
-    stats.cached += (int64_t)b->class_bytes;
+    stats.cached += size;
+    if (stats.live < stats.soft - stats.soft / 8) soft_now = stats.soft;
     b->next = free_lists[b->class_index];
     free_lists[b->class_index] = b;
     pthread_mutex_unlock(&lock);
 }
 
-int lac_storage_new(int device, size_t bytes, lac_storage **out)
+int lac_storage_new(const char *op, int device, int dtype, int ndim, const int64_t *shape, size_t bytes,
+                    lac_storage **out)
 {
     if (device != LAC_CPU) return lac_fail(LAC_E_DEVICE, "no memory pool for device cuda:%d", device - LAC_CUDA);
     lac_storage *s = malloc(sizeof *s);
     block *b;
     if (!s) return lac_fail(LAC_E_MEMORY, "out of memory for a storage header");
-    int status = block_take(bytes, &b);
+    *s = (lac_storage){.references = 1, .device = device, .bytes = bytes, .dtype = dtype, .ndim = ndim, .op = op};
+    for (int i = 0; i < ndim; i++) s->shape[i] = shape[i];
+    int status = block_take(op, s, bytes, &b);
     if (status) {
         free(s);
         return status;
     }
-    *s = (lac_storage){.references = 1, .device = device, .data = b + 1, .bytes = bytes, .block = b->class_bytes};
+    s->data = b + 1;
+    s->block = class_bytes(b->class_index);
     __atomic_add_fetch(&stats.storages, 1, __ATOMIC_RELAXED);
     *out = s;
     return 0;
@@ -201,7 +270,7 @@ void lac_storage_drop(lac_storage *s)
 void *lac_workspace_get(const char *op, size_t bytes)
 {
     block *b;
-    if (block_take(bytes, &b)) {
+    if (block_take(op, NULL, bytes, &b)) {
         char why[512];
         snprintf(why, sizeof why, "%s", lac_last_error());
         lac_fail(LAC_E_MEMORY, "%s: workspace: %s", op, why);
@@ -242,11 +311,73 @@ int lac_memory_pace(int64_t bytes)
     return 0;
 }
 
+int lac_memory_soft_limit(int64_t bytes)
+{
+    if (bytes < 0) LAC_FAIL(ARGUMENT, "memory: the soft limit must not be negative, got %lld", (long long)bytes);
+    pthread_mutex_lock(&lock);
+    stats.soft = soft_now = bytes;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
+int lac_memory_excuse(int on)
+{
+    pthread_mutex_lock(&lock);
+    int64_t room = stats.live + stats.live / 8; /* so that the host does not collect for every further tensor */
+    soft_now = on ? INT64_MAX : room > stats.soft ? room : stats.soft;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
 int lac_memory_trim(void)
 {
     pthread_mutex_lock(&lock);
     trim_locked();
     pthread_mutex_unlock(&lock);
+    malloc_trim(0);
+    return 0;
+}
+
+int64_t lac_memory_blocks(lac_block_info *out, int64_t n)
+{
+    int64_t count = 0;
+    pthread_mutex_lock(&lock);
+    for (const block *b = in_use; b; b = b->next, count++)
+        if (count < n) block_describe(b, LAC_BLOCK_ALIVE, b->storage ? b->storage->op : NULL, out + count);
+    pthread_mutex_unlock(&lock);
+    return count;
+}
+
+int lac_memory_record(int on)
+{
+    pthread_mutex_lock(&lock);
+    if (on) lac_records_clear(&events);
+    recording = on > 0;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
+int64_t lac_memory_events(int64_t first, int64_t n, lac_block_info *out)
+{
+    pthread_mutex_lock(&lock);
+    int64_t got = lac_records_read(&events, first, n, out);
+    pthread_mutex_unlock(&lock);
+    return got;
+}
+
+int lac_tensor_role(const lac_tensor *t, int role)
+{
+    if (!t || !t->storage) LAC_FAIL(RELEASED, "role: the tensor has no storage");
+    if (role < LAC_ROLE_NONE || role >= LAC_ROLE_WORKSPACE)
+        LAC_FAIL(ARGUMENT, "role: %d is not a role of tensors", role);
+    t->storage->role = role;
+    return 0;
+}
+
+int lac_tensor_site(const lac_tensor *t, int site)
+{
+    if (!t || !t->storage) LAC_FAIL(RELEASED, "site: the tensor has no storage");
+    t->storage->site = site;
     return 0;
 }
 
@@ -303,7 +434,7 @@ int lac_map_file(const char *path, lac_tensor *out)
         if (bytes) munmap(data, bytes);
         LAC_FAIL(MEMORY, "out of memory for a storage header");
     }
-    *s = (lac_storage){.references = 1, .device = LAC_CPU, .data = data, .bytes = bytes, .block = 0};
+    *s = (lac_storage){.references = 1, .device = LAC_CPU, .data = data, .bytes = bytes, .block = 0, .op = "map_file"};
     __atomic_add_fetch(&stats.storages, 1, __ATOMIC_RELAXED);
     *out = (lac_tensor){.storage = s, .dtype = LAC_U8, .ndim = 1, .shape = {(int64_t)bytes}, .stride = {1}};
     return 0;

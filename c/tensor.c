@@ -144,7 +144,7 @@ int lac_tensor_new(const char *op, int dtype, int device, int ndim, const int64_
         LAC_FAIL(SHAPE, "%s: %s %s has more bytes than 64 bits can count", op, lac_dtype_name(dtype),
                  lac_shape_text(shape, ndim));
     lac_storage *storage;
-    LAC_TRY(lac_storage_new(device, (size_t)bytes, &storage));
+    LAC_TRY(lac_storage_new(op, device, dtype, ndim, shape, (size_t)bytes, &storage));
     t->offset = 0;
     t->dtype = dtype;
     t->device = device;

@@ -76,7 +76,7 @@ end
 local C_LAYERS = {
   "lacuna.h status.h status.c rng.h lru.h", "core.h maps.def ops.def", "backend.h op_front.h",
   "plan.h comm.h ring.h", "cpu/*", "pool.c tensor.c abi.c backend.c", "op_*.c", "plan.c", "comm*.c",
-  "ring*.c", "interrupt.h", "interrupt.c main.c",
+  "profile.c", "ring*.c", "interrupt.h", "interrupt.c main.c",
 }
 
 local function c_rank(name)

@@ -1,0 +1,250 @@
+/* profile.c: the recorder of operators: what ran, for how long, how many FLOPs and bytes.
+ *
+ * Every run of a back end's slot goes through LAC_SLOT (backend.h), so every operator is recorded, also those that are
+ * not written yet, and the time is that of the back end alone: checks, allocation and Lua lie between the events. While
+ * nothing is recorded the price is one predictable branch; while something is, two readings of the clock and one
+ * record. Rejected: sampling (misses short operators, knows no FLOPs), wrapping functions in Lua (hot operators call C
+ * directly, and a wrapper would end their traces).
+ *
+ * Costs follow from the views alone, one line per slot below; the table is made from ops.def, so an operator without a
+ * cost does not compile. Bytes are the least traffic possible: each distinct element read once (an expanded axis counts
+ * once), each result written once, in place both; caches can make the real traffic smaller than the sum over operators,
+ * bad locality larger. FLOPs are those of the formula, as papers count them: a multiply-add is two, a function
+ * (exp, tanh, comparison, conversion) one; attention's are the plan's exact count of pairs. So FLOP/s of softmax or
+ * layernorm only say something beside those of the same operator.
+ *
+ * Devices that run asynchronously will be recorded by the same macro: their back end records a pair of its own events
+ * round the launch instead of reading the clock, `end` stays 0 and is filled in when recording stops, from the
+ * elapsed times of the pairs; `device` says which timeline an event belongs to, and what is between the events of one
+ * timeline is its idle time. Nothing in the host's layer changes.
+ */
+#include "op_front.h"
+#include "plan.h"
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+typedef struct {
+    double flops;
+    int64_t bytes;
+    const char *function;
+} cost;
+
+/* ---- sizes of views ---- */
+
+static int64_t all(const lac_view *v) { return v->data ? lac_view_numel(v) : 0; }
+
+/* bytes of the distinct elements: an axis of stride 0 shows the same ones again */
+static int64_t bytes_of(const lac_view *v)
+{
+    int64_t n = v->data ? (int64_t)lac_dtype_size(v->dtype) : 0;
+    for (int i = 0; v->data && i < v->ndim; i++)
+        if (v->stride[i] != 0 || v->shape[i] == 0) n *= v->shape[i];
+    return n;
+}
+
+static int64_t bytes_list(const lac_view *const *list)
+{
+    int64_t n = 0;
+    for (; *list; list++) n += bytes_of(*list);
+    return n;
+}
+#define BYTES(...) bytes_list((const lac_view *const[]){__VA_ARGS__, NULL})
+
+static int64_t adamw_elements(const lac_a_adamw *a)
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < a->n; i++) n += all(&a->items[i].param);
+    return n;
+}
+
+/* parameter and both moments are read and written */
+static int64_t adamw_bytes(const lac_a_adamw *a)
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < a->n; i++) {
+        const lac_a_adamw_item *e = a->items + i;
+        n += 2 * BYTES(&e->param, &e->m, &e->v) + bytes_of(&e->grad);
+    }
+    return n;
+}
+
+static int64_t norm_sum(const lac_a_norm *a, int64_t (*size)(const lac_view *))
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < a->n; i++) n += size(a->items + i);
+    return n;
+}
+
+static double last(const lac_view *v) { return v->ndim > 0 ? (double)v->shape[v->ndim - 1] : 1; }
+/* rows times classes of the losses */
+static double logits_of(const lac_view *logits) { return (double)all(logits); }
+static double cells_of(const lac_view *x, const lac_view *w) { return (double)x->shape[0] * (double)w->shape[0]; }
+
+/* ---- one cost for each slot ---- */
+
+#define COST(name, args, ...)                                                                                          \
+    static cost cost_##name(const args *a) { return (cost){__VA_ARGS__}; }
+/* clang-format off */
+COST(fill, lac_a_fill, .bytes = BYTES(&a->x))
+COST(copy, lac_a_copy, .bytes = BYTES(&a->x, &a->out))
+COST(arange, lac_a_arange, .bytes = BYTES(&a->out))
+COST(map1, lac_a_map1, .flops = all(&a->out), .bytes = BYTES(&a->x, &a->out), .function = lac_map_name(1, a->fn))
+/* the derivative, times g; which of x and y the function reads is its own affair: one of them is counted */
+COST(map1_bwd, lac_a_map1_bwd, .flops = 2.0 * all(&a->out), .bytes = BYTES(&a->x, &a->g, &a->out),
+     .function = lac_map_name(1, a->fn))
+COST(map2, lac_a_map2, .flops = all(&a->out), .bytes = BYTES(&a->x, &a->y, &a->out), .function = lac_map_name(2, a->fn))
+COST(map2_bwd, lac_a_map2_bwd, .flops = 2.0 * all(&a->out), .bytes = BYTES(&a->x, &a->y, &a->g, &a->out),
+     .function = lac_map_name(2, a->fn))
+COST(where, lac_a_where, .bytes = BYTES(&a->cond, &a->x, &a->y, &a->out))
+COST(axpy, lac_a_axpy, .flops = (a->x.data ? 2.0 : 1.0) * all(&a->dst), .bytes = BYTES(&a->x, &a->dst, &a->dst))
+COST(reduce, lac_a_reduce, .flops = all(&a->x), .bytes = BYTES(&a->x, &a->out), .function = lac_reduce_name(a->fn))
+COST(softmax, lac_a_softmax, .flops = 5.0 * all(&a->out), .bytes = BYTES(&a->x, &a->out),
+     .function = a->logarithm ? "log_softmax" : "softmax")
+COST(softmax_bwd, lac_a_softmax_bwd, .flops = 4.0 * all(&a->out), .bytes = BYTES(&a->y, &a->g, &a->out),
+     .function = a->logarithm ? "log_softmax" : "softmax")
+COST(matmul, lac_a_matmul, .flops = 2.0 * all(&a->out) * last(&a->a) + (a->bias.data ? all(&a->out) : 0),
+     .bytes = BYTES(&a->a, &a->b, &a->bias, &a->out))
+COST(layernorm, lac_a_layernorm, .flops = 8.0 * all(&a->out),
+     .bytes = BYTES(&a->x, &a->gamma, &a->beta, &a->out, &a->mean, &a->rstd))
+COST(layernorm_bwd, lac_a_layernorm_bwd, .flops = 13.0 * all(&a->x),
+     .bytes = BYTES(&a->x, &a->gamma, &a->mean, &a->rstd, &a->g, &a->dx, &a->dgamma, &a->dbeta))
+COST(cross_entropy, lac_a_cross_entropy, .flops = 4.0 * logits_of(&a->logits),
+     .bytes = BYTES(&a->logits, &a->target, &a->out, &a->lse))
+COST(cross_entropy_bwd, lac_a_cross_entropy_bwd, .flops = 3.0 * logits_of(&a->logits),
+     .bytes = BYTES(&a->logits, &a->target, &a->lse, &a->g, &a->out))
+COST(linear_cross_entropy, lac_a_linear_ce, .flops = cells_of(&a->x, &a->w) * (2 * last(&a->x) + 4),
+     .bytes = BYTES(&a->x, &a->w, &a->bias, &a->target, &a->out, &a->lse))
+/* the logits again, then dx and dw */
+COST(linear_cross_entropy_bwd, lac_a_linear_ce_bwd, .flops = cells_of(&a->x, &a->w) * (6 * last(&a->x) + 4),
+     .bytes = BYTES(&a->x, &a->w, &a->bias, &a->target, &a->lse, &a->g, &a->dx, &a->dw, &a->dbias))
+/* what is read of the table is what is written */
+COST(index_select, lac_a_index, .bytes = bytes_of(&a->index) + 2 * bytes_of(&a->out))
+COST(index_select_bwd, lac_a_index_bwd, .flops = all(&a->g), .bytes = BYTES(&a->g, &a->index, &a->out))
+COST(gather, lac_a_index, .bytes = bytes_of(&a->index) + 2 * bytes_of(&a->out))
+COST(gather_bwd, lac_a_index_bwd, .flops = all(&a->g), .bytes = BYTES(&a->g, &a->index, &a->out))
+COST(rope, lac_a_rope, .flops = 3.0 * all(&a->out), .bytes = BYTES(&a->x, &a->out))
+COST(random, lac_a_random, .bytes = BYTES(&a->out))
+COST(dropout, lac_a_dropout, .flops = all(&a->out), .bytes = BYTES(&a->x, &a->out))
+COST(adamw_many, lac_a_adamw, .flops = 15.0 * adamw_elements(a), .bytes = adamw_bytes(a))
+COST(norm_many, lac_a_norm, .flops = 2.0 * norm_sum(a, all), .bytes = norm_sum(a, bytes_of))
+COST(attend, lac_a_attend, .flops = a->plan->info.flops_forward,
+     .bytes = BYTES(&a->q, &a->k, &a->v, &a->padding, &a->lengths, &a->out, &a->lse, &a->branch_lse))
+COST(attend_bwd, lac_a_attend_bwd, .flops = a->forward.plan->info.flops_backward,
+     .bytes = BYTES(&a->forward.q, &a->forward.k, &a->forward.v, &a->forward.padding, &a->forward.lengths,
+                    &a->forward.out, &a->forward.lse, &a->forward.branch_lse, &a->dout, &a->dlse, &a->dq, &a->dk,
+                    &a->dv))
+/* clang-format on */
+
+#define LAC_OP(name, args, gradient)                                                                                   \
+    static cost untyped_##name(const void *a) { return cost_##name((const args *)a); }
+#include "ops.def"
+#undef LAC_OP
+
+static cost (*const costs[LAC_SLOTS])(const void *) = {
+#define LAC_OP(name, args, gradient) untyped_##name,
+#include "ops.def"
+#undef LAC_OP
+};
+static const char *const slot_names[LAC_SLOTS] = {
+#define LAC_OP(name, args, gradient) #name,
+#include "ops.def"
+#undef LAC_OP
+};
+
+const char *lac_op_name(int op) { return op >= 0 && op < LAC_SLOTS ? slot_names[op] : NULL; }
+
+/* ---- records ---- */
+
+enum { CHUNK = 1024 };
+static int64_t lost;
+
+int64_t lac_clock(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+void *lac_records_push(lac_records *list)
+{
+    int64_t chunk = list->count / CHUNK;
+    if (list->count % CHUNK == 0) {
+        char **more = realloc(list->chunks, sizeof *more * (size_t)(chunk + 1));
+        if (more) list->chunks = more;
+        char *fresh = more ? malloc(list->size * CHUNK) : NULL;
+        if (!fresh) {
+            __atomic_add_fetch(&lost, 1, __ATOMIC_RELAXED);
+            return NULL;
+        }
+        more[chunk] = fresh;
+    }
+    return list->chunks[chunk] + list->size * (size_t)(list->count++ % CHUNK);
+}
+
+int64_t lac_records_read(const lac_records *list, int64_t first, int64_t n, void *out)
+{
+    if (first < 0 || n < 0 || !out) return 0;
+    int64_t got = 0;
+    for (; got < n && first + got < list->count; got++) {
+        int64_t i = first + got;
+        memcpy((char *)out + list->size * (size_t)got, list->chunks[i / CHUNK] + list->size * (size_t)(i % CHUNK),
+               list->size);
+    }
+    return got;
+}
+
+void lac_records_clear(lac_records *list)
+{
+    for (int64_t i = 0; i * CHUNK < list->count; i++) free(list->chunks[i]);
+    free(list->chunks);
+    list->chunks = NULL;
+    list->count = 0;
+}
+
+/* ---- the recorder ---- */
+
+int lac_profile_on;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static lac_records events = {.size = sizeof(lac_profile_event)};
+
+void lac_profile_add(int slot, const void *args, int device, int64_t start)
+{
+    int64_t end = lac_clock();
+    cost c = costs[slot](args);
+    pthread_mutex_lock(&lock);
+    lac_profile_event *event = lac_records_push(&events);
+    if (event)
+        *event = (lac_profile_event){.start = start,
+                                     .end = end,
+                                     .flops = c.flops,
+                                     .bytes = c.bytes,
+                                     .op = slot_names[slot],
+                                     .function = c.function,
+                                     .device = device,
+                                     .tag = lac_flags_global.tag};
+    pthread_mutex_unlock(&lock);
+}
+
+int lac_profile(int on)
+{
+    pthread_mutex_lock(&lock);
+    if (on) {
+        lac_records_clear(&events);
+        __atomic_store_n(&lost, 0, __ATOMIC_RELAXED);
+    }
+    lac_profile_on = on > 0;
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+
+int64_t lac_profile_events(int64_t first, int64_t n, lac_profile_event *out)
+{
+    pthread_mutex_lock(&lock);
+    int64_t got = lac_records_read(&events, first, n, out);
+    pthread_mutex_unlock(&lock);
+    return got;
+}
+
+int64_t lac_profile_lost(void) { return __atomic_load_n(&lost, __ATOMIC_RELAXED); }
