@@ -36,6 +36,10 @@ typedef struct { lac_view x, w, bias, target, out, lse; int64_t ignore, chunk; }
 typedef struct { lac_view x, w, bias, target, lse, g, dx, dw, dbias; int64_t ignore, chunk; } lac_a_linear_ce_bwd;
 typedef struct { lac_view x, index, out; int dim; } lac_a_index; /* index_select, gather */
 typedef struct { lac_view g, index, out; int dim; } lac_a_index_bwd;
+typedef struct { lac_view x, values, index; int dim; bool descending; } lac_a_sort; /* k = size of index along dim */
+typedef struct { lac_view sorted, values, out; bool right; } lac_a_searchsorted; /* leading axes equal, or sorted 1-D */
+typedef struct { lac_view sorted, order, inverse, starts; int64_t *count; } lac_a_runs;
+typedef struct { lac_view x, out; int64_t *count; } lac_a_nonzero; /* out.data NULL: only count */
 typedef struct { lac_view x, out; int64_t start; double base, scale_base; bool interleaved, transpose; int sign; } lac_a_rope;
 typedef struct { lac_view out; int kind; double a, b; uint64_t seed, offset; } lac_a_random;
 typedef struct { lac_view x, out; double p; uint64_t seed, offset; } lac_a_dropout;

@@ -183,6 +183,21 @@ int lac_index_select_bwd(const lac_tensor *g, int dim, const lac_tensor *idx, in
 int lac_gather(const lac_tensor *x, int dim, const lac_tensor *idx, lac_tensor *out);
 int lac_gather_bwd(const lac_tensor *g, int dim, const lac_tensor *idx, int64_t size, lac_tensor *out);
 
+/* ---- order ---- */
+/* NaN counts as larger than every number and -0 equals 0; equal elements keep their order (stable), also descending.
+ * values has x's dtype, index is i64 and 0-based: gather(x, dim, index) = values. */
+int lac_sort(const lac_tensor *x, int dim, int descending, lac_tensor *values, lac_tensor *index);
+/* the first k of lac_sort: the k largest in descending order, or the k smallest in ascending order */
+int lac_topk(const lac_tensor *x, int dim, int64_t k, int largest, lac_tensor *values, lac_tensor *index);
+/* sorted [..., n] ascending, values [..., m] of the same leading sizes, or sorted [n] and values of any shape.
+ * out i64: how many of `sorted` are below the value (right: below or equal), 0 .. n */
+int lac_searchsorted(const lac_tensor *sorted, const lac_tensor *values, int right, lac_tensor *out);
+/* runs of equal elements in sorted [n] with its `order` [n] (both from lac_sort): inverse [n], the run of every original
+ * position; starts [count], where each run begins. NaNs are one run. */
+int lac_runs(const lac_tensor *sorted, const lac_tensor *order, lac_tensor *inverse, lac_tensor *starts);
+/* out i64 [count, ndim]: 0-based coordinates of the elements that are not zero (NaN is not), in row-major order */
+int lac_nonzero(const lac_tensor *x, lac_tensor *out);
+
 /* ---- positions ---- */
 /* x [B, N, H, D], D even; rotates pairs (2i, 2i+1) if interleaved else (i, i + D/2) by angle p base^(-2i/D), p = start + n.
  * RoPE: Su et al. 2021, eq. 34. scale_base > 0 adds XPOS (Sun et al. 2022, eq. 9): each pair is multiplied by

@@ -7,9 +7,9 @@
 -- one: `lac.zeroes` is a mistake, not nil.
 --
 -- Index conventions, in one place: dimensions, positions, slices and the results of argmax/argmin are 1-based
--- like all of Lua; the contents of index TENSORS (token ids, class targets, idx of index_select and gather)
--- are data and 0-based, because they come from and go to files; positions inside attention strips are 0-based
--- as in the mathematics.
+-- like all of Lua; the contents of index TENSORS (token ids, class targets, idx of index_select and gather,
+-- and what sort, topk, nonzero, unique, searchsorted return) are data and 0-based, because they come from and
+-- go to files and into gather; positions inside attention strips are 0-based as in the mathematics.
 
 local lib = require "lacuna.lib"
 local class = require "lacuna.class"

@@ -692,4 +692,14 @@ case { name = "attend", inputs = { { 1, 6, 2, 3 }, { 1, 6, 1, 3 }, { 1, 6, 1, 3 
                  end,
                  "segments and dilations must have the same length: 3 != 2" } } }
 
+-- ---- the other files -------------------------------------------------------------------------------------
+
+-- what they write their cases with; each returns a function of `cases`
+cases.helpers = {
+  case = case, map1 = map1, map2 = map2, reduction = reduction, broadcast = broadcast, with = with,
+  without = without, insert = insert, fold = fold, along = along, dot = dot, total = total, same = same,
+  softmax_of = softmax_of, row_loss = row_loss, linear = linear,
+}
+for _, part in ipairs { "index" } do require("support.cases_" .. part)(cases) end
+
 return cases

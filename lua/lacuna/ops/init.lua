@@ -1,7 +1,8 @@
 --- Every operator: its function, its method, its gradient rule, in one record.
 --
 -- A package by kind of operator: base (records, the tape), map (elementwise), view (casts, views, slices),
--- inplace, reduce (and softmax), linear (products, norms, losses), index (and joining, dropout, positions).
+-- inplace, reduce (and softmax), linear (products, norms, losses), index (and joining, dropout, positions),
+-- sort (and what follows from order).
 -- Each file defines its operators into the one table of base; this file only loads them, in the order in
 -- which they need each other. tests/support/cases.lua must have a case for each name; a spec says so.
 --
@@ -17,5 +18,6 @@ require "lacuna.ops.view"
 require "lacuna.ops.inplace"
 require "lacuna.ops.linear"
 require "lacuna.ops.index"
+require "lacuna.ops.sort"
 
 return ops

@@ -12,7 +12,6 @@ local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 local device = require "lacuna.device"
 local tensor = require "lacuna.tensor"
-local create = require "lacuna.create"
 local ops = require "lacuna.ops.base"
 
 local C = lib.C
@@ -390,13 +389,13 @@ local function index_spec(x, key)
   return spec
 end
 
--- positions (0-based, i64) of the true elements of a bool tensor
+-- positions (0-based, i64, [count]) of the nonzero elements of the flattened tensor
 local function true_positions(mask)
-  local flat, list = tensor.flat_list(mask), {}
-  for i = 1, #flat do
-    if flat[i] then list[#list + 1] = i - 1 end
-  end
-  return create.tensor(list, { dtype = "i64", shape = { #list } })
+  D[1] = numel(mask)
+  local c = ctensor()
+  call(C.lac_nonzero, tensor.raw_view("nonzero", mask, 1, true).c, c)
+  c.ndim = 1
+  return adopt(c)
 end
 
 local function check_mask(x, mask)
@@ -424,4 +423,20 @@ function tensor.get(x, key)
   return slice_op.forward(x, index_spec(x, key))
 end
 
+-- the shape that x and y broadcast to, as a table
+local function broadcast_sizes(op, x, y)
+  local n, sizes = math.max(x.c.ndim, y.c.ndim), {}
+  for i = 1, n do
+    local kx, ky = i - 1 - (n - x.c.ndim), i - 1 - (n - y.c.ndim)
+    local a, b = kx >= 0 and tonumber(x.c.shape[kx]) or 1, ky >= 0 and tonumber(y.c.shape[ky]) or 1
+    if a ~= b and a ~= 1 and b ~= 1 then
+      fail(op, "%s and %s do not broadcast: %d != %d in dimension %d", show(x), show(y), a, b, i)
+    end
+    sizes[i] = a == 1 and b or a
+  end
+  return sizes
+end
+ops.internal.broadcast_sizes = broadcast_sizes
+
 ops.internal.whole, ops.internal.index_spec, ops.internal.check_mask = whole, index_spec, check_mask
+ops.internal.true_positions = true_positions

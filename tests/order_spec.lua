@@ -1,0 +1,89 @@
+--- The order that sort, topk, searchsorted and unique share, where the cases of ops_spec do not reach.
+--
+-- NaN, infinities and -0; stability in every dtype and at every size at which the engine changes its method;
+-- topk as a prefix of sort for few and many elements; the same bits with one thread and with several.
+
+local lac = require "lacuna"
+
+local INTEGER = { i64 = true, i32 = true, u8 = true }
+local function random(dtype, n)
+  if INTEGER[dtype] then return lac.randint { 2, n, low = 0, high = 200, dtype = dtype } end
+  return lac.randn { 2, n, dtype = dtype }
+end
+
+describe("order", function()
+  local nan, inf = 0 / 0, math.huge
+
+  it("puts NaN after everything and treats zeros as equal", function()
+    for _, dtype in ipairs { "f64", "f32", "f16", "bf16" } do
+      local x = lac.tensor({ 3, nan, -inf, inf, 0, -0.0, nan, 2 }, { dtype = dtype })
+      assert.are.same({ 2, 4, 5, 7, 0, 3, 1, 6 }, x:argsort():totable())
+      assert.are.same({ 1, 6, 3, 0, 7, 4, 5, 2 }, x:argsort(1, true):totable())
+      local _, largest = x:topk(3)
+      assert.are.same({ 1, 6, 3 }, largest:totable())
+      local values, inverse, counts = x:unique()
+      assert.are.same({ -inf, 0, 2, 3, inf }, values[{ { 1, 5 } }]:totable())
+      assert.are.same({ 1, 2, 1, 1, 1, 2 }, counts:totable())
+      assert.are.same({ 3, 5, 0, 4, 1, 1, 5, 2 }, inverse:totable())
+      local sorted = x:sort()
+      assert.are.same({ 6, 0, 8 }, sorted:searchsorted(lac.tensor({ nan, -inf, inf }, { dtype = dtype }))
+        :add(lac.tensor({ 0, 0, 3 }, { dtype = "i64" })):totable())
+      assert.are.same({ 8 }, sorted:searchsorted(lac.tensor({ nan }, { dtype = dtype }), true):totable())
+      assert.is_true(x:median():isnan():item())
+      assert.is_true(x:quantile(0):isnan():item())
+    end
+  end)
+
+  it("is stable, and topk is its beginning, in every dtype and at every size", function()
+    lac.manual_seed(3)
+    for _, dtype in ipairs { "f32", "f64", "f16", "bf16", "i64", "i32", "u8" } do
+      for _, n in ipairs { 1, 5, 30, 300, 3000 } do
+        local x = random(dtype, n)
+        for _, down in ipairs { false, true } do
+          local s, index = x:sort(2, down)
+          assert.is_true(lac.equal(x:gather(2, index), s))
+          if n > 1 then
+            local a, b = s:narrow(2, 1, n - 1), s:narrow(2, 2, n - 1)
+            local ia, ib = index:narrow(2, 1, n - 1), index:narrow(2, 2, n - 1)
+            local ahead = down and a:gt(b) or a:lt(b)
+            assert.is_true(ahead:logical_or(a:eq(b):logical_and(ia:lt(ib))):all():item())
+          end
+          for _, k in ipairs { 1, 3, 64, 65, n } do
+            if k <= n then
+              local t, places = x:topk(k, 2, down)
+              assert.is_true(lac.equal(t, s:narrow(2, 1, k)), dtype .. n)
+              assert.is_true(lac.equal(places, index:narrow(2, 1, k)))
+            end
+          end
+        end
+      end
+    end
+  end)
+
+  it("orders booleans and 64-bit integers beyond 2^53", function()
+    assert.are.same({ 1, 3, 0, 2 }, lac.tensor({ true, false, true, false }):argsort():totable())
+    local big = lac.tensor({ 2LL ^ 62 + 1, 2LL ^ 62, -5LL }, { dtype = "i64" })
+    assert.are.same({ 2, 1, 0 }, big:argsort():totable())
+  end)
+
+  it("does not depend on the number of threads", function()
+    lac.manual_seed(4)
+    local x, threads, results = lac.randn { 64, 4000 }, lac.threads(), {}
+    for _, n in ipairs { 1, 3 } do
+      lac.threads(n)
+      local values, index = x:sort()
+      local _, top = x:topk(300)
+      results[#results + 1] = values:string() .. index:string() .. top:string() .. x:gt(1):nonzero():string()
+    end
+    lac.threads(threads)
+    assert.are.equal(results[1], results[2])
+  end)
+
+  it("accepts what is empty", function()
+    assert.are.same({ 0, 3 }, { unpack(lac.zeros { 0, 3 }:sort(1):size()) })
+    assert.are.same({ 2, 0 }, { unpack((lac.zeros { 2, 3 }:topk(0)):size()) })
+    assert.are.same({ 0 }, { unpack((lac.zeros { 0 }:unique()):size()) })
+    assert.are.same({ 0, 2 }, { unpack(lac.zeros { 2, 2 }:nonzero():size()) })
+    assert.are.equal(0, lac.zeros { 0 }:searchsorted(lac.ones { 1 })[1]:item())
+  end)
+end)
