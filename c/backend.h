@@ -36,6 +36,10 @@ typedef struct { lac_view x, w, bias, target, out, lse; int64_t ignore, chunk; }
 typedef struct { lac_view x, w, bias, target, lse, g, dx, dw, dbias; int64_t ignore, chunk; } lac_a_linear_ce_bwd;
 typedef struct { lac_view x, index, out; int dim; } lac_a_index; /* index_select, gather */
 typedef struct { lac_view g, index, out; int dim; } lac_a_index_bwd;
+typedef struct { lac_view dst, index, src; int dim, mode; bool self; } lac_a_scatter; /* in place; src has index's shape */
+typedef struct { lac_view dst, index, src; int dim, mode; double alpha; } lac_a_index_put; /* in place; mode SET or ADD */
+typedef struct { lac_view x, out; int64_t before[LAC_MAX_DIMS]; int mode; double value; } lac_a_pad;
+typedef struct { lac_view g, out; int64_t before[LAC_MAX_DIMS]; int mode; } lac_a_pad_bwd;
 typedef struct { lac_view x, values, index; int dim; bool descending; } lac_a_sort; /* k = size of index along dim */
 typedef struct { lac_view sorted, values, out; bool right; } lac_a_searchsorted; /* leading axes equal, or sorted 1-D */
 typedef struct { lac_view sorted, order, inverse, starts; int64_t *count; } lac_a_runs;

@@ -183,6 +183,21 @@ int lac_index_select_bwd(const lac_tensor *g, int dim, const lac_tensor *idx, in
 int lac_gather(const lac_tensor *x, int dim, const lac_tensor *idx, lac_tensor *out);
 int lac_gather_bwd(const lac_tensor *g, int dim, const lac_tensor *idx, int64_t size, lac_tensor *out);
 
+enum { LAC_SCATTER_SET = 0, LAC_SCATTER_ADD = 1, LAC_SCATTER_MEAN = 2, LAC_SCATTER_MAX = 3, LAC_SCATTER_MIN = 4, LAC_SCATTERS = 5 };
+/* in place dst[idx] along `dim` := src, or combined with it: idx i64 or i32 (0-based) of dst's sizes except in `dim`, src of
+ * idx's shape (or expanded to it) and dst's dtype. Sources are taken in row-major order: SET keeps the last one.
+ * include_self 0: elements that are reached start from nothing instead of from dst. Mean wants floats. */
+int lac_scatter(lac_tensor *dst, int dim, const lac_tensor *idx, const lac_tensor *src, int mode, int include_self);
+/* in place, whole slices: dst[.., idx[i], ..] := src[.., i, ..] (add 0) or += alpha src (add 1); idx [n], src of dst's sizes
+ * with n in `dim` (or expanded to that). Order and repeated indices as for lac_scatter. */
+int lac_index_put(lac_tensor *dst, int dim, const lac_tensor *idx, const lac_tensor *src, int add, double alpha);
+enum { LAC_PAD_CONSTANT = 0, LAC_PAD_REFLECT = 1, LAC_PAD_REPLICATE = 2, LAC_PAD_CIRCULAR = 3, LAC_PADS = 4 };
+/* out[i] = x[i - before], per axis; before, after [ndim] elements are added (negative: cropped). Outside of x: the value,
+ * the mirror image without the edge (at most size - 1 of it), the edge, or the other end (any number of times). */
+int lac_pad(const lac_tensor *x, const int64_t *before, const int64_t *after, int mode, double value, lac_tensor *out);
+/* g of the padded shape; shape [g->ndim] is x's */
+int lac_pad_bwd(const lac_tensor *g, const int64_t *shape, const int64_t *before, int mode, lac_tensor *out);
+
 /* ---- order ---- */
 /* NaN counts as larger than every number and -0 equals 0; equal elements keep their order (stable), also descending.
  * values has x's dtype, index is i64 and 0-based: gather(x, dim, index) = values. */

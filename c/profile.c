@@ -124,6 +124,12 @@ COST(index_select, lac_a_index, .bytes = bytes_of(&a->index) + 2 * bytes_of(&a->
 COST(index_select_bwd, lac_a_index_bwd, .flops = all(&a->g), .bytes = BYTES(&a->g, &a->index, &a->out))
 COST(gather, lac_a_index, .bytes = bytes_of(&a->index) + 2 * bytes_of(&a->out))
 COST(gather_bwd, lac_a_index_bwd, .flops = all(&a->g), .bytes = BYTES(&a->g, &a->index, &a->out))
+/* reductions read and write what they reach; SET writes only that */
+COST(scatter, lac_a_scatter, .flops = a->mode ? all(&a->index) : 0, .bytes = BYTES(&a->index, &a->src, &a->src))
+COST(index_put, lac_a_index_put, .flops = a->mode ? 2.0 * all(&a->src) : 0,
+     .bytes = bytes_of(&a->index) + (a->mode ? 3 : 2) * bytes_of(&a->src))
+COST(pad, lac_a_pad, .bytes = BYTES(&a->x, &a->out))
+COST(pad_bwd, lac_a_pad_bwd, .flops = all(&a->g), .bytes = BYTES(&a->g, &a->out))
 COST(sort, lac_a_sort, .bytes = BYTES(&a->x, &a->values, &a->index))
 COST(topk, lac_a_sort, .bytes = BYTES(&a->x, &a->values, &a->index))
 COST(searchsorted, lac_a_searchsorted, .bytes = BYTES(&a->sorted, &a->values, &a->out))

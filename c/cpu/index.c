@@ -1,11 +1,12 @@
-/* index.c: index_select (the embedding), gather and their gradients on the CPU.
+/* index.c: index_select (the embedding), gather, their gradients, and index_put on the CPU.
  *
  * Forward copies bytes, whatever the dtype. All indices are checked before anything is written, so an error leaves no
  * half-filled result and names the first bad one.
  * The embedding's gradient adds rows that share an index. Atomics would make the sum depend on timing; here a
  * counting sort lists, for every destination row, its sources in their original order, and each destination is summed
  * by one thread, in double, and rounded once. So it is deterministic, independent of threads, and in half precision far
- * better than adding into bf16. gather's gradient does the same per line along the axis, without the sort.
+ * better than adding into bf16. gather's gradient does the same per line along the axis, without the sort. index_put
+ * sorts in the same way and visits only the rows that are named, so a few rows of a large table cost a few rows.
  */
 #include "cpu.h"
 #include "simd.h"
@@ -73,12 +74,43 @@ typedef struct {
     int dtype;
 } select_job;
 
+/* elements along the last axis */
+#define PICK(T)                                                                                                        \
+    for (int64_t k = 0; k < m; k++) ((T *)(void *)out)[k] = *(const T *)(const void *)(x + index[k] * step)
+static void select_elements(const select_job *job, int64_t begin, int64_t end)
+{
+    for (int64_t t = begin, m; t < end; t += m) {
+        int64_t outer = t / job->n, i = t % job->n, step = job->x_stride * job->bytes;
+        const char *x = job->x + offset_of(&job->x_outer, outer) * job->bytes;
+        const int64_t *index = job->index + i;
+        char *out = job->out + t * job->bytes;
+        m = job->n - i < end - t ? job->n - i : end - t;
+        switch (job->bytes) {
+        case 8:
+            PICK(int64_t);
+            break;
+        case 4:
+            PICK(int32_t);
+            break;
+        case 2:
+            PICK(int16_t);
+            break;
+        default:
+            PICK(char);
+        }
+    }
+}
+
 static void select_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const select_job *job = context;
     const lac_nest *nest = &job->inner;
     int last = nest->ndim - 1;
     (void)thread;
+    if (job->inner_count == 1) {
+        select_elements(job, begin, end);
+        return;
+    }
     for (int64_t t = begin; t < end; t++) {
         int64_t outer = t / job->n, i = t % job->n;
         const char *x = job->x + (offset_of(&job->x_outer, outer) + job->index[i] * job->x_stride) * job->bytes;
@@ -214,6 +246,9 @@ typedef struct {
     double *sums; /* [threads][size] */
 } gather_job;
 
+#define PICK_LINE(T)                                                                                                   \
+    for (int64_t j = 0; j < job->length; j++)                                                                          \
+    ((T *)(void *)to)[j] = ((const T *)(const void *)from)[j * along + index[j] * step]
 static void gather_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const gather_job *job = context;
@@ -228,10 +263,21 @@ static void gather_task(void *context, int64_t begin, int64_t end, int thread)
             if (d != job->dim) base += i * x->stride[d];
         }
         int64_t along = job->dim == last ? 0 : x->stride[last], step = x->stride[job->dim];
-        for (int64_t j = 0; j < job->length; j++) {
-            int64_t at = t * job->length + j;
-            const char *from = (const char *)x->data + (base + j * along + job->index[at] * step) * job->bytes;
-            memcpy((char *)job->out->data + at * job->bytes, from, (size_t)job->bytes);
+        const int64_t *index = job->index + t * job->length;
+        const char *from = (const char *)x->data + base * job->bytes;
+        char *to = (char *)job->out->data + t * job->length * job->bytes;
+        switch (job->bytes) {
+        case 8:
+            PICK_LINE(int64_t);
+            break;
+        case 4:
+            PICK_LINE(int32_t);
+            break;
+        case 2:
+            PICK_LINE(int16_t);
+            break;
+        default:
+            PICK_LINE(char);
         }
     }
 }
@@ -299,5 +345,108 @@ int LAC_CPU(gather_bwd)(const lac_a_index_bwd *a)
         lac_workspace_put(job.sums);
     }
     lac_workspace_put(index);
+    return status;
+}
+
+/* ---- index_put ---- */
+
+typedef struct {
+    const lac_a_index_put *a;
+    lac_view outer_dst, outer_src, inner_dst, inner_src;
+    lac_nest inner;                         /* dst, src: the axes after `dim` */
+    const int64_t *start, *order, *reached; /* reached: the rows of dst that are named, ascending */
+    int64_t rows, inner_count;
+} put_job;
+
+static void put_slice(const put_job *job, char *dst, const char *src)
+{
+    const lac_nest *nest = &job->inner;
+    int last = nest->ndim - 1, bytes = (int)lac_bytes_of(job->a->dst.dtype);
+    int64_t dst_delta = dst - nest->data[0], src_delta = src - nest->data[1];
+    lac_cursor c;
+    LAC_CPU(cursor_set)(nest, &c, 0);
+    for (int64_t r = job->inner_count / nest->shape[last]; r > 0; r--, lac_cursor_next(nest, &c)) LAC_CPU(move)
+    (bytes, c.at[0] + dst_delta, nest->stride[0][last], c.at[1] + src_delta, nest->stride[1][last], nest->shape[last]);
+}
+
+/* a block of dst += alpha (sources [e, end) of row order), in double or int64_t, rounded once */
+static void put_sum(const put_job *job, char *dst, const char *src, int64_t e, int64_t end)
+{
+    const lac_a_index_put *a = job->a;
+    int dtype = a->dst.dtype, ctype = lac_compute_type(dtype);
+    int64_t step = a->src.stride[a->dim] * lac_bytes_of(dtype), ialpha = ctype == C_I64 ? (int64_t)a->alpha : 0;
+    double sums[BLOCK], space[BLOCK];
+    int64_t *isums = (int64_t *)(void *)sums;
+    float rounded[BLOCK];
+    lac_view to = job->inner_dst, from = job->inner_src;
+    to.data = dst;
+    for (int64_t at = 0, m; at < job->inner_count; at += m) {
+        m = job->inner_count - at < BLOCK ? job->inner_count - at : BLOCK;
+        const void *v = LAC_CPU(load_linear)(&to, at, m, space);
+        if (ctype == C_F32)
+            for (int64_t j = 0; j < m; j++) sums[j] = (double)((const float *)v)[j];
+        else memcpy(sums, v, (size_t)m * 8);
+        for (int64_t k = e; k < end; k++) {
+            from.data = (char *)(uintptr_t)src + job->order[k] * step;
+            v = LAC_CPU(load_linear)(&from, at, m, space);
+            if (ctype == C_F32)
+                for (int64_t j = 0; j < m; j++) sums[j] += a->alpha * (double)((const float *)v)[j];
+            else if (ctype == C_F64)
+                for (int64_t j = 0; j < m; j++) sums[j] += a->alpha * ((const double *)v)[j];
+            else
+                for (int64_t j = 0; j < m; j++)
+                    isums[j] = (int64_t)((uint64_t)isums[j] + (uint64_t)ialpha * (uint64_t)((const int64_t *)v)[j]);
+        }
+        if (ctype == C_F32)
+            for (int64_t j = 0; j < m; j++) rounded[j] = dtype == LAC_F32 ? (float)sums[j] : v_round_odd(sums[j]);
+        LAC_CPU(store_linear)(&to, at, m, ctype == C_F32 ? (const void *)rounded : sums);
+    }
+}
+
+static void put_task(void *context, int64_t begin, int64_t end, int thread)
+{
+    const put_job *job = context;
+    const lac_a_index_put *a = job->a;
+    int64_t bytes = lac_bytes_of(a->dst.dtype);
+    (void)thread;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t outer = t / job->rows, row = job->reached[t % job->rows];
+        char *dst = (char *)a->dst.data + (offset_of(&job->outer_dst, outer) + row * a->dst.stride[a->dim]) * bytes;
+        const char *src = (const char *)a->src.data + offset_of(&job->outer_src, outer) * bytes;
+        int64_t last = job->order[job->start[row + 1] - 1];
+        if (a->mode == LAC_SCATTER_SET) put_slice(job, dst, src + last * a->src.stride[a->dim] * bytes);
+        else put_sum(job, dst, src, job->start[row], job->start[row + 1]);
+    }
+}
+
+int LAC_CPU(index_put)(const lac_a_index_put *a)
+{
+    const char *op = "index_put";
+    int64_t *index, size = a->dst.shape[a->dim], n = a->index.shape[0], *start, *reached;
+    LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
+    if (lac_view_numel(&a->src) == 0) return lac_workspace_put(index), 0;
+    start = sort_positions(op, index, n, size);
+    lac_workspace_put(index);
+    reached = start ? lac_workspace_get(op, (size_t)(n < size ? n : size) * 8) : NULL;
+    put_job job = {.a = a,
+                   .start = start,
+                   .order = start + size + 1,
+                   .reached = reached,
+                   .outer_dst = axes_of(&a->dst, 0, a->dim),
+                   .outer_src = axes_of(&a->src, 0, a->dim),
+                   .inner_dst = axes_of(&a->dst, a->dim + 1, a->dst.ndim),
+                   .inner_src = axes_of(&a->src, a->dim + 1, a->src.ndim)};
+    int status = reached ? 0 : LAC_E_MEMORY;
+    if (!status) {
+        for (int64_t r = 0; r < size; r++)
+            if (start[r + 1] > start[r]) reached[job.rows++] = r;
+        const lac_view *views[] = {&job.inner_dst, &job.inner_src};
+        LAC_CPU(nest_make)(&job.inner, 2, views);
+        job.inner_count = lac_view_numel(&job.inner_dst);
+        int64_t tasks = lac_view_numel(&job.outer_dst) * job.rows;
+        status = LAC_CPU(parallel)(op, tasks, lac_view_numel(&a->src) * 2, put_task, &job);
+    }
+    lac_workspace_put(reached);
+    lac_workspace_put(start);
     return status;
 }

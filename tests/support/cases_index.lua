@@ -168,4 +168,131 @@ return function(cases)
          bad = { { function(_, x) return x:masked_select(x) end, "mask must be bool" },
                  { function(lac, x) return x:masked_select(lac.zeros { 5, dtype = "bool" }) end,
                    "do not broadcast: 4 != 5 in dimension 2" } } }
+
+  -- ---- writing to indexed places ----------------------------------------------------------------------
+
+  -- x with f(old, source, first) at each place, sources in row-major order of idx
+  local function scattered(d, f, finish)
+    return function(R, x, idx, src)
+      local out, count = { shape = x.shape, data = {} }, {}
+      for k = 1, #x.data do out.data[k], count[k] = x.data[k], 0 end
+      local function offset(i)
+        local o = 0
+        for e = 1, #x.shape do o = o * x.shape[e] + i[e] - 1 end
+        return o + 1
+      end
+      build(idx.shape, function(i)
+        local o = offset(with(i, d, at(idx, i) + 1))
+        out.data[o], count[o] = f(R, out.data[o], at(src, i), count[o]), count[o] + 1
+      end)
+      for k = 1, #x.data do if finish then out.data[k] = finish(R, out.data[k], count[k]) end end
+      return out
+    end
+  end
+  local PLACES = { 3, 5, 2, kind = "index", high = 4 }
+  local SPECS = { { 3, 4, 2 }, PLACES, { 3, 5, 2 } }
+  case { name = "scatter", inputs = SPECS, call = function(_, x, i, s) return x:scatter(2, i, s) end,
+         ref = scattered(2, function(_, _, s) return s end),
+         bad = { { function(_, x, i, s) return x:scatter(1, i, s) end,
+                   "dst %[3, 4, 2%] and index %[3, 5, 2%] must have the same sizes except in dimension 1" },
+                 { function(_, x, i, s) return x:scatter(2, i + 1, s) end, "outside 0..3" },
+                 { function(_, x, i) return x:scatter(2, i, "x") end, "src must be a tensor or a number" },
+                 { function(_, x, i, s) return x:scatter(2, i, s:narrow(2, 1, 4)) end,
+                   "does not broadcast to" } } }
+  case { name = "scatter", label = "number, last dim", inputs = { { 3, 4 }, { 3, 2, kind = "index",
+    high = 4 } },
+         call = function(_, x, i) return x:scatter(-1, i, 1.5) end,
+         ref = function(R, x, i)
+           return scattered(2, function() return 1.5 end)(R, x, i, { shape = {}, data = { 1.5 } })
+         end }
+  local function plus(R, old, s) return R(old + s) end
+  case { name = "scatter_add", inputs = SPECS, call = function(_, x, i, s) return x:scatter_add(2, i, s) end,
+         ref = scattered(2, plus) }
+  case { name = "scatter_add", label = "expanded source", inputs = { { 6 }, { 9, kind = "index", high = 6 },
+    { 1 } },
+         call = function(_, x, i, s) return x:scatter_add(1, i, s) end, ref = scattered(1, plus) }
+  for _, self in ipairs { true, false } do
+    local label = self and "" or " without self"
+    local function fold_in(f)
+      return function(R, old, s, n) return (self or n > 0) and f(R, old, s) or s end
+    end
+    local function reduce_case(mode, f, finish)
+      case { name = "scatter_reduce", label = mode .. label, inputs = SPECS,
+             call = function(_, x, i, s) return x:scatter_reduce(2, i, s, mode, self) end,
+             ref = scattered(2, fold_in(f), finish),
+             bad = { { function(_, x, i, s) return x:scatter_reduce(2, i, s, "amix") end,
+               "did you mean 'amax'" } } }
+    end
+    reduce_case("sum", plus)
+    reduce_case("mean", plus, function(R, v, n) return n == 0 and v or R(v / (n + (self and 1 or 0))) end)
+    reduce_case("amax", function(_, a, b) return math.max(a, b) end)
+    reduce_case("amin", function(_, a, b) return math.min(a, b) end)
+  end
+
+  -- whole slices: idx [n] along d
+  local function sliced(d, f)
+    return function(R, x, idx, src)
+      local full = build(with(x.shape, d, #idx.data), function(i) return idx.data[i[d]] end)
+      return scattered(d, f)(R, x, full, src)
+    end
+  end
+  local ROWS = { { 2, 4, 3 }, { 6, kind = "index", high = 4 }, { 2, 6, 3 } }
+  case { name = "index_add", inputs = ROWS, call = function(_, x, i, s) return x:index_add(2, i, s, -2) end,
+         ref = sliced(2, function(R, old, s) return R(old + R(-2 * s)) end),
+         bad = { { function(_, x, i, s) return x:index_add(1, i, s) end, "index_put" },
+                 { function(_, x, i, s) return x:index_add(2, i:view(2, 3), s) end,
+                   "must have one dimension" },
+                 { function(_, x, i, s) return x:index_add(2, i, s, "a") end, "alpha must be a number" } } }
+  case { name = "index_copy", inputs = ROWS, call = function(_, x, i, s) return x:index_copy(2, i, s) end,
+         ref = sliced(2, function(_, _, s) return s end) }
+  case { name = "index_copy", label = "first dim", inputs = { { 4, 3 }, { 3, kind = "index", high = 4 }, { 3,
+    3 } },
+         call = function(_, x, i, s) return x:index_copy(1, i, s) end, ref = sliced(1, function(_, _,
+           s) return s end) }
+  case { name = "index_fill", inputs = { { 4, 3 }, { 2, kind = "index", high = 3 } },
+         call = function(_, x, i) return x:index_fill(2, i, 0.5) end,
+         ref = function(R, x, i)
+           return sliced(2, function() return 0.5 end)(R, x, i, { shape = {}, data = { 0.5 } })
+         end,
+         bad = { { function(_, x, i) return x:index_fill(2, i, x) end, "value must be a number" } } }
+  case { name = "take_along_dim", inputs = { { 3, 4, 2 }, { 1, 5, 2, kind = "index", high = 4 } },
+         call = function(_, x, i) return x:take_along_dim(i, 2) end,
+         ref = function(_, x, idx)
+           return build({ 3, 5, 2 }, function(i) return at(x, with(i, 2, at(idx, i) + 1)) end)
+         end,
+         bad = { { function(_, x, i) return x:take_along_dim(i, 1) end,
+           "do not broadcast: 4 != 5 in dimension 2" } } }
+  case { name = "bincount", inputs = { { 3, 4, kind = "index", high = 5 }, { 3, 4 } },
+         call = function(_, i, w) return i:bincount { weights = w, minlength = 7 } end,
+         ref = function(R, idx, w)
+           local out = {}
+           for k = 1, 7 do out[k] = 0 end
+           for k = 1, #idx.data do out[idx.data[k] + 1] = R(out[idx.data[k] + 1] + w.data[k]) end
+           return { shape = { 7 }, data = out }
+         end,
+         bad = { { function(_, i) return (i - 1 - i:max()):bincount() end, "outside 0" },
+                 { function(_, i) return i:bincount { weight = 1 } end, "did you mean 'weights'" } } }
+  case { name = "bincount", label = "counts", inputs = { { 20, kind = "index", high = 5 } }, grad = false,
+         call = function(_, i) return i:bincount { minlength = 5 } end,
+         ref = function(_, idx)
+           return build({ 5 }, function(i)
+             local n = 0
+             for k = 1, 20 do if idx.data[k] == i[1] - 1 then n = n + 1 end end
+             return n
+           end)
+         end }
+  case { name = "histc", inputs = { { 5, 8 } }, grad = false,
+         call = function(_, x) return x:histc(4, -1, 1) end,
+         ref = function(_, x)
+           return build({ 4 }, function(i)
+             local n = 0
+             for k = 1, #x.data do
+               local v = x.data[k]
+               if v >= -1.5 + i[1] / 2 and (v < -1 + i[1] / 2 or i[1] == 4 and v == 1) then n = n + 1 end
+             end
+             return n
+           end)
+         end,
+         bad = { { function(_, x) return x:histc(4, 2, 1) end, "needs finite low <= high" },
+                 { function(_, x) return x:histc(0) end, "bins must be positive, got 0" } } }
 end

@@ -132,6 +132,12 @@ local function zeros_like(t)
 end
 ops.raw_zeros_like = zeros_like
 
+local function full_like(t, value)
+  local z = tensor.empty_like(t)
+  call(C.lac_fill, z.c, value)
+  return z
+end
+
 -- D[1..n] := the shape of t
 local function load_sizes(t)
   local c = t.c
@@ -149,7 +155,7 @@ ops.internal = {
   record1 = record1, record2 = record2, record = record, wants = wants, new = new, sum_to = sum_to,
   raw_map1 = raw_map1, raw_map2 = raw_map2, raw_scalar = raw_scalar, raw_matmul = raw_matmul,
   raw_reduce = raw_reduce, scalar_like = scalar_like, remember = remember, zeros_like = zeros_like,
-  load_sizes = load_sizes, reshape_like = reshape_like, define = define,
+  full_like = full_like, load_sizes = load_sizes, reshape_like = reshape_like, define = define,
 }
 
 return ops

@@ -2,7 +2,7 @@
 --
 -- A package by kind of operator: base (records, the tape), map (elementwise), view (casts, views, slices),
 -- inplace, reduce (and softmax), linear (products, norms, losses), index (and joining, dropout, positions),
--- sort (and what follows from order).
+-- sort (and what follows from order), scatter (and counting).
 -- Each file defines its operators into the one table of base; this file only loads them, in the order in
 -- which they need each other. tests/support/cases.lua must have a case for each name; a spec says so.
 --
@@ -19,5 +19,6 @@ require "lacuna.ops.inplace"
 require "lacuna.ops.linear"
 require "lacuna.ops.index"
 require "lacuna.ops.sort"
+require "lacuna.ops.scatter"
 
 return ops

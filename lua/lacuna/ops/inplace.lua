@@ -191,13 +191,33 @@ function methods.bernoulli_(t, p)
   return fill_random("bernoulli_", C.LAC_BERNOULLI, t, p, 0)
 end
 
+-- t[idx] = value for 0-based rows idx of any shape: value broadcasts to [idx's sizes, t's other sizes]; the
+-- last of equal rows stays
+local function set_rows(t, idx, value)
+  if t.c.ndim == 0 then fail("index", "%s has no dimensions to index", show(t)) end
+  local sizes, count, rest = shape(idx), tensor.numel(idx), shape(t)
+  for i = 2, #rest do sizes[#sizes + 1] = rest[i] end
+  rest[1] = count
+  if not is(value) then value = create.tensor(value, { dtype = device.dtype_name[t.c.dtype] }) end
+  if value.c.dtype ~= t.c.dtype then value = tensor.cast(value, t.c.dtype) end
+  local enabled = tape.enabled
+  tape.enabled = false
+  local ok, source = pcall(function() return fn.reshape(fn.expand(value, sizes), rest) end)
+  tape.enabled = enabled
+  if not ok then error(source, 0) end
+  if source.root == t.root then source = tensor.cast(source, source.c.dtype) end
+  call(C.lac_index_put, t.c, 0, fn.reshape(tensor.alias(idx), count).c, source.c, 0, 1)
+  touch(t)
+end
+
 --- t[key] = value, keys as for reading; value a number, a tensor that broadcasts, or nested tables.
 function tensor.set(t, key, value)
   if value == nil then fail("index", "cannot assign nil to a part of %s", show(t)) end
   if is(key) then
     writable("index assignment", t, is(value) and value or nil)
     if key.c.dtype ~= C.LAC_BOOL then
-      fail("index", "assignment takes positions, slices or a bool mask, got the index tensor %s", show(key))
+      set_rows(t, key, value)
+      return
     end
     check_mask(t, key)
     local sizes = shape(key)

@@ -1,0 +1,188 @@
+/* scatter.c: writing elements to indexed places along an axis, on the CPU.
+ *
+ * Lines along the axis are independent, and a line belongs to one thread, which takes the sources in their order. So
+ * sums do not depend on threads, and "the last one wins" means what it says, which atomics could not promise. Up to
+ * COLUMNS neighbouring lines go together, so that an axis that is not the last is still read by whole cache lines.
+ * Combining modes keep their lines in double (or int64_t) until all sources are in and round once: adding a thousand
+ * bf16 numbers one by one into bf16 would stop at 256. Rejected: sorting indices first, as index_put does for slices;
+ * here a source is one element, and the sort would cost more than the sum.
+ */
+#include "cpu.h"
+#include "simd.h"
+
+enum { COLUMNS = 16 };
+
+typedef struct {
+    const lac_a_scatter *a;
+    const int64_t *index;     /* row-major, checked */
+    int64_t inner, blocks, w; /* elements after `dim`; blocks of w lines per row of the last axis */
+    int64_t bytes;
+    char *workspace; /* per thread: sums [size][w], then counts */
+    int ctype;
+} scatter_job;
+
+/* the lines of one task */
+typedef struct {
+    char *dst;
+    const char *src;
+    const int64_t *index;
+    int64_t w, dst_last, src_last; /* lines, and bytes between them */
+} lines;
+
+static lines lines_of(const scatter_job *job, int64_t t)
+{
+    const lac_a_scatter *a = job->a;
+    int last = a->index.ndim - 1;
+    int64_t bytes = lac_bytes_of(a->dst.dtype), at = 0, step = 1, block = 0, length = a->index.shape[last];
+    int64_t dst = 0, src = 0;
+    if (a->dim != last) {
+        block = t % job->blocks * job->w;
+        t /= job->blocks;
+    }
+    for (int d = last; d >= 0; step *= a->index.shape[d], d--) {
+        int64_t i = d == a->dim ? 0 : d == last ? block : t % a->index.shape[d];
+        if (d != a->dim && d != last) t /= a->index.shape[d];
+        at += i * step;
+        dst += i * a->dst.stride[d];
+        src += i * a->src.stride[d];
+    }
+    bool one = a->dim == last;
+    return (lines){.dst = (char *)a->dst.data + dst * bytes,
+                   .src = (const char *)a->src.data + src * bytes,
+                   .index = job->index + at,
+                   .w = one                       ? 1
+                        : length - block < job->w ? length - block
+                                                  : job->w,
+                   .dst_last = one ? bytes : a->dst.stride[last] * bytes,
+                   .src_last = one ? bytes : a->src.stride[last] * bytes};
+}
+
+static void set_lines(const scatter_job *job, const lines *l)
+{
+    const lac_a_scatter *a = job->a;
+    int64_t bytes = lac_bytes_of(a->dst.dtype), n = a->index.shape[a->dim];
+    int64_t dst_step = a->dst.stride[a->dim] * bytes, src_step = a->src.stride[a->dim] * bytes;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < l->w; j++) {
+            char *to = l->dst + l->index[i * job->inner + j] * dst_step + j * l->dst_last;
+            const char *from = l->src + i * src_step + j * l->src_last;
+            switch (bytes) {
+            case 8:
+                memcpy(to, from, 8);
+                break;
+            case 4:
+                memcpy(to, from, 4);
+                break;
+            case 2:
+                memcpy(to, from, 2);
+                break;
+            default:
+                *to = *from;
+            }
+        }
+}
+
+static inline double combine_d(int mode, double a, double b)
+{
+    if (mode == LAC_SCATTER_MAX) return a != a || a > b ? a : b; /* NaN wins */
+    if (mode == LAC_SCATTER_MIN) return a != a || a < b ? a : b;
+    return a + b;
+}
+static inline int64_t combine_i(int mode, int64_t a, int64_t b)
+{
+    if (mode == LAC_SCATTER_MAX) return a > b ? a : b;
+    if (mode == LAC_SCATTER_MIN) return a < b ? a : b;
+    return (int64_t)((uint64_t)a + (uint64_t)b);
+}
+
+/* n values of a compute type to double, or int64_t as they are */
+static void widen(int ctype, const void *x, int64_t n, void *out)
+{
+    double *d = out;
+    if (ctype == C_F32)
+        for (int64_t i = 0; i < n; i++) d[i] = (double)((const float *)x)[i];
+    else if (x != out) memcpy(out, x, (size_t)n * 8);
+}
+
+/* n sums, rounded once, into dst */
+static void narrow(int dtype, int ctype, const double *sums, int64_t n, char *dst, int64_t stride)
+{
+    float f[COLUMNS];
+    if (ctype != C_F32) {
+        LAC_CPU(store)(dtype, sums, dst, stride, n);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) f[i] = dtype == LAC_F32 ? (float)sums[i] : v_round_odd(sums[i]);
+    LAC_CPU(store)(dtype, f, dst, stride, n);
+}
+
+static void combine_lines(const scatter_job *job, const lines *l, double *sums, int32_t *counts)
+{
+    const lac_a_scatter *a = job->a;
+    int dtype = a->dst.dtype, ctype = job->ctype, mode = a->mode;
+    int64_t bytes = lac_bytes_of(dtype), n = a->index.shape[a->dim], size = a->dst.shape[a->dim], w = l->w;
+    int64_t dst_step = a->dst.stride[a->dim] * bytes, src_step = a->src.stride[a->dim] * bytes;
+    double space[COLUMNS], values[COLUMNS];
+    int64_t *isums = (int64_t *)(void *)sums, *ivalues = (int64_t *)(void *)values;
+    for (int64_t r = 0; r < size; r++)
+        widen(ctype, LAC_CPU(load)(dtype, l->dst + r * dst_step, l->dst_last, w, space), w, sums + r * w);
+    memset(counts, 0, (size_t)(size * w) * sizeof *counts);
+    for (int64_t i = 0; i < n; i++) {
+        widen(ctype, LAC_CPU(load)(dtype, l->src + i * src_step, l->src_last, w, space), w, values);
+        for (int64_t j = 0; j < w; j++) {
+            int64_t cell = l->index[i * job->inner + j] * w + j;
+            bool first = counts[cell]++ == 0 && !a->self;
+            if (ctype == C_I64) isums[cell] = first ? ivalues[j] : combine_i(mode, isums[cell], ivalues[j]);
+            else sums[cell] = first ? values[j] : combine_d(mode, sums[cell], values[j]);
+        }
+    }
+    if (mode == LAC_SCATTER_MEAN)
+        for (int64_t c = 0; c < size * w; c++)
+            if (counts[c] > 0) sums[c] /= (double)counts[c] + (a->self ? 1 : 0);
+    for (int64_t r = 0; r < size; r++) narrow(dtype, ctype, sums + r * w, w, l->dst + r * dst_step, l->dst_last);
+}
+
+static void scatter_task(void *context, int64_t begin, int64_t end, int thread)
+{
+    const scatter_job *job = context;
+    char *space = job->workspace ? job->workspace + job->bytes * thread : NULL;
+    for (int64_t t = begin; t < end; t++) {
+        lines l = lines_of(job, t);
+        if (job->a->mode == LAC_SCATTER_SET) {
+            set_lines(job, &l);
+            continue;
+        }
+        double *sums = (double *)(void *)space;
+        combine_lines(job, &l, sums, (int32_t *)(void *)(sums + job->a->dst.shape[job->a->dim] * job->w));
+    }
+}
+
+int LAC_CPU(scatter)(const lac_a_scatter *a)
+{
+    const char *op = "scatter";
+    int64_t *index, size = a->dst.shape[a->dim], total = lac_view_numel(&a->index), lines_total = 1;
+    int last = a->index.ndim - 1;
+    LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
+    scatter_job job = {.a = a, .index = index, .inner = 1, .blocks = 1, .w = 1};
+    if (total == 0) return lac_workspace_put(index), 0;
+    job.ctype = lac_compute_type(a->dst.dtype);
+    for (int d = a->dim + 1; d <= last; d++) job.inner *= a->index.shape[d];
+    if (a->dim != last) {
+        job.w = a->index.shape[last] < COLUMNS ? a->index.shape[last] : COLUMNS;
+        job.blocks = (a->index.shape[last] + job.w - 1) / job.w;
+        lines_total = job.blocks;
+    }
+    for (int d = 0; d < last; d++)
+        if (d != a->dim) lines_total *= a->index.shape[d];
+    int64_t work = 2 * total + (a->mode == LAC_SCATTER_SET ? 0 : lac_view_numel(&a->dst));
+    int status = 0;
+    if (a->mode != LAC_SCATTER_SET) {
+        job.bytes = (size * job.w * 12 + 63) / 64 * 64;
+        job.workspace = lac_workspace_get(op, (size_t)(job.bytes * LAC_CPU(threads)(lines_total, work)));
+        if (!job.workspace) status = LAC_E_MEMORY;
+    }
+    if (!status) status = LAC_CPU(parallel)(op, lines_total, work, scatter_task, &job);
+    lac_workspace_put(job.workspace);
+    lac_workspace_put(index);
+    return status;
+}

@@ -1,0 +1,92 @@
+--- Writing to indexed places, where the cases of ops_spec do not reach: in place, integers, threads.
+--
+-- In-place forms agree with the functional ones, count up versions (so that a backward notices) and refuse
+-- what the tape could not follow. Repeated indices keep the last source. Halves are summed wide. Nothing
+-- depends on the number of threads.
+
+local lac = require "lacuna"
+
+local function list(t) return t:totable() end
+local function i64(t) return lac.tensor(t, { dtype = "i64" }) end
+
+describe("scatter", function()
+  it("writes in place as it writes into copies", function()
+    lac.manual_seed(1)
+    for _, dtype in ipairs { "f64", "f32", "bf16", "i64", "u8" } do
+      local x = lac.randint { 4, 6, low = 0, high = 50, dtype = dtype }
+      local idx, src = lac.randint { 5, 6, low = 0, high = 4 }, lac.randint { 5, 6, low = 0, high = 9,
+        dtype = dtype }
+      local rows, part = i64 { 2, 0, 2 }, lac.randint { 3, 6, low = 0, high = 9, dtype = dtype }
+      for name, arguments in pairs {
+        scatter = { 1, idx, src }, scatter_add = { 1, idx, src }, scatter_reduce = { 1, idx, src, "amax",
+          false },
+        index_add = { 1, rows, part, 3 }, index_copy = { 1, rows, part }, index_fill = { 2, rows, 7 },
+      } do
+        local wanted = lac[name](x, unpack(arguments))
+        local wide = lac.zeros { 6, 4, 2, dtype = dtype }
+        local y = wide:select(3, 1):t() -- strided destination
+        y:copy_(x)
+        y[name .. "_"](y, unpack(arguments))
+        assert.is_true(lac.equal(y, wanted), name .. " " .. dtype)
+        assert.are.equal(0, wide:select(3, 2):sum():item())
+      end
+    end
+  end)
+
+  it("assigns to rows by an index tensor, the last of equal ones staying", function()
+    local t = lac.zeros { 4, 2 }
+    t[i64 { 3, 1, 3 }] = lac.tensor { { 1, 2 }, { 3, 4 }, { 5, 6 } }
+    assert.are.same({ { 0, 0 }, { 3, 4 }, { 0, 0 }, { 5, 6 } }, list(t))
+    t[i64 { { 0 }, { 2 } }] = 9
+    assert.are.same({ { 9, 9 }, { 3, 4 }, { 9, 9 }, { 5, 6 } }, list(t))
+    t[i64 { 0, 1 }] = t[i64 { 1, 0 }]
+    assert.are.same({ { 3, 4 }, { 9, 9 } }, list(t[{ { 1, 2 } }]))
+    assert.has_error(function() t[i64 { 4 }] = 1 end)
+    assert.has_error(function() t[i64 { 0, 1 }] = lac.zeros { 3, 2 } end)
+  end)
+
+  it("fills where a mask is true", function()
+    local t = lac.tensor { { 1, 2 }, { 3, 4 } }
+    t:masked_fill_(lac.tensor { true, false }, -1)
+    assert.are.same({ { -1, 2 }, { -1, 4 } }, list(t))
+    assert.has_error(function() t:masked_fill_(lac.ones { 2, 2, 2, dtype = "bool" }, 0) end)
+  end)
+
+  it("sums halves wide and rounds once", function()
+    local ones = lac.ones { 1000, dtype = "bf16" }
+    local zero = lac.zeros { 1, dtype = "bf16" }
+    assert.are.equal(1000, zero:scatter_add(1, lac.zeros { 1000, dtype = "i64" }, ones):item())
+    assert.are.equal(1000, zero:index_add(1, lac.zeros { 1000, dtype = "i64" }, ones):item())
+  end)
+
+  it("does not depend on the number of threads", function()
+    lac.manual_seed(2)
+    local x, idx, src = lac.randn { 50, 300 }, lac.randint { 400, 300, low = 0, high = 50 }, lac.randn { 400,
+      300 }
+    local threads, results = lac.threads(), {}
+    for _, n in ipairs { 1, 3 } do
+      lac.threads(n)
+      results[#results + 1] = x:scatter_add(1, idx, src):string() .. x:scatter(1, idx, src):string()
+        .. x:index_add(1, idx:select(2, 1):contiguous(), src):string()
+    end
+    lac.threads(threads)
+    assert.are.equal(results[1], results[2])
+  end)
+
+  it("tells the tape what it changed and refuses what the tape cannot follow", function()
+    local x = lac.randn { 3, grad = true }
+    local y = x * 2
+    local z = (y * y):sum()
+    lac.no_grad(function() y:scatter_(1, i64 { 0 }, 1) end)
+    assert.has_error(function() z:backward() end)
+    assert.has_error(function() x:scatter_add_(1, i64 { 0 }, 1) end)
+    assert.has_error(function() lac.zeros { 3 }:index_add_(1, i64 { 0, 1, 2 }, x) end)
+    local idx = i64 { 0, 1, 1 }
+    local out = x:gather(1, idx):sum() + x:scatter_add(1, idx, 1):sum()
+    idx[1] = 2
+    assert.has_error(function() out:backward() end)
+    assert.has_error(function() lac.ones { 3, dtype = "bool" }:scatter_add_(1, i64 { 0 }, true) end)
+    local base = lac.arange { 6, dtype = "i64" }
+    assert.has_error(function() base:scatter_(1, base, 1) end)
+  end)
+end)
