@@ -121,6 +121,11 @@ test: deps ## build and run the whole test suite
 	@$(MAKE) --no-print-directory -j$$(nproc) all
 	$(BUSTED)
 
+PEER ?= python3
+.PHONY: bench
+bench: all ## measure against PyTorch (PEER=/path/to/python with torch) and the machine's floors: ratios in one run
+	$(COMMAND) experiments/benchmark.lua --peer $(PEER) $(BENCH)
+
 lint: ## luacheck, format of the C and CUDA sources, every translation unit with warnings as errors
 	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) clang-format"
 	luacheck -q lua experiments tests

@@ -107,6 +107,37 @@ describe("experiments", function()
     assert.matches("2 seeds: differences", printed)
   end)
 
+  it("benchmark --quick, with and without a peer", function()
+    local out = dir .. "/bench.json"
+    local host = sys.exists(COMMAND) and COMMAND or LUA
+    -- every section runs; this Python has no PyTorch, if it is there at all
+    local status, printed, err = run(host, "benchmark",
+      ("--quick --threads 1,2 --peer %s/no-python --json %s"):format(sys.quote(dir), sys.quote(out)))
+    assert.equal(0, status, printed .. err)
+    local all = json.decode(read(out))
+    local seen, names = {}, {}
+    for _, row in ipairs(all.rows) do
+      seen[row.section] = true
+      assert.is_nil((row.problem or ""):match("^error"), row.problem)
+      if row.against == "PyTorch" and row.kind == "time" then
+        assert.matches("peer not available: no program", row.problem)
+      end
+    end
+    for name in io.popen("ls experiments/benchmarks"):read("*a"):gmatch("([%w_]+)%.lua") do
+      names[#names + 1] = name
+      assert.is_true(seen[name], "no row of section " .. name)
+      assert.matches("\n" .. name .. ": ", printed)
+    end
+    assert.is_true(#names > 0)
+    assert.matches(("%d rows: 0 targets met, 0 missed, %%d+ not measured"):format(#all.rows), printed)
+    local bad, _, reason = run(host, "benchmark", "--only flors")
+    assert.equal(1, bad)
+    assert.matches("unknown section 'flors', did you mean 'floors'", reason)
+    status = run(host, "benchmark", "--quick --strict --only floors --threads 1 --peer " .. sys.quote(dir
+      .. "/no-python"))
+    assert.equal(1, status)
+  end)
+
   it("answer --help and wrong options", function()
     for _, script in ipairs{ "language_model", "sweep_segments" } do
       local status, printed = run(LUA, script, "--help")
@@ -117,7 +148,14 @@ describe("experiments", function()
       assert.equal(2, bad)
       assert.equal(script .. ": unknown option '--stpes', did you mean '--steps'? (see --help)\n", err)
     end
-    local status, _, err = run(LUA, "language_model", "--quick --data /nonexistent")
+    local status, printed, err = run(LUA, "benchmark", "--help")
+    assert.equal(0, status, err)
+    assert.matches("usage: benchmark.*Sections: .*floors.*%-%-quick", printed)
+    local _
+    status, _, err = run(LUA, "benchmark", "--quikc")
+    assert.equal(2, status)
+    assert.equal("benchmark: unknown option '--quikc', did you mean '--quick'? (see --help)\n", err)
+    status, _, err = run(LUA, "language_model", "--quick --data /nonexistent")
     assert.equal(1, status)
     assert.matches("cannot read /nonexistent", err)
     status, _, err = run(LUA, "language_model", ("--quick --segments 16 --data %s --out %s/x"):format(text,

@@ -1,0 +1,116 @@
+--- benchmark.lua: every number that this project claims, measured against peers and floors in one run.
+--
+--   build/bin/lacuna experiments/benchmark.lua --peer /path/to/python
+--   build/bin/lacuna experiments/benchmark.lua --only attention,elementwise --threads 1 --json bench.json
+--
+-- Sections are files in experiments/benchmarks/, each { name, about, run = function(b) }, where b is a run of
+-- lua/lacuna/bench.lua: b:row measures ours against a peer (experiments/peers/<script>.py, a process of its
+-- own, PyTorch on as many threads) or a floor, in turns; b:value states another number. A section runs once
+-- per number of threads; `once = true` in its table runs it one time, with the largest number.
+--
+-- Only ratios are comparable between machines. A row whose peer is missing prints why and counts as not
+-- measured; --quick runs everything in its smallest size, to see that it works, and judges no target. The
+-- exit status is 0 whatever was measured, and with --strict 1 if a target was missed or not measured.
+
+local lac = require "lacuna"
+local bench = require "lacuna.bench"
+local cli = require "lacuna.cli"
+local sys = require "lacuna.sys"
+
+local here = sys.dirname(arg[0])
+
+local function section_names()
+  local names = {}
+  local pipe = assert(io.popen("ls " .. sys.quote(here .. "/benchmarks")))
+  for line in pipe:lines() do names[#names + 1] = line:match("^([%w_]+)%.lua$") end
+  pipe:close()
+  return names
+end
+
+local NAMES = section_names()
+
+local SPEC = {
+  program = "benchmark",
+  about = "Measures ours against PyTorch and against the machine's floors, as ratios in one run.\nSections: "
+    .. table.concat(NAMES, ", ") .. ".",
+  { name = "only", type = "string", help = "sections, separated by commas (default: all)" },
+  { name = "threads", type = "integers", min = 1, help = "numbers of threads (default: 1 and all cores)" },
+  { name = "peer", type = "string", default = os.getenv("LACUNA_PEER") or "python3",
+  help = "a Python that has PyTorch (or in the environment: LACUNA_PEER)" },
+  { name = "fkodom", type = "string", help = "folder of dilated-attention-pytorch, for section pipelines" },
+  { name = "torchscale", type = "string", help = "folder of torchscale, for section pipelines" },
+  { name = "json", type = "string", help = "write every row to this file" },
+  { name = "strict", type = "boolean", help = "exit with status 1 if a target was missed or not measured" },
+  { name = "quick", type = "boolean", help = "smallest sizes; judges no target" },
+}
+
+local function chosen(only)
+  if not only then return NAMES end
+  local list, known = {}, {}
+  for _, name in ipairs(NAMES) do known[name] = true end
+  for name in only:gmatch("[^,%s]+") do
+    if not known[name] then lac.schema.unknown("benchmark", "section", name, NAMES) end
+    list[#list + 1] = name
+  end
+  return list
+end
+
+local function load_section(name)
+  local section = assert(loadfile(("%s/benchmarks/%s.lua"):format(here, name)))()
+  if type(section) ~= "table" or section.name ~= name or type(section.run) ~= "function" then
+    lac.schema.fail("benchmark", "benchmarks/%s.lua must return { name = '%s', about =, run = }", name, name)
+  end
+  return section
+end
+
+local function machine()
+  local file = io.open("/proc/cpuinfo")
+  local text = file and file:read("*a") or ""
+  if file then file:close() end
+  return text:match("model name%s*:%s*([^\n]+)") or "an unknown processor"
+end
+
+local function run_section(b, section, counts)
+  b.print(("\n%s: %s"):format(section.name, section.about))
+  b:header(section.name)
+  for i, n in ipairs(counts) do
+    if not section.once or i == #counts then
+      b:set_threads(n)
+      lac.manual_seed(1)
+      local ok, reason = pcall(lac.scope, section.run, b)
+      if not ok then
+        if tostring(reason):match("interrupted!?$") then error(reason, 0) end
+        b:value{ what = section.name .. " stopped", problem = "error: " .. tostring(reason) }
+        b.failed = true
+      end
+    end
+  end
+end
+
+local function main(o)
+  local cores = lac.threads()
+  local counts = o.threads or (cores > 1 and { 1, cores } or { 1 })
+  table.sort(counts)
+  local b = bench.run{ quick = o.quick, peer = o.peer, peers = here .. "/peers", threads = counts[1],
+    options = o, print = function(line)
+      io.stdout:write(line, "\n")
+      io.stdout:flush()
+    end }
+  local names = chosen(o.only)
+  b.print(("%s, threads %s\n%s"):format(machine(), table.concat(counts, " and "), lac.devices()))
+  local sections = {}
+  for i, name in ipairs(names) do sections[i] = load_section(name) end
+  for _, section in ipairs(sections) do run_section(b, section, counts) end
+  local n = b:count()
+  b.print(("\n%d rows: %d targets met, %d missed, %d not measured%s"):format(n.rows, n.met, n.missed,
+    n.unmeasured, o.quick and " (a quick run judges nothing)" or ""))
+  if o.json then
+    local file = assert(io.open(o.json, "wb"))
+    assert(file:write(b:json{ machine = machine(), engine = lac.devices(), quick = o.quick or false }))
+    file:close()
+  end
+  b:close()
+  if b.failed or (o.strict and n.missed + n.unmeasured > 0) then os.exit(1, true) end
+end
+
+cli.main(SPEC, arg, main)

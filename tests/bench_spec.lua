@@ -1,0 +1,194 @@
+--- bench_spec.lua: the benchmark harness measures what it says.
+--
+-- Times cannot be asserted, so the clock's consumers are checked through work whose ratio is known by
+-- construction (a function that is the other one four times), through counts (turns, calls, `before`), and
+-- through a peer that is a ten-line shell script: it speaks the protocol, fails on request and dies on
+-- request, so that nothing here needs Python. What matters most is that nothing missing looks measured:
+-- absent peers, failing cases and missed targets are told apart in the row, the count and the table.
+
+local lac = require "lacuna"
+local bench = require "lacuna.bench"
+local json = require "lacuna.json"
+local sys = require "lacuna.sys"
+
+local dir = sys.temporary("-bench")
+
+-- answers in the protocol; case "bad" is refused, case "fatal" kills the process
+local PEER = [[
+echo '{"shell": true}'
+while read -r line; do
+  case "$line" in
+  *'"case":"bad"'*) echo '{"error": "ValueError: bad case"}' ;;
+  *'"case":"fatal"'*) echo 'last words' >&2; exit 3 ;;
+  *'"op":"case"'*) echo '{"id": 7, "info": {"loss": 1.5}}' ;;
+  *'"op":"turn"'*) echo '{"best": 0.5, "calls": 2}' ;;
+  *'"op":"peak"'*) echo '{"bytes": 4096}' ;;
+  *'"op":"drop"'*) echo '{}' ;;
+  esac
+done
+]]
+
+local function spin(n)
+  local x = 1
+  for _ = 1, n do x = math.sqrt(x + 1) end
+  return x
+end
+
+describe("bench", function()
+  local lines
+  local function run(options)
+    lines = {}
+    options = options or {}
+    options.print = function(line) lines[#lines + 1] = line end
+    options.peers = dir
+    return bench.run(options)
+  end
+
+  setup(function()
+    assert(sys.mkdir(dir))
+    for name, text in pairs{ good = PEER, dead = "echo 'cannot start' >&2; exit 1\n" } do
+      local file = assert(io.open(("%s/%s.py"):format(dir, name), "wb"))
+      file:write(text)
+      file:close()
+    end
+    local shell = assert(io.open(dir .. "/shell", "wb")) -- takes Python's option -u
+    shell:write('#!/bin/sh\nshift\nexec sh "$@"\n')
+    shell:close()
+    assert(sys.run("chmod +x " .. sys.quote(dir .. "/shell")) == 0)
+  end)
+  teardown(function() os.execute("rm -r " .. sys.quote(dir)) end)
+
+  it("times a function: as many turns as asked, `before` at each", function()
+    local before, calls = 0, 0
+    local t = bench.time(function() calls = calls + 1 end,
+      { seconds = 1e-4, turns = 4, max_turns = 4, before = function() before = before + 1 end })
+    assert.equal(4, t.turns)
+    assert.equal(4, before)
+    assert.is_true(t.min <= t.median and t.median <= t.max)
+    assert.is_true(t.calls > 0 and t.calls < calls) -- warm-up calls are not counted
+    assert.equal((t.max - t.min) / t.median, t.spread)
+  end)
+
+  it("gives the ratio of two functions", function()
+    local function light() spin(20000) end
+    local function heavy() for _ = 1, 8 do light() end end
+    local r = bench.compare(light, heavy, { seconds = 0.05, turns = 3 })
+    assert.is_true(r.ratio.median > 2 and r.ratio.median < 40, tostring(r.ratio.median)) -- 8, and noise
+    assert.is_true(r.ratio.min <= r.ratio.median and r.ratio.median <= r.ratio.max)
+  end)
+
+  it("measures in a scope: nothing is left alive", function()
+    collectgarbage()
+    collectgarbage()
+    local before = lac.memory().live
+    bench.time(function() return lac.zeros{ 1000 } end, { seconds = 1e-3 })
+    assert.equal(before, lac.memory().live)
+  end)
+
+  it("counts extra bytes at the peak", function()
+    local bytes, x = bench.peak(function(n)
+      local big = lac.zeros{ n, 1024 }
+      return big:sum()
+    end, 1024)
+    assert.is_true(bytes >= 2 ^ 22 and bytes < 2 ^ 22 + 2 ^ 16, tostring(bytes))
+    assert.equal(0, x:item())
+  end)
+
+  it("compares with a peer and says what it told", function()
+    local b, told = run{ peer = dir .. "/shell" }, nil
+    local row = b:row{ what = "thing", ours = function() spin(100) end, seconds = 1e-3,
+      peer = { script = "good", case = "fine", arguments = { n = 1 } }, at_least = 1.2,
+      tell = function(info) told = info end }
+    assert.equal(0.5, row.other)
+    assert.is_true(row.met and row.ratio > 1000)
+    assert.equal(1.5, told.loss)
+    assert.equal("speedup", row.as)
+    local side = b:case("good", "fine")
+    assert.equal(4096, side:peak())
+    assert.same({ rows = 1, met = 1, missed = 0, unmeasured = 0 }, b:count())
+    assert.matches("thing .*500 ms PyTorch.*>= 1.2x +met$", lines[1])
+    b:close()
+  end)
+
+  it("says when a peer is missing, refuses or dies, and counts it as not measured", function()
+    local function try(options, script, case, pattern)
+      local b = run(options)
+      local row
+      for _ = 1, 2 do -- a peer that is gone stays gone
+        row = b:row{ what = "thing", ours = function() spin(100) end, seconds = 1e-3,
+          peer = { script = script, case = case }, at_least = 1.2 }
+      end
+      assert.is_nil(row.met)
+      assert.is_true(row.ours > 0) -- ours is measured all the same
+      assert.matches(pattern, row.problem)
+      assert.matches(pattern, lines[1])
+      assert.same({ rows = 2, met = 0, missed = 0, unmeasured = 2 }, b:count())
+      b:close()
+    end
+    try({ peer = "no-such-python" }, "good", "fine", "peer not available: no program 'no%-such%-python'")
+    try({ peer = dir .. "/shell" }, "dead", "fine", "peer not available: cannot start")
+    try({ peer = dir .. "/shell" }, "good", "bad", "peer failed: ValueError: bad case")
+    try({ peer = dir .. "/shell" }, "good", "fatal", "last words")
+    assert.error_matches(function() run():peer("nonesuch") end, "there is no peer script .*nonesuch.py")
+  end)
+
+  it("judges targets in both directions, and none in a quick run", function()
+    local b = run()
+    local slow, fast = function() spin(40000) end, function() spin(10000) end
+    local function row(options)
+      options.what, options.seconds = "thing", 0.02
+      return b:row(options)
+    end
+    assert.is_true(row{ ours = fast, floor = slow, at_most = 1 }.met)
+    assert.is_false(row{ ours = slow, floor = fast, at_most = 1 }.met)
+    assert.is_true(row{ ours = fast, floor = slow, at_least = 1 }.met)
+    assert.is_false(row{ ours = slow, floor = fast, at_least = 1 }.met)
+    -- per unit of work both are the same, and only then
+    local even = row{ ours = slow, floor = fast, work = 4, other_work = 1, unit = "FLOP/s", at_most = 2 }
+    assert.equal("time", even.as)
+    assert.is_true(even.met and even.ratio > 0.5, tostring(even.ratio))
+    assert.same({ rows = 5, met = 3, missed = 2, unmeasured = 0 }, b:count())
+    assert.matches("MISSED$", lines[2])
+    local quick = run{ quick = true }
+    quick:row{ what = "thing", ours = fast, floor = slow, at_most = 1 }
+    assert.same({ rows = 1, met = 0, missed = 0, unmeasured = 1 }, quick:count())
+    assert.matches("not judged", lines[1])
+  end)
+
+  it("states values, floors by name, and writes JSON", function()
+    local b = run{ quick = true }
+    b:header("some")
+    assert.is_true(b:value{ what = "memory", value = 7, unit = "%", at_most = 10 }.met)
+    assert.is_false(b:value{ what = "memory", value = 11, unit = "%", at_most = 10 }.met)
+    b:value{ what = "stopped", problem = "why" }
+    b:row{ what = "a sum", ours = function() end, floor = "copy", work = 100, at_most = 1.3 }
+    assert.matches("B/s copy", lines[#lines])
+    b:row{ what = "a product", ours = function() end, floor = "sgemm", work = 100, at_least = 0.8 }
+    assert.matches("FLOP/s sgemm.*>= 80%%", lines[#lines])
+    local back = json.decode(b:json{ machine = "m" })
+    assert.equal("m", back.machine)
+    assert.equal(5, #back.rows)
+    assert.equal("some", back.rows[1].section)
+    assert.equal("why", back.rows[3].problem)
+  end)
+
+  it("refuses rows that say too little or too much", function()
+    local b = run{ quick = true }
+    local f = function() end
+    local function try(pattern, method, options)
+      assert.error_matches(function() b[method](b, options) end, pattern)
+    end
+    try("needs either peer or floor", "row", { what = "x", ours = f })
+    try("needs either peer or floor", "row", { what = "x", ours = f, floor = f, peer = {} })
+    try("two targets", "row", { what = "x", ours = f, floor = f, at_least = 1, at_most = 1 })
+    try("has work but no unit", "row", { what = "x", ours = f, floor = f, work = 1 })
+    try("needs its work, to compare with copy", "row", { what = "x", ours = f, floor = "copy" })
+    try("unknown floor 'cpoy', did you mean 'copy'", "row",
+      { what = "x", ours = f, floor = "cpoy", work = 1 })
+    try("did you mean 'at_least'", "row", { what = "x", ours = f, floor = f, at_lest = 1 })
+    try("either a value or a problem", "value", { what = "x" })
+    assert.error_matches(function() bench.time(3) end, "expected a function, got 3")
+    assert.error_matches(function() bench.compare(f) end, "argument 2 must be a function, got false")
+    assert.error_matches(function() bench.peak("x") end, "expected a function, got 'x'")
+  end)
+end)
