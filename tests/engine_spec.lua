@@ -209,9 +209,9 @@ local function map2(name, x, y) return op("map2", C.lac_map_id(2, name), x, y) e
 local ULPS = { f64 = 4, f32 = 2, f16 = 1, bf16 = 1 }
 -- compositions round an intermediate result before an exponential of it; |argument| ulps come on top (f32,
 -- f64)
-local EXTRA = { gelu_tanh = { 33, 30 }, sigmoid = { 1, 4 }, silu = { 2, 4 }, gelu = { 1, 60 }, rsqrt = { 1,
-  1 }, tanh = { 0, 4 },
-                softplus = { 0, 2 }, erf = { 0, 8 }, expm1 = { 0, 4 }, log1p = { 0, 2 } }
+local EXTRA = { gelu_tanh = { 33, 30 }, sigmoid = { 1, 4 }, silu = { 2, 4 }, gelu = { 4, 60 }, rsqrt = { 1,
+  1 }, tanh = { 1, 4 },
+                softplus = { 1, 2 }, erf = { 1, 8 }, expm1 = { 0, 4 }, log1p = { 0, 2 } }
 
 local function fails(status, pattern, name, ...)
   local args, n = { ... }, select("#", ...)

@@ -56,6 +56,11 @@ void LAC_CPU(store)(int dtype, const void *values, void *x, int64_t stride, int6
 const void *LAC_CPU(load_linear)(const lac_view *v, int64_t start, int64_t n, void *buffer);
 void LAC_CPU(store_linear)(const lac_view *v, int64_t start, int64_t n, const void *values);
 
+/* An output of so many bytes does not stay in the last-level cache: v_stream() (simd.h) then writes past the caches,
+ * which saves reading every line before it is overwritten. Half of the common 32 MiB, because an output that just fits
+ * is wanted in the cache by whoever reads it next; asking the system gives the sum of a socket's caches on AMD. */
+enum { LAC_STREAM_BYTES = 16 << 20 };
+
 /* One loop nest over several views of one shape: axes sorted by the first view's strides and merged where all views
  * allow it. The innermost axis is the last. */
 enum { LAC_NEST_VIEWS = 5 };

@@ -1,7 +1,7 @@
 /* elem.c: elementwise operators on the CPU.
  *
  * c/maps.def is included once per compute type and turns every line into a kernel over short contiguous arrays:
- * (n, inputs, output). One driver walks a loop nest in strips of 512 elements, loads and converts what is not already
+ * (n, inputs, output). One driver walks a loop nest in strips of 1024 elements, loads and converts what is not already
  * a contiguous array of the compute type into buffers that stay in the first-level cache, calls the kernel, and
  * stores. So there are about 150 kernels instead of 150 x dtypes x strides, a broadcast or a scalar is an input of
  * stride 0, and a strip of contiguous f32 data costs no copy at all.
@@ -12,7 +12,7 @@
 #include "cpu.h"
 #include "simd.h"
 
-enum { STRIP = 512 };
+enum { STRIP = 1024, STREAM_STRIP = 512 };
 typedef void lac_kernel(int64_t n, const void *const *in, void *out);
 
 /* ---- type-generic mathematics for maps.def ---- */
@@ -52,7 +52,7 @@ LAC_INLINE int64_t i_pow(int64_t x, int64_t y)
     return (int64_t)r;
 }
 
-#define FLOATS(S, A, SFX, EXP, SIGMOID, CDF)                                                                           \
+#define FLOATS(S, A, SFX, EXP, SIGMOID)                                                                                \
     LAC_INLINE S A##_neg(S x) { return -x; }                                                                           \
     LAC_INLINE S A##_add(S x, S y) { return x + y; }                                                                   \
     LAC_INLINE S A##_sub(S x, S y) { return x - y; }                                                                   \
@@ -73,16 +73,18 @@ LAC_INLINE int64_t i_pow(int64_t x, int64_t y)
     {                                                                                                                  \
         S s = SIGMOID(x);                                                                                              \
         return s * (1 + x * (1 - s));                                                                                  \
-    }                                                                                                                  \
-    LAC_INLINE S A##_gelu(S x) { return x * CDF(x); }                                                                  \
-    LAC_INLINE S A##_gelu_grad(S x) { return CDF(x) + x * ((S)0.39894228040143267794 * EXP((S)-0.5 * x * x)); }
+    }
 
 LAC_INLINE double d_sigmoid(double x) { return 1 / (1 + exp(-x)); }
 LAC_INLINE double d_softplus(double x) { return (x > 0 ? x : 0) + log1p(exp(-fabs(x))); }
 LAC_INLINE double d_cdf(double x) { return 0.5 * erfc(-x * 0.70710678118654752440); }
-LAC_INLINE float f_cdf(float x) { return (float)v_normal_cdf((double)x); }
-FLOATS(float, f, f, v_expf, v_sigmoidf, f_cdf)
-FLOATS(double, d, , exp, d_sigmoid, d_cdf)
+LAC_INLINE double d_gelu(double x) { return x < -1e3 ? 0 : x * d_cdf(x); } /* 0 at -inf, which x cdf(x) is not */
+LAC_INLINE double d_gelu_grad(double x)
+{
+    return d_cdf(x) + fmin(fmax(x, -1e3), 1e3) * (0.39894228040143267794 * exp(-0.5 * x * x));
+}
+FLOATS(float, f, f, v_expf, v_sigmoidf)
+FLOATS(double, d, , exp, d_sigmoid)
 
 /* gelu by tanh (Hendrycks and Gimpel 2016): 1 + tanh(u) = 2 sigmoid(2u), without cancellation */
 #define GELU_TANH_ARGUMENT(x) (1.59576912160573071175 * ((x) + 0.044715 * (x) * (x) * (x)))
@@ -96,8 +98,10 @@ LAC_INLINE double d_gelu_tanh_grad(double x)
 LAC_INLINE float f_gelu_tanh(float x) { return x * v_sigmoidf(1.595769122f * (x + 0.044715f * x * x * x)); }
 LAC_INLINE float f_gelu_tanh_grad(float x)
 {
-    double d = (double)x, s = 1 / (1 + v_exp_d(-GELU_TANH_ARGUMENT(d)));
-    return (float)(s + d * s * (1 - s) * GELU_TANH_SLOPE(d));
+    float a = 1.595769122f * (x + 0.044715f * x * x * x), slope = 1.595769122f + 0.21406530f * x * x;
+    float e = v_exp_flushf(-fabsf(a)), w = 1 / (1 + e),
+          s = a > 0 ? w : e * w; /* s (1 - s) = e w w, without cancellation */
+    return s + x * (e * w * w) * slope;
 }
 
 #define F_neg(x) GENERIC3(x, f_neg, d_neg, i_neg)(x)
@@ -129,8 +133,8 @@ LAC_INLINE float f_gelu_tanh_grad(float x)
 #define F_softplus(x) GENERIC2(x, v_softplusf, d_softplus)(x)
 #define F_silu(x) GENERIC2(x, f_silu, d_silu)(x)
 #define F_silu_grad(x) GENERIC2(x, f_silu_grad, d_silu_grad)(x)
-#define F_gelu(x) GENERIC2(x, f_gelu, d_gelu)(x)
-#define F_gelu_grad(x) GENERIC2(x, f_gelu_grad, d_gelu_grad)(x)
+#define F_gelu(x) GENERIC2(x, v_geluf, d_gelu)(x)
+#define F_gelu_grad(x) GENERIC2(x, v_gelu_gradf, d_gelu_grad)(x)
 #define F_gelu_tanh(x) GENERIC2(x, f_gelu_tanh, d_gelu_tanh)(x)
 #define F_gelu_tanh_grad(x) GENERIC2(x, f_gelu_tanh_grad, d_gelu_tanh_grad)(x)
 #define F_pow_dx(x, y) GENERIC2(x, f_pow_dx, d_pow_dx)(x, y)
@@ -191,26 +195,30 @@ KERNEL(axpy_i64, T, X3, i_add(i_mul(x, y), g))
 typedef struct {
     lac_kernel *value[3];       /* by compute type; NULL: not defined there */
     lac_kernel *gradient[2][2]; /* [argument][compute type] */
-    bool to_bool;
+    bool to_bool, light;        /* light: arithmetic only, no exponentials */
 } lac_map;
+#define LIGHT_FLOAT false
+#define LIGHT_ANY true
 #define I64_FLOAT(name) NULL
 #define I64_ANY(name) name
 static const lac_map maps1[] = {
 #define MAP1(name, domain, value, gradient)                                                                            \
     {{m1_f32_##name, m1_f64_##name, I64_##domain(m1_i64_##name)},                                                      \
      {{b1_f32_##name, b1_f64_##name}, {NULL, NULL}},                                                                   \
-     false},
-#define CMP1(name, value) {{m1_f32_##name, m1_f64_##name, m1_i64_##name}, {{NULL, NULL}, {NULL, NULL}}, true},
-#define LOGIC1(name, text, value) {{NULL, NULL, m1_i64_##name}, {{NULL, NULL}, {NULL, NULL}}, true},
+     false,                                                                                                            \
+     LIGHT_##domain},
+#define CMP1(name, value) {{m1_f32_##name, m1_f64_##name, m1_i64_##name}, {{NULL, NULL}, {NULL, NULL}}, true, true},
+#define LOGIC1(name, text, value) {{NULL, NULL, m1_i64_##name}, {{NULL, NULL}, {NULL, NULL}}, true, true},
 #include "../maps.def"
 };
 static const lac_map maps2[] = {
 #define MAP2(name, domain, value, dx, dy)                                                                              \
     {{m2_f32_##name, m2_f64_##name, I64_##domain(m2_i64_##name)},                                                      \
      {{bx_f32_##name, bx_f64_##name}, {by_f32_##name, by_f64_##name}},                                                 \
-     false},
-#define CMP2(name, value) {{m2_f32_##name, m2_f64_##name, m2_i64_##name}, {{NULL, NULL}, {NULL, NULL}}, true},
-#define LOGIC2(name, text, value) {{NULL, NULL, m2_i64_##name}, {{NULL, NULL}, {NULL, NULL}}, true},
+     false,                                                                                                            \
+     LIGHT_##domain},
+#define CMP2(name, value) {{m2_f32_##name, m2_f64_##name, m2_i64_##name}, {{NULL, NULL}, {NULL, NULL}}, true, true},
+#define LOGIC2(name, text, value) {{NULL, NULL, m2_i64_##name}, {{NULL, NULL}, {NULL, NULL}}, true, true},
 #include "../maps.def"
 };
 
@@ -220,8 +228,9 @@ typedef struct {
     lac_nest nest; /* view 0 is the output */
     lac_kernel *kernel;
     int32_t dtype[4];
-    bool raw;       /* the kernel writes the output's dtype itself (bool) */
-    int64_t strips; /* per row */
+    bool raw;              /* the kernel writes the output's dtype itself (bool) */
+    bool stream;           /* a dense output larger than the caches: write past them */
+    int64_t strip, strips; /* elements of a strip; strips per row */
 } elem_job;
 
 static void elem_task(void *context, int64_t begin, int64_t end, int thread)
@@ -230,7 +239,7 @@ static void elem_task(void *context, int64_t begin, int64_t end, int thread)
     const lac_nest *nest = &job->nest;
     const int last = nest->ndim - 1, views = nest->views;
     const int64_t length = nest->shape[last];
-    double buffer[4][STRIP];
+    double buffer[4][STRIP], packed[STRIP];
     const void *repeated[4] = {NULL, NULL, NULL, NULL};
     int64_t filled[4] = {0, 0, 0, 0};
     const void *in[4] = {NULL, NULL, NULL, NULL};
@@ -239,7 +248,7 @@ static void elem_task(void *context, int64_t begin, int64_t end, int thread)
     int64_t row = begin / job->strips, strip = begin % job->strips;
     LAC_CPU(cursor_set)(nest, &at, row);
     for (int64_t t = begin; t < end; t++) {
-        int64_t start = strip * STRIP, n = length - start < STRIP ? length - start : STRIP;
+        int64_t start = strip * job->strip, n = length - start < job->strip ? length - start : job->strip;
         for (int v = 1; v < views; v++) {
             int64_t stride = nest->stride[v][last];
             const char *x = at.at[v] + start * stride;
@@ -251,11 +260,21 @@ static void elem_task(void *context, int64_t begin, int64_t end, int thread)
             } else if (length == 1) {
                 stride = lac_bytes_of(job->dtype[v]);
             }
+            if (job->stream && stride == lac_bytes_of(job->dtype[v]))
+                v_prefetch(x + 2 * job->strip * stride, n * stride); /* reads go on while the result is written */
             in[v - 1] = LAC_CPU(load)(job->dtype[v], x, stride, n, buffer[v]);
         }
         int64_t stride = length == 1 ? lac_bytes_of(job->dtype[0]) : nest->stride[0][last];
         char *out = at.at[0] + start * nest->stride[0][last];
-        if (job->raw || (lac_is_native(job->dtype[0]) && stride == lac_bytes_of(job->dtype[0]))) {
+        if (job->stream) {
+            const void *result = buffer[0];
+            job->kernel(n, in, buffer[0]);
+            if (!job->raw && !lac_is_native(job->dtype[0])) {
+                LAC_CPU(store)(job->dtype[0], buffer[0], packed, stride, n);
+                result = packed;
+            }
+            v_stream(out, result, (size_t)(n * stride));
+        } else if (job->raw || (lac_is_native(job->dtype[0]) && stride == lac_bytes_of(job->dtype[0]))) {
             job->kernel(n, in, out);
         } else {
             job->kernel(n, in, buffer[0]);
@@ -266,10 +285,24 @@ static void elem_task(void *context, int64_t begin, int64_t end, int thread)
             lac_cursor_next(nest, &at);
         }
     }
+    if (job->stream) v_stream_end();
 }
 
-/* views[0] is the output; a compute-type kernel over all of it */
-static int elem_run(const char *op, lac_kernel *kernel, int count, const lac_view *const *views, bool raw)
+/* Write past the caches? Not into memory that the operator also reads: that is in the cache already. */
+static bool elem_streams(const lac_nest *nest, int dtype)
+{
+    int64_t bytes = lac_bytes_of(dtype);
+    if (nest->stride[0][nest->ndim - 1] != bytes) return false;
+    for (int d = 0; d < nest->ndim; d++) bytes *= nest->shape[d];
+    if (bytes < LAC_STREAM_BYTES) return false;
+    for (int v = 1; v < nest->views; v++)
+        if (nest->data[v] == nest->data[0]) return false;
+    return true;
+}
+
+/* views[0] is the output; a compute-type kernel over all of it. light: cheaper than the memory it touches; the others
+ * hide the cost of ordinary stores behind their arithmetic, and storing apart from it would be slower. */
+static int elem_run(const char *op, lac_kernel *kernel, int count, const lac_view *const *views, bool raw, bool light)
 {
     if (lac_view_numel(views[0]) == 0) return 0;
     if (!kernel) LAC_FAIL(DTYPE, "%s: not defined for %s", op, lac_dtype_name(views[count - 1]->dtype));
@@ -277,11 +310,13 @@ static int elem_run(const char *op, lac_kernel *kernel, int count, const lac_vie
     LAC_CPU(nest_make)(&job.nest, count, views);
     job.kernel = kernel;
     job.raw = raw;
+    job.stream = light && elem_streams(&job.nest, views[0]->dtype);
     for (int v = 0; v < count; v++) job.dtype[v] = views[v]->dtype;
     int64_t rows = 1;
     for (int d = 0; d < job.nest.ndim - 1; d++) rows *= job.nest.shape[d];
     int64_t length = job.nest.shape[job.nest.ndim - 1];
-    job.strips = (length + STRIP - 1) / STRIP;
+    job.strip = job.stream ? STREAM_STRIP : STRIP;
+    job.strips = (length + job.strip - 1) / job.strip;
     return LAC_CPU(parallel)(op, rows * job.strips, rows * length, elem_task, &job);
 }
 
@@ -309,13 +344,14 @@ int LAC_CPU(map1)(const lac_a_map1 *a)
 {
     const lac_view *views[] = {&a->out, &a->x};
     const lac_map *map = &maps1[a->fn];
-    return elem_run("map1", map->value[lac_compute_type(a->x.dtype)], 2, views, map->to_bool);
+    return elem_run("map1", map->value[lac_compute_type(a->x.dtype)], 2, views, map->to_bool, map->light);
 }
 
 int LAC_CPU(map1_bwd)(const lac_a_map1_bwd *a)
 {
     const lac_view *views[] = {&a->out, &a->x, &a->y, &a->g};
-    return elem_run("map1_bwd", maps1[a->fn].gradient[0][lac_compute_type(a->x.dtype)], 4, views, false);
+    const lac_map *map = &maps1[a->fn];
+    return elem_run("map1_bwd", map->gradient[0][lac_compute_type(a->x.dtype)], 4, views, false, map->light);
 }
 
 int LAC_CPU(map2)(const lac_a_map2 *a)
@@ -329,7 +365,7 @@ int LAC_CPU(map2)(const lac_a_map2 *a)
     }
     const lac_map *map = &maps2[a->fn];
     const lac_view *views[] = {&a->out, a->swapped ? y : x, a->swapped ? x : y};
-    return elem_run("map2", map->value[lac_compute_type(x->dtype)], 3, views, map->to_bool);
+    return elem_run("map2", map->value[lac_compute_type(x->dtype)], 3, views, map->to_bool, map->light);
 }
 
 int LAC_CPU(map2_bwd)(const lac_a_map2_bwd *a)
@@ -345,7 +381,8 @@ int LAC_CPU(map2_bwd)(const lac_a_map2_bwd *a)
     }
     bool swapped = !a->y.data && a->swapped;
     const lac_view *views[] = {&a->out, swapped ? y : x, swapped ? x : y, &a->g};
-    return elem_run("map2_bwd", maps2[a->fn].gradient[which][lac_compute_type(x->dtype)], 4, views, false);
+    return elem_run("map2_bwd", maps2[a->fn].gradient[which][lac_compute_type(x->dtype)], 4, views, false,
+                    maps2[a->fn].light);
 }
 
 /* dst = alpha x + dst, or alpha dst */
@@ -358,7 +395,8 @@ int LAC_CPU(axpy)(const lac_a_axpy *a)
     int ctype = lac_compute_type(a->dst.dtype);
     scalar_view(a->alpha, a->dst.dtype, &a->dst, &space, &alpha);
     const lac_view *sum[] = {&a->dst, &a->x, &alpha, &a->dst}, *product[] = {&a->dst, &a->dst, &alpha};
-    return a->x.data ? elem_run("axpy", add[ctype], 4, sum, false) : elem_run("scale", mul[ctype], 3, product, false);
+    return a->x.data ? elem_run("axpy", add[ctype], 4, sum, false, true)
+                     : elem_run("scale", mul[ctype], 3, product, false, true);
 }
 
 /* ---- moving bytes: copy, where, fill ---- */
@@ -456,12 +494,21 @@ static void copy_task(void *context, int64_t begin, int64_t end, int thread)
     int64_t strip = begin % job->strips;
     LAC_CPU(cursor_set)(nest, &at, begin / job->strips);
     for (int64_t t = begin; t < end; t++) {
-        int64_t start = strip * STRIP, n = length - start < STRIP ? length - start : STRIP;
+        int64_t start = strip * job->strip, n = length - start < job->strip ? length - start : job->strip;
         int64_t so = nest->stride[0][last], sx = nest->stride[1][last];
         char *out = at.at[0] + start * so;
         const char *x = at.at[1] + start * sx;
         if (length == 1) so = lac_bytes_of(to), sx = lac_bytes_of(from);
-        if (to == from) {
+        if (job->stream) {
+            const void *v = x;
+            if (to != from) v = LAC_CPU(load)(from, x, sx, n, first);
+            else if (sx != so) LAC_CPU(move)((int)so, (char *)first, so, x, sx, n), v = first;
+            if (to != from) {
+                v = convert_block(lac_compute_type(from), lac_compute_type(to), to, v, second, n);
+                if (!lac_is_native(to)) LAC_CPU(store)(to, v, first, so, n), v = first;
+            }
+            v_stream(out, v, (size_t)(n * so));
+        } else if (to == from) {
             LAC_CPU(move)((int)lac_bytes_of(to), out, so, x, sx, n);
         } else {
             const void *v = LAC_CPU(load)(from, x, sx, n, first);
@@ -473,6 +520,7 @@ static void copy_task(void *context, int64_t begin, int64_t end, int thread)
             lac_cursor_next(nest, &at);
         }
     }
+    if (job->stream) v_stream_end();
 }
 
 /* A transposing copy in square tiles: a strip would touch one cache line per element and drop it before its
@@ -551,9 +599,11 @@ static int move_run(const char *op, lac_task *task, int count, const lac_view *c
     elem_job job;
     LAC_CPU(nest_make)(&job.nest, count, views);
     for (int v = 0; v < count; v++) job.dtype[v] = views[v]->dtype;
+    job.stream = elem_streams(&job.nest, views[0]->dtype);
     int64_t rows = 1, length = job.nest.shape[job.nest.ndim - 1];
     for (int d = 0; d < job.nest.ndim - 1; d++) rows *= job.nest.shape[d];
-    job.strips = (length + STRIP - 1) / STRIP;
+    job.strip = job.stream ? STREAM_STRIP : STRIP;
+    job.strips = (length + job.strip - 1) / job.strip;
     return LAC_CPU(parallel)(op, rows * job.strips, rows * length, task, &job);
 }
 
@@ -604,7 +654,7 @@ static void where_task(void *context, int64_t begin, int64_t end, int thread)
     for (int v = 0; v < 4; v++) s[v] = nest->stride[v][last];
     LAC_CPU(cursor_set)(nest, &at, begin / job->strips);
     for (int64_t t = begin; t < end; t++) {
-        int64_t start = strip * STRIP, n = length - start < STRIP ? length - start : STRIP;
+        int64_t start = strip * job->strip, n = length - start < job->strip ? length - start : job->strip;
         char *out = at.at[0] + start * s[0];
         const char *c = at.at[1] + start * s[1], *x = at.at[2] + start * s[2], *y = at.at[3] + start * s[3];
         switch (lac_bytes_of(job->dtype[0])) {

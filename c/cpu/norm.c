@@ -111,7 +111,7 @@ enum { SUM_BLOCK = 256, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16 };
             dx[i] = rstd * (w - ma - h * mb);                                                                          \
         }                                                                                                              \
     }
-ROW_KERNELS(float, f, v_expf, INFINITY)
+ROW_KERNELS(float, f, v_exp_flushf, INFINITY)
 ROW_KERNELS(double, d, exp, (double)INFINITY)
 
 /* ---- softmax ---- */

@@ -2,21 +2,24 @@
  *
  * Every function here is branch-free, static inline and free of library calls, so that a plain loop over an array
  * becomes SSE2, AVX2 or AVX-512 code according to the flags of the translation unit. That is why there are no
- * intrinsics (except for the half-precision conversions that F16C does in one instruction), and why libm is not
- * called: its functions are scalar, and its vector variants need -ffast-math, which would break -inf and NaN.
+ * intrinsics (except for half-precision conversions and stores past the caches, which gcc cannot express), and why libm
+ * is not called: its functions are scalar, and its vector variants need -ffast-math, which would break -inf and NaN.
  *
- * exp and the sigmoid carry softmax and silu and are computed in float (1 to 1.5 ulp). The other float functions are
- * computed in double inside, to a relative 1e-10, and rounded once: no ulp analysis, and still 4 to 8 lanes. Functions
- * of double arguments go to libm: f64 exists for gradient checks, where accuracy is everything. Polynomials are our own
- * Chebyshev fits; the range and the largest error stand next to each. Rejected: tables (gathers are slow before
- * AVX-512), _Float16 (library calls without AVX512-FP16).
+ * The functions that models call on whole activations (exp, expm1, log, log1p, tanh, sigmoid, softplus, erf, the normal
+ * distribution) are computed in float, below 2 ulp; tests/elem_spec.lua measures each over all of its range. Long
+ * polynomials are split in even and odd parts (Estrin): a loop body then is not one chain of dependent multiplications
+ * that the processor's window cannot overlap. Rarer float functions are computed in double inside, to a relative 1e-10,
+ * and rounded once: no ulp analysis, and still 4 to 8 lanes. Functions of double arguments go to libm: f64 exists for
+ * gradient checks, where accuracy is everything. Polynomials are our own fits, nearly minimax; the range and the
+ * largest error stand next to each. Rejected: tables (gathers are slow before AVX-512), _Float16 (library calls
+ * without AVX512-FP16).
  */
 #ifndef LAC_CPU_SIMD_H
 #define LAC_CPU_SIMD_H
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __F16C__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -68,6 +71,173 @@ LAC_INLINE float v_expf(float x)
     p = 1.0f + (r + r * r * p);
     uint32_t half = (uint32_t)(k >> 1), rest = (uint32_t)k - half;
     return p * v_float((half + 127u) << 23) * v_float((rest + 127u) << 23);
+}
+
+/* The same in fewer steps: 0 below -87.68 and infinity above 88.37, where e^x leaves the normal floats. For sums and
+ * quotients with terms near 1. 2^k is one shift: the bits of `magic` above k fall off the end. */
+LAC_INLINE float v_exp_flushf(float x)
+{
+    const float magic = 12582912.0f;
+    float c = x > 89.0f ? 89.0f : x;
+    c = c < -88.0f ? -88.0f : c;
+    float t = c * 1.44269504f + magic, n = t - magic;
+    float r = c - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float p = 1.3926213835e-3f;
+    p = p * r + 8.3632029716e-3f;
+    p = p * r + 4.1666554432e-2f;
+    p = p * r + 1.6666576846e-1f;
+    p = p * r + 5.0000000000e-1f;
+    p = 1.0f + (r + r * r * p);
+    return p * v_float((v_bits(t) << 23) + 0x3f800000u);
+}
+
+/* e^r - 1 for y = k ln2 + r, and k as an exponent to shift; |y| <= 89, NaN passes */
+LAC_INLINE float v_expm1_reduce(float y, uint32_t *k)
+{
+    const float magic = 12582912.0f;
+    float t = y * 1.44269504f + magic, n = t - magic;
+    *k = v_bits(t); /* the bits of `magic` fall off the end of every shift by 23 */
+    float r = y - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float z = r * r; /* (e^r - 1 - r) / r^2, 4e-10 of e^r - 1 */
+    float p = (0.5f + 0.166666657f * r) +
+              z * ((0.0416664928f + 0.00833354332f * r) + z * (0.00139323424f + 0.000197642454f * r));
+    return r + z * p;
+}
+
+LAC_INLINE float v_expm1f(float x)
+{
+    uint32_t k;
+    float c = x > 89.0f ? 89.0f : x;
+    c = c < -40.0f ? -40.0f : c;
+    float p = v_expm1_reduce(c, &k), s = v_float((k << 23) + 0x3f000000u); /* half of 2^k: 2^128 is no float */
+    return 2.0f * (s * p + (s - 0.5f));
+}
+
+/* tanh = e / (e + 2) with e = expm1(2 |x|): one path for all x, relative accuracy at 0 */
+LAC_INLINE float v_tanhf(float x)
+{
+    uint32_t k, sign = v_bits(x) & 0x80000000u;
+    float a = v_float(v_bits(x) ^ sign);
+    a = a > 10.0f ? 10.0f : a;
+    float p = v_expm1_reduce(2.0f * a, &k), s = v_float((k << 23) + 0x3f800000u);
+    float e = s * p + (s - 1.0f), y = e / (e + 2.0f);
+    return v_float(v_bits(y) | sign);
+}
+
+/* 2.5 ulp, 0 below -88.37 */
+LAC_INLINE float v_sigmoidf(float x) { return 1.0f / (1.0f + v_exp_flushf(-x)); }
+
+/* ---- float log ---- */
+
+/* log(1 + f) + k ln2 for 1 + f in [sqrt(1/2), sqrt(2)] */
+LAC_INLINE float v_log_poly(float f, float k)
+{
+    float z = f * f, z2 = z * z; /* (log(1 + f) - f + f^2/2) / f^3, 6e-9 of log(1 + f) */
+    float p = ((0.333333313f - 0.250008196f * f) + (0.200012431f - 0.166234106f * f) * z) +
+              ((0.142015398f - 0.131595507f * f) + (0.127624854f - 0.0763694048f * f) * z) * z2;
+    float t = f * z * p - k * 2.12194440e-4f;
+    t = t - 0.5f * z;
+    return (f + t) + k * 0.693359375f;
+}
+
+LAC_INLINE float v_logf(float x)
+{
+    float big = x < 0x1p-126f ? x * 0x1p23f : x, extra = x < 0x1p-126f ? -23.0f : 0.0f;
+    int32_t k = (int32_t)(v_bits(big) - 0x3f3504f3u) >> 23; /* the mantissa in [sqrt(1/2), sqrt(2)) */
+    float m = v_float(v_bits(big) - ((uint32_t)k << 23));
+    float y = v_log_poly(m - 1.0f, (float)k + extra);
+    y = x == INFINITY ? x : y;
+    y = x == 0.0f ? -INFINITY : y;
+    return x >= 0.0f ? y : NAN;
+}
+
+/* what 1 + x rounds away is added to the mantissa: near 0 the polynomial then sees x itself */
+LAC_INLINE float v_log1pf(float x)
+{
+    float u = 1.0f + x, lost = x - (u - 1.0f);
+    int32_t k = (int32_t)(v_bits(u) - 0x3f3504f3u) >> 23, scale = k > 126 ? 126 : k;
+    float m = v_float(v_bits(u) - ((uint32_t)k << 23));
+    float y = v_log_poly((m - 1.0f) + lost * v_float((uint32_t)(127 - scale) << 23), (float)k);
+    y = x == INFINITY ? x : y;
+    y = x == -1.0f ? -INFINITY : y;
+    return x >= -1.0f ? y : NAN;
+}
+
+/* log(1 + e) for 0 <= e <= 1; NaN passes */
+LAC_INLINE float v_log1p_unit(float e)
+{
+    float z = e * e, z2 = z * z; /* log(1 + e) / e, 5e-9 */
+    float p = (-0.499999315f + 0.333304763f * e) + (-0.249582469f + 0.196937457f * e) * z;
+    float q = (-0.153508499f + 0.10673169f * e) + (-0.057594087f + 0.0201682653f * e) * z - 0.003310628f * z2;
+    return e + z * (p + q * z2);
+}
+
+/* log(1 + e^x) */
+LAC_INLINE float v_softplusf(float x)
+{
+    float a = x < 0.0f ? x : -x; /* a NaN comes through e */
+    return (x > 0.0f ? x : 0.0f) + v_log1p_unit(v_exp_flushf(a));
+}
+
+/* ---- float erf and the normal distribution ---- */
+
+/* erf(u) = -expm1(-u q(u)): q = -log(erfc(u))/u is smooth, so there is one branch and no cancellation near 0 */
+LAC_INLINE float v_erff(float x)
+{
+    uint32_t k, sign = v_bits(x) & 0x80000000u;
+    float u = v_float(v_bits(x) ^ sign);
+    u = u > 4.0f ? 4.0f : u;
+    float z = u * u, z2 = z * z; /* q on 0 <= u <= 4, 4e-9 of erf; the first coefficient is in two parts */
+    float q = (0.636619508f + 0.102776863f * u) + (-0.0191498641f - 0.000165820034f * u) * z;
+    q = q + ((0.00167208444f - 0.000635445409f * u) + (0.00011833592f - 9.33046886e-06f * u) * z) * z2;
+    float y = 1.12837923f * u + u * (q * u - 5.8635383e-8f);
+    float p = v_expm1_reduce(-y, &k), s = v_float((k << 23) + 0x3f800000u);
+    return v_float(v_bits((1.0f - s) - s * p) | sign);
+}
+
+/* The upper tail of the normal distribution Q(u) = erfc(u / sqrt(2)) / 2, u >= 0, as a product of its density
+ * *e = e^(-u^2/2) (0 from u = 13.2 on, where it leaves the normal floats) and the returned ratio, which is smooth.
+ * u^2 is taken in two parts: rounded, it would cost 8 ulp at u = 5. */
+LAC_INLINE float v_normal_tailf(float u, float *e)
+{
+    const float magic = 12582912.0f;
+    float c = u > 13.2f ? 13.2f : u, h = c * c;
+#ifdef __FP_FAST_FMAF
+    float low = __builtin_fmaf(c, c, -h);
+#else
+    float head = v_float(v_bits(c) & 0xfffff000u), low = (c - head) * (c + head);
+    h = head * head; /* 12 bits: exact */
+#endif
+    float t = h * -0.721347520f + magic, n = t - magic;
+    float r = -0.5f * h - n * 0.693359375f;
+    r = (r + n * 2.12194440e-4f) - 0.5f * low;
+    float z = r * r; /* as in v_expf */
+    float p = (5.0000000000e-1f + 1.6666576846e-1f * r) +
+              z * ((4.1666554432e-2f + 8.3632029716e-3f * r) + 1.3926213835e-3f * z);
+    p = (1.0f + (r + z * p)) * v_float((v_bits(t) << 23) + 0x3f800000u);
+    *e = u >= 13.2f ? 0.0f : p;
+    float w = 1.0f / (c + 3.0f), s = (c - 2.0f) * w, s2 = s * s, s4 = s2 * s2; /* Q / e (u + 3), 4e-8 */
+    float g = ((0.840510011f - 0.727946937f * s) + (0.367684126f - 0.0627620369f * s) * s2) +
+              ((-0.034298528f + 0.012425988f * s) + (0.00613203086f - 0.00170802488f * s) * s2) * s4;
+    return (g - 0.0011834061f * (s4 * s4)) * w;
+}
+
+/* gelu(x) = x cdf(x) = relu(x) - |x| Q(|x|): 4 ulp, also in the lower tail down to 2^-126 (0 below) */
+LAC_INLINE float v_geluf(float x)
+{
+    float e, u = fabsf(x), ratio = v_normal_tailf(u, &e);
+    u = u > 13.2f ? 13.2f : u; /* keeps inf * 0 away */
+    return (x > 0.0f ? x : 0.0f) - u * ratio * e;
+}
+/* its slope, cdf(x) + x density(x) */
+LAC_INLINE float v_gelu_gradf(float x)
+{
+    float e, u = fabsf(x), ratio = v_normal_tailf(u, &e);
+    u = u > 13.2f ? 13.2f : u;
+    float d = (ratio - u * 0.398942280f) * e;
+    return x > 0.0f ? 1.0f - d : d;
 }
 
 /* ---- cores in double, relative 1e-10, for float results ---- */
@@ -161,61 +331,26 @@ LAC_INLINE double v_erfc_d(double u)
     return v_exp_d(-u * u) * p / (1.0 + 2.0 * u);
 }
 
-/* ---- float functions ---- */
-
-LAC_INLINE float v_expm1f(float x) { return (float)v_expm1_d((double)x); }
-LAC_INLINE float v_logf(float x) { return (float)v_log_d((double)x); }
-LAC_INLINE float v_log1pf(float x) { return (float)v_log1p_d((double)x); }
-
-LAC_INLINE float v_tanhf(float x)
+/* atan of any double */
+LAC_INLINE double v_atan_d(double x)
 {
-    double a = fabs((double)x);
-    a = a > 20.0 ? 20.0 : a;
-    double e = v_expm1_d(2.0 * a), y = e / (e + 2.0);
-    return (float)(x < 0.0f ? -y : y);
-}
-
-/* erf(u) = -expm1(-u q(u)): q = -log(erfc(u))/u is smooth, so there is one branch and no cancellation near 0 */
-LAC_INLINE float v_erff(float x)
-{
-    double u = fabs((double)x);
-    u = u > 4.0 ? 4.0 : u;
-    double t = 0.5 * u - 1.0;
-    double q = 5.94714392731375832e-8; /* on 0 <= u <= 4, 4e-12 */
-    q = q * t + 7.67456335952611167e-7;
-    q = q * t + -3.24445461623821807e-6;
-    q = q * t + 3.83863093972353251e-6;
-    q = q * t + 7.72743762106204422e-7;
-    q = q * t + -1.12657033164074996e-5;
-    q = q * t + 3.75559457453111594e-5;
-    q = q * t + -9.66002620355222111e-5;
-    q = q * t + 1.86561623049824674e-4;
-    q = q * t + -2.38761717465516647e-4;
-    q = q * t + -1.15452741465719339e-5;
-    q = q * t + 1.33677243044764381e-3;
-    q = q * t + -5.66659064532112421e-3;
-    q = q * t + 1.7384979176290109e-2;
-    q = q * t + -4.59510376338513492e-2;
-    q = q * t + 1.11811510245376785e-1;
-    q = q * t + 1.73569017368745589;
-    q = q * t + 2.68247063230656176;
-    double y = -v_expm1_d(-u * q);
-    return (float)(x < 0.0f ? -y : y);
-}
-
-/* in float, for speed: about 1.5 ulp, 0 below -89 */
-LAC_INLINE float v_sigmoidf(float x) { return 1.0f / (1.0f + v_expf(-x)); }
-LAC_INLINE float v_softplusf(float x)
-{
-    double d = (double)x, e = v_exp_d(-fabs(d));
-    return (float)((d > 0.0 ? d : 0.0) + v_log1p_d(e)); /* a NaN comes through e */
-}
-
-/* the normal distribution function, without cancellation in the lower tail */
-LAC_INLINE double v_normal_cdf(double x)
-{
-    double half = 0.5 * v_erfc_d(fabs(x) * 0.70710678118654752440);
-    return x < 0.0 ? half : 1.0 - half;
+    double a = fabs(x), s = a > 1.0 ? 1.0 / a : a, z = s * s;
+    double p = 4.4139129610410815e-4; /* atan(s) / s on |s| <= 1, 8e-12 */
+    p = p * z - 3.3288471460828153e-3;
+    p = p * z + 1.1779152225719514e-2;
+    p = p * z - 2.6538231338160245e-2;
+    p = p * z + 4.415786993611414e-2;
+    p = p * z - 6.0546545521461095e-2;
+    p = p * z + 7.5090171694592603e-2;
+    p = p * z - 9.0530191423927567e-2;
+    p = p * z + 1.1105987013775598e-1;
+    p = p * z - 1.4285296802951922e-1;
+    p = p * z + 1.9999982191926624e-1;
+    p = p * z - 3.3333333033620349e-1;
+    p = p * z + 9.9999999999163069e-1;
+    p = p * s;
+    p = a > 1.0 ? 1.57079632679489662 - p : p;
+    return x < 0.0 ? -p : p;
 }
 
 /* sin and cos of a double angle, |a| <= 2^19 (k below 2^19, so that k * 33 bits is exact); 1e-15 absolute */
@@ -309,9 +444,69 @@ LAC_INLINE void v_load_bf16(const uint16_t *restrict x, float *restrict y, int64
 {
     for (int64_t i = 0; i < n; i++) y[i] = v_from_bf16(x[i]);
 }
+/* gcc narrows 32-bit lanes in many small steps, so this one is written out */
 LAC_INLINE void v_store_bf16(const float *restrict x, uint16_t *restrict y, int64_t n)
 {
-    for (int64_t i = 0; i < n; i++) y[i] = v_to_bf16(x[i]);
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    const __m512i bias = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1), quiet = _mm512_set1_epi32(0x40);
+    for (; i + 16 <= n; i += 16) {
+        __m512 f = _mm512_loadu_ps(x + i);
+        __m512i b = _mm512_castps_si512(f), high = _mm512_srli_epi32(b, 16);
+        __m512i r = _mm512_add_epi32(_mm512_add_epi32(b, bias), _mm512_and_si512(high, one));
+        r = _mm512_mask_or_epi32(_mm512_srli_epi32(r, 16), _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), high, quiet);
+        _mm256_storeu_si256((__m256i *)(y + i), _mm512_cvtepi32_epi16(r));
+    }
+#elif defined(__AVX2__)
+    const __m256i bias = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), quiet = _mm256_set1_epi32(0x40);
+    for (; i + 16 <= n; i += 16) {
+        __m256i r[2];
+        for (int k = 0; k < 2; k++) {
+            __m256 f = _mm256_loadu_ps(x + i + 8 * k);
+            __m256i b = _mm256_castps_si256(f), high = _mm256_srli_epi32(b, 16);
+            r[k] = _mm256_add_epi32(_mm256_add_epi32(b, bias), _mm256_and_si256(high, one));
+            r[k] = _mm256_blendv_epi8(_mm256_srli_epi32(r[k], 16), _mm256_or_si256(high, quiet),
+                                      _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q)));
+        }
+        _mm256_storeu_si256((__m256i *)(y + i), _mm256_permute4x64_epi64(_mm256_packus_epi32(r[0], r[1]), 0xd8));
+    }
+#endif
+    for (; i < n; i++) y[i] = v_to_bf16(x[i]);
+}
+
+/* ---- writing past the caches ---- */
+
+/* Copies a block to memory that will not be read soon. After the last one of a thread: v_stream_end(), which orders
+ * them before whatever tells other threads. */
+LAC_INLINE void v_stream(void *out, const void *x, size_t bytes)
+{
+    size_t i = 0;
+    char *to = out;
+    const char *from = x;
+#if defined(__AVX512F__)
+    if (((uintptr_t)to & 63) == 0)
+        for (; i + 64 <= bytes; i += 64)
+            _mm512_stream_si512((__m512i *)(to + i), _mm512_loadu_si512((const __m512i *)(from + i)));
+#elif defined(__AVX__)
+    if (((uintptr_t)to & 31) == 0)
+        for (; i + 32 <= bytes; i += 32)
+            _mm256_stream_si256((__m256i *)(to + i), _mm256_loadu_si256((const __m256i *)(from + i)));
+#elif defined(__SSE2__)
+    if (((uintptr_t)to & 15) == 0)
+        for (; i + 16 <= bytes; i += 16)
+            _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+#endif
+    memcpy(to + i, from + i, bytes - i);
+}
+LAC_INLINE void v_prefetch(const char *x, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i);
+}
+LAC_INLINE void v_stream_end(void)
+{
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 #endif
