@@ -292,6 +292,15 @@ int lac_attend(lac_plan *plan, const lac_attn_args *args, lac_tensor *out, lac_t
 int lac_attend_bwd(lac_plan *plan, const lac_attn_args *args, const lac_tensor *out, const lac_tensor *lse,
                    const lac_tensor *branch_lse, const lac_tensor *dout, const lac_tensor *dlse,
                    lac_tensor *dq, lac_tensor *dk, lac_tensor *dv);
+/* Decoding. Query i of item b is at position position[b] + i; row j of k and v [B, R, Hk, D] holds the key at position
+ * key_start[b] + j. Keys before key_start must be out of reach of all queries (status "index" otherwise); keys past
+ * the rows do not exist. Of the plan only heads, head_dim, the pattern and m, the end of all positions, count: made with
+ * align_end and n = 1, one plan serves every token of a decoding. A call costs what the rows in reach cost, whatever
+ * the position. No dropout, padding or gradient: other fields of args than q, k, v and scale must be 0. */
+int lac_attend_at(const lac_plan *plan, const lac_attn_args *args, const int64_t *position, const int64_t *key_start,
+                  lac_tensor *out, lac_tensor *lse);
+/* the smallest position that a query at `position` or later may attend to: what lies before it may be forgotten */
+int lac_plan_reach(const lac_plan *plan, int64_t position, int64_t *first);
 /* </ffi> */
 /* clang-format on */
 

@@ -401,6 +401,37 @@ static int make_units(lac_plan *p)
     return 0;
 }
 
+/* ---- decoding ---- */
+
+int64_t lac_plan_reach_from(const lac_plan *p, int64_t position)
+{
+    int64_t first = position;
+    for (int g = 0; g < p->desc.branches; g++) {
+        int64_t start = position / p->segment[g] * p->segment[g];
+        if (start < first) first = start;
+    }
+    int64_t window = p->desc.window < 0 ? position : p->desc.window;
+    return position - window > first ? position - window : first;
+}
+
+void lac_plan_place(const lac_plan *p, int64_t batch, int64_t n, int64_t m, int64_t position, lac_plan *placed)
+{
+    const size_t counter = offsetof(lac_plan, desc); /* other threads count references meanwhile: not copied */
+    memcpy((char *)placed + counter, (const char *)p + counter, sizeof *p - counter);
+    placed->desc.batch = batch;
+    placed->desc.n = n;
+    placed->desc.m = m;
+    placed->shift = position;
+    int64_t largest = position + n > m ? position + n : m;
+    double pairs = 0; /* an upper bound: it decides how many threads are worth starting */
+    for (int g = 0; g < p->desc.branches; g++) {
+        int64_t w = placed->segment[g] = p->segment[g] < largest ? p->segment[g] : largest;
+        int64_t keys = position % w + n < w ? position % w + n : w, r = p->desc.dilation[g];
+        pairs += p->heads[g] * (double)(n / r + 1) * (double)(keys / r + 1);
+    }
+    placed->info.pairs = pairs < 0x1p62 ? (int64_t)pairs : INT64_MAX;
+}
+
 /* ---- public ---- */
 
 static int plan_build(lac_plan *p, const lac_attn_desc *d)
@@ -487,6 +518,17 @@ int lac_plan_strip(const lac_plan *plan, int32_t index, lac_strip *out)
     if (index < 0 || index >= plan->info.strips)
         LAC_FAIL(INDEX, "plan: strip %d of %d (counted from 0)", index, plan->info.strips);
     *out = plan->strips[index];
+    return 0;
+}
+
+int lac_plan_reach(const lac_plan *plan, int64_t position, int64_t *first)
+{
+    LAC_NONNULL(plan, "the plan");
+    LAC_NONNULL(first, "the result");
+    if (position < 0 || position > plan->desc.m)
+        LAC_FAIL(INDEX, "plan: position %lld is outside the plan's, which end at %lld", (long long)position,
+                 (long long)plan->desc.m);
+    *first = lac_plan_reach_from(plan, position);
     return 0;
 }
 

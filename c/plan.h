@@ -116,6 +116,13 @@ static inline lac_band lac_plan_band(const lac_plan *p, int32_t branch)
     return (lac_band){.after = p->desc.causal ? 0 : reach, .before = reach};
 }
 
+/* Decoding: `plan` with its run-time sizes replaced (`batch` items, n queries from `position` on, keys up to position
+ * m - 1), in memory of the caller, which must not outlive `plan`. Nothing is allocated and nothing depends on m but a
+ * few clamped segments, so that a token costs the same at any position. Positions stay below plan->desc.m. */
+void lac_plan_place(const lac_plan *plan, int64_t batch, int64_t n, int64_t m, int64_t position, lac_plan *placed);
+/* the smallest position that a query at `position`, or at any later one, may attend to */
+int64_t lac_plan_reach_from(const lac_plan *plan, int64_t position);
+
 /* Views not given have data NULL. */
 struct lac_a_attend {
     const lac_plan *plan;

@@ -297,6 +297,16 @@ local function info_of(plan)
   return info
 end
 
+-- the plan options of a table that may also have options of a call, which shape no plan
+local function plan_options(pattern)
+  if type(pattern) ~= "table" then fail(OP, "the pattern must be a table, got %s", show(pattern)) end
+  refuse_unknown(pattern)
+  local spec = {}
+  for name, rule in pairs(PATTERN_ONLY) do spec[name] = rule end
+  for name, rule in pairs(RUN) do spec[name] = rule end
+  return complete(schema.options(OP, pattern, spec))
+end
+
 local function sized_plan(o, sizes)
   local z = schema.options(OP, sizes, SIZES)
   return plan_for(o, pattern_key(o), z.batch, z.n, z.m or z.n, z.heads, z.kv_heads or z.heads, z.head_dim), z
@@ -310,14 +320,14 @@ end
 --   results); overlapping, and strips: a list of {segment, dilation, offset, head0, heads, branch, shared},
 --   0-based as in the mathematics
 function attention.plan_info(pattern, sizes)
-  if type(pattern) ~= "table" then fail(OP, "the pattern must be a table, got %s", show(pattern)) end
-  refuse_unknown(pattern)
-  local spec = {}
-  for name, rule in pairs(PATTERN_ONLY) do spec[name] = rule end
-  -- run options of a call are welcome; they change no count
-  for name, rule in pairs(RUN) do spec[name] = rule end
-  return info_of((sized_plan(complete(schema.options(OP, pattern, spec)), sizes)))
+  return info_of((sized_plan(plan_options(pattern), sizes)))
 end
+
+attention.decoder = require "lacuna.attention.decode" (function(pattern, positions, heads, kv_heads, head_dim)
+  local o = plan_options(pattern)
+  o.align = "end" -- one query behind all other positions
+  return plan_for(o, pattern_key(o), 1, 1, positions, heads, kv_heads, head_dim)
+end)
 
 --- Statistics of the engine's plan cache: size, capacity, hits, misses, evictions.
 function attention.cache()

@@ -10,6 +10,7 @@
 --
 -- XPOS multiplies queries and keys by zeta^(+-p / scale_base), which leaves the range of a float long before
 -- position 10^5; only differences of positions matter, so `origin` shifts p to be small where the data is.
+-- `decode` is forward for rows that come one by one: it keeps keys and values in a KVCache (cache.lua).
 -- Attention options are checked here once and passed on by name; nothing is accepted that lac.attend would
 -- ignore. Rejected: a separate class per variant (the variants are options of one formula).
 
@@ -17,8 +18,10 @@ local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
 local ops = require("lacuna.ops").fn
 local attention = require "lacuna.attention"
+local grad = require "lacuna.grad"
 local base = require "lacuna.nn.module"
 local layers = require "lacuna.nn.layers"
+local KVCache = require("lacuna.nn.cache").KVCache
 
 local fail, show = schema.fail, schema.show
 local OP = "MultiheadDilatedAttention"
@@ -132,12 +135,32 @@ local function split_heads(x, heads, D)
   return x:view(x:size(1), x:size(2), heads, D) -- [B, N, H, D]
 end
 
-local function rotate(self, x, sign)
+-- start: position of row 1 from 0, one for the whole batch or a list of one per item
+local function rotate(self, x, sign, start)
   local o = self.options
   if o.positions == "none" then return x end
-  return ops.rope(x, { start = o.origin, base = o.rope_base, scale_base = o.positions == "xpos"
-    and o.xpos_base or nil,
-    sign = sign })
+  local function rope(part, at)
+    return ops.rope(part, { start = o.origin + at, base = o.rope_base, sign = sign,
+      scale_base = o.positions == "xpos" and o.xpos_base or nil })
+  end
+  if type(start) == "number" then return rope(x, start) end
+  local parts = {}
+  for b = 1, #start do parts[b] = rope(x:narrow(1, b, 1), start[b]) end
+  return ops.cat(parts, 1)
+end
+
+-- q, k, v [B, N, heads, D] as the attention takes them
+local function heads_at(self, query, key, value, start)
+  local q, k, v = project(self, query, key, value)
+  return rotate(self, split_heads(q, self.heads, self.head_dim), 1, start),
+    rotate(self, split_heads(k, self.kv_heads, self.head_dim), -1, start),
+    split_heads(v, self.kv_heads, self.head_dim)
+end
+
+local function finish(self, out)
+  local merged = out:view(out:size(1), out:size(2), self.embed_dim)
+  if self.options.layer_norm then merged = self.norm(merged) end
+  return self.out(merged)
 end
 
 local function check_input(self, name, x)
@@ -160,17 +183,63 @@ function Attention:forward(query, key, value, options)
   check_input(self, "query", query)
   check_input(self, "key", key)
   check_input(self, "value", value)
-  local q, k, v = project(self, query, key, value)
-  q = rotate(self, split_heads(q, self.heads, self.head_dim), 1)
-  k = rotate(self, split_heads(k, self.kv_heads, self.head_dim), -1)
-  v = split_heads(v, self.kv_heads, self.head_dim)
+  local q, k, v = heads_at(self, query, key, value, 0)
   local call = { dropout = self.training and self.options.dropout or 0, key_padding = o.key_padding,
     key_lengths = o.key_lengths, return_lse = false }
   for name, setting in pairs(self.pattern) do call[name] = setting end
-  local merged = attention.attend(q, k, v, call):view(query:size(1), query:size(2), self.embed_dim)
-  if self.options.layer_norm then merged = self.norm(merged) end
-  return self.out(merged)
+  return finish(self, (attention.attend(q, k, v, call)))
 end
+
+local CACHE = { batch = { type = "integer", min = 1, default = 1 },
+  keep = { type = "integer", min = 0, default = 0 }, rows = { type = "integer", min = 1 } }
+
+--- An empty cache for decode.
+-- @tparam[opt] table options batch = 1; keep = 0 (positions that cache:rewind can always go back); rows =
+--   space to begin with
+-- @treturn KVCache
+function Attention:cache(options)
+  local o = schema.options(OP .. ".cache", options, CACHE)
+  if not self.pattern.causal then
+    fail(OP .. ".cache",
+      "only causal attention can be decoded row by row; make the module with causal = true")
+  end
+  local sizes = { heads = self.heads, kv_heads = self.kv_heads, head_dim = self.head_dim }
+  return KVCache{ decoder = attention.decoder(self.pattern, sizes), batch = o.batch, keep = o.keep,
+    rows = o.rows, heads = self.kv_heads, head_dim = self.head_dim,
+    dtype = self.out.weight:dtype(), device = self.out.weight:device() }
+end
+
+local function decode(self, x, cache, counts)
+  local start = cache.positions
+  local same = start[1]
+  for b = 2, #start do
+    if start[b] ~= same then same = nil end
+  end
+  local q, k, v = heads_at(self, x, x, x, same or start)
+  return finish(self, (cache:attend(q, k, v, counts)))
+end
+
+--- The rows that follow those in the cache: equal to these rows of forward over the whole sequence, at the
+-- cost of what they attend to. No gradients; in evaluation mode if the module has dropout.
+-- @tparam Tensor x [B, n, E] n >= 1 new rows of every item
+-- @tparam KVCache cache made by self:cache{batch = B}; it takes the rows in
+-- @tparam[opt] table counts new rows of each item where they differ (the rest of x is padding)
+-- @treturn Tensor [B, n, E]
+function Attention:decode(x, cache, counts)
+  check_input(self, "x", x)
+  if getmetatable(cache) ~= KVCache then
+    fail(OP .. ".decode", "expected a cache made by self:cache{}, got %s", show(cache))
+  end
+  if x:size(1) ~= cache.batch then
+    fail(OP .. ".decode", "x has %d batch items, the cache has %d", x:size(1), cache.batch)
+  end
+  if self.training and self.options.dropout > 0 then
+    fail(OP .. ".decode", "the module is in training mode with dropout %g; call eval() first",
+      self.options.dropout)
+  end
+  return grad.no_grad(decode, self, x, cache, counts)
+end
+base.entry_point(Attention.decode)
 
 function Attention:extra()
   local p, o = self.pattern, self.options

@@ -9,21 +9,21 @@
 -- `loss` never makes the logits of all positions: hidden rows go through the fused linear-cross-entropy a
 -- chunk at a time, in both directions, which is what allows long sequences with a large vocabulary. `forward`
 -- gives logits when they are wanted. Costs are derived, not guessed: attention from the plan's own count of
--- (query, key) pairs, products from the shapes of the parameters. generate() recomputes the window for every
--- token: simple and right; a cache is another file's matter.
+-- (query, key) pairs, products from the shapes of the parameters. decode() is forward for tokens that come a
+-- few at a time; keys and values of the earlier ones are in a cache (cache.lua). generate() is in
+-- generate.lua, for every model that has cache and decode.
 
-local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
-local scope = require "lacuna.scope"
 local ops = require("lacuna.ops").fn
 local grad = require "lacuna.grad"
 local attention = require "lacuna.attention"
 local base = require "lacuna.nn.module"
 local layers = require "lacuna.nn.layers"
 local attn = require "lacuna.nn.attention"
+local cache = require "lacuna.nn.cache"
+local generate = require "lacuna.nn.generate"
 
-local C = lib.C
 local fail, show = schema.fail, schema.show
 local POSITIVE = { type = "integer", min = 1 }
 
@@ -101,6 +101,14 @@ function Block:forward(x)
   return x + self.dropout(self.ffn(self.norm2(x)))
 end
 
+--- forward for rows that follow those in the cache (MultiheadDilatedAttention:decode).
+-- @tparam Tensor x [B, n, E] @tparam KVCache state @tparam[opt] table counts new rows of each item
+function Block:decode(x, state, counts)
+  x = x + self.attention:decode(self.norm1(x), state, counts)
+  return x + self.ffn(self.norm2(x))
+end
+base.entry_point(Block.decode)
+
 -- ---- language model ---------------------------------------------------------------------------------------
 
 local LongNetLM = base.define("LongNetLM")
@@ -174,10 +182,36 @@ function LongNetLM:hidden(tokens)
   return self.norm(x)
 end
 
+local LOGITS = { counts = { type = "table" }, logits = { one_of = { "all", "last" }, default = "all" } }
+
+-- of [B, n, E] the rows after which a token is wanted: all, or row counts[b] (default n) of every item
+local function wanted_rows(x, o)
+  if o.logits == "all" then return x end
+  if not o.counts then return x:narrow(2, x:size(2), 1) end
+  local rows = {}
+  for b = 1, x:size(1) do rows[b] = x:narrow(1, b, 1):narrow(2, math.max(o.counts[b], 1), 1) end
+  return ops.cat(rows, 1)
+end
+
+local function check_counts(op, counts, tokens)
+  if counts == nil then return end
+  local B, n = tokens:size(1), tokens:size(2)
+  if #counts ~= B then fail(op, "counts must have one number for each of %d items, got %s", B,
+    show(counts)) end
+  for b = 1, B do
+    schema.check(op, ("counts[%d]"):format(b), counts[b], { type = "integer", min = 0, max = n })
+  end
+end
+
 --- @tparam Tensor tokens [B, N] i32 or i64, N <= context
--- @treturn Tensor logits [B, N, vocab]
-function LongNetLM:forward(tokens)
-  return (ops.linear(self:hidden(tokens), output_weight(self)))
+-- @tparam[opt] table options logits = "all" or "last" (only those after each item's last token); counts: list
+--   of B, how many of the N tokens an item really has (the rest is padding, also in the result)
+-- @treturn Tensor logits [B, N, vocab], or [B, 1, vocab]
+function LongNetLM:forward(tokens, options)
+  local o = schema.options("LongNetLM", options, LOGITS)
+  check_tokens(self, tokens)
+  check_counts("LongNetLM", o.counts, tokens)
+  return (ops.linear(wanted_rows(self:hidden(tokens), o), output_weight(self)))
 end
 
 --- Mean cross-entropy in nats, without making all logits at once.
@@ -251,97 +285,62 @@ end
 
 -- ---- generation -------------------------------------------------------------------------------------------
 
-local function prompt_tokens(self, prompt)
-  local tokens = {}
-  if type(prompt) == "string" then
-    for i = 1, #prompt do tokens[i] = prompt:byte(i) end
-  elseif type(prompt) == "table" and not tensor.is(prompt) then
-    for i = 1, #prompt do tokens[i] = prompt[i] end
-  else
-    fail("generate", "the prompt must be a string or a list of tokens, got %s", show(prompt))
+--- An empty cache for decode.
+-- @tparam[opt] table options batch = 1; keep = 0: how many positions cache:rewind can always go back
+-- @treturn ModelCache
+function LongNetLM:cache(options)
+  local o, list = schema.options("LongNetLM.cache", options, { batch = { type = "integer", min = 1,
+    default = 1 },
+    keep = { type = "integer", min = 0, default = 0 } }), {}
+  for i = 1, #self.layers do list[i] = self.layers[i].attention:cache(o) end
+  return cache.ModelCache(list)
+end
+
+local DECODE = "LongNetLM.decode"
+
+local function check_decode(self, tokens, state, o)
+  if getmetatable(state) ~= cache.ModelCache or #state.layers ~= #self.layers then
+    fail(DECODE, "expected a cache made by model:cache{}, got %s", show(state))
   end
-  if #tokens == 0 then fail("generate", "the prompt must not be empty") end
-  for i, t in ipairs(tokens) do
-    if not schema.is_integer(t) or t < 0 or t >= self.vocab then
-      fail("generate", "prompt[%d] must be a token from 0 to %d, got %s", i, self.vocab - 1, show(t))
+  check_tokens(self, tokens)
+  check_counts(DECODE, o.counts, tokens)
+  if tokens:size(1) ~= state.batch then
+    fail(DECODE, "tokens have %d batch items, the cache has %d", tokens:size(1), state.batch)
+  end
+  for b, at in ipairs(state:positions()) do
+    local count = o.counts and o.counts[b] or tokens:size(2)
+    if at + count > self.context then
+      fail(DECODE, "%d tokens after the %d of item %d exceed the context of %d", count, at, b, self.context)
     end
   end
-  return tokens
+  if self.training and self.options.dropout > 0 then
+    fail(DECODE, "the model is in training mode with dropout %g; call eval() first", self.options.dropout)
+  end
 end
 
--- draw from softmax(logits / temperature) restricted to the top_k largest, with the uniform number u
-local function sample(logits, temperature, top_k, u)
-  local order = {}
-  for i = 1, #logits do
-    if logits[i] ~= logits[i] then fail("generate", "the logit of token %d is nan", i - 1) end
-    order[i] = i
-  end
-  table.sort(order, function(a, b)
-    if logits[a] ~= logits[b] then return logits[a] > logits[b] end
-    return a < b
-  end)
-  if temperature == 0 then return order[1] - 1 end
-  local n = math.min(top_k or #order, #order)
-  local weights, total = {}, 0
-  for i = 1, n do
-    weights[i] = math.exp((logits[order[i]] - logits[order[1]]) / temperature)
-    total = total + weights[i]
-  end
-  local at = u * total
-  for i = 1, n do
-    at = at - weights[i]
-    if at < 0 then return order[i] - 1 end
-  end
-  return order[n] - 1
+local function decode(self, tokens, state, o)
+  local x = self.embedding(tokens) * math.sqrt(self.options.width)
+  for i = 1, #self.layers do x = self.layers[i]:decode(x, state.layers[i], o.counts) end
+  return (ops.linear(self.norm(wanted_rows(x, o)), output_weight(self)))
 end
 
-local function next_logits(self, tokens)
-  local first = math.max(1, #tokens - self.context + 1)
-  local n = #tokens - first + 1
-  return scope.run(function()
-    local input = tensor.empty(C.LAC_I32, C.LAC_CPU, { 1, n }, 2)
-    local pointer = tensor.pointer(input)
-    for i = 0, n - 1 do pointer[i] = tokens[first + i] end
-    input = input:to{ device = self.embedding.weight:device() }
-    local last = self:hidden(input):narrow(2, n, 1)
-    return ops.linear(last, output_weight(self)):view(self.vocab):to{ dtype = "f64" }:totable()
-  end)
+--- Logits after the tokens that follow those in the cache: the rows that forward gives for the whole
+-- sequence, at the cost of the new ones. No gradients, no dropout: the model must be in evaluation mode if it
+-- has any.
+-- @tparam Tensor tokens [B, n] i32 or i64, the next n >= 1 tokens of every item
+-- @tparam ModelCache state made by self:cache{batch = B}; it takes the tokens in
+-- @tparam[opt] table options logits, counts as in forward
+-- @treturn Tensor [B, n, vocab], or [B, 1, vocab]
+function LongNetLM:decode(tokens, state, options)
+  local o = schema.options(DECODE, options, LOGITS)
+  check_decode(self, tokens, state, o)
+  return (grad.no_grad(decode, self, tokens, state, o))
 end
+base.entry_point(LongNetLM.decode)
 
---- Continue a prompt. Every token is computed from the last `context` tokens; the model is in evaluation mode
--- meanwhile.
--- @tparam string|table prompt bytes, or a list of tokens
--- @tparam integer n tokens to add
--- @tparam[opt] table options temperature = 1 (0: the most likely); top_k = largest candidates kept (default
---   all); seed = 0
--- @treturn string|table the continuation alone, of the prompt's type
-function LongNetLM:generate(prompt, n, options)
-  local o = schema.options("generate", options, {
-    temperature = { type = "number", min = 0, default = 1 }, top_k = { type = "integer", min = 1 },
-    seed = { type = "integer", min = 0, default = 0 } })
-  schema.check("generate", "n", n, { type = "integer", min = 0 })
-  local tokens, added = prompt_tokens(self, prompt), {}
-  if n == 0 then return type(prompt) == "string" and "" or added end
-  if type(prompt) == "string" and self.vocab > 256 then
-    fail("generate", "a model of vocabulary %d does not speak bytes: give the prompt as a list of tokens",
-      self.vocab)
-  end
-  local uniform = tensor.empty(C.LAC_F64, C.LAC_CPU, { n }, 1)
-  lib.check(C.lac_random(uniform.c, C.LAC_UNIFORM, 0, 1, o.seed, 0))
-  local draws, training = uniform:totable(), self.training
-  self:eval()
-  local ok, reason = pcall(grad.no_grad, function()
-    for i = 1, n do
-      local token = sample(next_logits(self, tokens), o.temperature, o.top_k, draws[i])
-      tokens[#tokens + 1], added[i] = token, token
-    end
-  end)
-  self:train(training)
-  if not ok then error(reason, 0) end
-  if type(prompt) ~= "string" then return added end
-  for i = 1, n do added[i] = string.char(added[i]) end
-  return table.concat(added)
-end
+--- Continue one prompt, or a batch of them: see generate.lua for options and results.
+-- @function LongNetLM:generate
+LongNetLM.generate = generate
 base.entry_point(LongNetLM.generate)
 
 function LongNetLM:extra()
