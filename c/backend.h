@@ -21,7 +21,11 @@ typedef struct { int fn; lac_view x, out; } lac_a_map1;
 typedef struct { int fn; lac_view x, y, g, out; } lac_a_map1_bwd;
 /* y.data NULL: the scalar takes its place; swapped: fn(y, x). Inputs are expanded to out's shape. */
 typedef struct { int fn; lac_view x, y, out; double scalar; bool swapped; } lac_a_map2;
-typedef struct { int fn, which; lac_view x, y, g, out; double scalar; bool swapped; } lac_a_map2_bwd;
+/* which 2: both gradients, the second into out2 */
+typedef struct { int fn, which; lac_view x, y, g, out, out2; double scalar; bool swapped; } lac_a_map2_bwd;
+/* g.data NULL: the value; else the gradient (y: the value) */
+typedef struct { int fn; lac_view x, y, g, out; double constants[3]; } lac_a_mapp;
+typedef struct { int fn, which; lac_view x, y, z, g, out; double constant; } lac_a_map3; /* g.data NULL: the value */
 typedef struct { lac_view cond, x, y, out; } lac_a_where;
 typedef struct { double alpha; lac_view x, dst; } lac_a_axpy; /* x.data NULL: dst *= alpha */
 typedef struct { int fn; lac_view x, out; uint32_t dims; } lac_a_reduce; /* out has size 1 on reduced axes */

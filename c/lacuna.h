@@ -125,6 +125,7 @@ int lac_copy(const lac_tensor *src, lac_tensor *dst);  /* cast and broadcast src
 int lac_arange(lac_tensor *dst, double start, double step); /* dst [n] */
 
 /* ---- elementwise (c/maps.def lists the functions; ids by name) ---- */
+/* arity 1, 2, 3: of so many tensors; 0: of one tensor and up to three constants */
 int lac_map_id(int arity, const char *name);            /* returns the id, -1 if there is none */
 const char *lac_map_name(int arity, int id);            /* returns NULL past the end */
 int lac_map1(int fn, const lac_tensor *x, lac_tensor *out);
@@ -134,6 +135,15 @@ int lac_map2_scalar(int fn, const lac_tensor *x, double y, int swapped, lac_tens
 /* gradient of map2 towards argument `which` (0 or 1), in the broadcast shape; reduce it with lac_sum_to */
 int lac_map2_bwd(int fn, int which, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, lac_tensor *out);
 int lac_map2_scalar_bwd(int fn, const lac_tensor *x, double y, int swapped, const lac_tensor *g, lac_tensor *out);
+/* both gradients of map2 in one pass */
+int lac_map2_bwd_both(int fn, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, lac_tensor *dx, lac_tensor *dy);
+/* functions with constants (arity 0), in the order of c/maps.def: p, q, r; clamp, hardtanh, threshold take integers too */
+int lac_mapp(int fn, const lac_tensor *x, const double *constants, lac_tensor *out);
+int lac_mapp_bwd(int fn, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, const double *constants, lac_tensor *out);
+/* functions of three tensors that broadcast, and one constant; the backward gives the broadcast shape */
+int lac_map3(int fn, const lac_tensor *x, const lac_tensor *y, const lac_tensor *z, double constant, lac_tensor *out);
+int lac_map3_bwd(int fn, int which, const lac_tensor *x, const lac_tensor *y, const lac_tensor *z, double constant,
+                 const lac_tensor *g, lac_tensor *out);
 int lac_where(const lac_tensor *cond, const lac_tensor *x, const lac_tensor *y, lac_tensor *out); /* cond bool, all broadcast */
 int lac_axpy(double alpha, const lac_tensor *x, lac_tensor *dst); /* in place dst += alpha x; x broadcasts to dst */
 int lac_scale(double alpha, lac_tensor *dst);                     /* in place dst *= alpha */

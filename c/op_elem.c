@@ -3,48 +3,72 @@
  * Semantics. Both tensors of a binary function have one dtype: mixing dtypes is an error that names both, because a
  * silent promotion hides a copy and a change of precision. A scalar adapts to the tensor's dtype: a float tensor
  * takes any number; an integer tensor takes only an integer that fits. Comparisons and isnan give bool; and, or, xor,
- * not take bool only. lac_copy is the one place that converts: float to integer truncates towards zero and
- * saturates (NaN gives 0), integer to narrower integer wraps, anything to bool is "not zero", and f64 or i64 to a half
- * type rounds once.
- * In-place operators refuse a destination that overlaps itself or partly overlaps its source; the same view on both
- * sides is fine, since every element is read before it is written.
+ * not take bool only, the bitwise functions integers only. lac_copy is the one place that converts: float to integer
+ * truncates towards zero and saturates (NaN gives 0), integer to narrower integer wraps, anything to bool is "not
+ * zero", and f64 or i64 to a half type rounds once. In-place operators refuse a destination that overlaps itself or
+ * partly overlaps its source; the same view on both sides is fine, since every element is read before it is written.
  */
 #include "op_front.h"
 #include <string.h>
 
-enum { KIND_FLOAT, KIND_ANY, KIND_CMP, KIND_LOGIC };
+enum { KIND_FLOAT, KIND_ANY, KIND_CMP, KIND_LOGIC, KIND_INT };
 typedef struct {
     const char *name;
-    int kind;
+    int kind, constants; /* constants: of a function with parameters */
 } map_info;
 static const map_info names1[] = {
-#define MAP1(name, domain, value, gradient) {#name, KIND_##domain},
-#define CMP1(name, value) {#name, KIND_CMP},
-#define LOGIC1(name, text, value) {text, KIND_LOGIC},
+#define MAP1(name, domain, value, gradient) {#name, KIND_##domain, 0},
+#define CMP1(name, value) {#name, KIND_CMP, 0},
+#define LOGIC1(name, text, value) {text, KIND_LOGIC, 0},
+#define INT1(name, value) {#name, KIND_INT, 0},
 #include "maps.def"
 };
 static const map_info names2[] = {
-#define MAP2(name, domain, value, dx, dy) {#name, KIND_##domain},
-#define CMP2(name, value) {#name, KIND_CMP},
-#define LOGIC2(name, text, value) {text, KIND_LOGIC},
+#define MAP2(name, domain, value, dx, dy) {#name, KIND_##domain, 0},
+#define CMP2(name, value) {#name, KIND_CMP, 0},
+#define LOGIC2(name, text, value) {text, KIND_LOGIC, 0},
+#define INT2(name, value) {#name, KIND_INT, 0},
 #include "maps.def"
 };
-enum { COUNT1 = sizeof names1 / sizeof *names1, COUNT2 = sizeof names2 / sizeof *names2 };
+static const map_info names_p[] = {
+#define MAPP(name, domain, count, value, gradient) {#name, KIND_##domain, count},
+#include "maps.def"
+};
+static const map_info names3[] = {
+#define MAP3(name, value, dx, dy, dz) {#name, KIND_FLOAT, 0},
+#include "maps.def"
+};
+enum {
+    COUNT1 = sizeof names1 / sizeof *names1,
+    COUNT2 = sizeof names2 / sizeof *names2,
+    COUNT_P = sizeof names_p / sizeof *names_p,
+    COUNT3 = sizeof names3 / sizeof *names3
+};
+
+/* the functions of an arity (0: of one tensor and constants); NULL and no functions for another */
+static const map_info *map_list(int arity, int *count)
+{
+    static const map_info *const lists[] = {names_p, names1, names2, names3};
+    static const int counts[] = {COUNT_P, COUNT1, COUNT2, COUNT3};
+    bool known = arity >= 0 && arity <= 3;
+    *count = known ? counts[arity] : 0;
+    return known ? lists[arity] : NULL;
+}
 
 int lac_map_id(int arity, const char *name)
 {
-    if (!name || (arity != 1 && arity != 2)) return -1;
-    const map_info *list = arity == 1 ? names1 : names2;
-    int count = arity == 1 ? COUNT1 : COUNT2;
-    for (int i = 0; i < count; i++)
+    int count;
+    const map_info *list = map_list(arity, &count);
+    for (int i = 0; name && i < count; i++)
         if (strcmp(list[i].name, name) == 0) return i;
     return -1;
 }
 
 const char *lac_map_name(int arity, int id)
 {
-    if (id < 0 || (arity != 1 && arity != 2) || id >= (arity == 1 ? COUNT1 : COUNT2)) return NULL;
-    return (arity == 1 ? names1 : names2)[id].name;
+    int count;
+    const map_info *list = map_list(arity, &count);
+    return id >= 0 && id < count ? list[id].name : NULL;
 }
 
 static int check_domain(const map_info *f, const lac_tensor *x)
@@ -52,6 +76,9 @@ static int check_domain(const map_info *f, const lac_tensor *x)
     if (f->kind == KIND_FLOAT) return lac_need_float(f->name, "x", x);
     if (f->kind == KIND_ANY && x->dtype == LAC_BOOL)
         LAC_FAIL(DTYPE, "%s: not defined for bool; cast x to a number first", f->name);
+    if (f->kind == KIND_INT && (lac_dtype_is_float(x->dtype) || x->dtype == LAC_BOOL))
+        LAC_FAIL(DTYPE, "%s: x must be i64, i32 or u8, got %s%s", f->name, lac_dtype_name(x->dtype),
+                 x->dtype == LAC_BOOL ? "; for bool there are and, or, xor, not" : "");
     if (f->kind == KIND_LOGIC && x->dtype != LAC_BOOL)
         LAC_FAIL(DTYPE, "%s: x must be bool, got %s; compare it first", f->name, lac_dtype_name(x->dtype));
     return 0;
@@ -63,7 +90,10 @@ static int check_differentiable(const map_info *f, const lac_tensor *x)
     return lac_need_float(f->name, "x", x);
 }
 
-static int out_dtype(const map_info *f, int dtype) { return f->kind >= KIND_CMP ? LAC_BOOL : dtype; }
+static int out_dtype(const map_info *f, int dtype)
+{
+    return f->kind == KIND_CMP || f->kind == KIND_LOGIC ? LAC_BOOL : dtype;
+}
 
 int lac_map1(int fn, const lac_tensor *x, lac_tensor *out)
 {
@@ -143,41 +173,60 @@ int lac_map2_scalar(int fn, const lac_tensor *x, double y, int swapped, lac_tens
     return 0;
 }
 
-int lac_map2_bwd(int fn, int which, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, lac_tensor *out)
+/* the checks of both forms of the backward; fills a's inputs and the result's shape */
+static int map2_bwd_check(int fn, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, lac_a_map2_bwd *a,
+                          lac_tensor *both)
 {
-    lac_a_map2_bwd a;
-    int ndim;
-    int64_t shape[LAC_MAX_DIMS];
-    LAC_OUT("map2_bwd", "out", out);
     if (fn < 0 || fn >= COUNT2) LAC_FAIL(ARGUMENT, "map2_bwd: function id %d is outside 0..%d", fn, COUNT2 - 1);
-    if (which != 0 && which != 1) LAC_FAIL(ARGUMENT, "map2_bwd: argument %d, expected 0 or 1", which);
     const map_info *f = &names2[fn];
-    LAC_TRY(lac_view_get(f->name, "x", x, &a.x));
-    LAC_TRY(lac_view_get(f->name, "y", y, &a.y));
-    LAC_TRY(lac_view_get(f->name, "g", g, &a.g));
+    LAC_TRY(lac_view_get(f->name, "x", x, &a->x));
+    LAC_TRY(lac_view_get(f->name, "y", y, &a->y));
+    LAC_TRY(lac_view_get(f->name, "g", g, &a->g));
     LAC_TRY(check_differentiable(f, x));
     LAC_TRY(lac_same_dtype(f->name, "x", x, "y", y));
     LAC_TRY(lac_same_dtype(f->name, "x", x, "g", g));
     LAC_TRY(lac_same_device(f->name, "x", x, "y", y));
     LAC_TRY(lac_same_device(f->name, "x", x, "g", g));
-    LAC_TRY(lac_broadcast(f->name, x, y, &ndim, shape));
-    lac_tensor both = {.ndim = ndim};
-    memcpy(both.shape, shape, sizeof shape);
-    LAC_TRY(lac_same_shape(f->name, "the result", &both, "g", g));
-    lac_view_expand(&a.x, ndim, shape);
-    lac_view_expand(&a.y, ndim, shape);
-    a.fn = fn;
-    a.which = which;
-    a.scalar = 0;
-    a.swapped = false;
-    LAC_TRY(lac_tensor_new(f->name, x->dtype, x->device, ndim, shape, out, &a.out));
+    LAC_TRY(lac_broadcast(f->name, x, y, &both->ndim, both->shape));
+    LAC_TRY(lac_same_shape(f->name, "the result", both, "g", g));
+    lac_view_expand(&a->x, both->ndim, both->shape);
+    lac_view_expand(&a->y, both->ndim, both->shape);
+    a->fn = fn;
+    a->scalar = 0;
+    a->swapped = false;
+    return 0;
+}
+
+int lac_map2_bwd(int fn, int which, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, lac_tensor *out)
+{
+    lac_a_map2_bwd a = {.which = which};
+    lac_tensor both = {.ndim = 0};
+    LAC_OUT("map2_bwd", "out", out);
+    if (which != 0 && which != 1) LAC_FAIL(ARGUMENT, "map2_bwd: argument %d, expected 0 or 1", which);
+    LAC_TRY(map2_bwd_check(fn, x, y, g, &a, &both));
+    LAC_TRY(lac_tensor_new(names2[fn].name, x->dtype, x->device, both.ndim, both.shape, out, &a.out));
     LAC_RUN_OUT(map2_bwd, x->device, &a, out);
+    return 0;
+}
+
+int lac_map2_bwd_both(int fn, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, lac_tensor *dx,
+                      lac_tensor *dy)
+{
+    lac_a_map2_bwd a = {.which = 2};
+    lac_tensor both = {.ndim = 0};
+    LAC_OUT("map2_bwd", "dx", dx);
+    LAC_OUT("map2_bwd", "dy", dy);
+    LAC_TRY(map2_bwd_check(fn, x, y, g, &a, &both));
+    const char *name = names2[fn].name;
+    LAC_TRY(lac_tensor_new(name, x->dtype, x->device, both.ndim, both.shape, dx, &a.out));
+    LAC_TRY_OUT(lac_tensor_new(name, x->dtype, x->device, both.ndim, both.shape, dy, &a.out2), dx);
+    LAC_RUN_OUT(map2_bwd, x->device, &a, dx, dy);
     return 0;
 }
 
 int lac_map2_scalar_bwd(int fn, const lac_tensor *x, double y, int swapped, const lac_tensor *g, lac_tensor *out)
 {
-    lac_a_map2_bwd a;
+    lac_a_map2_bwd a = {.fn = fn};
     LAC_OUT("map2_bwd", "out", out);
     if (fn < 0 || fn >= COUNT2) LAC_FAIL(ARGUMENT, "map2_bwd: function id %d is outside 0..%d", fn, COUNT2 - 1);
     const map_info *f = &names2[fn];
@@ -194,6 +243,106 @@ int lac_map2_scalar_bwd(int fn, const lac_tensor *x, double y, int swapped, cons
     a.swapped = swapped != 0;
     LAC_TRY(lac_tensor_new(f->name, x->dtype, x->device, x->ndim, x->shape, out, &a.out));
     LAC_RUN_OUT(map2_bwd, x->device, &a, out);
+    return 0;
+}
+
+/* the shared part of mapp and its backward */
+static int mapp_check(int fn, const lac_tensor *x, const double *constants, lac_a_mapp *a)
+{
+    if (fn < 0 || fn >= COUNT_P) LAC_FAIL(ARGUMENT, "mapp: function id %d is outside 0..%d", fn, COUNT_P - 1);
+    const map_info *f = &names_p[fn];
+    if (!constants) LAC_FAIL(ARGUMENT, "%s: no constants", f->name);
+    LAC_TRY(lac_view_get(f->name, "x", x, &a->x));
+    LAC_TRY(check_domain(f, x));
+    for (int i = 0; i < f->constants; i++) {
+        LAC_TRY(lac_front_scalar(f->name, "the constant", x, constants[i]));
+        a->constants[i] = constants[i];
+    }
+    a->fn = fn;
+    return 0;
+}
+
+int lac_mapp(int fn, const lac_tensor *x, const double *constants, lac_tensor *out)
+{
+    lac_a_mapp a = {.g.data = NULL};
+    LAC_OUT("mapp", "out", out);
+    LAC_TRY(mapp_check(fn, x, constants, &a));
+    LAC_TRY(lac_tensor_new(names_p[fn].name, x->dtype, x->device, x->ndim, x->shape, out, &a.out));
+    LAC_RUN_OUT(mapp, x->device, &a, out);
+    return 0;
+}
+
+int lac_mapp_bwd(int fn, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, const double *constants,
+                 lac_tensor *out)
+{
+    lac_a_mapp a = {.g.data = NULL};
+    LAC_OUT("mapp_bwd", "out", out);
+    LAC_TRY(mapp_check(fn, x, constants, &a));
+    const map_info *f = &names_p[fn];
+    LAC_TRY(check_differentiable(f, x));
+    LAC_TRY(lac_view_get(f->name, "y", y, &a.y));
+    LAC_TRY(lac_view_get(f->name, "g", g, &a.g));
+    LAC_TRY(lac_same_dtype(f->name, "x", x, "y", y));
+    LAC_TRY(lac_same_dtype(f->name, "x", x, "g", g));
+    LAC_TRY(lac_same_shape(f->name, "x", x, "y", y));
+    LAC_TRY(lac_same_shape(f->name, "x", x, "g", g));
+    LAC_TRY(lac_same_device(f->name, "x", x, "y", y));
+    LAC_TRY(lac_same_device(f->name, "x", x, "g", g));
+    LAC_TRY(lac_tensor_new(f->name, x->dtype, x->device, x->ndim, x->shape, out, &a.out));
+    LAC_RUN_OUT(mapp, x->device, &a, out);
+    return 0;
+}
+
+/* the shared part of map3 and its backward: inputs broadcast, `both` gets the result's shape */
+static int map3_check(int fn, const lac_tensor *x, const lac_tensor *y, const lac_tensor *z, lac_a_map3 *a,
+                      lac_tensor *both)
+{
+    lac_tensor two = {.ndim = 0};
+    if (fn < 0 || fn >= COUNT3) LAC_FAIL(ARGUMENT, "map3: function id %d is outside 0..%d", fn, COUNT3 - 1);
+    const char *name = names3[fn].name;
+    LAC_TRY(lac_view_get(name, "x", x, &a->x));
+    LAC_TRY(lac_view_get(name, "y", y, &a->y));
+    LAC_TRY(lac_view_get(name, "z", z, &a->z));
+    LAC_TRY(lac_need_float(name, "x", x));
+    LAC_TRY(lac_same_dtype(name, "x", x, "y", y));
+    LAC_TRY(lac_same_dtype(name, "x", x, "z", z));
+    LAC_TRY(lac_same_device(name, "x", x, "y", y));
+    LAC_TRY(lac_same_device(name, "x", x, "z", z));
+    LAC_TRY(lac_broadcast(name, x, y, &two.ndim, two.shape));
+    LAC_TRY(lac_broadcast(name, &two, z, &both->ndim, both->shape));
+    lac_view_expand(&a->x, both->ndim, both->shape);
+    lac_view_expand(&a->y, both->ndim, both->shape);
+    lac_view_expand(&a->z, both->ndim, both->shape);
+    a->fn = fn;
+    return 0;
+}
+
+int lac_map3(int fn, const lac_tensor *x, const lac_tensor *y, const lac_tensor *z, double constant, lac_tensor *out)
+{
+    lac_a_map3 a = {.constant = constant, .g.data = NULL};
+    lac_tensor both = {.ndim = 0};
+    LAC_OUT("map3", "out", out);
+    LAC_TRY(map3_check(fn, x, y, z, &a, &both));
+    LAC_TRY(lac_tensor_new(names3[fn].name, x->dtype, x->device, both.ndim, both.shape, out, &a.out));
+    LAC_RUN_OUT(map3, x->device, &a, out);
+    return 0;
+}
+
+int lac_map3_bwd(int fn, int which, const lac_tensor *x, const lac_tensor *y, const lac_tensor *z, double constant,
+                 const lac_tensor *g, lac_tensor *out)
+{
+    lac_a_map3 a = {.constant = constant, .which = which};
+    lac_tensor both = {.ndim = 0};
+    LAC_OUT("map3_bwd", "out", out);
+    if (which < 0 || which > 2) LAC_FAIL(ARGUMENT, "map3_bwd: argument %d, expected 0, 1 or 2", which);
+    LAC_TRY(map3_check(fn, x, y, z, &a, &both));
+    const char *name = names3[fn].name;
+    LAC_TRY(lac_view_get(name, "g", g, &a.g));
+    LAC_TRY(lac_same_dtype(name, "x", x, "g", g));
+    LAC_TRY(lac_same_device(name, "x", x, "g", g));
+    LAC_TRY(lac_same_shape(name, "the result", &both, "g", g));
+    LAC_TRY(lac_tensor_new(name, x->dtype, x->device, both.ndim, both.shape, out, &a.out));
+    LAC_RUN_OUT(map3, x->device, &a, out);
     return 0;
 }
 

@@ -95,8 +95,12 @@ COST(map1, lac_a_map1, .flops = all(&a->out), .bytes = BYTES(&a->x, &a->out), .f
 COST(map1_bwd, lac_a_map1_bwd, .flops = 2.0 * all(&a->out), .bytes = BYTES(&a->x, &a->g, &a->out),
      .function = lac_map_name(1, a->fn))
 COST(map2, lac_a_map2, .flops = all(&a->out), .bytes = BYTES(&a->x, &a->y, &a->out), .function = lac_map_name(2, a->fn))
-COST(map2_bwd, lac_a_map2_bwd, .flops = 2.0 * all(&a->out), .bytes = BYTES(&a->x, &a->y, &a->g, &a->out),
-     .function = lac_map_name(2, a->fn))
+COST(map2_bwd, lac_a_map2_bwd, .flops = 2.0 * (all(&a->out) + all(&a->out2)),
+     .bytes = BYTES(&a->x, &a->y, &a->g, &a->out, &a->out2), .function = lac_map_name(2, a->fn))
+COST(mapp, lac_a_mapp, .flops = (a->g.data ? 2.0 : 1.0) * all(&a->out), .bytes = BYTES(&a->x, &a->g, &a->out),
+     .function = lac_map_name(0, a->fn))
+COST(map3, lac_a_map3, .flops = (a->g.data ? 3.0 : 2.0) * all(&a->out), .bytes = BYTES(&a->x, &a->y, &a->z, &a->g, &a->out),
+     .function = lac_map_name(3, a->fn))
 COST(where, lac_a_where, .bytes = BYTES(&a->cond, &a->x, &a->y, &a->out))
 COST(axpy, lac_a_axpy, .flops = (a->x.data ? 2.0 : 1.0) * all(&a->dst), .bytes = BYTES(&a->x, &a->dst, &a->dst))
 COST(reduce, lac_a_reduce, .flops = all(&a->x), .bytes = BYTES(&a->x, &a->out), .function = lac_reduce_name(a->fn))

@@ -85,6 +85,64 @@ describe("elementwise", function()
     end)
   end
 
+  it("pow in f32 has the cases of C's pow", function()
+    local inf, nan = math.huge, 0 / 0
+    local list = { 0, -0.0, 1, -1, 0.5, -0.5, 2, -2, 3, -3, 2.5, inf, -inf, nan, 1e-40, 1e38, 16777217 }
+    local xs, ys = {}, {}
+    for _, a in ipairs(list) do
+      for _, b in ipairs(list) do xs[#xs + 1], ys[#ys + 1] = a, b end
+    end
+    local x, y = lac.tensor(xs), lac.tensor(ys)
+    local got = (x ^ y):totable()
+    local exact = (x:to { dtype = "f64" } ^ y:to { dtype = "f64" }):to { dtype = "f32" }:totable()
+    for i, r in ipairs(exact) do
+      local same = got[i] ~= got[i] and r ~= r or got[i] == r and 1 / got[i] == 1 / r -- the zero's sign too
+      same = same or math.abs(got[i] - r) <= 2 ^ -23 * math.abs(r) and r ~= 0
+      assert.is_true(same, ("%g ^ %g = %g, not %g"):format(xs[i], ys[i], got[i], r))
+    end
+  end)
+
+  it("knows the corners of the functions of two arguments", function()
+    local inf, nan = math.huge, 0 / 0
+    local function of(f, a, b, dtype)
+      return lac[f](lac.tensor({ a }, { dtype = dtype }), lac.tensor({ b }, { dtype = dtype })):item()
+    end
+    for _, dtype in ipairs { "f64", "f32", "bf16" } do
+      assert.are.equal(-1, of("fmod", -7, 3, dtype))
+      assert.are.equal(-3, of("floor_divide", -7, 3, dtype))
+      assert.are.equal(inf, of("floor_divide", 7, 0, dtype))
+      assert.are.equal(9, of("floor_divide", 1, 0.109375, dtype))
+      assert.are.equal(inf, of("hypot", nan, -inf, dtype))
+      assert.are.equal(-inf, of("logaddexp", -inf, -inf, dtype))
+      assert.are.equal(inf, of("logaddexp", inf, inf, dtype))
+      assert.are.equal(3, of("logaddexp", 3, -inf, dtype))
+      assert.are.equal(0, of("xlogy", 0, 0, dtype))
+      assert.is_true(of("xlogy", 0, nan, dtype) ~= of("xlogy", 0, nan, dtype))
+    end
+    local shifts = lac.tensor({ -1, 63, 64, 5 }, { dtype = "i64" })
+    assert.are.same({ 0, 0, 0, 32 }, (lac.bitwise_left_shift(lac.tensor({ 1, 2, 1, 1 }, { dtype = "i64" }),
+      shifts)):totable())
+    assert.are.same({ -1, -1, -1, -1 }, (lac.bitwise_right_shift(lac.tensor({ -8, -8, -8, -8 },
+      { dtype = "i64" }), shifts)):totable())
+    assert.are.same({ 254, 0 }, lac.bitwise_not(lac.tensor({ 1, 255 }, { dtype = "u8" })):totable())
+    -- clamp passes the gradient on its bounds, hardtanh does not
+    local x = lac.tensor({ -1, 0, 1, 2 }, { grad = true })
+    x:clamp(-1, 1):sum():backward()
+    assert.are.same({ 1, 1, 1, 0 }, x.grad:totable())
+    x.grad = nil
+    x:hardtanh():sum():backward()
+    assert.are.same({ 0, 1, 0, 0 }, x.grad:totable())
+  end)
+
+  it("have forms in place", function()
+    local x = lac.tensor { -2, 0.5, 3 }
+    assert.are.equal(x, x:leaky_relu_(0.5))
+    assert.are.same({ -1, 0.5, 3 }, x:totable())
+    assert.are.same({ -1, 0.5, 2 }, x:clamp_(nil, 2):totable())
+    assert.are.same({ 0, 0.75, 1.5 }, x:lerp_(lac.ones { 3 }, 0.5):totable())
+    assert.are.same({ 3, 3, 3 }, x:fill_(1):addcmul_(x + 1, x, 1):totable())
+  end)
+
   it("writes large outputs with the bits of small ones", function()
     local N, PIECE = 8 * 1024 * 1024 + 24, 100003
     for _, dtype in ipairs { "f32", "bf16", "f16" } do

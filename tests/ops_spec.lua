@@ -24,6 +24,8 @@ end
 local MAKE = {
   normal = normal,
   positive = function() return 0.25 + 2 * uniform() end,
+  fraction = function() return 0.1 + 0.8 * uniform() end,
+  above = function() return 1.25 + 2 * uniform() end, -- above 1
   away = function() return (uniform() < 0.5 and -1 or 1) * (0.25 + 2 * uniform()) end,
 }
 

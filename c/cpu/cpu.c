@@ -108,6 +108,17 @@ void LAC_CPU(nest_make)(lac_nest *nest, int views, const lac_view *const *view)
     for (int v = 0; v < views; v++) nest->data[v] = view[v]->data;
 }
 
+bool LAC_CPU(nest_streams)(const lac_nest *nest, int dtype)
+{
+    int64_t bytes = lac_bytes_of(dtype);
+    if (nest->stride[0][nest->ndim - 1] != bytes) return false;
+    for (int d = 0; d < nest->ndim; d++) bytes *= nest->shape[d];
+    if (bytes < LAC_STREAM_BYTES) return false;
+    for (int v = 1; v < nest->views; v++)
+        if (nest->data[v] == nest->data[0]) return false;
+    return true;
+}
+
 void LAC_CPU(cursor_set)(const lac_nest *nest, lac_cursor *c, int64_t row)
 {
     for (int v = 0; v < nest->views; v++) c->at[v] = nest->data[v];

@@ -86,7 +86,11 @@ static inline void lac_cursor_next(const lac_nest *nest, lac_cursor *c)
     }
 }
 
-/* n elements of `bytes` bytes each, so and sx bytes apart; sx = 0 repeats one (elem.c) */
+/* Should view 0 be written past the caches? It is dense and large, and not memory that another view reads (such lines
+ * are in the cache already). */
+bool LAC_CPU(nest_streams)(const lac_nest *nest, int dtype);
+
+/* n elements of `bytes` bytes each, so and sx bytes apart; sx = 0 repeats one (copy.c) */
 void LAC_CPU(move)(int bytes, char *out, int64_t so, const char *x, int64_t sx, int64_t n);
 
 /* C = A B (+ C) (+ bias): C [batch, m, n] has dense rows ldc elements apart; A [batch, m, k] and B [batch, k, n] are

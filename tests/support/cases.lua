@@ -1,10 +1,11 @@
 --- One case per operator: inputs, reference, bad inputs. tests/ops_spec.lua makes every test out of them.
 --
--- A case is { name, inputs = { spec, ... }, ref = function(R, x, y, ...) -> array, call = function(lac, x, y,
--- ...) }. An input spec is a shape with fields: kind "normal" (default), "positive", "away" (from 0), "bool",
--- "index" (0-based below `high`). References are plain Lua on plain arrays { shape =, data = } in doubles and
--- share nothing with the engine. R rounds to the dtype under test: with R = identity the reference is exact;
--- with rounding after every step it is "the naive program in that dtype".
+-- A case is { name, inputs = { spec, ... }, ref = function(R, x, y, ...) -> array, call = function(lac, x,
+-- y, ...) }. An input spec is a shape with fields: kind "normal" (default), "positive", "away" (from 0),
+-- "fraction" (between 0 and 1), "above" (1), "bool", "index" (0-based below `high`). References are plain
+-- Lua on plain arrays { shape =, data = } in doubles and share nothing with the engine. R rounds to the
+-- dtype under test: with R = identity the reference is exact; with rounding after every step it is "the
+-- naive program in that dtype".
 --
 -- The tolerance rule of the whole suite is here too (cases.compare): over a tensor, the largest error against
 -- the exact reference may be twice the largest error of the naive program in the same dtype, plus two units
@@ -698,8 +699,8 @@ case { name = "attend", inputs = { { 1, 6, 2, 3 }, { 1, 6, 1, 3 }, { 1, 6, 1, 3 
 cases.helpers = {
   case = case, map1 = map1, map2 = map2, reduction = reduction, broadcast = broadcast, with = with,
   without = without, insert = insert, fold = fold, along = along, dot = dot, total = total, same = same,
-  softmax_of = softmax_of, row_loss = row_loss, linear = linear,
+  softmax_of = softmax_of, row_loss = row_loss, linear = linear, erf = erf, mean = mean,
 }
-for _, part in ipairs { "index" } do require("support.cases_" .. part)(cases) end
+for _, part in ipairs { "index", "elem" } do require("support.cases_" .. part)(cases) end
 
 return cases

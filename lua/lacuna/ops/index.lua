@@ -115,23 +115,6 @@ define { name = "masked_fill", composite = true, forward = function(x, mask, val
   return out
 end }
 
---- x limited to [low, high]; either may be nil, a number or a tensor.
-define { name = "clamp", composite = true, forward = function(x, low, high)
-  expect("clamp", "x", x)
-  if type(low) == "table" and not is(low) then
-    local o = schema.options("clamp", low, { min = { type = { "number", "tensor" } },
-                                             max = { type = { "number", "tensor" } } })
-    low, high = o.min, o.max
-  end
-  if low == nil and high == nil then fail("clamp", "needs a lower or an upper bound") end
-  if type(low) == "number" and type(high) == "number" and low > high then
-    fail("clamp", "the lower bound %s is above the upper bound %s", show(low), show(high))
-  end
-  if low ~= nil then x = fn.maximum(x, low) end
-  if high ~= nil then x = fn.minimum(x, high) end
-  return x
-end }
-
 local function triangle(name, compare)
   define { name = name, composite = true, forward = function(x, k)
     expect(name, "x", x)

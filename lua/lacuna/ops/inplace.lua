@@ -92,16 +92,18 @@ function methods.zero_(t)
   return methods.fill_(t, 0)
 end
 
--- name_ (t, y): t becomes name(t, y), which must have t's shape and dtype
+-- name_ (t, y, ...): t becomes name(t, y, ...), which must have t's shape and dtype
 local function in_place(name)
   local f = fn[name]
   local op = name .. "_"
-  methods[op] = function(t, y)
+  methods[op] = function(t, y, z, w)
     receiver(op, t)
     writable(op, t, is(y) and y or nil)
+    if is(z) then writable(op, t, z) end
+    if is(w) then writable(op, t, w) end
     local enabled = tape.enabled
     tape.enabled = false
-    local ok, out = pcall(f, t, y)
+    local ok, out = pcall(f, t, y, z, w)
     tape.enabled = enabled
     if not ok then error(out, 0) end
     if not same_shape(out, t) then
@@ -117,7 +119,13 @@ local function in_place(name)
 end
 for _, name in ipairs { "sub", "div", "pow", "mod", "maximum", "minimum", "neg", "abs", "exp", "log", "sqrt",
                         "tanh", "sigmoid", "relu", "square", "floor", "ceil",
-                        "round", "mul", "add" } do
+                        "round", "mul", "add", "exp2", "expm1", "log2", "log10", "log1p", "trunc", "frac",
+                        "rsqrt", "recip", "sin", "cos", "sign", "silu", "gelu", "softplus", "leaky_relu",
+                        "elu", "hardtanh", "relu6", "threshold", "clamp", "nan_to_num", "fmod",
+                        "floor_divide", "copysign", "lerp", "addcmul", "addcdiv", "bitwise_and",
+                        "bitwise_or", "bitwise_xor", "bitwise_not", "bitwise_left_shift",
+                        "bitwise_right_shift", "logical_and", "logical_or", "logical_xor",
+                        "logical_not" } do
   in_place(name)
 end
 
@@ -151,15 +159,6 @@ function methods.mul_(t, x)
     return t
   end
   return general_mul(t, x)
-end
-
---- Clamp in place.
-function methods.clamp_(t, low, high)
-  receiver("clamp_", t)
-  writable("clamp_", t)
-  if low ~= nil then methods.maximum_(t, low) end
-  if high ~= nil then methods.minimum_(t, high) end
-  return t
 end
 
 local function fill_random(op, kind, t, a, b)

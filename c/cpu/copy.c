@@ -1,0 +1,326 @@
+/* copy.c: moving elements on the CPU: copy and cast, fill, where, arange.
+ *
+ * copy and where move bytes and know only the element size; a cast goes through the compute types in strips that stay
+ * in the first-level cache. A transposing copy works in square tiles, because a strip would touch one cache line per
+ * element and drop it before its neighbours are wanted. Large dense results are written past the caches (v_stream).
+ * Rejected: a copy that converts directly between every pair of dtypes (56 loops for what two passes over a strip do).
+ */
+#include "cpu.h"
+#include "simd.h"
+
+enum { STRIP = 1024, STREAM_STRIP = 512 };
+typedef struct {
+    lac_nest nest; /* view 0 is the output */
+    int32_t dtype[4];
+    bool stream;           /* a dense output larger than the caches: write past them */
+    int64_t strip, strips; /* elements of a strip; strips per row */
+} move_job;
+
+/* ---- moving bytes: copy, where, fill ---- */
+
+#define MOVE(type)                                                                                                     \
+    do {                                                                                                               \
+        for (int64_t i = 0; i < n; i++) *(type *)(out + i * so) = *(const type *)(x + i * sx);                         \
+    } while (0)
+
+#define REPEAT(type)                                                                                                   \
+    do {                                                                                                               \
+        type value = *(const type *)x, *to = (type *)out;                                                              \
+        for (int64_t i = 0; i < n; i++) to[i] = value;                                                                 \
+    } while (0)
+
+void LAC_CPU(move)(int bytes, char *out, int64_t so, const char *x, int64_t sx, int64_t n)
+{
+    if (so == bytes && sx == bytes) {
+        memcpy(out, x, (size_t)(n * bytes));
+        return;
+    }
+    if (so == bytes && sx == 0) {
+        switch (bytes) {
+        case 1:
+            REPEAT(uint8_t);
+            return;
+        case 2:
+            REPEAT(uint16_t);
+            return;
+        case 4:
+            REPEAT(uint32_t);
+            return;
+        default:
+            REPEAT(uint64_t);
+            return;
+        }
+    }
+    switch (bytes) {
+    case 1:
+        MOVE(uint8_t);
+        break;
+    case 2:
+        MOVE(uint16_t);
+        break;
+    case 4:
+        MOVE(uint32_t);
+        break;
+    default:
+        MOVE(uint64_t);
+        break;
+    }
+}
+
+/* Values of one compute type in another. To integers: towards zero, saturating, NaN gives 0. f64 on its way to a half
+ * type is rounded to odd, so that the second rounding is the only one that counts. */
+static const void *convert_block(int from, int to, int dtype, const void *x, void *buffer, int64_t n)
+{
+    if (from == to) return x;
+    const float *f = x;
+    const double *d = x;
+    const int64_t *l = x;
+    float *of = buffer;
+    double *od = buffer;
+    int64_t *ol = buffer;
+    bool half = dtype == LAC_F16 || dtype == LAC_BF16;
+    if (to == C_F32 && half)
+        for (int64_t i = 0; i < n; i++) of[i] = v_round_odd(from == C_F64 ? d[i] : (double)l[i]);
+    else if (to == C_F32)
+        for (int64_t i = 0; i < n; i++) of[i] = from == C_F64 ? (float)d[i] : (float)l[i];
+    else if (to == C_F64)
+        for (int64_t i = 0; i < n; i++) od[i] = from == C_F32 ? (double)f[i] : (double)l[i];
+    else {
+        double low = dtype == LAC_I32 ? -2147483648.0 : dtype == LAC_U8 || dtype == LAC_BOOL ? 0.0 : -0x1p63;
+        double high = dtype == LAC_I32 ? 2147483647.0 : dtype == LAC_U8 ? 255.0 : 0x1p63;
+        for (int64_t i = 0; i < n; i++) {
+            double v = from == C_F32 ? (double)f[i] : d[i];
+            if (dtype == LAC_BOOL) ol[i] = v != 0;
+            else if (v != v) ol[i] = 0;
+            else if (v >= 0x1p63) ol[i] = (int64_t)(high >= 0x1p63 ? INT64_MAX : (int64_t)high);
+            else ol[i] = (int64_t)(v < low ? low : v > high ? high : v);
+        }
+    }
+    return buffer;
+}
+
+static void copy_task(void *context, int64_t begin, int64_t end, int thread)
+{
+    const move_job *job = context;
+    const lac_nest *nest = &job->nest;
+    const int last = nest->ndim - 1, to = job->dtype[0], from = job->dtype[1];
+    const int64_t length = nest->shape[last];
+    double first[STRIP], second[STRIP];
+    lac_cursor at;
+    (void)thread;
+    int64_t strip = begin % job->strips;
+    LAC_CPU(cursor_set)(nest, &at, begin / job->strips);
+    for (int64_t t = begin; t < end; t++) {
+        int64_t start = strip * job->strip, n = length - start < job->strip ? length - start : job->strip;
+        int64_t so = nest->stride[0][last], sx = nest->stride[1][last];
+        char *out = at.at[0] + start * so;
+        const char *x = at.at[1] + start * sx;
+        if (length == 1) so = lac_bytes_of(to), sx = lac_bytes_of(from);
+        if (job->stream) {
+            const void *v = x;
+            if (to != from) v = LAC_CPU(load)(from, x, sx, n, first);
+            else if (sx != so) LAC_CPU(move)((int)so, (char *)first, so, x, sx, n), v = first;
+            if (to != from) {
+                v = convert_block(lac_compute_type(from), lac_compute_type(to), to, v, second, n);
+                if (!lac_is_native(to)) LAC_CPU(store)(to, v, first, so, n), v = first;
+            }
+            v_stream(out, v, (size_t)(n * so));
+        } else if (to == from) {
+            LAC_CPU(move)((int)lac_bytes_of(to), out, so, x, sx, n);
+        } else {
+            const void *v = LAC_CPU(load)(from, x, sx, n, first);
+            v = convert_block(lac_compute_type(from), lac_compute_type(to), to, v, second, n);
+            LAC_CPU(store)(to, v, out, so, n);
+        }
+        if (++strip == job->strips) {
+            strip = 0;
+            lac_cursor_next(nest, &at);
+        }
+    }
+    if (job->stream) v_stream_end();
+}
+
+/* A transposing copy in square tiles: a strip would touch one cache line per element and drop it before its
+ * neighbours are wanted. Axis `tile_axis` is contiguous in x, the last axis in out. */
+enum { TILE = 32 };
+typedef struct {
+    lac_nest nest;
+    int tile_axis, bytes;
+    int64_t tiles_a, tiles_b;
+} transpose_job;
+
+#define TILE_MOVE(type)                                                                                                \
+    do {                                                                                                               \
+        for (int64_t i = 0; i < na; i++)                                                                               \
+            for (int64_t j = 0; j < nb; j++) ((type *)(out + i * oa))[j] = *(const type *)(x + i * xa + j * xb);       \
+    } while (0)
+
+static void transpose_task(void *context, int64_t begin, int64_t end, int thread)
+{
+    const transpose_job *job = context;
+    const lac_nest *nest = &job->nest;
+    int a = job->tile_axis, b = nest->ndim - 1;
+    int64_t oa = nest->stride[0][a], xa = nest->stride[1][a], xb = nest->stride[1][b];
+    (void)thread;
+    for (int64_t t = begin; t < end; t++) {
+        int64_t tb = t % job->tiles_b * TILE, ta = t / job->tiles_b % job->tiles_a * TILE,
+                rest = t / job->tiles_b / job->tiles_a;
+        char *out = nest->data[0] + ta * oa + tb * job->bytes;
+        const char *x = nest->data[1] + ta * xa + tb * xb;
+        for (int d = b - 1; d >= 0; d--) {
+            if (d == a) continue;
+            out += rest % nest->shape[d] * nest->stride[0][d];
+            x += rest % nest->shape[d] * nest->stride[1][d];
+            rest /= nest->shape[d];
+        }
+        int64_t na = nest->shape[a] - ta < TILE ? nest->shape[a] - ta : TILE;
+        int64_t nb = nest->shape[b] - tb < TILE ? nest->shape[b] - tb : TILE;
+        switch (job->bytes) {
+        case 1:
+            TILE_MOVE(uint8_t);
+            break;
+        case 2:
+            TILE_MOVE(uint16_t);
+            break;
+        case 4:
+            TILE_MOVE(uint32_t);
+            break;
+        default:
+            TILE_MOVE(uint64_t);
+            break;
+        }
+    }
+}
+
+/* fills the job if a and b transpose a plane that is worth tiles */
+static bool transpose_fits(const lac_view *out, const lac_view *x, transpose_job *job)
+{
+    const lac_view *views[] = {out, x};
+    if (out->dtype != x->dtype) return false;
+    LAC_CPU(nest_make)(&job->nest, 2, views);
+    int b = job->nest.ndim - 1;
+    job->bytes = (int)lac_bytes_of(out->dtype);
+    if (job->nest.stride[0][b] != job->bytes || job->nest.stride[1][b] == job->bytes || job->nest.shape[b] < 8)
+        return false;
+    for (job->tile_axis = 0; job->tile_axis < b; job->tile_axis++)
+        if (job->nest.stride[1][job->tile_axis] == job->bytes && job->nest.shape[job->tile_axis] >= 8) break;
+    if (job->tile_axis == b) return false;
+    job->tiles_a = (job->nest.shape[job->tile_axis] + TILE - 1) / TILE;
+    job->tiles_b = (job->nest.shape[b] + TILE - 1) / TILE;
+    return true;
+}
+
+static int move_run(const char *op, lac_task *task, int count, const lac_view *const *views)
+{
+    if (lac_view_numel(views[0]) == 0) return 0;
+    move_job job;
+    LAC_CPU(nest_make)(&job.nest, count, views);
+    for (int v = 0; v < count; v++) job.dtype[v] = views[v]->dtype;
+    job.stream = LAC_CPU(nest_streams)(&job.nest, views[0]->dtype);
+    int64_t rows = 1, length = job.nest.shape[job.nest.ndim - 1];
+    for (int d = 0; d < job.nest.ndim - 1; d++) rows *= job.nest.shape[d];
+    job.strip = job.stream ? STREAM_STRIP : STRIP;
+    job.strips = (length + job.strip - 1) / job.strip;
+    return LAC_CPU(parallel)(op, rows * job.strips, rows * length, task, &job);
+}
+
+int LAC_CPU(copy)(const lac_a_copy *a)
+{
+    const lac_view *views[] = {&a->out, &a->x};
+    transpose_job job;
+    int64_t numel = lac_view_numel(&a->out), tiles;
+    if (numel >= 4 * TILE * TILE && transpose_fits(&a->out, &a->x, &job)) {
+        tiles = job.tiles_a * job.tiles_b;
+        for (int d = 0; d < job.nest.ndim - 1; d++)
+            if (d != job.tile_axis) tiles *= job.nest.shape[d];
+        return LAC_CPU(parallel)("copy", tiles, numel, transpose_task, &job);
+    }
+    return move_run("copy", copy_task, 2, views);
+}
+
+int LAC_CPU(fill)(const lac_a_fill *a)
+{
+    /* the value, converted once, is a view of stride 0 */
+    double value = a->value, converted;
+    uint64_t space = 0;
+    const void *v = convert_block(C_F64, lac_compute_type(a->x.dtype), a->x.dtype, &value, &converted, 1);
+    LAC_CPU(store)(a->x.dtype, v, &space, lac_bytes_of(a->x.dtype), 1);
+    lac_view x = a->x;
+    x.data = &space;
+    for (int i = 0; i < x.ndim; i++) x.stride[i] = 0;
+    const lac_view *views[] = {&a->x, &x};
+    return move_run("fill", copy_task, 2, views);
+}
+
+#define SELECT(type)                                                                                                   \
+    do {                                                                                                               \
+        for (int64_t i = 0; i < n; i++)                                                                                \
+            *(type *)(out + i * s[0]) =                                                                                \
+                *(const uint8_t *)(c + i * s[1]) ? *(const type *)(x + i * s[2]) : *(const type *)(y + i * s[3]);      \
+    } while (0)
+
+static void where_task(void *context, int64_t begin, int64_t end, int thread)
+{
+    const move_job *job = context;
+    const lac_nest *nest = &job->nest;
+    const int last = nest->ndim - 1;
+    const int64_t length = nest->shape[last];
+    lac_cursor at;
+    (void)thread;
+    int64_t strip = begin % job->strips, s[4];
+    for (int v = 0; v < 4; v++) s[v] = nest->stride[v][last];
+    LAC_CPU(cursor_set)(nest, &at, begin / job->strips);
+    for (int64_t t = begin; t < end; t++) {
+        int64_t start = strip * job->strip, n = length - start < job->strip ? length - start : job->strip;
+        char *out = at.at[0] + start * s[0];
+        const char *c = at.at[1] + start * s[1], *x = at.at[2] + start * s[2], *y = at.at[3] + start * s[3];
+        switch (lac_bytes_of(job->dtype[0])) {
+        case 1:
+            SELECT(uint8_t);
+            break;
+        case 2:
+            SELECT(uint16_t);
+            break;
+        case 4:
+            SELECT(uint32_t);
+            break;
+        default:
+            SELECT(uint64_t);
+            break;
+        }
+        if (++strip == job->strips) {
+            strip = 0;
+            lac_cursor_next(nest, &at);
+        }
+    }
+}
+
+int LAC_CPU(where)(const lac_a_where *a)
+{
+    const lac_view *views[] = {&a->out, &a->cond, &a->x, &a->y};
+    return move_run("where", where_task, 4, views);
+}
+
+/* dst [n]: start + i step; integers exactly, floats in double and rounded once */
+int LAC_CPU(arange)(const lac_a_arange *a)
+{
+    const lac_view *v = &a->out;
+    int ctype = lac_compute_type(v->dtype);
+    int64_t n = v->ndim ? v->shape[0] : 1, stride = v->ndim ? v->stride[0] * lac_bytes_of(v->dtype) : 0;
+    double values[STRIP], converted[STRIP];
+    for (int64_t at = 0; at < n; at += STRIP) {
+        int64_t m = n - at < STRIP ? n - at : STRIP;
+        const void *block = values;
+        if (ctype == C_I64) {
+            int64_t *integers = (int64_t *)values;
+            for (int64_t i = 0; i < m; i++)
+                integers[i] = (int64_t)((uint64_t)(int64_t)a->start + (uint64_t)(at + i) * (uint64_t)(int64_t)a->step);
+        } else {
+            for (int64_t i = 0; i < m; i++) values[i] = a->start + (double)(at + i) * a->step;
+            block = convert_block(C_F64, ctype, v->dtype, values, converted, m);
+        }
+        LAC_CPU(store)(v->dtype, block, (char *)v->data + at * stride, stride, m);
+        if (lac_interrupted()) LAC_FAIL(INTERRUPTED, "arange: interrupted");
+    }
+    return 0;
+}

@@ -1,0 +1,276 @@
+/* maps.h: the mathematics behind c/maps.def on the CPU.
+ *
+ * maps.def writes an expression once for all compute types; the macros F_name(x) below pick the function by the type of
+ * x: f_name or v_namef for float, libm or d_name for double, i_name for int64_t. What models call on whole activations
+ * is vector code in float (simd.h); rarer functions of floats are computed in double and rounded once; sin, cos, tan,
+ * atan2, fmod and sinc are libm's, one element at a time, because a reduction of any argument by pi is not worth
+ * its code here. Integers wrap, and neither divide by zero nor trap.
+ * Rejected: one function per expression and type by hand (150 names for what the generic macros say in 60 lines).
+ */
+#ifndef LAC_CPU_MAPS_H
+#define LAC_CPU_MAPS_H
+#include "cpu.h"
+#include "simd.h"
+
+#define K(c) ((T)(c))
+#define GENERIC2(x, f, d) _Generic((x), float : f, double : d)
+#define GENERIC3(x, f, d, i) _Generic((x), float : f, double : d, int64_t : i)
+
+LAC_INLINE int64_t i_neg(int64_t x) { return (int64_t)(0 - (uint64_t)x); }
+LAC_INLINE int64_t i_add(int64_t x, int64_t y) { return (int64_t)((uint64_t)x + (uint64_t)y); }
+LAC_INLINE int64_t i_sub(int64_t x, int64_t y) { return (int64_t)((uint64_t)x - (uint64_t)y); }
+LAC_INLINE int64_t i_mul(int64_t x, int64_t y) { return (int64_t)((uint64_t)x * (uint64_t)y); }
+LAC_INLINE int64_t i_abs(int64_t x) { return x < 0 ? i_neg(x) : x; }
+LAC_INLINE int64_t i_sign(int64_t x) { return (x > 0) - (x < 0); }
+LAC_INLINE int64_t i_same(int64_t x) { return x; }
+LAC_INLINE int64_t i_max(int64_t x, int64_t y) { return x > y ? x : y; }
+LAC_INLINE int64_t i_min(int64_t x, int64_t y) { return x < y ? x : y; }
+LAC_INLINE int64_t i_div(int64_t x, int64_t y)
+{
+    if (y == 0) return 0;
+    if (y == -1) return i_neg(x); /* the smallest integer / -1 traps on x86 */
+    int64_t q = x / y;
+    return q - ((x % y != 0) && ((x < 0) != (y < 0)));
+}
+LAC_INLINE int64_t i_mod(int64_t x, int64_t y)
+{
+    if (y == 0 || y == -1) return 0;
+    int64_t r = x % y;
+    return r != 0 && ((r < 0) != (y < 0)) ? r + y : r;
+}
+LAC_INLINE int64_t i_fmod(int64_t x, int64_t y) { return y == 0 || y == -1 ? 0 : x % y; }
+LAC_INLINE int64_t i_shift_left(int64_t x, int64_t n) { return n < 0 || n > 63 ? 0 : (int64_t)((uint64_t)x << n); }
+LAC_INLINE int64_t i_shift_right(int64_t x, int64_t n) { return x >> (n < 0 || n > 63 ? 63 : n); }
+LAC_INLINE int64_t i_pow(int64_t x, int64_t y)
+{
+    if (y < 0) return x == 1 ? 1 : x == -1 ? (y & 1 ? -1 : 1) : 0;
+    uint64_t r = 1, b = (uint64_t)x;
+    for (; y; y >>= 1, b *= b)
+        if (y & 1) r *= b;
+    return (int64_t)r;
+}
+
+#define FLOATS(S, A, SFX, SIGMOID, POW, LOG)                                                                           \
+    LAC_INLINE S A##_neg(S x) { return -x; }                                                                           \
+    LAC_INLINE S A##_add(S x, S y) { return x + y; }                                                                   \
+    LAC_INLINE S A##_sub(S x, S y) { return x - y; }                                                                   \
+    LAC_INLINE S A##_mul(S x, S y) { return x * y; }                                                                   \
+    LAC_INLINE S A##_div(S x, S y) { return x / y; }                                                                   \
+    LAC_INLINE S A##_sign(S x) { return x > 0 ? (S)1 : x < 0 ? (S)-1 : x; }                                            \
+    LAC_INLINE S A##_max(S x, S y) { return x > y || x != x ? x : y; }                                                 \
+    LAC_INLINE S A##_min(S x, S y) { return x < y || x != x ? x : y; }                                                 \
+    LAC_INLINE S A##_mod(S x, S y)                                                                                     \
+    {                                                                                                                  \
+        S r = fmod##SFX(x, y);                                                                                         \
+        return r != 0 && ((r < 0) != (y < 0)) ? r + y : r;                                                             \
+    }                                                                                                                  \
+    LAC_INLINE S A##_floor_divide(S x, S y)                                                                            \
+    {                                                                                                                  \
+        /* exact where x / y rounds up to an integer: with mod, floor_divide(x, y) y + mod(x, y) = x */                \
+        S q = (x - A##_mod(x, y)) / y, f = floor##SFX(q);                                                              \
+        f = q - f > (S)0.5 ? f + 1 : f;                                                                                \
+        return y == 0 ? x / y : f;                                                                                     \
+    }                                                                                                                  \
+    LAC_INLINE S A##_pow_dx(S x, S y) { return y == 0 ? (S)0 : y * POW(x, y - 1); }                                    \
+    LAC_INLINE S A##_pow_dy(S x, S y) { return x == 0 && y >= 0 ? (S)0 : POW(x, y) * LOG(x); }                         \
+    LAC_INLINE S A##_lerp(S x, S y, S w) { return w < (S)0.5 ? x + w * (y - x) : y - (y - x) * (1 - w); }              \
+    /* part / whole, 0 where both are 0 */                                                                             \
+    LAC_INLINE S A##_share(S part, S whole) { return whole == 0 && part == 0 ? (S)0 : part / whole; }                  \
+    LAC_INLINE S A##_silu(S x) { return x * SIGMOID(x); }                                                              \
+    LAC_INLINE S A##_silu_grad(S x)                                                                                    \
+    {                                                                                                                  \
+        S s = SIGMOID(x);                                                                                              \
+        return s * (1 + x * (1 - s));                                                                                  \
+    }
+
+LAC_INLINE double d_sigmoid(double x) { return 1 / (1 + exp(-x)); }
+LAC_INLINE double d_softplus(double x) { return (x > 0 ? x : 0) + log1p(exp(-fabs(x))); }
+LAC_INLINE double d_cdf(double x) { return 0.5 * erfc(-x * 0.70710678118654752440); }
+LAC_INLINE double d_gelu(double x) { return x < -1e3 ? 0 : x * d_cdf(x); } /* 0 at -inf, which x cdf(x) is not */
+LAC_INLINE double d_gelu_grad(double x)
+{
+    return d_cdf(x) + fmin(fmax(x, -1e3), 1e3) * (0.39894228040143267794 * exp(-0.5 * x * x));
+}
+/* x^y in double, 4e-13 relative; the cases are those of C's pow */
+LAC_INLINE float f_pow(float x, float y)
+{
+    double a = fabs((double)x), r = v_exp_d((double)y * v_log_d(a));
+    float whole = floorf(y), half = floorf(0.5f * y), p = (float)(a == 1.0 || y == 0.0f ? 1.0 : r);
+    bool integer = whole == y, odd = integer && 0.5f * y != half;
+    p = odd ? copysignf(p, x) : p;
+    return x < 0.0f && x != -INFINITY && !integer && y == y ? NAN : y != y && x == -1.0f ? NAN : p;
+}
+FLOATS(float, f, f, v_sigmoidf, f_pow, v_logf)
+FLOATS(double, d, , d_sigmoid, pow, log)
+
+/* gelu by tanh (Hendrycks and Gimpel 2016): 1 + tanh(u) = 2 sigmoid(2u), without cancellation */
+#define GELU_TANH_ARGUMENT(x) (1.59576912160573071175 * ((x) + 0.044715 * (x) * (x) * (x)))
+#define GELU_TANH_SLOPE(x) (1.59576912160573071175 * (1 + 3 * 0.044715 * (x) * (x)))
+LAC_INLINE double d_gelu_tanh(double x) { return x * d_sigmoid(GELU_TANH_ARGUMENT(x)); }
+LAC_INLINE double d_gelu_tanh_grad(double x)
+{
+    double s = d_sigmoid(GELU_TANH_ARGUMENT(x));
+    return s + x * s * (1 - s) * GELU_TANH_SLOPE(x);
+}
+LAC_INLINE float f_gelu_tanh(float x) { return x * v_sigmoidf(1.595769122f * (x + 0.044715f * x * x * x)); }
+LAC_INLINE float f_gelu_tanh_grad(float x)
+{
+    float a = 1.595769122f * (x + 0.044715f * x * x * x), slope = 1.595769122f + 0.21406530f * x * x;
+    float e = v_exp_flushf(-fabsf(a)), w = 1 / (1 + e),
+          s = a > 0 ? w : e * w; /* s (1 - s) = e w w, without cancellation */
+    return s + x * (e * w * w) * slope;
+}
+
+/* rarer functions: f32 in double inside, rounded once */
+LAC_INLINE float f_erfc(float x)
+{
+    double e = v_erfc_d(fabs((double)x));
+    return (float)(x < 0 ? 2 - e : e);
+}
+LAC_INLINE float f_exp2(float x) { return (float)v_exp_d((double)x * 0.69314718055994530942); }
+LAC_INLINE float f_log2(float x) { return (float)(v_log_d((double)x) * 1.44269504088896340736); }
+LAC_INLINE float f_log10(float x) { return (float)(v_log_d((double)x) * 0.43429448190325182765); }
+LAC_INLINE float f_atan(float x) { return (float)v_atan_d((double)x); }
+LAC_INLINE float f_asin(float x)
+{
+    double d = (double)x;
+    return (float)v_atan_d(d / sqrt((1 - d) * (1 + d)));
+}
+LAC_INLINE float f_acos(float x)
+{
+    double d = (double)x;
+    return (float)(2 * v_atan_d(sqrt((1 - d) / (1 + d))));
+}
+LAC_INLINE float f_sinh(float x)
+{
+    double e = v_expm1_d(fabs((double)x)), y = 0.5 * (e + e / (e + 1));
+    return (float)(x < 0 ? -y : y);
+}
+LAC_INLINE float f_cosh(float x)
+{
+    double e = v_exp_d(fabs((double)x));
+    return (float)(0.5 * (e + 1 / e));
+}
+LAC_INLINE float f_asinh(float x)
+{
+    double a = fabs((double)x), root = sqrt(a * a + 1);
+    double y = v_log1p_d(a > 1 ? a + (root - 1) : a + a * a / (1 + root));
+    return (float)(x < 0 ? -y : y);
+}
+LAC_INLINE float f_acosh(float x)
+{
+    double t = (double)x - 1;
+    return (float)v_log1p_d(t + sqrt(t * (t + 2)));
+}
+LAC_INLINE float f_atanh(float x)
+{
+    double d = (double)x;
+    return (float)(0.5 * v_log1p_d(2 * d / (1 - d)));
+}
+LAC_INLINE double d_sinc(double x)
+{
+    return x == 0 ? 1 : sin(3.14159265358979323846 * x) / (3.14159265358979323846 * x);
+}
+LAC_INLINE double d_sinc_grad(double x)
+{
+    double a = 3.14159265358979323846 * x, b = a * a;
+    if (fabs(x) > 0.05) return (cos(a) - d_sinc(x)) / x;
+    /* sum of (-1)^k 2k a^(2k) / (2k + 1)! over x, where the quotient above cancels */
+    return 3.14159265358979323846 * a * (-1.0 / 3 + b * (1.0 / 30 + b * (-1.0 / 840 + b / 45360)));
+}
+LAC_INLINE float f_sinc(float x) { return (float)d_sinc((double)x); }
+LAC_INLINE float f_sinc_grad(float x) { return (float)d_sinc_grad((double)x); }
+LAC_INLINE float f_hypot(float x, float y)
+{
+    double a = (double)x, b = (double)y;
+    return fabsf(x) == INFINITY || fabsf(y) == INFINITY ? INFINITY : (float)sqrt(a * a + b * b);
+}
+
+/* mish (Misra 2019): tanh(log(1 + w)) = n / (n + 2) with w = e^x, n = w (w + 2); from x = 20 on it is 1 */
+#define MISH(S, A, EXP)                                                                                                \
+    LAC_INLINE S A##_mish(S x)                                                                                         \
+    {                                                                                                                  \
+        S w = EXP(x > 20 ? 20 : x), n = w * (w + 2);                                                                   \
+        return x * (n / (n + 2));                                                                                      \
+    }                                                                                                                  \
+    LAC_INLINE S A##_mish_grad(S x)                                                                                    \
+    {                                                                                                                  \
+        S w = EXP(x > 20 ? 20 : x), n = w * (w + 2), r = 1 / (n + 2);                                                  \
+        return n * r + x * (4 * w * (1 + w) * r * r);                                                                  \
+    }
+MISH(float, f, v_exp_flushf)
+MISH(double, d, exp)
+
+/* log(e^x + e^y); equal infinities have no difference */
+LAC_INLINE float f_logaddexp(float x, float y)
+{
+    float d = x == y ? 0.0f : -fabsf(x - y);
+    return f_max(x, y) + v_log1p_unit(v_exp_flushf(d));
+}
+LAC_INLINE double d_logaddexp(double x, double y) { return d_max(x, y) + log1p(exp(x == y ? 0 : -fabs(x - y))); }
+
+#define F_neg(x) GENERIC3(x, f_neg, d_neg, i_neg)(x)
+#define F_abs(x) GENERIC3(x, fabsf, fabs, i_abs)(x)
+#define F_sign(x) GENERIC3(x, f_sign, d_sign, i_sign)(x)
+#define F_floor(x) GENERIC3(x, floorf, floor, i_same)(x)
+#define F_ceil(x) GENERIC3(x, ceilf, ceil, i_same)(x)
+#define F_round(x) GENERIC3(x, rintf, rint, i_same)(x)
+#define F_add(x, y) GENERIC3(x, f_add, d_add, i_add)(x, y)
+#define F_sub(x, y) GENERIC3(x, f_sub, d_sub, i_sub)(x, y)
+#define F_mul(x, y) GENERIC3(x, f_mul, d_mul, i_mul)(x, y)
+#define F_div(x, y) GENERIC3(x, f_div, d_div, i_div)(x, y)
+#define F_mod(x, y) GENERIC3(x, f_mod, d_mod, i_mod)(x, y)
+#define F_pow(x, y) GENERIC3(x, f_pow, pow, i_pow)(x, y)
+#define F_max(x, y) GENERIC3(x, f_max, d_max, i_max)(x, y)
+#define F_min(x, y) GENERIC3(x, f_min, d_min, i_min)(x, y)
+#define F_isnan(x) ((x) != (x))
+#define F_isfinite(x) ((x) - (x) == 0)
+#define F_exp(x) GENERIC2(x, v_expf, exp)(x)
+#define F_expm1(x) GENERIC2(x, v_expm1f, expm1)(x)
+#define F_log(x) GENERIC2(x, v_logf, log)(x)
+#define F_log1p(x) GENERIC2(x, v_log1pf, log1p)(x)
+#define F_sqrt(x) GENERIC2(x, sqrtf, sqrt)(x)
+#define F_sin(x) GENERIC2(x, sinf, sin)(x)
+#define F_cos(x) GENERIC2(x, cosf, cos)(x)
+#define F_tanh(x) GENERIC2(x, v_tanhf, tanh)(x)
+#define F_erf(x) GENERIC2(x, v_erff, erf)(x)
+#define F_sigmoid(x) GENERIC2(x, v_sigmoidf, d_sigmoid)(x)
+#define F_softplus(x) GENERIC2(x, v_softplusf, d_softplus)(x)
+#define F_silu(x) GENERIC2(x, f_silu, d_silu)(x)
+#define F_silu_grad(x) GENERIC2(x, f_silu_grad, d_silu_grad)(x)
+#define F_gelu(x) GENERIC2(x, v_geluf, d_gelu)(x)
+#define F_gelu_grad(x) GENERIC2(x, v_gelu_gradf, d_gelu_grad)(x)
+#define F_gelu_tanh(x) GENERIC2(x, f_gelu_tanh, d_gelu_tanh)(x)
+#define F_gelu_tanh_grad(x) GENERIC2(x, f_gelu_tanh_grad, d_gelu_tanh_grad)(x)
+#define F_pow_dx(x, y) GENERIC2(x, f_pow_dx, d_pow_dx)(x, y)
+#define F_pow_dy(x, y) GENERIC2(x, f_pow_dy, d_pow_dy)(x, y)
+#define F_trunc(x) GENERIC3(x, truncf, trunc, i_same)(x)
+#define F_fmod(x, y) GENERIC3(x, fmodf, fmod, i_fmod)(x, y)
+#define F_floor_divide(x, y) GENERIC3(x, f_floor_divide, d_floor_divide, i_div)(x, y)
+#define F_shift_left(x, y) i_shift_left(x, y)
+#define F_shift_right(x, y) i_shift_right(x, y)
+#define F_erfc(x) GENERIC2(x, f_erfc, erfc)(x)
+#define F_exp2(x) GENERIC2(x, f_exp2, exp2)(x)
+#define F_log2(x) GENERIC2(x, f_log2, log2)(x)
+#define F_log10(x) GENERIC2(x, f_log10, log10)(x)
+#define F_tan(x) GENERIC2(x, tanf, tan)(x)
+#define F_asin(x) GENERIC2(x, f_asin, asin)(x)
+#define F_acos(x) GENERIC2(x, f_acos, acos)(x)
+#define F_atan(x) GENERIC2(x, f_atan, atan)(x)
+#define F_sinh(x) GENERIC2(x, f_sinh, sinh)(x)
+#define F_cosh(x) GENERIC2(x, f_cosh, cosh)(x)
+#define F_asinh(x) GENERIC2(x, f_asinh, asinh)(x)
+#define F_acosh(x) GENERIC2(x, f_acosh, acosh)(x)
+#define F_atanh(x) GENERIC2(x, f_atanh, atanh)(x)
+#define F_sinc(x) GENERIC2(x, f_sinc, d_sinc)(x)
+#define F_sinc_grad(x) GENERIC2(x, f_sinc_grad, d_sinc_grad)(x)
+#define F_mish(x) GENERIC2(x, f_mish, d_mish)(x)
+#define F_mish_grad(x) GENERIC2(x, f_mish_grad, d_mish_grad)(x)
+#define F_atan2(x, y) GENERIC2(x, atan2f, atan2)(x, y)
+#define F_hypot(x, y) GENERIC2(x, f_hypot, hypot)(x, y)
+#define F_share(x, y) GENERIC2(x, f_share, d_share)(x, y)
+#define F_copysign(x, y) GENERIC2(x, copysignf, copysign)(x, y)
+#define F_logaddexp(x, y) GENERIC2(x, f_logaddexp, d_logaddexp)(x, y)
+#define F_lerp(x, y, z) GENERIC2(x, f_lerp, d_lerp)(x, y, z)
+
+#endif

@@ -1,0 +1,163 @@
+--- Cases of the elementwise functions, reductions, scans and norms beyond the first set in cases.lua.
+--
+-- Written like those of cases.lua, with its helpers; tests/ops_spec.lua makes the tests. References are the
+-- formulas as textbooks print them, in plain Lua doubles: a log-sum-exp takes out the maximum, a variance is
+-- centred, a scan is a loop. Functions with constants are tested with other values than the defaults, so that
+-- a constant that is ignored cannot pass. tests/elem_spec.lua has what random inputs do not show: accuracy
+-- over all floats, NaN and infinities, large arrays.
+
+return function(cases)
+  local h = cases.helpers
+  local case = h.case
+  local build, at = cases.build, cases.at
+
+  -- ---- one tensor -------------------------------------------------------------------------------
+
+  local function sign(x) return x > 0 and 1 or x < 0 and -1 or 0 end
+  local function trunc(x) return x < 0 and math.ceil(x) or math.floor(x) end
+  local function sigmoid(x) return 1 / (1 + math.exp(-x)) end
+  local function clip(x, low, high) return math.min(math.max(x, low), high) end
+  local function asinh(x) return sign(x) * math.log(math.abs(x) + math.sqrt(x * x + 1)) end
+  local function softplus(x) return math.log(1 + math.exp(x)) end
+
+  for name, spec in pairs {
+    trunc = { trunc }, frac = { function(x) return x - trunc(x) end },
+    exp2 = { function(x) return 2 ^ x end },
+    log2 = { function(x) return math.log(x) / math.log(2) end, "positive" },
+    log10 = { function(x) return math.log10(x) end, "positive" },
+    tan = { math.tan, "fraction" }, asin = { math.asin, "fraction" }, acos = { math.acos, "fraction" },
+    atan = { math.atan }, sinh = { math.sinh }, cosh = { math.cosh }, asinh = { asinh },
+    acosh = { function(x) return math.log(x + math.sqrt(x * x - 1)) end, "above" },
+    atanh = { function(x) return 0.5 * math.log((1 + x) / (1 - x)) end, "fraction" },
+    erfc = { function(x) return 1 - h.erf(x) end },
+    sinc = { function(x) return x == 0 and 1 or math.sin(math.pi * x) / (math.pi * x) end },
+    logit = { function(x) return math.log(x / (1 - x)) end, "fraction" },
+    logsigmoid = { function(x) return -softplus(-x) end },
+    mish = { function(x) return x * math.tanh(softplus(x)) end },
+    selu = { function(x)
+      local scale, alpha = 1.0507009873554804934, 1.6732632423543772848
+      return scale * (x > 0 and x or alpha * (math.exp(x) - 1))
+    end, "away" },
+    relu6 = { function(x) return clip(x, 0, 6) end, "away" },
+    softsign = { function(x) return x / (1 + math.abs(x)) end, "away" },
+    hardsigmoid = { function(x) return clip(x + 3, 0, 6) / 6 end },
+    hardswish = { function(x) return x * clip(x + 3, 0, 6) / 6 end },
+    isinf = { function(x) return math.abs(x) == math.huge and 1 or 0 end, grad = false },
+  } do
+    case { name = name, inputs = { { 3, 4, kind = spec[2] } }, grad = spec.grad,
+           ref = function(R, x) return build(x.shape, function(i) return R(spec[1](at(x, i))) end) end,
+           bad = { { function(lac) return lac[name]("no") end, name .. ": x must be a tensor, got 'no'" } } }
+  end
+  case { name = "isinf", label = "infinities", inputs = { { 4, kind = "away" } }, grad = false,
+         call = function(lac, x) return lac.isinf(lac.where(x:gt(0), 1 / 0, x)) end,
+         ref = function(_, x) return build(x.shape, function(i) return at(x, i) > 0 and 1 or 0 end) end }
+
+  -- ---- one tensor and constants -------------------------------------------------------------------
+
+  local function with_constants(name, label, f, spec, ...)
+    local args = { ... }
+    case { name = name, label = label, inputs = { { 3, 4, kind = spec.kind } },
+           call = function(lac, x) return lac[name](x, unpack(args)) end,
+           ref = function(R, x) return build(x.shape, function(i) return R(f(at(x, i))) end) end,
+           bad = spec.bad }
+  end
+  local function bad(name, argument, pattern)
+    return { { function(lac, x) return lac[name](x, argument) end, pattern } }
+  end
+  local AWAY = { kind = "away" }
+  with_constants("leaky_relu", nil, function(x) return x > 0 and x or 0.25 * x end, { kind = "away",
+    bad = bad("leaky_relu", "a", "slope must be a number, got 'a'") }, 0.25)
+  with_constants("leaky_relu", "default", function(x) return x > 0 and x or 0.01 * x end, AWAY)
+  with_constants("leaky_relu", "table", function(x) return x > 0 and x or 0.5 * x end, { kind = "away",
+    bad = bad("leaky_relu", { slop = 1 }, "unknown option 'slop', did you mean 'slope'") }, { slope = 0.5 })
+  with_constants("elu", nil, function(x) return x > 0 and x or 1.5 * (math.exp(x) - 1) end, AWAY, 1.5)
+  with_constants("celu", nil, function(x) return x > 0 and x or 1.5 * (math.exp(x / 1.5) - 1) end,
+    { kind = "away", bad = bad("celu", 0, "alpha must not be 0") }, 1.5)
+  with_constants("hardtanh", nil, function(x) return clip(x, -0.5, 0.75) end,
+    { bad = bad("hardtanh", 3, "min 3 is above max 1") }, -0.5, 0.75)
+  with_constants("threshold", nil, function(x) return x > 0.3 and x or 7 end,
+    { bad = bad("threshold", 3, "value must be a number, got nil") }, 0.3, 7)
+  with_constants("softshrink", nil, function(x) return x > 0.3 and x - 0.3 or x < -0.3 and x + 0.3 or 0 end,
+    { bad = bad("softshrink", -1, "lambda must not be negative, got %-1") }, 0.3)
+  with_constants("hardshrink", nil, function(x) return math.abs(x) > 0.3 and x or 0 end,
+    { bad = bad("hardshrink", -1, "lambda must not be negative, got %-1") }, 0.3)
+  case { name = "nan_to_num", inputs = { { 3, 4, kind = "away" } },
+         call = function(lac, x)
+           local holes = lac.where(x:gt(1), 1 / 0, lac.where(x:lt(-1), -1 / 0, lac.where(x:lt(0), 0 / 0, x)))
+           return lac.nan_to_num(holes, 5, 6, 7)
+         end,
+         ref = function(_, x)
+           return build(x.shape, function(i)
+             local v = at(x, i)
+             return v > 1 and 6 or v < -1 and 7 or v < 0 and 5 or v
+           end)
+         end, bad = {
+           { function(lac, x) return lac.nan_to_num(x, "a") end, "nan must be a number, got 'a'" } } }
+  case { name = "clamp", label = "one bound", inputs = { { 3, 4 } },
+         call = function(_, x) return x:clamp { max = 0.25 } end,
+         ref = function(_, x) return build(x.shape, function(i) return math.min(at(x, i), 0.25) end) end }
+  case { name = "clamp", label = "tensors", inputs = { { 3, 4 }, { 4, kind = "positive" } },
+         call = function(_, x, y) return x:clamp(-y, y) end,
+         ref = function(_, x, y)
+           return build(x.shape, function(i) return clip(at(x, i), -at(y, i), at(y, i)) end)
+         end }
+
+  -- ---- two tensors --------------------------------------------------------------------------------
+
+  local map2 = h.map2
+  local function fmod(x, y) return math.fmod(x, y) end
+  local function logaddexp(x, y)
+    local m = math.max(x, y)
+    return m + math.log(math.exp(x - m) + math.exp(y - m))
+  end
+  local function phi(x) return 0.5 * (1 + h.erf(x / math.sqrt(2))) end
+  map2("fmod", fmod, { kinds = { "positive", "positive" } })
+  map2("floor_divide", function(x, y) return math.floor(x / y) end, { kinds = { "positive", "positive" } })
+  map2("atan2", math.atan2, { kinds = { "away", "away" } })
+  map2("hypot", function(x, y) return math.sqrt(x * x + y * y) end, { kinds = { "away", "away" } })
+  map2("copysign", function(x, y) return y < 0 and -math.abs(x) or math.abs(x) end,
+       { kinds = { "away", "away" } })
+  map2("logaddexp", logaddexp)
+  map2("xlogy", function(x, y) return x == 0 and 0 or x * math.log(y) end, { kinds = { "away", "positive" } })
+  map2("swiglu", function(x, y) return x * sigmoid(x) * y end)
+  map2("geglu", function(x, y) return x * phi(x) * y end)
+
+  local bit = require "bit"
+  local INTS = { { 3, 4, kind = "index", high = 16 }, { 4, kind = "index", high = 5 } }
+  for name, f in pairs {
+    bitwise_and = bit.band, bitwise_or = bit.bor, bitwise_xor = bit.bxor,
+    bitwise_left_shift = function(x, y) return x * 2 ^ y end,
+    bitwise_right_shift = function(x, y) return math.floor(x / 2 ^ y) end,
+  } do
+    case { name = name, inputs = INTS, grad = false,
+           ref = function(_, x, y)
+             return build(x.shape, function(i) return f(at(x, i), at(y, i)) end)
+           end,
+           bad = { { function(lac, x) return lac[name](x:to { dtype = "f32" }, 1) end,
+                     name .. ": x must be i64, i32 or u8, got f32" },
+                   { function(lac, x) return lac[name](x:ne(0), x:ne(0)) end,
+                     "for bool there are and, or" } } }
+  end
+  case { name = "bitwise_not", inputs = { INTS[1] }, grad = false,
+         ref = function(_, x) return build(x.shape, function(i) return -1 - at(x, i) end) end }
+
+  -- ---- three tensors ------------------------------------------------------------------------------
+
+  local THREE = { { 2, 3, 4 }, { 3, 1 }, { 4, kind = "away" } }
+  local function map3(name, label, call, f, spec)
+    case { name = name, label = label, inputs = THREE, call = call, bad = spec,
+           ref = function(R, x, y, z)
+             return build(x.shape, function(i) return f(R, at(x, i), at(y, i), at(z, i)) end)
+           end }
+  end
+  map3("lerp", nil, nil, function(R, x, y, w) return R(x + R(w * R(y - x))) end,
+       { { function(lac, x) return lac.lerp(x, x, "w") end, "the weight must be a tensor or a number" } })
+  map3("lerp", "number", function(lac, x, y) return lac.lerp(x, y, 0.75) end,
+       function(R, x, y) return R(x + R(0.75 * R(y - x))) end)
+  map3("addcmul", nil, function(lac, x, y, z) return lac.addcmul(x, y, z, 1.5) end,
+       function(R, x, y, z) return R(x + R(1.5 * R(y * z))) end,
+       { { function(lac, x) return lac.addcmul(x, x, x, "v") end, "value must be a number, got 'v'" } })
+  map3("addcdiv", nil, function(lac, x, y, z) return lac.addcdiv(x, y, z, 1.5) end,
+       function(R, x, y, z) return R(x + R(1.5 * R(y / z))) end,
+       { { function(lac, x) return lac.addcdiv(x, x, 1) end, "z must be a tensor, got 1" } })
+end
