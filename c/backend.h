@@ -51,8 +51,10 @@ typedef struct { lac_view x, out; int64_t *count; } lac_a_nonzero; /* out.data N
 typedef struct { lac_view x, out; int64_t start; double base, scale_base; bool interleaved, transpose; int sign; } lac_a_rope;
 typedef struct { lac_view out; int kind; double a, b; uint64_t seed, offset; } lac_a_random;
 typedef struct { lac_view x, out; double p; uint64_t seed, offset; } lac_a_dropout;
-typedef struct { lac_view param, grad, m, v; double lr, weight_decay; } lac_a_adamw_item;
-typedef struct { const lac_a_adamw_item *items; int64_t n; double beta1, beta2, eps, grad_scale; int64_t step; } lac_a_adamw;
+enum { LAC_RULE_ADAMW = 0, LAC_RULE_SGD = 1, LAC_RULE_LION = 2 };
+typedef struct { lac_view param, grad, m, v, master; double lr, weight_decay; } lac_a_optim_item; /* absent parts: data NULL */
+/* coupled: decay is added to the gradient; beta1 is SGD's momentum, which also has dampening and nesterov */
+typedef struct { int rule; const char *name; const lac_a_optim_item *items; int64_t n, step; double beta1, beta2, eps, dampening, grad_scale, grad_limit; bool nesterov, coupled; } lac_a_optim;
 typedef struct { const lac_view *items; int64_t n; double *norm; } lac_a_norm;
 /* clang-format on */
 /* lse and delta layouts and the meaning of every field: plan.h */

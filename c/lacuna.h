@@ -239,10 +239,18 @@ int lac_random(lac_tensor *dst, int kind, double a, double b, uint64_t seed, uin
 int lac_dropout(const lac_tensor *x, double p, uint64_t seed, uint64_t offset, lac_tensor *out);
 
 /* ---- optimisers, over lists of tensors, one call ---- */
-/* one parameter: all contiguous and of one shape; m, v f32 (f64 for f64 parameters) */
-typedef struct lac_adamw_item { lac_tensor *param; const lac_tensor *grad; lac_tensor *m; lac_tensor *v; double lr, weight_decay; } lac_adamw_item;
-/* AdamW (Loshchilov and Hutter 2019, algorithm 2), decoupled decay; step counts from 1; gradients are read times grad_scale */
-int lac_adamw_many(const lac_adamw_item *items, int64_t n, double beta1, double beta2, double eps, int64_t step, double grad_scale);
+/* One parameter; everything contiguous and of one shape. Moments m and v are f32 (f64 for f64 parameters): AdamW has
+ * both, Lion m, SGD m when it has momentum; absent ones are NULL. master: NULL, or f32 beside an f16 or bf16 parameter,
+ * which is then updated in f32 and becomes its rounding. Gradients are read times grad_scale, then clamped to
+ * +- grad_limit (0: not at all). step counts from 1. coupled: weight decay is added to the gradient (L2), else it shrinks
+ * the parameter by lr weight_decay. An update is never interrupted half-way. */
+typedef struct lac_optim_item { lac_tensor *param; const lac_tensor *grad; lac_tensor *m; lac_tensor *v; double lr, weight_decay; lac_tensor *master; } lac_optim_item;
+/* AdamW (Loshchilov and Hutter 2019, algorithm 2); coupled: Adam (Kingma and Ba 2015, algorithm 1) */
+int lac_adamw_many(const lac_optim_item *items, int64_t n, double beta1, double beta2, double eps, int coupled, int64_t step, double grad_scale, double grad_limit);
+/* SGD: m = momentum m + (1 - dampening) g (m = g at step 1), then param -= lr m, or with nesterov lr (g + momentum m) */
+int lac_sgd_many(const lac_optim_item *items, int64_t n, double momentum, double dampening, int nesterov, int coupled, int64_t step, double grad_scale, double grad_limit);
+/* Lion (Chen et al. 2023, algorithm 2): param -= lr sign(beta1 m + (1 - beta1) g), then m = beta2 m + (1 - beta2) g */
+int lac_lion_many(const lac_optim_item *items, int64_t n, double beta1, double beta2, double grad_scale, double grad_limit);
 int lac_norm_many(const lac_tensor *const *list, int64_t n, double *norm); /* global 2-norm, accumulated in f64 */
 
 /* ---- dilated attention ---- */

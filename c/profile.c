@@ -52,20 +52,22 @@ static int64_t bytes_list(const lac_view *const *list)
 }
 #define BYTES(...) bytes_list((const lac_view *const[]){__VA_ARGS__, NULL})
 
-static int64_t adamw_elements(const lac_a_adamw *a)
+/* by the formulas in cpu/optim.c */
+static double optim_flops(const lac_a_optim *a)
 {
-    int64_t n = 0;
-    for (int64_t i = 0; i < a->n; i++) n += all(&a->items[i].param);
-    return n;
+    double n = 0, each = a->rule == LAC_RULE_ADAMW ? 15 : a->rule == LAC_RULE_LION ? 12 : a->beta1 > 0 ? 9 : 5;
+    for (int64_t i = 0; i < a->n; i++) n += (double)all(&a->items[i].param);
+    return n * each;
 }
 
-/* parameter and both moments are read and written */
-static int64_t adamw_bytes(const lac_a_adamw *a)
+/* parameter and moments are read and written; beside a master copy the parameter is only written */
+static int64_t optim_bytes(const lac_a_optim *a)
 {
     int64_t n = 0;
     for (int64_t i = 0; i < a->n; i++) {
-        const lac_a_adamw_item *e = a->items + i;
-        n += 2 * BYTES(&e->param, &e->m, &e->v) + bytes_of(&e->grad);
+        const lac_a_optim_item *e = a->items + i;
+        n += 2 * BYTES(&e->m, &e->v, &e->master) + BYTES(&e->param, &e->grad);
+        if (!e->master.data) n += bytes_of(&e->param);
     }
     return n;
 }
@@ -142,7 +144,7 @@ COST(nonzero, lac_a_nonzero, .bytes = BYTES(&a->x, &a->out))
 COST(rope, lac_a_rope, .flops = 3.0 * all(&a->out), .bytes = BYTES(&a->x, &a->out))
 COST(random, lac_a_random, .bytes = BYTES(&a->out))
 COST(dropout, lac_a_dropout, .flops = all(&a->out), .bytes = BYTES(&a->x, &a->out))
-COST(adamw_many, lac_a_adamw, .flops = 15.0 * adamw_elements(a), .bytes = adamw_bytes(a))
+COST(optim_many, lac_a_optim, .flops = optim_flops(a), .bytes = optim_bytes(a), .function = a->name)
 COST(norm_many, lac_a_norm, .flops = 2.0 * norm_sum(a, all), .bytes = norm_sum(a, bytes_of))
 COST(attend, lac_a_attend, .flops = a->plan->info.flops_forward,
      .bytes = BYTES(&a->q, &a->k, &a->v, &a->padding, &a->lengths, &a->out, &a->lse, &a->branch_lse))

@@ -1307,7 +1307,7 @@ describe("engine on " .. isa .. ":", function()
 
   describe("optimiser", function()
     local function list(items)
-      local a = ffi.new("lac_adamw_item[?]", #items)
+      local a = ffi.new("lac_optim_item[?]", #items)
       for i, t in ipairs(items) do
         a[i - 1].param, a[i - 1].grad, a[i - 1].m, a[i - 1].v = t.p, t.g, t.m, t.v
         a[i - 1].lr, a[i - 1].weight_decay = t.lr, t.wd
@@ -1338,7 +1338,7 @@ describe("engine on " .. isa .. ":", function()
               r.p[i] = r.p[i] - items[k].lr * (mh / (math.sqrt(vh) + 1e-8) + items[k].wd * r.p[i])
             end
           end
-          call("adamw_many", list(items), #items, 0.9, 0.99, 1e-8, step, 0.5)
+          call("adamw_many", list(items), #items, 0.9, 0.99, 1e-8, 0, step, 0.5, 0)
           for k, r in ipairs(refs) do
             check_all("adamw", dtype, get(items[k].p), r.p, 1, stat == "f32" and 2 ^ -21 or 1e-14)
             check_all("adamw m", stat, get(items[k].m), r.m, 2, stat == "f32" and 2 ^ -23 or 1e-15)
@@ -1406,8 +1406,8 @@ describe("engine on " .. isa .. ":", function()
         local p, m, v = normal(dtype, { 130, 515 }, 8), d.empty("f32", { 130, 515 }), d.empty("f32", { 130,
           515 })
         call("fill", m, 0) call("fill", v, 0)
-        call("adamw_many", ffi.new("lac_adamw_item[1]", { { p, x, m, v, 0.1, 0.1 } }), 1, 0.9, 0.99, 1e-8, 1,
-          1)
+        call("adamw_many", ffi.new("lac_optim_item[1]", { { p, x, m, v, 0.1, 0.1 } }), 1, 0.9, 0.99, 1e-8, 0,
+          1, 1, 0)
         keep("adamw", p, m, v)
         local norm = ffi.new("double[1]")
         call("norm_many", ffi.new("const lac_tensor *[1]", { x }), 1, norm)
@@ -1508,10 +1508,10 @@ describe("engine errors:", function()
   end)
 
   it("AdamW and the norm check everything before they write", function()
-    local function item(p, g, m, v, lr) return ffi.new("lac_adamw_item[1]", { { p, g, m, v, lr or 0.1,
+    local function item(p, g, m, v, lr) return ffi.new("lac_optim_item[1]", { { p, g, m, v, lr or 0.1,
       0 } }) end
-    local function run(a, n, b1, b2, eps, step) return a, n or 1, b1 or 0.9, b2 or 0.99, eps or 1e-8, step
-      or 1, 1 end
+    local function run(a, n, b1, b2, eps, step) return a, n or 1, b1 or 0.9, b2 or 0.99, eps or 1e-8, 0,
+      step or 1, 1, 0 end
     local p, g, m, v = f(3), f(3), f(3), f(3)
     local keep = { p, g, m, v, f(2), half(3), half(3), d.expand(f(1), { 3 }), i64(3) }
     fails("argument", "list of items is missing", "adamw_many", run(nil))
@@ -1528,6 +1528,26 @@ describe("engine errors:", function()
     fails("argument", "beta1 and beta2", "adamw_many", run(item(p, g, m, v), 1, 1))
     fails("argument", "eps must be", "adamw_many", run(item(p, g, m, v), 1, nil, nil, NAN))
     fails("argument", "steps count from 1, got 0", "adamw_many", run(item(p, g, m, v), 1, nil, nil, nil, 0))
+    fails("argument", "adam: eps must be", "adamw_many", item(p, g, m, v), 1, 0.9, 0.9, NAN, 1, 1, 1, 0)
+    fails("argument", "grad_scale must be finite", "adamw_many", item(p, g, m, v), 1, 0.9, 0.9, 1, 0, 1,
+      INF, 0)
+    fails("argument", "grad_limit must be", "lion_many", item(p, g, m, nil), 1, 0.9, 0.9, 1, -1)
+    fails("argument", "lion: beta1 and beta2 must be in %[0, 1%)", "lion_many", item(p, g, m, nil), 1, 1, 0,
+      1, 0)
+    fails("argument", "lion: m of item 1 is missing", "lion_many", item(p, g, nil, nil), 1, 0, 0, 1, 0)
+    local function sgd(a, momentum, dampening, nesterov, step)
+      return "sgd_many", a, 1, momentum, dampening or 0, nesterov or 0, 1, step or 1, 1, 0
+    end
+    fails("argument", "momentum must be in %[0, 1%), got 1", sgd(item(p, g, m, nil), 1))
+    fails("argument", "dampening must be in %[0, 1%], got 2", sgd(item(p, g, m, nil), 0.5, 2))
+    fails("argument", "nesterov needs momentum", sgd(item(p, g, m, nil), 0, 0, 1))
+    fails("argument", "steps count from 1, got 0", sgd(item(p, g, m, nil), 0, 0, 0, 0))
+    fails("argument", "m of item 1 is missing", sgd(item(p, g, nil, nil), 0.5))
+    local function master(q, h, t) return ffi.new("lac_optim_item[1]", { { q, h, m, v, 0.1, 0, t } }) end
+    fails("dtype", "master copy, which is for f16 and bf16, but the parameter is f32",
+      sgd(master(p, g, f(3)), 0))
+    fails("dtype", "master of item 1 must be f32", sgd(master(keep[6], keep[7], half(3)), 0))
+    fails("shape", "master of item 1 is %[2%]", sgd(master(keep[6], keep[7], keep[5]), 0))
     local norm = ffi.new("double[1]")
     fails("argument", "nowhere to put", "norm_many", nil, 0, nil)
     fails("argument", "tensor 1 is missing", "norm_many", ffi.new("const lac_tensor *[1]"), 1, norm)

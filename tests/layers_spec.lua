@@ -26,8 +26,9 @@ end
 -- one entry per layer; modules of one layer do not require each other, except inside a package (nn*, dist*)
 local LUA = {
   "lib", "sys json class", "schema", "registry device scope", "tensor", "pretty create", "ops*", "grad",
-  "gradcheck", "attention.variants attention.masks attention.explain attention.decode", "attention", "nn*",
-  "optim", "io", "data log plot", "train", "dist*", "sweep bench", "cli", "repl notebook", "init",
+  "recompute watch", "gradcheck", "attention.variants attention.masks attention.explain attention.decode",
+  "attention", "nn*", "optim*", "io", "data log plot", "train*", "dist*", "sweep bench", "cli",
+  "repl notebook", "init",
 }
 
 local function rank_of(name)
@@ -75,8 +76,8 @@ end
 -- C: a header's layer is its file's; entries may be included from any later line and from their own
 local C_LAYERS = {
   "lacuna.h status.h status.c rng.h lru.h", "core.h maps.def ops.def", "backend.h op_front.h",
-  "plan.h comm.h ring.h", "cpu/*", "pool.c tensor.c abi.c backend.c", "op_*.c", "plan.c", "comm*.c",
-  "profile.c", "ring*.c", "interrupt.h", "interrupt.c main.c",
+  "plan.h comm.h ring.h", "cpu/*", "pool.c tensor.c abi.c backend.c crc.c", "op_*.c", "plan.c", "comm*.c",
+  "profile.c watch.c", "ring*.c", "interrupt.h", "interrupt.c main.c",
 }
 
 local function c_rank(name)

@@ -1,9 +1,9 @@
---- optim_spec.lua: AdamW, groups, clipping and schedules.
+--- optim_spec.lua: optimizers, groups, clipping and schedules.
 --
--- AdamW is compared with the algorithm written out in Lua doubles over several steps; the f64 engine must
--- agree to rounding, f32 within twice the error of the same algorithm done in f32 by hand is not needed
--- because the state is compared in f64. A continued optimizer must equal an uninterrupted one bit by bit.
--- Schedules are arithmetic.
+-- Every kind is compared with its published algorithm written out in Lua doubles over several steps; the f64
+-- engine must agree to rounding. That f32 is within twice the error of the same algorithm done in f32 by hand
+-- need not be checked, because the state is compared in f64. A continued optimizer must equal an
+-- uninterrupted one bit by bit. Schedules are arithmetic.
 
 local lac = require "lacuna"
 local optim = lac.optim
@@ -170,6 +170,174 @@ describe("optim.adamw", function()
   end)
 end)
 
+-- one parameter under any kind, in doubles: rules(i, g, t, x) gives the change of element i
+local function follow(x, grads, rule)
+  local out, state = {}, {}
+  for i = 1, #x do out[i], state[i] = x[i], { m = 0, v = 0 } end
+  for t, g in ipairs(grads) do
+    for i = 1, #x do out[i] = rule(out[i], g[i], state[i], t) end
+  end
+  return out
+end
+
+local function sign(x) return x > 0 and 1 or x < 0 and -1 or 0 end
+
+local function sgd_rule(o)
+  return function(x, g, s, t)
+    g = g + (o.weight_decay or 0) * x
+    local mu = o.momentum or 0
+    if mu > 0 then
+      s.m = t == 1 and g or mu * s.m + (1 - (o.dampening or 0)) * g
+      g = o.nesterov and g + mu * s.m or s.m
+    end
+    return x - o.lr * g
+  end
+end
+
+describe("optim kinds", function()
+  local start = { 1, -2, 3, 0.5 }
+  local grads = { { 0.5, -2, 0, 1 }, { 1, 1, 1e-9, -3 }, { -0.25, 3, 0, 2 }, { 4, -1, 1, 0 } }
+
+  local function run(kind, options, how, dtype, list)
+    local p = leaf(start, dtype)
+    local opt = optim[kind]({ p }, options)
+    for _, g in ipairs(list or grads) do
+      give(p, g)
+      opt:step(how)
+    end
+    return p:totable(), opt, p
+  end
+
+  it("sgd, with momentum, dampening, nesterov and weight decay", function()
+    for _, o in ipairs{ { lr = 0.1 }, { lr = 0.1, weight_decay = 0.3 }, { lr = 0.1, momentum = 0.9 },
+      { lr = 0.05, momentum = 0.8, dampening = 0.3, weight_decay = 0.1 },
+      { lr = 0.05, momentum = 0.8, nesterov = true, weight_decay = 0.1 } } do
+      near_list(follow(start, grads, sgd_rule(o)), (run("sgd", o)), 1e-14)
+    end
+  end)
+
+  it("adam, with weight decay in the gradient", function()
+    local o = { lr = 0.01, betas = { 0.8, 0.95 }, eps = 1e-6, weight_decay = 0.2 }
+    near_list(follow(start, grads, function(x, g, s, t)
+      g = g + 0.2 * x
+      s.m, s.v = 0.8 * s.m + 0.2 * g, 0.95 * s.v + 0.05 * g * g
+      return x - 0.01 * (s.m / (1 - 0.8 ^ t)) / (math.sqrt(s.v / (1 - 0.95 ^ t)) + 1e-6)
+    end), (run("adam", o)), 1e-14)
+  end)
+
+  it("lion", function()
+    local o = { lr = 0.01, betas = { 0.9, 0.98 }, weight_decay = 0.3 }
+    near_list(follow(start, grads, function(x, g, s)
+      local c = 0.9 * s.m + 0.1 * g
+      s.m = 0.98 * s.m + 0.02 * g
+      return x - 0.01 * (sign(c) + 0.3 * x)
+    end), (run("lion", o)), 1e-14)
+  end)
+
+  it("clips by value, before weight decay", function()
+    local clamped = {}
+    for t, g in ipairs(grads) do
+      clamped[t] = {}
+      for i, v in ipairs(g) do clamped[t][i] = math.max(-0.75, math.min(0.75, v)) end
+    end
+    for kind, o in pairs{ sgd = { lr = 0.1, momentum = 0.5, weight_decay = 0.1 }, lion = {}, adamw = {},
+      adam = {} } do
+      assert.same((run(kind, o, nil, "f64", clamped)), (run(kind, o, { clip_value = 0.75 })))
+    end
+    local p = leaf{ 1 }
+    local opt = optim.sgd({ p }, { lr = 1 })
+    give(p, { 1 })
+    assert.error_matches(function() opt:step{ clip = 1, clip_value = 2 } end,
+      "exclude each other, got 1 and 2")
+    assert.error_matches(function() opt:step{ clip_value = 0 } end, "clip_value must be above 0")
+  end)
+
+  it("let NaN through to the parameter, whatever is clipped", function()
+    for kind, o in pairs{ sgd = { lr = 0.1, momentum = 0.5 }, lion = {}, adamw = {}, adam = {} } do
+      local got = run(kind, o, { clip_value = 0.5 }, "f32", { { 1, 0 / 0, 1, 1 } })
+      assert.is_true(got[2] ~= got[2], kind)
+      assert.is_true(got[1] == got[1], kind)
+    end
+  end)
+
+  it("keep f32 master copies of half parameters, so that small updates add up", function()
+    for _, dtype in ipairs{ "f16", "bf16" } do
+      for kind, o in pairs{ sgd = { lr = 1e-4 }, lion = { lr = 1e-4, weight_decay = 0 },
+        adamw = { lr = 1e-4, weight_decay = 0 } } do
+        local list = {}
+        for t = 1, 100 do list[t] = { 1, 1, 1, 1 } end
+        assert.equal(1, (run(kind, o, nil, dtype, list))[1]) -- 1e-4 is below half a unit in the last place
+        o.master = true
+        local got, opt, p = run(kind, o, nil, dtype, list)
+        local exact = lac.tensor({ 1 - 100 * 1e-4 }, { dtype = dtype }):item()
+        assert.equal(exact, got[1], kind)
+        local state = opt:state_dict()
+        assert.equal("f32", state["master.1.1"]:dtype())
+        -- a parameter that was changed by somebody else is what the next step starts from
+        lac.no_grad(function() p:fill_(4) end)
+        give(p, { 1, 1, 1, 1 })
+        opt:step()
+        assert.near(4 - 1e-4, state["master.1.1"]:totable()[1], 1e-6)
+      end
+    end
+    assert.is_nil((optim.adamw({ leaf({ 1 }, "f32") }, { master = true }):state_dict())["master.1.1"])
+  end)
+
+  it("continue from a saved state bit by bit, master copies too", function()
+    for kind, o in pairs{ sgd = { lr = 0.1, momentum = 0.9, dampening = 0.1 }, lion = { lr = 0.01 },
+      adamw = {}, adam = {} } do
+      o.master = true
+      local _, opt, p = run(kind, o, nil, "bf16")
+      local q = leaf(start, "bf16")
+      local other = optim[kind]({ q }, o)
+      lac.no_grad(function() q:copy_(p) end)
+      other:load_state_dict(opt:state_dict())
+      for _, g in ipairs(grads) do
+        give(p, g)
+        give(q, g)
+        opt:step()
+        other:step()
+      end
+      assert.equal(p:string(), q:string())
+      assert.equal(opt:state_dict()["master.1.1"]:string(), other:state_dict()["master.1.1"]:string())
+    end
+  end)
+
+  it("do not depend on the number of threads", function()
+    local threads, got = lac.threads(), {}
+    for _, n in ipairs{ 1, 2 } do
+      lac.threads(n)
+      for kind, o in pairs{ sgd = { lr = 0.1, momentum = 0.9 }, lion = {}, adamw = {} } do
+        lac.manual_seed(3)
+        local p = lac.randn{ 100003, grad = true }
+        p.grad = lac.randn{ 100003 }
+        local opt = optim[kind]({ p }, o)
+        opt:step{ clip = 1 }
+        opt:step()
+        if n == 1 then got[kind] = p:string() else assert.is_true(got[kind] == p:string(), kind) end
+      end
+    end
+    lac.threads(threads)
+  end)
+
+  it("print themselves and name what is wrong", function()
+    local p = leaf{ 1 }
+    assert.equal("SGD(1 parameters, lr 0.5, momentum 0.9, nesterov, 0 steps)",
+      tostring(optim.sgd({ p }, { lr = 0.5, momentum = 0.9, nesterov = true })))
+    assert.equal("Lion(1 parameters, lr 0.0001, betas {0.9, 0.99}, 0 steps)", tostring(optim.lion{ p }))
+    assert.matches("^Adam%(1 parameters", tostring(optim.adam{ p }))
+    assert.error_matches(function() optim.sgd{ p } end, "lr is required")
+    assert.error_matches(function() optim.sgd({ p }, { lr = 1, nesterov = true }) end,
+      "nesterov needs momentum")
+    assert.error_matches(function() optim.sgd({ p }, { lr = 1, momentum = 1 }) end,
+      "momentum must be below 1")
+    assert.error_matches(function() optim.lion({ p }, { beta = 1 }) end, "did you mean 'betas'")
+    assert.error_matches(function() optim.lion{ p }:step() end, "lion: parameter '1.1' has no gradient")
+    assert.same({ kind = "lion", lr = 1e-4, weight_decay = 0.01, master = false, betas = { 0.9, 0.99 } },
+      optim.lion{ p }:config())
+  end)
+end)
+
 describe("optim.schedule", function()
   it("computes what the formulas say", function()
     assert.equal(1, S.constant()(7))
@@ -179,6 +347,21 @@ describe("optim.schedule", function()
     assert.near(0.1, S.cosine{ steps = 10, min = 0.1 }(99), 1e-15)
     assert.near(0.625, S.linear{ steps = 8, min = 0.25 }(4), 1e-15)
     assert.near(0.25 ^ 2, S.polynomial{ steps = 8, power = 2 }(6), 1e-15)
+    assert.same({ 1, 1, 0.5, 0.25 }, { S.inverse_sqrt{ timescale = 4 }(0), S.inverse_sqrt{ timescale = 4 }(4),
+      S.inverse_sqrt{ timescale = 4 }(16), S.inverse_sqrt{ timescale = 4 }(64) })
+    assert.same({ 1, 1, 0.5, 0.5, 0.25 }, { S.step{ every = 3, gamma = 0.5 }(0),
+      S.step{ every = 3, gamma = 0.5 }(2), S.step{ every = 3, gamma = 0.5 }(3),
+      S.step{ every = 3, gamma = 0.5 }(5), S.step{ every = 3, gamma = 0.5 }(6) })
+    local f = S.multistep{ milestones = { 3, 7 }, gamma = 0.5 }
+    assert.same({ 1, 1, 0.5, 0.5, 0.25, 0.25 }, { f(0), f(2), f(3), f(6), f(7), f(99) })
+    f = S.cosine_restarts{ steps = 4, min = 0.2 }
+    for step, want in pairs{ [0] = 1, [2] = 0.6, [4] = 1, [6] = 0.6, [8] = 1 } do
+      assert.near(want, f(step), 1e-15)
+    end
+    f = S.cosine_restarts{ steps = 2, growth = 3 } -- cycles begin at 0, 2, 8, 26
+    for step, want in pairs{ [0] = 1, [1] = 0.5, [2] = 1, [5] = 0.5, [8] = 1, [17] = 0.5, [26] = 1 } do
+      assert.near(want, f(step), 1e-15)
+    end
   end)
 
   it("composes a warm-up with what follows, without a jump", function()
@@ -195,5 +378,10 @@ describe("optim.schedule", function()
     assert.error_matches(function() S.polynomial{ steps = 3, power = 0 } end, "power must be above 0")
     assert.error_matches(function() S.warmup(-1) end, "warmup must be at least 0")
     assert.error_matches(function() S.warmup(1, 3) end, "inner must be a function")
+    assert.error_matches(function() S.inverse_sqrt{} end, "timescale is required")
+    assert.error_matches(function() S.step{ every = 0 } end, "every must be positive")
+    assert.error_matches(function() S.multistep{ milestones = { 3, 3 } } end,
+      "milestones%[2%] = 3 follows 3")
+    assert.error_matches(function() S.cosine_restarts{ steps = 2, growth = 0.5 } end, "growth must be")
   end)
 end)

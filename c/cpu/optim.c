@@ -1,17 +1,22 @@
-/* optim.c: AdamW and the global norm over lists of tensors, on the CPU.
+/* optim.c: optimisers and the global norm over lists of tensors, on the CPU.
  *
  * One call covers a whole model: parameters are cut into chunks of 16384 elements, all chunks of all parameters form
- * one list of tasks, so hundreds of small biases cost no more threads or barriers than one large matrix. The update is
- * memory-bound (four streams read, three written) and vectorises as it stands.
+ * one list of tasks, so hundreds of small biases cost no more threads or barriers than one large matrix. An update is
+ * memory-bound (AdamW reads four streams and writes three) and vectorises as it stands. Each rule is written once for
+ * float and double; half parameters go through a block on the stack, or through their f32 master copy.
+ *
+ * An update is not interruptible: stopped in the middle it would leave a model of which a part is one step ahead, and
+ * no checkpoint could be made of that. It takes milliseconds.
  * The norm adds squares in double per chunk; the chunks' sums are added in order, so it does not depend on threads.
  */
 #include "cpu.h"
 #include "simd.h"
+#include <omp.h>
 
 enum { CHUNK = 16384, BLOCK = 512 };
 
 typedef struct {
-    const lac_a_adamw *a;
+    const lac_a_optim *a;
     const lac_view *list;
     const int64_t *first; /* [n + 1]: number of the first chunk of every item */
     int64_t n;
@@ -31,16 +36,32 @@ static int64_t item_of(const list_job *job, int64_t t)
     return low;
 }
 
-/* p, g and the moments of n elements; p is updated in place */
+/* The rules: n elements of a parameter p with gradient g and moments m, v; p, m and v are updated in place. The
+ * gradient of the rule is clamp(g grad_scale, +-grad_limit) + coupled p; NaN stays NaN in every step of every rule. */
+#define RULE(name, T)                                                                                                  \
+    static void name(const list_job *job, const lac_a_optim_item *item, T *restrict p, const T *restrict g,            \
+                     T *restrict m, T *restrict v, int64_t n)
+#define GRADIENT(T)                                                                                                    \
+    const lac_a_optim *a = job->a;                                                                                     \
+    T scale = (T)a->grad_scale, most = a->grad_limit > 0 ? (T)a->grad_limit : (T)INFINITY, lr = (T)item->lr;           \
+    T coupled = a->coupled ? (T)item->weight_decay : 0, keep = a->coupled ? 1 : (T)(1 - item->lr * item->weight_decay)
+#define READ(T)                                                                                                        \
+    T d = g[i] * scale;                                                                                                \
+    d = d > most ? most : d;                                                                                           \
+    d = d < -most ? -most : d;                                                                                         \
+    d += coupled * p[i]
+
+/* Adam (Kingma and Ba 2015, algorithm 1), AdamW (Loshchilov and Hutter 2019, algorithm 2) */
 #define ADAMW(name, T, SQRT)                                                                                           \
-    static void name(const list_job *job, const lac_a_adamw_item *item, T *p, const T *g, T *m, T *v, int64_t n)       \
+    RULE(name, T)                                                                                                      \
     {                                                                                                                  \
-        T b1 = (T)job->a->beta1, b2 = (T)job->a->beta2, c1 = (T)(1 - job->a->beta1), c2 = (T)(1 - job->a->beta2);      \
-        T keep = (T)(1 - item->lr * item->weight_decay), step = (T)(item->lr * job->step_scale);                       \
-        T root = (T)job->root_scale, eps = (T)job->a->eps, scale = (T)job->a->grad_scale;                              \
+        GRADIENT(T);                                                                                                   \
+        T b1 = (T)a->beta1, b2 = (T)a->beta2, c1 = (T)(1 - a->beta1), c2 = (T)(1 - a->beta2);                          \
+        T step = (T)(item->lr * job->step_scale), root = (T)job->root_scale, eps = (T)a->eps;                          \
+        (void)lr;                                                                                                      \
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                            \
         {                                                                                                              \
-            T d = g[i] * scale;                                                                                        \
+            READ(T);                                                                                                   \
             T mi = b1 * m[i] + c1 * d, vi = b2 * v[i] + c2 * (d * d);                                                  \
             m[i] = mi;                                                                                                 \
             v[i] = vi;                                                                                                 \
@@ -50,30 +71,90 @@ static int64_t item_of(const list_job *job, int64_t t)
 ADAMW(adamw_f, float, sqrtf)
 ADAMW(adamw_d, double, sqrt)
 
-static void adamw_task(void *context, int64_t begin, int64_t end, int thread)
+/* SGD with momentum as Sutskever et al. 2013 count it after PyTorch: the learning rate multiplies the velocity. The
+ * first step takes the gradient as the velocity, undamped. m is NULL without momentum. */
+#define SGD(name, T)                                                                                                   \
+    RULE(name, T)                                                                                                      \
+    {                                                                                                                  \
+        GRADIENT(T);                                                                                                   \
+        T mu = (T)a->beta1, take = a->step == 1 ? 1 : (T)(1 - a->dampening);                                           \
+        T ahead = a->nesterov ? mu : 1, now = a->nesterov ? 1 : 0;                                                     \
+        (void)v;                                                                                                       \
+        if (!m) {                                                                                                      \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                        \
+            {                                                                                                          \
+                READ(T);                                                                                               \
+                p[i] = p[i] * keep - lr * d;                                                                           \
+            }                                                                                                          \
+            return;                                                                                                    \
+        }                                                                                                              \
+        _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                            \
+        {                                                                                                              \
+            READ(T);                                                                                                   \
+            T mi = mu * m[i] + take * d;                                                                               \
+            m[i] = mi;                                                                                                 \
+            p[i] = p[i] * keep - lr * (ahead * mi + now * d);                                                          \
+        }                                                                                                              \
+    }
+SGD(sgd_f, float)
+SGD(sgd_d, double)
+
+/* Lion (Chen et al. 2023, algorithm 2): the sign of an interpolated momentum. The sign of 0 is 0, of NaN NaN. */
+#define LION(name, T)                                                                                                  \
+    RULE(name, T)                                                                                                      \
+    {                                                                                                                  \
+        GRADIENT(T);                                                                                                   \
+        T b1 = (T)a->beta1, b2 = (T)a->beta2, c1 = (T)(1 - a->beta1), c2 = (T)(1 - a->beta2);                          \
+        (void)v;                                                                                                       \
+        _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                            \
+        {                                                                                                              \
+            READ(T);                                                                                                   \
+            T c = b1 * m[i] + c1 * d;                                                                                  \
+            T s = c > 0 ? 1 : c;                                                                                       \
+            s = c < 0 ? -1 : s;                                                                                        \
+            m[i] = b2 * m[i] + c2 * d;                                                                                 \
+            p[i] = p[i] * keep - lr * s;                                                                               \
+        }                                                                                                              \
+    }
+LION(lion_f, float)
+LION(lion_d, double)
+
+typedef void rule_f(const list_job *, const lac_a_optim_item *, float *restrict, const float *restrict, float *restrict,
+                    float *restrict, int64_t);
+typedef void rule_d(const list_job *, const lac_a_optim_item *, double *restrict, const double *restrict,
+                    double *restrict, double *restrict, int64_t);
+static rule_f *const RULES_F[] = {[LAC_RULE_ADAMW] = adamw_f, [LAC_RULE_SGD] = sgd_f, [LAC_RULE_LION] = lion_f};
+static rule_d *const RULES_D[] = {[LAC_RULE_ADAMW] = adamw_d, [LAC_RULE_SGD] = sgd_d, [LAC_RULE_LION] = lion_d};
+
+/* elements [start, stop) of a parameter in f32 or a half type */
+static void update_float(const list_job *job, const lac_a_optim_item *item, int64_t start, int64_t stop)
 {
-    const list_job *job = context;
     float params[BLOCK], grads[BLOCK];
-    (void)thread;
-    for (int64_t t = begin; t < end; t++) {
-        int64_t number = item_of(job, t);
-        const lac_a_adamw_item *item = &job->a->items[number];
-        int dtype = item->param.dtype;
-        int64_t size = lac_view_numel(&item->param), start = (t - job->first[number]) * CHUNK;
-        int64_t stop = size - start < CHUNK ? size : start + CHUNK, bytes = lac_bytes_of(dtype);
-        if (dtype == LAC_F64) {
-            adamw_d(job, item, (double *)item->param.data + start, (const double *)item->grad.data + start,
-                    (double *)item->m.data + start, (double *)item->v.data + start, stop - start);
-            continue;
-        }
-        for (int64_t at = start; at < stop; at += BLOCK) {
-            int64_t n = stop - at < BLOCK ? stop - at : BLOCK;
-            char *p = (char *)item->param.data + at * bytes;
-            const float *g = LAC_CPU(load)(dtype, (const char *)item->grad.data + at * bytes, bytes, n, grads);
-            float *values = (float *)(uintptr_t)LAC_CPU(load)(dtype, p, bytes, n, params);
-            adamw_f(job, item, values, g, (float *)item->m.data + at, (float *)item->v.data + at, n);
-            LAC_CPU(store)(dtype, values, p, bytes, n);
-        }
+    int dtype = item->param.dtype;
+    int64_t bytes = lac_bytes_of(dtype), most = dtype == LAC_F32 ? CHUNK : BLOCK;
+    float *m = item->m.data, *v = item->v.data, *master = item->master.data;
+    for (int64_t at = start; at < stop; at += most) {
+        int64_t n = stop - at < most ? stop - at : most;
+        char *p = (char *)item->param.data + at * bytes;
+        const float *g = LAC_CPU(load)(dtype, (const char *)item->grad.data + at * bytes, bytes, n, grads);
+        float *values = master ? master + at : (float *)(uintptr_t)LAC_CPU(load)(dtype, p, bytes, n, params);
+        RULES_F[job->a->rule](job, item, values, g, m ? m + at : NULL, v ? v + at : NULL, n);
+        if (dtype != LAC_F32) LAC_CPU(store)(dtype, values, p, bytes, n);
+    }
+}
+
+static void update_chunk(const list_job *job, int64_t t)
+{
+    int64_t number = item_of(job, t);
+    const lac_a_optim_item *item = &job->a->items[number];
+    int64_t size = lac_view_numel(&item->param), start = (t - job->first[number]) * CHUNK;
+    int64_t stop = size - start < CHUNK ? size : start + CHUNK;
+    if (item->param.dtype == LAC_F64) {
+        double *m = item->m.data, *v = item->v.data;
+        RULES_D[job->a->rule](job, item, (double *)item->param.data + start, (const double *)item->grad.data + start,
+                              m ? m + start : NULL, v ? v + start : NULL, stop - start);
+    } else {
+        update_float(job, item, start, stop);
     }
 }
 
@@ -92,17 +173,23 @@ static int64_t *count_chunks(const char *op, int64_t n, const char *views, size_
     return first;
 }
 
-int LAC_CPU(adamw_many)(const lac_a_adamw *a)
+int LAC_CPU(optim_many)(const lac_a_optim *a)
 {
     int64_t total;
-    int64_t *first = count_chunks("adamw", a->n, (const char *)&a->items[0].param, sizeof *a->items, &total);
+    int64_t *first = count_chunks(a->name, a->n, (const char *)&a->items[0].param, sizeof *a->items, &total);
     if (!first) return LAC_E_MEMORY;
     list_job job = {.a = a, .first = first, .n = a->n};
-    job.step_scale = 1 / -expm1((double)a->step * log(a->beta1));
-    job.root_scale = 1 / sqrt(-expm1((double)a->step * log(a->beta2)));
-    int status = LAC_CPU(parallel)("adamw", first[a->n], total * 2, adamw_task, &job);
+    if (a->rule == LAC_RULE_ADAMW) {
+        job.step_scale = 1 / -expm1((double)a->step * log(a->beta1));
+        job.root_scale = 1 / sqrt(-expm1((double)a->step * log(a->beta2)));
+    }
+    int64_t chunks = first[a->n];
+    int threads = LAC_CPU(threads)(chunks, total * 2);
+    /* chunks in runs, one a thread, as parallel() would cut them; not parallel(), which stops for an interrupt */
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t t = 0; t < chunks; t++) update_chunk(&job, t);
     lac_workspace_put(first);
-    return status;
+    return 0;
 }
 
 static void norm_task(void *context, int64_t begin, int64_t end, int thread)

@@ -23,7 +23,7 @@ local lib = { ffi = ffi }
 
 local EXPECTED_ABI = 1
 local MIN_PACE = 64 * 2 ^ 20
-local STRUCTS = { "lac_tensor", "lac_memory_stats", "lac_flags", "lac_adamw_item", "lac_attn_desc",
+local STRUCTS = { "lac_tensor", "lac_memory_stats", "lac_flags", "lac_optim_item", "lac_attn_desc",
                   "lac_strip", "lac_plan_info", "lac_attn_args", "lac_cache_stats", "lac_block_info",
                   "lac_profile_event" }
 

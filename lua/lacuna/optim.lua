@@ -1,19 +1,21 @@
---- optim.lua: AdamW over lists of tensors, parameter groups, clipping, schedules.
+--- optim.lua: AdamW, Adam, SGD and Lion over lists of tensors, parameter groups, clipping.
 --
 -- One step is two calls of the engine however many parameters there are: the global norm of the gradients
--- (when clipping is on) and one AdamW update of the whole list, with the clipping factor folded in, so that
--- gradients are not written a second time. The array of item structs is built once and reused.
+-- (when clipping is on) and one update of the whole list, with the clipping factor folded in, so that
+-- gradients are not written a second time. The array of item structs is built once and reused. What all
+-- optimizers share is one base class: groups, clipping, state, errors; a kind adds its options, the names of
+-- its moments and one call. Schedules are in optim/schedule.lua.
 --
 -- Groups are lists with their own learning rate and weight decay. optim.groups(model) makes the usual two:
 -- decay for matrices, none for biases, normalisation gains and (unless asked) embeddings. It goes by the kind
 -- that a module gives its parameters, not by their number of dimensions, which would decay a [heads, dim]
 -- gain.
 --
--- A schedule is a function step -> factor of the learning rate, so schedules compose by calling each other
--- and a test of one is arithmetic. Strict where frameworks are silent: a parameter without a gradient is an
--- error that names it (`skip_missing = true` allows it), and so is a norm that is not finite: an update by
--- NaN loses the whole run. Rejected: a Python-like optimiser loop over parameters (a call per tensor), state
--- hidden in parameters.
+-- f16 and bf16 parameters lose small updates: an increment below half a unit in the last place rounds to
+-- nothing. `master = true` keeps an f32 copy of each, which is what is updated. Strict where frameworks are
+-- silent: a parameter without a gradient is an error that names it (`skip_missing = true` allows it), and so
+-- is a norm that is not finite: an update by NaN loses the whole run. Rejected: a Python-like optimiser loop
+-- over parameters (a call per tensor), state hidden in parameters.
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
@@ -24,72 +26,7 @@ local tensor = require "lacuna.tensor"
 local ffi, C = lib.ffi, lib.C
 local fail = schema.fail
 
-local optim = { schedule = {} }
-
--- ---- schedules --------------------------------------------------------------------------------------------
-
-local schedule = optim.schedule
-
-local function tail(op, options, extra)
-  local spec = { steps = { type = "integer", min = 1, required = true },
-                 min = { type = "number", min = 0, max = 1, default = 0 } }
-  for name, rule in pairs(extra or {}) do spec[name] = rule end
-  return schema.options(op, options, spec)
-end
-
-local function check_step(step)
-  if type(step) ~= "number" then
-    schema.fail("schedule", "step must be a number, got %s", schema.show(step))
-  end
-end
-
-local function progress(step, steps)
-  check_step(step)
-  return math.max(0, math.min(1, step / steps))
-end
-
---- Always `factor` (default 1).
--- @treturn function step -> factor
-function schedule.constant(factor)
-  if factor == nil then factor = 1 end
-  schema.check("schedule.constant", "factor", factor, { type = "number", min = 0 })
-  return function() return factor end
-end
-
---- From 1 at step 0 to `min` at step `steps` along half a cosine, then `min`.
--- @tparam table options steps; min = 0
-function schedule.cosine(options)
-  local o = tail("schedule.cosine", options)
-  return function(step) return o.min + (1 - o.min) * 0.5 * (1 + math.cos(math.pi * progress(step,
-    o.steps))) end
-end
-
---- From 1 at step 0 to `min` at step `steps` along a line, then `min`.
-function schedule.linear(options)
-  local o = tail("schedule.linear", options)
-  return function(step) return 1 - (1 - o.min) * progress(step, o.steps) end
-end
-
---- min + (1 - min) (1 - step/steps)^power, then `min`.
--- @tparam table options steps; min = 0; power = 1
-function schedule.polynomial(options)
-  local o = tail("schedule.polynomial", options, { power = { type = "number", above = 0, default = 1 } })
-  return function(step) return o.min + (1 - o.min) * (1 - progress(step, o.steps)) ^ o.power end
-end
-
---- A line from 1/warmup at step 1 to 1 at step `warmup`; after that `inner`, which starts counting there.
--- @tparam integer warmup steps, 0 or more
--- @tparam[opt] function inner a schedule (default constant)
-function schedule.warmup(warmup, inner)
-  schema.check("schedule.warmup", "warmup", warmup, { type = "integer", min = 0 })
-  inner = inner or schedule.constant()
-  schema.check("schedule.warmup", "inner", inner, { type = "function" })
-  return function(step)
-    check_step(step)
-    if step <= warmup then return step / warmup * inner(0) end
-    return inner(step - warmup)
-  end
-end
+local optim = { schedule = require "lacuna.optim.schedule" }
 
 -- ---- groups -----------------------------------------------------------------------------------------------
 
@@ -118,93 +55,113 @@ function optim.groups(model, options)
   return groups
 end
 
--- ---- AdamW ------------------------------------------------------------------------------------------------
+-- ---- what all optimizers share ----------------------------------------------------------------------------
 
-local AdamW = class("AdamW", nil, true)
+local Optimizer = class("Optimizer", nil, true)
 
 local GROUP = { lr = { type = "number", min = 0 }, weight_decay = { type = "number", min = 0 },
   names = { type = "table" } }
-local OPTIONS = {
-  lr = { type = "number", min = 0, default = 1e-3 },
-  betas = { type = "numbers", min = 0, below = 1, default = { 0.9, 0.999 },
-            check = function(v) return #v ~= 2 and "must be {beta1, beta2}" or nil end },
-  eps = { type = "number", above = 0, default = 1e-8 },
-  weight_decay = { type = "number", min = 0, default = 0.01 },
-  skip_missing = { type = "boolean", default = false },
-}
 
-local function zeros_like(p)
-  local m = tensor.empty_like(p, p.c.dtype == C.LAC_F64 and C.LAC_F64 or C.LAC_F32)
-  lib.check(C.lac_fill(m.c, 0))
-  scope.follow(m, p)
-  return m
+-- options of every kind; a kind adds its own
+local function with_common(defaults, extra)
+  local spec = {
+    lr = { type = "number", min = 0, default = defaults.lr },
+    weight_decay = { type = "number", min = 0, default = defaults.weight_decay },
+    skip_missing = { type = "boolean", default = false },
+    master = { type = "boolean", default = false },
+  }
+  for name, rule in pairs(extra) do spec[name] = rule end
+  return spec
+end
+
+-- state beside a parameter, in the parameter's scope; a copy of it or zeros
+local function beside(p, filled)
+  local t = tensor.empty_like(p, p.c.dtype == C.LAC_F64 and C.LAC_F64 or C.LAC_F32)
+  lib.check(filled and C.lac_copy(p.c, t.c) or C.lac_fill(t.c, 0))
+  scope.follow(t, p)
+  return t
 end
 
 -- a model, a list of tensors, or a list of groups -> list of groups
-local function as_groups(params, weight_decay)
+local function as_groups(op, params, weight_decay)
   if type(params) == "table" and not tensor.is(params) then
     if type(rawget(params, "_params")) == "table" then return optim.groups(params,
       { weight_decay = weight_decay }) end
     if tensor.is(params[1]) then return { params } end
     if type(params[1]) == "table" and tensor.is(params[1][1]) then return params end
   end
-  fail("adamw", "expected a module, a list of tensors or a list of groups, got %s", schema.show(params))
+  fail(op, "expected a module, a list of tensors or a list of groups, got %s", schema.show(params))
 end
 
-function AdamW:init(params, options)
-  local o = schema.options("adamw", options, OPTIONS)
-  self.lr, self.betas, self.eps, self.skip_missing = o.lr, o.betas, o.eps, o.skip_missing
+local function new_entry(self, p, name, seen)
+  local op = self.op
+  tensor.expect(op, name, p)
+  if seen[p] then fail(op, "parameter '%s' is listed twice, before as '%s'", name, seen[p]) end
+  if not p.requires_grad then fail(op, "parameter '%s' does not require a gradient", name) end
+  if not tensor.is_contiguous(p) then
+    fail(op, "parameter '%s' is not contiguous: %s", name, schema.show(p))
+  end
+  seen[p] = name
+  local e = { name = name, param = p }
+  for _, part in ipairs(self.parts) do e[part] = beside(p, false) end
+  if self.master and (p.c.dtype == C.LAC_F16 or p.c.dtype == C.LAC_BF16) then
+    e.master, e.version = beside(p, true), p.root.version
+  end
+  return e
+end
+
+-- options are checked by the kind; op: what starts messages; parts: the names of the moments
+function Optimizer:setup(op, parts, params, o)
+  self.op, self.parts = op, parts
+  self.lr, self.weight_decay, self.skip_missing, self.master = o.lr, o.weight_decay, o.skip_missing, o.master
   self.steps, self.entries = 0, {}
   local seen = {}
-  for g, group in ipairs(as_groups(params, o.weight_decay)) do
+  for g, group in ipairs(as_groups(op, params, o.weight_decay)) do
     local named = {}
     for key, value in pairs(group) do
       if type(key) == "string" then named[key] = value end
     end
-    named = schema.options(("adamw: group %d"):format(g), named, GROUP)
+    named = schema.options(("%s: group %d"):format(op, g), named, GROUP)
     for i, p in ipairs(group) do
-      local name = named.names and named.names[i] or ("%d.%d"):format(g, i)
-      tensor.expect("adamw", name, p)
-      if seen[p] then fail("adamw", "parameter '%s' is listed twice, before as '%s'", name, seen[p]) end
-      if not p.requires_grad then fail("adamw", "parameter '%s' does not require a gradient", name) end
-      if not tensor.is_contiguous(p) then
-        fail("adamw", "parameter '%s' is not contiguous: %s", name, schema.show(p))
-      end
-      seen[p] = name
-      self.entries[#self.entries + 1] = { name = name, param = p, m = zeros_like(p), v = zeros_like(p),
-        lr = named.lr or o.lr, weight_decay = named.weight_decay or o.weight_decay }
+      local e = new_entry(self, p, named.names and named.names[i] or ("%d.%d"):format(g, i), seen)
+      e.lr, e.weight_decay = named.lr or o.lr, named.weight_decay or o.weight_decay
+      self.entries[#self.entries + 1] = e
     end
   end
   local n = #self.entries
-  if n == 0 then fail("adamw", "there are no parameters") end
-  self.items = ffi.new("lac_adamw_item[?]", n)
+  if n == 0 then fail(op, "there are no parameters") end
+  self.items = ffi.new("lac_optim_item[?]", n)
   self.grads = ffi.new("const lac_tensor *[?]", n)
   self.norm_out = ffi.new("double[1]")
 end
 
-function AdamW:__tostring()
-  return ("AdamW(%d parameters, lr %g, betas {%g, %g}, eps %g, %d steps)")
-    :format(#self.entries, self.lr, self.betas[1], self.betas[2], self.eps, self.steps)
+function Optimizer:__tostring()
+  return ("%s(%d parameters, lr %g%s, %d steps)"):format(rawget(getmetatable(self), "__name"), #self.entries,
+    self.lr, self:extra(), self.steps)
 end
 
 -- entries with gradients into self.items and self.grads; returns how many, and a list that keeps copies alive
 local function collect(self, factor)
   local n, alive = 0, {}
   for _, e in ipairs(self.entries) do
-    local grad = e.param.grad
+    local p = e.param
+    local grad = p.grad
     if grad == nil then
       if not self.skip_missing then
-        fail("adamw", "parameter '%s' has no gradient: it took no part in the loss, or backward() was not "
+        fail(self.op, "parameter '%s' has no gradient: it took no part in the loss, or backward() was not "
           .. "called (skip_missing = true allows it)", e.name)
       end
     else
       grad = tensor.contiguous(grad)
       alive[#alive + 1] = grad
       local item = self.items[n]
-      item.param, item.grad, item.m, item.v = e.param.c, grad.c, e.m.c, e.v.c
+      item.param, item.grad, item.m, item.v = p.c, grad.c, e.m and e.m.c, e.v and e.v.c
       item.lr, item.weight_decay = e.lr * factor, e.weight_decay
+      item.master = e.master and e.master.c
+      if e.master and e.version ~= p.root.version then -- somebody else has changed the parameter: follow it
+        lib.call(C.lac_copy, p.c, e.master.c)
+      end
       self.grads[n] = grad.c
-      e.at = n
       n = n + 1
     end
   end
@@ -218,32 +175,41 @@ local function complain_not_finite(self, norm)
       lib.call(C.lac_norm_many, self.grads, 1, self.norm_out)
       local own = self.norm_out[0]
       if own ~= own or own == math.huge then
-        fail("adamw", "the gradient norm is %s before step %d; the first that is not finite belongs to '%s'",
+        fail(self.op, "the gradient norm is %s before step %d; the first that is not finite belongs to '%s'",
           schema.show(norm), self.steps + 1, e.name)
       end
     end
   end
-  fail("adamw", "the gradient norm is %s before step %d", schema.show(norm), self.steps + 1)
+  fail(self.op, "the gradient norm is %s before step %d", schema.show(norm), self.steps + 1)
 end
 
 --- Global 2-norm of all gradients.
 -- @treturn number
-function AdamW:grad_norm()
+function Optimizer:grad_norm()
   local n, alive = collect(self, 1)
   lib.call(C.lac_norm_many, self.grads, n, self.norm_out)
-  return self.norm_out[0], #alive
+  alive[1] = nil -- the list must live until here
+  return self.norm_out[0]
 end
+
+local STEP = { factor = { type = "number", min = 0, default = 1 }, clip = { type = "number", above = 0 },
+               clip_value = { type = "number", above = 0 } }
 
 --- One update of every parameter from its gradient.
 -- @tparam[opt] table options factor = 1 (of the learning rate, from a schedule); clip = largest global norm
---   (gradients are scaled down to it; default: no clipping)
+--   (gradients are scaled down to it), or clip_value = largest absolute value of an element (gradients are
+--   clamped to it); default: no clipping
 -- @treturn ?number the global norm before clipping, when clip is given
 -- @raise a parameter has no gradient; the norm is not finite (nothing is changed then)
-function AdamW:step(options)
-  local o = schema.options("adamw.step", options, {
-    factor = { type = "number", min = 0, default = 1 }, clip = { type = "number", above = 0 } })
+function Optimizer:step(options)
+  local op = self.op
+  local o = schema.options(op .. ".step", options, STEP)
+  if o.clip and o.clip_value then
+    fail(op .. ".step", "clip (by norm) and clip_value exclude each other, got %g and %g", o.clip,
+      o.clip_value)
+  end
   local n, alive = collect(self, o.factor)
-  if n == 0 then fail("adamw", "no parameter has a gradient: call backward() before step()") end
+  if n == 0 then fail(op, "no parameter has a gradient: call backward() before step()") end
   local norm, scale = nil, 1
   if o.clip then
     lib.call(C.lac_norm_many, self.grads, n, self.norm_out)
@@ -251,18 +217,22 @@ function AdamW:step(options)
     if norm ~= norm or norm == math.huge then complain_not_finite(self, norm) end
     if norm > o.clip then scale = o.clip / norm end
   end
+  self:update(n, self.steps + 1, scale, o.clip_value or 0)
   self.steps = self.steps + 1
-  lib.call(C.lac_adamw_many, self.items, n, self.betas[1], self.betas[2], self.eps, self.steps, scale)
-  for _, e in ipairs(self.entries) do tensor.touch(e.param) end
-  alive[1] = nil -- the list must live until here
+  for _, e in ipairs(self.entries) do
+    tensor.touch(e.param)
+    if e.master then e.version = e.param.root.version end
+  end
+  alive[1] = nil
   return norm
 end
 
 --- Forget all gradients.
 -- @tparam[opt] table options release = false: give their memory back at once instead of when the collector
 --   comes; a gradient that the script has kept elsewhere is then released too
-function AdamW:zero_grad(options)
-  local o = schema.options("adamw.zero_grad", options, { release = { type = "boolean", default = false } })
+function Optimizer:zero_grad(options)
+  local o = schema.options(self.op .. ".zero_grad", options,
+    { release = { type = "boolean", default = false } })
   for _, e in ipairs(self.entries) do
     local grad = e.param.grad
     if grad then
@@ -273,47 +243,162 @@ function AdamW:zero_grad(options)
 end
 
 --- Everything that a continued run needs, as tensors and one number.
--- @treturn table { ["m.<name>"] = tensor, ["v.<name>"] = tensor, ... } (the tensors themselves, not copies)
+-- @treturn table { ["m.<name>"] = tensor, ["v.<name>"] = tensor, ["master.<name>"] = tensor, ... }: what the
+--   kind has (the tensors themselves, not copies)
 -- @treturn number steps done
-function AdamW:state_dict()
+function Optimizer:state_dict()
   local state = {}
   for _, e in ipairs(self.entries) do
-    state["m." .. e.name], state["v." .. e.name] = e.m, e.v
+    for _, part in ipairs(self.parts) do state[part .. "." .. e.name] = e[part] end
+    if e.master then state["master." .. e.name] = e.master end
   end
   return state, self.steps
 end
 
---- Restore what state_dict gave. All names and shapes are checked before anything is changed.
+--- Restore what state_dict gave. All names and shapes are checked before anything is changed. Load a model's
+-- parameters first: an f32 master copy follows its parameter when something else changes that.
 -- @tparam table state
 -- @tparam integer steps
-function AdamW:load_state_dict(state, steps)
-  schema.check("adamw.load_state_dict", "steps", steps, { type = "integer", min = 0 })
-  schema.check("adamw.load_state_dict", "state", state, { type = "table" })
+function Optimizer:load_state_dict(state, steps)
+  local op = self.op .. ".load_state_dict"
+  schema.check(op, "steps", steps, { type = "integer", min = 0 })
+  schema.check(op, "state", state, { type = "table" })
   local own = self:state_dict()
   for name in pairs(state) do
     if not own[name] then
-      fail("adamw.load_state_dict", "unexpected '%s', did you mean '%s'?", tostring(name),
-        schema.nearest(tostring(name), schema.keys(own)))
+      fail(op, "unexpected '%s', did you mean '%s'?", tostring(name),
+        schema.nearest(tostring(name), schema.keys(own)) or "")
     end
   end
-  for name, t in pairs(own) do
-    local given = state[name]
-    if not tensor.is(given) then fail("adamw.load_state_dict", "'%s' is missing", name) end
+  for _, name in ipairs(schema.keys(own)) do
+    local t, given = own[name], state[name]
+    if not tensor.is(given) then fail(op, "'%s' is missing", name) end
     if not tensor.same_shape(t, given) then
-      fail("adamw.load_state_dict", "'%s' is %s here and %s in the state", name, schema.show(t),
-        schema.show(given))
+      fail(op, "'%s' is %s here and %s in the state", name, schema.show(t), schema.show(given))
     end
   end
   for name, t in pairs(own) do lib.call(C.lac_copy, state[name].c, t.c) end
+  for _, e in ipairs(self.entries) do
+    if e.master then e.version = e.param.root.version end
+  end
   self.steps = steps
+end
+
+--- What the run's numbers depend on beside the state: kind and options, for checkpoints.
+-- @treturn table JSON-like
+function Optimizer:config()
+  local config = { kind = self.op, lr = self.lr, weight_decay = self.weight_decay, master = self.master }
+  for name in pairs(self.options) do config[name] = self[name] end
+  return config
+end
+
+-- ---- kinds ------------------------------------------------------------------------------------------------
+
+local function define(name)
+  local cls = class(name, Optimizer, true)
+  cls.__tostring = Optimizer.__tostring
+  return cls
+end
+
+local function betas(a, b)
+  return { type = "numbers", min = 0, below = 1, default = { a, b },
+           check = function(v) return #v ~= 2 and "must be {beta1, beta2}" or nil end }
+end
+
+local AdamW = define("AdamW")
+local ADAM_OPTIONS = { betas = betas(0.9, 0.999), eps = { type = "number", above = 0, default = 1e-8 } }
+local ADAMW = with_common({ lr = 1e-3, weight_decay = 0.01 }, ADAM_OPTIONS)
+local ADAM = with_common({ lr = 1e-3, weight_decay = 0 }, ADAM_OPTIONS)
+
+function AdamW:init(params, options, coupled)
+  local o = schema.options(coupled and "adam" or "adamw", options, coupled and ADAM or ADAMW)
+  self.options, self.betas, self.eps, self.coupled = ADAM_OPTIONS, o.betas, o.eps, coupled and 1 or 0
+  self:setup(coupled and "adam" or "adamw", { "m", "v" }, params, o)
+end
+
+function AdamW:extra()
+  return (", betas {%g, %g}, eps %g"):format(self.betas[1], self.betas[2], self.eps)
+end
+
+function AdamW:update(n, step, scale, limit)
+  lib.call(C.lac_adamw_many, self.items, n, self.betas[1], self.betas[2], self.eps, self.coupled, step, scale,
+    limit)
+end
+
+local Adam = define("Adam")
+Adam.extra, Adam.update = AdamW.extra, AdamW.update
+function Adam:init(params, options) AdamW.init(self, params, options, true) end
+
+local SGD = define("SGD")
+local SGD_OPTIONS = { momentum = { type = "number", min = 0, below = 1, default = 0 },
+  dampening = { type = "number", min = 0, max = 1, default = 0 },
+  nesterov = { type = "boolean", default = false } }
+local SGD_ALL = with_common({ weight_decay = 0 }, SGD_OPTIONS)
+SGD_ALL.lr = { type = "number", min = 0, required = true }
+
+function SGD:init(params, options)
+  local o = schema.options("sgd", options, SGD_ALL)
+  if o.nesterov and (o.momentum == 0 or o.dampening ~= 0) then
+    fail("sgd", "nesterov needs momentum and no dampening, got momentum %g and dampening %g", o.momentum,
+      o.dampening)
+  end
+  self.options = SGD_OPTIONS
+  self.momentum, self.dampening, self.nesterov = o.momentum, o.dampening, o.nesterov
+  self:setup("sgd", o.momentum > 0 and { "m" } or {}, params, o)
+end
+
+function SGD:extra()
+  return (", momentum %g%s"):format(self.momentum, self.nesterov and ", nesterov" or "")
+end
+
+function SGD:update(n, step, scale, limit)
+  lib.call(C.lac_sgd_many, self.items, n, self.momentum, self.dampening, self.nesterov and 1 or 0, 1, step,
+    scale, limit)
+end
+
+local Lion = define("Lion")
+local LION_OPTIONS = { betas = betas(0.9, 0.99) }
+local LION = with_common({ lr = 1e-4, weight_decay = 0.01 }, LION_OPTIONS)
+
+function Lion:init(params, options)
+  local o = schema.options("lion", options, LION)
+  self.options, self.betas = LION_OPTIONS, o.betas
+  self:setup("lion", { "m" }, params, o)
+end
+
+function Lion:extra() return (", betas {%g, %g}"):format(self.betas[1], self.betas[2]) end
+
+function Lion:update(n, _, scale, limit)
+  lib.call(C.lac_lion_many, self.items, n, self.betas[1], self.betas[2], scale, limit)
 end
 
 --- AdamW (Loshchilov and Hutter 2019, algorithm 2: decoupled weight decay).
 -- @tparam Module|table params a module (then grouped by optim.groups), a list of tensors, or a list of
 --   groups: each a list of tensors with optional fields lr, weight_decay, names
--- @tparam[opt] table options lr = 1e-3, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0.01, skip_missing =
---   false
+-- @tparam[opt] table options lr = 1e-3, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0.01; skip_missing =
+--   false (a parameter without a gradient is left alone); master = false (f32 copies of f16 and bf16
+--   parameters are what is updated)
 -- @treturn AdamW
 function optim.adamw(params, options) return AdamW(params, options) end
+
+--- Adam (Kingma and Ba 2015, algorithm 1); weight decay is added to the gradient (L2).
+-- @tparam Module|table params @tparam[opt] table options as for adamw, but weight_decay = 0
+function optim.adam(params, options) return Adam(params, options) end
+
+--- Stochastic gradient descent: m = momentum m + (1 - dampening) g, parameter -= lr m; with nesterov
+-- (Sutskever et al. 2013) parameter -= lr (g + momentum m). The first step sets m = g. Weight decay is added
+-- to g (L2).
+-- @tparam Module|table params as for adamw
+-- @tparam table options lr; momentum = 0, dampening = 0, nesterov = false, weight_decay = 0; skip_missing,
+--   master as for adamw
+function optim.sgd(params, options) return SGD(params, options) end
+
+--- Lion (Chen et al. 2023, algorithm 2): parameter -= lr (sign(beta1 m + (1 - beta1) g) + weight_decay
+-- parameter), then m = beta2 m + (1 - beta2) g. Learning rates are 3 to 10 times smaller than AdamW's, weight
+-- decays as much larger.
+-- @tparam Module|table params as for adamw
+-- @tparam[opt] table options lr = 1e-4, betas = {0.9, 0.99}, weight_decay = 0.01; skip_missing, master as for
+--   adamw
+function optim.lion(params, options) return Lion(params, options) end
 
 return optim
