@@ -295,4 +295,255 @@ return function(cases)
          end,
          bad = { { function(_, x) return x:histc(4, 2, 1) end, "needs finite low <= high" },
                  { function(_, x) return x:histc(0) end, "bins must be positive, got 0" } } }
+
+  -- ---- shapes -----------------------------------------------------------------------------------------
+
+  -- out[i] = x at the place that `from` gives for each dimension (1-based), or `value` where it gives nil
+  local function moved(shape, from, value)
+    return function(_, x)
+      return build(type(shape) == "function" and shape(x) or shape, function(i)
+        local j = {}
+        for d = 1, #x.shape do
+          j[d] = from(d, i[#i - #x.shape + d], x.shape[d])
+          if not j[d] then return value end
+        end
+        return at(x, j)
+      end)
+    end
+  end
+  local function within(p, n) return p >= 1 and p <= n end
+  local OUTSIDE = {
+    constant = function() end,
+    reflect = function(p, n) return p < 1 and 2 - p or 2 * n - p end,
+    replicate = function(p, n) return p < 1 and 1 or n end,
+    circular = function(p, n) return (p - 1) % n + 1 end,
+  }
+  for mode, outside in pairs(OUTSIDE) do
+    local before = { 0, 2, 1 }
+    case { name = "pad", label = mode, inputs = { { 2, 4, 3 } },
+           call = function(_, x)
+             return x:pad({ 1, 2, 2, 3 }, { mode = mode, value = mode == "constant" and 0.5 or nil })
+           end,
+           ref = moved({ 2, 9, 6 }, function(d, i, n)
+             local p = i - before[d]
+             return within(p, n) and p or outside(p, n)
+           end, 0.5),
+           bad = { { function(_, x) return x:pad({ 1, 4 }, { mode = "reflect" }) end,
+                     "reflection adds at most 2 elements in dimension 3" },
+                   { function(_, x) return x:pad { 1 } end, "come in pairs" },
+                   { function(_, x) return x:pad { -2, -2 } end, "crop more than the 3 elements" },
+                   { function(_, x) return x:pad({ 1, 1 }, { mode = "mirror" }) end,
+                     "unknown mode 'mirror'" },
+                   { function(_, x) return x:pad({ 1, 1 }, { mode = "circular", value = 1 }) end,
+                     "value is for mode 'constant'" } } }
+  end
+  case { name = "pad", label = "cropping rows", inputs = { { 5, 3 } },
+         call = function(_, x) return x:pad { 0, 0, -2, 1 } end,
+         ref = moved({ 4, 3 }, function(d, i, n)
+           local p = d == 1 and i + 2 or i
+           return within(p, n) and p or nil
+         end, 0) }
+  case { name = "pad", label = "circular, several times round", inputs = { { 3, 2 } },
+         call = function(_, x) return x:pad({ 5, 4, -1, 0 }, { mode = "circular" }) end,
+         ref = moved({ 2, 11 }, function(d, i, n) return d == 1 and i + 1 or (i - 6) % n + 1 end) }
+  case { name = "tile", inputs = { { 2, 3 } }, call = function(_, x) return x:tile(2, 1, 3) end,
+         ref = moved({ 2, 2, 9 }, function(_, i, n) return (i - 1) % n + 1 end),
+         bad = { { function(_, x) return x:tile(-1) end, "must not be negative" } } }
+  case { name = "roll", inputs = { { 4, 3 } }, call = function(_, x) return x:roll({ -1, 5 }, { 1, 2 }) end,
+         ref = moved({ 4, 3 }, function(d, i, n) return (i - 1 - (d == 1 and -1 or 5)) % n + 1 end),
+         bad = { { function(_, x) return x:roll({ 1, 2 }, 1) end, "same length: 2 != 1" } } }
+  case { name = "roll", label = "flattened", inputs = { { 2, 3 } }, call = function(_,
+    x) return x:roll(1) end,
+         ref = function(_, x)
+           local d = x.data
+           return { shape = x.shape, data = { d[6], d[1], d[2], d[3], d[4], d[5] } }
+         end }
+  case { name = "flip", inputs = { { 2, 3, 4 } }, call = function(_, x) return x:flip(1, -1) end,
+         ref = moved({ 2, 3, 4 }, function(d, i, n) return d == 2 and i or n + 1 - i end),
+         bad = { { function(_, x) return x:flip(1, -3) end, "appears twice" },
+                 { function(_, x) return x:flip() end, "takes the dims" } } }
+  case { name = "repeat_interleave", inputs = { { 2, 3 } },
+         call = function(_, x) return x:repeat_interleave(2, 2) end,
+         ref = moved({ 2, 6 }, function(d, i) return d == 1 and i or math.ceil(i / 2) end),
+         bad = { { function(_, x) return x:repeat_interleave(-1) end, "times must be at least 0" } } }
+  case { name = "repeat_interleave", label = "each its own", inputs = { { 3, 2 } },
+         call = function(lac, x)
+           return x:repeat_interleave(lac.tensor({ 2, 0, 1 }, { dtype = "i64" }), 1)
+         end,
+         ref = moved({ 3, 2 }, function(d, i) return d == 2 and i or i == 3 and 3 or 1 end) }
+  case { name = "diagonal", inputs = { { 3, 2, 4 } }, call = function(_, x) return x:diagonal(1, 1, 3) end,
+         ref = function(_, x) return build({ 2, 3 }, function(i) return at(x, { i[2], i[1],
+           i[2] + 1 }) end) end,
+         bad = { { function(_, x) return x:diagonal(0, 2, 2) end, "two different dims" } } }
+  case { name = "diagonal", label = "below", inputs = { { 4, 3 } }, call = function(_,
+    x) return x:diagonal(-2) end,
+         ref = function(_, x) return build({ 2 }, function(i) return at(x, { i[1] + 2, i[1] }) end) end }
+  case { name = "diag", inputs = { { 3 } }, call = function(_, x) return x:diag(-1) end,
+         ref = function(_, x)
+           return build({ 4, 4 }, function(i) return i[1] == i[2] + 1 and x.data[i[2]] or 0 end)
+         end,
+         bad = { { function(lac) return lac.zeros { 1, 1, 1 }:diag() end, "must have 1 or 2 dimensions" } } }
+  case { name = "diag", label = "of a matrix", inputs = { { 3, 4 } }, call = function(_,
+    x) return x:diag(1) end,
+         ref = function(_, x) return build({ 3 }, function(i) return at(x, { i[1], i[1] + 1 }) end) end }
+  case { name = "trace", inputs = { { 3, 4 } },
+         ref = function(R, x)
+           return { shape = {}, data = { h.dot(R, 3, function(k) return at(x, { k, k }) end) } }
+         end,
+         bad = { { function(lac) return lac.zeros { 1 }:trace() end, "x must be a matrix" } } }
+  case { name = "unfold", inputs = { { 2, 7, 2 } }, call = function(_, x) return x:unfold(2, 3, 2) end,
+         ref = function(_, x)
+           return build({ 2, 3, 2, 3 }, function(i) return at(x, { i[1], 2 * i[2] - 2 + i[4], i[3] }) end)
+         end,
+         bad = { { function(_, x) return x:unfold(1, 3) end, "windows of 3 do not fit" } } }
+  case { name = "meshgrid", inputs = { { 2 }, { 3 } },
+         call = function(lac, x, y)
+           local a, b = lac.meshgrid { x, y }
+           local c = lac.meshgrid({ x, y }, { indexing = "xy" })
+           return a * 10 + b + c:t()
+         end,
+         ref = function(R, x, y)
+           return build({ 2, 3 }, function(i)
+             return R(R(R(x.data[i[1]] * 10) + y.data[i[2]]) + x.data[i[1]])
+           end)
+         end,
+         bad = { { function(lac, x) return lac.meshgrid { x, lac.zeros { 2, 2 } } end,
+           "must be a vector" } } }
+  local function pooled(stride, padding, outside, f)
+    return function(R, x)
+      local n = math.floor((x.shape[2] + 2 * padding - 3) / stride) + 1
+      return build({ x.shape[1], n }, function(i)
+        local v = {}
+        for k = 1, 3 do
+          local p = (i[2] - 1) * stride + k - padding
+          v[k] = within(p, x.shape[2]) and at(x, { i[1], p }) or outside
+        end
+        return f(R, v)
+      end)
+    end
+  end
+  case { name = "avg_pool1d", inputs = { { 2, 8 } },
+         call = function(_, x) return x:avg_pool1d(3, { stride = 2, padding = 1 }) end,
+         ref = pooled(2, 1, 0, function(R, v) return R(h.total(R, v) / 3) end),
+         bad = { { function(_, x) return x:avg_pool1d(9) end, "windows of 9 do not fit" },
+                 { function(_, x) return x:avg_pool1d(3, { padding = 2 }) end, "at most half" } } }
+  case { name = "max_pool1d", inputs = { { 2, 8 } },
+         call = function(_, x) return x:max_pool1d(3, { stride = 1, padding = 1 }) end,
+         ref = pooled(1, 1, -math.huge, function(_, v) return math.max(unpack(v)) end) }
+
+  -- ---- products ---------------------------------------------------------------------------------------
+
+  -- einsum by its definition: a sum over all labels; `terms` and `output` are strings of letters
+  local function sum_of_products(terms, output, sizes)
+    local labels = {}
+    for label in pairs(sizes) do labels[#labels + 1] = label end
+    table.sort(labels)
+    local summed = {}
+    for _, l in ipairs(labels) do if not output:find(l, 1, true) then summed[#summed + 1] = l end end
+    return function(R, ...)
+      local operands, shape, value = { ... }, {}, {}
+      for l in output:gmatch(".") do shape[#shape + 1] = sizes[l] end
+      local function element(k)
+        local i = {}
+        for l in terms[k]:gmatch(".") do i[#i + 1] = value[l] end
+        return at(operands[k], i)
+      end
+      local function sum(depth)
+        if depth > #summed then
+          local p = element(1)
+          for k = 2, #operands do p = R(p * element(k)) end
+          return p
+        end
+        local s = 0
+        for v = 1, sizes[summed[depth]] do
+          value[summed[depth]] = v
+          s = R(s + sum(depth + 1))
+        end
+        return s
+      end
+      return build(shape, function(i)
+        local d = 0
+        for l in output:gmatch(".") do
+          d = d + 1
+          value[l] = i[d]
+        end
+        return sum(1)
+      end)
+    end
+  end
+  local function einsum_case(label, equation, terms, output, sizes, bad)
+    local inputs = {}
+    for k, term in ipairs(terms) do
+      inputs[k] = {}
+      for l in term:gmatch(".") do table.insert(inputs[k], sizes[l]) end
+    end
+    case { name = "einsum", label = label, inputs = inputs, bad = bad,
+           call = function(lac, ...) return lac.einsum(equation, ...) end,
+           ref = sum_of_products(terms, output, sizes) }
+  end
+  einsum_case("matrix product", "ij,jk", { "ij", "jk" }, "ik", { i = 3, j = 4, k = 2 }, {
+    { function(lac, x, y) return lac.einsum("ij,jk,kl", x, y) end, "has 3 terms for 2 tensors" },
+    { function(lac, x, y) return lac.einsum("ij,ik", x, y) end, "'i' is 3 before and 4 in tensor 2" },
+    { function(lac, x) return lac.einsum("ijk", x) end, "names 3 dimensions, but tensor 1" },
+    { function(lac, x) return lac.einsum("ij->ik", x) end, "label 'k' of the output" },
+    { function(lac, x) return lac.einsum("ij->ii", x) end, "appears twice in the output" },
+    { function(lac, x) return lac.einsum("i1", x) end, "'1' in 'i1' is no label" },
+    { function(lac, x) return lac.einsum("ii", x) end, "label 'i' of 'ii' has the sizes 3 and 4" },
+    { function(lac) return lac.einsum("i") end, "no tensors" },
+    { function(lac, x) return lac.einsum(x, x) end, "the equation must be a string" },
+  })
+  einsum_case("attention scores", "bnhd, bmhd -> bhnm", { "bnhd", "bmhd" }, "bhnm",
+              { b = 2, n = 3, m = 2, h = 2, d = 3 })
+  einsum_case("transpose", "ab->ba", { "ab" }, "ba", { a = 2, b = 3 })
+  einsum_case("sum of all", "ab->", { "ab" }, "", { a = 2, b = 3 })
+  einsum_case("diagonal", "aba->ba", { "aba" }, "ba", { a = 3, b = 2 })
+  einsum_case("trace, implicit", "aab", { "aab" }, "b", { a = 3, b = 2 })
+  einsum_case("elementwise and outer", "ab,ac->abc", { "ab", "ac" }, "abc", { a = 2, b = 3, c = 2 })
+  einsum_case("label of one operand summed", "ab,c->a", { "ab", "c" }, "a", { a = 2, b = 3, c = 4 })
+  einsum_case("four operands", "ab,bc,cd,ae->de", { "ab", "bc", "cd", "ae" }, "de",
+              { a = 2, b = 3, c = 2, d = 3, e = 2 })
+  einsum_case("merged groups", "abcd,dcef->fbae", { "abcd", "dcef" }, "fbae",
+              { a = 2, b = 2, c = 2, d = 3, e = 2, f = 2 })
+  case { name = "einsum", label = "ellipsis", inputs = { { 2, 1, 3, 4 }, { 3, 4, 2 } },
+         call = function(lac, x, y) return lac.einsum("...ij,...jk->...ki", x, y) end,
+         ref = function(R, x, y)
+           return build({ 2, 3, 2, 3 }, function(i)
+             return h.dot(R, 4, function(k)
+               return at(x, { i[1], 1, i[4], k }) * at(y, { i[2], k, i[3] })
+             end)
+           end)
+         end,
+         bad = { { function(lac, x, y) return lac.einsum("...ij,...jk", x, y:narrow(1, 1, 2):tile(2, 1, 1, 1)
+                     :narrow(2, 1, 2):tile(2, 1, 1, 1):narrow(1, 1, 3)) end,
+                       "does not broadcast: 2 != 3" } } }
+  case { name = "tensordot", inputs = { { 2, 3, 4 }, { 3, 4, 2 } },
+         ref = sum_of_products({ "aij", "ijb" }, "ab", { a = 2, i = 3, j = 4, b = 2 }),
+         bad = { { function(_, x, y) return x:tensordot(y, 1) end, "differ: 4 != 3" },
+                 { function(_, x, y) return x:tensordot(y, { { 1, 2 }, { 1 } }) end,
+                   "two lists of one length" } } }
+  case { name = "tensordot", label = "lists", inputs = { { 2, 3, 4 }, { 4, 5, 2 } },
+         call = function(_, x, y) return x:tensordot(y, { { 1, -1 }, { 3, 1 } }) end,
+         ref = sum_of_products({ "ibj", "jci" }, "bc", { i = 2, b = 3, j = 4, c = 5 }) }
+  case { name = "dot", inputs = { { 5 }, { 5 } }, ref = sum_of_products({ "i", "i" }, "", { i = 5 }),
+         bad = { { function(lac, x) return x:dot(lac.zeros { 4 }) end, "two vectors of one length" } } }
+  case { name = "outer", inputs = { { 3 }, { 2 } }, ref = sum_of_products({ "i", "j" }, "ij", { i = 3,
+    j = 2 }),
+         bad = { { function(lac, x) return x:outer(lac.zeros { 4, 1 }) end, "needs two vectors" } } }
+  case { name = "bmm", inputs = { { 2, 3, 4 }, { 2, 4, 2 } },
+         ref = sum_of_products({ "bij", "bjk" }, "bik", { b = 2, i = 3, j = 4, k = 2 }),
+         bad = { { function(lac, x) return x:bmm(lac.zeros { 4, 2 }) end, "needs a %[B, M, K%]" } } }
+  local function with_addend(product, beta, alpha)
+    return function(R, c, a, b)
+      local p = product(R, a, b)
+      return build(p.shape, function(i) return R(R(alpha * at(p, i)) + R(beta * at(c, i))) end)
+    end
+  end
+  case { name = "addmm", inputs = { { 2 }, { 3, 4 }, { 4, 2 } },
+         call = function(lac, c, a, b) return lac.addmm(c, a, b, { beta = 0.5, alpha = 2 }) end,
+         ref = with_addend(sum_of_products({ "ij", "jk" }, "ik", { i = 3, j = 4, k = 2 }), 0.5, 2),
+         bad = { { function(lac, c, a) return lac.addmm(c, a, 3) end, "addmm: b must be a tensor" } } }
+  case { name = "baddbmm", inputs = { { 2, 3, 2 }, { 2, 3, 4 }, { 2, 4, 2 } },
+         ref = with_addend(sum_of_products({ "bij", "bjk" }, "bik", { b = 2, i = 3, j = 4, k = 2 }), 1, 1),
+         bad = { { function(lac, c, a, b) return lac.baddbmm(c, a, b, { alhpa = 1 }) end,
+                   "did you mean 'alpha'" } } }
 end

@@ -277,6 +277,15 @@ for names, kinds in pairs {
   ["bernoulli"] = "factory", ["arange linspace eye"] = "sizes", ["randperm"] = "int",
   ["zeros_like ones_like empty_like rand_like randn_like"] = "options", ["full_like"] = "number",
   ["tensor"] = "data", ["cat stack"] = "tensors dim", ["scope no_grad enable_grad"] = "f tensor",
+  ["sort argsort median unique"] = "dim flag", ["topk kthvalue"] = "int dim flag",
+    ["quantile"] = "fraction dim",
+  ["searchsorted bucketize"] = "like flag", ["masked_select"] = "mask", ["masked_fill_"] = "mask number",
+  ["scatter scatter_add scatter_ scatter_add_"] = "dim index like", ["take_along_dim"] = "index dim",
+  ["index_add index_copy index_add_ index_copy_"] = "dim index like", ["histc"] = "int number number",
+  ["index_fill index_fill_"] = "dim index number", ["tile"] = "int int", ["roll"] = "int dim",
+  ["flip"] = "dim dim", ["repeat_interleave"] = "int dim", ["diagonal"] = "int dim dim", ["diag"] = "int",
+  ["unfold"] = "dim int int", ["avg_pool1d max_pool1d"] = "int", ["pad"] = "sizes", ["meshgrid"] = "tensors",
+  ["tensordot"] = "like int", ["dot outer bmm"] = "like", ["einsum"] = "equation tensors",
   ["custom_op"] = "custom", ["grad"] = "like", ["manual_seed"] = "int", ["linear"] = "weight row",
 } do
   for name in names:gmatch("%S+") do
@@ -288,7 +297,8 @@ end
 -- lac.name(...) of these takes no tensor first
 local NO_TENSOR = {}
 for name in ([[zeros ones empty rand randn full randint bernoulli arange linspace eye randperm tensor cat
-  stack scope no_grad enable_grad custom_op manual_seed]]):gmatch("%S+") do NO_TENSOR[name] = true end
+  stack scope no_grad enable_grad custom_op manual_seed
+  meshgrid einsum]]):gmatch("%S+") do NO_TENSOR[name] = true end
 
 local function dtype_options(t)
   if chance(60) then t.dtype = one_of(DTYPES) end
@@ -339,6 +349,12 @@ local MAKE = {
   tensors = function()
     local t = any_tensor()
     return { t, chance(80) and t or any_tensor() }
+  end,
+  equation = function()
+    local text = ""
+    for _ = 1, random(6) do text = text .. one_of { "a", "b", "c", "d", ",", "->", "..." } end
+    return chance(30) and one_of { "ab,ab->ab", "abc,abd->acd", "...,...->...", "a,a",
+      "abcd,abcd->abd" } or text
   end,
   custom = function()
     return { name = "mine", forward = one_of(FUNCTIONS), backward = one_of(FUNCTIONS) }

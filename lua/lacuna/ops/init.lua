@@ -2,7 +2,8 @@
 --
 -- A package by kind of operator: base (records, the tape), map (elementwise), view (casts, views, slices),
 -- inplace, reduce (and softmax), linear (products, norms, losses), index (and joining, dropout, positions),
--- sort (and what follows from order), scatter (and counting).
+-- sort (and what follows from order), scatter (and counting), shape (padding, windows, diagonals), product
+-- (einsum and the named products).
 -- Each file defines its operators into the one table of base; this file only loads them, in the order in
 -- which they need each other. tests/support/cases.lua must have a case for each name; a spec says so.
 --
@@ -20,5 +21,7 @@ require "lacuna.ops.linear"
 require "lacuna.ops.index"
 require "lacuna.ops.sort"
 require "lacuna.ops.scatter"
+require "lacuna.ops.shape"
+require "lacuna.ops.product"
 
 return ops
