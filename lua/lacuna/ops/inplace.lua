@@ -134,7 +134,7 @@ local general_add, general_mul = methods.add_, methods.mul_
 --- t += alpha * x, in place, for float tensors in one pass.
 function methods.add_(t, x, alpha)
   receiver("add_", t)
-  if alpha ~= nil and type(alpha) ~= "number" then
+  if type(alpha) ~= "nil" and type(alpha) ~= "number" then -- a NULL pointer equals nil
     fail("add_", "alpha must be a number, got %s", show(alpha))
   end
   if is(x) and device.is_float(t.c.dtype) and x.c.dtype == t.c.dtype and x.root ~= t.root then
