@@ -15,6 +15,7 @@ BUSTED  ?= luajit /usr/bin/busted
 PACKAGES := gcc libc6-dev make pkg-config luajit libluajit-5.1-dev libopenblas-openmp-dev libedit2 lua-busted lua-check lua-cjson \
             lua-posix lua-filesystem gnuplot-nox bible-kjv bible-kjv-text xz-utils
 
+, := ,
 # short lines unless V=1: `  CC c/pool.c`
 Q := $(if $(V),,@)
 say = $(if $(V),,@printf '  %-4s %s\n' '$(1)' '$(2)')
@@ -133,16 +134,41 @@ lint: ## luacheck, format of the C and CUDA sources, every translation unit with
 	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh tests/support/*.c)
 	@$(MAKE) -s --no-print-directory -j$$(nproc) WERROR=-Werror $(OBJECTS) $(COMMAND)
 
-# Lua itself is not instrumented: the sanitizers' runtimes are preloaded, and leaks are the pool's own count. Specs of
-# the command and of experiments start processes of their own and are left out.
-SANITIZED := $(filter-out tests/command_spec.lua tests/experiments_spec.lua tests/readme_spec.lua,$(wildcard tests/*_spec.lua))
-.PHONY: asan
-asan: ## the specs of the engine and the library under AddressSanitizer and UBSan
-	@$(MAKE) --no-print-directory -j$$(nproc) BUILD=$(BUILD)/asan CFLAGS="-O1 -g -fno-omit-frame-pointer" \
-	  EXTRA="-fsanitize=address,undefined -fno-sanitize-recover=undefined" $(BUILD)/asan/lib/liblacuna.so
-	for spec in $(SANITIZED); do \
-	  LACUNA_LIBRARY=$(BUILD)/asan/lib/liblacuna.so ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" $(BUSTED) $$spec || exit 1; done
+# ---- quality gates ----
+
+SPECS := $(sort $(wildcard tests/*_spec.lua))
+# an instrumented engine and command in $(BUILD)/<name>; the command finds lua/ two directories above itself
+# $(call instrumented,name,flags,targets)
+instrumented = @ln -sfn ../lua $(BUILD)/lua; $(MAKE) --no-print-directory -j$$(nproc) BUILD=$(BUILD)/$(1) CFLAGS="$(2)" \
+	  $(BUILD)/$(1)/lib/liblacuna.so $(BUILD)/$(1)/bin/lacuna
+runtime = $(shell $(CC) -print-file-name=$(1))
+
+# Lua itself is not instrumented: the sanitizers' runtimes are preloaded, also in what the specs start. Leaks are the
+# pool's own count, which the specs check.
+ASAN_ENV = LD_PRELOAD=$(call runtime,libasan.so):$(call runtime,libubsan.so) LACUNA_LIBRARY=$(CURDIR)/$(BUILD)/asan/lib/liblacuna.so \
+           LACUNA_COMMAND=$(BUILD)/asan/bin/lacuna LACUNA_SLOWNESS=10 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+.PHONY: asan asan-build
+asan-build: deps
+	$(call instrumented,asan,-O1 -g -fno-omit-frame-pointer -fsanitize=address$(,)undefined -fno-sanitize-recover=undefined)
+asan: asan-build ## the whole suite under AddressSanitizer and UBSan
+	@SPEC_ENV="$(ASAN_ENV)" tests/support/each_spec.sh $(BUILD)/asan/logs $(SPECS)
+
+# gcc's OpenMP runtime is not instrumented: ThreadSanitizer does not see that its barriers order anything and reports
+# every parallel loop. LLVM's runtime has gcc's interface too, and its tool Archer tells ThreadSanitizer about every
+# fork, join and barrier; so it is put in libgomp's place. Work of any size is shared among threads, so that the small
+# tensors of the specs exercise every parallel loop. Left out are the specs of other programs (ThreadSanitizer's runtime
+# cannot be preloaded into sh). threads_spec.lua makes a race on purpose, which must be reported.
+LLVM_OMP = $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
+TSAN_ENV = LD_PRELOAD=$(call runtime,libtsan.so):$(dir $(LLVM_OMP))libomp.so.5 OMP_TOOL_LIBRARIES=$(LLVM_OMP) \
+           TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66 LACUNA_LIBRARY=$(CURDIR)/$(BUILD)/tsan/lib/liblacuna.so \
+           LACUNA_CHILDREN=plain LACUNA_SLOWNESS=10 OMP_NUM_THREADS=4 \
+           LACUNA_STRESS_FLAGS=-fsanitize=thread$(,)-Xlinker$(,)--no-as-needed$(,)$(dir $(LLVM_OMP))libomp.so.5
+TSAN_SPECS = $(filter-out $(addprefix tests/,$(addsuffix _spec.lua,command experiments readme layers plot fuzz)),$(SPECS))
+.PHONY: tsan
+tsan: all ## the suite and stress programs under ThreadSanitizer, four threads
+	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) libomp-dev"
+	$(call instrumented,tsan,-O1 -g -fsanitize=thread -DLAC_PARALLEL_WORK=1)
+	@SPEC_ENV="$(TSAN_ENV)" tests/support/each_spec.sh $(BUILD)/tsan/logs $(TSAN_SPECS)
 
 .PHONY: deps
 deps: ## install the Debian packages that building, testing and the demo need (root or sudo)

@@ -22,14 +22,24 @@ extern const lac_backend lac_cpu_avx2_backend, lac_cpu_avx512_backend;
 static const lac_backend *cpu_backend, *cuda_backend;
 static char cuda_reason[512] = "the CUDA plug-in is not loaded";
 
+#ifdef LAC_HAVE_AVX
+#include <cpuid.h>
+
+/* asked of the processor itself: clang's __builtin_cpu_supports does not know "f16c" */
+static bool has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 /* can this processor run the named instruction set? */
 static bool isa_available(const char *name)
 {
     if (strcmp(name, "baseline") == 0) return true;
 #ifdef LAC_HAVE_AVX
     __builtin_cpu_init();
-    if (strcmp(name, "avx2") == 0)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (strcmp(name, "avx512") == 0)
         return isa_available("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -49,6 +49,7 @@ _Static_assert(sizeof(block) == ALIGNMENT, "a block header keeps its data aligne
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static block *free_lists[CLASSES], *in_use; /* in_use: the newest */
 static lac_memory_stats stats;
+static int64_t storages;       /* headers alive; atomic, because a header is counted without the lock */
 static int64_t pace, soft_now; /* soft_now: the soft limit in force, above stats.soft once something was excused */
 static int guarding, guard_errors, recording;
 static lac_records events = {.size = sizeof(lac_block_info)};
@@ -243,7 +244,7 @@ int lac_storage_new(const char *op, int device, int dtype, int ndim, const int64
     }
     s->data = b + 1;
     s->block = class_bytes(b->class_index);
-    __atomic_add_fetch(&stats.storages, 1, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&storages, 1, __ATOMIC_RELAXED);
     *out = s;
     return 0;
 }
@@ -264,7 +265,7 @@ void lac_storage_drop(lac_storage *s)
     if (!s || atomic_fetch_sub(&s->references, 1) != 1) return;
     storage_free_bytes(s);
     free(s);
-    __atomic_sub_fetch(&stats.storages, 1, __ATOMIC_RELAXED);
+    __atomic_sub_fetch(&storages, 1, __ATOMIC_RELAXED);
 }
 
 void *lac_workspace_get(const char *op, size_t bytes)
@@ -290,6 +291,7 @@ int lac_memory(lac_memory_stats *out)
     pthread_mutex_lock(&lock);
     *out = stats;
     pthread_mutex_unlock(&lock);
+    out->storages = __atomic_load_n(&storages, __ATOMIC_RELAXED);
     return 0;
 }
 
@@ -435,7 +437,7 @@ int lac_map_file(const char *path, lac_tensor *out)
         LAC_FAIL(MEMORY, "out of memory for a storage header");
     }
     *s = (lac_storage){.references = 1, .device = LAC_CPU, .data = data, .bytes = bytes, .block = 0, .op = "map_file"};
-    __atomic_add_fetch(&stats.storages, 1, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&storages, 1, __ATOMIC_RELAXED);
     *out = (lac_tensor){.storage = s, .dtype = LAC_U8, .ndim = 1, .shape = {(int64_t)bytes}, .stride = {1}};
     return 0;
 }

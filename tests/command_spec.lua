@@ -24,10 +24,11 @@ local time = require "posix.time"
 local unistd = require "posix.unistd"
 local wait = require "posix.sys.wait"
 
-local LACUNA = "build/bin/lacuna"
-local TIMEOUT_MS = 5000
+local LACUNA = os.getenv("LACUNA_COMMAND") or "build/bin/lacuna" -- make asan, make coverage: their own
+local SLOWNESS = tonumber(os.getenv("LACUNA_SLOWNESS") or 1) -- of an instrumented build
+local TIMEOUT_MS = 5000 * SLOWNESS
 local INTERRUPTS = 12
-local MEDIAN_S = 0.1
+local MEDIAN_S = 0.1 * SLOWNESS
 
 ffi.cdef "int forkpty(int *master, char *name, void *termios, void *winsize);"
 

@@ -15,7 +15,7 @@ local sys = require "lacuna.sys"
 local dir = sys.temporary("-experiments")
 local text = dir .. "/text.txt"
 local LUA = [[LUA_PATH="lua/?.lua;lua/?/init.lua;$LUA_PATH;;" luajit]]
-local COMMAND = "build/bin/lacuna"
+local COMMAND = os.getenv("LACUNA_COMMAND") or "build/bin/lacuna"
 
 local function run(host, script, options)
   return sys.run(("%s experiments/%s.lua %s"):format(host, script, options))

@@ -6,7 +6,6 @@
 
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
-local lib = require "lacuna.lib"
 local ffi, C = direct.ffi, direct.C
 
 local function strips(plan)
@@ -208,22 +207,5 @@ describe("the plan cache", function()
     assert.equal(1, tonumber(direct.info(plan).references))
     C.lac_plan_cache(stats)
     assert.equal(0, tonumber(stats.size))
-  end)
-
-  it("holds under eight threads", function()
-    local directory = os.tmpname()
-    os.remove(directory)
-    assert(os.execute("mkdir " .. directory) == 0)
-    local library = lib.path:match("^(.*)/[^/]*$")
-    local command = table.concat({
-      "cc -O1 -std=c11 -D_GNU_SOURCE -Wall -Werror -Ic tests/support/plan_stress.c",
-      "-o", directory .. "/stress", "-L" .. library, "-Wl,-rpath," .. library,
-      "-Wl,--allow-shlib-undefined -llacuna -lpthread 2>&1",
-    }, " ")
-    local pipe = io.popen(command .. " && OMP_NUM_THREADS=1 " .. directory .. "/stress; echo status $?")
-    local output = pipe:read("*a")
-    pipe:close()
-    os.execute("rm -r " .. directory)
-    assert.matches("^0 failures, 32000 finds, capacity kept 1\nstatus 0\n$", output)
   end)
 end)

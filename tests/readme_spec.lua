@@ -5,7 +5,7 @@
 -- commands themselves (make demo, make test) are not run from inside the test suite, which one of them is.
 
 local posix = require "posix"
-local COMMAND = "build/bin/lacuna"
+local COMMAND = os.getenv("LACUNA_COMMAND") or "build/bin/lacuna"
 
 local function read(path)
   local f = assert(io.open(path, "rb"))

@@ -281,7 +281,7 @@ static int run_phase(attn_job *job, const int32_t *phase, int32_t which, double 
     size_t bytes = job->bwd ? (wide ? attn_f64_backward_bytes : attn_f32_backward_bytes)(p, rows)
                             : (wide ? attn_f64_forward_bytes : attn_f32_forward_bytes)(p, rows);
     bytes = (bytes + 4095) / 4096 * 4096;
-    int threads = pairs * p->desc.head_dim < 32768 || omp_in_parallel() ? 1 : omp_get_max_threads();
+    int threads = pairs * p->desc.head_dim < LAC_PARALLEL_WORK || omp_in_parallel() ? 1 : omp_get_max_threads();
     if (threads > job->tasks) threads = (int)job->tasks;
     char *workspace = lac_workspace_get("attention", bytes * (size_t)threads);
     if (!workspace) return LAC_E_MEMORY;

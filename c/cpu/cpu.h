@@ -36,7 +36,9 @@ static inline int64_t lac_bytes_of(int dtype)
     return bytes[dtype];
 }
 
-enum { LAC_PARALLEL_WORK = 32768 }; /* elements (or as costly) below which threads cost more than they give */
+#ifndef LAC_PARALLEL_WORK
+#define LAC_PARALLEL_WORK 32768 /* elements, or as costly: fewer are not worth threads; `make tsan` takes 1 */
+#endif
 
 /* tasks [begin, end) of a kernel; thread: 0 .. lac_cpu_*_threads(...) - 1, for per-thread workspace */
 typedef void lac_task(void *context, int64_t begin, int64_t end, int thread);

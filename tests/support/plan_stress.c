@@ -1,6 +1,6 @@
 /* plan_stress.c: eight threads get, use and drop plans while the cache is resized under them.
  *
- * LuaJIT has one thread, so the cache's locking cannot be tested from a spec; plan_spec.lua compiles this program
+ * LuaJIT has one thread, so the cache's locking cannot be tested from a spec; threads_spec.lua compiles this program
  * against the built library and runs it. Every thread asks for plans from a small set in its own order, holds some of
  * them for a while, and checks that a plan describes what was asked for: a plan that was freed while in use, or that
  * was handed out for another key, shows as a wrong count (or as an error under a sanitizer). One thread keeps
