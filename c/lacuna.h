@@ -253,6 +253,11 @@ int lac_sgd_many(const lac_optim_item *items, int64_t n, double momentum, double
 int lac_lion_many(const lac_optim_item *items, int64_t n, double beta1, double beta2, double grad_scale, double grad_limit);
 int lac_norm_many(const lac_tensor *const *list, int64_t n, double *norm); /* global 2-norm, accumulated in f64 */
 
+/* ---- checksums ---- */
+/* CRC-32C (Castagnoli; RFC 3720, appendix B.4) of host memory, continued: crc is the sum of what came before, 0 at the
+ * start. Returns the sum, no status. */
+uint32_t lac_crc32c(uint32_t crc, const void *data, int64_t bytes);
+
 /* ---- dilated attention ---- */
 enum { LAC_HEADS_SPLIT = 0, LAC_HEADS_ALL = 1 };
 enum { LAC_OFFSET_BRANCH = 0, LAC_OFFSET_MOD = 1, LAC_OFFSET_BLOCK = 2 };

@@ -1,6 +1,9 @@
 --- language_model.lua: a byte-level LongNet language model on real text, beside two baselines.
 --
 --   build/bin/lacuna experiments/language_model.lua            about five minutes on two cores
+--   build/bin/lacuna experiments/language_model.lua --out runs/a --resume     go on after a crash
+--   build/bin/lacuna experiments/language_model.lua --evaluate runs/a         held-out bits
+--   build/bin/lacuna experiments/language_model.lua --generate runs/a --prompt "And God said"
 --   build/bin/lacuna experiments/language_model.lua --help
 --
 -- The last --eval-bytes bytes of the text are held out; everything before them trains. Held-out quality is
@@ -10,12 +13,17 @@
 -- alone. xz of the whole text is printed too, because alone xz has no training text to learn from; neither
 -- is the same task as the model's, and the table says so.
 --
--- Everything about a run is in its folder: config.json, log.jsonl, checkpoint.safetensors, loss.png,
--- loss.svg, sample.txt. The same seed on the same machine gives the same run, bit for bit.
+-- Everything about a run is in its folder: config.json, log.jsonl, checkpoint.safetensors (and the one before
+-- it), loss.png, loss.svg, sample.txt. The same seed on the same machine gives the same run, bit for bit,
+-- also when it was killed and resumed: the same command line with --resume starts, goes on or only prints the
+-- result, as far as the run is. --evaluate and --generate need nothing but the folder or a checkpoint.
 
 local lac = require "lacuna"
 local cli = require "lacuna.cli"
+local json = require "lacuna.json"
 local runlog = require "lacuna.log"
+local schema = require "lacuna.schema"
+local sys = require "lacuna.sys"
 
 local SPEC = {
   program = "language_model",
@@ -47,6 +55,8 @@ local SPEC = {
   { name = "weight_decay", type = "number", min = 0, default = 0.05,
   help = "AdamW's weight decay (matrices only)" },
   { name = "clip", type = "number", above = 0, default = 1, help = "largest gradient norm" },
+  { name = "accumulate", type = "integer", min = 1, default = 1,
+  help = "batches whose gradients make one step" },
   { name = "seed", type = "integer", min = 0, default = 1,
   help = "of initial values, data order and sampling" },
   { name = "eval_bytes", type = "integer", min = 16, default = 131072,
@@ -60,6 +70,12 @@ local SPEC = {
   { name = "temperature", type = "number", min = 0, default = 0.8, help = "of the sample" },
   { name = "top_k", type = "integer", min = 1, default = 40, help = "candidates of the sample" },
   { name = "out", type = "string", help = "run folder (default runs/language_model-<time>)" },
+  { name = "resume", type = "boolean", help = "go on with the run in --out (default: the latest in runs/)" },
+  { name = "checkpoint_every", type = "integer", min = 0, default = 200,
+  help = "steps between checkpoints (0: only at the end)" },
+  { name = "keep", type = "integer", min = 1, default = 2, help = "checkpoints that stay" },
+  { name = "evaluate", type = "string", help = "only evaluate this run folder or checkpoint" },
+  { name = "generate", type = "string", help = "only sample from this run folder or checkpoint" },
   { name = "threads", type = "integer", min = 1, help = "CPU threads (default: all cores)" },
   { name = "quick", type = "boolean",
   help = "a run of seconds: tiny model, little text (other options still apply)" },
@@ -68,9 +84,14 @@ local SPEC = {
 -- what --quick means, for options that were not given
 local QUICK = { segments = { 16, 32 }, dilations = { 1, 2 }, layers = 2, width = 32, heads = 4, context = 32,
   batch = 8,
-  steps = 30, warmup = 5, eval_bytes = 2048, eval_every = 15, sample = 40 }
+  steps = 30, warmup = 5, eval_bytes = 2048, eval_every = 15, sample = 40, checkpoint_every = 10 }
 local QUICK_TEXT = 200000
 local PEEK = 16384 -- bytes of the evaluations during training
+-- what may differ between the sessions of one run, because the numbers do not depend on it
+local FREE = { minutes = true, sample = true, prompt = true, temperature = true, top_k = true, out = true,
+  threads = true, resume = true, checkpoint_every = true, keep = true, evaluate = true, generate = true }
+
+local function refuse(format, ...) error(format:format(...), 0) end
 
 local function printf(...)
   io.stdout:write(string.format(...), "\n")
@@ -100,7 +121,7 @@ end
 local function describe(o, model, text, train, held)
   local flops, parts = model:flops_per_token()
   local memory = model:memory_estimate(o.batch)
-  local tokens = o.batch * o.context * o.steps
+  local tokens = o.batch * o.accumulate * o.context * o.steps
   printf("text        %s: %d bytes, %d train, %d held out", text.path, text.size, train.size, held.size)
   printf("model       %d layers, width %d, %d heads, context %d: %d parameters", o.layers, o.width, o.heads,
     o.context,
@@ -111,8 +132,75 @@ local function describe(o, model, text, train, held)
   printf("cost        %sFLOP a token forward and backward (%.0f%% attention), about %.0f MB of memory",
     count_text(flops),
     100 * (parts.attention_forward + parts.attention_backward) / flops, memory / 1e6)
-  printf("training    %d steps of %d x %d bytes: %s bytes, %.1f passes, %sFLOP", o.steps, o.batch, o.context,
+  printf("training    %d steps of %d x %d bytes: %s bytes, %.1f passes, %sFLOP", o.steps,
+    o.batch * o.accumulate, o.context,
     count_text(tokens), tokens / train.size, count_text(tokens * flops))
+end
+
+local function config_of(o)
+  local config = {}
+  for _, option in ipairs(SPEC) do
+    if not FREE[option.name] or option.name == "threads" then config[option.name] = o[option.name] end
+  end
+  return config
+end
+
+-- the options of the run that a checkpoint belongs to; those given now must agree, unless they are free
+local function take_config(o, config, from)
+  for _, option in ipairs(SPEC) do
+    local name = option.name
+    if not FREE[name] then
+      if o.given[name] and json.encode(o[name]) ~= json.encode(config[name]) then
+        refuse("--%s is %s in %s and %s now: a run that goes on keeps it",
+          (name:gsub("_", "-")), schema.show(config[name]), from, schema.show(o[name]))
+      end
+      o[name] = config[name]
+    end
+  end
+end
+
+-- the run folder that --resume means: --out, else the newest of this program
+local function resume_folder(o)
+  if o.out then return o.out end
+  local newest
+  for _, name in ipairs(sys.list("runs") or {}) do
+    if name:match("^language_model%-%d") then newest = "runs/" .. name end
+  end
+  if not newest then
+    refuse("--resume: there is no run in runs/; name one with --out")
+  end
+  return newest
+end
+
+-- settle --resume: options from the checkpoint, if there is one; returns its configuration then
+local function prepare_resume(o)
+  o.out = resume_folder(o)
+  local path = sys.exists(o.out) and lac.train.latest(o.out)
+  if not path then return nil end
+  local config = lac.train.load_checkpoint(path).config
+  take_config(o, config, path)
+  return config
+end
+
+local function settle_options(o)
+  local config = o.resume and prepare_resume(o)
+  if o.quick and not config then
+    for name, value in pairs(QUICK) do
+      if not o.given[name] then o[name] = value end
+    end
+  end
+  if o.threads then lac.threads(o.threads) end
+  o.stride = o.stride or math.max(1, math.floor(o.context / 2))
+  return config
+end
+
+-- the folder and its log; an older run in it is not written over
+local function open_log(o, resumed)
+  if not o.out then return runlog.open{ name = "language_model" } end
+  if not o.resume and sys.exists(o.out .. "/checkpoint.safetensors") then
+    refuse("%s holds the checkpoint of a run: --resume goes on with it", o.out)
+  end
+  return runlog.open{ path = o.out, append = resumed ~= nil }
 end
 
 local function train_model(o, model, train, held, log)
@@ -121,16 +209,18 @@ local function train_model(o, model, train, held, log)
   local schedule = lac.optim.schedule
   local warmup = math.min(o.warmup, o.steps - 1)
   local peek = held:slice(1, math.min(PEEK, held.size))
-  local config = {}
-  for _, option in ipairs(SPEC) do config[option.name] = o[option.name] end
+  local config = config_of(o)
   log:config(config)
+  config.text_sum = train:checksum() -- to notice that a resumed run has got another text
   return lac.train.fit{
     model = model, optimizer = optimizer, steps = o.steps, minutes = o.minutes, clip = o.clip,
     schedule = schedule.warmup(warmup, schedule.cosine{ steps = o.steps - warmup, min = 0.05 }),
     batch = function(k) return train:batch(k, { batch = o.batch, context = o.context, seed = o.seed }) end,
     evaluate = function(m) return { bits_per_byte = lac.train.bits_per_byte(m, peek) } end,
     eval_every = o.eval_every,
+    accumulate = o.accumulate,
     log = log, checkpoint = log:path("checkpoint.safetensors"), config = config,
+    checkpoint_every = o.checkpoint_every, keep = o.keep, resume = o.resume,
   }
 end
 
@@ -171,20 +261,56 @@ local function table_of(rows)
   printf("")
 end
 
-local function main(o)
-  if o.quick then
-    for name, value in pairs(QUICK) do
-      if not o.given[name] then o[name] = value end
-    end
+local function print_sample(o, sample)
+  printf("\nsample (temperature %g, top %d):\n%s", o.temperature, o.top_k, (sample:gsub("[^%g%s]", "?")))
+end
+
+local function generate(o, model)
+  return o.prompt .. model:generate(o.prompt, o.sample,
+    { temperature = o.temperature, top_k = o.top_k, seed = o.seed })
+end
+
+-- --evaluate and --generate: a model from its checkpoint; options of the run that were not given come from
+-- there
+local function load_run(o, path)
+  local model, info = lac.train.load_model(path)
+  for _, name in ipairs{ "data", "eval_bytes", "stride", "quick" } do
+    if not o.given[name] and info.config[name] ~= nil then o[name] = info.config[name] end
   end
   if o.threads then lac.threads(o.threads) end
-  o.stride = o.stride or math.max(1, math.floor(o.context / 2))
+  printf("model       %s, step %d: %d parameters, context %d", info.path, info.step, model:parameter_count(),
+    model.context)
+  return model
+end
+
+local function evaluate_run(o)
+  local model = load_run(o, o.evaluate)
+  local _, held = load_text(o):split{ held_out = o.eval_bytes }
+  local bits, counted = lac.train.bits_per_byte(model, held, { stride = o.stride })
+  printf("LongNet, held out  %.4f bits per byte, %d bytes, each from %d or more before it", bits, counted,
+    model.context - (o.stride or model.context))
+end
+
+local function generate_run(o)
+  print_sample(o, generate(o, load_run(o, o.generate)))
+end
+
+local function main(o)
+  if (o.resume and 1 or 0) + (o.evaluate and 1 or 0) + (o.generate and 1 or 0) > 1 then
+    refuse("--resume, --evaluate and --generate exclude each other")
+  end
+  if o.evaluate then return evaluate_run(o) end
+  if o.generate then return generate_run(o) end
+  local resumed = settle_options(o)
   lac.manual_seed(o.seed)
   local text = load_text(o)
   local train, held = text:split{ held_out = o.eval_bytes }
+  if resumed and resumed.text_sum ~= train:checksum() then
+    refuse("%s is not the text that the run in %s was trained on", text.path, o.out)
+  end
   local model = build_model(o)
   describe(o, model, text, train, held)
-  local log = runlog.open(o.out and { path = o.out } or { name = "language_model" })
+  local log = open_log(o, resumed)
   printf("run folder  %s\n", log.dir)
 
   local order2_bits = lac.data.order2(train):bits_per_byte(held)
@@ -198,10 +324,9 @@ local function main(o)
   log:write(result)
 
   if o.sample > 0 then
-    local sample = o.prompt .. model:generate(o.prompt, o.sample,
-      { temperature = o.temperature, top_k = o.top_k, seed = o.seed })
+    local sample = generate(o, model)
     log:save("sample.txt", sample .. "\n")
-    printf("\nsample (temperature %g, top %d):\n%s", o.temperature, o.top_k, (sample:gsub("[^%g%s]", "?")))
+    print_sample(o, sample)
   end
   draw(log, result)
   table_of{

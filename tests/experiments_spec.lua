@@ -85,6 +85,75 @@ describe("experiments", function()
     assert.equal(first, check_language_model(sys.exists(COMMAND) and COMMAND or LUA, "lm2"))
   end)
 
+  -- records without what depends on the clock
+  local function timeless(path)
+    local records = runlog.read(path)
+    for _, r in ipairs(records) do
+      r.time, r.seconds, r.train_seconds, r.tokens_per_second = nil, nil, nil, nil
+    end
+    return records
+  end
+
+  it("language_model goes on after SIGKILL as if nothing had happened", function()
+    local options = ("--quick --steps 150 --dropout 0.2 --accumulate 2 --checkpoint-every 7 --threads 1 "
+      .. "--sample 0 --data %s"):format(sys.quote(text))
+    local whole, pieces = dir .. "/whole", dir .. "/pieces"
+    local status, _, err = run(LUA, "language_model", ("%s --out %s"):format(options, sys.quote(whole)))
+    assert.equal(0, status, err)
+    math.randomseed(3)
+    local kills, resumed = 0, 0
+    repeat
+      local seconds = math.random() * (0.4 + 0.1 * kills)
+      status, _, err = run(("timeout -s KILL %.3f env " .. LUA):format(seconds),
+        "language_model", ("%s --resume --out %s"):format(options, sys.quote(pieces)))
+      if err:match("resumed after step") then resumed = resumed + 1 end
+      if status ~= 0 then
+        kills = kills + 1
+        assert.equal(137, status, err)
+      end
+    until status == 0
+    assert.is_true(kills >= 3 and resumed >= 1, ("%d kills, %d resumed"):format(kills, resumed))
+    local a = lac.io.load(whole .. "/checkpoint.safetensors")
+    local b = lac.io.load(pieces .. "/checkpoint.safetensors")
+    local n = 0
+    for name, t in pairs(a) do
+      assert.is_true(t:string() == b[name]:string(), name)
+      n, b[name] = n + 1, nil
+    end
+    assert.is_true(n > 30 and next(b) == nil)
+    assert.same(timeless(whole .. "/log.jsonl"), timeless(pieces .. "/log.jsonl"))
+    for _, name in ipairs(sys.list(pieces)) do assert.is_nil(name:match("%.tmp$"), name) end
+  end)
+
+  it("language_model evaluates and samples from a checkpoint, and refuses another run's options", function()
+    local out = dir .. "/again"
+    local options = ("--quick --steps 8 --threads 1 --sample 5 --out %s"):format(sys.quote(out))
+    local given = options .. " --data " .. sys.quote(text)
+    assert.equal(0, (run(LUA, "language_model", given)))
+    local records = runlog.read(out .. "/log.jsonl")
+    local bits = ("%.4f"):format(records[#records].bits_per_byte)
+    for _, path in ipairs{ out, out .. "/checkpoint.safetensors" } do
+      local status, printed = run(LUA, "language_model", "--evaluate " .. sys.quote(path))
+      assert.equal(0, status)
+      assert.is_truthy(printed:find("held out  " .. bits .. " bits per byte, 2047 bytes", 1, true), printed)
+    end
+    local status, printed = run(LUA, "language_model",
+      ("--generate %s --prompt light --sample 12"):format(sys.quote(out)))
+    assert.equal(0, status)
+    assert.equal(#"light" + 12, #printed:match("top 40%):\n(.*)\n$"))
+    local function refused(pattern, more)
+      local bad, _, err = run(LUA, "language_model", more)
+      assert.equal(1, bad)
+      assert.matches(pattern, err)
+    end
+    refused("holds the checkpoint of a run: %-%-resume goes on with it", given)
+    refused("%-%-width is 32 in .*checkpoint.safetensors and 64 now", given .. " --resume --width 64")
+    refused("exclude each other", given .. " --resume --evaluate x")
+    refused("No such file", "--evaluate " .. sys.quote(dir .. "/none"))
+    os.execute(("echo more >> %s"):format(sys.quote(text)))
+    refused("is not the text that the run in", given .. " --resume")
+  end)
+
   it("sweep_segments --quick", function()
     local out = dir .. "/sweep"
     local status, printed, err = run(sys.exists(COMMAND) and COMMAND or LUA, "sweep_segments",

@@ -93,6 +93,37 @@ describe("io", function()
     assert.same({ { 0, 3 }, { 1, 4 }, { 2, 5 } }, loaded.view:totable())
   end)
 
+  it("carries a checksum when asked, and compares it on every reading", function()
+    local n = 2 * 1024 * 1024 + 5 -- more than one piece
+    local tensors = { big = lac.arange{ n }, small = lac.tensor({ 1, 2 }, { dtype = "i32" }),
+      none = lac.zeros{ 0 } }
+    lac.io.save(path, tensors, { note = "x" }, { checksum = true })
+    local loaded, metadata, checked = lac.io.load(path)
+    assert.is_true(checked)
+    assert.same({ note = "x" }, metadata)
+    assert.same({ true, { note = "x" } }, { lac.io.verify(path) })
+    assert.same({ 1, 2 }, loaded.small:totable())
+    local only, _, also = lac.io.load(path, { only = function(name) return name == "small" end })
+    assert.is_true(also)
+    assert.same({ "small" }, lac.schema.keys(only))
+    assert.equal(3, #lac.io.inspect(path))
+    local good = read()
+    local damaged = good:sub(1, -20) .. "x" .. good:sub(-18)
+    rejects(damaged, "it is damaged: its bytes have the checksum")
+    assert.error_matches(function() lac.io.verify(path) end, "io.verify: .*it is damaged")
+    assert.error_matches(function() lac.io.load(path, { only = function() return false end }) end, "damaged")
+    assert.is_false((select(3, lac.io.load(path, { verify = false }))))
+    lac.io.save(path, tensors)
+    assert.is_false((lac.io.verify(path)))
+    assert.is_false((select(3, lac.io.load(path))))
+    -- the same header in another order is another program's
+    rejects(safetensors('{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"__metadata__":'
+      .. '{"lacuna.crc32c":"00000000"}}'), "written again by another program")
+    assert.error_matches(function() lac.io.save(path, {}, { ["lacuna.crc32c"] = "x" }) end, "is reserved")
+    assert.error_matches(function() lac.io.save(path, {}, {}, { checksm = true }) end,
+      "did you mean 'checksum'")
+  end)
+
   it("is larger than one piece of the reader", function()
     local n = 3 * 1024 * 1024 + 17
     lac.io.save(path, { t = lac.arange{ n } })

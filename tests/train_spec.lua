@@ -104,6 +104,146 @@ describe("train.fit", function()
       name) end
   end)
 
+  -- a run of 12 steps with everything that has a state; `break_at` raises an interrupt in the named place
+  local function session(folder, seed, resume, break_at)
+    local model, optimizer = make(seed, 0.2)
+    local log = runlog.open{ path = folder, append = resume }
+    local function stop_here(where, k)
+      if break_at and break_at[1] == where and break_at[2] == k then error("interrupted!", 0) end
+    end
+    local kept = { 0 }
+    local o = { model = model, optimizer = optimizer, steps = 12, batch = function(k)
+        kept[1] = kept[1] + k
+        stop_here("batch", k)
+        return batch(k)
+      end, loss = function(m, ...)
+        local loss = m:loss(...)
+        stop_here("loss", kept[1])
+        return loss
+      end, progress = "none", clip = 1, accumulate = 2, schedule = lac.optim.schedule.cosine{ steps = 12 },
+      log = log, log_every = 3, eval_every = 4, evaluate = function(_, step)
+        stop_here("evaluate", step)
+        return { noise = lac.rand{ 1 }:item(), step = step }
+      end, checkpoint = log:path("c.safetensors"), checkpoint_every = 5, keep = 2, resume = resume,
+      state = { save = function() return kept end, load = function(t) kept = t end } }
+    local ok, result = pcall(lac.train.fit, o)
+    if ok then log:close() end
+    return ok, result, model, optimizer, kept[1]
+  end
+
+  local function records_of(folder)
+    local records = runlog.read(folder .. "/log.jsonl")
+    for _, r in ipairs(records) do r.time, r.seconds, r.tokens_per_second = nil, nil, nil end
+    return records
+  end
+
+  it("resumes by itself bit by bit, wherever it was interrupted", function()
+    local ok, fit, whole, opt, kept = session(dir .. "/whole", 3)
+    assert.is_true(ok, fit)
+    assert.equal(24 * 25 / 2, kept)
+    for i, place in ipairs{ { "batch", 1 }, { "batch", 2 }, { "batch", 13 }, { "loss", 14 * 15 / 2 },
+      { "evaluate", 4 }, { "evaluate", 8 }, { "evaluate", 12 } } do
+      local folder = dir .. "/" .. i
+      local first, reason = session(folder, 3, false, place)
+      assert.is_false(first)
+      assert.equal("interrupted", reason)
+      local done, again, model, optimizer = session(folder, 77, true)
+      assert.is_true(done, again)
+      for name, t in pairs(whole:state_dict()) do
+        assert.is_true(t:string() == model:state_dict()[name]:string(), place[1] .. place[2] .. name)
+      end
+      for name, t in pairs((opt:state_dict())) do
+        assert.is_true(t:string() == (optimizer:state_dict())[name]:string(), name)
+      end
+      assert.same(records_of(dir .. "/whole"), records_of(folder))
+      assert.same({ fit.steps, fit.loss, fit.smooth, fit.tokens, fit.evaluations },
+        { again.steps, again.loss, again.smooth, again.tokens, again.evaluations })
+    end
+  end)
+
+  it("has nothing to do when it resumes a finished run, and says the same", function()
+    local _, fit, model = session(dir, 3)
+    local before = records_of(dir)
+    local ok, again, other = session(dir, 8, true)
+    assert.is_true(ok, again)
+    assert.same(fit.evaluations, again.evaluations)
+    assert.same({ fit.steps, fit.loss, fit.tokens }, { again.steps, again.loss, again.tokens })
+    assert.same(before, records_of(dir))
+    assert.equal(model.norm.weight:string(), other.norm.weight:string())
+  end)
+
+  it("resumes from an older checkpoint when the newest is damaged, and sets that aside", function()
+    local _, _, whole = session(dir, 3)
+    local path = dir .. "/c.safetensors"
+    local file = io.open(path, "r+b")
+    file:seek("end", -3)
+    file:write("???")
+    file:close()
+    local model, optimizer = make(9, 0.2)
+    local out, text_of = capture()
+    lac.train.fit{ model = model, optimizer = optimizer, steps = 12, batch = batch, out = out, clip = 1,
+      progress = "lines", accumulate = 2, schedule = lac.optim.schedule.cosine{ steps = 12 },
+      checkpoint = path, resume = true, eval_every = 4,
+      evaluate = function() return { noise = lac.rand{ 1 }:item() } end }
+    local printed = text_of()
+    assert.matches("a newer checkpoint is damaged and is set aside as .*: it is damaged: its bytes", printed)
+    assert.matches("resumed after step 10 from .*c%-00000010.safetensors", printed)
+    assert.is_true(sys.exists(path .. ".damaged"))
+    assert.equal(whole.norm.weight:string(), model.norm.weight:string())
+    assert.equal(12, lac.train.load_checkpoint(path).step)
+  end)
+
+  it("removes what a killed run left, and starts over when there is no checkpoint", function()
+    assert(sys.mkdir(dir))
+    local stray = dir .. "/c.safetensors.4194304-1.tmp"
+    io.open(stray, "w"):close()
+    local model, optimizer = make()
+    local out, text_of = capture()
+    lac.train.fit{ model = model, optimizer = optimizer, steps = 1, batch = batch, out = out,
+      progress = "lines", checkpoint = dir .. "/c.safetensors", resume = true }
+    local printed = text_of()
+    assert.is_false(sys.exists(stray))
+    assert.matches("removed .*tmp, left by a run that was killed", printed)
+    assert.matches("there is no checkpoint at .* yet: starting at step 1", printed)
+  end)
+
+  it("accumulates: k small batches make the step of one large batch", function()
+    local function grads(accumulate, size, dtype)
+      lac.manual_seed(4)
+      local model = lac.nn.LongNetLM{ layers = 1, width = 16, heads = 2, context = 16, segments = { 8, 16 },
+        dilations = { 1, 2 }, dtype = dtype }
+      local optimizer = lac.optim.sgd(model, { lr = 1 })
+      local fit = lac.train.fit{ model = model, optimizer = optimizer, steps = 2, progress = "none",
+        accumulate = accumulate, batch = function(k)
+          return text:batch(k, { batch = size, context = 16, seed = 2 })
+        end }
+      return model, fit
+    end
+    local large, a = grads(1, 8, "f64")
+    for _, k in ipairs{ 2, 4, 8 } do
+      local small, b = grads(k, 8 / k, "f64")
+      assert.near(a.loss, b.loss, 1e-13)
+      assert.equal(a.tokens, b.tokens)
+      for name, t in pairs(large:state_dict()) do
+        assert.is_true((t - small:state_dict()[name]):abs():max():item() < 1e-13, name)
+      end
+    end
+  end)
+
+  it("clips by value", function()
+    local function run(options)
+      local model = make(6)
+      local o = { model = model, optimizer = lac.optim.sgd(model, { lr = 1 }), steps = 1, batch = batch,
+        progress = "none" }
+      for name, value in pairs(options) do o[name] = value end
+      local before = model.norm.weight:clone()
+      lac.train.fit(o)
+      return (model.norm.weight - before):abs():max():item()
+    end
+    assert.is_true(run{} > 1e-3)
+    assert.near(1e-4, run{ clip_value = 1e-4 }, 1e-7)
+  end)
+
   it("stops on a loss that is not finite, and says so in the log", function()
     local model, optimizer = make()
     local log = runlog.open{ path = dir }
@@ -177,6 +317,14 @@ describe("train.fit", function()
     try("steps must be positive, got 0", { steps = 0 })
     try("first_step 3 is after the last step 2", { first_step = 3 })
     try("loss must return a tensor with one element, got 3", { loss = function() return 3 end })
+    try("clip %(by norm%) and clip_value exclude each other, got 1 and 2", { clip = 1, clip_value = 2 })
+    try("checkpoint_every needs checkpoint = path", { checkpoint_every = 3 })
+    try("resume = true needs checkpoint = path", { resume = true })
+    try("accumulate must be positive, got 0", { accumulate = 0 })
+    try("state: load is required", { state = { save = function() end } })
+    assert(sys.mkdir(dir))
+    lac.train.save_checkpoint(dir .. "/c.safetensors", { model = model, optimizer = optimizer })
+    try("was not written by train.fit", { resume = dir .. "/c.safetensors" })
     try("evaluate must return a table", { evaluate = function() end })
     try("evaluate: a must be a number", { evaluate = function() return { a = "x" } end })
     assert.error_matches(function() lac.train.fit{ model = model, optimizer = optimizer, steps = 1 } end,
@@ -188,7 +336,7 @@ describe("train.fit", function()
     local path = os.tmpname()
     lac.io.save(path, { a = lac.ones{ 1 } })
     assert.error_matches(function() lac.train.load_checkpoint(path) end,
-      "is not a lacuna%-checkpoint%-1 file")
+      "is not a lacuna%-checkpoint%-2 file")
     lac.train.save_checkpoint(path, { model = model })
     assert.error_matches(function() lac.train.load_checkpoint(path, { optimizer = optimizer }) end,
       "holds no optimizer state")

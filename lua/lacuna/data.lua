@@ -133,6 +133,10 @@ function Bytes:split(options)
   return self:slice(1, self.size - size), self:slice(self.size - size + 1, self.size)
 end
 
+--- CRC-32C of the bytes: to tell whether a text is still the same one.
+-- @treturn number
+function Bytes:checksum() return lib.C.lac_crc32c(0, self.pointer, self.size) end
+
 local BATCH = {
   batch = { type = "integer", min = 1, required = true },
   context = { type = "integer", min = 1, required = true },

@@ -15,6 +15,11 @@
 -- interrupted save leaves the old checkpoint. Integer types that the engine lacks are widened exactly
 -- (I8, I16, U16 to i32; U32, U64 to i64). Rejected: mapping the file (its pages would change under the
 -- tensors when the file is rewritten in place by another program).
+--
+-- A file saved with `checksum = true` carries the CRC-32C of all its bytes, header and length included, as
+-- the first entry of its metadata; while the sum is computed its own eight digits count as zeros. So the file
+-- is an ordinary safetensors file, and every flipped bit and every missing byte is found when it is read
+-- here.
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
@@ -29,6 +34,9 @@ local HEADER_LIMIT = 100 * 1000 * 1000
 local PIECE = 4 * 1024 * 1024
 local MAX_DIMS = 6
 local EXACT = 2 ^ 53
+local SUM_KEY = "lacuna.crc32c"
+local SUM_BEFORE, SUM_ZERO = ('{"__metadata__":{"%s":"'):format(SUM_KEY), ("0"):rep(8)
+local SUM_AT = 8 + #SUM_BEFORE -- where the digits stand in the file, 0-based
 
 -- safetensors name -> bytes, our dtype, and for widened types the C type in the file and in memory
 local TYPES = {
@@ -137,7 +145,25 @@ local function parse_header(text, data_size, fail)
   return entries, metadata
 end
 
-local function read_header(file, fail)
+-- the sum that the file claims, checked to stand where it belongs; header without its digits
+local function claimed_sum(text, metadata, fail)
+  local digits = metadata[SUM_KEY]
+  if not digits then return nil end
+  metadata[SUM_KEY] = nil
+  local after = #SUM_BEFORE + #digits
+  if not digits:match("^[0-9a-f]+$") or #digits ~= 8 or text:sub(1, #SUM_BEFORE) ~= SUM_BEFORE
+    or text:sub(#SUM_BEFORE + 1, after) ~= digits then
+    fail(("its checksum (metadata %s) is not as this program writes it: the header is damaged or was written "
+      .. "again by another program (verify = false reads it as it is)"):format(SUM_KEY))
+  end
+  return tonumber(digits, 16), SUM_BEFORE .. SUM_ZERO .. text:sub(after + 1)
+end
+
+-- a file being read: `sum` is the running checksum (false: not wanted), `claimed` what it must become
+local function new_reader(file, fail) return { file = file, fail = fail, sum = false, claimed = false } end
+
+local function read_header(reader, verify)
+  local file, fail = reader.file, reader.fail
   local size, reason = file:seek("end")
   if not size then fail("cannot find its size: " .. tostring(reason)) end
   file:seek("set", 0)
@@ -154,21 +180,59 @@ local function read_header(file, fail)
   end
   local text = length > 0 and file:read(length) or ""
   if #text < length then fail("cannot read its header") end
-  return parse_header(text, size - 8 - length, fail)
+  local entries, metadata = parse_header(text, size - 8 - length, fail)
+  if verify then
+    local claimed, zeroed = claimed_sum(text, metadata, fail)
+    if claimed then
+      reader.claimed = claimed
+      reader.sum = lib.C.lac_crc32c(lib.C.lac_crc32c(0, prefix, 8), zeroed, #zeroed)
+    end
+  else
+    metadata[SUM_KEY] = nil
+  end
+  return entries, metadata
 end
 
-local function read_data(file, pointer, bytes, what, fail)
+local function read_data(reader, pointer, bytes, what)
   local at = 0
   while at < bytes do
     local piece = math.min(PIECE, bytes - at)
-    local got = sys.read_into(file, pointer + at, piece)
-    if got ~= piece then fail(("the data of %s ends %.0f bytes early"):format(what, bytes - at - got)) end
+    local got = sys.read_into(reader.file, pointer + at, piece)
+    if got ~= piece then
+      reader.fail(("the data of %s ends %.0f bytes early"):format(what, bytes - at - got))
+    end
+    if reader.sum then reader.sum = lib.C.lac_crc32c(reader.sum, pointer + at, piece) end
     at = at + piece
   end
 end
 
+-- data that nobody wants: read for the checksum alone
+local function skip_data(reader, bytes, what)
+  if not reader.sum then
+    reader.file:seek("cur", bytes)
+    return
+  end
+  reader.buffer = reader.buffer or ffi.new("uint8_t[?]", PIECE)
+  local at = 0
+  while at < bytes do
+    local piece = math.min(PIECE, bytes - at)
+    read_data(reader, reader.buffer, piece, what)
+    at = at + piece
+  end
+end
+
+-- after the last byte: is the sum what the file claims? returns whether there was one
+local function check_sum(reader)
+  if not reader.claimed then return false end
+  if reader.sum ~= reader.claimed then
+    reader.fail(("it is damaged: its bytes have the checksum %08x, it claims %08x"):format(reader.sum,
+      reader.claimed))
+  end
+  return true
+end
+
 -- integers of a type that the engine lacks, widened into the tensor's memory
-local function widen(file, entry, kind, pointer, fail)
+local function widen(reader, entry, kind, pointer)
   local size, from_type = kind[1], kind[3]
   local per_piece = math.floor(PIECE / 8)
   local piece = ffi.new(from_type .. "[?]", math.min(per_piece, math.max(1, entry.count)))
@@ -176,10 +240,11 @@ local function widen(file, entry, kind, pointer, fail)
   local at = 0
   while at < entry.count do
     local n = math.min(per_piece, entry.count - at)
-    read_data(file, ffi.cast("uint8_t *", piece), n * size, ("tensor %q"):format(entry.name), fail)
+    read_data(reader, ffi.cast("uint8_t *", piece), n * size, ("tensor %q"):format(entry.name))
     for i = 0, n - 1 do
       if entry.dtype == "U64" and piece[i] < 0 then
-        fail(("tensor %q: element %.0f does not fit a signed 64-bit integer"):format(entry.name, at + i))
+        reader.fail(("tensor %q: element %.0f does not fit a signed 64-bit integer"):format(entry.name,
+          at + i))
       end
       to[at + i] = piece[i]
     end
@@ -195,27 +260,27 @@ local function check_bool(pointer, entry, fail)
   end
 end
 
-local function load_tensor(file, entry, fail)
+local function load_tensor(reader, entry)
   local kind = TYPES[entry.dtype]
   local t = tensor.empty(device.dtype_code[kind[2]], lib.C.LAC_CPU, entry.shape, #entry.shape)
   if entry.count == 0 then return t end
   local pointer = ffi.cast("uint8_t *", t:data())
   if kind[3] then
-    widen(file, entry, kind, pointer, fail)
+    widen(reader, entry, kind, pointer)
   else
-    read_data(file, pointer, entry.last - entry.first, ("tensor %q"):format(entry.name), fail)
-    if entry.dtype == "BOOL" then check_bool(pointer, entry, fail) end
+    read_data(reader, pointer, entry.last - entry.first, ("tensor %q"):format(entry.name))
+    if entry.dtype == "BOOL" then check_bool(pointer, entry, reader.fail) end
   end
   return t
 end
 
--- run fn(file, fail); close the file whatever happens
+-- run fn(reader, fail); close the file whatever happens
 local function with_file(op, path, fn)
   if type(path) ~= "string" then schema.fail(op, "expected a path, got a %s", type(path)) end
   local file, reason = io.open(path, "rb")
   if not file then schema.fail(op, "cannot read %s", reason) end
   local function fail(message) error({ message = path .. ": " .. message }, 0) end
-  local results = { pcall(fn, file, fail) }
+  local results = { pcall(fn, new_reader(file, fail), fail) }
   file:close()
   if results[1] then return unpack(results, 2) end
   local why = results[2]
@@ -245,6 +310,9 @@ local function check_names(tensors, metadata)
       schema.fail("io.save", "metadata must map strings to strings, but %s is a %s", tostring(key),
         type(value))
     end
+    if key == SUM_KEY then
+      schema.fail("io.save", "the metadata key %s is reserved for the checksum", SUM_KEY)
+    end
     if json.invalid_utf8(key) or json.invalid_utf8(value) then
       schema.fail("io.save", "metadata %q is not UTF-8", key)
     end
@@ -258,9 +326,14 @@ local function check_names(tensors, metadata)
   return list
 end
 
-local function make_header(list, metadata)
+local function make_header(list, metadata, checksum)
   local parts, at = {}, 0
-  if next(metadata) then parts[1] = '"__metadata__":' .. json.encode(metadata) end
+  if checksum then
+    local rest = next(metadata) and "," .. json.encode(metadata):sub(2, -2) or ""
+    parts[1] = SUM_BEFORE:sub(2) .. SUM_ZERO .. '"' .. rest .. "}"
+  elseif next(metadata) then
+    parts[1] = '"__metadata__":' .. json.encode(metadata)
+  end
   for _, item in ipairs(list) do
     local shape, count = json.array(), 1
     for i, n in ipairs(item.tensor:size()) do
@@ -282,7 +355,8 @@ local function make_header(list, metadata)
   return table.concat(prefix) .. text, #text
 end
 
-local function write_all(file, header, list)
+local function write_all(file, header, list, checksum)
+  local sum = checksum and lib.C.lac_crc32c(0, header, #header)
   local ok, reason = file:write(header)
   if not ok then return nil, reason end
   for _, item in ipairs(list) do
@@ -293,26 +367,59 @@ local function write_all(file, header, list)
         local piece = math.min(PIECE, item.bytes - at)
         ok, reason = sys.write_from(file, pointer + at, piece)
         if not ok then return nil, reason end
+        if sum then sum = lib.C.lac_crc32c(sum, pointer + at, piece) end
         at = at + piece
       end
     end
+  end
+  if sum then
+    ok, reason = file:seek("set", SUM_AT)
+    if ok then ok, reason = file:write(("%08x"):format(sum)) end
+    if not ok then return nil, reason end
   end
   return sys.sync(file)
 end
 
 local M = {}
 
---- Load every tensor of a safetensors file (to the CPU).
+local LOAD = { verify = { type = "boolean", default = true }, only = { type = "function" } }
+
+--- Load the tensors of a safetensors file (to the CPU).
 -- @tparam string path
+-- @tparam[opt] table options verify = true: compare the checksum, if the file has one; only = function(name)
+--   -> should this tensor be loaded? (default: all)
 -- @treturn table { name = tensor, ... }
 -- @treturn table metadata { string = string, ... } (empty if the file has none)
+-- @treturn boolean was there a checksum? (It fitted, then.)
 -- @raise one sentence that names the file and what is wrong with it
-function M.load(path)
-  return with_file("io.load", path, function(file, fail)
-    local entries, metadata = read_header(file, fail)
+function M.load(path, options)
+  local o = schema.options("io.load", options, LOAD)
+  return with_file("io.load", path, function(reader)
+    local entries, metadata = read_header(reader, o.verify)
     local tensors = {}
-    for _, entry in ipairs(entries) do tensors[entry.name] = load_tensor(file, entry, fail) end
-    return tensors, metadata
+    for _, entry in ipairs(entries) do
+      if not o.only or o.only(entry.name) then
+        tensors[entry.name] = load_tensor(reader, entry)
+      else
+        skip_data(reader, entry.last - entry.first, ("tensor %q"):format(entry.name))
+      end
+    end
+    return tensors, metadata, check_sum(reader)
+  end)
+end
+
+--- Read a file through and compare its checksum, without keeping anything.
+-- @tparam string path
+-- @treturn boolean true; false if the file is sound as far as its header tells, but carries no checksum
+-- @treturn table metadata
+-- @raise one sentence that names the file and what is wrong with it
+function M.verify(path)
+  return with_file("io.verify", path, function(reader)
+    local entries, metadata = read_header(reader, true)
+    for _, entry in ipairs(entries) do
+      skip_data(reader, entry.last - entry.first, ("tensor %q"):format(entry.name))
+    end
+    return check_sum(reader), metadata
   end)
 end
 
@@ -321,8 +428,8 @@ end
 -- @treturn table list of { name, dtype = "F32", shape = {...}, bytes } in file order
 -- @treturn table metadata
 function M.inspect(path)
-  return with_file("io.inspect", path, function(file, fail)
-    local entries, metadata = read_header(file, fail)
+  return with_file("io.inspect", path, function(reader)
+    local entries, metadata = read_header(reader, false)
     local list = {}
     for i, entry in ipairs(entries) do
       list[i] = { name = entry.name, dtype = entry.dtype, shape = entry.shape,
@@ -336,22 +443,25 @@ end
 -- @tparam string path
 -- @tparam table tensors { name = tensor, ... }; any strides, any device; values are written exactly
 -- @tparam ?table metadata { string = string, ... }
+-- @tparam[opt] table options checksum = false: the file carries the CRC-32C of all its bytes
 -- @treturn string path
-function M.save(path, tensors, metadata)
+function M.save(path, tensors, metadata, options)
+  local checksum = schema.options("io.save", options,
+    { checksum = { type = "boolean", default = false } }).checksum
   if type(path) ~= "string" then schema.fail("io.save", "expected a path, got a %s", type(path)) end
   if metadata ~= nil and type(metadata) ~= "table" then
     schema.fail("io.save", "metadata must be a table of strings, got a %s", type(metadata))
   end
   metadata = metadata or {}
   local list = check_names(tensors, metadata)
-  local header, length = make_header(list, metadata)
+  local header, length = make_header(list, metadata, checksum)
   if length > HEADER_LIMIT then
     schema.fail("io.save", "the header would have %d bytes; the format allows %d", length, HEADER_LIMIT)
   end
   local temporary = sys.temporary_beside(path)
   local file, reason = io.open(temporary, "wb")
   if not file then schema.fail("io.save", "cannot write %s", reason) end
-  local called, ok, why = pcall(write_all, file, header, list)
+  local called, ok, why = pcall(write_all, file, header, list, checksum)
   file:close()
   if called and ok then
     ok, why = os.rename(temporary, path)

@@ -6,6 +6,10 @@
 -- flushed. NaN and infinities, which a diverging run does produce, are written as the strings "NaN" and
 -- "Infinity" and come back as numbers from log.read.
 --
+-- A checkpoint remembers how long the log was (position), and a run that goes on from it cuts the log there
+-- (rewind): steps that are done again are then written once, and the log of a run that was killed ten times
+-- is that of one that never was, but for times.
+--
 -- The folder is made with mkdir, which fails if it exists, so two runs started in the same second get two
 -- folders (-2, -3, ...); checking first and creating later would let them share one.
 -- lac.log is the logarithm, so this module is reached by require "lacuna.log".
@@ -29,11 +33,17 @@ end
 
 local Log = class("Log")
 
-function Log:init(dir)
+function Log:init(dir, append)
   local path = dir .. "/log.jsonl"
-  local file, reason = io.open(path, "ab")
+  local file, reason
+  if not append then -- emptied first; always written in append mode, so that rewind is a cut and nothing more
+    file, reason = io.open(path, "wb")
+    if file then file:close() end
+  end
+  if append or file then file, reason = io.open(path, "ab") end
   if not file then schema.fail("log", "cannot write %s", reason) end
   self.dir, self.file, self.started = dir, file, sys.time()
+  self.bytes = file:seek("end")
 end
 
 function Log:__tostring()
@@ -62,6 +72,30 @@ function Log:write(record)
   local good, reason = self.file:write(line, "\n")
   if good then good, reason = self.file:flush() end
   if not good then schema.fail("log", "cannot write to %s/log.jsonl: %s", self.dir, tostring(reason)) end
+  self.bytes = self.bytes + #line + 1
+end
+
+--- Where the log is now: its bytes so far, and its clock.
+-- @treturn table { bytes, time }
+function Log:position() return { bytes = self.bytes, time = sys.time() - self.started } end
+
+--- Push what was written to the disk, so that a checkpoint never knows of records that a power cut can lose.
+function Log:sync()
+  local ok, reason = sys.sync(self.file)
+  if not ok then schema.fail("log", "cannot write to %s/log.jsonl: %s", self.dir, reason) end
+end
+
+--- Go back to an earlier position: later records are cut off, the clock goes on from there.
+-- @tparam table position what position() gave, in this process or an earlier one
+function Log:rewind(position)
+  if not self.file then schema.fail("log", "%s is closed", self.dir) end
+  if self.bytes < position.bytes then
+    schema.fail("log", "%s/log.jsonl has %d bytes, but had %d when the checkpoint was written: it is another "
+      .. "log", self.dir, self.bytes, position.bytes)
+  end
+  local ok, reason = sys.truncate(self:path("log.jsonl"), position.bytes)
+  if not ok then schema.fail("log", "cannot cut %s/log.jsonl: %s", self.dir, reason) end
+  self.bytes, self.started = position.bytes, sys.time() - position.time
 end
 
 --- Write the configuration to config.json, indented, keys sorted.
@@ -90,18 +124,20 @@ end
 local log = {}
 
 --- Start a run's folder and its log.
--- @tparam table options name = "run"; dir = "runs" (the parent folder); or path = the very folder to use
+-- @tparam table options name = "run"; dir = "runs" (the parent folder); or path = the very folder to use;
+--   append = true: go on after the records that log.jsonl has (false empties it)
 -- @treturn Log
 function log.open(options)
   local o = schema.options("log.open", options, {
     name = { type = "string", default = "run" },
     dir = { type = "string", default = "runs" },
     path = { type = "string" },
+    append = { type = "boolean", default = true },
   })
   if o.path then
     local ok, reason = sys.mkdir(o.path)
     if not ok then schema.fail("log", "%s", reason) end
-    return Log(o.path)
+    return Log(o.path, o.append)
   end
   if not o.name:match("^[%w%._%-]+$") then
     schema.fail("log.open", "name %q may hold letters, digits, dots, dashes and underscores only", o.name)
@@ -112,7 +148,7 @@ function log.open(options)
   while true do
     local path = count == 1 and base or base .. "-" .. count
     local made, why = sys.mkdir_new(path)
-    if made then return Log(path) end
+    if made then return Log(path, true) end
     if made == nil then schema.fail("log", "%s", why) end
     count = count + 1
   end

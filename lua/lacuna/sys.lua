@@ -4,15 +4,18 @@
 -- status matters. They sit in one file so that the modules above (io, log, data, train, plot) contain no
 -- system calls, and so that there is one place to look at when a platform differs.
 --
--- Why the FFI and not lua-posix or luafilesystem: these are eight calls, and every further Debian package is
--- a further way for a first run to fail. Declarations carry an asm label under a lac_sys_ name, because a
--- second ffi.cdef of the same C name with other types would silently change this file's view of it.
+-- Why the FFI and not lua-posix: these are a dozen calls, and every further Debian package is a further way
+-- for a first run to fail. Declarations carry an asm label under a lac_sys_ name, because a second ffi.cdef
+-- of the same C name with other types would silently change this file's view of it. Listing a directory alone
+-- is left to LuaFileSystem (Debian package lua-filesystem), because the layout of struct dirent is the
+-- platform's own affair.
 --
 -- Rejected: shelling out to mkdir and sync. It costs a fork each, and the reason of a failure is lost.
 -- Programs are run through sh only where a program is the point (gnuplot, xz, bible), and then every word of
 -- the command line that came from outside goes through sys.quote.
 
 local ffi = require "ffi"
+local lfs = require "lfs"
 
 ffi.cdef [[
 typedef struct { long sec, nsec; } lac_sys_time;
@@ -25,13 +28,16 @@ int lac_sys_fsync(int fd) __asm__("fsync");
 int lac_sys_fileno(void *file) __asm__("fileno");
 int lac_sys_getpid(void) __asm__("getpid");
 int lac_sys_access(const char *path, int mode) __asm__("access");
+int lac_sys_kill(int pid, int signal) __asm__("kill");
+int lac_sys_link(const char *from, const char *to) __asm__("link");
+int lac_sys_truncate(const char *path, long bytes) __asm__("truncate");
 char *lac_sys_strerror(int code) __asm__("strerror");
 size_t lac_sys_fread(void *to, size_t size, size_t n, void *file) __asm__("fread");
 size_t lac_sys_fwrite(const void *from, size_t size, size_t n, void *file) __asm__("fwrite");
 ]]
 
 local C = ffi.C
-local EEXIST, CLOCK_MONOTONIC, O_RDONLY, O_DIRECTORY = 17, 1, 0, 0x10000
+local EPERM, EEXIST, CLOCK_MONOTONIC, O_RDONLY, O_DIRECTORY, W_OK, X_OK = 1, 17, 1, 0, 0x10000, 2, 1
 local clock = ffi.new("lac_sys_time")
 local names = 0
 
@@ -105,6 +111,56 @@ function sys.dirname(path)
   if dir == "" then return "/" end
   return dir or "."
 end
+
+--- Can files be made in this directory?
+-- @tparam string path
+-- @treturn boolean true, or nil and a sentence
+function sys.can_write_in(path)
+  local mode, reason = lfs.attributes(path, "mode")
+  if mode ~= "directory" then return nil, reason or ("%q is not a directory"):format(path) end
+  if C.lac_sys_access(path, W_OK + X_OK) == 0 then return true end
+  return nil, ("cannot write in the directory %q: %s"):format(path, errno())
+end
+
+--- Names in a directory, sorted, without . and ..
+-- @tparam string path
+-- @treturn ?table list of names, or nil and the reason
+function sys.list(path)
+  local ok, iterate, state = pcall(lfs.dir, path)
+  if not ok then return nil, tostring(iterate) end
+  local list = {}
+  for name in iterate, state do
+    if name ~= "." and name ~= ".." then list[#list + 1] = name end
+  end
+  table.sort(list)
+  return list
+end
+
+--- Is the path a directory?
+function sys.is_directory(path) return lfs.attributes(path, "mode") == "directory" end
+
+--- A second name for a file (a hard link).
+-- @treturn boolean true, or nil and the reason
+function sys.link(from, to)
+  if C.lac_sys_link(from, to) == 0 then return true end
+  return nil, errno()
+end
+
+--- Cut a file to a number of bytes.
+-- @treturn boolean true, or nil and the reason
+function sys.truncate(path, bytes)
+  if C.lac_sys_truncate(path, bytes) == 0 then return true end
+  return nil, errno()
+end
+
+--- Is there a process of this number (on this machine)?
+-- @tparam number pid
+function sys.process_exists(pid)
+  return C.lac_sys_kill(pid, 0) == 0 or ffi.errno() == EPERM
+end
+
+--- This process's number.
+function sys.pid() return C.lac_sys_getpid() end
 
 --- Push a file's bytes to the disk: the C library's buffer, then the kernel's.
 -- @param file a Lua file open for writing

@@ -1,87 +1,104 @@
---- train.lua: the training loop, and checkpoints.
+--- train.lua: the training loop.
 --
 -- A loop is forty lines that everybody writes again and gets slightly wrong; this one has the parts that are
 -- easy to forget. Every step runs in a scope, so memory is flat from the second step on. A loss or a gradient
 -- norm that is not finite stops the run with an error that says when and with which learning rate; it never
--- trains on. Ctrl-C saves the checkpoint, closes the log and raises "interrupted". Progress is a bar on a
--- terminal and plain lines elsewhere, so that logs of batch jobs are readable. Whatever happens, the log's
--- last record says how the run ended.
+-- trains on. Ctrl-C saves the checkpoint, closes the log and raises "interrupted". Whatever happens, the
+-- log's last record says how the run ended.
 --
 -- The loop owns no policy: data is a function of the step (data.lua), the schedule a function of the step
--- (optim.lua), evaluation a function that returns numbers. Batch k depends on k only, and the checkpoint
--- carries step, optimizer moments, configuration and the random stream, so a resumed run does the same steps
--- as an uninterrupted one. Rejected: callbacks and hooks for everything (write another loop: the pieces are
--- public), and a Trainer class.
+-- (optim.lua), evaluation a function that returns numbers. So a run can be killed at any moment and gone on
+-- with: `boundary` is a snapshot of all numbers that are not in tensors (step, random stream, averages, the
+-- log's length), taken after every step and after every update, and a checkpoint is always of such a
+-- boundary.
+-- A resumed run does from there what the uninterrupted one did, bit for bit: the log is cut back to the
+-- boundary's length, so that it holds every step once. Rejected: callbacks and hooks for everything (write
+-- another loop: the pieces are public), and a Trainer class.
+--
+-- Checkpoints are in train/checkpoint.lua, the bar in train/progress.lua.
 
 local schema = require "lacuna.schema"
 local scope = require "lacuna.scope"
 local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
 local grad = require "lacuna.grad"
-local json = require "lacuna.json"
 local sys = require "lacuna.sys"
-local store = require "lacuna.io"
+local checkpoint = require "lacuna.train.checkpoint"
+local progress = require "lacuna.train.progress"
 
-local fail, show = schema.fail, schema.show
-local FORMAT = "lacuna-checkpoint-1"
-local BAR = 14 -- the whole line stays under 80 columns
+local fail, show, say = schema.fail, schema.show, progress.say
 local SMOOTH = 0.95
+local SPECIAL = { NaN = 0 / 0, Infinity = math.huge, ["-Infinity"] = -math.huge } -- as checkpoints write them
 
-local train = {}
+local train = { save_checkpoint = checkpoint.save, load_checkpoint = checkpoint.load,
+                load_model = checkpoint.load_model, latest = checkpoint.latest }
 
-local function clock_text(seconds)
-  seconds = math.max(0, math.floor(seconds + 0.5))
-  if seconds >= 3600 then return ("%d:%02d:%02d"):format(seconds / 3600, seconds / 60 % 60, seconds % 60) end
-  return ("%d:%02d"):format(seconds / 60, seconds % 60)
+-- ---- boundaries -------------------------------------------------------------------------------------------
+
+-- All that must be known, beside tensors, to go on after `step` updates. `after`: the update is done, but
+-- what follows it (log, evaluation, checkpoint) is not.
+local function snapshot(o, s, step, after)
+  local seed, offset = create.rng_state()
+  return { step = step, after = after, rng = { seed = seed, offset = offset }, loss = s.loss, norm = s.norm,
+    sum = s.sum, weight = s.weight, tokens = s.tokens_before + s.tokens, evaluations = #s.evaluations,
+    seconds = s.seconds_before + sys.time() - s.started, evaluating = s.evaluating,
+    log = o.log and o.log:position() }
 end
 
-local function rate_text(rate)
-  if rate >= 1e6 then return ("%.2fM"):format(rate / 1e6) end
-  if rate >= 1e4 then return ("%.1fk"):format(rate / 1e3) end
-  return ("%.0f"):format(rate)
-end
-
--- ---- progress ---------------------------------------------------------------------------------------------
-
-local function progress_line(s)
-  local elapsed = sys.time() - s.started
-  local done = s.step - s.first + 1
-  local left = (s.last - s.step) * elapsed / done
-  if s.deadline then left = math.min(left, s.deadline - sys.time()) end
-  return ("step %d/%d  loss %.4f  lr %.1e  %s tok/s  left %s"):format(s.step, s.last, s.smooth, s.lr,
-    rate_text(s.tokens / elapsed), clock_text(left))
-end
-
-local function show_bar(s)
-  local filled = math.floor(BAR * s.step / s.last + 0.5)
-  s.out:write("\r[", ("="):rep(filled), (" "):rep(BAR - filled), "] ", progress_line(s), "\27[K")
-  s.out:flush()
-  s.bar_shown = true
-end
-
-local function clear_bar(s)
-  if s.bar_shown then s.out:write("\r\27[K") end
-  s.bar_shown = false
-end
-
-local function say(s, text)
-  if s.style == "none" then return end
-  clear_bar(s)
-  s.out:write(text, "\n")
-  s.out:flush()
-end
-
-local function report(s)
-  local now = sys.time()
-  if s.style == "bar" then
-    if now - s.last_shown < 0.1 and s.step < s.last then return end
-    show_bar(s)
-  elseif s.style == "lines" then
-    if s.step % s.log_every ~= 0 and s.step < s.last then return end
-    if now - s.last_shown < 1 and s.step < s.last and s.step > s.first then return end
-    say(s, progress_line(s))
+local function write_checkpoint(o, s)
+  local b = s.boundary
+  if not o.checkpoint or s.saved == b then return end
+  local fit = {}
+  for key, value in pairs(b) do fit[key] = value end
+  fit.evaluations = { unpack(s.evaluations, 1, b.evaluations) }
+  fit.rng, fit.step = nil, nil
+  if o.state then
+    fit.state = o.state.save()
+    schema.check("train.fit", "state.save()", fit.state, { type = "table" })
   end
-  s.last_shown = now
+  if o.log and o.log.file then o.log:sync() end
+  checkpoint.save(o.checkpoint, { model = o.model, optimizer = o.optimizer, step = b.step, config = o.config,
+    rng = b.rng, fit = fit, keep = o.keep, fresh = s.fresh })
+  s.fresh, s.saved, s.saved_time = false, b, sys.time()
+end
+
+local function number(value) return SPECIAL[value] or value end
+
+-- take over everything that a checkpoint knows
+local function resume_from(o, s, path)
+  local info = checkpoint.load(path, { model = o.model, optimizer = o.optimizer, rng = true })
+  local fit = info.fit
+  if not fit then
+    fail("train.fit", "%s was not written by train.fit: load it with load_checkpoint and give first_step",
+      path)
+  end
+  s.first, s.step, s.fresh, s.resumed = info.step + 1, info.step, false, path
+  s.loss, s.norm = number(fit.loss), number(fit.norm)
+  s.sum, s.weight, s.tokens_before, s.seconds_before = fit.sum, fit.weight, fit.tokens, fit.seconds
+  s.evaluating, s.again = fit.evaluating, fit.after
+  s.smooth = s.weight > 0 and s.sum / s.weight or 0
+  for i, record in ipairs(fit.evaluations) do
+    for key, value in pairs(record) do record[key] = number(value) end
+    s.evaluations[i] = record
+  end
+  if o.log and fit.log then o.log:rewind(fit.log) end
+  if o.state then
+    if not fit.state then fail("train.fit", "%s holds no state for the option `state`", path) end
+    o.state.load(fit.state)
+  end
+  say(s, ("resumed after step %d from %s"):format(info.step, path))
+end
+
+local function resume(o, s)
+  if type(o.resume) == "string" then return resume_from(o, s, o.resume) end
+  if not o.checkpoint then fail("train.fit", "resume = true needs checkpoint = path: where to look") end
+  local path, _, damaged = checkpoint.latest(o.checkpoint)
+  for _, d in ipairs(damaged) do
+    say(s, ("a newer checkpoint is damaged and is set aside as %s.damaged: %s"):format(d.path, d.reason))
+  end
+  checkpoint.set_aside(damaged)
+  if path then return resume_from(o, s, path) end
+  say(s, ("there is no checkpoint at %s yet: starting at step %d"):format(o.checkpoint, s.first))
 end
 
 -- ---- one step ---------------------------------------------------------------------------------------------
@@ -90,9 +107,10 @@ local function count_tokens(batch)
   return tensor.is(batch[1]) and batch[1]:numel() or 0
 end
 
-local function one_step(o, s)
-  scope.run(function()
-    local batch = { o.batch(s.step) }
+-- forward and backward of one micro-batch; its loss as a number
+local function accumulate(o, s, number_of_batch)
+  return scope.run(function()
+    local batch = { o.batch(number_of_batch) }
     s.tokens = s.tokens + count_tokens(batch)
     local loss = o.loss(o.model, unpack(batch))
     if not tensor.is(loss) or loss:numel() ~= 1 then
@@ -101,18 +119,29 @@ local function one_step(o, s)
     local value = loss:item()
     if value ~= value or value == math.huge or value == -math.huge then
       fail("train", "the loss is %s at step %d (learning rate %g; last finite loss %s). Try a lower "
-        .. "learning rate, a longer warm-up or clipping", show(value), s.step, s.lr, s.loss
-          and ("%.4f at step %d"):format(s.loss,
-          s.step - 1) or "none")
+        .. "learning rate, a longer warm-up or clipping; nan_watch = true finds the operator", show(value),
+        s.step, s.lr, s.loss and ("%.4f at step %d"):format(s.loss, s.step - 1) or "none")
     end
+    if o.accumulate > 1 then loss = loss * (1 / o.accumulate) end
     loss:backward()
-    s.norm = o.optimizer:step{ factor = s.factor, clip = o.clip }
-    o.optimizer:zero_grad{ release = true }
-    s.loss = value
+    return value
   end)
-  s.weight = SMOOTH * s.weight + (1 - SMOOTH)
-  s.sum = SMOOTH * s.sum + (1 - SMOOTH) * s.loss
-  s.smooth = s.sum / s.weight
+end
+
+local function one_step(o, s)
+  local total = 0
+  for i = 1, o.accumulate do total = total + accumulate(o, s, (s.step - 1) * o.accumulate + i) end
+  -- everything that the new boundary holds is made before the update, which draws no random numbers
+  local loss, sum = total / o.accumulate, s.sum
+  s.sum, s.weight = SMOOTH * sum + (1 - SMOOTH) * loss, SMOOTH * s.weight + (1 - SMOOTH)
+  s.loss, s.smooth = loss, s.sum / s.weight
+  s.next = snapshot(o, s, s.step, true)
+  s.norm = scope.run(function()
+    return o.optimizer:step{ factor = s.factor, clip = o.clip, clip_value = o.clip_value }
+  end)
+  s.next.norm = s.norm
+  s.boundary = s.next
+  o.optimizer:zero_grad{ release = true }
 end
 
 local function evaluate(o, s)
@@ -136,37 +165,67 @@ local function evaluate(o, s)
   s.evaluating = s.evaluating + spent
 end
 
-local function checkpoint(o, s)
-  if o.checkpoint then
-    -- steps as the optimizer counts them: an interrupt may come before or after its update
-    train.save_checkpoint(o.checkpoint, { model = o.model, optimizer = o.optimizer,
-      step = s.first - 1 + o.optimizer.steps - s.steps_before, config = o.config })
+local function checkpoint_due(o, s)
+  if o.checkpoint_every > 0 and s.step % o.checkpoint_every == 0 then return true end
+  return o.checkpoint_minutes and sys.time() - s.saved_time >= 60 * o.checkpoint_minutes
+end
+
+-- what follows an update; returns whether the time is over
+local function after_update(o, s)
+  local step = s.step
+  progress.report(s)
+  if o.log and (step % o.log_every == 0 or step == s.last or step == o.first_step) then
+    o.log:write{ event = "step", step = step, loss = s.loss, smooth = s.smooth, lr = s.lr, norm = s.norm,
+      tokens_per_second = s.tokens / (sys.time() - s.started) }
   end
+  local over = s.deadline and sys.time() >= s.deadline
+  if o.evaluate and (over or step == s.last or (o.eval_every > 0
+    and step % o.eval_every == 0)) then evaluate(o, s) end
+  s.boundary = snapshot(o, s, step, false)
+  if checkpoint_due(o, s) then write_checkpoint(o, s) end
+  if over then say(s, ("stopped by the time limit after step %d"):format(step)) end
+  return over
+end
+
+local function enter_step(o, s, step)
+  s.step = step
+  s.factor = o.schedule(step)
+  s.lr = s.factor * o.optimizer.lr
 end
 
 local function loop(o, s)
+  if s.again then -- the checkpoint was written between an update and what follows it
+    enter_step(o, s, s.first - 1)
+    if after_update(o, s) then return end
+  end
   for step = s.first, s.last do
-    s.step = step
-    s.factor = o.schedule(step)
-    s.lr = s.factor * o.optimizer.lr
+    enter_step(o, s, step)
     one_step(o, s)
-    report(s)
-    if o.log and (step % o.log_every == 0 or step == s.last or step == s.first) then
-      o.log:write{ event = "step", step = step, loss = s.loss, smooth = s.smooth, lr = s.lr, norm = s.norm,
-        tokens_per_second = s.tokens / (sys.time() - s.started) }
-    end
-    local over = s.deadline and sys.time() >= s.deadline
-    if o.evaluate and (over or step == s.last or (o.eval_every > 0
-      and step % o.eval_every == 0)) then evaluate(o, s) end
-    if over then
-      say(s, ("stopped by the time limit after step %d"):format(step))
-      break
-    end
+    if after_update(o, s) then return end
   end
 end
 
+-- ---- fit --------------------------------------------------------------------------------------------------
+
 local function is_interrupt(message) return type(message) == "string"
   and message:match("interrupted!?$") ~= nil end
+
+-- the run stops here: bring boundary and gradients in order, write the checkpoint of an interrupted run
+local function stop(o, s, reason)
+  local interrupted = is_interrupt(reason)
+  if interrupted then
+    -- between the update and the next line the interrupt has no room for doubt: the optimizer counts
+    if s.next and s.boundary ~= s.next and s.next.step == s.boundary.step + 1
+      and o.optimizer.steps - s.steps_before == s.next.step - (s.first - 1) then s.boundary = s.next end
+    o.optimizer:zero_grad()
+    write_checkpoint(o, s)
+  end
+  if o.log then
+    o.log:write{ event = interrupted and "interrupted" or "failed", step = s.step, reason = tostring(reason) }
+    o.log:close()
+  end
+  error(interrupted and "interrupted" or reason, 0)
+end
 
 local FIT = {
   model = { type = "table", required = true },
@@ -177,68 +236,110 @@ local FIT = {
   first_step = { type = "integer", min = 1, default = 1 },
   minutes = { type = "number", above = 0 },
   schedule = { type = "function" },
+  accumulate = { type = "integer", min = 1, default = 1 },
   clip = { type = "number", above = 0 },
+  clip_value = { type = "number", above = 0 },
   evaluate = { type = "function" },
   eval_every = { type = "integer", min = 0, default = 0 },
   log = { type = "table" },
   log_every = { type = "integer", min = 1, default = 10 },
   checkpoint = { type = "string" },
+  checkpoint_every = { type = "integer", min = 0, default = 0 },
+  checkpoint_minutes = { type = "number", above = 0 },
+  keep = { type = "integer", min = 1, default = 1 },
+  resume = { type = { "boolean", "string" } },
+  state = { type = "table" },
   config = { type = "table" },
   progress = { one_of = { "auto", "bar", "lines", "none" }, default = "auto" },
   out = { type = "userdata" },
 }
 
---- Train.
--- @tparam table options model; optimizer; batch = function(k) -> tensors of step k; loss = function(model,
---   tensors...) -> tensor (default model:loss(...)); steps = number of the last step; first_step = 1 (a
---   resumed run starts later); minutes = stop after this time; schedule = function(step) -> factor of the
---   learning rate; clip = largest gradient norm; evaluate = function(model, step) -> table of numbers, run in
---   evaluation mode without gradients at the end and every eval_every steps (0: only at the end); log = a
---   Log, log_every = 10 steps; checkpoint = path, written at the end and on Ctrl-C, with config; progress =
---   "auto" (a bar on a terminal, else lines) | "bar" | "lines" | "none", out = io.stderr
--- @treturn table { steps, loss, smooth, tokens, seconds, tokens_per_second, evaluations }
--- @raise the loss or the gradient norm is not finite; "interrupted" after Ctrl-C
-function train.fit(options)
-  local o = schema.options("train.fit", options, FIT)
+local function check(o)
   if o.first_step > o.steps then
     fail("train.fit", "first_step %d is after the last step %d: nothing is left to train", o.first_step,
       o.steps)
   end
+  if o.clip and o.clip_value then
+    fail("train.fit", "clip (by norm) and clip_value exclude each other, got %g and %g", o.clip, o.clip_value)
+  end
+  for _, name in ipairs{ "checkpoint_every", "checkpoint_minutes" } do
+    if not o.checkpoint and o[name] and o[name] > 0 then
+      fail("train.fit", "%s needs checkpoint = path", name)
+    end
+  end
+  if o.state then
+    schema.options("train.fit: state", o.state, { save = { type = "function", required = true },
+      load = { type = "function", required = true } })
+  end
+end
+
+local function new_state(o)
+  local out, now = o.out or io.stderr, sys.time()
+  local s = { first = o.first_step, last = o.steps, step = o.first_step - 1, started = now,
+    tokens = 0, tokens_before = 0, seconds_before = 0, evaluating = 0, log_every = o.log_every, weight = 0,
+    sum = 0, smooth = 0, lr = 0, evaluations = {}, out = out, last_shown = 0, saved_time = now,
+    fresh = o.first_step == 1, style = progress.style(o.progress, out) }
+  if o.minutes then s.deadline = now + 60 * o.minutes end
+  return s
+end
+
+-- a checkpoint that cannot be written should not be found out after an hour
+local function prepare_checkpoint(o, s)
+  o.checkpoint = checkpoint.file_of(o.checkpoint)
+  local ok, reason = sys.can_write_in(sys.dirname(o.checkpoint))
+  if not ok then fail("train.fit", "checkpoint %s: %s", o.checkpoint, reason) end
+  for _, path in ipairs(checkpoint.clean(o.checkpoint)) do
+    say(s, ("removed %s, left by a run that was killed"):format(path))
+  end
+end
+
+--- Train.
+-- @tparam table options
+--
+--   model; optimizer; batch = function(k) -> tensors of step k; loss = function(model, tensors...) -> tensor
+--   (default model:loss(...)); steps = number of the last step; first_step = 1; minutes = stop after this
+--   time; schedule = function(step) -> factor of the learning rate;
+--
+--   accumulate = k: a step adds the gradients of k batches, each loss divided by k; step s takes batches
+--   (s - 1) k + 1 to s k. For losses that are means over equally many targets that is the gradient of the k
+--   times larger batch, but for rounding; dropout draws other bits than the larger batch would;
+--
+--   clip = largest gradient norm, or clip_value = largest absolute value of a gradient's elements;
+--
+--   evaluate = function(model, step) -> table of numbers, run in evaluation mode without gradients at the end
+--   and every eval_every steps (0: only at the end); log = a Log, log_every = 10 steps;
+--
+--   checkpoint = path, written at the end, on Ctrl-C, every checkpoint_every steps (0: not) and every
+--   checkpoint_minutes, with config; keep = 1: how many stay; resume = true: go on from the newest checkpoint
+--   at that path that verifies, from the start if there is none; resume = path: from that very one; state = {
+--   save = function() -> table, load = function(table) } of data that is not a function of k;
+--
+--   progress = "auto" (a bar on a terminal, else lines) | "bar" | "lines" | "none", out = io.stderr
+-- @treturn table { steps, loss, smooth, tokens, seconds, tokens_per_second, evaluations }, of all sessions of
+--   a resumed run together
+-- @raise the loss or the gradient norm is not finite; "interrupted" after Ctrl-C
+function train.fit(options)
+  local o = schema.options("train.fit", options, FIT)
+  check(o)
   o.loss = o.loss or function(model, ...) return model:loss(...) end
   o.schedule = o.schedule or function() return 1 end
-  local out = o.out or io.stderr
-  local now = sys.time()
-  local s = { first = o.first_step, last = o.steps, step = o.first_step - 1, started = now, deadline = nil,
-    tokens = 0,
-    log_every = o.log_every, weight = 0, sum = 0, smooth = 0, lr = 0, evaluations = {}, evaluating = 0,
-    out = out,
-    steps_before = o.optimizer.steps, last_shown = 0, style = o.progress == "auto" and (sys.isatty(out)
-    and "bar" or "lines") or o.progress }
-  if o.minutes then s.deadline = now + 60 * o.minutes end
+  local s = new_state(o)
+  if o.checkpoint then prepare_checkpoint(o, s) end
+  if o.resume then resume(o, s) end
+  s.steps_before, s.started, s.saved_time = o.optimizer.steps, sys.time(), sys.time()
+  s.boundary = snapshot(o, s, s.first - 1, s.again)
+  if s.resumed == o.checkpoint and s.first > s.last and not s.again then s.saved = s.boundary end
   o.model:train()
   local ok, reason = pcall(loop, o, s)
-  clear_bar(s)
-  if not ok then
-    local interrupted = is_interrupt(reason)
-    if interrupted then
-      o.optimizer:zero_grad()
-      checkpoint(o, s)
-    end
-    if o.log then
-      o.log:write{ event = interrupted and "interrupted" or "failed", step = s.step,
-        reason = tostring(reason) }
-      o.log:close()
-    end
-    error(interrupted and "interrupted" or reason, 0)
-  end
-  checkpoint(o, s)
-  local seconds = sys.time() - s.started
-  local summary = { steps = s.step, loss = s.loss, smooth = s.smooth, tokens = s.tokens, seconds = seconds,
-    evaluation_seconds = s.evaluating, tokens_per_second = s.tokens / seconds, evaluations = s.evaluations }
+  progress.clear(s)
+  if not ok then stop(o, s, reason) end
+  write_checkpoint(o, s)
+  local tokens, seconds = s.tokens_before + s.tokens, s.seconds_before + sys.time() - s.started
+  local summary = { steps = s.step, loss = s.loss, smooth = s.smooth, tokens = tokens, seconds = seconds,
+    evaluation_seconds = s.evaluating, tokens_per_second = tokens / seconds, evaluations = s.evaluations }
   if o.log then
-    o.log:write{ event = "done", step = s.step, loss = s.loss, smooth = s.smooth, tokens = s.tokens,
-      seconds = seconds,
-      tokens_per_second = s.tokens / seconds }
+    o.log:write{ event = "done", step = s.step, loss = s.loss, smooth = s.smooth, tokens = tokens,
+      seconds = seconds, tokens_per_second = tokens / seconds }
   end
   return summary
 end
@@ -272,77 +373,6 @@ function train.bits_per_byte(model, bytes, options)
   model:train(training)
   if not ok then error(reason, 0) end
   return total / math.log(2) / bytes_counted, bytes_counted
-end
-
--- ---- checkpoints ------------------------------------------------------------------------------------------
-
-local CHECKPOINT = {
-  model = { type = "table", required = true },
-  optimizer = { type = "table" },
-  step = { type = "integer", min = 0, default = 0 },
-  config = { type = "table" },
-}
-
---- Write model, optimizer, step, configuration and the state of the random stream to one safetensors file.
--- @tparam string path
--- @tparam table options model; optimizer; step = 0; config = any table that JSON can hold
--- @treturn string path
-function train.save_checkpoint(path, options)
-  local o = schema.options("save_checkpoint", options, CHECKPOINT)
-  local tensors = {}
-  for name, t in pairs(o.model:state_dict()) do tensors["model." .. name] = t end
-  local seed, offset = create.rng_state()
-  local metadata = { format = FORMAT, step = ("%d"):format(o.step), config = json.encode(o.config or {}),
-    rng = json.encode{ seed = seed, offset = offset } }
-  if o.optimizer then
-    local state, steps = o.optimizer:state_dict()
-    for name, t in pairs(state) do tensors["optimizer." .. name] = t end
-    metadata.optimizer_steps = ("%d"):format(steps)
-  end
-  return store.save(path, tensors, metadata)
-end
-
---- Restore what save_checkpoint wrote.
--- @tparam string path
--- @tparam[opt] table options model, optimizer: what to restore into; rng = true restores the random stream
---   too
--- @treturn table { step, config }
--- @raise not a checkpoint of this kind; names or shapes that do not fit
-function train.load_checkpoint(path, options)
-  local o = schema.options("load_checkpoint", options, { model = { type = "table" },
-    optimizer = { type = "table" },
-    rng = { type = "boolean", default = false } })
-  local tensors, metadata = store.load(path)
-  if metadata.format ~= FORMAT then
-    fail("load_checkpoint", "%s is not a %s file: its metadata `format` is %s", path, FORMAT,
-      show(metadata.format))
-  end
-  local model, state = {}, {}
-  for name, t in pairs(tensors) do
-    local part, rest = name:match("^(%a+)%.(.+)$")
-    if part == "model" then
-      model[rest] = t
-    elseif part == "optimizer" then
-      state[rest] = t
-    else
-      fail("load_checkpoint", "%s holds a tensor %q that belongs to neither model nor optimizer", path, name)
-    end
-  end
-  local function decode(key)
-    local value, reason = json.decode(metadata[key] or "")
-    if type(value) ~= "table" then fail("load_checkpoint", "%s: metadata `%s` is not JSON: %s", path, key,
-      tostring(reason)) end
-    return value
-  end
-  local config, rng = decode("config"), decode("rng")
-  if o.model then o.model:load_state_dict(model) end
-  if o.optimizer then
-    local steps = tonumber(metadata.optimizer_steps)
-    if not steps then fail("load_checkpoint", "%s holds no optimizer state", path) end
-    o.optimizer:load_state_dict(state, steps)
-  end
-  if o.rng then create.set_rng_state(rng.seed, rng.offset) end
-  return { step = tonumber(metadata.step), config = config }
 end
 
 return train
