@@ -371,6 +371,36 @@ describe("a KVCache", function()
   end)
 end)
 
+describe("a product of few rows", function()
+  it("gives a row the bits that it gets alone, on any number of threads", function()
+    local threads = lac.threads()
+    for _, dtype in ipairs{ "f64", "f32", "f16", "bf16" } do
+      for _, sizes in ipairs{ { 1, 1 }, { 3, 5 }, { 64, 130 }, { 129, 64 }, { 700, 1000 } } do
+        local w, bias = lac.randn({ sizes[2], sizes[1] }, { dtype = dtype }), lac.randn({ sizes[2] },
+          { dtype = dtype })
+        local x = lac.randn({ 8, sizes[1] }, { dtype = dtype })
+        lac.threads(1)
+        local all = lac.linear(x, w, bias)
+        lac.threads(3)
+        assert.is_true(lac.equal(all, lac.linear(x, w, bias)))
+        for m = 1, 8 do
+          assert.is_true(lac.equal(all:narrow(1, m, 1), lac.linear(x:narrow(1, m, 1), w, bias)))
+          assert.is_true(lac.equal(all:narrow(1, 1, m), lac.linear(x:narrow(1, 1, m), w, bias)))
+        end
+        -- strided rows of x are read like dense ones
+        assert.is_true(lac.equal(all, lac.linear(x:transpose(1, 2):contiguous():transpose(1, 2), w, bias)))
+        -- against the product in f64
+        local exact = lac.matmul(x:to("f64"), w:to("f64"):transpose(1, 2)) + bias:to("f64")
+        local scale = lac.matmul(x:to("f64"):abs(), w:to("f64"):abs():transpose(1, 2)) + bias:to("f64"):abs()
+        -- K + 1 additions in the type of computation, then one rounding to dtype
+        local unit = (sizes[1] + 1) * cases.epsilon(dtype == "f64" and "f64" or "f32") + cases.epsilon(dtype)
+        assert.is_true(((all:to("f64") - exact):abs() - scale * unit):max():item() <= 0, dtype)
+      end
+    end
+    lac.threads(threads)
+  end)
+end)
+
 -- ---- models -----------------------------------------------------------------------------------------------
 
 local function tiny(change)

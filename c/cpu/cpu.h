@@ -110,6 +110,9 @@ typedef struct {
     int64_t batch_shape[LAC_MAX_DIMS], a_batch[LAC_MAX_DIMS], b_batch[LAC_MAX_DIMS];
 } lac_gemm;
 int LAC_CPU(gemm)(const char *op, const lac_gemm *g);
+/* few.c: the same for a handful of rows and one B with contiguous columns; few_fits() says whether it is that */
+bool LAC_CPU(few_fits)(const lac_gemm *g);
+int LAC_CPU(few)(const char *op, const lac_gemm *g);
 
 /* double or float sums of short arrays, in a fixed order (reduce.c) */
 double LAC_CPU(sum)(int ctype, const void *x, int64_t n);

@@ -7,7 +7,7 @@
  * other spans it (so transposed and sliced views cost nothing). Anything else (half precision, steps, broadcast or
  * negative strides) is packed into thread-local panels, 512 columns of the inner dimension at a time; half-precision
  * sums stay in f32 until the tile is done. OpenBLAS (OpenMP build) runs single-threaded inside a parallel region;
- * outside of one the region's thread count is set to 1 round the call and restored.
+ * outside of one the region's thread count is set to 1 round the call and restored. A few rows go to few.c.
  */
 #include "cpu.h"
 #include <cblas.h>
@@ -174,6 +174,7 @@ int LAC_CPU(gemm)(const char *op, const lac_gemm *g)
     int64_t items = 1;
     for (int d = 0; d < g->batch_axes; d++) items *= g->batch_shape[d];
     if (g->m == 0 || g->n == 0 || items == 0) return 0;
+    if (LAC_CPU(few_fits)(g)) return LAC_CPU(few)(op, g);
     choose_tiles(&job, items);
     job.pack_a = !blas_reads(g->a_dtype, g->m, g->k, g->a_rs, g->a_cs);
     job.pack_b = !blas_reads(g->b_dtype, g->k, g->n, g->b_rs, g->b_cs);
