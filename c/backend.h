@@ -34,10 +34,14 @@ typedef struct { lac_view y, g, out; int dim; bool logarithm; } lac_a_softmax_bw
 typedef struct { lac_view a, b, bias, out; } lac_a_matmul; /* batch axes expanded; bias.data may be NULL */
 typedef struct { lac_view x, gamma, beta, out, mean, rstd; double eps; } lac_a_layernorm;
 typedef struct { lac_view x, gamma, mean, rstd, g, dx, dgamma, dbeta; } lac_a_layernorm_bwd;
-typedef struct { lac_view logits, target, out, lse; int64_t ignore; } lac_a_cross_entropy;
-typedef struct { lac_view logits, target, lse, g, out; int64_t ignore; } lac_a_cross_entropy_bwd;
-typedef struct { lac_view x, w, bias, target, out, lse; int64_t ignore, chunk; } lac_a_linear_ce;
-typedef struct { lac_view x, w, bias, target, lse, g, dx, dw, dbias; int64_t ignore, chunk; } lac_a_linear_ce_bwd;
+typedef struct { lac_view x, w, bias, out; int64_t stride, dilation, before; } lac_a_conv1d; /* bias.data may be NULL */
+typedef struct { lac_view x, w, g, dx, dw; int64_t stride, dilation, before; } lac_a_conv1d_bwd; /* dx, dw data NULL: not wanted */
+/* weight [V].data NULL: all 1; target [R] classes, or [R, V] probabilities of logits' dtype */
+typedef struct { int64_t ignore; double smoothing; lac_view weight; } lac_loss;
+typedef struct { lac_view logits, target, out, lse; lac_loss loss; } lac_a_cross_entropy;
+typedef struct { lac_view logits, target, lse, g, out; lac_loss loss; } lac_a_cross_entropy_bwd;
+typedef struct { lac_view x, w, bias, target, out, lse; lac_loss loss; int64_t chunk; } lac_a_linear_ce;
+typedef struct { lac_view x, w, bias, target, lse, g, dx, dw, dbias; lac_loss loss; int64_t chunk; } lac_a_linear_ce_bwd;
 typedef struct { lac_view x, index, out; int dim; } lac_a_index; /* index_select, gather */
 typedef struct { lac_view g, index, out; int dim; } lac_a_index_bwd;
 typedef struct { lac_view dst, index, src; int dim, mode; bool self; } lac_a_scatter; /* in place; src has index's shape */
@@ -48,9 +52,11 @@ typedef struct { lac_view x, values, index; int dim; bool descending; } lac_a_so
 typedef struct { lac_view sorted, values, out; bool right; } lac_a_searchsorted; /* leading axes equal, or sorted 1-D */
 typedef struct { lac_view sorted, order, inverse, starts; int64_t *count; } lac_a_runs;
 typedef struct { lac_view x, out; int64_t *count; } lac_a_nonzero; /* out.data NULL: only count */
-typedef struct { lac_view x, out; int64_t start; double base, scale_base; bool interleaved, transpose; int sign; } lac_a_rope;
+/* positions [N] or [B, N]; data NULL: 0, 1, ...; start is added to either */
+typedef struct { lac_view x, positions, out; int64_t start; double base, scale_base; bool interleaved, transpose; int sign; } lac_a_rope;
 typedef struct { lac_view out; int kind; double a, b; uint64_t seed, offset; } lac_a_random;
 typedef struct { lac_view x, out; double p; uint64_t seed, offset; } lac_a_dropout;
+typedef struct { lac_view weights, out; bool replacement; uint64_t seed, offset; } lac_a_multinomial; /* [R, N], i64 [R, S] */
 enum { LAC_RULE_ADAMW = 0, LAC_RULE_SGD = 1, LAC_RULE_LION = 2 };
 typedef struct { lac_view param, grad, m, v, master; double lr, weight_decay; } lac_a_optim_item; /* absent parts: data NULL */
 /* coupled: decay is added to the gradient; beta1 is SGD's momentum, which also has dampening and nesterov */

@@ -170,19 +170,32 @@ int lac_layernorm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor
 int lac_layernorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *mean, const lac_tensor *rstd,
                       const lac_tensor *g, lac_tensor *dx, lac_tensor *dgamma, lac_tensor *dbeta);
 
+/* ---- convolution ---- */
+/* x [B, C, N], w [O, C / groups, K], bias [O] or NULL; out [B, O, L], out[l] sees x at l stride + k dilation - before, zeros
+ * outside; L = floor((N + before + after - dilation (K - 1) - 1) / stride) + 1 */
+int lac_conv1d(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, int64_t stride, int64_t dilation,
+               int64_t before, int64_t after, lac_tensor *out);
+/* dx or dw may be NULL: not wanted */
+int lac_conv1d_bwd(const lac_tensor *x, const lac_tensor *w, const lac_tensor *g, int64_t stride, int64_t dilation,
+                   int64_t before, lac_tensor *dx, lac_tensor *dw);
+
 /* ---- losses ---- */
-/* logits [R, V], target [R] i64 or i32 (0-based class); out [R]: -log softmax at the target, 0 where target == ignore.
- * lse [R] is saved for the backward. A target outside [0, V) that is not `ignore` is an error of status "index". */
-int lac_cross_entropy(const lac_tensor *logits, const lac_tensor *target, int64_t ignore, lac_tensor *out, lac_tensor *lse);
-int lac_cross_entropy_bwd(const lac_tensor *logits, const lac_tensor *target, int64_t ignore, const lac_tensor *lse,
-                          const lac_tensor *g, lac_tensor *dlogits); /* g [R] */
+/* logits [R, V]. target [R] i64 or i32 (0-based class); out [R]: with t the one-hot of the target,
+ * -sum_c weight_c ((1 - smoothing) t_c + smoothing / V) log softmax(logits)_c; 0 where target == ignore. Or target [R, V] of
+ * logits' dtype: t itself (ignore has no meaning). weight [V] of logits' dtype, or NULL: all 1. lse [R] is saved for the
+ * backward. A target outside [0, V) that is not `ignore` is an error of status "index". */
+int lac_cross_entropy(const lac_tensor *logits, const lac_tensor *target, const lac_tensor *weight, int64_t ignore,
+                      double smoothing, lac_tensor *out, lac_tensor *lse);
+int lac_cross_entropy_bwd(const lac_tensor *logits, const lac_tensor *target, const lac_tensor *weight, int64_t ignore,
+                          double smoothing, const lac_tensor *lse, const lac_tensor *g, lac_tensor *dlogits); /* g [R] */
 /* The same on logits = x w^T (+ bias), x [R, E], w [V, E], bias [V] or NULL, computed `chunk` rows at a time: the
- * logits never exist as a whole, in either direction. chunk 0 chooses. dbias is NULL exactly when bias is. */
+ * logits never exist as a whole, in either direction. chunk 0 chooses. dbias is NULL exactly when bias is; target [R]. */
 int lac_linear_cross_entropy(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, const lac_tensor *target,
-                             int64_t ignore, int64_t chunk, lac_tensor *out, lac_tensor *lse);
+                             const lac_tensor *weight, int64_t ignore, double smoothing, int64_t chunk, lac_tensor *out,
+                             lac_tensor *lse);
 int lac_linear_cross_entropy_bwd(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, const lac_tensor *target,
-                                 int64_t ignore, int64_t chunk, const lac_tensor *lse, const lac_tensor *g,
-                                 lac_tensor *dx, lac_tensor *dw, lac_tensor *dbias);
+                                 const lac_tensor *weight, int64_t ignore, double smoothing, int64_t chunk,
+                                 const lac_tensor *lse, const lac_tensor *g, lac_tensor *dx, lac_tensor *dw, lac_tensor *dbias);
 
 /* ---- indexing ---- */
 /* idx i64 or i32, 0-based, any shape; out has x's shape with axis `dim` replaced by idx's shape (embedding: dim 0).
@@ -224,12 +237,13 @@ int lac_runs(const lac_tensor *sorted, const lac_tensor *order, lac_tensor *inve
 int lac_nonzero(const lac_tensor *x, lac_tensor *out);
 
 /* ---- positions ---- */
-/* x [B, N, H, D], D even; rotates pairs (2i, 2i+1) if interleaved else (i, i + D/2) by angle p base^(-2i/D), p = start + n.
+/* x [B, N, H, D], D even; rotates pairs (2i, 2i+1) if interleaved else (i, i + D/2) by angle p base^(-2i/D), p = start + n,
+ * or start + positions[n] (i64 or i32 [N], or [B, N]; at least 0; NULL: none).
  * RoPE: Su et al. 2021, eq. 34. scale_base > 0 adds XPOS (Sun et al. 2022, eq. 9): each pair is multiplied by
  * zeta_i^(sign p / scale_base), zeta_i = (2i/D + 0.4)/1.4, sign +1 for queries, -1 for keys. transpose = 1 applies the
  * transposed map, which is the gradient. */
-int lac_rope(const lac_tensor *x, int64_t start, double base, int interleaved, double scale_base, int sign, int transpose,
-             lac_tensor *out);
+int lac_rope(const lac_tensor *x, const lac_tensor *positions, int64_t start, double base, int interleaved, double scale_base,
+             int sign, int transpose, lac_tensor *out);
 
 /* ---- random numbers: Philox4x32-10, counter = position, so results do not depend on threads or device ---- */
 enum { LAC_UNIFORM = 0, LAC_NORMAL = 1, LAC_BERNOULLI = 2, LAC_INTEGER = 3 };
@@ -237,6 +251,12 @@ enum { LAC_UNIFORM = 0, LAC_NORMAL = 1, LAC_BERNOULLI = 2, LAC_INTEGER = 3 };
 int lac_random(lac_tensor *dst, int kind, double a, double b, uint64_t seed, uint64_t offset);
 /* out = x * keep / (1 - p), keep drawn from (seed, offset) by the element's row-major position; its own backward */
 int lac_dropout(const lac_tensor *x, double p, uint64_t seed, uint64_t offset, lac_tensor *out);
+
+/* weights [N] or [R, N], not negative, not all 0; out i64 [samples] or [R, samples]: 0-based draws in proportion to them. With
+ * replacement sample s of row r is the 64-bit draw r samples + s, looked up in the running sum; without, element i of row r
+ * has the key -log(1 - draw r N + i) / weight, and the smallest keys are taken in order (an exponential race: the
+ * distribution of drawing one after the other). */
+int lac_multinomial(const lac_tensor *weights, int64_t samples, int replacement, uint64_t seed, uint64_t offset, lac_tensor *out);
 
 /* ---- optimisers, over lists of tensors, one call ---- */
 /* One parameter; everything contiguous and of one shape. Moments m and v are f32 (f64 for f64 parameters): AdamW has

@@ -4,7 +4,9 @@
  * gradient g that the backward takes are f32 for f32, f16 and bf16 logits, and f64 for f64: a loss in bf16 would have
  * two digits. A row whose target equals `ignore` has loss 0 and gradient 0, and `ignore` may be any integer; other
  * targets must be classes, which the back end checks (only it can read the tensor) before it writes anything. The fused
- * form takes the projection's weights as they are, w [V, E], and never makes the logits.
+ * form takes the projection's weights as they are, w [V, E], and never makes the logits. Class weights and label
+ * smoothing are inside, because outside they would need the log-probabilities as a tensor; so are targets that are
+ * probabilities.
  */
 #include "op_front.h"
 
@@ -18,6 +20,33 @@ static int target_get(const char *op, const lac_tensor *t, const lac_tensor *x, 
     if (t->ndim == 1 && t->shape[0] == rows) return 0;
     LAC_FAIL(SHAPE, "%s: target must be [%lld], one class for every row of %s %s, got %s", op, (long long)rows, nx,
              lac_shape_text(x->shape, x->ndim), lac_shape_text(t->shape, t->ndim));
+}
+
+/* target [R, V], probabilities of the logits' dtype, or [R] classes */
+static int any_target_get(const char *op, const lac_tensor *t, const lac_tensor *logits, lac_view *v)
+{
+    if (!t || !lac_dtype_is_float(t->dtype)) return target_get(op, t, logits, "logits", logits->shape[0], v);
+    LAC_TRY(lac_view_get(op, "target", t, v));
+    LAC_TRY(lac_same_dtype(op, "logits", logits, "target", t));
+    LAC_TRY(lac_same_device(op, "logits", logits, "target", t));
+    return lac_same_shape(op, "logits", logits, "target", t);
+}
+
+/* weight [V] or NULL, and smoothing; x has the dtype */
+static int loss_get(const char *op, const lac_tensor *weight, double smoothing, const lac_tensor *x, int64_t classes,
+                    lac_loss *loss)
+{
+    if (!(smoothing >= 0 && smoothing <= 1))
+        LAC_FAIL(ARGUMENT, "%s: label smoothing must be in [0, 1], got %g", op, smoothing);
+    loss->smoothing = smoothing;
+    loss->weight.data = NULL;
+    if (!weight) return 0;
+    LAC_TRY(lac_view_get(op, "weight", weight, &loss->weight));
+    LAC_TRY(lac_same_dtype(op, "x", x, "weight", weight));
+    LAC_TRY(lac_same_device(op, "x", x, "weight", weight));
+    if (weight->ndim == 1 && weight->shape[0] == classes) return 0;
+    LAC_FAIL(SHAPE, "%s: weight must be [%lld], one for every class, got %s", op, (long long)classes,
+             lac_shape_text(weight->shape, weight->ndim));
 }
 
 /* lse or g: [R] in the dtype of losses */
@@ -45,15 +74,16 @@ static int logits_get(const char *op, const lac_tensor *t, lac_view *v)
     return 0;
 }
 
-int lac_cross_entropy(const lac_tensor *logits, const lac_tensor *target, int64_t ignore, lac_tensor *out,
-                      lac_tensor *lse)
+int lac_cross_entropy(const lac_tensor *logits, const lac_tensor *target, const lac_tensor *weight, int64_t ignore,
+                      double smoothing, lac_tensor *out, lac_tensor *lse)
 {
     const char *op = "cross_entropy";
-    lac_a_cross_entropy a = {.ignore = ignore};
+    lac_a_cross_entropy a = {.loss.ignore = ignore};
     LAC_OUT(op, "out", out);
     LAC_OUT(op, "lse", lse);
     LAC_TRY(logits_get(op, logits, &a.logits));
-    LAC_TRY(target_get(op, target, logits, "logits", logits->shape[0], &a.target));
+    LAC_TRY(any_target_get(op, target, logits, &a.target));
+    LAC_TRY(loss_get(op, weight, smoothing, logits, logits->shape[1], &a.loss));
     int stat = lac_front_stat_dtype(logits->dtype);
     LAC_TRY(lac_tensor_new(op, stat, logits->device, 1, logits->shape, out, &a.out));
     LAC_TRY_OUT(lac_tensor_new(op, stat, logits->device, 1, logits->shape, lse, &a.lse), out);
@@ -61,14 +91,15 @@ int lac_cross_entropy(const lac_tensor *logits, const lac_tensor *target, int64_
     return 0;
 }
 
-int lac_cross_entropy_bwd(const lac_tensor *logits, const lac_tensor *target, int64_t ignore, const lac_tensor *lse,
-                          const lac_tensor *g, lac_tensor *dlogits)
+int lac_cross_entropy_bwd(const lac_tensor *logits, const lac_tensor *target, const lac_tensor *weight, int64_t ignore,
+                          double smoothing, const lac_tensor *lse, const lac_tensor *g, lac_tensor *dlogits)
 {
     const char *op = "cross_entropy_bwd";
-    lac_a_cross_entropy_bwd a = {.ignore = ignore};
+    lac_a_cross_entropy_bwd a = {.loss.ignore = ignore};
     LAC_OUT(op, "dlogits", dlogits);
     LAC_TRY(logits_get(op, logits, &a.logits));
-    LAC_TRY(target_get(op, target, logits, "logits", logits->shape[0], &a.target));
+    LAC_TRY(any_target_get(op, target, logits, &a.target));
+    LAC_TRY(loss_get(op, weight, smoothing, logits, logits->shape[1], &a.loss));
     LAC_TRY(stat_get(op, "lse", lse, logits, logits->shape[0], &a.lse));
     LAC_TRY(stat_get(op, "g", g, logits, logits->shape[0], &a.g));
     LAC_TRY(lac_tensor_new(op, logits->dtype, logits->device, 2, logits->shape, dlogits, &a.out));
@@ -102,13 +133,15 @@ static int linear_get(const char *op, const lac_tensor *x, const lac_tensor *w, 
 }
 
 int lac_linear_cross_entropy(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, const lac_tensor *target,
-                             int64_t ignore, int64_t chunk, lac_tensor *out, lac_tensor *lse)
+                             const lac_tensor *weight, int64_t ignore, double smoothing, int64_t chunk, lac_tensor *out,
+                             lac_tensor *lse)
 {
     const char *op = "linear_cross_entropy";
-    lac_a_linear_ce a = {.ignore = ignore, .chunk = chunk};
+    lac_a_linear_ce a = {.loss.ignore = ignore, .chunk = chunk};
     LAC_OUT(op, "out", out);
     LAC_OUT(op, "lse", lse);
     LAC_TRY(linear_get(op, x, w, bias, target, chunk, &a.x, &a.w, &a.bias, &a.target));
+    LAC_TRY(loss_get(op, weight, smoothing, x, w->shape[0], &a.loss));
     int stat = lac_front_stat_dtype(x->dtype);
     LAC_TRY(lac_tensor_new(op, stat, x->device, 1, x->shape, out, &a.out));
     LAC_TRY_OUT(lac_tensor_new(op, stat, x->device, 1, x->shape, lse, &a.lse), out);
@@ -117,15 +150,17 @@ int lac_linear_cross_entropy(const lac_tensor *x, const lac_tensor *w, const lac
 }
 
 int lac_linear_cross_entropy_bwd(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias,
-                                 const lac_tensor *target, int64_t ignore, int64_t chunk, const lac_tensor *lse,
-                                 const lac_tensor *g, lac_tensor *dx, lac_tensor *dw, lac_tensor *dbias)
+                                 const lac_tensor *target, const lac_tensor *weight, int64_t ignore, double smoothing,
+                                 int64_t chunk, const lac_tensor *lse, const lac_tensor *g, lac_tensor *dx,
+                                 lac_tensor *dw, lac_tensor *dbias)
 {
     const char *op = "linear_cross_entropy_bwd";
-    lac_a_linear_ce_bwd a = {.ignore = ignore, .chunk = chunk};
+    lac_a_linear_ce_bwd a = {.loss.ignore = ignore, .chunk = chunk};
     LAC_OUT(op, "dx", dx);
     LAC_OUT(op, "dw", dw);
     if (dbias) dbias->storage = NULL;
     LAC_TRY(linear_get(op, x, w, bias, target, chunk, &a.x, &a.w, &a.bias, &a.target));
+    LAC_TRY(loss_get(op, weight, smoothing, x, w->shape[0], &a.loss));
     if (!bias != !dbias)
         LAC_FAIL(ARGUMENT, "%s: %s", op,
                  bias ? "there is a bias but no place for dbias" : "dbias was asked for, but there is no bias");

@@ -64,3 +64,25 @@ int lac_dropout(const lac_tensor *x, double p, uint64_t seed, uint64_t offset, l
     LAC_RUN_OUT(dropout, x->device, &a, out);
     return 0;
 }
+
+int lac_multinomial(const lac_tensor *weights, int64_t samples, int replacement, uint64_t seed, uint64_t offset,
+                    lac_tensor *out)
+{
+    const char *op = "multinomial";
+    lac_a_multinomial a = {.replacement = replacement != 0, .seed = seed, .offset = offset};
+    LAC_OUT(op, "out", out);
+    LAC_TRY(lac_view_get(op, "weights", weights, &a.weights));
+    LAC_TRY(lac_need_float(op, "weights", weights));
+    if (weights->ndim < 1 || weights->ndim > 2 || weights->shape[weights->ndim - 1] < 1)
+        LAC_FAIL(SHAPE, "%s: weights must be [N] or [R, N] with N at least 1, got %s", op,
+                 lac_shape_text(weights->shape, weights->ndim));
+    int64_t n = weights->shape[weights->ndim - 1];
+    if (samples < 0 || (!replacement && samples > n))
+        LAC_FAIL(ARGUMENT, "%s: cannot draw %lld samples of %lld elements %s replacement", op, (long long)samples,
+                 (long long)n, replacement ? "with" : "without");
+    int64_t shape[2] = {weights->shape[0], samples};
+    LAC_TRY(lac_tensor_new(op, LAC_I64, weights->device, weights->ndim, weights->ndim == 1 ? shape + 1 : shape, out,
+                           &a.out));
+    LAC_RUN_OUT(multinomial, weights->device, &a, out);
+    return 0;
+}

@@ -116,6 +116,12 @@ COST(layernorm, lac_a_layernorm, .flops = 8.0 * all(&a->out),
      .bytes = BYTES(&a->x, &a->gamma, &a->beta, &a->out, &a->mean, &a->rstd))
 COST(layernorm_bwd, lac_a_layernorm_bwd, .flops = 13.0 * all(&a->x),
      .bytes = BYTES(&a->x, &a->gamma, &a->mean, &a->rstd, &a->g, &a->dx, &a->dgamma, &a->dbeta))
+/* channels and positions that each result sees: w [O, C / groups, K] */
+COST(conv1d, lac_a_conv1d, .flops = 2.0 * all(&a->out) * (double)(a->w.shape[1] * a->w.shape[2]),
+     .bytes = BYTES(&a->x, &a->w, &a->bias, &a->out))
+COST(conv1d_bwd, lac_a_conv1d_bwd,
+     .flops = 2.0 * all(&a->g) * (double)(a->w.shape[1] * a->w.shape[2]) * ((a->dx.data != NULL) + (a->dw.data != NULL)),
+     .bytes = BYTES(&a->x, &a->w, &a->g, &a->dx, &a->dw))
 COST(cross_entropy, lac_a_cross_entropy, .flops = 4.0 * logits_of(&a->logits),
      .bytes = BYTES(&a->logits, &a->target, &a->out, &a->lse))
 COST(cross_entropy_bwd, lac_a_cross_entropy_bwd, .flops = 3.0 * logits_of(&a->logits),
@@ -141,8 +147,9 @@ COST(topk, lac_a_sort, .bytes = BYTES(&a->x, &a->values, &a->index))
 COST(searchsorted, lac_a_searchsorted, .bytes = BYTES(&a->sorted, &a->values, &a->out))
 COST(runs, lac_a_runs, .bytes = BYTES(&a->sorted, &a->order, &a->inverse))
 COST(nonzero, lac_a_nonzero, .bytes = BYTES(&a->x, &a->out))
-COST(rope, lac_a_rope, .flops = 3.0 * all(&a->out), .bytes = BYTES(&a->x, &a->out))
+COST(rope, lac_a_rope, .flops = 3.0 * all(&a->out), .bytes = BYTES(&a->x, &a->positions, &a->out))
 COST(random, lac_a_random, .bytes = BYTES(&a->out))
+COST(multinomial, lac_a_multinomial, .flops = 2.0 * all(&a->weights), .bytes = BYTES(&a->weights, &a->out))
 COST(dropout, lac_a_dropout, .flops = all(&a->out), .bytes = BYTES(&a->x, &a->out))
 COST(optim_many, lac_a_optim, .flops = optim_flops(a), .bytes = optim_bytes(a), .function = a->name)
 COST(norm_many, lac_a_norm, .flops = 2.0 * norm_sum(a, all), .bytes = norm_sum(a, bytes_of))

@@ -1013,10 +1013,10 @@ describe("engine on " .. isa .. ":", function()
         for _, index in ipairs { "i64", "i32" } do
           for layout, t in pairs(d.layouts(dtype, { R, V }, x)) do
             local tt, out, lse = tensor(index, { R }, target), d.out(), d.out()
-            call("cross_entropy", t, tt, IGNORE, out, lse)
+            call("cross_entropy", t, tt, nil, IGNORE, 0, out, lse)
             check_all("loss " .. layout, stat, get(out), ref, 4, stat == "f32" and 2 ^ -21 or 2 ^ -48)
             check_all("lse", stat, get(lse), lse_ref, 4)
-            local dx = op("cross_entropy_bwd", t, tt, IGNORE, lse, tensor(stat, { R }, rg))
+            local dx = op("cross_entropy_bwd", t, tt, nil, IGNORE, 0, lse, tensor(stat, { R }, rg))
             assert.are.equal(t.dtype, dx.dtype)
             check_all("dlogits", dtype, get(dx), dref, 1, stat == "f32" and 2 ^ -21 or 1e-7)
           end
@@ -1042,10 +1042,11 @@ describe("engine on " .. isa .. ":", function()
               local tb, tt, tg = bias and tensor(dtype, { V }, b), tensor("i64", { R }, target), tensor(stat,
                 { R }, rg)
               local out, lse = d.out(), d.out()
-              call("linear_cross_entropy", tx, tw, tb, tt, IGNORE, chunk, out, lse)
+              call("linear_cross_entropy", tx, tw, tb, tt, nil, IGNORE, 0, chunk, out, lse)
               check_all("fused loss " .. layout, stat, get(out), ref, 4, stat == "f32" and 2 ^ -20 or 2 ^ -47)
               local o = { d.out(), d.out(), bias and d.out() or nil }
-              call("linear_cross_entropy_bwd", tx, tw, tb, tt, IGNORE, chunk, lse, tg, o[1], o[2], o[3])
+              call("linear_cross_entropy_bwd", tx, tw, tb, tt, nil, IGNORE, 0, chunk, lse, tg, o[1], o[2],
+                   o[3])
               local slack = stat == "f32" and 2 ^ -19 or 1e-7
               check_all("fused dx", dtype, get(o[1]), dx, 1, slack)
               check_all("fused dw", dtype, get(o[2]), dw, 1, slack)
@@ -1058,11 +1059,11 @@ describe("engine on " .. isa .. ":", function()
     it("names the bad target", function()
       local x = tensor("f32", { 2, 3 }, { 1, 2, 3, 4, 5, 6 })
       fails("index", "target number 2 is 3.*outside 0..2", "cross_entropy", x, tensor("i64", { 2 }, { 0,
-        3 }), -100, d.out(), d.out())
+        3 }), nil, -100, 0, d.out(), d.out())
       fails("index", "target number 1 is %-1", "linear_cross_entropy", x, x, nil, tensor("i32", { 2 }, { -1,
-        0 }), -100, 0, d.out(), d.out())
+        0 }), nil, -100, 0, 0, d.out(), d.out())
       local out, lse = d.out(), d.out()
-      call("cross_entropy", d.empty("f32", { 0, 3 }), d.empty("i64", { 0 }), 0, out, lse)
+      call("cross_entropy", d.empty("f32", { 0, 3 }), d.empty("i64", { 0 }), nil, 0, 0, out, lse)
       assert.are.same({ 0 }, shape_of(out))
     end)
   end)
@@ -1191,7 +1192,7 @@ describe("engine on " .. isa .. ":", function()
             -- an angle of p is known to p 2^-53; the products round in the compute type
             local slack = dtype == "f64" and 1e-15 * (4 + math.abs(start)) or 2 ^ -21
             for layout, tx in pairs(t) do
-              check_all("rope " .. mode .. " " .. layout, dtype, get(op("rope", tx, start, 10000, inter,
+              check_all("rope " .. mode .. " " .. layout, dtype, get(op("rope", tx, nil, start, 10000, inter,
                 scale_base, sgn, trans)),
                 ref, 1, slack)
             end
@@ -1201,8 +1202,8 @@ describe("engine on " .. isa .. ":", function()
     end)
     it("the transpose is the adjoint", function()
       local x, y = randoms(B * N * H * D, -1, 1), randoms(B * N * H * D, -1, 1)
-      local a = get(op("rope", tensor("f64", { B, N, H, D }, x), 4, 1000, 0, 512, 1, 0))
-      local b = get(op("rope", tensor("f64", { B, N, H, D }, y), 4, 1000, 0, 512, 1, 1))
+      local a = get(op("rope", tensor("f64", { B, N, H, D }, x), nil, 4, 1000, 0, 512, 1, 0))
+      local b = get(op("rope", tensor("f64", { B, N, H, D }, y), nil, 4, 1000, 0, 512, 1, 1))
       local s, t = 0, 0
       for i = 1, #x do s, t = s + a[i] * y[i], t + x[i] * b[i] end
       assert.is_true(math.abs(s - t) < 1e-13)
@@ -1398,11 +1399,11 @@ describe("engine on " .. isa .. ":", function()
         call("random", idx, C.LAC_INTEGER, 0, 50, 1, 1)
         keep("index", op("index_select_bwd", x, 0, idx, 50), op("index_select", y, 0, idx))
         local w, bias = normal(dtype, { 60, 515 }, 6), normal(dtype, { 60 }, 10)
-        local loss, lse = several("linear_cross_entropy", 2, x, w, bias, idx, -1, 37)
+        local loss, lse = several("linear_cross_entropy", 2, x, w, bias, idx, nil, -1, 0.1, 37)
         keep("fused", loss, lse,
-          several("linear_cross_entropy_bwd", 3, x, w, bias, idx, -1, 37, lse, loss))
+          several("linear_cross_entropy_bwd", 3, x, w, bias, idx, nil, -1, 0.1, 37, lse, loss))
         keep("dropout", op("dropout", x, 0.5, 1, 1))
-        keep("rope", op("rope", normal(dtype, { 2, 70, 4, 64 }, 7), 5, 10000, 0, 0, 1, 0))
+        keep("rope", op("rope", normal(dtype, { 2, 70, 4, 64 }, 7), nil, 5, 10000, 0, 0, 1, 0))
         local p, m, v = normal(dtype, { 130, 515 }, 8), d.empty("f32", { 130, 515 }), d.empty("f32", { 130,
           515 })
         call("fill", m, 0) call("fill", v, 0)
@@ -1478,25 +1479,32 @@ describe("engine errors:", function()
     fails("shape", "last dimension of at least one", "layernorm", f(2, 0), nil, nil, 1e-5, o, o2, o3)
     fails("argument", "there is no gamma", "layernorm_bwd", f(2, 3), nil, f(2), f(2), f(2, 3), o, o2, nil)
     fails("shape", "mean must be f32 %[2%]", "layernorm_bwd", f(2, 3), nil, f(3), f(2), f(2, 3), o, nil, nil)
-    fails("dtype", "target must be i64 or i32, got f32", "cross_entropy", f(2, 3), f(2), 0, o, o2)
-    fails("shape", "target must be %[2%]", "cross_entropy", f(2, 3), i64(3), 0, o, o2)
-    fails("shape", "at least one class", "cross_entropy", f(2, 0), i64(2), 0, o, o2)
-    fails("argument", "chunk must be at least 1", "linear_cross_entropy", f(2, 3), f(4, 3), nil, i64(2), 0,
-      -1, o, o2)
-    fails("argument", "no place for dbias", "linear_cross_entropy_bwd", f(2, 3), f(4, 3), f(4), i64(2), 0, 0,
+    fails("dtype", "target is f16", "cross_entropy", f(2, 3), half(2, 3), nil, 0, 0, o, o2)
+    fails("shape", "target is %[2%]", "cross_entropy", f(2, 3), f(2), nil, 0, 0, o, o2)
+    fails("shape", "weight must be %[3%]", "cross_entropy", f(2, 3), i64(2), f(2), 0, 0, o, o2)
+    fails("argument", "smoothing must be in %[0, 1%], got 2", "cross_entropy", f(2, 3), i64(2), nil, 0, 2, o,
+      o2)
+    fails("shape", "target must be %[2%]", "cross_entropy", f(2, 3), i64(3), nil, 0, 0, o, o2)
+    fails("shape", "at least one class", "cross_entropy", f(2, 0), i64(2), nil, 0, 0, o, o2)
+    fails("argument", "chunk must be at least 1", "linear_cross_entropy", f(2, 3), f(4, 3), nil, i64(2), nil,
+      0, 0, -1, o, o2)
+    fails("argument", "no place for dbias", "linear_cross_entropy_bwd", f(2, 3), f(4, 3), f(4), i64(2), nil,
+      0, 0, 0,
       f(2), f(2), o, o2, nil)
-    fails("argument", "there is no bias", "linear_cross_entropy_bwd", f(2, 3), f(4, 3), nil, i64(2), 0, 0,
+    fails("argument", "there is no bias", "linear_cross_entropy_bwd", f(2, 3), f(4, 3), nil, i64(2), nil, 0,
+      0, 0,
       f(2), f(2), o, o2, o3)
-    fails("dtype", "lse must be f32", "cross_entropy_bwd", half(2, 3), i64(2), 0, half(2), f(2), o)
+    fails("dtype", "lse must be f32", "cross_entropy_bwd", half(2, 3), i64(2), nil, 0, 0, half(2), f(2), o)
     fails("dtype", "index must be i64 or i32", "index_select", f(2), 0, f(2), o)
     fails("shape", "at most 6", "index_select", f(1, 1, 1, 1), 0, i64(1, 1, 1, 1), o)
     fails("shape", "does not have the axes of index", "index_select_bwd", f(2, 3), 0, i64(3), 4, o)
     fails("argument", "must not be negative, got %-1", "index_select_bwd", f(2, 3), 0, i64(2), -1, o)
     fails("shape", "same sizes except in dimension 1", "gather", f(2, 3), 0, i64(2, 2), o)
-    fails("shape", "rope: x must be %[batch", "rope", f(2, 3), 0, 1e4, 0, 0, 1, 0, o)
-    fails("shape", "even, got 3", "rope", f(1, 1, 1, 3), 0, 1e4, 0, 0, 1, 0, o)
-    fails("argument", "base must be finite and above 1, got 1", "rope", f(1, 1, 1, 4), 0, 1, 0, 0, 1, 0, o)
-    fails("argument", "sign must be", "rope", f(1, 1, 1, 4), 0, 1e4, 0, 512, 0, 0, o)
+    fails("shape", "rope: x must be %[batch", "rope", f(2, 3), nil, 0, 1e4, 0, 0, 1, 0, o)
+    fails("shape", "even, got 3", "rope", f(1, 1, 1, 3), nil, 0, 1e4, 0, 0, 1, 0, o)
+    fails("argument", "base must be finite and above 1, got 1", "rope", f(1, 1, 1, 4), nil, 0, 1, 0, 0, 1, 0,
+      o)
+    fails("argument", "sign must be", "rope", f(1, 1, 1, 4), nil, 0, 1e4, 0, 512, 0, 0, o)
     fails("argument", "a < b, got a = 1, b = 1", "random", f(2), 0, 1, 1, 1, 1)
     fails("argument", "deviation >= 0", "random", f(2), 1, 0, -1, 1, 1)
     fails("argument", "in %[0, 1%], got 1.5", "random", f(2), 2, 1.5, 0, 1, 1)
@@ -1620,6 +1628,11 @@ describe("engine errors:", function()
     end
     local T, O, I, N = wild, d.out, function() return pick(integers) end, function() return pick(numbers) end
     local small = function() return math.floor(random() * 8) end
+    local function L() -- sizes for each axis
+      local list = ffi.new("int64_t[6]")
+      for i = 0, 5 do list[i] = pick { 0, 0, 1, 1, 2, 3, -1, 2 ^ 40, -2 ^ 62 } end
+      return list
+    end
     local calls = {
       { "map1", function() return math.floor(random() * 30) end, T, O }, { "map1_bwd", I, T, T, T, O },
         { "map2", small, T, T, O },
@@ -1631,12 +1644,19 @@ describe("engine errors:", function()
       T, T, I, I, O },
       { "matmul", T, T, T, O }, { "layernorm", T, T, T, N, O, O, O }, { "layernorm_bwd", T, T, T, T, T, O, O,
       O },
-      { "cross_entropy", T, T, I, O, O }, { "cross_entropy_bwd", T, T, I, T, T, O },
-      { "linear_cross_entropy", T, T, T, T, I, I, O, O }, { "linear_cross_entropy_bwd", T, T, T, T, I, I, T,
-      T, O, O, O },
+      { "cross_entropy", T, T, T, I, N, O, O }, { "cross_entropy_bwd", T, T, T, I, N, T, T, O },
+      { "linear_cross_entropy", T, T, T, T, T, I, N, I, O, O },
+      { "linear_cross_entropy_bwd", T, T, T, T, T, I, N, I, T, T, O, O, O },
+      { "sort", T, small, small, O, O }, { "topk", T, small, small, small, O, O },
+      { "searchsorted", T, T, small, O }, { "runs", T, T, O, O }, { "nonzero", T, O },
+      { "scatter", T, small, T, T, small, small }, { "index_put", T, small, T, T, small, N },
+      { "pad", T, L, L, small, N, O }, { "pad_bwd", T, L, L, small, O },
+      { "conv1d", T, T, T, small, small, small, small, O }, { "conv1d_bwd", T, T, T, small, small, small, O,
+        O },
+      { "multinomial", T, small, small, small, small, O },
       { "index_select", T, small, T, O }, { "index_select_bwd", T, small, T, small, O }, { "gather", T,
       small, T, O },
-      { "gather_bwd", T, small, T, small, O }, { "rope", T, I, N, I, N, I, I, O }, { "random", T, small, N,
+      { "gather_bwd", T, small, T, small, O }, { "rope", T, T, I, N, I, N, I, I, O }, { "random", T, small, N,
       N, small, small },
       { "dropout", T, N, small, small, O }, { "empty", T }, { "tensor_check", T },
     }

@@ -7,6 +7,11 @@
  * multiplies it into dx, dw and dbias. Chunks are taken in order, so the sums have one order.
  * dw of half-precision weights is summed in f32 workspace of w's size and rounded once: adding chunks in bf16 would
  * lose them. Targets are checked before anything is written.
+ *
+ * With class weights w and smoothing e the row's target is q_c = w_c ((1 - e) t_c + e / V), Q its sum: the loss is
+ * Q lse - sum q_c x_c and the gradient (Q softmax_c - q_c) g. For a class as the target that is e / V times one dot
+ * product of w and x (or a sum of x) and a correction at one place; t as a tensor is read along with the logits.
+ * lse is taken off in two floats, so that no value has to pass through double.
  */
 #include "cpu.h"
 #include "simd.h"
@@ -27,12 +32,37 @@ enum { SUM_BLOCK = 256, CHUNK_ELEMENTS = 1 << 22, BIAS_COLUMNS = 256 };
         }                                                                                                              \
         return (double)m + log(total);                                                                                 \
     }                                                                                                                  \
-    /* y = (exp(x - lse) - [i = target]) g; y may be x */                                                              \
-    static void row_gradient_##S(const T *x, double lse, int64_t target, T g, T *y, int64_t n)                         \
+    /* y = (q exp(x - lse) - r w) g, w NULL: 1; y may be x */                                                          \
+    static void row_gradient_##S(const T *x, const T *w, double lse, double q, double r, double g, T *y, int64_t n)    \
     {                                                                                                                  \
-        T at_target = (T)(exp((double)x[target] - lse) - 1.0) * g;                                                     \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = EXP((T)((double)x[i] - lse)) * g;                   \
-        y[target] = at_target;                                                                                         \
+        T high = (T)lse, low = (T)(lse - (double)high), a = (T)(q * g), b = (T)(r * g);                                \
+        if (!w) _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = EXP((x[i] - high) - low) * a - b;           \
+        else _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = EXP((x[i] - high) - low) * a - b * w[i];       \
+    }                                                                                                                  \
+    /* y = (q exp(x - lse) - w t) g; y may be x or t */                                                                \
+    static void row_soft_gradient_##S(const T *x, const T *t, double lse, double q, double g, T *y, int64_t n)         \
+    {                                                                                                                  \
+        T high = (T)lse, low = (T)(lse - (double)high), a = (T)(q * g), b = (T)g;                                      \
+        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = EXP((x[i] - high) - low) * a - t[i] * b;            \
+    }                                                                                                                  \
+    /* sum of x, or of x w */                                                                                          \
+    static double row_dot_##S(const T *x, const T *w, int64_t n)                                                       \
+    {                                                                                                                  \
+        double total = 0;                                                                                              \
+        for (int64_t at = 0; at < n; at += SUM_BLOCK) {                                                                \
+            int64_t end = n - at < SUM_BLOCK ? n : at + SUM_BLOCK;                                                     \
+            T s = 0;                                                                                                   \
+            if (!w) _Pragma("omp simd reduction(+ : s)") for (int64_t i = at; i < end; i++) s += x[i];                 \
+            else _Pragma("omp simd reduction(+ : s)") for (int64_t i = at; i < end; i++) s += x[i] * w[i];             \
+            total += (double)s;                                                                                        \
+        }                                                                                                              \
+        return total;                                                                                                  \
+    }                                                                                                                  \
+    /* t = w (t (1 - e) + e / n) */                                                                                    \
+    static void row_target_##S(const T *t, const T *w, double e, T *y, int64_t n)                                      \
+    {                                                                                                                  \
+        T keep = (T)(1 - e), share = (T)(e / (double)n);                                                               \
+        for (int64_t i = 0; i < n; i++) y[i] = (t[i] * keep + share) * (w ? w[i] : 1);                                 \
     }
 ROW_KERNELS(float, f, v_expf, INFINITY)
 ROW_KERNELS(double, d, exp, (double)INFINITY)
@@ -54,13 +84,17 @@ static void stat_set(const lac_view *v, int64_t i, double value)
 typedef struct {
     const lac_view *logits; /* rows of the tensor, or NULL: */
     void *chunk;            /* dense rows in the compute type */
-    int64_t first, rows, n, ignore;
-    const int64_t *target; /* [R], checked */
+    int64_t first, rows, n;
+    const lac_loss *loss;
+    const int64_t *target; /* [R], checked; or NULL: */
+    const lac_view *soft;  /* [R, V] */
+    const void *weight;    /* [V] in the compute type, or NULL */
+    double weight_sum;
     const lac_view *out, *lse, *g;
     const lac_view *gradient; /* where dlogits goes; NULL: in place */
     int ctype;
     int64_t row_bytes;
-    char *workspace;
+    char *workspace; /* per thread: a row of logits, and one of targets */
 } loss_job;
 
 static const void *logits_row(const loss_job *job, int64_t r, void *space)
@@ -71,40 +105,98 @@ static const void *logits_row(const loss_job *job, int64_t r, void *space)
     return LAC_CPU(load)(v->dtype, (char *)v->data + r * v->stride[0] * bytes, v->stride[1] * bytes, job->n, space);
 }
 
+static double value_at(const loss_job *job, const void *row, int64_t i)
+{
+    return job->ctype == C_F32 ? (double)((const float *)row)[i] : ((const double *)row)[i];
+}
+
+static double dot_row(const loss_job *job, const void *x, const void *w)
+{
+    return job->ctype == C_F32 ? row_dot_f(x, w, job->n) : row_dot_d(x, w, job->n);
+}
+
+/* what stands in the loss for row's target: q at the class, and r w_c everywhere (r = smoothing / V) */
+static double class_weight(const loss_job *job, int64_t t, double *r)
+{
+    *r = job->loss->smoothing / (double)job->n;
+    return (1 - job->loss->smoothing) * (job->weight ? value_at(job, job->weight, t) : 1);
+}
+
+/* row r of the probabilities with weights and smoothing, in `space` unless nothing has to be done */
+static const void *soft_row(const loss_job *job, int64_t r, void *space)
+{
+    const lac_view *v = job->soft;
+    int64_t bytes = lac_bytes_of(v->dtype);
+    const char *at = (const char *)v->data + r * v->stride[0] * bytes;
+    const void *t = LAC_CPU(load)(v->dtype, at, v->stride[1] * bytes, job->n, space);
+    if (!job->weight && job->loss->smoothing == 0) return t;
+    if (job->ctype == C_F32) row_target_f(t, job->weight, job->loss->smoothing, space, job->n);
+    else row_target_d(t, job->weight, job->loss->smoothing, space, job->n);
+    return space;
+}
+
 static void loss_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const loss_job *job = context;
-    char *space = job->workspace + job->row_bytes * thread;
+    char *space = job->workspace ? job->workspace + 2 * job->row_bytes * thread : NULL; /* NULL: a chunk */
     for (int64_t r = begin; r < end; r++) {
         const void *x = logits_row(job, r, space);
-        double lse = job->ctype == C_F32 ? row_lse_f(x, job->n) : row_lse_d(x, job->n);
-        int64_t row = job->first + r, t = job->target[row];
+        double lse = job->ctype == C_F32 ? row_lse_f(x, job->n) : row_lse_d(x, job->n), loss, share;
+        int64_t row = job->first + r;
         stat_set(job->lse, row, lse);
-        if (t == job->ignore) stat_set(job->out, row, 0);
-        else
-            stat_set(job->out, row,
-                     lse - (job->ctype == C_F32 ? (double)((const float *)x)[t] : ((const double *)x)[t]));
+        if (job->soft) {
+            const void *t = soft_row(job, r, space + job->row_bytes);
+            loss = dot_row(job, t, NULL) * lse - dot_row(job, x, t);
+        } else if (job->target[row] == job->loss->ignore) {
+            loss = 0;
+        } else {
+            int64_t t = job->target[row];
+            double q = class_weight(job, t, &share);
+            loss = q * (lse - value_at(job, x, t));
+            if (share > 0) loss += share * (job->weight_sum * lse - dot_row(job, x, job->weight));
+        }
+        stat_set(job->out, row, loss);
     }
+}
+
+static void gradient_row(const loss_job *job, int64_t r, const void *x, void *y, char *space)
+{
+    int64_t row = job->first + r, n = job->n;
+    double lse = stat_get(job->lse, row), g = stat_get(job->g, row), share;
+    bool single = job->ctype == C_F32;
+    if (job->soft) {
+        const void *t = soft_row(job, r, space);
+        double q = dot_row(job, t, NULL);
+        if (single) row_soft_gradient_f(x, t, lse, q, g, y, n);
+        else row_soft_gradient_d(x, t, lse, q, g, y, n);
+        return;
+    }
+    int64_t t = job->target[row];
+    if (t == job->loss->ignore) {
+        memset(y, 0, (size_t)n * lac_compute_size(job->ctype));
+        return;
+    }
+    double q = class_weight(job, t, &share), all = q + share * job->weight_sum;
+    double own = share * (job->weight ? value_at(job, job->weight, t) : 1);
+    double at_target = (all * exp(value_at(job, x, t) - lse) - q - own) * g; /* before y overwrites x */
+    const void *weight = share > 0 ? job->weight : NULL;
+    if (single) row_gradient_f(x, weight, lse, all, share, g, y, n);
+    else row_gradient_d(x, weight, lse, all, share, g, y, n);
+    if (single) ((float *)y)[t] = (float)at_target;
+    else ((double *)y)[t] = at_target;
 }
 
 static void gradient_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const loss_job *job = context;
-    char *space = job->workspace + job->row_bytes * thread;
+    char *space = job->workspace ? job->workspace + 2 * job->row_bytes * thread : NULL; /* NULL: a chunk */
     for (int64_t r = begin; r < end; r++) {
         const void *x = logits_row(job, r, space);
-        int64_t row = job->first + r, t = job->target[row];
         /* in place, or to the output if that is an array of the compute type, or through the buffer */
         char *out =
             job->gradient ? (char *)job->gradient->data + r * job->n * lac_bytes_of(job->gradient->dtype) : NULL;
         void *y = !out ? (void *)(uintptr_t)x : lac_is_native(job->gradient->dtype) ? out : space;
-        if (t == job->ignore) {
-            memset(y, 0, (size_t)job->n * lac_compute_size(job->ctype));
-        } else {
-            double lse = stat_get(job->lse, row), g = stat_get(job->g, row);
-            if (job->ctype == C_F32) row_gradient_f(x, lse, t, (float)g, y, job->n);
-            else row_gradient_d(x, lse, t, g, y, job->n);
-        }
+        gradient_row(job, r, x, y, space ? space + job->row_bytes : NULL);
         if (out && y != out) LAC_CPU(store)(job->gradient->dtype, y, out, lac_bytes_of(job->gradient->dtype), job->n);
     }
 }
@@ -115,7 +207,7 @@ static int run_rows(const char *op, loss_job *job, lac_task *task)
     job->row_bytes = (job->n * (int64_t)lac_compute_size(job->ctype) + 63) / 64 * 64;
     job->workspace = NULL;
     if (!job->chunk) {
-        job->workspace = lac_workspace_get(op, (size_t)(job->row_bytes * LAC_CPU(threads)(job->rows, work)));
+        job->workspace = lac_workspace_get(op, (size_t)(2 * job->row_bytes * LAC_CPU(threads)(job->rows, work)));
         if (!job->workspace) return LAC_E_MEMORY;
     }
     int status = LAC_CPU(parallel)(op, job->rows, work, task, job);
@@ -123,37 +215,59 @@ static int run_rows(const char *op, loss_job *job, lac_task *task)
     return status;
 }
 
+/* the parts of a job that come from the loss's own arguments: weights in the compute type, classes checked */
+static int loss_begin(const char *op, loss_job *job, const lac_loss *loss, const lac_view *target, int64_t classes,
+                      int64_t **list, void **weight)
+{
+    *list = NULL;
+    *weight = NULL;
+    job->loss = loss;
+    job->n = classes;
+    if (lac_dtype_is_float(target->dtype)) job->soft = target;
+    else LAC_TRY(LAC_CPU(indices)(op, "target", target, classes, &loss->ignore, list));
+    job->target = *list;
+    job->weight_sum = (double)classes;
+    if (!loss->weight.data) return 0;
+    *weight = lac_workspace_get(op, (size_t)classes * 8);
+    if (!*weight) return lac_workspace_put(*list), *list = NULL, LAC_E_MEMORY;
+    const void *v = LAC_CPU(load_linear)(&loss->weight, 0, classes, *weight);
+    if (v != *weight) memcpy(*weight, v, (size_t)classes * lac_compute_size(job->ctype));
+    job->weight = *weight;
+    job->weight_sum = dot_row(job, *weight, NULL);
+    return 0;
+}
+
 int LAC_CPU(cross_entropy)(const lac_a_cross_entropy *a)
 {
+    const char *op = "cross_entropy";
     int64_t *target;
-    LAC_TRY(LAC_CPU(indices)("cross_entropy", "target", &a->target, a->logits.shape[1], &a->ignore, &target));
+    void *weight;
     loss_job job = {.logits = &a->logits,
                     .rows = a->logits.shape[0],
-                    .n = a->logits.shape[1],
-                    .ignore = a->ignore,
-                    .target = target,
                     .out = &a->out,
                     .lse = &a->lse,
                     .ctype = lac_compute_type(a->logits.dtype)};
-    int status = run_rows("cross_entropy", &job, loss_task);
+    int status = loss_begin(op, &job, &a->loss, &a->target, a->logits.shape[1], &target, &weight);
+    if (!status) status = run_rows(op, &job, loss_task);
+    lac_workspace_put(weight);
     lac_workspace_put(target);
     return status;
 }
 
 int LAC_CPU(cross_entropy_bwd)(const lac_a_cross_entropy_bwd *a)
 {
+    const char *op = "cross_entropy_bwd";
     int64_t *target;
-    LAC_TRY(LAC_CPU(indices)("cross_entropy_bwd", "target", &a->target, a->logits.shape[1], &a->ignore, &target));
+    void *weight;
     loss_job job = {.logits = &a->logits,
                     .rows = a->logits.shape[0],
-                    .n = a->logits.shape[1],
-                    .ignore = a->ignore,
-                    .target = target,
                     .lse = &a->lse,
                     .g = &a->g,
                     .gradient = &a->out,
                     .ctype = lac_compute_type(a->logits.dtype)};
-    int status = run_rows("cross_entropy_bwd", &job, gradient_task);
+    int status = loss_begin(op, &job, &a->loss, &a->target, a->logits.shape[1], &target, &weight);
+    if (!status) status = run_rows(op, &job, gradient_task);
+    lac_workspace_put(weight);
     lac_workspace_put(target);
     return status;
 }
@@ -194,27 +308,23 @@ int LAC_CPU(linear_cross_entropy)(const lac_a_linear_ce *a)
 {
     const char *op = "linear_cross_entropy";
     int64_t rows = a->x.shape[0], classes = a->w.shape[0], chunk = chunk_rows(a->chunk, rows, classes), *target;
+    void *weight;
     if (rows == 0) return 0;
-    LAC_TRY(LAC_CPU(indices)(op, "target", &a->target, classes, &a->ignore, &target));
-    int ctype = lac_compute_type(a->x.dtype), status = 0;
-    void *logits = lac_workspace_get(op, (size_t)(chunk * classes) * lac_compute_size(ctype));
-    if (!logits) status = LAC_E_MEMORY;
+    loss_job job = {.out = &a->out, .lse = &a->lse, .ctype = lac_compute_type(a->x.dtype)};
+    int status = loss_begin(op, &job, &a->loss, &a->target, classes, &target, &weight);
+    if (!status) {
+        job.chunk = lac_workspace_get(op, (size_t)(chunk * classes) * lac_compute_size(job.ctype));
+        if (!job.chunk) status = LAC_E_MEMORY;
+    }
     for (int64_t at = 0; at < rows && !status; at += chunk) {
-        int64_t m = rows - at < chunk ? rows - at : chunk;
-        loss_job job = {.chunk = logits,
-                        .first = at,
-                        .rows = m,
-                        .n = classes,
-                        .ignore = a->ignore,
-                        .target = target,
-                        .out = &a->out,
-                        .lse = &a->lse,
-                        .ctype = ctype};
-        status = chunk_logits(op, &a->x, &a->w, &a->bias, at, m, logits);
+        job.first = at;
+        job.rows = rows - at < chunk ? rows - at : chunk;
+        status = chunk_logits(op, &a->x, &a->w, &a->bias, at, job.rows, job.chunk);
         if (!status) status = run_rows(op, &job, loss_task);
         if (!status && lac_interrupted()) status = lac_fail(LAC_E_INTERRUPTED, "%s: interrupted", op);
     }
-    lac_workspace_put(logits);
+    lac_workspace_put(job.chunk);
+    lac_workspace_put(weight);
     lac_workspace_put(target);
     return status;
 }
@@ -248,24 +358,19 @@ typedef struct {
     void *logits, *dw; /* dw: f32 sums of half-precision weights, or NULL */
     double *dbias;
     int64_t *target;
+    void *weight;
+    loss_job job;
 } ce_space;
 
-static int backward_chunk(const lac_a_linear_ce_bwd *a, const ce_space *s, int64_t at, int64_t m)
+static int backward_chunk(const lac_a_linear_ce_bwd *a, ce_space *s, int64_t at, int64_t m)
 {
     const char *op = "linear_cross_entropy_bwd";
     int64_t classes = a->w.shape[0], width = a->x.shape[1], xb = lac_bytes_of(a->x.dtype);
     int ctype = lac_compute_type(a->x.dtype), plain = ctype == C_F64 ? LAC_F64 : LAC_F32;
     LAC_TRY(chunk_logits(op, &a->x, &a->w, &a->bias, at, m, s->logits));
-    loss_job job = {.chunk = s->logits,
-                    .first = at,
-                    .rows = m,
-                    .n = classes,
-                    .ignore = a->ignore,
-                    .target = s->target,
-                    .lse = &a->lse,
-                    .g = &a->g,
-                    .ctype = ctype};
-    LAC_TRY(run_rows(op, &job, gradient_task));
+    s->job.first = at;
+    s->job.rows = m;
+    LAC_TRY(run_rows(op, &s->job, gradient_task));
     lac_gemm dx = {.m = m,
                    .n = width,
                    .k = classes,
@@ -319,10 +424,10 @@ int LAC_CPU(linear_cross_entropy_bwd)(const lac_a_linear_ce_bwd *a)
     int64_t rows = a->x.shape[0], classes = a->w.shape[0], width = a->x.shape[1];
     int64_t chunk = chunk_rows(a->chunk, rows, classes), cells = classes * width;
     bool half = a->dw.dtype != LAC_F64 && a->dw.dtype != LAC_F32;
-    ce_space s = {.dw = NULL};
-    int status = LAC_CPU(indices)(op, "target", &a->target, classes, &a->ignore, &s.target);
+    ce_space s = {.job = {.lse = &a->lse, .g = &a->g, .ctype = lac_compute_type(a->x.dtype)}};
+    int status = loss_begin(op, &s.job, &a->loss, &a->target, classes, &s.target, &s.weight);
     if (status) return status;
-    s.logits = lac_workspace_get(op, (size_t)(chunk * classes) * 8 + 8);
+    s.job.chunk = s.logits = lac_workspace_get(op, (size_t)(chunk * classes) * 8 + 8);
     if (half) s.dw = lac_workspace_get(op, (size_t)cells * 4 + 8);
     if (a->dbias.data) s.dbias = lac_workspace_get(op, (size_t)classes * 8 + 8);
     if (!s.logits || (half && !s.dw) || (a->dbias.data && !s.dbias)) status = LAC_E_MEMORY;
@@ -338,6 +443,7 @@ int LAC_CPU(linear_cross_entropy_bwd)(const lac_a_linear_ce_bwd *a)
     lac_workspace_put(s.dbias);
     lac_workspace_put(s.dw);
     lac_workspace_put(s.logits);
+    lac_workspace_put(s.weight);
     lac_workspace_put(s.target);
     return status;
 }

@@ -546,4 +546,307 @@ return function(cases)
          ref = with_addend(sum_of_products({ "bij", "bjk" }, "bik", { b = 2, i = 3, j = 4, k = 2 }), 1, 1),
          bad = { { function(lac, c, a, b) return lac.baddbmm(c, a, b, { alhpa = 1 }) end,
                    "did you mean 'alpha'" } } }
+
+  -- ---- convolution --------------------------------------------------------------------------------------
+
+  local function convolved(o)
+    return function(R, x, w, bias)
+      local groups = x.shape[2] / w.shape[2]
+      local rows, K, N = w.shape[1] / groups, w.shape[3], x.shape[3]
+      local L = math.floor((N + o.before + o.after - o.dilation * (K - 1) - 1) / o.stride) + 1
+      return build({ x.shape[1], w.shape[1], L }, function(i)
+        local group, s = math.floor((i[2] - 1) / rows), 0
+        for c = 1, w.shape[2] do
+          for k = 1, K do
+            local n = (i[3] - 1) * o.stride + (k - 1) * o.dilation - o.before + 1
+            if n >= 1 and n <= N then
+              s = R(s + R(at(x, { i[1], group * w.shape[2] + c, n }) * at(w, { i[2], c, k })))
+            end
+          end
+        end
+        return bias and R(s + bias.data[i[2]]) or s
+      end)
+    end
+  end
+  local function conv_case(label, x, w, options, o, bias)
+    o.stride, o.dilation = options.stride or 1, options.dilation or 1
+    case { name = "conv1d", label = label, inputs = { x, w, bias and { w[1] } or nil },
+           call = function(lac, a, b, c) return lac.conv1d(a, b, c, options) end, ref = convolved(o),
+           bad = { { function(lac, a, b) return lac.conv1d(a, b, nil, { padding = "sane" }) end,
+                     "'valid', 'same' or 'causal', got 'sane'" },
+                   { function(lac, a, b) return lac.conv1d(a, b, nil, { groups = 9 }) end, "groups 9" },
+                   { function(lac, a, b) return lac.conv1d(a, b, nil, { groups = options.groups,
+                     dilation = 99, padding = w[3] == 1 and { 0, -1 } or 0 }) end,
+                     w[3] == 1 and "must not be negative" or "does not fit into" } } }
+  end
+  conv_case("plain", { 2, 3, 7 }, { 4, 3, 3 }, {}, { before = 0, after = 0 }, true)
+  conv_case("same, even kernel", { 2, 3, 6 }, { 4, 3, 4 }, { padding = "same" }, { before = 1, after = 2 })
+  conv_case("causal, dilated", { 1, 3, 9 }, { 3, 3, 3 }, { padding = "causal", dilation = 2 },
+            { before = 4, after = 0 }, true)
+  conv_case("strided, groups", { 2, 6, 9 }, { 6, 3, 4 }, { stride = 3, padding = { 2, 1 }, groups = 2 },
+            { before = 2, after = 1 }, true)
+  conv_case("strided past the kernel", { 1, 4, 11 }, { 4, 4, 2 }, { stride = 3, padding = 1 },
+            { before = 1, after = 1 })
+  conv_case("depthwise", { 2, 4, 8 }, { 4, 1, 3 }, { padding = 1, groups = 4 }, { before = 1, after = 1 },
+    true)
+  conv_case("depthwise, multiplied, strided", { 2, 2, 9 }, { 4, 1, 3 }, { stride = 2, groups = 2,
+    dilation = 2,
+            padding = 3 }, { before = 3, after = 3 })
+  conv_case("one position", { 2, 5, 6 }, { 3, 5, 1 }, {}, { before = 0, after = 0 }, true)
+
+  -- ---- losses -------------------------------------------------------------------------------------------
+
+  local function log_softmax(R, v)
+    local _, s, top = h.softmax_of(R, v)
+    local out = {}
+    for k = 1, #v do out[k] = R(v[k] - R(R(math.log(s)) + top)) end
+    return out
+  end
+  local function row(x, r)
+    local v, n = {}, x.shape[#x.shape]
+    for k = 1, n do v[k] = x.data[(r - 1) * n + k] end
+    return v
+  end
+  -- sum over classes of weight ((1 - e) t + e / V) (-log p), t a list
+  local function smoothed(R, logits, t, weight, e)
+    local logp, s = log_softmax(R, logits), 0
+    for c = 1, #logits do
+      local q = R((weight and weight.data[c] or 1) * R(R((1 - e) * t[c]) + e / #logits))
+      s = R(s - R(q * logp[c]))
+    end
+    return s
+  end
+  local function one_hot(class, n)
+    local t = {}
+    for c = 1, n do t[c] = c == class + 1 and 1 or 0 end
+    return t
+  end
+  local function class_loss(R, logits, target, weight, e, ignore, how)
+    local V, total, mass, losses = logits.shape[#logits.shape], 0, 0, {}
+    for r = 1, #target.data do
+      losses[r] = 0
+      if target.data[r] ~= ignore then
+        losses[r] = smoothed(R, row(logits, r), one_hot(target.data[r], V), weight, e)
+        mass = R(mass + (weight and weight.data[target.data[r] + 1] or 1))
+      end
+      total = R(total + losses[r])
+    end
+    if how == "none" then return { shape = target.shape, data = losses } end
+    return { shape = {}, data = { how == "sum" and total or R(total / mass) } }
+  end
+  local CLASSES = { 2, 3, kind = "index", high = 4 }
+  case { name = "cross_entropy", label = "smoothed, weighted", inputs = { { 2, 3, 4 }, CLASSES, { 4,
+    kind = "positive" } },
+         grad_inputs = { 1 },
+         call = function(lac, x, t, w)
+           return lac.cross_entropy(x, t, { label_smoothing = 0.2, weight = w, ignore_index = 2 })
+         end,
+         ref = function(R, x, t, w) return class_loss(R, x, t, w, 0.2, 2, "mean") end,
+         bad = { { function(lac, x, t) return lac.cross_entropy(x, t, { label_smoothing = 1.5 }) end,
+                   "label_smoothing must be at most 1, got 1.5" },
+                 { function(lac, x, t) return lac.cross_entropy(x, t, { weight = x }) end,
+                   "weight must be %[4%]" } } }
+  for _, how in ipairs { "sum", "none" } do
+    case { name = "cross_entropy", label = "smoothed, " .. how, inputs = { { 6, 5 }, { 6, kind = "index",
+      high = 5 } },
+           call = function(lac, x, t) return lac.cross_entropy(x, t, { label_smoothing = 0.1,
+             reduction = how }) end,
+           ref = function(R, x, t) return class_loss(R, x, t, nil, 0.1, -100, how) end }
+  end
+  case { name = "cross_entropy", label = "probabilities", inputs = { { 3, 4 }, { 3, 4, kind = "positive" },
+    { 4, kind = "positive" } },
+         grad_inputs = { 1, 2 },
+         call = function(lac, x, t, w) return lac.cross_entropy(x, t, { label_smoothing = 0.25,
+           weight = w }) end,
+         ref = function(R, x, t, w)
+           local s = 0
+           for r = 1, 3 do s = R(s + smoothed(R, row(x, r), row(t, r), w, 0.25)) end
+           return { shape = {}, data = { R(s / 3) } }
+         end,
+         bad = { { function(lac, x, t) return lac.cross_entropy(x, t, { ignore_index = 1 }) end,
+                   "ignore_index is for class targets" } } }
+  case { name = "cross_entropy", label = "probabilities, plain", inputs = { { 2, 3, 4 }, { 2, 3, 4,
+    kind = "positive" } },
+         call = function(lac, x, t) return lac.cross_entropy(x, t, { reduction = "none" }) end,
+         ref = function(R, x, t)
+           return build({ 2, 3 }, function(i)
+             local r = (i[1] - 1) * 3 + i[2]
+             return smoothed(R, row(x, r), row(t, r), nil, 0)
+           end)
+         end }
+  case { name = "linear_cross_entropy", label = "smoothed, weighted",
+         inputs = { { 5, 3 }, { 4, 3 }, { 4 }, { 5, kind = "index", high = 4 }, { 4, kind = "positive" } },
+         grad_inputs = { 1, 2, 3 },
+         call = function(lac, x, w, b, t, weight)
+           return lac.linear_cross_entropy(x, w, b, t, { label_smoothing = 0.2, weight = weight, chunk = 2 })
+         end,
+         ref = function(R, x, w, b, t, weight)
+           return class_loss(R, h.linear(R, x, w, b), t, weight, 0.2, -100, "mean")
+         end }
+  case { name = "nll_loss", inputs = { { 2, 3, 4 }, CLASSES, { 4, kind = "positive" } }, grad_inputs = { 1 },
+         call = function(lac, x, t, w) return lac.nll_loss(x, t, { weight = w, ignore_index = 1 }) end,
+         ref = function(R, x, t, w)
+           local s, mass = 0, 0
+           for r = 1, 6 do
+             local c = t.data[r] + 1
+             if c ~= 2 then s, mass = R(s - R(w.data[c] * x.data[(r - 1) * 4 + c])), R(mass + w.data[c]) end
+           end
+           return { shape = {}, data = { R(s / mass) } }
+         end,
+         bad = { { function(lac, x) return lac.nll_loss(x, x) end, "i64 or i32" } } }
+
+  -- elementwise losses: f(R, x, t) for each pair
+  local function pair_loss(name, label, f, options, kinds, how)
+    case { name = name, label = label, inputs = { { 3, 4, kind = kinds and kinds[1] }, { 3, 4,
+      kind = kinds and kinds[2] } },
+           call = function(lac, x, t) return lac[name](x, t, options) end,
+           ref = function(R, x, t)
+             if options and options.reduction == "none" then
+               return build(x.shape, function(i) return f(R, at(x, i), at(t, i)) end)
+             end
+             local s = 0
+             for k = 1, 12 do s = R(s + f(R, x.data[k], t.data[k])) end
+             return { shape = {}, data = { R(s / (how or 12)) } }
+           end,
+           bad = { { function(lac, x) return lac[name](x, lac.zeros { 3, 1, dtype = x:dtype() }) end,
+                     "x and target must have one shape" },
+                   { function(lac, x, t) return lac[name](x, t, { reduction = "avg" }) end,
+                     "unknown reduction 'avg'" } } }
+  end
+  pair_loss("mse_loss", nil, function(R, x, t) return R(R(x - t) ^ 2) end)
+  pair_loss("l1_loss", "none", function(R, x, t) return math.abs(R(x - t)) end, { reduction = "none" })
+  local function huber(R, d, delta)
+    local a = math.abs(d)
+    return a <= delta and R(R(d * d) / 2) or R(delta * R(a - delta / 2))
+  end
+  pair_loss("huber_loss", nil, function(R, x, t) return huber(R, R(x - t), 0.75) end, { delta = 0.75 })
+  pair_loss("smooth_l1_loss", nil, function(R, x, t) return R(huber(R, R(x - t), 0.5) / 0.5) end,
+    { beta = 0.5 })
+  pair_loss("kl_div", nil, function(R, x, t) return R(t * R(R(math.log(t)) - x)) end, nil, { nil,
+    "positive" })
+  pair_loss("kl_div", "batchmean, logarithms", function(R, x, t) return R(R(math.exp(t)) * R(t - x)) end,
+            { log_target = true, reduction = "batchmean" }, nil, 3)
+  local function softplus(x) return math.max(x, 0) + math.log(1 + math.exp(-math.abs(x))) end
+  local function bce(R, x, t, p) return R(R(R(1 - t) * x) + R(R(1 + R((p - 1) * t)) * R(softplus(-x)))) end
+  pair_loss("binary_cross_entropy_with_logits", nil, function(R, x, t) return bce(R, x, t, 1) end)
+  pair_loss("binary_cross_entropy_with_logits", "positive weight",
+            function(R, x, t) return R(bce(R, x, t, 3) * 0.5) end, { pos_weight = 3, weight = 0.5 })
+  h.map2("squared_difference", function(x, y) return (x - y) ^ 2 end)
+  h.map2("huber", function(x, y) return huber(function(v) return v end, x, y) end, { kinds = { "away",
+    "positive" } })
+  h.map2("bce_logits", function(x, y) return (1 - y) * x + softplus(-x) end)
+  case { name = "cosine_similarity", inputs = { { 3, 4 }, { 3, 4 } },
+         ref = function(R, a, b)
+           return build({ 3 }, function(i)
+             local ab, aa, bb = 0, 0, 0
+             for k = 1, 4 do
+               local x, y = at(a, { i[1], k }), at(b, { i[1], k })
+               ab, aa, bb = R(ab + R(x * y)), R(aa + R(x * x)), R(bb + R(y * y))
+             end
+             return R(ab / R(R(math.sqrt(aa)) * R(math.sqrt(bb))))
+           end)
+         end,
+         bad = { { function(_, a, b) return a:cosine_similarity(b, 1, 0) end, "eps must be above 0" } } }
+
+  -- ---- positions, masks, draws --------------------------------------------------------------------------
+
+  local function rotated(position, scale_base, sign)
+    return function(R, x, p)
+      return build(x.shape, function(i)
+        local half, d = x.shape[4] / 2, i[4] - 1
+        local pair, second = d % half, d >= half
+        local at_position = position(p, i)
+        local angle, scale = at_position * 10000 ^ (-pair / half), 1
+        if scale_base then scale = ((pair / half + 0.4) / 1.4) ^ (sign * at_position / scale_base) end
+        local c, s = R(math.cos(angle) * scale), R(math.sin(angle) * scale)
+        local b = at(x, with(i, 4, (second and d - half or d + half) + 1))
+        return R(R(at(x, i) * c) + R(second and b * s or -b * s))
+      end)
+    end
+  end
+  case { name = "rope", label = "positions", inputs = { { 2, 3, 2, 4 }, { 3, kind = "index", high = 40 } },
+         call = function(_, x, p) return x:rope { positions = p, start = 2 } end,
+         ref = rotated(function(p, i) return p.data[i[2]] + 2 end),
+         bad = { { function(_, x, p) return x:rope { positions = p - 100 } end, "position number 1 is" },
+                 { function(_, x, p) return x:rope { positions = p:narrow(1, 1, 2) } end,
+                   "positions must be %[3%] or %[2, 3%]" } } }
+  case { name = "rope", label = "positions of each row, xpos", inputs = { { 2, 3, 2, 4 }, { 2, 3,
+    kind = "index", high = 40 } },
+         call = function(_, x, p) return x:rope { positions = p, scale_base = 64, sign = -1 } end,
+         ref = rotated(function(p, i) return at(p, { i[1], i[2] }) end, 64, -1) }
+  case { name = "causal_mask", inputs = { { 1 } }, grad = false,
+    call = function(lac) return lac.causal_mask(2, 4) end,
+         ref = function() return { shape = { 2, 4 }, data = { 1, 1, 1, 0, 1, 1, 1, 1 } } end,
+         bad = { { function(lac) return lac.causal_mask(0) end, "n must be positive, got 0" },
+                 { function(lac) return lac.causal_mask(2, 2, { ofset = 1 }) end,
+                   "did you mean 'offset'" } } }
+  local function slopes(R, heads)
+    local power, list = 2 ^ math.floor(math.log(heads) / math.log(2) + 1e-9), {}
+    for i = 1, power do list[i] = R(2 ^ (-8 * i / power)) end
+    for k = 1, heads - power do list[power + k] = R(2 ^ (-4 * (2 * k - 1) / power)) end
+    return list
+  end
+  for _, heads in ipairs { 8, 6 } do
+    case { name = "alibi_slopes", label = heads .. " heads", inputs = { { 1 } }, grad = false,
+           call = function(lac, x) return lac.alibi_slopes(heads, { dtype = x:dtype() }) end,
+           ref = function(R) return { shape = { heads }, data = slopes(R, heads) } end,
+           bad = { { function(lac) return lac.alibi_slopes(0) end, "heads must be positive, got 0" } } }
+  end
+  for _, causal in ipairs { false, true } do
+    case { name = "alibi_bias", label = causal and "causal" or nil, inputs = { { 1 } }, grad = false,
+           dtypes = { "f32", "f16", "bf16" }, strided = false,
+           call = function(lac, x) return lac.alibi_bias(3, 2, 5, { causal = causal, dtype = x:dtype() }) end,
+           ref = function(R)
+             local list = slopes(R, 3)
+             return build({ 3, 2, 5 }, function(i)
+               local far = i[2] + 3 - i[3]
+               return causal and far < 0 and -math.huge or R(-list[i[1]] * math.abs(far))
+             end)
+           end,
+           bad = { { function(lac) return lac.alibi_bias(3, 2, -1) end, "m must be positive" } } }
+  end
+  -- frequencies: six deviations round the expected count; the draw itself has no reference but its rule
+  case { name = "multinomial", inputs = { { 4, 5, kind = "positive" } }, grad = false, fixed_seed = true,
+         call = function(_, w) return w:multinomial(2000, true) end,
+         check = function(w, out)
+           for r = 1, 4 do
+             local sum, count = 0, { 0, 0, 0, 0, 0 }
+             for k = 1, 5 do sum = sum + at(w, { r, k }) end
+             for s = 1, 2000 do
+               local k = out[(r - 1) * 2000 + s] + 1
+               count[k] = count[k] + 1
+             end
+             for k = 1, 5 do
+               local p = at(w, { r, k }) / sum
+               if math.abs(count[k] - 2000 * p) > 6 * math.sqrt(2000 * p * (1 - p)) then
+                 return ("row %d drew %d %d times instead of about %g"):format(r, k, count[k], 2000 * p)
+               end
+             end
+           end
+         end,
+         bad = { { function(_, w) return w:multinomial(6) end,
+           "cannot draw 6 samples of 5 elements without" },
+                 { function(_, w) return (w - 9):multinomial(1) end, "the weights of row 1 must be finite" },
+                 { function(_, w) return w:gt(0):multinomial(1) end, "weights must be a floating%-point" } } }
+  case { name = "multinomial", label = "without replacement", inputs = { { 600, 4, kind = "positive" } },
+    grad = false,
+         fixed_seed = true, call = function(lac, w)
+           return lac.expand(w[{ { 1, 1 } }], 600, 4):multinomial(4)
+         end,
+         check = function(w, out)
+           local sum, first = 0, { 0, 0, 0, 0 }
+           for k = 1, 4 do sum = sum + w.data[k] end
+           for r = 1, 600 do
+             local seen = {}
+             for s = 1, 4 do seen[out[(r - 1) * 4 + s]] = true end
+             for k = 0, 3 do if not seen[k] then return ("row %d misses %d"):format(r, k) end end
+             first[out[(r - 1) * 4 + 1] + 1] = first[out[(r - 1) * 4 + 1] + 1] + 1
+           end
+           for k = 1, 4 do
+             local p = w.data[k] / sum
+             if math.abs(first[k] - 600 * p) > 6 * math.sqrt(600 * p * (1 - p)) then
+               return ("%d came first %d times instead of about %g"):format(k, first[k], 600 * p)
+             end
+           end
+         end }
 end

@@ -286,6 +286,9 @@ for names, kinds in pairs {
   ["flip"] = "dim dim", ["repeat_interleave"] = "int dim", ["diagonal"] = "int dim dim", ["diag"] = "int",
   ["unfold"] = "dim int int", ["avg_pool1d max_pool1d"] = "int", ["pad"] = "sizes", ["meshgrid"] = "tensors",
   ["tensordot"] = "like int", ["dot outer bmm"] = "like", ["einsum"] = "equation tensors",
+  ["conv1d"] = "like", ["multinomial"] = "int flag", ["causal_mask"] = "int int", ["alibi_slopes"] = "int",
+  ["alibi_bias"] = "int int int", ["mse_loss l1_loss huber_loss smooth_l1_loss kl_div"] = "like",
+  ["binary_cross_entropy_with_logits cosine_similarity"] = "like", ["nll_loss"] = "index",
   ["custom_op"] = "custom", ["grad"] = "like", ["manual_seed"] = "int", ["linear"] = "weight row",
 } do
   for name in names:gmatch("%S+") do
@@ -298,7 +301,7 @@ end
 local NO_TENSOR = {}
 for name in ([[zeros ones empty rand randn full randint bernoulli arange linspace eye randperm tensor cat
   stack scope no_grad enable_grad custom_op manual_seed
-  meshgrid einsum]]):gmatch("%S+") do NO_TENSOR[name] = true end
+  meshgrid einsum causal_mask alibi_slopes alibi_bias]]):gmatch("%S+") do NO_TENSOR[name] = true end
 
 local function dtype_options(t)
   if chance(60) then t.dtype = one_of(DTYPES) end

@@ -1,4 +1,4 @@
---- Indexing, joining, dropout, positions, and comparisons of whole tensors.
+--- Indexing, joining, dropout, and comparisons of whole tensors.
 --
 -- index_select, gather and embedding take index TENSORS, whose contents are 0-based data (token ids come from
 -- files); numbers given as positions are 1-based. Their gradients add rows in a fixed order in the engine, so
@@ -269,7 +269,7 @@ define { name = "chunk", composite = true, forward = function(x, n, dim)
   return fn.split(x, math.max(1, math.ceil(total / n)), dim)
 end }
 
--- ---- random and positions -----------------------------------------------------------------------
+-- ---- random -----------------------------------------------------------------------
 
 local dropout_op = { name = "dropout" }
 --- In training: zero elements with probability p and scale the others by 1/(1-p). Otherwise x itself.
@@ -300,37 +300,6 @@ function dropout_op.backward(node, g)
   return adopt(c)
 end
 define(dropout_op)
-
-local ROPE = {
-  start = { type = "integer", default = 0 },
-  base = { type = "number", above = 0, default = 10000 },
-  interleaved = { type = "boolean", default = false },
-  scale_base = { type = "number", min = 0, default = 0 },
-  sign = { one_of = { 1, -1 }, default = 1 },
-}
-
-local rope_op = { name = "rope" }
---- Rotary positions (Su et al. 2021, eq. 34), and XPOS decay (Sun et al. 2022, eq. 9) if scale_base > 0.
--- @tparam Tensor x [B, N, H, D] @tparam[opt] table options start (position of row 1, 0), base (10000),
--- interleaved (false: pairs are i, i + D/2), scale_base (0: no XPOS), sign (1 for queries, -1 for keys)
-function rope_op.forward(x, options)
-  expect("rope", "x", x)
-  local o = schema.options("rope", options, ROPE)
-  local c = new()
-  call(C.lac_rope, x.c, o.start, o.base, o.interleaved and 1 or 0, o.scale_base, o.sign, 0, c)
-  local out = adopt(c)
-  if wants(x) then
-    record1(rope_op, out, x)
-    out.node.o_rope = o
-  end
-  return out
-end
-function rope_op.backward(node, g)
-  local o, c = node.o_rope, new()
-  call(C.lac_rope, g.c, o.start, o.base, o.interleaved and 1 or 0, o.scale_base, o.sign, 1, c)
-  return adopt(c)
-end
-define(rope_op)
 
 -- ---- comparisons of whole tensors ---------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 --- Every operator: its function, its method, its gradient rule, in one record.
 --
 -- A package by kind of operator: base (records, the tape), map (elementwise), view (casts, views, slices),
--- inplace, reduce (and softmax), linear (products, norms, losses), index (and joining, dropout, positions),
+-- inplace, reduce (and softmax), linear (products, norms), index (and joining, dropout),
 -- sort (and what follows from order), scatter (and counting), shape (padding, windows, diagonals), product
--- (einsum and the named products).
+-- (einsum and the named products), conv, loss, position (rotary
+-- and linear biases, masks, draws by weight).
 -- Each file defines its operators into the one table of base; this file only loads them, in the order in
 -- which they need each other. tests/support/cases.lua must have a case for each name; a spec says so.
 --
@@ -23,5 +24,8 @@ require "lacuna.ops.sort"
 require "lacuna.ops.scatter"
 require "lacuna.ops.shape"
 require "lacuna.ops.product"
+require "lacuna.ops.conv"
+require "lacuna.ops.loss"
+require "lacuna.ops.position"
 
 return ops

@@ -1,11 +1,7 @@
---- Matrix products, layer normalisation and losses.
+--- Matrix products and layer normalisation.
 --
 -- matmul reads transposed views in place, so the gradients of a product are two products of views and copy
--- nothing. linear adds the bias inside the product. cross_entropy and linear_cross_entropy save only the
--- log-sum-exp of each row; the fused form recomputes its logits chunk by chunk in the backward, so that the
--- logits of a long sequence never exist as a whole.
---
--- Class targets are data and 0-based; see lacuna/init.lua for the rule.
+-- nothing. linear adds the bias inside the product.
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
@@ -16,13 +12,12 @@ local C, flags = lib.C, lib.flags
 local recover, raise, attend, call = lib.recover, lib.raise, lib.attend, lib.call
 local fail, show = schema.fail, schema.show
 local is, adopt, expect, tape = tensor.is, tensor.adopt, tensor.expect, tensor.tape
-local methods, shape, numel, contiguous = tensor.methods, tensor.shape, tensor.numel, tensor.contiguous
+local methods, numel = tensor.methods, tensor.numel
 local ctensor, D, fn = tensor.ctype, tensor.sizes_buffer, ops.fn
 local internal = ops.internal
 local record2, record, wants, new = internal.record2, internal.record, internal.wants, internal.new
-local sum_to, raw_scalar, raw_matmul = internal.sum_to, internal.raw_scalar, internal.raw_matmul
-local raw_reduce, remember, define = internal.raw_reduce, internal.remember, internal.define
-local map_id = internal.map_id
+local sum_to, raw_matmul = internal.sum_to, internal.raw_matmul
+local raw_reduce, define = internal.raw_reduce, internal.define
 
 -- ---- matrix products ----------------------------------------------------------------------------
 
@@ -155,107 +150,3 @@ function layernorm_op.backward(node, g)
   return adopt(dx), dgamma and adopt(dgamma), dbeta and adopt(dbeta)
 end
 define(layernorm_op)
-
--- ---- losses -------------------------------------------------------------------------------------
-
-local rows_ce = { name = "cross_entropy_rows", public = "cross_entropy", saves = "a", method = false,
-                  internal = true }
-function rows_ce.forward(logits, target, ignore)
-  local c, lse = new(), new()
-  call(C.lac_cross_entropy, logits.c, target.c, ignore, c, lse)
-  local out = adopt(c)
-  lse = adopt(lse)
-  if wants(logits) then
-    local node = record(rows_ce, out, logits)
-    remember(node, target)
-    node.target, node.ignore, node.lse = target, ignore, lse
-  end
-  return out
-end
-function rows_ce.backward(node, g)
-  local c = new()
-  call(C.lac_cross_entropy_bwd, node.a.c, node.target.c, node.ignore, node.lse.c, contiguous(g).c, c)
-  return adopt(c)
-end
-define(rows_ce)
-
--- sum, mean over the targets that are not ignored, or nothing
-local function reduce_loss(losses, target, o)
-  if o.reduction == "none" then return fn.reshape(losses, shape(target)) end
-  local total = fn.sum(losses)
-  if o.reduction == "sum" then return total end
-  local counted = raw_reduce(C.LAC_SUM, raw_scalar(map_id.ne, target, o.ignore_index), 0, false)
-  return total / tensor.cast(counted, total.c.dtype)
-end
-
-local LOSS = { ignore_index = { type = "integer", default = -100 },
-               reduction = { one_of = { "mean", "sum", "none" }, default = "mean" } }
-
-local function check_target(op, logits_name, x, target)
-  local t = target.c
-  if t.dtype ~= C.LAC_I64 and t.dtype ~= C.LAC_I32 then
-    fail(op, "target must hold 0-based classes as i64 or i32, got %s", show(target))
-  end
-  local fits = x.c.ndim >= 1 and t.ndim == x.c.ndim - 1
-  for i = 0, t.ndim - 1 do fits = fits and t.shape[i] == x.c.shape[i] end
-  if not fits then
-    fail(op, "target must have the shape of %s without its last dimension: target is %s, %s is %s",
-         logits_name, show(target), logits_name, show(x))
-  end
-end
-
---- -log softmax(logits) at the target class.
--- @tparam Tensor logits [..., V] @tparam Tensor target [...] 0-based classes, i64 or i32
--- @tparam[opt] table options ignore_index (-100: such targets count nothing), reduction "mean" (over the
--- targets that count), "sum" or "none"
-define { name = "cross_entropy", composite = true, forward = function(logits, target, options)
-  expect("cross_entropy", "logits", logits)
-  expect("cross_entropy", "target", target)
-  local o = schema.options("cross_entropy", options, LOSS)
-  check_target("cross_entropy", "logits", logits, target)
-  local flat = target.c.ndim == 1 and target or fn.reshape(target, numel(target))
-  local x = logits.c.ndim == 2 and logits or fn.reshape(logits, numel(target), logits:size(-1))
-  return reduce_loss(rows_ce.forward(x, flat, o.ignore_index), target, o)
-end }
-
-local rows_lce = { name = "linear_cross_entropy_rows", public = "linear_cross_entropy", saves = "abc",
-                   method = false, internal = true }
-function rows_lce.forward(x, w, bias, target, ignore, chunk)
-  local c, lse = new(), new()
-  call(C.lac_linear_cross_entropy, x.c, w.c, bias and bias.c or nil, target.c, ignore, chunk, c, lse)
-  local out = adopt(c)
-  lse = adopt(lse)
-  if wants(x, w, bias) then
-    local node = record(rows_lce, out, x, w, bias)
-    remember(node, target)
-    node.target, node.ignore, node.chunk, node.lse = target, ignore, chunk, lse
-  end
-  return out
-end
-function rows_lce.backward(node, g)
-  local bias = node.c
-  local dx, dw, db = new(), new(), bias and new() or nil
-  call(C.lac_linear_cross_entropy_bwd, node.a.c, node.b.c, bias and bias.c or nil, node.target.c, node.ignore,
-       node.chunk, node.lse.c, contiguous(g).c, dx, dw, db)
-  return adopt(dx), adopt(dw), db and adopt(db)
-end
-define(rows_lce)
-
-local LINEAR_LOSS = { ignore_index = LOSS.ignore_index, reduction = LOSS.reduction,
-                      chunk = { type = "integer", min = 0, default = 0 } }
-
---- cross_entropy(linear(x, w, bias), target) without ever holding the logits: `chunk` rows at a time.
--- @tparam Tensor x [..., E] @tparam Tensor w [V, E] @tparam[opt] Tensor bias [V]
--- @tparam Tensor target [...] 0-based classes
--- @tparam[opt] table options ignore_index, reduction, chunk (0: the engine chooses)
-define { name = "linear_cross_entropy", composite = true, forward = function(x, w, bias, target, options)
-  expect("linear_cross_entropy", "x", x)
-  expect("linear_cross_entropy", "w", w)
-  if bias ~= nil then expect("linear_cross_entropy", "bias", bias) end
-  expect("linear_cross_entropy", "target", target)
-  local o = schema.options("linear_cross_entropy", options, LINEAR_LOSS)
-  check_target("linear_cross_entropy", "x", x, target)
-  local flat = target.c.ndim == 1 and target or fn.reshape(target, numel(target))
-  local x2 = x.c.ndim == 2 and x or fn.reshape(x, numel(target), x:size(-1))
-  return reduce_loss(rows_lce.forward(x2, w, bias, flat, o.ignore_index, o.chunk), target, o)
-end }

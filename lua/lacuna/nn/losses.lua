@@ -1,0 +1,41 @@
+--- nn/losses.lua: losses as modules, for scripts that choose one by name.
+--
+-- Each keeps the options of its function and passes them on: nn.CrossEntropyLoss{label_smoothing = 0.1}(x, t)
+-- is lac.cross_entropy(x, t, {label_smoothing = 0.1}). Option names are checked when the module is made,
+-- their values by the function, at the first call, against the tensors they belong to. Rejected: state
+-- (running class weights and the like): a loss with parameters is a module of its own.
+
+local schema = require "lacuna.schema"
+local ops = require("lacuna.ops").fn
+local base = require "lacuna.nn.module"
+
+local ANY = { type = "any" }
+
+local function loss(name, f, names)
+  local Loss, spec = base.define(name), {}
+  for option in names:gmatch("%S+") do spec[option] = ANY end
+  function Loss:init(options) self.options = schema.options(name, options, spec) end
+  function Loss:forward(x, target) return f(x, target, self.options) end
+  function Loss:extra()
+    local parts = {}
+    for _, option in ipairs(schema.keys(self.options)) do
+      local v = self.options[option]
+      parts[#parts + 1] = option .. " " .. (type(v) == "string" and v or schema.show(v))
+    end
+    return table.concat(parts, ", ")
+  end
+  return Loss
+end
+
+return {
+  CrossEntropyLoss = loss("CrossEntropyLoss", ops.cross_entropy,
+    "ignore_index weight label_smoothing reduction"),
+  NLLLoss = loss("NLLLoss", ops.nll_loss, "ignore_index weight reduction"),
+  MSELoss = loss("MSELoss", ops.mse_loss, "reduction"),
+  L1Loss = loss("L1Loss", ops.l1_loss, "reduction"),
+  HuberLoss = loss("HuberLoss", ops.huber_loss, "delta reduction"),
+  SmoothL1Loss = loss("SmoothL1Loss", ops.smooth_l1_loss, "beta reduction"),
+  KLDivLoss = loss("KLDivLoss", ops.kl_div, "log_target reduction"),
+  BCEWithLogitsLoss = loss("BCEWithLogitsLoss", ops.binary_cross_entropy_with_logits,
+                           "pos_weight weight reduction"),
+}
