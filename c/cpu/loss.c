@@ -16,18 +16,24 @@
 #include "cpu.h"
 #include "simd.h"
 
-enum { SUM_BLOCK = 256, CHUNK_ELEMENTS = 1 << 22, BIAS_COLUMNS = 256 };
+enum { SUM_BLOCK = 512, STREAM_BLOCK = 1024, STREAM_BYTES = 1 << 24, CHUNK_ELEMENTS = 1 << 22, BIAS_COLUMNS = 256 };
 
 #define ROW_KERNELS(T, S, EXP, INF)                                                                                    \
     static double row_lse_##S(const T *x, int64_t n)                                                                   \
     {                                                                                                                  \
         T m = -INF;                                                                                                    \
         double total = 0;                                                                                              \
-        _Pragma("omp simd reduction(max : m)") for (int64_t i = 0; i < n; i++) m = x[i] > m ? x[i] : m;                \
         for (int64_t at = 0; at < n; at += SUM_BLOCK) {                                                                \
             int64_t end = n - at < SUM_BLOCK ? n : at + SUM_BLOCK;                                                     \
-            T s = 0;                                                                                                   \
-            _Pragma("omp simd reduction(+ : s)") for (int64_t i = at; i < end; i++) s += EXP(x[i] - m);                \
+            T top = -INF, s = 0;                                                                                       \
+            _Pragma("omp simd reduction(max : top)") for (int64_t i = at; i < end; i++) top = x[i] > top ? x[i] : top; \
+            if (top > m) {                                                                                             \
+                total *= exp((double)m - (double)top);                                                                 \
+                m = top;                                                                                               \
+            }                                                                                                          \
+            v_prefetch((const char *)(x + end), (int64_t)sizeof(T) * SUM_BLOCK); /* while this block is computed */    \
+            T shift = m == -INF ? 0 : m; /* nothing but -inf so far, or NaN, which must come through */                \
+            _Pragma("omp simd reduction(+ : s)") for (int64_t i = at; i < end; i++) s += EXP(x[i] - shift);            \
             total += (double)s;                                                                                        \
         }                                                                                                              \
         return (double)m + log(total);                                                                                 \
@@ -64,7 +70,7 @@ enum { SUM_BLOCK = 256, CHUNK_ELEMENTS = 1 << 22, BIAS_COLUMNS = 256 };
         T keep = (T)(1 - e), share = (T)(e / (double)n);                                                               \
         for (int64_t i = 0; i < n; i++) y[i] = (t[i] * keep + share) * (w ? w[i] : 1);                                 \
     }
-ROW_KERNELS(float, f, v_expf, INFINITY)
+ROW_KERNELS(float, f, v_exp_flushf, INFINITY)
 ROW_KERNELS(double, d, exp, (double)INFINITY)
 
 /* element i of a statistics vector (f32 or f64) */
@@ -159,46 +165,81 @@ static void loss_task(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
-static void gradient_row(const loss_job *job, int64_t r, const void *x, void *y, char *space)
+/* what the gradient of one row is made of */
+typedef struct {
+    double lse, g, all, share, at_target;
+    int64_t target; /* -1: probabilities; -2: ignored */
+    const void *soft, *weight;
+} row_rule;
+
+static row_rule rule_of(const loss_job *job, int64_t r, const void *x, char *space)
 {
-    int64_t row = job->first + r, n = job->n;
-    double lse = stat_get(job->lse, row), g = stat_get(job->g, row), share;
-    bool single = job->ctype == C_F32;
+    int64_t row = job->first + r;
+    row_rule rule = {.lse = stat_get(job->lse, row), .g = stat_get(job->g, row), .target = -1};
     if (job->soft) {
-        const void *t = soft_row(job, r, space);
-        double q = dot_row(job, t, NULL);
-        if (single) row_soft_gradient_f(x, t, lse, q, g, y, n);
-        else row_soft_gradient_d(x, t, lse, q, g, y, n);
-        return;
+        rule.soft = soft_row(job, r, space);
+        rule.all = dot_row(job, rule.soft, NULL);
+        return rule;
     }
-    int64_t t = job->target[row];
-    if (t == job->loss->ignore) {
-        memset(y, 0, (size_t)n * lac_compute_size(job->ctype));
-        return;
+    rule.target = job->target[row];
+    if (rule.target == job->loss->ignore) {
+        rule.target = -2;
+        return rule;
     }
-    double q = class_weight(job, t, &share), all = q + share * job->weight_sum;
-    double own = share * (job->weight ? value_at(job, job->weight, t) : 1);
-    double at_target = (all * exp(value_at(job, x, t) - lse) - q - own) * g; /* before y overwrites x */
-    const void *weight = share > 0 ? job->weight : NULL;
-    if (single) row_gradient_f(x, weight, lse, all, share, g, y, n);
-    else row_gradient_d(x, weight, lse, all, share, g, y, n);
-    if (single) ((float *)y)[t] = (float)at_target;
-    else ((double *)y)[t] = at_target;
+    double q = class_weight(job, rule.target, &rule.share);
+    double own = rule.share * (job->weight ? value_at(job, job->weight, rule.target) : 1);
+    rule.all = q + rule.share * job->weight_sum;
+    rule.at_target = (rule.all * exp(value_at(job, x, rule.target) - rule.lse) - q - own) * rule.g;
+    rule.weight = rule.share > 0 ? job->weight : NULL;
+    return rule;
+}
+
+static const char *part_of(const void *row, int64_t bytes) { return row ? (const char *)row + bytes : NULL; }
+
+/* classes [at, at + m) of the row's gradient; y may be that part of x */
+static void gradient_part(const loss_job *job, const row_rule *rule, const void *x, int64_t at, int64_t m, void *y)
+{
+    int64_t size = (int64_t)lac_compute_size(job->ctype);
+    const void *from = part_of(x, at * size), *t = part_of(rule->soft, at * size),
+               *w = part_of(rule->weight, at * size);
+    bool single = job->ctype == C_F32;
+    if (rule->target == -2) memset(y, 0, (size_t)(m * size));
+    else if (rule->target == -1 && single) row_soft_gradient_f(from, t, rule->lse, rule->all, rule->g, y, m);
+    else if (rule->target == -1) row_soft_gradient_d(from, t, rule->lse, rule->all, rule->g, y, m);
+    else if (single) row_gradient_f(from, w, rule->lse, rule->all, rule->share, rule->g, y, m);
+    else row_gradient_d(from, w, rule->lse, rule->all, rule->share, rule->g, y, m);
+    if (rule->target < at || rule->target >= at + m) return;
+    if (single) ((float *)y)[rule->target - at] = (float)rule->at_target;
+    else ((double *)y)[rule->target - at] = rule->at_target;
 }
 
 static void gradient_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const loss_job *job = context;
+    int64_t n = job->n, bytes = job->gradient ? lac_bytes_of(job->gradient->dtype) : 0;
     char *space = job->workspace ? job->workspace + 2 * job->row_bytes * thread : NULL; /* NULL: a chunk */
+    double block[STREAM_BLOCK];
+    /* a result beyond the caches is written past them: reading its lines first would cost a third of the traffic */
+    bool stream = job->gradient && lac_is_native(job->gradient->dtype) && job->rows * n * bytes > STREAM_BYTES;
     for (int64_t r = begin; r < end; r++) {
         const void *x = logits_row(job, r, space);
+        row_rule rule = rule_of(job, r, x, space ? space + job->row_bytes : NULL);
+        char *out = job->gradient ? (char *)job->gradient->data + r * n * bytes : NULL;
+        if (stream) {
+            for (int64_t at = 0; at < n; at += STREAM_BLOCK) {
+                int64_t m = n - at < STREAM_BLOCK ? n - at : STREAM_BLOCK;
+                v_prefetch((const char *)x + (at + m) * bytes, m * bytes);
+                gradient_part(job, &rule, x, at, m, block);
+                v_stream(out + at * bytes, block, (size_t)(m * bytes));
+            }
+            continue;
+        }
         /* in place, or to the output if that is an array of the compute type, or through the buffer */
-        char *out =
-            job->gradient ? (char *)job->gradient->data + r * job->n * lac_bytes_of(job->gradient->dtype) : NULL;
         void *y = !out ? (void *)(uintptr_t)x : lac_is_native(job->gradient->dtype) ? out : space;
-        gradient_row(job, r, x, y, space ? space + job->row_bytes : NULL);
-        if (out && y != out) LAC_CPU(store)(job->gradient->dtype, y, out, lac_bytes_of(job->gradient->dtype), job->n);
+        gradient_part(job, &rule, x, 0, n, y);
+        if (out && y != out) LAC_CPU(store)(job->gradient->dtype, y, out, bytes, n);
     }
+    if (stream) v_stream_end();
 }
 
 static int run_rows(const char *op, loss_job *job, lac_task *task)

@@ -10,7 +10,7 @@
 #include "cpu.h"
 #include "simd.h"
 
-enum { COLUMNS = 16 };
+enum { COLUMNS = 16, FEW_COLUMNS = 4, CELLS = 1 << 15 }; /* cells: sums that fit the second cache */
 
 typedef struct {
     const lac_a_scatter *a;
@@ -82,17 +82,40 @@ static void set_lines(const scatter_job *job, const lines *l)
         }
 }
 
-static inline double combine_d(int mode, double a, double b)
+/* `combine` of a sum and a value, for every source of every line; first: what a place starts from without self */
+#define COMBINE_D(name, expression)                                                                                    \
+    static void name(double *sums, const double *v, const int64_t *index, int64_t w)                                   \
+    {                                                                                                                  \
+        for (int64_t j = 0; j < w; j++) {                                                                              \
+            double *cell = sums + index[j] * w + j, a = *cell, b = v[j];                                               \
+            *cell = expression;                                                                                        \
+        }                                                                                                              \
+    }
+#define COMBINE_I(name, expression)                                                                                    \
+    static void name(int64_t *sums, const int64_t *v, const int64_t *index, int64_t w)                                 \
+    {                                                                                                                  \
+        for (int64_t j = 0; j < w; j++) {                                                                              \
+            int64_t *cell = sums + index[j] * w + j, a = *cell, b = v[j];                                              \
+            *cell = expression;                                                                                        \
+        }                                                                                                              \
+    }
+COMBINE_D(add_d, a + b)
+COMBINE_D(max_d, a != a || a > b ? a : b) /* NaN wins */
+COMBINE_D(min_d, a != a || a < b ? a : b)
+COMBINE_I(add_i, (int64_t)((uint64_t)a + (uint64_t)b))
+COMBINE_I(max_i, a > b ? a : b)
+COMBINE_I(min_i, a < b ? a : b)
+
+static void combine(int mode, int ctype, double *sums, const double *v, const int64_t *index, int64_t w)
 {
-    if (mode == LAC_SCATTER_MAX) return a != a || a > b ? a : b; /* NaN wins */
-    if (mode == LAC_SCATTER_MIN) return a != a || a < b ? a : b;
-    return a + b;
-}
-static inline int64_t combine_i(int mode, int64_t a, int64_t b)
-{
-    if (mode == LAC_SCATTER_MAX) return a > b ? a : b;
-    if (mode == LAC_SCATTER_MIN) return a < b ? a : b;
-    return (int64_t)((uint64_t)a + (uint64_t)b);
+    int64_t *isums = (int64_t *)(void *)sums;
+    const int64_t *iv = (const int64_t *)(const void *)v;
+    if (ctype == C_I64 && mode == LAC_SCATTER_MAX) max_i(isums, iv, index, w);
+    else if (ctype == C_I64 && mode == LAC_SCATTER_MIN) min_i(isums, iv, index, w);
+    else if (ctype == C_I64) add_i(isums, iv, index, w);
+    else if (mode == LAC_SCATTER_MAX) max_d(sums, v, index, w);
+    else if (mode == LAC_SCATTER_MIN) min_d(sums, v, index, w);
+    else add_d(sums, v, index, w);
 }
 
 /* n values of a compute type to double, or int64_t as they are */
@@ -123,18 +146,27 @@ static void combine_lines(const scatter_job *job, const lines *l, double *sums, 
     int64_t bytes = lac_bytes_of(dtype), n = a->index.shape[a->dim], size = a->dst.shape[a->dim], w = l->w;
     int64_t dst_step = a->dst.stride[a->dim] * bytes, src_step = a->src.stride[a->dim] * bytes;
     double space[COLUMNS], values[COLUMNS];
-    int64_t *isums = (int64_t *)(void *)sums, *ivalues = (int64_t *)(void *)values;
+    bool counted = mode == LAC_SCATTER_MEAN || !a->self;
     for (int64_t r = 0; r < size; r++)
         widen(ctype, LAC_CPU(load)(dtype, l->dst + r * dst_step, l->dst_last, w, space), w, sums + r * w);
-    memset(counts, 0, (size_t)(size * w) * sizeof *counts);
-    for (int64_t i = 0; i < n; i++) {
+    if (counted) memset(counts, 0, (size_t)(size * w) * sizeof *counts);
+    bool plain = dtype == LAC_F32 && l->src_last == 4 && mode == LAC_SCATTER_ADD && a->self; /* the common case */
+    for (int64_t i = 0; plain && i < n; i++) {
+        const int64_t *index = l->index + i * job->inner;
+        const float *v = (const float *)(const void *)(l->src + i * src_step);
+        for (int64_t j = 0; j < w; j++) sums[index[j] * w + j] += (double)v[j];
+    }
+    for (int64_t i = 0; !plain && i < n; i++) {
+        const int64_t *index = l->index + i * job->inner;
         widen(ctype, LAC_CPU(load)(dtype, l->src + i * src_step, l->src_last, w, space), w, values);
-        for (int64_t j = 0; j < w; j++) {
-            int64_t cell = l->index[i * job->inner + j] * w + j;
-            bool first = counts[cell]++ == 0 && !a->self;
-            if (ctype == C_I64) isums[cell] = first ? ivalues[j] : combine_i(mode, isums[cell], ivalues[j]);
-            else sums[cell] = first ? values[j] : combine_d(mode, sums[cell], values[j]);
+        for (int64_t j = 0; j < w && counted; j++) {
+            int64_t cell = index[j] * w + j;
+            if (counts[cell]++ > 0 || a->self) continue;
+            /* the first source of a place: start from what leaves it as it is */
+            if (mode == LAC_SCATTER_MAX || mode == LAC_SCATTER_MIN) sums[cell] = values[j];
+            else sums[cell] = 0; /* also the bits of the integer 0 */
         }
+        combine(mode, ctype, sums, values, index, w);
     }
     if (mode == LAC_SCATTER_MEAN)
         for (int64_t c = 0; c < size * w; c++)
@@ -168,7 +200,9 @@ int LAC_CPU(scatter)(const lac_a_scatter *a)
     job.ctype = lac_compute_type(a->dst.dtype);
     for (int d = a->dim + 1; d <= last; d++) job.inner *= a->index.shape[d];
     if (a->dim != last) {
-        job.w = a->index.shape[last] < COLUMNS ? a->index.shape[last] : COLUMNS;
+        job.w = size > 0 && CELLS / size < COLUMNS ? CELLS / size : COLUMNS;
+        if (job.w < FEW_COLUMNS) job.w = FEW_COLUMNS;
+        if (job.w > a->index.shape[last]) job.w = a->index.shape[last];
         job.blocks = (a->index.shape[last] + job.w - 1) / job.w;
         lines_total = job.blocks;
     }

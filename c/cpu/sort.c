@@ -13,7 +13,7 @@
 #include "cpu.h"
 #include "simd.h"
 
-enum { INSERTION = 24, RADIX = 256, FEW = 64, BLOCK = 64, PIECE = 1 << 16 };
+enum { INSERTION = 24, RADIX = 256, FEW = 64, MANY = 8192, BLOCK = 64, PIECE = 1 << 16 };
 
 /* key and position: 32-bit keys are packed into one word, 64-bit keys stand next to it */
 typedef struct {
@@ -171,6 +171,32 @@ static void select_few(const uint32_t *keys, int64_t n, int64_t k, uint64_t *bes
     }
 }
 
+/* The same for more elements: candidates below a bound are appended; when 2 k of them are there they are sorted, k
+ * stay, and the last of those is the new bound. best has room for 2 k + BLOCK words, and as many and the counts behind
+ * them. */
+static const uint64_t *select_some(const uint32_t *keys, int64_t n, int64_t k, uint64_t *best)
+{
+    int64_t have = 0, room = 2 * k + BLOCK;
+    uint32_t bound = 0xffffffffu;
+    bool bounded = false;
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        int64_t m = n - at < BLOCK ? n - at : BLOCK;
+        uint32_t least = 0xffffffffu;
+#pragma omp simd reduction(min : least)
+        for (int64_t i = 0; i < m; i++) least = keys[at + i] < least ? keys[at + i] : least;
+        if (bounded && least >= bound) continue;
+        for (int64_t i = at; i < at + m; i++)
+            if (!bounded || keys[i] < bound) best[have++] = (uint64_t)keys[i] << 32 | (uint64_t)i;
+        if (have < 2 * k) continue;
+        const uint64_t *sorted = sort_word(best, best + room, have);
+        if (sorted != best) memcpy(best, sorted, (size_t)k * sizeof *best);
+        have = k;
+        bound = (uint32_t)(best[k - 1] >> 32);
+        bounded = true;
+    }
+    return sort_word(best, best + room, have);
+}
+
 /* the key of rank k (from 0) among n keys of `digits` bytes, and how many keys are smaller */
 #define SELECT(S, K, digits)                                                                                           \
     static K kth_key_##S(const K *keys, int64_t n, int64_t k, int64_t *below)                                          \
@@ -272,6 +298,8 @@ static void sort_task(void *context, int64_t begin, int64_t end, int thread)
             if (job->select && job->k <= FEW && job->k * 8 < n) {
                 select_few(narrow, n, job->k, x);
                 put_line(job, t, line, x);
+            } else if (job->select && n >= MANY && job->k * 8 <= n) {
+                put_line(job, t, line, select_some(narrow, n, job->k, x)); /* below n words: narrow stays */
             } else {
                 int64_t m = collect_words(job, narrow, x);
                 put_line(job, t, line, sort_word(x, x + n, m));
