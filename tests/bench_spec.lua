@@ -160,7 +160,7 @@ describe("bench", function()
     b:header("some")
     assert.is_true(b:value{ what = "memory", value = 7, unit = "%", at_most = 10 }.met)
     assert.is_false(b:value{ what = "memory", value = 11, unit = "%", at_most = 10 }.met)
-    b:value{ what = "stopped", problem = "why" }
+    assert.is_nil(b:value{ what = "stopped", problem = "why", at_most = 1 }.met)
     b:row{ what = "a sum", ours = function() end, floor = "copy", work = 100, at_most = 1.3 }
     assert.matches("B/s copy", lines[#lines])
     b:row{ what = "a product", ours = function() end, floor = "sgemm", work = 100, at_least = 0.8 }

@@ -357,7 +357,7 @@ local function verdict(row, quick)
   return row.met and "met" or "MISSED"
 end
 
-local WIDE, LINE = 46, "  %s %2s  %11s  %-26s %-20s %-9s %s"
+local WIDE, LINE = 50, "  %s %2s  %11s  %-26s %-20s %-9s %s"
 
 local function clip(text, width)
   return text .. (" "):rep(width - #text)
@@ -370,8 +370,8 @@ end
 
 function Run:add(row)
   row.section, row.threads, row.quick = self.section, self.threads, self.quick
-  if row.ratio or row.kind == "value" then
-    local value = row.ratio or row.ours
+  local value = row.ratio or (row.kind == "value" and row.ours)
+  if value then
     if row.at_least then row.met = value >= row.at_least end
     if row.at_most then row.met = value <= row.at_most end
   end

@@ -1,0 +1,33 @@
+--- dispatch.lua: what an operator costs before it computes anything.
+--
+-- Small tensors, with the record for the gradient, 100 calls a turn's sample on both sides (a loop in Lua, a
+-- loop in Python). Research code is full of small operators; what they cost is the host's share of a step.
+-- The collector of each side runs inside the time: ours as scripts have it, in a scope, Python's reference
+-- counts. No target: a comparison.
+
+local lac = require "lacuna"
+
+local CALLS = 100
+
+return {
+  name = "dispatch",
+  about = "host cost of 100 small operators with their tape records, and of a small backward",
+  once = true,
+  run = function(b)
+    b:set_threads(1)
+    local x, y = lac.randn{ 16, grad = true }, lac.randn{ 16, grad = true }
+    local m = lac.randn{ 4, 4, grad = true }
+    local function row(name, body)
+      b:row{ what = name, ours = body, seconds = 0.5,
+        peer = { script = "dispatch", case = "operator", arguments = { name = name } } }
+    end
+    row("add", function() for _ = 1, CALLS do local _ = x + y end end)
+    row("multiply by a number", function() for _ = 1, CALLS do local _ = x * 2 end end)
+    row("tanh", function() for _ = 1, CALLS do local _ = x:tanh() end end)
+    row("matmul 4 x 4", function() for _ = 1, CALLS do local _ = m:matmul(m) end end)
+    row("view", function() for _ = 1, CALLS do local _ = x:view(4, 4) end end)
+    row("(a * b + a):tanh():sum(), backward", function()
+      for _ = 1, CALLS do (x * y + x):tanh():sum():backward() end
+    end)
+  end,
+}

@@ -1,0 +1,31 @@
+"""dispatch.py: PyTorch's cost of one small operator with its record for the gradient."""
+
+import peer
+import torch
+
+a = torch.randn(16, requires_grad=True)
+b = torch.randn(16, requires_grad=True)
+m = torch.randn(4, 4, requires_grad=True)
+CALLS = 100
+BODIES = {
+    "add": lambda: a + b,
+    "multiply by a number": lambda: a * 2,
+    "tanh": lambda: a.tanh(),
+    "matmul 4 x 4": lambda: m @ m,
+    "view": lambda: a.view(4, 4),
+    "(a * b + a):tanh():sum(), backward": lambda: (a * b + a).tanh().sum().backward(),
+}
+
+
+@peer.case
+def operator(name):
+    body = BODIES[name]
+
+    def run():
+        for _ in range(CALLS):
+            body()
+
+    return run
+
+
+peer.serve()
