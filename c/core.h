@@ -89,7 +89,6 @@ typedef struct lac_records {
 void *lac_records_push(lac_records *list);
 int64_t lac_records_read(const lac_records *list, int64_t first, int64_t n, void *out);
 void lac_records_clear(lac_records *list);
-int64_t lac_clock(void); /* ns, monotonic */
 
 /* abi.c */
 extern lac_flags lac_flags_global;

@@ -91,9 +91,10 @@ const char *lac_isa(const char *name);   /* force "baseline", "avx2", "avx512" (
 int lac_backend_load(const char *path);  /* load the CUDA plug-in; fails with the reason (status "device") */
 
 /* ---- profiler ---- */
+int64_t lac_clock(void);                 /* ns of the monotonic clock, which all recorded times are of */
 int lac_profile(int on);                 /* record every run of an operator: 1 starts afresh, 0 stops, -1 stops and forgets */
 int64_t lac_profile_events(int64_t first, int64_t n, lac_profile_event *out); /* returns how many were read from `first` (0-based) on */
-int64_t lac_profile_lost(void);          /* events of either recorder that no memory was left for */
+int64_t lac_profile_lost(void);          /* events of both recorders so far that no memory was left for */
 const char *lac_op_name(int op);         /* slots of the back ends in the order of c/ops.def; NULL past the end */
 
 /* ---- storage, pool, tensors ---- */
@@ -113,7 +114,8 @@ int64_t lac_memory_blocks(lac_block_info *out, int64_t n);
 int lac_memory_record(int on);           /* record every change of the pool: 1 starts afresh, 0 stops, -1 stops and forgets */
 int64_t lac_memory_events(int64_t first, int64_t n, lac_block_info *out); /* returns how many were read from `first` (0-based) on */
 int lac_tensor_role(const lac_tensor *t, int role); /* what its storage is for; a released tensor: nothing happens */
-int lac_tensor_site(const lac_tensor *t, int site); /* a number of the host for where its storage was made */
+int lac_tensor_site(const lac_tensor *t, int site); /* a number of the host for where its storage was made, set unless < 0; returns it */
+int lac_tensor_block(const lac_tensor *t, lac_block_info *out); /* the block behind t; status "released" if there is none */
 int lac_empty(lac_tensor *t);            /* host fills dtype, device, ndim, shape; the call adds storage and strides */
 void lac_tensor_drop(lac_tensor *t);     /* the finalizer: drop the owner's reference (idempotent) */
 int lac_tensor_release(lac_tensor *t);   /* free the bytes now; later use of any view is an error of status "released" */

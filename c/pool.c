@@ -378,8 +378,18 @@ int lac_tensor_role(const lac_tensor *t, int role)
 
 int lac_tensor_site(const lac_tensor *t, int site)
 {
-    if (!t || !t->storage) LAC_FAIL(RELEASED, "site: the tensor has no storage");
-    t->storage->site = site;
+    if (!t || !t->storage) return 0;
+    if (site >= 0) t->storage->site = site;
+    return t->storage->site;
+}
+
+int lac_tensor_block(const lac_tensor *t, lac_block_info *out)
+{
+    if (!t || !out) LAC_FAIL(ARGUMENT, "block: no tensor or no struct to fill");
+    if (!t->storage || !t->storage->data || !t->storage->block) LAC_FAIL(RELEASED, "block: the tensor has no block");
+    pthread_mutex_lock(&lock);
+    block_describe((const block *)t->storage->data - 1, LAC_BLOCK_ALIVE, t->storage->op, out);
+    pthread_mutex_unlock(&lock);
     return 0;
 }
 

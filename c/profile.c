@@ -254,10 +254,7 @@ void lac_profile_add(int slot, const void *args, int device, int64_t start)
 int lac_profile(int on)
 {
     pthread_mutex_lock(&lock);
-    if (on) {
-        lac_records_clear(&events);
-        __atomic_store_n(&lost, 0, __ATOMIC_RELAXED);
-    }
+    if (on) lac_records_clear(&events);
     lac_profile_on = on > 0;
     pthread_mutex_unlock(&lock);
     return 0;

@@ -25,10 +25,30 @@ end
 
 -- one entry per layer; modules of one layer do not require each other, except inside a package (nn*, dist*)
 local LUA = {
-  "lib", "sys json class", "schema", "registry device scope", "tensor", "pretty create", "ops*", "grad",
-  "recompute watch", "gradcheck", "attention.variants attention.masks attention.explain attention.decode",
-  "attention", "nn*", "optim*", "io", "data log plot", "train*", "dist*", "sweep bench", "cli",
-  "repl notebook", "init",
+  "lib",
+  "sys json class",
+  "schema",
+  "registry device scope",
+  "tensor sites",
+  "pretty create",
+  "ops*",
+  "grad",
+  "recompute watch",
+  "gradcheck",
+  "attention.variants attention.masks attention.explain attention.decode",
+  "attention",
+  "nn*",
+  "optim*",
+  "io",
+  "data log plot",
+  "memory profile",
+  "timeline",
+  "train*",
+  "dist*",
+  "sweep bench",
+  "cli",
+  "repl notebook",
+  "init",
 }
 
 local function rank_of(name)

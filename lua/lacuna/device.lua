@@ -107,7 +107,8 @@ end
 
 --- Memory statistics of a device.
 -- @tparam[opt] string name "cpu" (the default)
--- @treturn table {live, cached, peak, limit, live_blocks, allocations, reused, storages}; bytes and counts
+-- @treturn table {live, cached, peak, limit, live_blocks, allocations, reused, storages, soft}; bytes and
+--   counts
 function device.memory(name)
   local code = device.code("memory", name)
   if code ~= C.LAC_CPU then
@@ -116,10 +117,21 @@ function device.memory(name)
   return lib.memory_stats()
 end
 
---- Hard limit on live bytes; 0 removes it.
-function device.memory_limit(bytes)
+local LIMIT = { soft = { type = "integer", min = 0, default = 0 } }
+
+--- Limits of the pool in bytes; 0 removes one. Over the hard limit an operator fails, after garbage was
+-- collected and the pool trimmed. Over the soft limit the same is done first, but what is still needed then
+-- may pass it: garbage never takes the pool over it.
+-- @tparam integer bytes hard limit on live bytes
+-- @tparam[opt] table options soft = 0: soft limit, not above the hard one
+function device.memory_limit(bytes, options)
   schema.check("memory_limit", "bytes", bytes, { type = "integer", min = 0 })
+  local soft = schema.options("memory_limit", options, LIMIT).soft
+  if bytes > 0 and soft > bytes then
+    fail("memory_limit", "the soft limit must not be above the hard one: %.0f > %.0f bytes", soft, bytes)
+  end
   lib.check(C.lac_memory_limit(bytes))
+  lib.soft_limit(soft)
 end
 
 --- Start the peak statistic afresh from what is live now.

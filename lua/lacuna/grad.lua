@@ -23,7 +23,9 @@ local C = lib.C
 local fail, show = schema.fail, schema.show
 local is, expect, receiver = tensor.is, tensor.expect, tensor.receiver
 local tape, methods, same_shape = tensor.tape, tensor.methods, tensor.same_shape
-local call, touch = lib.call, tensor.touch
+local call, touch, flags = lib.call, tensor.touch, lib.flags
+
+local BACKWARD_TAG = 1 -- what the engine records meanwhile is part of a backward pass
 
 local grad = {}
 
@@ -122,7 +124,8 @@ local function accumulate(t, g, fresh)
   end
   if not fresh or g.root ~= g or not tensor.is_contiguous(g) then g = tensor.cast(g, g.c.dtype) end
   rawset(t, "grad", g)
-  scope.follow(g, t)
+  C.lac_tensor_role(t.c, C.LAC_ROLE_PARAMETER)
+  scope.follow(g, t, C.LAC_ROLE_GRADIENT)
 end
 
 -- ---- the walk -----------------------------------------------------------------------------------
@@ -244,6 +247,8 @@ local function process(node, retain, ready, top)
   return top
 end
 
+lib.frame_origin(process) -- what a rule does belongs to the place where its node was recorded
+
 local function walk_body(roots, seeds, retain, nodes)
   local work, top, ready = {}, 0, {}
   for i = 1, #roots do
@@ -274,11 +279,11 @@ end
 
 -- Run the walk with the tape off; whatever happens, no half-counted node stays behind.
 local function run(roots, seeds, retain, capture)
-  local enabled, outer, nodes = tape.enabled, walk, {}
+  local enabled, outer, nodes, tag = tape.enabled, walk, {}, flags.tag
   walk = { capture = capture, hooked = {}, order = {} }
-  tape.enabled = false
+  tape.enabled, flags.tag = false, BACKWARD_TAG
   local ok, message = pcall(walk_body, roots, seeds, retain, nodes)
-  tape.enabled, walk = enabled, outer
+  tape.enabled, walk, flags.tag = enabled, outer, tag
   if not ok then
     for i = 1, #nodes do
       local node = nodes[i]

@@ -45,15 +45,24 @@ lac.engine = lib.path
 
 -- upper modules by name; each is a file that may or may not be there in a trimmed installation
 local LAZY = { "nn", "optim", "io", "data", "log", "train", "dist", "sweep", "bench", "plot", "repl",
-               "notebook" }
+               "notebook", "profile" }
 local lazy = {}
 for _, name in ipairs(LAZY) do lazy[name] = true end
 lazy.gradcheck, lazy.attend, lazy.attention = true, true, true
+-- functions of upper modules: { module, name there }
+local FUNCTIONS = { memory_report = { "memory", "report" }, memory_tracking = { "memory", "tracking" },
+                    leak_check = { "memory", "leak_check" }, memory_profile = { "timeline", "run" } }
+for name in pairs(FUNCTIONS) do lazy[name] = true end
 
 local function load_lazy(name)
   if name == "attend" or name == "attention" then
     local attention = require "lacuna.attention"
     lac.attend, lac.attention = attention.attend, attention
+    return lac[name]
+  end
+  local from = FUNCTIONS[name]
+  if from then
+    lac[name] = require("lacuna." .. from[1])[from[2]]
     return lac[name]
   end
   local path = "lacuna." .. name
@@ -71,6 +80,9 @@ local function unknown(_, name)
   schema.fail("lacuna", "there is no lac.%s, did you mean lac.%s?", tostring(name),
               schema.nearest(tostring(name), names))
 end
+
+local setting = os.getenv("LACUNA_MEMORY")
+if setting and setting ~= "" then require("lacuna.memory").configure(setting) end
 
 -- __names: what completion may offer beyond the fields that are there already
 return setmetatable(lac, {

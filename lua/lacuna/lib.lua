@@ -15,7 +15,11 @@
 -- megabytes it holds. So the pool raises flags.pressure when live bytes pass a soft limit; lib.attend then
 -- runs a full collection and sets the next limit at twice what survived, as the collector itself paces its
 -- heap. When the pool refuses an allocation, lib.recover collects and trims, and the caller tries exactly
--- once more.
+-- once more; a refusal by the soft limit is lifted for that one retry.
+--
+-- Because every caller looks at flags.attention after every call, a tracer needs no hook of its own: while
+-- one is set, the flag stays up and lib.attend calls it after each engine call. lib.place tells it from
+-- where.
 
 local ffi = require "ffi"
 
@@ -113,6 +117,7 @@ end
 -- ---- where an error happened --------------------------------------------------------------------
 
 local frame_names = setmetatable({}, { __mode = "k" })
+local frame_origins = setmetatable({}, { __mode = "k" })
 
 --- Register a function whose frames name a part of a model in error messages.
 -- When an error is raised while `f` is active, `describe(first argument of f)` becomes one step of the path,
@@ -122,30 +127,60 @@ local frame_names = setmetatable({}, { __mode = "k" })
 -- @tparam function describe takes self, returns a string such as "layers[3]" or nil to stay out of the path
 function lib.frame_name(f, describe) frame_names[f] = describe end
 
---- Text for the end of an error message: " [LongNet.layers[3].attn, train.lua:41]", "" if nothing is known.
--- @treturn string
-function lib.where()
-  local path, line = {}, nil
-  local level = 2
+--- Register a function whose frames work on behalf of an earlier call: the walk of backward runs the rule
+-- of a tape node, which belongs to the place where the node was recorded.
+-- @tparam function f its first argument is given as the third result of lib.place
+function lib.frame_origin(f) frame_origins[f] = true end
+
+-- what does not change about a function: its file, and whether it is the library's own
+local known = setmetatable({}, { __mode = "k" })
+
+local function describe_function(level, f)
+  local info = debug.getinfo(level + 1, "S")
+  local own = info.what == "C" or info.source:sub(1, #own_prefix) == own_prefix
+  local k = { own = own, file = info.short_src }
+  known[f] = k
+  return k
+end
+
+--- Who called: walks the stack up from a level.
+-- @tparam number level 1 is the function that calls this one
+-- @treturn ?string path of the model, "LongNet.layers[3].attn"
+-- @treturn ?string the first line outside this library, "train.lua:41"
+-- @return the first argument of the innermost frame registered with lib.frame_origin
+function lib.place(level)
+  local path, line, origin
+  level = level + 1
   while true do
-    local info = debug.getinfo(level, "Slf")
+    local info = debug.getinfo(level, "f")
     if not info then break end
-    local describe = frame_names[info.func]
+    local f = info.func
+    local k = known[f] or describe_function(level, f)
+    local describe = frame_names[f]
     if describe then
       local _, self = debug.getlocal(level, 1)
       local ok, step = pcall(describe, self)
-      if ok and step then table.insert(path, 1, tostring(step)) end
+      if ok and step then path = path and step .. "." .. path or tostring(step) end
     end
-    local own = info.source:sub(1, #own_prefix) == own_prefix
-    if not line and info.what ~= "C" and info.currentline > 0 and not own then
-      line = info.short_src .. ":" .. info.currentline
+    if frame_origins[f] and not origin then
+      local _
+      _, origin = debug.getlocal(level, 1)
+    end
+    if not line and not k.own then
+      local current = debug.getinfo(level, "l").currentline
+      if current > 0 then line = k.file .. ":" .. current end
     end
     level = level + 1
   end
-  local parts = {}
-  if #path > 0 then parts[#parts + 1] = table.concat(path, ".") end
-  if line then parts[#parts + 1] = line end
-  return #parts > 0 and " [" .. table.concat(parts, ", ") .. "]" or ""
+  return path, line, origin
+end
+
+--- Text for the end of an error message: " [LongNet.layers[3].attn, train.lua:41]", "" if nothing is known.
+-- @treturn string
+function lib.where()
+  local path, line = lib.place(2)
+  if path and line then return " [" .. path .. ", " .. line .. "]" end
+  return (path or line) and " [" .. (path or line) .. "]" or ""
 end
 
 --- Raise a Lua error with the place of the user's call appended.
@@ -173,25 +208,44 @@ function lib.memory_stats()
   return { live = tonumber(stats.live), cached = tonumber(stats.cached), peak = tonumber(stats.peak),
            limit = tonumber(stats.limit), live_blocks = tonumber(stats.live_blocks),
            allocations = tonumber(stats.allocations), reused = tonumber(stats.reused),
-           storages = tonumber(stats.storages) }
+           storages = tonumber(stats.storages), soft = tonumber(stats.soft) }
 end
+
+--- What holds most of the pool, as text for the error of a full one; memory.lua sets it while it tracks.
+lib.memory_detail = nil
 
 local function pool_report()
   local m = lib.memory_stats()
   return ("; pool: live %s in %d blocks, cached %s, peak %s, limit %s (after collecting and trimming)")
     :format(lib.bytes_text(m.live), m.live_blocks, lib.bytes_text(m.cached), lib.bytes_text(m.peak),
             m.limit > 0 and lib.bytes_text(m.limit) or "none")
+    .. (lib.memory_detail and lib.memory_detail() or "")
 end
 
-local function collect()
+--- Collect garbage to the end.
+function lib.collect()
   collectgarbage()
   collectgarbage() -- the second cycle frees what the finalizers of the first let go
 end
+local collect = lib.collect
 
 -- ---- checking calls -----------------------------------------------------------------------------
 
 local MEMORY, INTERRUPTED = lib.status.memory, lib.status.interrupted
 local flags = lib.flags
+local tracer, excused, soft = nil, false, 0
+
+--- Call f() after every engine call that succeeded, until lib.trace(nil).
+function lib.trace(f)
+  tracer = f
+  flags.attention = 1
+end
+
+--- Soft limit of the pool in bytes, 0 for none: a request over it first collects garbage and trims the pool.
+function lib.soft_limit(bytes)
+  lib.check(C.lac_memory_soft_limit(bytes))
+  soft = bytes
+end
 
 --- After a failed call: can trying again help? Only for status "memory", after a collection and a trim.
 -- @tparam number status
@@ -200,6 +254,10 @@ function lib.recover(status)
   if status ~= MEMORY then return false end
   collect()
   C.lac_memory_trim()
+  if soft > 0 then
+    C.lac_memory_excuse(1) -- what is left is needed: it may pass the soft limit; lib.attend sets it anew
+    excused, flags.attention = true, 1
+  end
   return true
 end
 
@@ -217,7 +275,12 @@ end
 
 --- Answer the engine's flags, when flags.attention is set: stop for Ctrl-C, collect under memory pressure.
 function lib.attend()
-  flags.attention = 0 -- first: what is raised while we look is then seen at the next call
+  flags.attention = tracer and 1 or 0 -- first: what is raised while we look is then seen at the next call
+  if excused then
+    excused = false
+    C.lac_memory_excuse(0)
+  end
+  if tracer then tracer() end
   if flags.interrupted ~= 0 then
     C.lac_interrupt(0)
     error("interrupted", 0)

@@ -158,6 +158,14 @@ local XY = fields{ series = { type = "table" }, x = VALUES, y = VALUES, style = 
     default = "top right" } }
 local HEAT = fields{ z = { type = { "table", "tensor" }, required = true }, xticks = { type = "table" },
   yticks = { type = "table" }, zlabel = { type = "string" }, zrange = RANGE }
+local AREA = fields{ x = { type = { "table", "tensor" }, required = true },
+  series = { type = "table", required = true }, marks = { type = "table" }, xrange = RANGE, yrange = RANGE }
+AREA.output = { type = "string", required = true }
+local AREA_SERIES = { y = { type = { "table", "tensor" }, required = true }, label = { type = "string" },
+  colour = { type = "string", check = function(v)
+    return not v:match("^#%x%x%x%x%x%x$") and "must look like #1f6fb4" or nil
+  end } }
+local MARK = { x = { type = "number", required = true }, label = { type = "string" } }
 -- one inline block and one clause of the plot command
 local function draw_series(one, index, default_style, text)
   local what = ("series[%d]"):format(index)
@@ -256,6 +264,56 @@ local plot = {}
 -- @treturn string the path written, or the drawing as text when there is no output
 function plot.lines(spec)
   return draw_xy("plot.lines", spec, "lines")
+end
+
+-- a dotted line across the plot at x, and what it marks
+local function draw_mark(lines, mark, index)
+  local at = number(mark.x)
+  lines[#lines + 1] = ("set arrow from first %s, graph 0 to first %s, graph 1 nohead front dashtype 2 "
+    .. "linecolor rgb '#4c5563'"):format(at, at)
+  if mark.label then
+    lines[#lines + 1] = ("set label %d %s at first %s, graph 0.97 noenhanced front offset 0.6,0 font ',10' "
+      .. "textcolor rgb '#4c5563'"):format(index, quote(mark.label), at)
+  end
+end
+
+--- Areas stacked on each other, the first series at the bottom.
+-- @tparam table spec x = list of numbers that all series share; series = { { label =, y =, colour = }, ... },
+--   none negative; marks = { { x =, label = }, ... }: dotted lines across; title, xlabel, ylabel, xrange,
+--   yrange, size, and output = "figure.png" or ".svg" (there is no form for the terminal)
+-- @treturn string the path written
+function plot.area(spec)
+  spec = schema.options("plot.area", spec, AREA)
+  local kind = output_kind(spec)
+  local x = check_numbers(as_list(spec.x, "x"), "x")
+  if #spec.series == 0 then schema.fail("plot.area", "nothing to draw: series is empty") end
+  local lines, tops, blocks, clauses = preamble(spec, kind), {}, {}, {}
+  for i = 1, #x do tops[i] = 0 end
+  for i, one in ipairs(spec.series) do
+    one = schema.options(("plot.area: series[%d]"):format(i), one, AREA_SERIES)
+    local y = check_numbers(as_list(one.y, "y"), ("series[%d].y"):format(i))
+    if #y ~= #x then schema.fail("plot.area", "series[%d] has %d values, x has %d", i, #y, #x) end
+    local colour, rows = one.colour or COLOURS[(i - 1) % #COLOURS + 1], {}
+    for k = 1, #x do
+      if y[k] < 0 or y[k] ~= y[k] then
+        schema.fail("plot.area", "series[%d].y[%d] must not be negative, got %s", i, k, schema.show(y[k]))
+      end
+      rows[k] = number(x[k]) .. " " .. number(tops[k]) .. " " .. number(tops[k] + y[k])
+      tops[k] = tops[k] + y[k]
+    end
+    blocks[i] = ("$d%d << LACUNA_END\n%s\nLACUNA_END"):format(i, table.concat(rows, "\n"))
+    -- the topmost first, so that the legend reads as the picture does
+    table.insert(clauses, 1, ("$d%d using 1:2:3 with filledcurves fillcolor rgb %s %s"):format(i,
+      quote(colour), one.label and "title " .. quote(one.label) .. " noenhanced" or "notitle"))
+  end
+  for i, mark in ipairs(spec.marks or {}) do
+    draw_mark(lines, schema.options(("plot.area: marks[%d]"):format(i), mark, MARK), i)
+  end
+  lines[#lines + 1] = "set key outside right top noenhanced reverse Left width 1"
+  if not spec.yrange then lines[#lines + 1] = "set yrange [0:*]" end
+  lines[#lines + 1] = table.concat(blocks, "\n")
+  lines[#lines + 1] = "plot " .. table.concat(clauses, ", ")
+  return run_gnuplot(table.concat(lines, "\n") .. "\nunset output\n", spec, kind)
 end
 
 --- Points. The same options as plot.lines.

@@ -19,18 +19,44 @@ local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 
 local C = lib.C
-local scope = { depth = 0 }
+local scope = { depth = 0, watching = false } -- watching: has scope.enter to be told of new owners?
 local stack = {} -- stack[depth] = { n = number of entries, list = weak list of owners }
 local WEAK = { __mode = "v" }
 
---- List a new owner in the innermost scope. Called by tensor.adopt only while depth > 0.
+local watcher = nil
+
+--- Call f(t) for every new owner from now on (memory.lua); nil: no longer.
+function scope.watch(f)
+  watcher = f
+  scope.watching = f ~= nil or scope.depth > 0
+end
+
+--- A new owner: list it in the innermost scope. Called by tensor.adopt, only while scope.watching.
 function scope.enter(t)
   local depth = scope.depth
-  local s = stack[depth]
-  local n = s.n + 1
-  s.n = n
-  s.list[n] = t
-  t.level = depth
+  if depth > 0 then
+    local s = stack[depth]
+    local n = s.n + 1
+    s.n = n
+    s.list[n] = t
+    t.level = depth
+  end
+  if watcher then watcher(t) end
+end
+
+--- The living owners that the running scopes will release, by scope.
+-- @treturn table list by depth, outermost first, of lists of tensors
+function scope.owners()
+  local result = {}
+  for depth = 1, scope.depth do
+    local list, s = {}, stack[depth]
+    for i = 1, s.n do
+      local t = s.list[i]
+      if t and t.level == depth then list[#list + 1] = t end
+    end
+    result[depth] = list
+  end
+  return result
 end
 
 local function move(root, level)
@@ -44,8 +70,11 @@ local function move(root, level)
 end
 
 --- Let tensor t live at least as long as the tensor `holder` does: a gradient and its leaf, a moment and
--- its parameter.
-function scope.follow(t, holder) move(t.root, holder.root.level) end
+-- its parameter. Reports of memory call it `role`, by default what an optimizer keeps.
+function scope.follow(t, holder, role)
+  move(t.root, holder.root.level)
+  C.lac_tensor_role(t.c, role or C.LAC_ROLE_OPTIMIZER)
+end
 
 -- Visit everything reachable from `value`; move owners to `level`. A work list, because a graph can be
 -- 100,000 deep.
@@ -99,6 +128,7 @@ local function leave(results, count)
   end
   stack[depth] = nil
   scope.depth = depth - 1
+  scope.watching = depth > 1 or watcher ~= nil
   local list = s.list
   for i = 1, s.n do
     local t = list[i]
@@ -124,7 +154,7 @@ function scope.run(fn, ...)
   if type(fn) ~= "function" then schema.fail("scope", "expected a function, got %s", schema.show(fn)) end
   local depth = scope.depth + 1
   stack[depth] = { n = 0, list = setmetatable({}, WEAK) }
-  scope.depth = depth
+  scope.depth, scope.watching = depth, true
   local results, count = pack(xpcall(fn, on_error, ...))
   local ok = results[1]
   leave(results, ok and count or 0)

@@ -52,7 +52,7 @@ local function adopt(c)
   local t = setmetatable({ c = c, root = false, node = false, requires_grad = false, version = 0, level = 0 },
                          Tensor)
   t.root = t
-  if scope.depth > 0 then scope.enter(t) end
+  if scope.watching then scope.enter(t) end
   return t
 end
 tensor.adopt = adopt

@@ -143,6 +143,7 @@ function Module:param(name, t, kind)
       name, show(t))
   end
   t:requires_grad_(true)
+  C.lac_tensor_role(t.c, C.LAC_ROLE_PARAMETER)
   self._params[#self._params + 1] = name
   self._kinds[name] = kind
   rawset(self, name, t)
