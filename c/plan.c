@@ -326,15 +326,19 @@ static void count_workspace(lac_plan *p)
 {
     int64_t d = round_up(p->desc.head_dim, 32), rows = longest_span(p);
     int64_t chunk = round_up(rows < LAC_ATTN_QUERIES ? rows : LAC_ATTN_QUERIES, LAC_ATTN_ROWS);
-    int64_t forward = chunk * (2 * d + 4) + 2 * LAC_ATTN_KEYS * d + LAC_ATTN_ROWS * (LAC_ATTN_KEYS + 16);
-    int64_t padded = round_up(rows, LAC_ATTN_BROWS);
-    int64_t backward = padded * (7 * d + 8) + 3 * LAC_ATTN_BKEYS * d + 4 * LAC_ATTN_BROWS * (LAC_ATTN_BKEYS + 16);
+    if (chunk < LAC_ATTN_FEW_ALL) chunk = LAC_ATTN_FEW_ALL;
+    int64_t forward = chunk * (2 * d + 4) + 2 * LAC_ATTN_KEYS * d + LAC_ATTN_ROWS * (LAC_ATTN_KEYS + 16) + 20 * d;
+    int64_t queries = round_up(rows < LAC_ATTN_BQUERIES ? rows : LAC_ATTN_BQUERIES, LAC_ATTN_BROWS);
+    int64_t keys = round_up(rows < LAC_ATTN_KEY_RUN ? rows : LAC_ATTN_KEY_RUN, LAC_ATTN_BKEYS);
+    int64_t backward = queries * (5 * d + 8) + 2 * keys * d + 3 * LAC_ATTN_BKEYS * d +
+                       4 * LAC_ATTN_BROWS * (LAC_ATTN_BKEYS + 16) + 20 * d;
     int64_t out = p->desc.batch * p->desc.n * p->desc.heads * p->desc.head_dim;
     int64_t kv = p->desc.batch * p->desc.m * p->desc.kv_heads * p->desc.head_dim;
     p->info.bytes_workspace_forward = 4 * forward;
     p->info.bytes_workspace_backward = 4 * backward;
     p->info.bytes_accumulate_forward = p->forward_phases > 1 ? 4 * out : 0;
     p->info.bytes_accumulate_backward = 4 * (out + 2 * kv);
+    if (lac_plan_branch_delta(p)) p->info.bytes_accumulate_backward += 4 * p->desc.batch * p->desc.n * p->desc.heads;
 }
 
 /* ---- strips and units ---- */

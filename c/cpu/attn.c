@@ -1,20 +1,25 @@
 /* attn.c: dilated attention on the CPU: what runs when, on which memory.
  *
  * The plan says which branches may run together (a phase); a phase is a list of items (lattices), an item is cut
- * into tasks, and OpenMP hands tasks to threads as they become free, the heavy ones first. How the work is cut
- * depends on shapes alone and no two tasks of a phase write the same row, so results do not depend on threads.
- * Short segments share a task; long ones are cut into chunks of query rows in the forward. The backward keeps a
- * segment whole, because the segment's keys are the rows of dk and dv that the task owns.
+ * into tasks, and threads take tasks in their order as they become free, the heavy ones first. How the work is cut
+ * depends on shapes alone, and where two tasks of a phase add to the same row of dq they do so in the order of their
+ * numbers, so results do not depend on threads. Short segments share a task; long ones are cut into runs of query
+ * rows in the forward and into runs of keys in the backward, the finer the fewer there are.
  *
  * f16 and bf16 compute in float. Where several phases meet in one row (forward), and always in the backward, sums
- * are kept in float workspace and rounded once at the end.
+ * are kept in float workspace and rounded once at the end. Rows that no task may reach are zeroed beforehand by all
+ * threads, past the caches: with a dilation of 16 that is more memory than everything else touches.
  *
- * Rejected: one thread per (batch, head), which leaves cores idle for long sequences, and atomics.
+ * Rejected: one thread per (batch, head), which leaves cores idle for long sequences; atomics; OpenMP's dynamic
+ * schedule, which promises no order.
  */
 #include "attn.h"
 #include "simd.h"
 #include "../rng.h"
 #include <omp.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define ATTN_VECTOR 64
@@ -70,6 +75,23 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 
 #define ATTN_LOG2E 1.442695040888963407359924681L
 
+/* the numbers of the lanes */
+#define ATTN_LANES_2                                                                                                   \
+    {                                                                                                                  \
+        0, 1                                                                                                           \
+    }
+#define ATTN_LANES_4                                                                                                   \
+    {                                                                                                                  \
+        0, 1, 2, 3                                                                                                     \
+    }
+#define ATTN_LANES_8                                                                                                   \
+    {                                                                                                                  \
+        0, 1, 2, 3, 4, 5, 6, 7                                                                                         \
+    }
+#define ATTN_LANES_16                                                                                                  \
+    {                                                                                                                  \
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15                                                           \
+    }
 /* lanes of two vectors taken in turn, for each number of lanes: first halves, second halves */
 #define ATTN_LOW_2                                                                                                     \
     {                                                                                                                  \
@@ -107,12 +129,15 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #define NAME(x) attn_f32_##x
 #define real float
 #if ATTN_VECTOR == 64
+#define ATTN_LANES ATTN_LANES_16
 #define ATTN_LOW ATTN_LOW_16
 #define ATTN_HIGH ATTN_HIGH_16
 #elif ATTN_VECTOR == 32
+#define ATTN_LANES ATTN_LANES_8
 #define ATTN_LOW ATTN_LOW_8
 #define ATTN_HIGH ATTN_HIGH_8
 #else
+#define ATTN_LANES ATTN_LANES_4
 #define ATTN_LOW ATTN_LOW_4
 #define ATTN_HIGH ATTN_HIGH_4
 #endif
@@ -130,6 +155,7 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
      1.0f)
 #include "attn_kernel.inc"
 #undef NAME
+#undef ATTN_LANES
 #undef ATTN_LOW
 #undef ATTN_HIGH
 #undef real
@@ -143,12 +169,15 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #define NAME(x) attn_f64_##x
 #define real double
 #if ATTN_VECTOR == 64
+#define ATTN_LANES ATTN_LANES_8
 #define ATTN_LOW ATTN_LOW_8
 #define ATTN_HIGH ATTN_HIGH_8
 #elif ATTN_VECTOR == 32
+#define ATTN_LANES ATTN_LANES_4
 #define ATTN_LOW ATTN_LOW_4
 #define ATTN_HIGH ATTN_HIGH_4
 #else
+#define ATTN_LANES ATTN_LANES_2
 #define ATTN_LOW ATTN_LOW_2
 #define ATTN_HIGH ATTN_HIGH_2
 #endif
@@ -189,31 +218,63 @@ static int64_t lattice_rows(const lac_plan *p, int32_t branch)
     return (p->segment[branch] - 1) / p->desc.dilation[branch] + 1;
 }
 
-/* the longest segment of the branches of a phase (phase -1: of all) */
-static int64_t longest_rows(const lac_plan *p, const int32_t *phase, int32_t which)
+/* the most query rows, or keys, that one segment of a branch can have out of `count` consecutive positions */
+static int64_t span_most(const lac_plan *p, int32_t branch, int64_t count)
 {
-    int64_t longest = 0;
-    for (int g = 0; g < p->desc.branches; g++) {
-        int64_t rows = lattice_rows(p, g);
-        if ((which < 0 || phase[g] == which) && rows > longest) longest = rows;
-    }
-    return longest;
+    int64_t most = (count - 1) / p->desc.dilation[branch] + 1, rows = lattice_rows(p, branch);
+    return rows < most ? rows : most;
 }
 
-/* Cuts one item into tasks and appends it. */
-static void add_item(attn_job *job, attn_item item)
+static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+/* Cuts one item into tasks of about `target` query rows (backward: keys) and appends it. */
+static void add_item(attn_job *job, attn_item item, int64_t target)
 {
     const lac_plan *p = job->a->plan;
-    int64_t first, last, rows = lattice_rows(p, item.branch);
+    int64_t first, last, grain = job->bwd && !job->new_delta ? LAC_ATTN_BKEYS : LAC_ATTN_ROWS;
+    int64_t rows = span_most(p, item.branch, grain == LAC_ATTN_BKEYS ? p->desc.m : p->desc.n);
     lac_plan_segments(p, item.branch, &first, &last);
     item.segment0 = first;
     item.segments = last - first;
-    item.group = rows < LAC_ATTN_GROUP ? (LAC_ATTN_GROUP + rows - 1) / rows : 1;
-    item.chunks = job->bwd ? 1 : (rows - 1) / job->chunk + 1;
+    item.group = rows < target ? target / rows : 1;
+    item.chunks = (rows - 1) / target + 1;
+    item.chunk = round_up((rows - 1) / item.chunks + 1, grain); /* even pieces */
+    item.chunks = (rows - 1) / item.chunk + 1;
     item.first = job->tasks;
     job->tasks += (item.segments - 1) / item.group + 1;
     job->tasks += (job->tasks - item.first) * (item.chunks * p->desc.batch - 1);
+    int64_t held = item.chunk < round_up(rows, grain) ? item.chunk : round_up(rows, grain);
+    if (job->bwd && !job->new_delta) {
+        item.blocks = (span_most(p, item.branch, p->desc.n) - 1) / LAC_ATTN_BQUERIES + 1;
+        item.turn = job->turn_count;
+        if (item.chunks > 1) job->turn_count += item.segments * p->desc.batch * item.heads * item.blocks;
+        if (held > job->keys) job->keys = held;
+    } else {
+        if (item.few) held = rows * item.heads;
+        if (held > job->rows) job->rows = held;
+    }
     job->items[job->item_count++] = item;
+}
+
+/* How many query rows (backward: keys) a task should have: enough tasks for all threads, but rows enough to pay for
+ * packing. A row's sums do not depend on how the rows are cut; dq's do depend on how the keys are cut, so the backward
+ * may not look at the number of threads. */
+static int64_t task_rows(const attn_job *job, const int32_t *phase, int32_t which)
+{
+    const lac_plan *p = job->a->plan;
+    bool keys = job->bwd && !job->new_delta;
+    int64_t all = 0, grain = keys ? LAC_ATTN_BKEYS : LAC_ATTN_ROWS;
+    int64_t least = keys ? LAC_ATTN_KEY_RUN_LEAST : LAC_ATTN_QUERIES_LEAST;
+    int64_t most = keys ? LAC_ATTN_KEY_RUN : job->new_delta ? LAC_ATTN_BQUERIES : LAC_ATTN_QUERIES;
+    for (int32_t u = 0; u < p->units; u++) {
+        const lac_unit *unit = &p->unit[u];
+        if (phase[unit->branch] != which) continue;
+        int64_t rows = ((keys ? p->desc.m : p->desc.n) - 1) / p->desc.dilation[unit->branch] + 1;
+        all += rows * (keys ? 1 : unit->heads);
+    }
+    int64_t tasks = keys ? LAC_ATTN_TASKS : job->threads > 1 ? job->threads * LAC_ATTN_THREAD_TASKS : 1;
+    int64_t target = round_up(all * p->desc.batch / tasks, grain);
+    return target < least ? least : target > most ? most : target;
 }
 
 /* Items of a phase, branches with long segments first. */
@@ -221,14 +282,16 @@ static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
 {
     const lac_plan *p = job->a->plan;
     uint32_t done = 0;
-    job->item_count = job->tasks = 0;
+    int64_t target = task_rows(job, phase, which);
+    job->item_count = job->tasks = job->turn_count = job->rows = job->keys = 0;
     for (;;) {
         int best = -1;
         for (int g = 0; g < p->desc.branches; g++)
             if (phase[g] == which && !(done >> g & 1) && (best < 0 || lattice_rows(p, g) > lattice_rows(p, best)))
                 best = g;
-        if (best < 0) return;
+        if (best < 0) break;
         done |= (uint32_t)1 << best;
+        int64_t rows = span_most(p, best, p->desc.n);
         for (int32_t u = 0; u < p->units; u++) {
             const lac_unit *unit = &p->unit[u];
             if (unit->branch != best) continue;
@@ -237,9 +300,20 @@ static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
                               .heads = unit->heads,
                               .head = p->unit_heads + unit->first,
                               .offset = unit->offset};
-            if (job->bwd) add_item(job, item);
-            for (int32_t h = 0; !job->bwd && h < unit->heads; h++, item.head++) add_item(job, item);
+            item.few = !job->bwd && rows <= LAC_ATTN_FEW && rows * unit->heads <= LAC_ATTN_FEW_ALL;
+            if (item.few || (job->bwd && !job->new_delta)) {
+                add_item(job, item, target);
+                continue;
+            }
+            item.heads = 1;
+            for (int32_t h = 0; h < unit->heads; h++, item.head++) add_item(job, item, target);
         }
+    }
+    if (job->bwd) {
+        int64_t longest = 0;
+        for (int g = 0; g < p->desc.branches; g++)
+            if (phase[g] == which && span_most(p, g, p->desc.n) > longest) longest = span_most(p, g, p->desc.n);
+        job->rows = round_up(longest < LAC_ATTN_BQUERIES ? longest : LAC_ATTN_BQUERIES, LAC_ATTN_BROWS);
     }
 }
 
@@ -253,7 +327,9 @@ static attn_task decode(const attn_job *job, int64_t number)
     }
     const attn_item *item = &job->items[low];
     int64_t at = number - item->first, groups = (item->segments - 1) / item->group + 1;
-    attn_task t = {.item = item, .chunk = item->chunks - 1 - at % item->chunks}; /* causal: the last is the heaviest */
+    /* causal: the last rows are the heaviest, and so are the first keys */
+    bool keys = job->bwd && !job->new_delta;
+    attn_task t = {.item = item, .chunk = keys ? at % item->chunks : item->chunks - 1 - at % item->chunks};
     at /= item->chunks;
     t.segment0 = item->segment0 + at % groups * item->group;
     t.segment1 = t.segment0 + item->group;
@@ -262,49 +338,109 @@ static attn_task decode(const attn_job *job, int64_t number)
     return t;
 }
 
-static void run_task(const attn_job *job, int64_t number, char *workspace, int64_t rows, bool wide)
+static void run_task(const attn_job *job, int64_t number, char *workspace, bool wide)
 {
     attn_task t = decode(job, number);
-    if (job->bwd) (wide ? attn_f64_backward_task : attn_f32_backward_task)(job, &t, workspace, rows);
-    else (wide ? attn_f64_forward_task : attn_f32_forward_task)(job, &t, workspace, rows);
+    if (job->bwd) (wide ? attn_f64_backward_task : attn_f32_backward_task)(job, &t, workspace, job->rows, job->keys);
+    else (wide ? attn_f64_forward_task : attn_f32_forward_task)(job, &t, workspace, job->rows);
+}
+
+/* Runs the tasks on up to `threads` threads, which take them in order: a task may wait for those before it. */
+static void run_tasks(attn_job *job, int threads, char *workspace, size_t bytes)
+{
+    bool wide = job->a->q.dtype == LAC_F64;
+    int64_t next = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *mine = workspace + bytes * (size_t)omp_get_thread_num();
+        while (!__atomic_load_n(job->stop, __ATOMIC_RELAXED)) {
+            int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+            if (i >= job->tasks) break;
+            if (lac_interrupted()) __atomic_store_n(job->stop, 1, __ATOMIC_RELAXED);
+            else run_task(job, i, mine, wide);
+        }
+    }
 }
 
 /* Runs one phase; working memory for each thread is taken here and given back. */
-static int run_phase(attn_job *job, const int32_t *phase, int32_t which, double pairs)
+static int run_phase(attn_job *job, const int32_t *phase, int32_t which)
 {
     const lac_plan *p = job->a->plan;
     bool wide = job->a->q.dtype == LAC_F64;
-    int64_t rows = longest_rows(p, phase, which), stop = 0;
-    if (!job->bwd && rows > job->chunk) rows = job->chunk;
+    double work = (double)p->info.pairs * (double)p->desc.batch * p->desc.head_dim;
+    int stop = 0;
+    job->stop = &stop;
+    job->threads = work < LAC_PARALLEL_WORK || omp_in_parallel() ? 1 : omp_get_max_threads();
     add_phase(job, phase, which);
-    rows = (rows + LAC_ATTN_BROWS - 1) / LAC_ATTN_BROWS * LAC_ATTN_BROWS;
-    size_t bytes = job->bwd ? (wide ? attn_f64_backward_bytes : attn_f32_backward_bytes)(p, rows)
-                            : (wide ? attn_f64_forward_bytes : attn_f32_forward_bytes)(p, rows);
+    size_t bytes = job->bwd ? (wide ? attn_f64_backward_bytes : attn_f32_backward_bytes)(p, job->rows, job->keys)
+                            : (wide ? attn_f64_forward_bytes : attn_f32_forward_bytes)(p, job->rows);
     bytes = (bytes + 4095) / 4096 * 4096;
-    int threads = pairs * p->desc.head_dim < LAC_PARALLEL_WORK || omp_in_parallel() ? 1 : omp_get_max_threads();
-    if (threads > job->tasks) threads = (int)job->tasks;
-    char *workspace = lac_workspace_get("attention", bytes * (size_t)threads);
+    int threads = job->threads < job->tasks ? job->threads : (int)job->tasks;
+    size_t turns = ((size_t)job->turn_count * sizeof(int32_t) + 63) / 64 * 64;
+    char *workspace = lac_workspace_get("attention", turns + bytes * (size_t)threads);
     if (!workspace) return LAC_E_MEMORY;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < job->tasks; i++)
-        if (!stop) {
-            if (lac_interrupted()) __atomic_store_n(&stop, 1, __ATOMIC_RELAXED);
-            else run_task(job, i, workspace + bytes * (size_t)omp_get_thread_num(), rows, wide);
-        }
+    job->turns = (int32_t *)workspace;
+    memset(workspace, 0, turns);
+    run_tasks(job, threads, workspace + turns, bytes);
     lac_workspace_put(workspace);
     if (stop) LAC_FAIL(INTERRUPTED, "attention: interrupted");
     return 0;
 }
 
+/* The deltas of a phase's branches (see attn_backward.inc). */
+static int run_deltas(attn_job *job, int32_t which)
+{
+    const lac_plan *p = job->a->plan;
+    if (!lac_plan_branch_delta(p)) return 0;
+    job->new_delta = job->delta;
+    job->delta = NULL;
+    int status = run_phase(job, p->backward_phase, which);
+    job->delta = job->new_delta;
+    job->new_delta = NULL;
+    return status;
+}
+
 /* ---- results in the compute type ---- */
 
-static void fill_lse(const lac_view *v)
+enum { ATTN_PIECE = 1 << 18, ATTN_PAST_CACHES = 4 << 20 }; /* bytes */
+
+typedef struct attn_filling {
+    char *data;
+    int64_t bytes;
+    uint32_t word; /* repeated */
+} attn_filling;
+
+static void fill_pieces(void *context, int64_t begin, int64_t end, int thread)
+{
+    const attn_filling *f = context;
+    int64_t from = begin * ATTN_PIECE, to = end * ATTN_PIECE < f->bytes ? end * ATTN_PIECE : f->bytes;
+    (void)thread;
+#ifdef __SSE2__
+    if (f->bytes > ATTN_PAST_CACHES && !((uintptr_t)f->data & 15)) {
+        __m128i x = _mm_set1_epi32((int)f->word);
+        for (; from + 64 <= to; from += 64)
+            for (int i = 0; i < 64; i += 16) _mm_stream_si128((__m128i *)(f->data + from + i), x);
+        _mm_sfence();
+    }
+#endif
+    if (!f->word) memset(f->data + from, 0, (size_t)(to - from));
+    else
+        for (; from < to; from += 4) memcpy(f->data + from, &f->word, 4);
+}
+
+/* Fills memory with a word of 4 bytes, by all threads. */
+static int fill(void *data, size_t bytes, uint32_t word)
+{
+    attn_filling f = {.data = data, .bytes = (int64_t)bytes, .word = word};
+    return LAC_CPU(parallel)("attention", (f.bytes - 1) / ATTN_PIECE + 1, f.bytes / 4, fill_pieces, &f);
+}
+
+static int fill_lse(const lac_view *v)
 {
     int64_t n = v->data ? lac_view_numel(v) : 0;
-    if (v->dtype == LAC_F64)
-        for (int64_t i = 0; i < n; i++) ((double *)v->data)[i] = -INFINITY;
-    else
-        for (int64_t i = 0; i < n; i++) ((float *)v->data)[i] = -INFINITY;
+    if (v->dtype != LAC_F64) return n ? fill(v->data, (size_t)n * 4, 0xff800000u) : 0; /* -inf */
+    for (int64_t i = 0; i < n; i++) ((double *)v->data)[i] = -INFINITY;
+    return 0;
 }
 
 static bool is_half(const lac_view *v) { return v->dtype == LAC_F16 || v->dtype == LAC_BF16; }
@@ -315,20 +451,27 @@ static int accumulator(const lac_view *t, bool covered, void **acc)
     size_t n = (size_t)lac_view_numel(t);
     *acc = is_half(t) ? lac_workspace_get("attention", n * sizeof(float)) : t->data;
     if (!*acc) return LAC_E_MEMORY;
-    if (!covered) memset(*acc, 0, n * (t->dtype == LAC_F64 ? 8 : 4));
-    return 0;
+    return covered ? 0 : fill(*acc, n * (t->dtype == LAC_F64 ? 8 : 4), 0);
 }
 
-/* Rounds an accumulator into its tensor and gives it back. */
-static void settle(const lac_view *t, void *acc, bool keep)
+static void settle_piece(void *context, int64_t begin, int64_t end, int thread)
 {
-    if (!acc || acc == t->data) return;
-    int64_t n = lac_view_numel(t), piece = 1 << 14;
-    if (keep)
-#pragma omp parallel for
-        for (int64_t i = 0; i < n; i += piece)
-            LAC_CPU(store)(t->dtype, (float *)acc + i, (uint16_t *)t->data + i, 2, n - i < piece ? n - i : piece);
+    const lac_view *t = ((const lac_view *const *)context)[0];
+    const float *acc = ((const void *const *)context)[1];
+    int64_t n = lac_view_numel(t), from = begin << 14, to = end << 14 < n ? end << 14 : n;
+    (void)thread;
+    LAC_CPU(store)(t->dtype, acc + from, (uint16_t *)t->data + from, 2, to - from);
+}
+
+/* Rounds an accumulator into its tensor (if the status so far is 0) and gives it back; returns the status. */
+static int settle(const lac_view *t, void *acc, int status)
+{
+    if (!acc || acc == t->data) return status;
+    const void *context[] = {t, acc};
+    int64_t n = lac_view_numel(t);
+    if (!status) status = LAC_CPU(parallel)("attention", (n - 1) / (1 << 14) + 1, n, settle_piece, context);
     lac_workspace_put(acc);
+    return status;
 }
 
 static int items_get(attn_job *job)
@@ -339,44 +482,56 @@ static int items_get(attn_job *job)
     return job->items ? 0 : LAC_E_MEMORY;
 }
 
+/* does one phase of branches without dilation write every row, so that there is nothing to clear? */
+static bool covered(const lac_plan *p, int32_t phases)
+{
+    bool all = phases == 1 && p->shift >= 0;
+    for (int g = 0; g < p->desc.branches; g++) all &= p->desc.dilation[g] == 1;
+    return all;
+}
+
 /* ---- operators ---- */
 
 int LAC_CPU(attend)(const lac_a_attend *a)
 {
     const lac_plan *p = a->plan;
-    bool softmax_goes_on = lac_plan_many(p) && !lac_plan_branch_softmax(p);
-    attn_job job = {.a = a, .chunk = LAC_ATTN_QUERIES};
-    fill_lse(&a->lse);
-    fill_lse(&a->branch_lse);
-    job.add = lac_plan_branch_softmax(p);
-    /* one phase without dilation stores every row: nothing to clear */
-    bool covered = p->forward_phases == 1 && p->shift >= 0;
-    for (int g = 0; g < p->desc.branches; g++) covered &= p->desc.dilation[g] == 1;
-    if (!is_half(&a->out) || p->forward_phases > 1) LAC_TRY(accumulator(&a->out, covered, &job.acc_out));
-    else if (!covered) memset(a->out.data, 0, (size_t)lac_view_numel(&a->out) * 2);
+    bool softmax_goes_on = lac_plan_many(p) && !lac_plan_branch_softmax(p), all = covered(p, p->forward_phases);
+    attn_job job = {.a = a, .add = lac_plan_branch_softmax(p)};
+    if (!all || lac_plan_many(p)) LAC_TRY(fill_lse(&a->lse));
+    LAC_TRY(fill_lse(&a->branch_lse));
+    if (!is_half(&a->out) || p->forward_phases > 1) LAC_TRY(accumulator(&a->out, all && !job.add, &job.acc_out));
+    else if (!all) LAC_TRY(fill(a->out.data, (size_t)lac_view_numel(&a->out) * 2, 0));
     int status = items_get(&job);
     for (int32_t i = 0; !status && i < p->forward_phases; i++) {
         job.carry = softmax_goes_on && i > 0;
-        status = run_phase(&job, p->forward_phase, i, (double)p->info.pairs * (double)p->desc.batch);
+        status = run_phase(&job, p->forward_phase, i);
     }
     lac_workspace_put(job.items);
-    settle(&a->out, job.acc_out, !status);
-    return status;
+    return settle(&a->out, job.acc_out, status);
 }
 
 int LAC_CPU(attend_bwd)(const lac_a_attend_bwd *w)
 {
     const lac_plan *p = w->forward.plan;
+    const lac_view *q = &w->forward.q;
     attn_job job = {.a = &w->forward, .bwd = w};
+    job.store = covered(p, p->backward_phases) && p->shift == 0 && p->desc.n == p->desc.m;
     int status = items_get(&job);
-    if (!status) status = accumulator(&w->dq, false, &job.acc_dq);
-    if (!status) status = accumulator(&w->dk, false, &job.acc_dk);
-    if (!status) status = accumulator(&w->dv, false, &job.acc_dv);
-    for (int32_t i = 0; !status && i < p->backward_phases; i++)
-        status = run_phase(&job, p->backward_phase, i, (double)p->info.pairs * (double)p->desc.batch);
+    if (!status && lac_plan_branch_delta(p)) {
+        job.delta = lac_workspace_get("attention", (size_t)(p->desc.batch * p->desc.n * p->desc.heads) *
+                                                       (q->dtype == LAC_F64 ? sizeof(double) : sizeof(float)));
+        if (!job.delta) status = LAC_E_MEMORY;
+    }
+    if (!status) status = accumulator(&w->dq, job.store, &job.acc_dq);
+    if (!status) status = accumulator(&w->dk, job.store, &job.acc_dk);
+    if (!status) status = accumulator(&w->dv, job.store, &job.acc_dv);
+    for (int32_t i = 0; !status && i < p->backward_phases; i++) {
+        status = run_deltas(&job, i);
+        if (!status) status = run_phase(&job, p->backward_phase, i);
+    }
+    lac_workspace_put(job.delta);
     lac_workspace_put(job.items);
-    settle(&w->dq, job.acc_dq, !status);
-    settle(&w->dk, job.acc_dk, !status);
-    settle(&w->dv, job.acc_dv, !status);
-    return status;
+    status = settle(&w->dq, job.acc_dq, status);
+    status = settle(&w->dk, job.acc_dk, status);
+    return settle(&w->dv, job.acc_dv, status);
 }

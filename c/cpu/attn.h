@@ -9,6 +9,7 @@
 #define LAC_CPU_ATTN_H
 #include "cpu.h"
 #include "../plan.h"
+#include <sched.h>
 
 /* one lattice that a phase works on: a (branch, head), or a unit of heads that share keys */
 typedef struct attn_item {
@@ -17,24 +18,29 @@ typedef struct attn_item {
     int64_t offset;
     int64_t segment0, segments; /* that hold queries */
     int64_t group;              /* segments of one task */
-    int64_t chunks;             /* tasks of one group: several only if group is 1 */
-    int64_t first;              /* number of its first task */
+    int64_t chunks, chunk; /* tasks of one segment, several only if group is 1; query rows (backward: keys) of one */
+    int64_t blocks, turn;  /* backward: blocks of query rows, number of the first turn */
+    int64_t first;         /* number of its first task */
+    bool few;              /* forward: so few rows that keys are not packed */
 } attn_item;
-
-enum { ATTN_AHEAD = 6 }; /* rows */
 
 typedef struct attn_job {
     const lac_a_attend *a;
     const lac_a_attend_bwd *bwd; /* NULL in the forward */
     attn_item *items;
-    int64_t item_count, tasks, chunk; /* chunk: query rows of a forward task */
-    bool carry;                       /* continue the softmax that earlier phases left in out and lse */
-    bool add;                         /* add to out instead of storing */
+    int64_t item_count, tasks;
+    int threads;        /* that may work on it */
+    int64_t rows, keys; /* the most query rows (of all heads) and keys (backward) of a task: sizes of its buffers */
+    bool carry;         /* continue the softmax that earlier phases left in out and lse */
+    bool add;           /* add to out instead of storing */
+    bool store;         /* the phase is the only one and reaches every row of dq, dk, dv: nothing to add to */
     /* results in the compute type, contiguous: the tensors themselves, or workspace for f16 and bf16; acc_out is NULL
      * where a task stores straight into an f16 or bf16 tensor */
     void *acc_out, *acc_dq, *acc_dk, *acc_dv;
-    char *workspace; /* thread_bytes per thread */
-    size_t thread_bytes;
+    void *delta, *new_delta; /* [B, N, H]: deltas of the phase's branches; where they are made, while they are */
+    int32_t *turns;          /* backward: how many tasks have added to a block of rows of dq */
+    int64_t turn_count;
+    int *stop; /* set by whoever notices an interrupt */
 } attn_job;
 
 /* one decoded task */
@@ -47,6 +53,7 @@ typedef struct attn_task {
 static inline const void *attn_load(const lac_view *v, int64_t b, int64_t n, int64_t h, void *buffer)
 {
     int64_t bytes = lac_bytes_of(v->dtype), at = b * v->stride[0] + n * v->stride[1] + h * v->stride[2];
+    if (v->stride[3] == 1 && lac_is_native(v->dtype)) return (const char *)v->data + at * bytes;
     return LAC_CPU(load)(v->dtype, (const char *)v->data + at * bytes, v->stride[3] * bytes, v->shape[3], buffer);
 }
 
@@ -56,6 +63,24 @@ static inline void attn_prefetch(const lac_view *v, int64_t b, int64_t n, int64_
     int64_t bytes = lac_bytes_of(v->dtype), at = b * v->stride[0] + n * v->stride[1] + h * v->stride[2];
     const char *row = (const char *)v->data + at * bytes;
     for (int64_t e = 0; e < v->shape[3] * bytes; e += 64) __builtin_prefetch(row + e);
+}
+
+/* How many positions ahead to ask for rows that are r positions apart. The first cache has eight lines for addresses
+ * that agree modulo 4096: rows that all do may not be many. */
+static inline int64_t attn_ahead(const lac_view *v, int64_t r)
+{
+    int64_t step = v->stride[1] * r * lac_bytes_of(v->dtype);
+    return r * (step % 4096 == 0 ? 5 : step % 2048 == 0 ? 10 : 16);
+}
+
+/* Waits until `turn` tasks have added to a block of rows of dq. Returns false if the job is stopped. */
+static inline bool attn_wait(const attn_job *job, int64_t block, int32_t turn)
+{
+    for (int spins = 0; __atomic_load_n(job->turns + block, __ATOMIC_ACQUIRE) != turn; spins++) {
+        if (__atomic_load_n(job->stop, __ATOMIC_RELAXED)) return false;
+        if (spins > 1000) sched_yield();
+    }
+    return true;
 }
 
 /* keys at or past this are padding in batch item b */
