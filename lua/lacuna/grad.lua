@@ -249,7 +249,7 @@ end
 
 lib.frame_origin(process) -- what a rule does belongs to the place where its node was recorded
 
-local function walk_body(roots, seeds, retain, nodes)
+local function walk_body(roots, seeds, retain, nodes, nested)
   local work, top, ready = {}, 0, {}
   for i = 1, #roots do
     local node = roots[i].node
@@ -270,6 +270,7 @@ local function walk_body(roots, seeds, retain, nodes)
     ready[top] = nil
     top = process(node, retain, ready, top - 1)
   end
+  if nested then return end -- leaves with hooks wait for the outer walk to end
   local order = walk.order
   for i = 1, #order do
     local leaf = order[i]
@@ -277,12 +278,13 @@ local function walk_body(roots, seeds, retain, nodes)
   end
 end
 
--- Run the walk with the tape off; whatever happens, no half-counted node stays behind.
-local function run(roots, seeds, retain, capture)
+-- Run the walk with the tape off; whatever happens, no half-counted node stays behind. `nested`: inside a
+-- rule of the walk that runs, whose capture table and hooks it serves.
+local function run(roots, seeds, retain, capture, nested)
   local enabled, outer, nodes, tag = tape.enabled, walk, {}, flags.tag
-  walk = { capture = capture, hooked = {}, order = {} }
+  walk = { capture = capture, hooked = nested and outer.hooked or {}, order = nested and outer.order or {} }
   tape.enabled, flags.tag = false, BACKWARD_TAG
-  local ok, message = pcall(walk_body, roots, seeds, retain, nodes)
+  local ok, message = pcall(walk_body, roots, seeds, retain, nodes, nested)
   tape.enabled, walk, flags.tag = enabled, outer, tag
   if not ok then
     for i = 1, #nodes do
@@ -315,6 +317,32 @@ local function check_root(op, t)
     fail(op, "%s does not require a gradient: no input of the computation does, or it ran inside no_grad",
          show(t))
   end
+end
+
+--- For a rule that differentiates a graph of its own (recompute.lua): walk it inside the walk that runs.
+-- Parameters get their gradients as in the outer walk; those of `leaves` are returned.
+-- @tparam table roots tensors @tparam table seeds their gradients @tparam table leaves of that graph
+-- @treturn table a gradient or false for each leaf
+-- @treturn table gradients that the outer walk holds and that must outlive a scope round this call
+function grad.nested(roots, seeds, leaves)
+  local capture, grads, held = walk.capture, {}, {}
+  if capture then
+    for i = 1, #leaves do capture[leaves[i]] = false end
+  end
+  run(roots, seeds, false, capture, true)
+  for i = 1, #leaves do
+    local leaf = leaves[i]
+    if capture then
+      grads[i], capture[leaf] = capture[leaf], nil
+    else
+      grads[i] = rawget(leaf, "grad") or false
+      rawset(leaf, "grad", nil)
+    end
+  end
+  for _, list in ipairs{ capture or {}, walk.hooked } do
+    for _, g in pairs(list) do held[#held + 1] = g or nil end
+  end
+  return grads, held
 end
 
 local BACKWARD = { retain_graph = { type = "boolean", default = false } }

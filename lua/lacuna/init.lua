@@ -22,6 +22,7 @@ require "lacuna.pretty"
 local create = require "lacuna.create"
 local ops = require "lacuna.ops"
 local grad = require "lacuna.grad"
+local recompute = require "lacuna.recompute"
 
 local lac = { class = class, registry = registry, schema = schema, is_tensor = tensor.is }
 
@@ -39,6 +40,7 @@ for name, f in pairs(ops.fn) do
   if not (record and record.internal) and name ~= "slice" then lac[name] = f end
 end
 lac.scope, lac.keep = scope.run, scope.keep
+lac.checkpoint = recompute.checkpoint
 
 --- The path of the engine that was loaded.
 lac.engine = lib.path

@@ -17,6 +17,7 @@ local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
 local ops = require("lacuna.ops").fn
 local grad = require "lacuna.grad"
+local checkpoint = require("lacuna.recompute").checkpoint
 local attention = require "lacuna.attention"
 local base = require "lacuna.nn.module"
 local layers = require "lacuna.nn.layers"
@@ -126,6 +127,7 @@ local OPTIONS = {
   fused = { type = "boolean", default = false },
   dropout = { type = "number", min = 0, below = 1, default = 0 },
   attention_dropout = { type = "number", min = 0, below = 1, default = 0 },
+  checkpoint_activations = { type = "boolean", default = false },
   dtype = { type = "string" }, device = { type = "string" },
 }
 for name, rule in pairs(attn.PATTERN) do
@@ -135,7 +137,8 @@ end
 --- @tparam table options context, segments, dilations; vocab = 256, layers = 12, width = 768, heads = 12,
 --   kv_heads, ffn = 4 width; scheme, offset, merge, dedup, window as in MultiheadDilatedAttention (always
 --   causal); positions = "xpos" | "rope" | "none"; tied = true (output layer shares the embedding); fused =
---   false (projections); dropout, attention_dropout = 0; dtype, device
+--   false (projections); dropout, attention_dropout = 0; checkpoint_activations = false (true: a block keeps
+--   only its input for the backward pass and is computed again there); dtype, device
 function LongNetLM:init(options)
   local o = schema.options("LongNetLM", options, OPTIONS)
   o.ffn = o.ffn or 4 * o.width
@@ -178,7 +181,11 @@ local function output_weight(self) return self.options.tied and self.embedding.w
 function LongNetLM:hidden(tokens)
   check_tokens(self, tokens)
   local x = self.dropout(self.embedding(tokens) * math.sqrt(self.options.width))
-  for i = 1, #self.layers do x = self.layers[i](x) end
+  local sparing = self.options.checkpoint_activations
+  for i = 1, #self.layers do
+    local block = self.layers[i]
+    x = sparing and checkpoint(block, x) or block(x)
+  end
   return self.norm(x)
 end
 
@@ -277,7 +284,8 @@ function LongNetLM:memory_estimate(batch, context)
   -- a block keeps about: 2 norms, q k v before and after rotation, attention output, its norm, out, 2
   -- residuals (14 E); up, gelu, norm (3 F)
   local rows = batch * context
-  local per_row = o.layers * (14 * o.width + 3 * o.ffn + 2 * o.heads) + 4 * o.width
+  local per_row = (o.checkpoint_activations and 1 or o.layers) * (14 * o.width + 3 * o.ffn + 2 * o.heads)
+    + (o.checkpoint_activations and o.layers + 4 or 4) * o.width
   local parts = { parameters = params * size, gradients = params * size, optimizer = 2 * params * moment,
     activations = rows * per_row * size, temporaries = rows * per_row * size }
   return parts.parameters + parts.gradients + parts.optimizer + parts.activations + parts.temporaries, parts
