@@ -59,7 +59,7 @@ int lac_sizeof(const char *type)
 #define S(type) {#type, (int)sizeof(type)}
         S(lac_tensor),      S(lac_memory_stats), S(lac_flags),         S(lac_optim_item),
         S(lac_attn_desc),   S(lac_strip),        S(lac_plan_info),     S(lac_attn_args),
-        S(lac_cache_stats), S(lac_block_info),   S(lac_profile_event),
+        S(lac_cache_stats), S(lac_block_info),   S(lac_profile_event), S(lac_watch_info),
 #undef S
     };
     for (size_t i = 0; type && i < sizeof sizes / sizeof *sizes; i++)

@@ -88,8 +88,9 @@ enum {
 #undef LAC_OP
     LAC_SLOTS
 };
-extern int lac_profile_on;
+extern int lac_profile_on; /* 1: record, 2: watch for NaN (watch.c) */
 void lac_profile_add(int slot, const void *args, int device, int64_t start);
+void lac_watch_check(int slot, const void *args, size_t bytes);
 
 #define LAC_SLOT(status, slot, device, args)                                                                           \
     do {                                                                                                               \
@@ -99,7 +100,8 @@ void lac_profile_add(int slot, const void *args, int device, int64_t start);
         else {                                                                                                         \
             int64_t slot_start_ = lac_clock();                                                                         \
             (status) = slot_b_->slot(args);                                                                            \
-            lac_profile_add(LAC_SLOT_##slot, args, device, slot_start_);                                               \
+            if (lac_profile_on & 1) lac_profile_add(LAC_SLOT_##slot, args, device, slot_start_);                       \
+            if (lac_profile_on & 2 && !(status)) lac_watch_check(LAC_SLOT_##slot, args, sizeof *(args));               \
         }                                                                                                              \
     } while (0)
 #define LAC_RUN(slot, device, args)                                                                                    \

@@ -90,6 +90,10 @@ void *lac_records_push(lac_records *list);
 int64_t lac_records_read(const lac_records *list, int64_t first, int64_t n, void *out);
 void lac_records_clear(lac_records *list);
 
+/* watch.c: while the watch is on, what front ends read and make */
+extern int lac_watch_on;
+void lac_watch_view(const char *op, const char *name, const lac_tensor *t, const lac_view *v, bool output);
+
 /* abi.c */
 extern lac_flags lac_flags_global;
 /* long loops of back ends ask between tiles; cheap */

@@ -97,6 +97,20 @@ int64_t lac_profile_events(int64_t first, int64_t n, lac_profile_event *out); /*
 int64_t lac_profile_lost(void);          /* events of both recorders so far that no memory was left for */
 const char *lac_op_name(int op);         /* slots of the back ends in the order of c/ops.def; NULL past the end */
 
+/* ---- NaN watch ---- */
+/* The first operator that made a NaN (kind 1), +inf (2) or -inf (3): which output, the row-major position of the first such
+ * element, and how many NaNs and infinities its output and its inputs hold. storage: of the last operator's output. */
+typedef struct lac_watch_operand { char name[24]; int32_t dtype, ndim; int64_t shape[6], nan, inf; } lac_watch_operand;
+typedef struct lac_watch_info {
+    int32_t found, kind, inputs, reserved;
+    const lac_storage *storage;
+    int64_t first;
+    char op[24];
+    lac_watch_operand output, input[8];
+} lac_watch_info;
+int lac_watch(int on);                     /* look at every result from now on: slow; 1 starts afresh, 0 stops */
+int lac_watch_last(lac_watch_info *out);
+
 /* ---- storage, pool, tensors ---- */
 int lac_memory(lac_memory_stats *out);
 int lac_memory_limit(int64_t bytes);     /* hard limit on live bytes, 0 = physical memory only */

@@ -255,7 +255,7 @@ int lac_profile(int on)
 {
     pthread_mutex_lock(&lock);
     if (on) lac_records_clear(&events);
-    lac_profile_on = on > 0;
+    lac_profile_on = (lac_profile_on & ~1) | (on > 0);
     pthread_mutex_unlock(&lock);
     return 0;
 }

@@ -101,6 +101,7 @@ int lac_view_get(const char *op, const char *name, const lac_tensor *t, lac_view
         v->shape[i] = t->shape[i];
         v->stride[i] = t->stride[i];
     }
+    if (__builtin_expect(lac_watch_on, 0)) lac_watch_view(op, name, t, v, false);
     return 0;
 }
 
@@ -155,7 +156,9 @@ int lac_tensor_new(const char *op, int dtype, int device, int ndim, const int64_
         t->stride[i] = strides[i];
     }
     t->storage = storage;
-    return v ? lac_view_get(op, "out", t, v) : 0;
+    if (v) LAC_TRY(lac_view_get(op, "out", t, v));
+    if (v && __builtin_expect(lac_watch_on, 0)) lac_watch_view(op, "out", t, v, true);
+    return 0;
 }
 
 int lac_empty(lac_tensor *t)

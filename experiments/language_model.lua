@@ -57,6 +57,9 @@ local SPEC = {
   { name = "clip", type = "number", above = 0, default = 1, help = "largest gradient norm" },
   { name = "accumulate", type = "integer", min = 1, default = 1,
   help = "batches whose gradients make one step" },
+  { name = "checkpoint_activations", type = "boolean",
+  help = "less memory, a third more time: compute blocks again in the backward pass" },
+  { name = "nan_watch", type = "boolean", help = "stop at the first NaN or infinity and name its operator" },
   { name = "seed", type = "integer", min = 0, default = 1,
   help = "of initial values, data order and sampling" },
   { name = "eval_bytes", type = "integer", min = 16, default = 131072,
@@ -88,7 +91,8 @@ local QUICK = { segments = { 16, 32 }, dilations = { 1, 2 }, layers = 2, width =
 local QUICK_TEXT = 200000
 local PEEK = 16384 -- bytes of the evaluations during training
 -- what may differ between the sessions of one run, because the numbers do not depend on it
-local FREE = { minutes = true, sample = true, prompt = true, temperature = true, top_k = true, out = true,
+local FREE = { checkpoint_activations = true, nan_watch = true, minutes = true,
+  sample = true, prompt = true, temperature = true, top_k = true, out = true,
   threads = true, resume = true, checkpoint_every = true, keep = true, evaluate = true, generate = true }
 
 local function refuse(format, ...) error(format:format(...), 0) end
@@ -115,7 +119,7 @@ local function build_model(o)
   return lac.nn.LongNetLM{ vocab = 256, layers = o.layers, width = o.width, heads = o.heads, ffn = o.ffn,
     context = o.context,
     segments = o.segments, dilations = o.dilations, scheme = o.scheme, merge = o.merge, offset = o.offset,
-    positions = o.positions, dropout = o.dropout }
+    positions = o.positions, dropout = o.dropout, checkpoint_activations = o.checkpoint_activations }
 end
 
 local function describe(o, model, text, train, held)
@@ -218,7 +222,7 @@ local function train_model(o, model, train, held, log)
     batch = function(k) return train:batch(k, { batch = o.batch, context = o.context, seed = o.seed }) end,
     evaluate = function(m) return { bits_per_byte = lac.train.bits_per_byte(m, peek) } end,
     eval_every = o.eval_every,
-    accumulate = o.accumulate,
+    accumulate = o.accumulate, nan_watch = o.nan_watch,
     log = log, checkpoint = log:path("checkpoint.safetensors"), config = config,
     checkpoint_every = o.checkpoint_every, keep = o.keep, resume = o.resume,
   }

@@ -169,7 +169,10 @@ local function discover(work, top, nodes)
   return count
 end
 
-local walk = {} -- state of the walk that runs: capture table, pending hooked leaves, ready list
+local walk = {} -- state of the walk that runs: capture table, pending hooked leaves, the node at work
+
+--- The node whose rule runs, or whose gradients are being handed on; nil outside a backward.
+function grad.current() return walk.node end
 
 -- Hand gradient g (or nil) of `input` on; appends nodes that became ready.
 local function deliver(op, input, g, ready, top)
@@ -227,6 +230,7 @@ local function process(node, retain, ready, top)
   end
   if g or more then
     check_versions(node)
+    walk.node = node
     ga, gb, gc, gd = op.backward(node, g, more)
     -- dead now, unless somebody was shown it or the rule handed it on
     if own and not (op.alias or o.hooks or o.retains or walk.capture) then C.lac_tensor_release(g.c) end

@@ -23,6 +23,7 @@ local create = require "lacuna.create"
 local ops = require "lacuna.ops"
 local grad = require "lacuna.grad"
 local recompute = require "lacuna.recompute"
+local watch = require "lacuna.watch"
 
 local lac = { class = class, registry = registry, schema = schema, is_tensor = tensor.is }
 
@@ -41,6 +42,7 @@ for name, f in pairs(ops.fn) do
 end
 lac.scope, lac.keep = scope.run, scope.keep
 lac.checkpoint = recompute.checkpoint
+lac.nan_watch, lac.detect_anomaly = watch.nan_watch, watch.detect_anomaly
 
 --- The path of the engine that was loaded.
 lac.engine = lib.path

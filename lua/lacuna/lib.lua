@@ -29,7 +29,7 @@ local EXPECTED_ABI = 1
 local MIN_PACE = 64 * 2 ^ 20
 local STRUCTS = { "lac_tensor", "lac_memory_stats", "lac_flags", "lac_optim_item", "lac_attn_desc",
                   "lac_strip", "lac_plan_info", "lac_attn_args", "lac_cache_stats", "lac_block_info",
-                  "lac_profile_event" }
+                  "lac_profile_event", "lac_watch_info" }
 
 local function file_exists(path)
   local f = io.open(path, "rb")
@@ -292,6 +292,8 @@ function lib.attend()
     local pace = 2 * tonumber(stats.live)
     C.lac_memory_pace(pace > MIN_PACE and pace or MIN_PACE)
   end
+  local watcher = lib.watcher -- watch.lua, while it is on
+  if watcher then watcher() end
 end
 
 local recover, raise, attend = lib.recover, lib.raise, lib.attend

@@ -22,6 +22,7 @@ local scope = require "lacuna.scope"
 local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
 local grad = require "lacuna.grad"
+local watch = require "lacuna.watch"
 local sys = require "lacuna.sys"
 local checkpoint = require "lacuna.train.checkpoint"
 local progress = require "lacuna.train.progress"
@@ -239,6 +240,7 @@ local FIT = {
   accumulate = { type = "integer", min = 1, default = 1 },
   clip = { type = "number", above = 0 },
   clip_value = { type = "number", above = 0 },
+  nan_watch = { type = "boolean", default = false },
   evaluate = { type = "function" },
   eval_every = { type = "integer", min = 0, default = 0 },
   log = { type = "table" },
@@ -305,6 +307,7 @@ end
 --   times larger batch, but for rounding; dropout draws other bits than the larger batch would;
 --
 --   clip = largest gradient norm, or clip_value = largest absolute value of a gradient's elements;
+--   nan_watch = true: the first operator that makes a NaN or an infinity stops the run and is named (slow);
 --
 --   evaluate = function(model, step) -> table of numbers, run in evaluation mode without gradients at the end
 --   and every eval_every steps (0: only at the end); log = a Log, log_every = 10 steps;
@@ -330,7 +333,12 @@ function train.fit(options)
   s.boundary = snapshot(o, s, s.first - 1, s.again)
   if s.resumed == o.checkpoint and s.first > s.last and not s.again then s.saved = s.boundary end
   o.model:train()
-  local ok, reason = pcall(loop, o, s)
+  local ok, reason
+  if o.nan_watch then
+    ok, reason = pcall(watch.detect_anomaly, loop, o, s)
+  else
+    ok, reason = pcall(loop, o, s)
+  end
   progress.clear(s)
   if not ok then stop(o, s, reason) end
   write_checkpoint(o, s)
