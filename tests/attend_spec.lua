@@ -346,8 +346,8 @@ describe("attention in C", function()
     end
   end)
 
-  -- Values that are not finite, in one key or in one row of batch item 0, all heads: nothing that does not see
-  -- them may change. A key's gradients may change if a changed row sees it.
+  -- Values that are not finite, in one key or in one row of batch item 0, all heads: nothing that does not
+  -- see them may change. A key's gradients may change if a changed row sees it.
   it("keeps NaN and infinity of masked keys and other rows away, in 120 random configurations", function()
     random_state = 4711
     for trial = 1, 120 do
