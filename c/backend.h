@@ -28,12 +28,14 @@ typedef struct { int fn; lac_view x, y, g, out; double constants[3]; } lac_a_map
 typedef struct { int fn, which; lac_view x, y, z, g, out; double constant; } lac_a_map3; /* g.data NULL: the value */
 typedef struct { lac_view cond, x, y, out; } lac_a_where;
 typedef struct { double alpha; lac_view x, dst; } lac_a_axpy; /* x.data NULL: dst *= alpha */
-typedef struct { int fn; lac_view x, out; uint32_t dims; } lac_a_reduce; /* out has size 1 on reduced axes */
+typedef struct { int fn; lac_view x, out; uint32_t dims; double correction; } lac_a_reduce; /* out has size 1 on reduced axes */
 typedef struct { lac_view x, out; int dim; bool logarithm; } lac_a_softmax;
 typedef struct { lac_view y, g, out; int dim; bool logarithm; } lac_a_softmax_bwd;
 typedef struct { lac_view a, b, bias, out; } lac_a_matmul; /* batch axes expanded; bias.data may be NULL */
 typedef struct { lac_view x, gamma, beta, out, mean, rstd; double eps; } lac_a_layernorm;
 typedef struct { lac_view x, gamma, mean, rstd, g, dx, dgamma, dbeta; } lac_a_layernorm_bwd;
+typedef struct { lac_view x, gamma, out, rstd; double eps; } lac_a_rmsnorm;
+typedef struct { lac_view x, gamma, rstd, g, dx, dgamma; } lac_a_rmsnorm_bwd;
 typedef struct { lac_view x, w, bias, out; int64_t stride, dilation, before; } lac_a_conv1d; /* bias.data may be NULL */
 typedef struct { lac_view x, w, g, dx, dw; int64_t stride, dilation, before; } lac_a_conv1d_bwd; /* dx, dw data NULL: not wanted */
 /* weight [V].data NULL: all 1; target [R] classes, or [R, V] probabilities of logits' dtype */

@@ -165,10 +165,13 @@ int lac_axpy(double alpha, const lac_tensor *x, lac_tensor *dst); /* in place ds
 int lac_scale(double alpha, lac_tensor *dst);                     /* in place dst *= alpha */
 
 /* ---- reductions ---- */
-enum { LAC_SUM = 0, LAC_MEAN = 1, LAC_MAX = 2, LAC_MIN = 3, LAC_ANY = 4, LAC_ALL = 5, LAC_ARGMAX = 6, LAC_ARGMIN = 7, LAC_REDUCTIONS = 8 };
+enum { LAC_SUM = 0, LAC_MEAN = 1, LAC_MAX = 2, LAC_MIN = 3, LAC_ANY = 4, LAC_ALL = 5, LAC_ARGMAX = 6, LAC_ARGMIN = 7, LAC_PROD = 8,
+       LAC_NONZERO = 9, LAC_LOGSUMEXP = 10, LAC_VAR = 11, LAC_NORM1 = 12, LAC_NORM2 = 13, LAC_NORM_INF = 14, LAC_REDUCTIONS = 15 };
 /* dims: bit mask of axes; 0 means all. ANY/ALL give bool, ARG* give i64 (exactly one axis, or all: flat index).
- * max, min, argmax, argmin: NaN wins; the first of equals. Sum of ints is i64, sum of bool is i64. */
+ * max, min, argmax, argmin: NaN wins; the first of equals. Sum and product of ints and bool
+ * are i64, NONZERO (a count) is i64; LOGSUMEXP, VAR (correction 1) and the norms take floats. */
 int lac_reduce(int fn, const lac_tensor *x, uint32_t dims, int keepdim, lac_tensor *out);
+int lac_var(const lac_tensor *x, uint32_t dims, int keepdim, double correction, lac_tensor *out); /* divides by count - correction */
 int lac_sum_to(const lac_tensor *x, const lac_tensor *like, lac_tensor *out);   /* sum the broadcast axes back to like's shape */
 int lac_softmax(const lac_tensor *x, int dim, int logarithm, lac_tensor *out);
 int lac_softmax_bwd(const lac_tensor *y, const lac_tensor *g, int dim, int logarithm, lac_tensor *out);
@@ -185,6 +188,11 @@ int lac_layernorm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor
 /* dgamma and dbeta may be NULL; they are of gamma's dtype */
 int lac_layernorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *mean, const lac_tensor *rstd,
                       const lac_tensor *g, lac_tensor *dx, lac_tensor *dgamma, lac_tensor *dbeta);
+
+/* x / sqrt(mean(x^2) + eps) gamma over the last axis; gamma [E] may be NULL; rstd [rows] is saved; dgamma may be NULL */
+int lac_rmsnorm(const lac_tensor *x, const lac_tensor *gamma, double eps, lac_tensor *out, lac_tensor *rstd);
+int lac_rmsnorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *rstd, const lac_tensor *g, lac_tensor *dx,
+                    lac_tensor *dgamma);
 
 /* ---- convolution ---- */
 /* x [B, C, N], w [O, C / groups, K], bias [O] or NULL; out [B, O, L], out[l] sees x at l stride + k dilation - before, zeros

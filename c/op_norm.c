@@ -1,4 +1,4 @@
-/* op_norm.c: front ends of softmax and layer normalisation.
+/* op_norm.c: front ends of softmax, layer normalisation and root-mean-square normalisation.
  *
  * Softmax runs over any one axis, as the softmax or its logarithm; the backward needs only the result, so the input can
  * go. Layer normalisation (Ba, Kiros and Hinton 2016) runs over the last axis with optional gamma and beta; it saves
@@ -88,13 +88,14 @@ int lac_layernorm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor
 }
 
 /* saved statistics [rows] */
-static int stat_get(const char *name, const lac_tensor *t, const lac_tensor *x, int64_t rows, lac_view *v)
+static int stat_get(const char *op, const char *name, const lac_tensor *t, const lac_tensor *x, int64_t rows,
+                    lac_view *v)
 {
-    LAC_TRY(lac_view_get("layernorm_bwd", name, t, v));
-    LAC_TRY(lac_same_device("layernorm_bwd", "x", x, name, t));
+    LAC_TRY(lac_view_get(op, name, t, v));
+    LAC_TRY(lac_same_device(op, "x", x, name, t));
     int stat = lac_front_stat_dtype(x->dtype);
     if (t->dtype == stat && t->ndim == 1 && t->shape[0] == rows) return 0;
-    LAC_FAIL(SHAPE, "layernorm_bwd: %s must be %s [%lld] for x %s, got %s", name, lac_dtype_name(stat), (long long)rows,
+    LAC_FAIL(SHAPE, "%s: %s must be %s [%lld] for x %s, got %s", op, name, lac_dtype_name(stat), (long long)rows,
              lac_describe(x), lac_describe(t));
 }
 
@@ -109,8 +110,8 @@ int lac_layernorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_te
     if (dbeta) dbeta->storage = NULL;
     LAC_TRY(rows_get(op, x, &a.x, &rows));
     LAC_TRY(vector_get(op, "gamma", gamma, x, &a.gamma));
-    LAC_TRY(stat_get("mean", mean, x, rows, &a.mean));
-    LAC_TRY(stat_get("rstd", rstd, x, rows, &a.rstd));
+    LAC_TRY(stat_get(op, "mean", mean, x, rows, &a.mean));
+    LAC_TRY(stat_get(op, "rstd", rstd, x, rows, &a.rstd));
     LAC_TRY(lac_view_get(op, "g", g, &a.g));
     LAC_TRY(lac_same_dtype(op, "x", x, "g", g));
     LAC_TRY(lac_same_device(op, "x", x, "g", g));
@@ -122,5 +123,43 @@ int lac_layernorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_te
     if (dgamma) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 1, width, dgamma, &a.dgamma), dx);
     if (dbeta) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 1, width, dbeta, &a.dbeta), dx, dgamma);
     LAC_RUN_OUT(layernorm_bwd, x->device, &a, dx, dgamma, dbeta);
+    return 0;
+}
+
+int lac_rmsnorm(const lac_tensor *x, const lac_tensor *gamma, double eps, lac_tensor *out, lac_tensor *rstd)
+{
+    lac_a_rmsnorm a = {.eps = eps};
+    int64_t rows;
+    LAC_OUT("rmsnorm", "out", out);
+    LAC_OUT("rmsnorm", "rstd", rstd);
+    LAC_TRY(rows_get("rmsnorm", x, &a.x, &rows));
+    LAC_TRY(vector_get("rmsnorm", "gamma", gamma, x, &a.gamma));
+    if (!(eps > 0 && isfinite(eps))) LAC_FAIL(ARGUMENT, "rmsnorm: eps must be positive and finite, got %g", eps);
+    LAC_TRY(lac_tensor_new("rmsnorm", x->dtype, x->device, x->ndim, x->shape, out, &a.out));
+    LAC_TRY_OUT(lac_tensor_new("rmsnorm", lac_front_stat_dtype(x->dtype), x->device, 1, &rows, rstd, &a.rstd), out);
+    LAC_RUN_OUT(rmsnorm, x->device, &a, out, rstd);
+    return 0;
+}
+
+int lac_rmsnorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *rstd, const lac_tensor *g,
+                    lac_tensor *dx, lac_tensor *dgamma)
+{
+    const char *op = "rmsnorm_bwd";
+    lac_a_rmsnorm_bwd a;
+    int64_t rows;
+    LAC_OUT(op, "dx", dx);
+    if (dgamma) dgamma->storage = NULL;
+    LAC_TRY(rows_get(op, x, &a.x, &rows));
+    LAC_TRY(vector_get(op, "gamma", gamma, x, &a.gamma));
+    LAC_TRY(stat_get(op, "rstd", rstd, x, rows, &a.rstd));
+    LAC_TRY(lac_view_get(op, "g", g, &a.g));
+    LAC_TRY(lac_same_dtype(op, "x", x, "g", g));
+    LAC_TRY(lac_same_device(op, "x", x, "g", g));
+    LAC_TRY(lac_same_shape(op, "x", x, "g", g));
+    if (dgamma && !gamma) LAC_FAIL(ARGUMENT, "rmsnorm_bwd: dgamma was asked for, but there is no gamma");
+    a.dgamma.data = NULL;
+    LAC_TRY(lac_tensor_new(op, x->dtype, x->device, x->ndim, x->shape, dx, &a.dx));
+    if (dgamma) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 1, &x->shape[x->ndim - 1], dgamma, &a.dgamma), dx);
+    LAC_RUN_OUT(rmsnorm_bwd, x->device, &a, dx, dgamma);
     return 0;
 }

@@ -3,21 +3,24 @@
  * `dims` is a bit mask of axes, 0 for all of them: one pass over memory whatever the axes, and nothing to sort or to
  * check for repetition. Results: sum and mean of floats keep the dtype (accumulated in double), sums of integers and
  * bool are i64, mean wants floats, max and min keep any dtype, any and all give bool, argmax and argmin give i64
- * positions along one axis or in the flattened tensor. A sum of nothing is 0, its mean NaN, any false, all true; an
+ * positions along one axis or in the flattened tensor; a product is as a sum, a count of nonzero elements i64. A sum of
+ * nothing is 0, its product 1, its mean NaN, any false, all true, its log-sum-exp -inf; an
  * extremum of nothing does not exist and is an error. lac_sum_to undoes broadcasting: it sums the axes that `like` does
  * not have or has with size 1.
  */
 #include "op_front.h"
 
-static const char *const names[LAC_REDUCTIONS] = {"sum", "mean", "max", "min", "any", "all", "argmax", "argmin"};
+static const char *const names[LAC_REDUCTIONS] = {"sum",       "mean",   "max",    "min",  "any",
+                                                  "all",       "argmax", "argmin", "prod", "count_nonzero",
+                                                  "logsumexp", "var",    "norm",   "norm", "norm"};
 
 const char *lac_reduce_name(int fn) { return fn >= 0 && fn < LAC_REDUCTIONS ? names[fn] : NULL; }
 
 static int result_dtype(int fn, int dtype)
 {
     if (fn == LAC_ANY || fn == LAC_ALL) return LAC_BOOL;
-    if (fn == LAC_ARGMAX || fn == LAC_ARGMIN) return LAC_I64;
-    return fn == LAC_SUM && !lac_dtype_is_float(dtype) ? LAC_I64 : dtype;
+    if (fn == LAC_ARGMAX || fn == LAC_ARGMIN || fn == LAC_NONZERO) return LAC_I64;
+    return (fn == LAC_SUM || fn == LAC_PROD) && !lac_dtype_is_float(dtype) ? LAC_I64 : dtype;
 }
 
 /* out's view with the reduced axes put back as size 1 */
@@ -32,9 +35,9 @@ static void restore_axes(lac_view *out, const lac_tensor *x, uint32_t dims)
     }
 }
 
-int lac_reduce(int fn, const lac_tensor *x, uint32_t dims, int keepdim, lac_tensor *out)
+static int reduce(int fn, const lac_tensor *x, uint32_t dims, int keepdim, double correction, lac_tensor *out)
 {
-    lac_a_reduce a = {.fn = fn};
+    lac_a_reduce a = {.fn = fn, .correction = correction};
     int64_t shape[LAC_MAX_DIMS], count, total;
     int ndim = 0, axes = 0;
     LAC_OUT("reduce", "out", out);
@@ -43,7 +46,7 @@ int lac_reduce(int fn, const lac_tensor *x, uint32_t dims, int keepdim, lac_tens
     const char *op = names[fn];
     LAC_TRY(lac_view_get(op, "x", x, &a.x));
     LAC_TRY(lac_front_count(op, "x", x, &total));
-    if (fn == LAC_MEAN) LAC_TRY(lac_need_float(op, "x", x));
+    if (fn == LAC_MEAN || fn >= LAC_LOGSUMEXP) LAC_TRY(lac_need_float(op, "x", x));
     if (x->ndim < 32 && dims >> x->ndim)
         LAC_FAIL(ARGUMENT, "%s: the axes 0x%x reach past the %d dimensions of %s", op, dims, x->ndim, lac_describe(x));
     a.dims = dims ? dims : (1u << x->ndim) - 1;
@@ -70,6 +73,18 @@ int lac_reduce(int fn, const lac_tensor *x, uint32_t dims, int keepdim, lac_tens
     restore_axes(&a.out, x, a.dims);
     LAC_RUN_OUT(reduce, x->device, &a, out);
     return 0;
+}
+
+int lac_reduce(int fn, const lac_tensor *x, uint32_t dims, int keepdim, lac_tensor *out)
+{
+    return reduce(fn, x, dims, keepdim, 1, out);
+}
+
+int lac_var(const lac_tensor *x, uint32_t dims, int keepdim, double correction, lac_tensor *out)
+{
+    LAC_OUT("var", "out", out);
+    if (!isfinite(correction)) LAC_FAIL(ARGUMENT, "var: correction must be finite, got %g", correction);
+    return reduce(LAC_VAR, x, dims, keepdim, correction, out);
 }
 
 int lac_sum_to(const lac_tensor *x, const lac_tensor *like, lac_tensor *out)

@@ -116,6 +116,9 @@ COST(layernorm, lac_a_layernorm, .flops = 8.0 * all(&a->out),
      .bytes = BYTES(&a->x, &a->gamma, &a->beta, &a->out, &a->mean, &a->rstd))
 COST(layernorm_bwd, lac_a_layernorm_bwd, .flops = 13.0 * all(&a->x),
      .bytes = BYTES(&a->x, &a->gamma, &a->mean, &a->rstd, &a->g, &a->dx, &a->dgamma, &a->dbeta))
+COST(rmsnorm, lac_a_rmsnorm, .flops = 5.0 * all(&a->out), .bytes = BYTES(&a->x, &a->gamma, &a->out, &a->rstd))
+COST(rmsnorm_bwd, lac_a_rmsnorm_bwd, .flops = 10.0 * all(&a->x),
+     .bytes = BYTES(&a->x, &a->gamma, &a->rstd, &a->g, &a->dx, &a->dgamma))
 /* channels and positions that each result sees: w [O, C / groups, K] */
 COST(conv1d, lac_a_conv1d, .flops = 2.0 * all(&a->out) * (double)(a->w.shape[1] * a->w.shape[2]),
      .bytes = BYTES(&a->x, &a->w, &a->bias, &a->out))

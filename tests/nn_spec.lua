@@ -77,6 +77,16 @@ describe("nn modules", function()
     near_rows(linear(x, m), m(lac.tensor(x, { dtype = "f64" })):totable(), 1e-14)
     local norm = nn.LayerNorm(3, { dtype = "f64" })
     near_rows(layernorm(x, norm), norm(lac.tensor(x, { dtype = "f64" })):totable(), 1e-12)
+    local plain = lac.tensor(x, { dtype = "f64" })
+    local rms = nn.RMSNorm(3, { dtype = "f64", eps = 1e-3 })
+    rms.weight:detach():copy_(lac.tensor({ 2, 1, 0.5 }, { dtype = "f64" }))
+    local expected = plain / ((plain * plain):mean(2, true) + 1e-3):sqrt() * rms.weight
+    near_rows(expected:totable(), rms(plain):totable(), 1e-12)
+    for name, activate in pairs { SwiGLU = "silu", GeGLU = "gelu" } do
+      local glu = nn[name](3, 4, { dtype = "f64", bias = true })
+      expected = glu.down(glu.gate(plain)[activate](glu.gate(plain)) * glu.up(plain))
+      near_rows(expected:totable(), glu(plain):totable(), 1e-12)
+    end
     local e = nn.Embedding(4, 2, { dtype = "f64" })
     local table_rows = leaf_values(e.weight)
     assert.same({ { table_rows[4], table_rows[1] } }, e(lac.tensor({ { 3, 0 } },

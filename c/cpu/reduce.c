@@ -1,31 +1,44 @@
-/* reduce.c: sums, means, extrema and their positions on the CPU.
+/* reduce.c: sums, products, extrema and their positions, truth, variance and log-sum-exp on the CPU.
  *
  * Kept and reduced axes are merged separately; then the axis with the smallest stride decides. If it is reduced,
- * every output is a sum along memory ("rows"); if it is kept, 256 neighbouring outputs are accumulated together while
- * memory is walked row by row ("columns"). A few outputs of a long reduction are cut into parts of a size that depends
- * on the shape only, and the parts' results are combined in order: no thread count and no timing can show.
+ * every output is a reduction along memory ("rows"); if it is kept, up to 1024 neighbouring outputs are accumulated
+ * together while memory is walked row by row in tiles of 64 rows ("columns"), which stay in cache for those reductions
+ * that look twice. A few outputs of a long reduction are cut into parts of a size that depends on the shape only, and
+ * the parts' results are combined in order: no thread count and no timing can show.
  *
  * Accuracy: f32, f16 and bf16 are summed in double, which is below the rounding of the result; f64 sums of 512 elements
- * (or 64 rows) are added up with Neumaier's compensation. Pairwise summation in f32 was rejected: it needs a
- * recursion over strides and is worse than a conversion that costs nothing next to the memory.
- * Extrema: NaN wins, the first of equals; positions count in row-major order, so axes are not reordered for them.
+ * (or of a tile) are added up with Neumaier's compensation. Pairwise summation in f32 was rejected: it needs a
+ * recursion over strides and is worse than a conversion that costs nothing next to the memory. The variance is centred
+ * block by block, the blocks combined by Chan, Golub and LeVeque's rule (1983); the log-sum-exp keeps its maximum
+ * apart. Both read memory once. Extrema: NaN wins, the first of equals; positions count in row-major order, so axes are
+ * not reordered for them.
  */
 #include "cpu.h"
+#include "simd.h"
 #include <math.h>
 #include <string.h>
 
-enum { BLOCK = 512, COLUMNS = 256, SUBSUM = 64, PART = 32768, MOST_PARTS = 64 };
-enum { CLASS_SUM, CLASS_EXTREME, CLASS_TRUTH };
+enum { BLOCK = 512, COLUMNS = 1024, TILE_ROWS = 64, BUFFER_ROWS = 16, PART = 32768, MOST_PARTS = 64, LANES = 16 };
+enum { CLASS_SUM, CLASS_PRODUCT, CLASS_EXTREME, CLASS_TRUTH, CLASS_VARIANCE, CLASS_LSE };
+enum { PLAIN, SQUARE, ABSOLUTE }; /* of each element before it is added or compared */
 
-/* what is known of one output: the value in double (floats) or integer, and where (extrema) */
+/* What is known of one output. sum: d + error, or i; product: d or i; extreme: d or i, and where; truth: i; variance:
+ * mean d, sum of squared differences `error`, count i; log-sum-exp: maximum d, sum of exp(x - d) `error`.
+ * at is -1 before the first element of an extremum or a log-sum-exp. */
 typedef struct {
     double d, error;
-    int64_t i, at; /* at: -1 before the first element */
+    int64_t i, at;
 } partial;
+
+/* the same of neighbouring outputs */
+typedef struct {
+    double d[COLUMNS], error[COLUMNS];
+    int64_t i[COLUMNS], at[COLUMNS];
+} partials;
 
 typedef struct {
     const lac_a_reduce *a;
-    int ctype, class;
+    int ctype, class, transform;
     bool smallest, position, columns;
     int kept, reduced;                                            /* axes */
     int64_t ks[LAC_MAX_DIMS], kx[LAC_MAX_DIMS], ko[LAC_MAX_DIMS]; /* kept: size, x's and out's strides in bytes */
@@ -35,22 +48,40 @@ typedef struct {
     partial *partials;      /* [outputs][parts] when parts > 1 */
 } reduce_job;
 
-/* ---- sums of blocks ---- */
+/* ---- blocks of a row ---- */
 
-double LAC_CPU(sum)(int ctype, const void *x, int64_t n)
-{
-    double s = 0;
-    if (ctype == C_F32) {
-        const float *f = x;
-#pragma omp simd reduction(+ : s)
-        for (int64_t i = 0; i < n; i++) s += (double)f[i];
-    } else {
-        const double *d = x;
-#pragma omp simd reduction(+ : s)
-        for (int64_t i = 0; i < n; i++) s += d[i];
+/* in lanes, because one chain of additions would wait for itself */
+#define LANE_SUM(name, T, R, start, combine, expression)                                                               \
+    static R name(const T *x, double c, int64_t n)                                                                     \
+    {                                                                                                                  \
+        R lane[LANES], s = start;                                                                                      \
+        int64_t i = 0;                                                                                                 \
+        (void)c;                                                                                                       \
+        for (int k = 0; k < LANES; k++) lane[k] = start;                                                               \
+        for (; i + LANES <= n; i += LANES)                                                                             \
+            for (int k = 0; k < LANES; k++) {                                                                          \
+                R v = (R)x[i + k];                                                                                     \
+                lane[k] = lane[k] combine(expression);                                                                 \
+            }                                                                                                          \
+        for (; i < n; i++) {                                                                                           \
+            R v = (R)x[i];                                                                                             \
+            s = s combine(expression);                                                                                 \
+        }                                                                                                              \
+        for (int k = 0; k < LANES; k++) s = s combine lane[k];                                                         \
+        return s;                                                                                                      \
     }
-    return s;
-}
+LANE_SUM(sum_f, float, double, 0, +, v)
+LANE_SUM(sum_d, double, double, 0, +, v)
+LANE_SUM(sum_i, int64_t, uint64_t, 0, +, v)
+LANE_SUM(squares_f, float, double, 0, +, (v - c) * (v - c))
+LANE_SUM(squares_d, double, double, 0, +, (v - c) * (v - c))
+LANE_SUM(absolute_f, float, double, 0, +, fabs(v))
+LANE_SUM(absolute_d, double, double, 0, +, fabs(v))
+LANE_SUM(product_f, float, double, 1, *, v)
+LANE_SUM(product_d, double, double, 1, *, v)
+LANE_SUM(product_i, int64_t, uint64_t, 1, *, v)
+
+double LAC_CPU(sum)(int ctype, const void *x, int64_t n) { return ctype == C_F32 ? sum_f(x, 0, n) : sum_d(x, 0, n); }
 
 /* Neumaier: sum and error together hold more than a double; infinities must not turn the error into NaN */
 static inline void add_exact(double *sum, double *error, double x)
@@ -68,24 +99,32 @@ static inline bool better_d(const reduce_job *job, double x, double best)
 }
 
 /* the extremum of a block, NaN if it has one; a comparison with NaN is false, so NaN is looked for apart */
-#define EXTREME(name, type, reduction, compare, start)                                                                 \
+#define EXTREME(name, type, reduction, compare, start, expression)                                                     \
     static double name(const type *x, int64_t n)                                                                       \
     {                                                                                                                  \
         type best = start;                                                                                             \
         int nan = 0;                                                                                                   \
         _Pragma("omp simd reduction(| : nan)") for (int64_t i = 0; i < n; i++) nan |= x[i] != x[i];                    \
-        _Pragma(reduction) for (int64_t i = 0; i < n; i++) best = x[i] compare best ? x[i] : best;                     \
+        _Pragma(reduction) for (int64_t i = 0; i < n; i++)                                                             \
+        {                                                                                                              \
+            type v = expression;                                                                                       \
+            best = v compare best ? v : best;                                                                          \
+        }                                                                                                              \
         return nan ? (double)NAN : (double)best;                                                                       \
     }
-EXTREME(max_f, float, "omp simd reduction(max : best)", >, -INFINITY)
-EXTREME(min_f, float, "omp simd reduction(min : best)", <, INFINITY)
-EXTREME(max_d, double, "omp simd reduction(max : best)", >, -(double)INFINITY)
-EXTREME(min_d, double, "omp simd reduction(min : best)", <, (double)INFINITY)
+EXTREME(max_f, float, "omp simd reduction(max : best)", >, -INFINITY, x[i])
+EXTREME(min_f, float, "omp simd reduction(min : best)", <, INFINITY, x[i])
+EXTREME(max_d, double, "omp simd reduction(max : best)", >, -(double)INFINITY, x[i])
+EXTREME(min_d, double, "omp simd reduction(min : best)", <, (double)INFINITY, x[i])
+EXTREME(largest_f, float, "omp simd reduction(max : best)", >, 0, fabsf(x[i]))
+EXTREME(largest_d, double, "omp simd reduction(max : best)", >, 0, fabs(x[i]))
 
 static void block_extreme_f(const reduce_job *job, partial *p, const void *x, int64_t n, int64_t first)
 {
     bool single = job->ctype == C_F32;
-    double m = single ? (job->smallest ? min_f : max_f)(x, n) : (job->smallest ? min_d : max_d)(x, n);
+    double m;
+    if (job->transform == ABSOLUTE) m = single ? largest_f(x, n) : largest_d(x, n);
+    else m = single ? (job->smallest ? min_f : max_f)(x, n) : (job->smallest ? min_d : max_d)(x, n);
     if (p->at >= 0 && !better_d(job, m, p->d)) return;
     int64_t i = 0;
     for (; job->position && i < n; i++) {
@@ -117,20 +156,110 @@ static int64_t count_true(int ctype, const void *x, int64_t n)
     return c;
 }
 
+/* ---- combining what is known of two sets of elements ---- */
+
+/* sums of exp(x - d) move to the larger maximum; an infinite or undefined maximum is the result already */
+static void lse_combine(partial *into, double d, double sum)
+{
+    if (into->at < 0) {
+        into->at = 0;
+        into->d = d;
+        into->error = sum;
+        return;
+    }
+    double a = into->d, top = a != a || a > d ? a : d;
+    into->error = isfinite(top) ? into->error * exp(a - top) + sum * exp(d - top) : 0;
+    into->d = top;
+}
+
+static void variance_combine(partial *into, double mean, double squares, int64_t n)
+{
+    double all = (double)(into->i + n), step = mean - into->d;
+    if (n == 0) return;
+    into->error += squares + step * step * ((double)into->i * (double)n / all);
+    into->d += step * ((double)n / all);
+    into->i += n;
+}
+
+static void combine(const reduce_job *job, partial *into, const partial *p)
+{
+    switch (job->class) {
+    case CLASS_EXTREME:
+        if (p->at < 0) return;
+        if (into->at < 0 ||
+            (job->ctype == C_I64 ? (job->smallest ? p->i < into->i : p->i > into->i) : better_d(job, p->d, into->d)))
+            *into = *p;
+        return;
+    case CLASS_LSE:
+        if (p->at >= 0) lse_combine(into, p->d, p->error);
+        return;
+    case CLASS_VARIANCE:
+        variance_combine(into, p->d, p->error, p->i);
+        return;
+    case CLASS_PRODUCT:
+        into->i = (int64_t)((uint64_t)into->i * (uint64_t)p->i);
+        into->d *= p->d;
+        return;
+    default:
+        into->i = (int64_t)((uint64_t)into->i + (uint64_t)p->i);
+        add_exact(&into->d, &into->error, p->d);
+        into->error += p->error;
+    }
+}
+
+static partial nothing(const reduce_job *job)
+{
+    return job->class == CLASS_PRODUCT ? (partial){.d = 1, .i = 1, .at = -1} : (partial){.at = -1};
+}
+
+static double lse_block(int ctype, const void *x, double top, int64_t n)
+{
+    double s = 0;
+    if (ctype == C_F32) {
+        const float *f = x, m = (float)top;
+        float t = 0;
+#pragma omp simd reduction(+ : t)
+        for (int64_t i = 0; i < n; i++) t += v_exp_flushf(f[i] - m);
+        return (double)t;
+    }
+    const double *d = x;
+    for (int64_t i = 0; i < n; i++) s += exp(d[i] - top);
+    return s;
+}
+
+/* at most BLOCK elements of one output */
 static void block_add(const reduce_job *job, partial *p, const void *x, int64_t n, int64_t first)
 {
-    if (job->class == CLASS_TRUTH) {
+    bool single = job->ctype == C_F32;
+    switch (job->class) {
+    case CLASS_TRUTH:
         p->i += count_true(job->ctype, x, n);
-    } else if (job->class == CLASS_EXTREME) {
+        return;
+    case CLASS_EXTREME:
         if (job->ctype == C_I64) block_extreme_i(job, p, x, n, first);
         else block_extreme_f(job, p, x, n, first);
-    } else if (job->ctype == C_I64) {
-        const int64_t *v = x;
-        uint64_t s = (uint64_t)p->i;
-        for (int64_t i = 0; i < n; i++) s += (uint64_t)v[i];
-        p->i = (int64_t)s;
-    } else {
-        add_exact(&p->d, &p->error, LAC_CPU(sum)(job->ctype, x, n));
+        return;
+    case CLASS_LSE: {
+        double top = single ? max_f(x, n) : max_d(x, n);
+        lse_combine(p, top, isfinite(top) ? lse_block(job->ctype, x, top, n) : 0);
+        return;
+    }
+    case CLASS_VARIANCE: {
+        double mean = LAC_CPU(sum)(job->ctype, x, n) / (double)n;
+        variance_combine(p, mean, (single ? squares_f(x, mean, n) : squares_d(x, mean, n)), n);
+        return;
+    }
+    case CLASS_PRODUCT:
+        if (job->ctype == C_I64) p->i = (int64_t)((uint64_t)p->i * product_i(x, 0, n));
+        else p->d *= single ? product_f(x, 0, n) : product_d(x, 0, n);
+        return;
+    default:
+        if (job->ctype == C_I64) p->i = (int64_t)((uint64_t)p->i + sum_i(x, 0, n));
+        else if (job->transform == SQUARE)
+            add_exact(&p->d, &p->error, single ? squares_f(x, 0, n) : squares_d(x, 0, n));
+        else if (job->transform == ABSOLUTE)
+            add_exact(&p->d, &p->error, single ? absolute_f(x, 0, n) : absolute_d(x, 0, n));
+        else add_exact(&p->d, &p->error, LAC_CPU(sum)(job->ctype, x, n));
     }
 }
 
@@ -183,85 +312,241 @@ static void reduce_row(const reduce_job *job, const char *base, int64_t begin, i
     }
 }
 
-/* sums of w columns: 64 rows at a time in plain doubles, then with compensation */
-static void add_columns(const reduce_job *job, partial *p, const double *sums, const uint64_t *isums, int64_t w)
+/* ---- tiles of columns ---- */
+
+/* adds `expression` of v, column by column, into the doubles (or integers) sum[w]; four rows at a time */
+#define TILE_SUM(T, R, expression)                                                                                     \
+    do {                                                                                                               \
+        int64_t r_ = 0;                                                                                                \
+        for (; r_ + 4 <= rows; r_ += 4) {                                                                              \
+            const T *x0 = row[r_], *x1 = row[r_ + 1], *x2 = row[r_ + 2], *x3 = row[r_ + 3];                            \
+            _Pragma("omp simd") for (int64_t j = 0; j < w; j++)                                                        \
+            {                                                                                                          \
+                R v = (R)x0[j], s_ = (expression);                                                                     \
+                v = (R)x1[j], s_ += (expression);                                                                      \
+                v = (R)x2[j], s_ += (expression);                                                                      \
+                v = (R)x3[j], s_ += (expression);                                                                      \
+                sum[j] += s_;                                                                                          \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (; r_ < rows; r_++) {                                                                                      \
+            const T *x0 = row[r_];                                                                                     \
+            _Pragma("omp simd") for (int64_t j = 0; j < w; j++)                                                        \
+            {                                                                                                          \
+                R v = (R)x0[j];                                                                                        \
+                sum[j] += (expression);                                                                                \
+            }                                                                                                          \
+        }                                                                                                              \
+    } while (0)
+
+static void tile_sum(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
 {
+    double sum[COLUMNS];
+    memset(sum, 0, (size_t)w * sizeof *sum);
+    if (job->ctype == C_F32) {
+        if (job->transform == SQUARE) TILE_SUM(float, double, v *v);
+        else if (job->transform == ABSOLUTE) TILE_SUM(float, double, fabs(v));
+        else TILE_SUM(float, double, v);
+    } else {
+        if (job->transform == SQUARE) TILE_SUM(double, double, v *v);
+        else if (job->transform == ABSOLUTE) TILE_SUM(double, double, fabs(v));
+        else TILE_SUM(double, double, v);
+    }
+    for (int64_t j = 0; j < w; j++) add_exact(&p->d[j], &p->error[j], sum[j]);
+}
+
+static void tile_variance(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
+{
+    double sum[COLUMNS], mean[COLUMNS];
+    memset(sum, 0, (size_t)w * sizeof *sum);
+    if (job->ctype == C_F32) TILE_SUM(float, double, v);
+    else TILE_SUM(double, double, v);
+    for (int64_t j = 0; j < w; j++) mean[j] = sum[j] / (double)rows, sum[j] = 0;
+    if (job->ctype == C_F32) TILE_SUM(float, double, (v - mean[j]) * (v - mean[j]));
+    else TILE_SUM(double, double, (v - mean[j]) * (v - mean[j]));
     for (int64_t j = 0; j < w; j++) {
-        if (job->class == CLASS_SUM && job->ctype != C_I64) add_exact(&p[j].d, &p[j].error, sums[j]);
-        else p[j].i = (int64_t)((uint64_t)p[j].i + isums[j]);
+        partial one = {.d = p->d[j], .error = p->error[j], .i = p->i[j]};
+        variance_combine(&one, mean[j], sum[j], rows);
+        p->d[j] = one.d, p->error[j] = one.error, p->i[j] = one.i;
     }
 }
 
-static void column_extremes(const reduce_job *job, partial *p, const void *x, int64_t w, int64_t r)
+static void tile_integers(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
 {
-    for (int64_t j = 0; j < w; j++) {
-        if (job->ctype == C_I64) {
-            int64_t v = ((const int64_t *)x)[j];
-            if (p[j].at >= 0 && !(job->smallest ? v < p[j].i : v > p[j].i)) continue;
-            p[j].i = v;
-        } else {
-            double v = job->ctype == C_F32 ? (double)((const float *)x)[j] : ((const double *)x)[j];
-            if (p[j].at >= 0 && !better_d(job, v, p[j].d)) continue;
-            p[j].d = v;
+    int64_t *sum = p->i;
+    if (job->class == CLASS_SUM)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = 0; j < w; j++)
+                sum[j] = (int64_t)((uint64_t)sum[j] + (uint64_t)((const int64_t *)row[r])[j]);
+    else if (job->class == CLASS_PRODUCT)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = 0; j < w; j++)
+                sum[j] = (int64_t)((uint64_t)sum[j] * (uint64_t)((const int64_t *)row[r])[j]);
+    else if (job->ctype == C_I64) TILE_SUM(int64_t, int64_t, v != 0);
+    else if (job->ctype == C_F64)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = 0; j < w; j++) sum[j] += ((const double *)row[r])[j] != 0;
+    else
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = 0; j < w; j++) sum[j] += ((const float *)row[r])[j] != 0;
+}
+
+static void tile_product(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        if (job->ctype == C_F32)
+            for (int64_t j = 0; j < w; j++) p->d[j] *= (double)((const float *)row[r])[j];
+        else
+            for (int64_t j = 0; j < w; j++) p->d[j] *= ((const double *)row[r])[j];
+    }
+}
+
+static void tile_lse(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
+{
+    double sum[COLUMNS], top[COLUMNS];
+    for (int64_t j = 0; j < w; j++) sum[j] = 0, top[j] = -(double)INFINITY;
+    if (job->ctype == C_F32) {
+        float m[COLUMNS];
+        for (int64_t j = 0; j < w; j++) m[j] = -INFINITY;
+        for (int64_t r = 0; r < rows; r++) {
+            const float *x = row[r];
+#pragma omp simd
+            for (int64_t j = 0; j < w; j++) m[j] = x[j] > m[j] || x[j] != x[j] ? x[j] : m[j];
         }
-        p[j].at = r;
+        for (int64_t r = 0; r < rows; r++) {
+            const float *x = row[r];
+#pragma omp simd
+            for (int64_t j = 0; j < w; j++) sum[j] += (double)v_exp_flushf(x[j] - m[j]);
+        }
+        for (int64_t j = 0; j < w; j++) top[j] = (double)m[j];
+    } else {
+        for (int64_t r = 0; r < rows; r++) {
+            const double *x = row[r];
+            for (int64_t j = 0; j < w; j++) top[j] = x[j] > top[j] || x[j] != x[j] ? x[j] : top[j];
+        }
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = 0; j < w; j++) sum[j] += exp(((const double *)row[r])[j] - top[j]);
+    }
+    for (int64_t j = 0; j < w; j++) {
+        partial one = {.d = p->d[j], .error = p->error[j], .at = p->at[j]};
+        lse_combine(&one, top[j], isfinite(top[j]) ? sum[j] : 0);
+        p->d[j] = one.d, p->error[j] = one.error, p->at[j] = one.at;
     }
 }
 
-/* w neighbouring outputs, x's elements `step` bytes apart */
-static void reduce_columns(const reduce_job *job, const char *base, int64_t step, int64_t w, int64_t begin, int64_t end,
-                           partial *p)
+/* the best of each column of a tile and, if wanted, its row; NaN wins, the first of equals */
+#define TILE_EXTREME(name, T, I)                                                                                       \
+    static void name(const reduce_job *job, const void *const *row, int64_t rows, int64_t w, T *best, I *at)           \
+    {                                                                                                                  \
+        memcpy(best, row[0], (size_t)w * sizeof(T));                                                                   \
+        memset(at, 0, (size_t)w * sizeof(I));                                                                          \
+        for (int64_t r = 1; r < rows; r++) {                                                                           \
+            const T *x = row[r];                                                                                       \
+            I here = (I)r;                                                                                             \
+            if (job->smallest) _Pragma("omp simd") for (int64_t j = 0; j < w; j++)                                     \
+                {                                                                                                      \
+                    bool take = (x[j] < best[j]) | ((x[j] != x[j]) & (best[j] == best[j]));                            \
+                    best[j] = take ? x[j] : best[j];                                                                   \
+                    at[j] = take ? here : at[j];                                                                       \
+                }                                                                                                      \
+            else _Pragma("omp simd") for (int64_t j = 0; j < w; j++)                                                   \
+                {                                                                                                      \
+                    bool take = (x[j] > best[j]) | ((x[j] != x[j]) & (best[j] == best[j]));                            \
+                    best[j] = take ? x[j] : best[j];                                                                   \
+                    at[j] = take ? here : at[j];                                                                       \
+                }                                                                                                      \
+        }                                                                                                              \
+    }
+TILE_EXTREME(tile_extreme_f, float, int32_t)
+TILE_EXTREME(tile_extreme_d, double, int64_t)
+TILE_EXTREME(tile_extreme_i, int64_t, int64_t)
+
+static void tile_extreme(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w,
+                         int64_t first)
 {
-    double space[COLUMNS], sums[COLUMNS];
-    uint64_t isums[COLUMNS];
+    union {
+        float f[COLUMNS];
+        double d[COLUMNS];
+        int64_t i[COLUMNS];
+    } best;
+    union {
+        int32_t narrow[COLUMNS];
+        int64_t wide[COLUMNS];
+    } at;
+    if (job->transform == ABSOLUTE) { /* the largest magnitude: no position */
+        for (int64_t j = 0; j < w; j++) best.d[j] = 0;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = 0; j < w; j++) {
+                double v = job->ctype == C_F32 ? (double)((const float *)row[r])[j] : ((const double *)row[r])[j];
+                best.d[j] = fabs(v) > best.d[j] || v != v ? fabs(v) : best.d[j];
+            }
+    } else if (job->ctype == C_F32) {
+        tile_extreme_f(job, row, rows, w, best.f, at.narrow);
+    } else if (job->ctype == C_F64) {
+        tile_extreme_d(job, row, rows, w, best.d, at.wide);
+    } else {
+        tile_extreme_i(job, row, rows, w, best.i, at.wide);
+    }
+    bool narrow = job->ctype == C_F32 && job->transform != ABSOLUTE;
+    for (int64_t j = 0; j < w; j++) {
+        int64_t where = job->position ? first + (narrow ? at.narrow[j] : at.wide[j]) : 0;
+        if (job->ctype == C_I64) {
+            if (p->at[j] >= 0 && !(job->smallest ? best.i[j] < p->i[j] : best.i[j] > p->i[j])) continue;
+            p->i[j] = best.i[j];
+        } else {
+            double v = narrow ? (double)best.f[j] : best.d[j];
+            if (p->at[j] >= 0 && !better_d(job, v, p->d[j])) continue;
+            p->d[j] = v;
+        }
+        p->at[j] = where;
+    }
+}
+
+static void tile_add(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w, int64_t first)
+{
+    if (job->class == CLASS_EXTREME) tile_extreme(job, p, row, rows, w, first);
+    else if (job->class == CLASS_TRUTH || job->ctype == C_I64) tile_integers(job, p, row, rows, w);
+    else if (job->class == CLASS_VARIANCE) tile_variance(job, p, row, rows, w);
+    else if (job->class == CLASS_LSE) tile_lse(job, p, row, rows, w);
+    else if (job->class == CLASS_PRODUCT) tile_product(job, p, row, rows, w);
+    else tile_sum(job, p, row, rows, w);
+}
+
+/* w neighbouring outputs, x's elements `step` bytes apart: elements [begin, end) of their reduced ranges */
+static void reduce_columns(const reduce_job *job, const char *base, int64_t step, int64_t w, int64_t begin, int64_t end,
+                           partials *p)
+{
+    double space[BUFFER_ROWS][COLUMNS];
+    const void *row[TILE_ROWS];
     reduced_cursor c;
     int dtype = job->a->x.dtype;
+    int64_t most = lac_is_native(dtype) && step == lac_bytes_of(dtype) ? TILE_ROWS : BUFFER_ROWS;
     if (begin >= end) return;
     reduced_seek(job, &c, base, begin);
-    for (int64_t r = begin; r < end;) {
-        int64_t stop = end - r < SUBSUM ? end : r + SUBSUM;
-        for (int64_t j = 0; j < w; j++) sums[j] = 0, isums[j] = 0;
-        for (; r < stop; r++, reduced_step(job, &c, 1)) {
-            const void *x = LAC_CPU(load)(dtype, c.at, step, w, space);
-            if (job->class == CLASS_EXTREME) column_extremes(job, p, x, w, r);
-            else if (job->class == CLASS_TRUTH)
-                for (int64_t j = 0; j < w; j++)
-                    isums[j] +=
-                        (uint64_t)count_true(job->ctype, (const char *)x + (size_t)j * lac_compute_size(job->ctype), 1);
-            else if (job->ctype == C_F32)
-                for (int64_t j = 0; j < w; j++) sums[j] += (double)((const float *)x)[j];
-            else if (job->ctype == C_F64)
-                for (int64_t j = 0; j < w; j++) sums[j] += ((const double *)x)[j];
-            else
-                for (int64_t j = 0; j < w; j++) isums[j] += (uint64_t)((const int64_t *)x)[j];
-        }
-        if (job->class != CLASS_EXTREME) add_columns(job, p, sums, isums, w);
+    for (int64_t r = begin, rows; r < end; r += rows) {
+        rows = end - r < most ? end - r : most;
+        for (int64_t k = 0; k < rows; k++, reduced_step(job, &c, 1))
+            row[k] = LAC_CPU(load)(dtype, c.at, step, w, space[k % BUFFER_ROWS]);
+        tile_add(job, p, row, rows, w, r);
     }
 }
 
 /* ---- results ---- */
 
-static void combine(const reduce_job *job, partial *into, const partial *p)
-{
-    if (job->class == CLASS_EXTREME) {
-        if (p->at < 0) return;
-        bool better = into->at < 0 || (job->ctype == C_I64 ? (job->smallest ? p->i < into->i : p->i > into->i)
-                                                           : better_d(job, p->d, into->d));
-        if (better) *into = *p;
-        return;
-    }
-    into->i = (int64_t)((uint64_t)into->i + (uint64_t)p->i);
-    add_exact(&into->d, &into->error, p->d);
-    into->error += p->error;
-}
-
 static void finish(const reduce_job *job, const partial *p, char *out)
 {
     int fn = job->a->fn, dtype = job->a->out.dtype;
-    double d = job->class == CLASS_SUM ? p->d + p->error : p->d;
-    if (fn == LAC_MEAN) d /= (double)job->count;
-    float f = (float)d;
+    double d = p->d;
     int64_t i = p->i;
+    if (job->class == CLASS_SUM) d += p->error;
+    if (fn == LAC_MEAN) d /= (double)job->count;
+    if (fn == LAC_NORM2) d = sqrt(d);
+    if (fn == LAC_LOGSUMEXP) d = p->at < 0 ? -(double)INFINITY : isfinite(d) ? d + log(p->error) : d;
+    if (fn == LAC_VAR) { /* of too few elements: 0 / 0 */
+        double freedom = (double)job->count - job->a->correction;
+        d = p->error / (freedom > 0 ? freedom : 0);
+    }
+    float f = dtype == LAC_F32 ? (float)d : v_round_odd(d);
     if (fn == LAC_ANY) i = p->i > 0;
     if (fn == LAC_ALL) i = p->i == job->count;
     if (job->position) i = p->at;
@@ -272,41 +557,55 @@ static void finish(const reduce_job *job, const partial *p, char *out)
 
 /* ---- tasks ---- */
 
+/* the result of output number `number`, or its part's */
+static void deliver(const reduce_job *job, const partial *p, int64_t number, int64_t part, char *out)
+{
+    if (job->parts > 1) job->partials[number * job->parts + part] = *p;
+    else finish(job, p, out);
+}
+
+static void columns_task(const reduce_job *job, const char *x, char *out, int64_t first, int64_t number, int64_t part,
+                         int64_t from, int64_t to)
+{
+    int inner = job->kept - 1;
+    partials p;
+    int64_t step = job->kx[inner], out_step = job->ko[inner];
+    int64_t w = job->ks[inner] - first < COLUMNS ? job->ks[inner] - first : COLUMNS;
+    partial none = nothing(job);
+    for (int64_t j = 0; j < w; j++) p.d[j] = none.d, p.error[j] = 0, p.i[j] = none.i, p.at[j] = -1;
+    reduce_columns(job, x + first * step, step, w, from, to, &p);
+    for (int64_t j = 0; j < w; j++) {
+        partial one = {p.d[j], p.error[j], p.i[j], p.at[j]};
+        deliver(job, &one, number + j, part, out + (first + j) * out_step);
+    }
+}
+
 static void reduce_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const reduce_job *job = context;
-    partial p[COLUMNS];
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
         int64_t part = t % job->parts, rest = t / job->parts, block = rest % job->blocks, outer = rest / job->blocks;
         const char *x = job->a->x.data;
         char *out = job->a->out.data;
         int inner = job->columns ? job->kept - 1 : job->kept; /* axes [0, inner) count outer rows */
-        int64_t width = 1, number = outer, step = 0, out_step = 0;
+        int64_t number = outer;
         for (int d = inner - 1; d >= 0; d--) {
             int64_t i = outer % job->ks[d];
             outer /= job->ks[d];
             x += i * job->kx[d];
             out += i * job->ko[d];
         }
-        if (job->columns) {
-            int64_t first = block * COLUMNS;
-            step = job->kx[inner];
-            out_step = job->ko[inner];
-            width = job->ks[inner] - first < COLUMNS ? job->ks[inner] - first : COLUMNS;
-            number = number * job->ks[inner] + first;
-            x += first * step;
-            out += first * out_step;
-        }
-        for (int64_t j = 0; j < width; j++) p[j] = (partial){.at = -1};
         /* the share of this part, by shape only */
         int64_t share = job->count / job->parts, extra = job->count % job->parts;
         int64_t from = part * share + (part < extra ? part : extra), to = from + share + (part < extra);
-        if (job->columns) reduce_columns(job, x, step, width, from, to, p);
-        else reduce_row(job, x, from, to, p);
-        for (int64_t j = 0; j < width; j++) {
-            if (job->parts > 1) job->partials[(number + j) * job->parts + part] = p[j];
-            else finish(job, &p[j], out + j * out_step);
+        if (job->columns) {
+            int64_t first = block * COLUMNS;
+            columns_task(job, x, out, first, number * job->ks[inner] + first, part, from, to);
+        } else {
+            partial p = nothing(job);
+            reduce_row(job, x, from, to, &p);
+            deliver(job, &p, number, part, out);
         }
     }
 }
@@ -314,7 +613,7 @@ static void reduce_task(void *context, int64_t begin, int64_t end, int thread)
 static void combine_all(const reduce_job *job)
 {
     for (int64_t n = 0; n < job->outputs; n++) {
-        partial total = {.at = -1};
+        partial total = nothing(job);
         char *out = job->a->out.data;
         int64_t rest = n;
         for (int d = job->kept - 1; d >= 0; d--) {
@@ -376,7 +675,15 @@ static void choose_order(reduce_job *job)
 int LAC_CPU(reduce)(const lac_a_reduce *a)
 {
     reduce_job job = {.a = a, .ctype = lac_compute_type(a->x.dtype), .outputs = 1, .count = 1, .blocks = 1, .parts = 1};
-    job.class = a->fn <= LAC_MEAN ? CLASS_SUM : a->fn == LAC_ANY || a->fn == LAC_ALL ? CLASS_TRUTH : CLASS_EXTREME;
+    static const int classes[LAC_REDUCTIONS] = {
+        [LAC_SUM] = CLASS_SUM,        [LAC_MEAN] = CLASS_SUM,       [LAC_MAX] = CLASS_EXTREME,
+        [LAC_MIN] = CLASS_EXTREME,    [LAC_ANY] = CLASS_TRUTH,      [LAC_ALL] = CLASS_TRUTH,
+        [LAC_ARGMAX] = CLASS_EXTREME, [LAC_ARGMIN] = CLASS_EXTREME, [LAC_PROD] = CLASS_PRODUCT,
+        [LAC_NONZERO] = CLASS_TRUTH,  [LAC_LOGSUMEXP] = CLASS_LSE,  [LAC_VAR] = CLASS_VARIANCE,
+        [LAC_NORM1] = CLASS_SUM,      [LAC_NORM2] = CLASS_SUM,      [LAC_NORM_INF] = CLASS_EXTREME,
+    };
+    job.class = classes[a->fn];
+    job.transform = a->fn == LAC_NORM2 ? SQUARE : a->fn == LAC_NORM1 || a->fn == LAC_NORM_INF ? ABSOLUTE : PLAIN;
     job.smallest = a->fn == LAC_MIN || a->fn == LAC_ARGMIN;
     job.position = a->fn == LAC_ARGMAX || a->fn == LAC_ARGMIN;
     split_axes(&job);

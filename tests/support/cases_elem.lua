@@ -141,6 +141,91 @@ return function(cases)
   case { name = "bitwise_not", inputs = { INTS[1] }, grad = false,
          ref = function(_, x) return build(x.shape, function(i) return -1 - at(x, i) end) end }
 
+  -- ---- reductions ---------------------------------------------------------------------------------
+
+  local reduction = h.reduction
+  reduction("prod", function(R, v)
+    local p = 1
+    for k = 1, #v do p = R(p * v[k]) end
+    return p
+  end, { kind = "away" })
+  case { name = "prod", label = "zeros", inputs = { { 3, 4 } },
+         call = function(lac, x)
+           -- none, one and two zeros in a row
+           local mask = { { 1, 1, 1, 1 }, { 1, 0, 1, 1 }, { 0, 1, 1, 0 } }
+           mask = lac.tensor(mask, { dtype = x:dtype() })
+           return lac.prod(x * mask, 2)
+         end,
+         ref = function(R, x)
+           local p = 1
+           for k = 1, 4 do p = R(p * x.data[k]) end
+           return { shape = { 3 }, data = { p, 0, 0 } }
+         end }
+  reduction("count_nonzero", function(_, v)
+    local n = 0
+    for k = 1, #v do n = n + (v[k] ~= 0 and 1 or 0) end
+    return n
+  end, { kind = "bool", grad = false })
+  local function variance(correction)
+    return function(R, v)
+      local m, s = h.mean(R, v), 0
+      for k = 1, #v do s = R(s + R(R(v[k] - m) ^ 2)) end
+      return R(s / (#v - correction))
+    end
+  end
+  case { name = "var", label = "correction", inputs = { { 5, 4 } },
+         call = function(_, x) return x:var { dim = 1, correction = 0.5 } end,
+         ref = h.fold(1, variance(0.5)),
+         bad = { { function(_, x) return x:var(1, false, "a") end,
+                   "correction must be a number, got 'a'" } } }
+  for p, f in pairs {
+    [1] = function(R, v)
+      local s = 0
+      for k = 1, #v do s = R(s + math.abs(v[k])) end
+      return s
+    end,
+    [math.huge] = function(_, v)
+      local m = 0
+      for k = 1, #v do m = math.max(m, math.abs(v[k])) end
+      return m
+    end,
+  } do
+    case { name = "norm", label = "p = " .. p, inputs = { { 3, 4, kind = "away" } },
+           call = function(_, x) return x:norm(p, 1) end, ref = h.fold(1, f) }
+  end
+
+  -- ---- norms --------------------------------------------------------------------------------------
+
+  local function rms(R, x, i, eps)
+    local s, E = 0, x.shape[#x.shape]
+    for k = 1, E do s = R(s + R(at(x, h.with(i, #i, k)) ^ 2)) end
+    return R(1 / math.sqrt(R(R(s / E) + eps)))
+  end
+  case { name = "rmsnorm", inputs = { { 2, 3, 5 }, { 5 } },
+         call = function(lac, x, gamma) return lac.rmsnorm(x, gamma, 1e-3) end,
+         ref = function(R, x, gamma)
+           return build(x.shape, function(i)
+             return R(R(at(x, i) * rms(R, x, i, 1e-3)) * gamma.data[i[3]])
+           end)
+         end,
+         bad = { { function(lac, x) return lac.rmsnorm(x, lac.zeros { 4, dtype = x:dtype() }) end,
+                   "gamma must be %[5%]" },
+                 { function(lac, x) return lac.rmsnorm(x, nil, 0) end, "eps must be positive, got 0" } } }
+  case { name = "rmsnorm", label = "no gamma", inputs = { { 3, 4 } },
+         ref = function(R, x)
+           return build(x.shape, function(i) return R(at(x, i) * rms(R, x, i, 1e-6)) end)
+         end }
+  case { name = "layernorm", label = "no vectors", inputs = { { 3, 4 } },
+         ref = function(R, x)
+           return build(x.shape, function(i)
+             local v = {}
+             for k = 1, 4 do v[k] = at(x, { i[1], k }) end
+             local m, s = h.mean(R, v), 0
+             for k = 1, 4 do s = R(s + R(R(v[k] - m) ^ 2)) end
+             return R(R(v[i[2]] - m) * R(1 / math.sqrt(R(R(s / 4) + 1e-5))))
+           end)
+         end }
+
   -- ---- three tensors ------------------------------------------------------------------------------
 
   local THREE = { { 2, 3, 4 }, { 3, 1 }, { 4, kind = "away" } }

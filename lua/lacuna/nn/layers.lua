@@ -1,8 +1,9 @@
 --- nn/layers.lua: the small parts that models are made of.
 --
--- Linear, Embedding, LayerNorm, Dropout, activations, Sequential and ModuleList. Each is what its formula
--- says and prints as one line. A Linear keeps its weight as [outputs, inputs], the layout that the fused
--- linear-cross-entropy and everybody's checkpoints use; the product reads the transposed view in place.
+-- Linear, Embedding, LayerNorm, RMSNorm, SwiGLU, Dropout, activations, Sequential and ModuleList. Each is
+-- what its formula says and prints as one line. A Linear keeps its weight as [outputs, inputs], the layout
+-- that the fused linear-cross-entropy and everybody's checkpoints use; the product reads the transposed view
+-- in place.
 --
 -- Initial values come from the global random stream (lac.manual_seed), in the order in which modules are
 -- made. A Linear starts Xavier-normal, std = gain sqrt(2 / (in + out)), bias 0: MAGNETO's rules are then a
@@ -138,6 +139,60 @@ end
 
 function LayerNorm:extra() return ("%d, eps %g"):format(self.width, self.eps) end
 
+-- ---- RMSNorm ----------------------------------------------------------------------------------------------
+
+local RMSNorm = base.define("RMSNorm")
+
+--- x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019).
+-- @tparam integer width
+-- @tparam[opt] table options eps = 1e-6; dtype, device
+function RMSNorm:init(width, options)
+  schema.check("RMSNorm", "width", width, POSITIVE)
+  local o = schema.options("RMSNorm", options, { eps = { type = "number", above = 0, default = 1e-6 },
+    dtype = { type = "string" }, device = { type = "string" } })
+  self.width, self.eps = width, o.eps
+  self:param("weight", create.ones({ width }, { dtype = o.dtype, device = o.device }), "norm")
+end
+
+--- @tparam Tensor x [..., width]
+function RMSNorm:forward(x)
+  check_width("rmsnorm", x, self.width, "size")
+  return ops.rmsnorm(x, self.weight, self.eps)
+end
+
+function RMSNorm:extra() return ("%d, eps %g"):format(self.width, self.eps) end
+
+-- ---- gated feed-forward -----------------------------------------------------------------------------------
+
+-- down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202); two projections in, so that a
+-- checkpoint keeps the usual names and the product is one pass
+local function gated(name, op)
+  local Gated = base.define(name)
+
+  --- @tparam integer width of input and output
+  -- @tparam integer hidden
+  -- @tparam[opt] table options bias = false; dtype, device
+  function Gated:init(width, hidden, options)
+    schema.check(name, "width", width, POSITIVE)
+    schema.check(name, "hidden", hidden, POSITIVE)
+    local o = schema.options(name, options, { bias = { type = "boolean", default = false },
+      dtype = { type = "string" }, device = { type = "string" } })
+    self.width, self.hidden = width, hidden
+    self.gate, self.up = Linear(width, hidden, o), Linear(width, hidden, o)
+    self.down = Linear(hidden, width, o)
+  end
+
+  --- @tparam Tensor x [..., width]
+  -- @treturn Tensor [..., width]
+  function Gated:forward(x)
+    check_width(op, x, self.width, "size")
+    return self.down(ops[op](self.gate(x), self.up(x)))
+  end
+
+  function Gated:extra() return ("%d -> %d -> %d"):format(self.width, self.hidden, self.width) end
+  return Gated
+end
+
 -- ---- Dropout, activations ---------------------------------------------------------------------------------
 
 local Dropout = base.define("Dropout")
@@ -221,5 +276,7 @@ return {
   Linear = Linear, Embedding = Embedding, LayerNorm = LayerNorm, Dropout = Dropout,
   GELU = activation("GELU", "gelu"), ReLU = activation("ReLU", "relu"), SiLU = activation("SiLU", "silu"),
   Tanh = activation("Tanh", "tanh"), Sigmoid = activation("Sigmoid", "sigmoid"),
+  Mish = activation("Mish", "mish"),
+  RMSNorm = RMSNorm, SwiGLU = gated("SwiGLU", "swiglu"), GeGLU = gated("GeGLU", "geglu"),
   ModuleList = ModuleList, Sequential = Sequential,
 }

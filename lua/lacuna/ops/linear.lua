@@ -150,3 +150,29 @@ function layernorm_op.backward(node, g)
   return adopt(dx), dgamma and adopt(dgamma), dbeta and adopt(dbeta)
 end
 define(layernorm_op)
+
+local rmsnorm_op = { name = "rmsnorm", saves = "ab" }
+--- Divide the last dimension by its root mean square: gamma x / sqrt(mean(x^2) + eps) (Zhang and Sennrich
+-- 2019).
+-- @tparam Tensor x [..., E] @tparam[opt] Tensor gamma [E] @tparam[opt] number eps 1e-6
+function rmsnorm_op.forward(x, gamma, eps)
+  expect("rmsnorm", "x", x)
+  if gamma ~= nil then expect("rmsnorm", "gamma", gamma) end
+  eps = eps == nil and 1e-6 or eps
+  if type(eps) ~= "number" or eps ~= eps or eps <= 0 then
+    fail("rmsnorm", "eps must be positive, got %s", show(eps))
+  end
+  local c, rstd = new(), new()
+  call(C.lac_rmsnorm, x.c, gamma and gamma.c or nil, eps, c, rstd)
+  local out = adopt(c)
+  rstd = adopt(rstd)
+  if wants(x, gamma) then record(rmsnorm_op, out, x, gamma).rstd = rstd end
+  return out
+end
+function rmsnorm_op.backward(node, g)
+  local gamma = node.b
+  local dx, dgamma = new(), gamma and gamma.requires_grad and new() or nil
+  call(C.lac_rmsnorm_bwd, node.a.c, gamma and gamma.c or nil, node.rstd.c, g.c, dx, dgamma)
+  return adopt(dx), dgamma and adopt(dgamma)
+end
+define(rmsnorm_op)

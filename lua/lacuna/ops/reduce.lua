@@ -1,9 +1,8 @@
 --- Reductions and softmax.
 --
--- sum, mean, max, min, any, all, argmax, argmin run in the engine, over any set of dimensions at once, with
--- pairwise or f64 accumulation; var, norm and logsumexp are composed of them. argmax and argmin give 1-based
--- positions, like all positions in Lua. The gradient of max and min goes to the elements that attain it, in
--- equal shares.
+-- All run in the engine, over any set of dimensions at once, in one pass over memory, accumulated in f64.
+-- argmax and argmin give 1-based positions, like all positions in Lua. The gradient of max and min goes to
+-- the elements that attain it, in equal shares.
 --
 -- Options are either positional (dim, keepdim) or one table, checked by schema.lua.
 
@@ -134,40 +133,70 @@ end
 define_softmax("softmax", 0)
 define_softmax("log_softmax", 1)
 
---- log(sum(exp(x))) over dim (all unless given), without overflow; -inf where every element is -inf.
-define { name = "logsumexp", composite = true, forward = function(x, dim, keepdim)
-  local mask, keep = reduced("logsumexp", x, dim, keepdim)
-  local top = raw_reduce(C.LAC_MAX, x, mask, true)
-  top = fn.where(fn.isfinite(top), top, 0) -- an infinite maximum must not give inf - inf
-  local dims = {}
-  for i = 1, x.c.ndim do
-    if mask == 0 or math.floor(mask / 2 ^ (i - 1)) % 2 == 1 then dims[#dims + 1] = i end
-  end
-  if #dims == 0 then dims = nil end
-  local out = fn.log(fn.sum(fn.exp(fn.sub(x, top)), dims, true)) + top
-  if keep then return out end
-  local sizes = {}
-  for i = 1, x.c.ndim do
-    if not (mask == 0 or math.floor(mask / 2 ^ (i - 1)) % 2 == 1) then
-      sizes[#sizes + 1] = tonumber(x.c.shape[i - 1])
-    end
-  end
-  return fn.reshape(out, sizes)
-end }
+--- Product over dim (all unless given). The gradient is exact where elements are zero: one zero takes all of
+-- it, two or more leave none.
+define_reduction("prod", C.LAC_PROD, function(node, g)
+  local x, mask = node.a, node.mask
+  local zero = raw_scalar(map_id.eq, x, 0)
+  local zeros = tensor.cast(raw_reduce(C.LAC_SUM, zero, mask, true), x.c.dtype)
+  local filled = raw_map2(map_id.add, x, tensor.cast(zero, x.c.dtype)) -- 1 in place of 0
+  local others = raw_reduce(C.LAC_PROD, filled, mask, true)
+  local share = raw_map2(map_id.mul, reshape_like(g, others), others)
+  local none = tensor.cast(raw_scalar(map_id.eq, zeros, 0), x.c.dtype)
+  local single = tensor.cast(raw_scalar(map_id.eq, zeros, 1), x.c.dtype)
+  local plain = raw_map2(map_id.div, raw_map2(map_id.mul, share, none), filled)
+  local alone = raw_map2(map_id.mul, raw_map2(map_id.mul, share, single), tensor.cast(zero, x.c.dtype))
+  return raw_map2(map_id.add, plain, alone)
+end, "a")
 
---- Variance over dim (all unless given); correction 1 divides by n - 1.
-define { name = "var", composite = true, forward = function(x, dim, keepdim, correction)
-  local _, keep = reduced("var", x, dim, keepdim)
+--- How many elements are not zero, as i64.
+define_reduction("count_nonzero", C.LAC_NONZERO)
+
+--- log(sum(exp(x))) over dim (all unless given), without overflow, in one pass; -inf where every element is
+-- -inf.
+define_reduction("logsumexp", C.LAC_LOGSUMEXP, function(node, g)
+  local shifted = raw_map2(map_id.sub, node.a, unreduce(node.o, node.a, node.mask))
+  local weights = internal.raw_map1(map_id["1exp"], shifted)
+  -- exp(-inf - -inf): an element of nothing has no share
+  local dead = raw_map2(map_id.eq, node.a, unreduce(node.o, node.a, node.mask))
+  local infinite = internal.raw_map1(map_id["1isinf"], node.a)
+  local keep = tensor.cast(internal.raw_map1(map_id["1not"], raw_map2(map_id["and"], dead, infinite)),
+                           node.a.c.dtype)
+  weights = fn.where(internal.raw_map1(map_id["1isnan"], weights), keep, weights)
+  return raw_map2(map_id.mul, weights, unreduce(g, node.a, node.mask))
+end, "ao")
+
+local var_op = { name = "var", saves = "ao" }
+--- Variance over dim (all unless given), centred and in one pass; divides by n - correction (1 unless
+-- given). Of too few elements it is NaN.
+function var_op.forward(x, dim, keepdim, correction)
+  if type(dim) == "table" and not is(dim) and #dim == 0 then
+    local o = schema.options("var", dim, { dim = { type = { "integer", "integers" } },
+      keepdim = { type = "boolean" }, correction = { type = "number" } })
+    dim, keepdim, correction = o.dim, o.keepdim == nil and keepdim or o.keepdim, o.correction or correction
+  end
+  local mask, keep = reduced("var", x, dim, keepdim)
   correction = correction == nil and 1 or correction
   if type(correction) ~= "number" then
     fail("var", "correction must be a number, got %s", show(correction))
   end
-  if type(dim) == "table" and #dim == 0 then dim = dim.dim end
-  local mean = fn.mean(x, dim, true)
-  local total = fn.sum(fn.square(x - mean), dim, keep)
-  local count = numel(x) / math.max(1, numel(mean))
-  return total / (count - correction)
-end }
+  local c = ctensor()
+  call(C.lac_var, x.c, mask, keep and 1 or 0, correction, c)
+  local out = adopt(c)
+  if wants(x) then
+    record1(var_op, out, x)
+    out.node.mask, out.node.correction = mask, correction
+  end
+  return out
+end
+function var_op.backward(node, g)
+  local x, mask = node.a, node.mask
+  local count = numel(x) / math.max(1, numel(node.o))
+  local centred = raw_map2(map_id.sub, x, raw_reduce(C.LAC_MEAN, x, mask, true))
+  local scale = 2 / math.max(0, count - node.correction)
+  return raw_map2(map_id.mul, raw_scalar(map_id.mul, centred, scale), unreduce(g, x, mask))
+end
+define(var_op)
 
 --- Standard deviation; arguments as for var.
 define { name = "std", composite = true, forward = function(x, dim, keepdim, correction)
@@ -179,19 +208,44 @@ end }
 local function root(total, p)
   local zero = fn.eq(total, 0)
   local safe = fn.where(zero, 1, total)
-  return fn.where(zero, 0, p == 2 and fn.sqrt(safe) or fn.pow(safe, 1 / p))
+  return fn.where(zero, 0, fn.pow(safe, 1 / p))
 end
+
+-- the norms 1, 2 and infinity are one pass; 2: x / norm, 0 for a zero vector
+local norm_op = { name = "norm", saves = "ao" }
+local NORM = { [1] = C.LAC_NORM1, [2] = C.LAC_NORM2, [math.huge] = C.LAC_NORM_INF }
 
 --- The p-norm (2 unless given; math.huge is the largest magnitude) over dim. The gradient of a zero vector is
 -- zero, one of the subgradients.
-define { name = "norm", composite = true, forward = function(x, p, dim, keepdim)
+function norm_op.forward(x, p, dim, keepdim)
   expect("norm", "x", x)
   p = p == nil and 2 or p
   if type(p) ~= "number" or p ~= p or p <= 0 then
     fail("norm", "p must be a positive number, got %s", show(p))
   end
-  if p == math.huge then return fn.max(fn.abs(x), dim, keepdim) end
-  if p == 1 then return fn.sum(fn.abs(x), dim, keepdim) end
-  if p == 2 then return root(fn.sum(fn.square(x), dim, keepdim), 2) end
-  return root(fn.sum(fn.abs(x) ^ p, dim, keepdim), p)
-end }
+  if not NORM[p] then return root(fn.sum(fn.abs(x) ^ p, dim, keepdim), p) end
+  local mask, keep = reduced("norm", x, dim, keepdim)
+  local out = raw_reduce(NORM[p], x, mask, keep)
+  if wants(x) then
+    record1(norm_op, out, x)
+    out.node.mask, out.node.p = mask, p
+  end
+  return out
+end
+function norm_op.backward(node, g)
+  local x, mask = node.a, node.mask
+  local direction = internal.raw_map1(map_id["1sign"], x)
+  local spread = unreduce(g, x, mask)
+  if node.p == 1 then return raw_map2(map_id.mul, direction, spread) end
+  if node.p == 2 then
+    local norm = unreduce(node.o, x, mask)
+    local safe = raw_map2(map_id.add, norm, tensor.cast(raw_scalar(map_id.eq, norm, 0), x.c.dtype))
+    return raw_map2(map_id.mul, raw_map2(map_id.div, x, safe), spread)
+  end
+  local hits = tensor.cast(raw_map2(map_id.eq, internal.raw_map1(map_id["1abs"], x),
+                                    unreduce(node.o, x, mask)), x.c.dtype)
+  local count = raw_reduce(C.LAC_SUM, hits, mask, true)
+  local share = raw_map2(map_id.div, reshape_like(g, count), count)
+  return raw_map2(map_id.mul, raw_map2(map_id.mul, hits, direction), share)
+end
+define(norm_op)
