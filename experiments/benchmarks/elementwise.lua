@@ -1,0 +1,70 @@
+--- elementwise.lua: maps, softmax, norms and reductions beside a copy and beside PyTorch.
+--
+-- Arrays are far beyond the caches, so memory sets the pace: each row states the least bytes that the
+-- operator must move (inputs read, results written once) as a share of the bandwidth of a copy on the same
+-- threads; a share of 1 / 1.3 is the target. Functions whose arithmetic on one thread costs more than their
+-- memory (exact gelu, conversions of bf16) miss it there and say so by their number. Backwards are the
+-- gradient alone. The peer runs the same operator on as many threads.
+
+local lac = require "lacuna"
+
+local SHARE = 1 / 1.3
+
+local function row(b, what, case, arguments, bytes, ours)
+  b:row { what = what, ours = ours, work = bytes, unit = "B/s", floor = "copy", as = "share",
+          at_least = SHARE }
+  b:row { what = what, ours = ours, peer = { script = "elementwise", case = case, arguments = arguments } }
+end
+
+local function backward(inputs, out)
+  local g = lac.randn(out:size()):to { dtype = out:dtype() }
+  return function() lac.grad(out, inputs, { grad_outputs = { g }, retain_graph = true }) end
+end
+
+local function maps(b, n, dtype)
+  local size = dtype == "f32" and 4 or 2
+  local x, y = lac.randn { n, dtype = dtype }, lac.randn { n, dtype = dtype }
+  for _, name in ipairs { "relu", "exp", "tanh", "sigmoid", "silu", "gelu" } do
+    row(b, ("%s, %s"):format(name, dtype), "unary", { name = name, n = n, dtype = dtype }, 2 * size * n,
+        function() return lac[name](x) end)
+  end
+  row(b, "add, " .. dtype, "add", { n = n, dtype = dtype }, 3 * size * n, function() return x + y end)
+  local leaf = x:detach():requires_grad_(true)
+  row(b, "gelu bwd, " .. dtype, "unary_backward", { name = "gelu", n = n, dtype = dtype }, 3 * size * n,
+      backward({ leaf }, lac.gelu(leaf)))
+end
+
+local function rows_of(b, rows, width)
+  local x = lac.randn { rows, width }
+  local bytes, a = 4 * rows * width, { rows = rows, width = width }
+  local leaf, gamma, beta = x:detach():requires_grad_(true), lac.ones { width }, lac.zeros { width }
+  for dim = 1, 2 do
+    local along = (" [%d, %d] over %d"):format(rows, width, dim)
+    local d = { rows = rows, width = width, dim = dim - 1 }
+    for _, name in ipairs { "softmax", "log_softmax" } do
+      row(b, name .. along, name, d, 2 * bytes, function() return lac[name](x, dim) end)
+      row(b, name .. along .. ", bwd", name .. "_backward", d, 3 * bytes,
+          backward({ leaf }, lac[name](leaf, dim)))
+    end
+    for _, name in ipairs { "sum", "max", "var", "logsumexp" } do
+      row(b, name .. along, name, d, bytes, function() return lac[name](x, dim) end)
+    end
+  end
+  row(b, ("layernorm [%d, %d]"):format(rows, width), "layernorm", a, 2 * bytes,
+      function() return lac.layernorm(x, gamma, beta) end)
+  row(b, ("layernorm [%d, %d], bwd"):format(rows, width), "layernorm_backward", a, 3 * bytes,
+      backward({ leaf }, lac.layernorm(leaf, gamma, beta)))
+  row(b, ("rmsnorm [%d, %d]"):format(rows, width), "rmsnorm", a, 2 * bytes,
+      function() return lac.rmsnorm(x, gamma) end)
+  row(b, ("rmsnorm [%d, %d], bwd"):format(rows, width), "rmsnorm_backward", a, 3 * bytes,
+      backward({ leaf }, lac.rmsnorm(leaf, gamma)))
+end
+
+return {
+  name = "elementwise",
+  about = "maps, softmax, norms and reductions of arrays beyond the caches",
+  run = function(b)
+    for _, dtype in ipairs { "f32", "bf16", "f16" } do maps(b, b:size(2 ^ 24, 2 ^ 10), dtype) end
+    rows_of(b, b:size(16384, 16), b:size(1024, 16))
+  end,
+}
