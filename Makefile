@@ -128,11 +128,25 @@ PEER ?= python3
 bench: all ## measure against PyTorch (PEER=/path/to/python with torch) and the machine's floors: ratios in one run
 	$(COMMAND) experiments/benchmark.lua --peer $(PEER) $(BENCH)
 
-lint: ## luacheck, format of the C and CUDA sources, every translation unit with warnings as errors
-	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) clang-format"
+# clang-tidy reads a file once, the kernels as AVX2. A stamp per source remembers that it was clean, so only what changed
+# is read again. gcc's __builtin_shuffle is unknown to clang; its value does not matter to an analysis.
+TIDY := $(patsubst c/%.c,$(BUILD)/lint/%.tidy,$(FRONT) c/main.c c/interrupt.c $(CPU))
+TIDY_FLAGS = -std=c11 -D_GNU_SOURCE -fopenmp $(filter -DLAC_HAVE_AVX,$(ALL_CFLAGS)) -DLAC_FFI_FILE='"$(BUILD)/ffi.h"' \
+             -D'__builtin_shuffle(a,b,mask)=(a)' -Wno-pass-failed $(INCLUDES) $$(pkg-config --cflags luajit) \
+             $(if $(filter c/cpu/%,$<),-DLAC_ISA=$(firstword $(filter avx2,$(ISAS)) baseline) $(ISA_$(firstword $(filter avx2,$(ISAS)) baseline)))
+$(BUILD)/lint/%.tidy: c/%.c .clang-tidy | $(BUILD)/ffi.h
+	@mkdir -p $(@D)
+	$(call say,TIDY,$<)
+	$(Q)clang-tidy --quiet $< -- $(TIDY_FLAGS) >$@.log 2>/dev/null || { cat $@.log; exit 1; }
+	@clang $(TIDY_FLAGS) -MM -MP -MT $@ -MF $@.d $< 2>/dev/null && touch $@
+-include $(TIDY:=.d)
+
+lint: ## luacheck, clang-format, clang-tidy, every translation unit with warnings as errors
+	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) clang clang-format clang-tidy"
 	luacheck -q lua experiments tests
 	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh tests/support/*.c)
 	@$(MAKE) -s --no-print-directory -j$$(nproc) WERROR=-Werror $(OBJECTS) $(COMMAND)
+	@$(MAKE) --no-print-directory -k -j$$(nproc) $(TIDY)
 
 # ---- quality gates ----
 
@@ -169,6 +183,37 @@ tsan: all ## the suite and stress programs under ThreadSanitizer, four threads
 	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) libomp-dev"
 	$(call instrumented,tsan,-O1 -g -fsanitize=thread -DLAC_PARALLEL_WORK=1)
 	@SPEC_ENV="$(TSAN_ENV)" tests/support/each_spec.sh $(BUILD)/tsan/logs $(TSAN_SPECS)
+
+# A million random calls, in pieces that each have a seed: what fails is repeated by the command that it prints. Pieces
+# that are done are remembered, so a stopped run goes on (`rm -r $(BUILD)/fuzz` starts again). SANITIZE=1: under ASan.
+FUZZ_CALLS ?= 1000000
+FUZZ_PIECE ?= 50000
+FUZZ_SEED  ?= 1000
+FUZZ_DIR   := $(BUILD)/fuzz/$(if $(SANITIZE),asan-)$(FUZZ_SEED)-$(FUZZ_PIECE)
+.PHONY: fuzz coverage docs
+fuzz: $(if $(SANITIZE),asan-build,all) ## a million random public calls (FUZZ_CALLS, FUZZ_SEED; SANITIZE=1: under ASan)
+	@mkdir -p $(FUZZ_DIR); seq $(FUZZ_SEED) $$(($(FUZZ_SEED) + ($(FUZZ_CALLS) + $(FUZZ_PIECE) - 1) / $(FUZZ_PIECE) - 1)) | \
+	xargs -P $$(nproc) -I{} sh -c 'test -f $(FUZZ_DIR)/{}.ok || { env OMP_NUM_THREADS=1 $(if $(SANITIZE),$(ASAN_ENV)) \
+	  luajit tests/support/fuzz.lua {} $(FUZZ_PIECE) >$(FUZZ_DIR)/{}.log 2>&1 && mv $(FUZZ_DIR)/{}.log $(FUZZ_DIR)/{}.ok && \
+	  echo "  seed {}: $$(cat $(FUZZ_DIR)/{}.ok)"; } || { echo "  seed {} FAILED"; tail -n 20 $(FUZZ_DIR)/{}.log; \
+	  echo "  repeat with: luajit tests/support/fuzz.lua {} $(FUZZ_PIECE)"; exit 1; }'
+	@awk '{ n += $$1 } END { print n " random calls without a failure" }' $(FUZZ_DIR)/*.ok
+
+# Kernels are run by the best instruction set of this processor and, in engine_spec.lua and the specs of operators and
+# attention, by every other one that it has.
+COVERAGE_ENV = LACUNA_LIBRARY=$(CURDIR)/$(BUILD)/coverage/lib/liblacuna.so LACUNA_COMMAND=$(BUILD)/coverage/bin/lacuna \
+               LACUNA_COVERAGE=$(CURDIR)/$(BUILD)/coverage/lines LACUNA_SLOWNESS=10 LACUNA_FUZZ=10000 LUA_INIT=@$(CURDIR)/tests/support/coverage.lua
+coverage: deps ## line coverage of C and Lua over the suite; fails below 90%
+	$(call instrumented,coverage,-O1 -g --coverage)
+	@find $(BUILD)/coverage \( -name '*.gcda' -o -name '*.lines' \) -delete; mkdir -p $(BUILD)/coverage/lines
+	@SPEC_ENV="$(COVERAGE_ENV)" tests/support/each_spec.sh $(BUILD)/coverage/logs $(filter-out tests/dispatch_spec.lua,$(SPECS))
+	@SPEC_ENV="LACUNA_CPU=baseline $(COVERAGE_ENV)" tests/support/each_spec.sh $(BUILD)/coverage/logs-baseline \
+	  $(addprefix tests/,$(addsuffix _spec.lua,ops attend grad nn))
+	@luajit tests/support/coverage_report.lua $(BUILD)/coverage $(BUILD)/coverage/lines 90
+
+docs: ## the reference in $(BUILD)/docs/index.html; a warning is an error
+	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) lua-ldoc"
+	@luajit tests/support/reference.lua $(BUILD)/docs
 
 .PHONY: deps
 deps: ## install the Debian packages that building, testing and the demo need (root or sudo)

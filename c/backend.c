@@ -91,7 +91,7 @@ int lac_backend_missing(const char *op, int device)
 static int plug_in_refuse(const char *reason)
 {
     snprintf(cuda_reason, sizeof cuda_reason, "%s", reason);
-    return lac_fail(LAC_E_DEVICE, "cuda: %s", cuda_reason);
+    LAC_FAIL(DEVICE, "cuda: %s", cuda_reason);
 }
 
 int lac_backend_load(const char *path)

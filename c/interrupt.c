@@ -428,7 +428,10 @@ static void trace_study(lua_State *L, lac_trace *t, size_t loop, int loops, size
     size_t room = 2;
     for (size_t p = 0; p + 6 <= t->size; p++) room += (size_t)is_long_branch(t->code + p);
     t->edit = malloc(room * sizeof *t->edit);
-    if (!t->edit) luaL_error(L, "no memory to make a compiled trace interruptible");
+    if (!t->edit) {
+        luaL_error(L, "no memory to make a compiled trace interruptible");
+        return; /* never reached */
+    }
     int certain = edit_guards(t, loop, exits);
     if (loops) edit_loop_end(t, loop, exits, !certain && !T.side);
 }
@@ -443,6 +446,7 @@ static void traces_put(lua_State *L, size_t number, const lac_trace *t)
             unlock(old);
             free(t->edit);
             luaL_error(L, "no memory to make a compiled trace interruptible");
+            return; /* never reached */
         }
         memset(grown + T.traces, 0, (n - T.traces) * sizeof *grown);
         T.trace = grown;

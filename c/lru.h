@@ -51,7 +51,8 @@ static inline uint64_t lac_lru_hash(const void *key, size_t bytes)
 static inline lac_lru_entry **lac_lru_slot(lac_lru *c, const void *key, size_t bytes, uint64_t hash)
 {
     lac_lru_entry **at = &c->table[hash & (c->buckets - 1)];
-    while (*at && ((*at)->hash != hash || (*at)->bytes != bytes || memcmp((*at)->key, key, bytes))) at = &(*at)->chain;
+    while (*at && ((*at)->hash != hash || (*at)->bytes != bytes || memcmp((*at)->key, key, bytes) != 0))
+        at = &(*at)->chain;
     return at;
 }
 

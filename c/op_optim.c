@@ -20,7 +20,7 @@ static int part_get(const char *op, int64_t number, const char *part, const lac_
                     int dtype, lac_view *v)
 {
     char name[48];
-    snprintf(name, sizeof name, "%s of item %lld", part, (long long)(number + 1));
+    snprintf(name, sizeof name, "%s of item %lld", part, (long long)number + 1);
     LAC_TRY(lac_view_get(op, name, t, v));
     if (t->dtype != dtype)
         LAC_FAIL(DTYPE, "%s: %s must be %s for a %s parameter, got %s", op, name, lac_dtype_name(dtype),
@@ -39,7 +39,7 @@ typedef struct {
 static int item_get(const char *op, int64_t number, const lac_optim_item *item, moments has, lac_a_optim_item *a)
 {
     char name[48];
-    snprintf(name, sizeof name, "param of item %lld", (long long)(number + 1));
+    snprintf(name, sizeof name, "param of item %lld", (long long)number + 1);
     *a = (lac_a_optim_item){.lr = item->lr, .weight_decay = item->weight_decay};
     LAC_TRY(lac_view_get(op, name, item->param, &a->param));
     LAC_TRY(lac_need_float(op, name, item->param));
@@ -51,7 +51,7 @@ static int item_get(const char *op, int64_t number, const lac_optim_item *item, 
     if (item->master) {
         if (dtype != LAC_F16 && dtype != LAC_BF16)
             LAC_FAIL(DTYPE, "%s: item %lld has a master copy, which is for f16 and bf16, but the parameter is %s", op,
-                     (long long)(number + 1), lac_dtype_name(dtype));
+                     (long long)number + 1, lac_dtype_name(dtype));
         LAC_TRY(part_get(op, number, "master", item->master, item->param, LAC_F32, &a->master));
     }
     const lac_view *all[] = {&a->param, &a->grad, &a->m, &a->v, &a->master};
@@ -60,7 +60,7 @@ static int item_get(const char *op, int64_t number, const lac_optim_item *item, 
         for (int j = 0; j < i; j++)
             if (all[i]->data && all[j]->data && lac_views_overlap(all[i], all[j]))
                 LAC_FAIL(ARGUMENT, "%s: %s and %s of item %lld overlap in memory", op, names[j], names[i],
-                         (long long)(number + 1));
+                         (long long)number + 1);
     LAC_TRY(finite_get(op, "lr", item->lr));
     return finite_get(op, "weight_decay", item->weight_decay);
 }
@@ -149,7 +149,7 @@ static int views_get(const lac_tensor *const *list, int64_t n, lac_view *views)
     char name[48];
     int64_t count;
     for (int64_t i = 0; i < n; i++) {
-        snprintf(name, sizeof name, "tensor %lld", (long long)(i + 1));
+        snprintf(name, sizeof name, "tensor %lld", (long long)i + 1);
         LAC_TRY(lac_view_get("norm", name, list[i], &views[i]));
         LAC_TRY(lac_need_float("norm", name, list[i]));
         LAC_TRY(lac_front_count("norm", name, list[i], &count));

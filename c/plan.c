@@ -358,7 +358,7 @@ static int make_strips(lac_plan *p)
 {
     int64_t most = 0;
     for (int g = 0; g < p->desc.branches; g++) most += p->heads[g];
-    if (!(p->strips = calloc((size_t)most, sizeof *p->strips)))
+    if (!(p->strips = calloc((size_t)most + 1, sizeof *p->strips)))
         LAC_FAIL(MEMORY, "attention: no memory for %lld strips", (long long)most);
     for (int32_t g = 0; g < p->desc.branches; g++)
         for (int32_t h = p->head0[g]; h < p->head0[g] + p->heads[g]; h++) {
@@ -386,8 +386,8 @@ static int make_units(lac_plan *p)
     int64_t most = 0;
     int32_t group = p->desc.heads / p->desc.kv_heads, at = 0;
     for (int g = 0; g < p->desc.branches; g++) most += p->heads[g];
-    p->unit = calloc((size_t)most, sizeof *p->unit);
-    p->unit_heads = calloc((size_t)most, sizeof *p->unit_heads);
+    p->unit = calloc((size_t)most + 1, sizeof *p->unit);
+    p->unit_heads = calloc((size_t)most + 1, sizeof *p->unit_heads);
     if (!p->unit || !p->unit_heads) LAC_FAIL(MEMORY, "attention: no memory for %lld units", (long long)most);
     for (int32_t g = 0; g < p->desc.branches; g++)
         for (int32_t h = p->head0[g]; h < p->head0[g] + p->heads[g]; h++) {
@@ -431,7 +431,8 @@ void lac_plan_place(const lac_plan *p, int64_t batch, int64_t n, int64_t m, int6
     for (int g = 0; g < p->desc.branches; g++) {
         int64_t w = placed->segment[g] = p->segment[g] < largest ? p->segment[g] : largest;
         int64_t keys = position % w + n < w ? position % w + n : w, r = p->desc.dilation[g];
-        pairs += p->heads[g] * (double)(n / r + 1) * (double)(keys / r + 1);
+        int64_t rows = n / r + 1, columns = keys / r + 1;
+        pairs += p->heads[g] * (double)rows * (double)columns;
     }
     placed->info.pairs = pairs < 0x1p62 ? (int64_t)pairs : INT64_MAX;
 }

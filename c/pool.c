@@ -73,7 +73,7 @@ static size_t system_available(void)
     char line[128];
     unsigned long long kib = 0;
     while (f && fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) break;
+        if (strncmp(line, "MemAvailable:", 13) == 0) kib = strtoull(line + 13, NULL, 10);
     if (f) fclose(f);
     return kib ? (size_t)kib * 1024 : SIZE_MAX;
 }
@@ -91,10 +91,9 @@ static void trim_locked(void)
 
 static int refuse(size_t bytes, const char *why)
 {
-    return lac_fail(LAC_E_MEMORY,
-                    "out of memory: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)", bytes,
-                    why, (long long)stats.live, (long long)stats.cached, (long long)stats.peak,
-                    (long long)(stats.limit ? stats.limit : stats.soft));
+    LAC_FAIL(MEMORY, "out of memory: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)", bytes,
+             why, (long long)stats.live, (long long)stats.cached, (long long)stats.peak,
+             (long long)(stats.limit ? stats.limit : stats.soft));
 }
 
 /* a fresh block from the system; the lock is held */
@@ -184,7 +183,7 @@ static int block_find(int index, int64_t size, size_t bytes, block **out)
 
 static int block_take(const char *op, lac_storage *storage, size_t bytes, block **out)
 {
-    if (bytes > (size_t)1 << 46) return lac_fail(LAC_E_MEMORY, "out of memory: %zu bytes asked for", bytes);
+    if (bytes > (size_t)1 << 46) LAC_FAIL(MEMORY, "out of memory: %zu bytes asked for", bytes);
     pthread_mutex_lock(&lock);
     int index = class_of(bytes + (guarding ? GUARD : 0));
     int64_t size = (int64_t)class_bytes(index);
@@ -231,10 +230,10 @@ static void block_give(block *b)
 int lac_storage_new(const char *op, int device, int dtype, int ndim, const int64_t *shape, size_t bytes,
                     lac_storage **out)
 {
-    if (device != LAC_CPU) return lac_fail(LAC_E_DEVICE, "no memory pool for device cuda:%d", device - LAC_CUDA);
+    if (device != LAC_CPU) LAC_FAIL(DEVICE, "no memory pool for device cuda:%d", device - LAC_CUDA);
     lac_storage *s = malloc(sizeof *s);
     block *b;
-    if (!s) return lac_fail(LAC_E_MEMORY, "out of memory for a storage header");
+    if (!s) LAC_FAIL(MEMORY, "out of memory for a storage header");
     *s = (lac_storage){.references = 1, .device = device, .bytes = bytes, .dtype = dtype, .ndim = ndim, .op = op};
     for (int i = 0; i < ndim; i++) s->shape[i] = shape[i];
     int status = block_take(op, s, bytes, &b);

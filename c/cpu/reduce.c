@@ -700,7 +700,7 @@ int LAC_CPU(reduce)(const lac_a_reduce *a)
     double work = (double)job.outputs * (double)(job.count + 1);
     double per_task = work / (double)rows;
     if (rows < MOST_PARTS && per_task > PART) {
-        double wanted = per_task / PART, most = (double)(MOST_PARTS / rows);
+        double wanted = per_task / PART, most = (double)MOST_PARTS / (double)rows;
         job.parts = (int64_t)(wanted < most ? wanted : most);
         if (job.parts > job.count) job.parts = job.count;
         if (job.parts < 1) job.parts = 1;

@@ -180,7 +180,7 @@ static void scatter_task(void *context, int64_t begin, int64_t end, int thread)
     char *space = job->workspace ? job->workspace + job->bytes * thread : NULL;
     for (int64_t t = begin; t < end; t++) {
         lines l = lines_of(job, t);
-        if (job->a->mode == LAC_SCATTER_SET) {
+        if (!space) { /* mode "set" */
             set_lines(job, &l);
             continue;
         }

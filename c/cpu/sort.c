@@ -367,7 +367,7 @@ static void search_task(void *context, int64_t begin, int64_t end, int thread)
     double space[BLOCK];
     for (int64_t t = begin; t < end; t++) {
         int64_t row = t / blocks, at = t % blocks * BLOCK, count = job->m - at < BLOCK ? job->m - at : BLOCK;
-        if (!job->shared && row != row_now) {
+        if (!sorted || (!job->shared && row != row_now)) {
             const char *line = line_of(&a->sorted, last, row);
             sorted = LAC_CPU(load)(a->sorted.dtype, line, a->sorted.stride[last] * lac_bytes_of(a->sorted.dtype),
                                    job->n, job->workspace + job->bytes * thread);

@@ -77,8 +77,11 @@ local function define_reduction(name, kind, backward, saves)
   define(op)
 end
 
+--- sum(x, dim, keepdim): the sum over dim, a dimension or a list of them (all unless given). Integers and
+-- bools are summed as i64; f16 and bf16 in f32.
 define_reduction("sum", C.LAC_SUM, function(node, g) return unreduce(g, node.a, node.mask) end)
 
+--- mean(x, dim, keepdim): the mean over dim, a dimension or a list of them (all unless given).
 define_reduction("mean", C.LAC_MEAN, function(node, g)
   local count = numel(node.a) / numel(node.o)
   return raw_scalar(map_id.mul, unreduce(g, node.a, node.mask), 1 / count)
@@ -92,9 +95,14 @@ local function extreme_rule(node, g)
   local share = raw_map2(map_id.div, reshape_like(g, count), count)
   return raw_map2(map_id.mul, hits, share)
 end
+--- max(x, dim, keepdim): the largest element over dim (all unless given); NaN wins, equal ones share the
+-- gradient.
 define_reduction("max", C.LAC_MAX, extreme_rule, "ao")
+--- min(x, dim, keepdim): the smallest element over dim (all unless given); NaN wins.
 define_reduction("min", C.LAC_MIN, extreme_rule, "ao")
+--- any(x, dim, keepdim): is any element over dim nonzero? bool.
 define_reduction("any", C.LAC_ANY)
+--- all(x, dim, keepdim): is every element over dim nonzero? bool.
 define_reduction("all", C.LAC_ALL)
 
 local function define_arg(name, kind)
@@ -104,9 +112,11 @@ local function define_arg(name, kind)
     return raw_scalar(map_id.add, raw_reduce(kind, x, mask, keep), 1)
   end }
 end
--- positions, so 1-based like every position in Lua (subtract 1 to compare with class targets, which are data
--- and 0-based); without dim: the position in the flattened tensor
+--- argmax(x, dim, keepdim): where the largest element is. A position, so 1-based like every position in Lua
+-- (subtract 1 to compare with class targets, which are data and 0-based); without dim: the position in the
+-- flattened tensor.
 define_arg("argmax", C.LAC_ARGMAX)
+--- argmin(x, dim, keepdim): where the smallest element is; as argmax.
 define_arg("argmin", C.LAC_ARGMIN)
 
 local function define_softmax(name, logarithm)
@@ -130,7 +140,9 @@ local function define_softmax(name, logarithm)
   end
   define(op)
 end
+--- softmax(x, dim): exp(x) / sum(exp(x)) along dim (the last unless given), without overflow.
 define_softmax("softmax", 0)
+--- log_softmax(x, dim): the logarithm of softmax, without its rounding.
 define_softmax("log_softmax", 1)
 
 --- Product over dim (all unless given). The gradient is exact where elements are zero: one zero takes all of
