@@ -30,6 +30,7 @@ sys.mkdir(DIR)
 
 -- ---- what is left out, and why -------------------------------------------------------------------
 
+-- A table of lac that is neither here nor CALLED stops the run: a new module must choose.
 local EXCLUDED = {
   threads = "4096 threads would slow the machine down for everybody",
   memory_limit = "the limit protects the machine from the sizes that are tried here",
@@ -39,9 +40,19 @@ local EXCLUDED = {
   log = "writes a run folder where a path says",
   train = "runs training loops and writes checkpoints where a path says",
   data = "data.open and data.bible read files of the system; data.string and data.order2 are called below",
-  io = "io.save writes where a path says; it is called below with paths inside a temporary folder",
-  optim = "called below with parameters", nn = "called below", attention = "called below",
+  bench = "measures for seconds, and starts other programs",
+  registry = "an internal table of names",
 }
+local CALLED = { io = true, optim = true, nn = true, attention = true }
+for name in pairs(getmetatable(lac).__names) do
+  local _ = pcall(function() return lac[name] end) -- loads it; some are not in every installation
+end
+for name, value in pairs(lac) do
+  local callable = type(value) ~= "table" or (getmetatable(value) or {}).__call
+  if not callable and not EXCLUDED[name] and not CALLED[name] then
+    error(("fuzz: lac.%s is a module that is neither called nor excluded"):format(name), 0)
+  end
+end
 
 -- ---- random choices ------------------------------------------------------------------------------
 
@@ -247,7 +258,9 @@ local functions, methods = {}, {}
 do
   local names = {}
   for name, value in pairs(lac) do
-    if type(value) == "function" and not EXCLUDED[name] then names[#names + 1] = name end
+    local kind = type(value)
+    local callable = kind == "function" or (kind == "table" and (getmetatable(value) or {}).__call)
+    if callable and (name == "log" or not EXCLUDED[name]) then names[#names + 1] = name end
   end
   table.sort(names)
   for i, name in ipairs(names) do functions[i] = { "lac." .. name, lac[name] } end
@@ -297,6 +310,35 @@ for names, kinds in pairs {
     SIGNATURE[name] = list
   end
 end
+-- A function that is not listed, say an operator that was added yesterday, tells by its parameters' names
+-- what it takes.
+local PARAMETER = {
+  dim = "dim", dim1 = "dim", dim2 = "dim", first = "dim", last = "dim", i = "dim", j = "dim", dims = "dims",
+  shifts = "dims", amounts = "dims", idx = "index", index = "index", target = "index", mask = "mask",
+  cond = "mask",
+  keepdim = "flag", descending = "flag", largest = "flag", sorted = "flag", right = "flag", training = "flag",
+  include_self = "flag",
+  n = "int", k = "int", size = "int", step = "int", length = "int", start = "int",
+  offset = "int", times = "int", bins = "int", classes = "int", p = "fraction", eps = "fraction",
+  low = "number", high = "number", value = "number", alpha = "number", correction = "int",
+  x = "like", y = "like",
+  a = "like", b = "like", c = "like", src = "like", like = "like", values = "like", boundaries = "row",
+  weight = "weight", w = "weight", bias = "row", gamma = "width", beta = "width", f = "f", fn = "f",
+  reduce = "reduction", equation = "equation", options = "options", tensors = "tensors", list = "tensors",
+}
+local function signature_of(name, f, from)
+  if SIGNATURE[name] == nil then
+    local kinds = {}
+    for i = from, 6 do
+      local parameter = type(f) == "function" and debug.getlocal(f, i)
+      if not parameter then break end
+      kinds[#kinds + 1] = PARAMETER[parameter] or "anything"
+    end
+    SIGNATURE[name] = #kinds > 0 and kinds or false
+  end
+  return SIGNATURE[name]
+end
+
 -- lac.name(...) of these takes no tensor first
 local NO_TENSOR = {}
 for name in ([[zeros ones empty rand randn full randint bernoulli arange linspace eye randperm tensor cat
@@ -310,6 +352,8 @@ local function dtype_options(t)
 end
 
 local MAKE = {
+  anything = function() return argument() end,
+  reduction = function() return one_of { "sum", "mean", "prod", "max", "min", "none", "add", "set" } end,
   dim = function(self) return tensor.is(self) and self:dim() > 0 and random(self:dim()) or small() end,
   int = small, flag = function() return chance(50) end, word = function() return one_of(DTYPES) end,
   sizes = function(self)
@@ -474,6 +518,7 @@ for name, value in pairs(lac.nn) do
   if (type(value) == "function" or value.init) and not EXCLUDED[name] then modules[#modules + 1] = name end
 end
 table.sort(modules)
+-- methods of every class are tried; these more often
 local MODULE_METHODS = { "forward", "forward", "forward", "parameters", "named_parameters", "train", "eval",
                          "parameter_count", "state_dict", "load_state_dict", "zero_grad", "to", "apply",
                          "loss", "generate" }
@@ -517,6 +562,26 @@ local function module_input()
   return lac.randn { random(2), random(8), chance(70) and 4 or random(4) }
 end
 
+local methods_by_class = setmetatable({}, { __mode = "k" })
+local function methods_of(object)
+  local class = getmetatable(object)
+  if not methods_by_class[class] then
+    local list, at = { "forward" }, class
+    while type(at) == "table" do
+      for name, value in pairs(at) do
+        local public = type(name) == "string" and not name:match "^_" and name ~= "init"
+        if public and type(value) == "function" then
+          list[#list + 1] = name
+        end
+      end
+      at = rawget(at, "__parent")
+    end
+    table.sort(list)
+    methods_by_class[class] = list
+  end
+  return methods_by_class[class]
+end
+
 local function call_nn()
   local name = one_of(modules)
   local made
@@ -528,7 +593,7 @@ local function call_nn()
   if type(made) ~= "table" or not lac.nn.is_module(made) then return end
   call("tostring(module)", tostring, made)
   for _ = 1, 3 do
-    local method = one_of(MODULE_METHODS)
+    local method = chance(70) and one_of(MODULE_METHODS) or one_of(methods_of(made))
     local function run(self, ...) return self[method](self, ...) end
     if method == "generate" then -- generate(prompt, n) runs the model n times
       call(name .. ":generate", run, made, chance(50) and "ab" or argument(), random(4))
@@ -542,24 +607,37 @@ local function call_nn()
   end
 end
 
+local optimizers = {}
+for name, value in pairs(lac.optim) do
+  if type(value) == "function" and name ~= "groups" then optimizers[#optimizers + 1] = name end
+end
+table.sort(optimizers)
+local schedules = {}
+for name, value in pairs(lac.optim.schedule) do
+  if type(value) == "function" then schedules[#schedules + 1] = name end
+end
+table.sort(schedules)
+
 local function call_optim()
   if chance(40) then
-    local names = { "constant", "cosine", "linear", "polynomial", "warmup" }
-    local name = one_of(names)
+    local name = one_of(schedules)
     local s = call("schedule." .. name, lac.optim.schedule[name], some_arguments())
     if type(s) == "function" then call("schedule", s, chance(80) and one_of(NUMBERS) or argument()) end
     return
   end
   if chance(20) then call("optim.groups", lac.optim.groups, argument(), some_arguments()) end
   local p = chance(80) and lac.randn { 3, dtype = one_of { "f32", "f64" }, grad = true } or argument()
-  local adam = call("optim.adamw", lac.optim.adamw, { p }, chance(50) and { lr = 0.1 } or argument())
-  if type(adam) ~= "table" then return end
+  local kind = one_of(optimizers)
+  local made = call("optim." .. kind, lac.optim[kind], chance(90) and { p } or argument(),
+                    chance(50) and { lr = 0.1 } or argument())
+  if type(made) ~= "table" or not made.step then return end
   if tensor.is(p) and p.requires_grad and chance(70) then
     call("a.grad = b", OPERATORS["a.grad = b"], p, lac.ones_like(p:detach()))
   end
-  for _, name in ipairs { "step", "zero_grad", "state_dict", "load_state_dict", "grad_norm" } do
-    if chance(50) then call("adamw:" .. name, adam[name], adam, some_arguments()) end
+  for _, name in ipairs { "step", "zero_grad", "state_dict", "load_state_dict", "grad_norm", "config" } do
+    if chance(50) then call(kind .. ":" .. name, made[name], made, some_arguments()) end
   end
+  call("tostring(optimizer)", tostring, made)
 end
 
 local file_names = { DIR .. "/a.safetensors", DIR .. "/b.safetensors", DIR .. "/missing/c.safetensors", DIR }
@@ -573,8 +651,19 @@ local function damage(bytes) -- a few random bytes, or a random length
   return table.concat(list, "", 1, chance(30) and random(#list + 1) - 1 or #list)
 end
 
+local io_functions = {}
+for name, value in pairs(lac.io) do
+  if type(value) == "function" then io_functions[#io_functions + 1] = name end
+end
+table.sort(io_functions)
+
 local function call_io()
-  local path, kind = one_of(file_names), random(4)
+  local path, kind = one_of(file_names), random(5)
+  if kind == 5 then
+    local name = one_of(io_functions)
+    call("io." .. name, lac.io[name], path, chance(50) and { a = any_tensor() } or argument(), argument())
+    return
+  end
   if kind == 1 then
     call("io.save", lac.io.save, path, chance(70) and { a = any_tensor(), b = any_tensor() } or argument(),
          chance(70) and { note = "x" } or argument())
@@ -624,7 +713,7 @@ local function step()
     local m = one_of(methods)
     local self = chance(97) and any_tensor() or argument()
     local name = m[1]:sub(3)
-    if SIGNATURE[name] and chance(75) then
+    if signature_of(name, m[2], 2) and chance(75) then
       call(m[1], m[2], self, likely_arguments(name, self))
     else
       call(m[1], m[2], self, some_arguments(self))
@@ -632,7 +721,7 @@ local function step()
   elseif kind <= 70 then
     local f = one_of(functions)
     local a, name = argument(), f[1]:sub(5)
-    if SIGNATURE[name] and chance(75) then
+    if signature_of(name, f[2], NO_TENSOR[name] and 1 or 2) and chance(75) then
       if NO_TENSOR[name] then
         call(f[1], f[2], likely_arguments(name))
       else
