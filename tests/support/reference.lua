@@ -187,7 +187,9 @@ end
 -- ---- what must have a comment --------------------------------------------------------------------------
 
 -- what a module gives as a whole is documented under that module: lac.scope is scope.run, class is a function
-local ALIAS = { scope = "run", is_tensor = true, class = true, gradcheck = true }
+local ALIAS = { scope = "run", is_tensor = true, class = true, gradcheck = true,
+                profile = true, memory_report = "report", memory_tracking = "tracking",
+                memory_profile = "run", save_checkpoint = "save", load_checkpoint = "load" }
 
 local function undocumented()
   local lac, tensor, missing = require "lacuna", require "lacuna.tensor", {}
