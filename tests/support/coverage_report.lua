@@ -31,30 +31,32 @@ end
 
 local ran_isas = {}
 local function count_c()
-  for _, data in ipairs(listing("find " .. BUILD .. " -name '*.gcda'")) do
-    local isa = data:match "obj/(%w+)/"
-    if isa and data:match "/cpu%.gcda$" then ran_isas[#ran_isas + 1] = isa end
-  end
-  -- an object without counts never ran at all: it counts unless it is of an ISA that this processor has not
+  -- every build leaves counts, also one that this processor cannot run: those are all zero
+  local builds, ran = {}, {}
   for _, object in ipairs(listing("find " .. BUILD .. " -name '*.gcno'")) do
-    local isa = object:match "obj/(%w+)/"
-    local counted = not isa
-    for _, name in ipairs(ran_isas) do counted = counted or name == isa end
-    if counted then
-      local pipe = io.popen("gcov --json-format --stdout " .. object .. " 2>/dev/null")
-      local text = pipe:read "*a"
-      pipe:close()
-      for json in text:gmatch "[^\n]+" do
-        for _, file in ipairs(cjson.decode(json).files) do
-          local name = file.file:match "^(c/.*)$"
-          name = name and name:gsub("[^/]+/%.%./", "")
-          if name then
-            for _, line in ipairs(file.lines) do note(name, line.line_number, line.count > 0) end
-          end
+    local isa = object:match "obj/(%w+)/" or "front end"
+    builds[isa] = builds[isa] or {}
+    local pipe = io.popen("gcov --json-format --stdout " .. object .. " 2>/dev/null")
+    local text = pipe:read "*a"
+    pipe:close()
+    for json in text:gmatch "[^\n]+" do
+      for _, file in ipairs(cjson.decode(json).files) do
+        local name = file.file:match "^(c/.*)$"
+        name = name and name:gsub("[^/]+/%.%./", "")
+        for _, line in ipairs(name and file.lines or {}) do
+          table.insert(builds[isa], { name, line.line_number, line.count > 0 })
+          ran[isa] = ran[isa] or line.count > 0
         end
       end
     end
   end
+  for isa, lines in pairs(builds) do
+    if ran[isa] then
+      if isa ~= "front end" then ran_isas[#ran_isas + 1] = isa end
+      for _, line in ipairs(lines) do note(line[1], line[2], line[3]) end
+    end
+  end
+  table.sort(ran_isas)
 end
 
 -- ---- Lua -----------------------------------------------------------------------------------------------
