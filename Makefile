@@ -215,7 +215,7 @@ coverage: deps ## line coverage of C and Lua over the suite; fails below 90%
 	@SPEC_ENV="$(COVERAGE_ENV) LACUNA_CPU=baseline" tests/support/each_spec.sh $(BUILD)/coverage/logs-baseline $(call spec,ops grad nn)
 	@luajit tests/support/coverage_report.lua $(BUILD)/coverage $(BUILD)/coverage/lines 90
 
-docs: ## the reference in $(BUILD)/docs/index.html; a warning is an error
+docs: all ## the reference in build/docs/index.html; a warning is an error
 	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) lua-ldoc"
 	@luajit tests/support/reference.lua $(BUILD)/docs
 
