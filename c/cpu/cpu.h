@@ -114,6 +114,20 @@ int LAC_CPU(gemm)(const char *op, const lac_gemm *g);
 bool LAC_CPU(few_fits)(const lac_gemm *g);
 int LAC_CPU(few)(const char *op, const lac_gemm *g);
 
+/* One tile of an f32 product by one thread: C [m, n] = A B (+ C), k > 0; A's rows are contiguous, of B one
+ * stride is 1. `space` is sgemm_bytes() of workspace. Only for what sgemm_takes(): the rest is BLAS's. sgemm.c */
+typedef struct {
+    int64_t m, n, k;
+    const float *a, *b;
+    int64_t a_rs, b_rs, b_cs;
+    float *c;
+    int64_t ldc;
+    bool accumulate;
+} lac_sgemm;
+bool LAC_CPU(sgemm_takes)(int64_t m, int64_t n, int64_t k, bool rows); /* rows: those of A are contiguous */
+size_t LAC_CPU(sgemm_bytes)(void);
+void LAC_CPU(sgemm)(const lac_sgemm *g, float *space);
+
 /* double or float sums of short arrays, in a fixed order (reduce.c) */
 double LAC_CPU(sum)(int ctype, const void *x, int64_t n);
 /* the index tensor as int64_t in row-major order in new workspace; every value must be in [0, size) or equal *ignore */

@@ -1,4 +1,4 @@
-/* matmul.c: matrix products on the CPU, over OpenBLAS.
+/* matmul.c: matrix products on the CPU, over OpenBLAS (and over sgemm.c for tall f32 ones).
  *
  * The product is cut into tiles by shape alone, and every tile is one single-threaded BLAS call; threads share the
  * tiles. Letting OpenBLAS spread one product over its own threads was rejected: where it cuts, and so which kernel
@@ -19,9 +19,9 @@ enum { TILE_M = 256, TILE_N = 512, PANEL = 512, FEW_TILES = 4, SMALL_TILE = 1 <<
 typedef struct {
     const lac_gemm *g;
     int ctype;
-    bool pack_a, pack_b, buffer_c;
+    bool pack_a, pack_b, buffer_c, own; /* own: tiles may go to sgemm.c */
     int64_t tile_m, tile_n, tiles_m, tiles_n, panel;
-    size_t a_bytes, b_bytes, c_bytes; /* of one thread's workspace */
+    size_t a_bytes, b_bytes, c_bytes, own_bytes; /* of one thread's workspace */
     char *workspace;
 } gemm_job;
 
@@ -101,7 +101,11 @@ static void gemm_tile(const gemm_job *job, const char *a, const char *b, char *c
         operand x = operand_of(a + (i0 * g->a_rs + k0 * g->a_cs) * ab, g->a_dtype, m, k, g->a_rs, g->a_cs, panel_a);
         operand y = operand_of(b + (k0 * g->b_rs + j0 * g->b_cs) * bb, g->b_dtype, k, n, g->b_rs, g->b_cs, panel_b);
         double beta = k0 > 0 || g->accumulate ? 1 : 0;
-        if (job->ctype == C_F32)
+        if (job->own && LAC_CPU(sgemm_takes)(m, n, g->k, x.trans == CblasNoTrans)) {
+            bool flip = y.trans == CblasTrans;
+            lac_sgemm own = {m, n, k, x.data, y.data, x.ld, flip ? 1 : y.ld, flip ? y.ld : 1, sum, ldc, beta != 0};
+            LAC_CPU(sgemm)(&own, (float *)(space + job->a_bytes + job->b_bytes + job->c_bytes));
+        } else if (job->ctype == C_F32)
             cblas_sgemm(CblasRowMajor, x.trans, y.trans, (blasint)m, (blasint)n, (blasint)k, 1.0f, x.data, x.ld, y.data,
                         y.ld, (float)beta, sum, (blasint)ldc);
         else
@@ -121,7 +125,7 @@ static void gemm_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const gemm_job *job = context;
     const lac_gemm *g = job->g;
-    char *space = job->workspace + (size_t)thread * (job->a_bytes + job->b_bytes + job->c_bytes);
+    char *space = job->workspace + (size_t)thread * (job->a_bytes + job->b_bytes + job->c_bytes + job->own_bytes);
     int threads = omp_get_max_threads();
     bool alone = !omp_in_parallel() && threads > 1;
     if (alone) omp_set_num_threads(1);
@@ -188,7 +192,9 @@ int LAC_CPU(gemm)(const char *op, const lac_gemm *g)
     int64_t tasks = items * job.tiles_m * job.tiles_n;
     double cost = (double)items * (double)g->m * (double)g->n * (double)(g->k + 1) / 8;
     int64_t work = cost > 1e18 ? (int64_t)1e18 : (int64_t)cost;
-    size_t each = job.a_bytes + job.b_bytes + job.c_bytes;
+    job.own = job.ctype == C_F32 && LAC_CPU(sgemm_takes)(job.tile_m, job.tile_n, g->k, true);
+    job.own_bytes = job.own ? LAC_CPU(sgemm_bytes)() : 0;
+    size_t each = job.a_bytes + job.b_bytes + job.c_bytes + job.own_bytes;
     if (each) {
         job.workspace = lac_workspace_get(op, each * (size_t)LAC_CPU(threads)(tasks, work));
         if (!job.workspace) return LAC_E_MEMORY;
