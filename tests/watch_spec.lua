@@ -104,6 +104,22 @@ describe("the NaN watch", function()
     end)
   end)
 
+  it("leaves nothing of the results that it stopped", function()
+    collectgarbage()
+    collectgarbage()
+    local live = lac.memory("cpu").live
+    for _ = 1, 3 do
+      blame(function() return lac.zeros{ 1000 }:log() end, "log made %-inf")
+      blame(function()
+        return lac.attend(lac.full{ 1, 8, 1, 8, value = 1e38 }, lac.full{ 1, 8, 1, 8, value = 1e38 },
+          lac.ones{ 1, 8, 1, 8 }, { segments = { 8 }, dilations = { 1 } })
+      end, "attention made")
+    end
+    collectgarbage()
+    collectgarbage()
+    assert.equal(live, lac.memory("cpu").live)
+  end)
+
   it("switches itself off, gives results through and can stay on", function()
     assert.same({ 1, "x" }, { lac.detect_anomaly(function() return 1, "x" end) })
     assert.is_false(lac.nan_watch(true))

@@ -33,6 +33,7 @@ sys.mkdir(DIR)
 -- A table of lac that is neither here nor CALLED stops the run: a new module must choose.
 local EXCLUDED = {
   threads = "4096 threads would slow the machine down for everybody",
+  nan_watch = "left on it would turn most later calls into its own errors; detect_anomaly is called",
   memory_limit = "the limit protects the machine from the sizes that are tried here",
   schema = "checks options against the library's own tables; scripts do not call it",
   repl = "waits for a keyboard", notebook = "waits for a keyboard",
@@ -791,6 +792,7 @@ verdict(after <= before, ("%d bytes are live, %d were at the beginning"):format(
 lac.trim()
 verdict(lib.C.lac_memory_guard_errors() == 0, "guard bytes were overwritten")
 verdict(lac.is_grad_enabled(), "the tape was left switched off")
+verdict(not lac.nan_watch(false), "the NaN watch was left on")
 if failures > 0 then
   io.stderr:write(("repeat with: luajit tests/support/fuzz.lua %d %d\n"):format(SEED, COUNT))
   os.exit(1)
