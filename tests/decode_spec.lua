@@ -517,6 +517,7 @@ describe("generate", function()
     local some, info = model:generate({ 1, 2 }, 40, { seed = 1, stop = { stop } })
     assert.equal(first, #some)
     assert.equal("stop", info.stop)
+    assert.equal(("generated %d tokens, ended by stop"):format(first), tostring(info))
     assert.same(some, info.tokens)
     local seen = {}
     local cut, cut_info = model:generate({ { 1, 2 }, { 1, 2 } }, 40, { seed = { 1, 1 }, logprobs = true,

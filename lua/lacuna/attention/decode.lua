@@ -28,7 +28,7 @@ local Decoder = class("Decoder", nil, true)
 -- @tparam[opt] number scale
 function Decoder:init(plan, scale)
   self.plan, self.scale = plan, scale or 0
-  self.found = ffi.new("int64_t[1]")
+  self.found, self.args = ffi.new("int64_t[1]"), ffi.new("lac_attn_args")
 end
 
 local function is_position(p) return schema.is_integer(p) and p >= 0 and p < POSITIONS end
@@ -47,6 +47,17 @@ local function places(name, value, batch)
   return list
 end
 
+--- attend without checks in Lua, on the engine's structs, for a cache that knows its tensors.
+-- @tparam cdata q lac_tensor @tparam cdata k @tparam cdata v
+-- @tparam cdata position int64_t[B] @tparam cdata key_start int64_t[B]
+-- @treturn Tensor out @treturn Tensor lse
+function Decoder:attend_raw(q, k, v, position, key_start)
+  local args, out, lse = self.args, ctensor(), ctensor()
+  args.q, args.k, args.v, args.scale = q, k, v, self.scale
+  lib.call(C.lac_attend_at, self.plan, args, position, key_start, out, lse)
+  return adopt(out), adopt(lse)
+end
+
 --- Attend.
 -- @tparam Tensor q [B, n, H, D] queries at positions position .. position + n - 1
 -- @tparam Tensor k [B, R, Hk, D] row j (from 0) is the key at position key_start + j
@@ -60,11 +71,8 @@ function Decoder:attend(q, k, v, position, key_start)
   expect(OP, "v", v)
   if q.c.ndim ~= 4 then fail(OP, "q must be [batch, rows, heads, head_dim], got %s", schema.show(q)) end
   local batch = tonumber(q.c.shape[0])
-  local args, out, lse = ffi.new("lac_attn_args"), ctensor(), ctensor()
-  args.q, args.k, args.v, args.scale = q.c, k.c, v.c, self.scale
-  lib.call(C.lac_attend_at, self.plan, args, places("position", position, batch),
-    places("key_start", key_start or 0, batch), out, lse)
-  return adopt(out), adopt(lse)
+  return self:attend_raw(q.c, k.c, v.c, places("position", position, batch),
+    places("key_start", key_start or 0, batch))
 end
 
 --- The smallest position that a query at `position`, or at any later one, may attend to.

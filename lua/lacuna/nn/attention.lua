@@ -139,13 +139,16 @@ end
 local function rotate(self, x, sign, start)
   local o = self.options
   if o.positions == "none" then return x end
-  local function rope(part, at)
-    return ops.rope(part, { start = o.origin + at, base = o.rope_base, sign = sign,
-      scale_base = o.positions == "xpos" and o.xpos_base or nil })
+  local rope = { base = o.rope_base, sign = sign, scale_base = o.positions == "xpos" and o.xpos_base or nil }
+  if type(start) == "number" then
+    rope.start = o.origin + start
+    return ops.rope(x, rope)
   end
-  if type(start) == "number" then return rope(x, start) end
   local parts = {}
-  for b = 1, #start do parts[b] = rope(x:narrow(1, b, 1), start[b]) end
+  for b = 1, #start do
+    rope.start = o.origin + start[b]
+    parts[b] = ops.rope(x:narrow(1, b, 1), rope)
+  end
   return ops.cat(parts, 1)
 end
 

@@ -12,11 +12,13 @@
 -- reach (the start, the border of all segments) new queries attend to their own keys directly: a prompt of
 -- any length is stored only as far as it can matter.
 --
--- Items of a batch may stand at different positions (prompts of unequal length, each computed as if alone).
--- `rewind` takes tokens back, for drafts that were rejected; `keep` says how far that must always be
--- possible. Rejected: storage per lattice (three times smaller for LongNet's segments, but each branch would
--- keep copies of shared rows, and the rules of every future variant would have to be repeated here), a ring
--- of rows (two pieces at every wrap, for which the kernels would need a second address).
+-- A token costs a few copies and one call per layer, and is handled as the engine's structs: views that are
+-- made and thrown away as tensors would cost as much as the attention. Items of a batch may stand at
+-- different positions (prompts of unequal length, each computed as if alone). `rewind` takes tokens back,
+-- for drafts that were rejected; `keep` says how far that must always be possible. Rejected: storage per
+-- lattice (three times smaller for LongNet's segments, but each branch would keep copies of shared rows, and
+-- the rules of every future variant would have to be repeated here), a ring of rows (two pieces at every
+-- wrap, for which the kernels would need a second address).
 
 local schema = require "lacuna.schema"
 local class = require "lacuna.class"
@@ -25,6 +27,7 @@ local tensor = require "lacuna.tensor"
 local scope = require "lacuna.scope"
 local lib = require "lacuna.lib"
 
+local ffi, C = lib.ffi, lib.C
 local fail, show = schema.fail, schema.show
 local max, min = math.max, math.min
 
@@ -60,6 +63,9 @@ function Cache:init(options)
   self.dtype, self.device = device.dtype("KVCache", o.dtype), device.code("KVCache", o.device)
   self.capacity = o.rows
   self.k, self.v = space(self, o.batch, o.rows), space(self, o.batch, o.rows)
+  -- scratch: two views, and the places of the items
+  self.to, self.from = tensor.ctype(), tensor.ctype()
+  self.place, self.first = ffi.new("int64_t[?]", o.batch), ffi.new("int64_t[?]", o.batch)
   self:reset()
 end
 
@@ -81,22 +87,39 @@ local function alike(first, second)
   return true
 end
 
--- rows [first, first + count) from 1 of item b (0: all) of a [B, Hk, R, D] space
+-- Makes `view` rows [first, first + count) (from 0) of item b (0: all) of the tensor c, which has its rows
+-- on axis `rows` and its heads on axis `heads`; the view has rows on axis 2 (as stored) or 1 (as the
+-- attention reads).
+local function view_rows(view, c, rows, heads, b, first, count, as_stored)
+  view.storage, view.dtype, view.device, view.ndim = c.storage, c.dtype, c.device, 4
+  view.offset = c.offset + max(b - 1, 0) * c.stride[0] + first * c.stride[rows]
+  view.shape[0], view.stride[0] = b == 0 and c.shape[0] or 1, c.stride[0]
+  local row_axis, head_axis = as_stored and 2 or 1, as_stored and 1 or 2
+  view.shape[row_axis], view.stride[row_axis] = count, c.stride[rows]
+  view.shape[head_axis], view.stride[head_axis] = c.shape[heads], c.stride[heads]
+  view.shape[3], view.stride[3] = c.shape[3], c.stride[3]
+  return view
+end
+
+-- copies rows of new tensors [B, n, Hk, D] into the space
+local function store(self, k, v, b, at, first, count)
+  local to, from = self.to, self.from
+  lib.call(C.lac_copy, view_rows(from, k.c, 1, 2, b, first, count, true),
+    view_rows(to, self.k.c, 2, 1, b, at, count, true))
+  lib.call(C.lac_copy, view_rows(from, v.c, 1, 2, b, first, count, true),
+    view_rows(to, self.v.c, 2, 1, b, at, count, true))
+end
+
+-- rows [first, first + count) from 1 of item b (0: all) of a [B, Hk, R, D] space, as a tensor
 local function rows_of(t, b, first, count)
   local part = t:narrow(3, first, count)
   return b == 0 and part or part:narrow(1, b, 1)
 end
 
--- the same of a [B, n, Hk, D] tensor, as [B, Hk, count, D]
-local function new_rows(t, b, first, count)
-  local part = t:narrow(2, first, count):transpose(2, 3)
-  return b == 0 and part or part:narrow(1, b, 1)
-end
-
--- calls f(item, representative) once for the whole batch (0, 1), or once per item (b, b)
-local function each(whole, batch, f)
-  if whole then return f(0, 1) end
-  for b = 1, batch do f(b, b) end
+-- a list of positions for the engine
+local function fill(array, list)
+  for b = 1, #list do array[b - 1] = list[b] end
+  return array
 end
 
 -- moves the rows in reach into space of `capacity` rows, their own or new
@@ -106,12 +129,13 @@ local function move(self, capacity, lows)
     k, v = space(self, self.batch, capacity), space(self, self.batch, capacity)
     scope.keep({ k, v }, old_k) -- as long-lived as the cache
   end
-  each(alike(self.positions, self.starts), self.batch, function(b, i)
-    local count, from = self.positions[i] - lows[i], lows[i] - self.starts[i]
-    if count == 0 or (k == old_k and from == 0) then return end
-    rows_of(k, b, 1, count):copy_(rows_of(old_k, b, from + 1, count))
-    rows_of(v, b, 1, count):copy_(rows_of(old_v, b, from + 1, count))
-  end)
+  for b = 1, self.batch do
+    local count, from = self.positions[b] - lows[b], lows[b] - self.starts[b]
+    if count > 0 and not (k == old_k and from == 0) then
+      rows_of(k, b, 1, count):copy_(rows_of(old_k, b, from + 1, count))
+      rows_of(v, b, 1, count):copy_(rows_of(old_v, b, from + 1, count))
+    end
+  end
   if k ~= old_k then
     old_k:release()
     old_v:release()
@@ -177,7 +201,8 @@ end
 local function attend_directly(self, q, k, v, counts)
   local n = tonumber(k.c.shape[1])
   local before = self.positions
-  local out, lse = self.decoder:attend(q, k, v, before, before)
+  local place = fill(self.place, before)
+  local out, lse = self.decoder:attend_raw(q.c, k.c, v.c, place, place)
   advance(self, n, counts)
   self.starts = self.positions -- nothing is stored now
   local lows, most = {}, 0
@@ -187,12 +212,11 @@ local function attend_directly(self, q, k, v, counts)
   end
   if most > self.capacity then move(self, max(2 * self.capacity, most), self.positions) end
   self.starts = lows
-  each(alike(before, self.positions), self.batch, function(b, i)
-    local count, from = self.positions[i] - lows[i], lows[i] - before[i]
-    if count == 0 then return end
-    rows_of(self.k, b, 1, count):copy_(new_rows(k, b, from + 1, count))
-    rows_of(self.v, b, 1, count):copy_(new_rows(v, b, from + 1, count))
-  end)
+  local whole = alike(before, self.positions)
+  for b = 1, whole and 1 or self.batch do
+    local count = self.positions[b] - lows[b]
+    if count > 0 then store(self, k, v, whole and 0 or b, 0, lows[b] - before[b], count) end
+  end
   return out, lse
 end
 
@@ -208,16 +232,15 @@ function Cache:attend(q, k, v, counts)
   check_counts(self, counts, n)
   if nothing_in_reach(self) then return attend_directly(self, q, k, v, counts) end
   make_room(self, n)
-  local rows = 0
-  each(alike(self.positions, self.starts), self.batch, function(b, i)
-    local at = self.positions[i] - self.starts[i]
-    rows_of(self.k, b, at + 1, n):copy_(new_rows(k, b, 1, n))
-    rows_of(self.v, b, at + 1, n):copy_(new_rows(v, b, 1, n))
+  local rows, whole = 0, alike(self.positions, self.starts)
+  for b = 1, whole and 1 or self.batch do
+    local at = self.positions[b] - self.starts[b]
+    store(self, k, v, whole and 0 or b, at, 0, n)
     rows = max(rows, at + n)
-  end)
-  local keys = rows_of(self.k, 0, 1, rows):transpose(2, 3)
-  local values = rows_of(self.v, 0, 1, rows):transpose(2, 3)
-  local out, lse = self.decoder:attend(q, keys, values, self.positions, self.starts)
+  end
+  local out, lse = self.decoder:attend_raw(q.c, view_rows(self.to, self.k.c, 2, 1, 0, 0, rows, false),
+    view_rows(self.from, self.v.c, 2, 1, 0, 0, rows, false), fill(self.place, self.positions),
+    fill(self.first, self.starts))
   advance(self, n, counts)
   return out, lse
 end

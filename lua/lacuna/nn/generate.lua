@@ -186,10 +186,14 @@ end
 
 -- ---- the method -------------------------------------------------------------------------------------------
 
+local Info = { __tostring = function(info)
+  return ("generated %d tokens, ended by %s"):format(#info.tokens, info.stop)
+end }
+
 local function result_of(item)
   local added = {}
   for i = item.first, #item.tokens do added[#added + 1] = item.tokens[i] end
-  local info = { tokens = added, logprobs = item.logprobs, stop = item.stop }
+  local info = setmetatable({ tokens = added, logprobs = item.logprobs, stop = item.stop }, Info)
   if not item.bytes then return added, info end
   local bytes = {}
   for i, token in ipairs(added) do bytes[i] = string.char(token) end
