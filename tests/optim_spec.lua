@@ -370,6 +370,7 @@ describe("optim.schedule", function()
     assert.near(5 / 6, f(5), 1e-15)
     assert.near(0, f(10), 1e-15)
     assert.equal(1, S.warmup(0)(1))
+    assert.equal(1, S.warmup(0)(0))
   end)
 
   it("names what is wrong", function()

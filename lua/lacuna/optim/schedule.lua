@@ -69,7 +69,7 @@ function schedule.warmup(warmup, inner)
   schema.check("schedule.warmup", "inner", inner, { type = "function" })
   return function(step)
     check_step(step)
-    if step <= warmup then return step / warmup * inner(0) end
+    if step <= warmup and warmup > 0 then return step / warmup * inner(0) end
     return inner(step - warmup)
   end
 end
