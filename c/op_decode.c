@@ -54,14 +54,13 @@ static int check_place(const lac_plan *p, int64_t n, int64_t rows, int64_t posit
     return 0;
 }
 
-/* `items` batch items of a view from item b on, with row 0 at position -start */
+/* `items` batch items of a view from item b on; its address is where position 0 would be if row 0 is at `start` */
 static lac_view part(const lac_view *v, int64_t b, int64_t items, int64_t start)
 {
     lac_view w = *v;
     int64_t elements = b * v->stride[0] - start * v->stride[1];
     w.data = (void *)((uintptr_t)v->data + (uintptr_t)(elements * (int64_t)lac_dtype_size(v->dtype)));
     w.shape[0] = items;
-    w.shape[1] += start;
     return w;
 }
 
@@ -75,7 +74,7 @@ static int run_items(const lac_a_attend *all, int device, int64_t b, int64_t ite
     a.q = part(&all->q, b, items, 0);
     a.out = part(&all->out, b, items, 0);
     a.lse = part(&all->lse, b, items, 0);
-    lac_plan_place(all->plan, items, a.q.shape[1], a.k.shape[1], position, &placed);
+    lac_plan_place(all->plan, items, a.q.shape[1], key_start + a.k.shape[1], position, &placed);
     a.plan = &placed;
     LAC_RUN(attend, device, &a);
     return 0;

@@ -435,6 +435,8 @@ void lac_plan_place(const lac_plan *p, int64_t batch, int64_t n, int64_t m, int6
         pairs += p->heads[g] * (double)rows * (double)columns;
     }
     placed->info.pairs = pairs < 0x1p62 ? (int64_t)pairs : INT64_MAX;
+    placed->info.flops_forward = 4.0 * p->desc.head_dim * pairs * (double)batch;
+    if (lac_profile_on) (void)count_pairs(placed); /* who asks for numbers gets exact ones */
 }
 
 /* ---- public ---- */

@@ -109,6 +109,31 @@ describe("a decoder", function()
     assert.equal(before.size, after.size)
   end)
 
+  it("tells the profiler the pairs that it computes", function()
+    local lib = require "lacuna.lib"
+    local pattern = { segments = { 8, 24 }, dilations = { 1, 3 }, causal = true }
+    local sizes = { heads = 4, kv_heads = 2, head_dim = 5 }
+    local d, events = lac.attention.decoder(pattern, sizes), lib.ffi.new("lac_profile_event[16]")
+    local function pairs_of(n)
+      return n > 0 and lac.attention.plan_info(pattern, { n = n, heads = 4, kv_heads = 2 }).pairs or 0
+    end
+    for position = 0, 80, 7 do
+      local n, start = 3, d:reach(position)
+      local q, k = lac.randn{ 2, n, 4, 5 }, lac.randn{ 2, position + n - start, 2, 5 }
+      lib.C.lac_profile(1)
+      d:attend(q, k, k, position, start)
+      lib.C.lac_profile(0)
+      local flops, bytes = 0, 0
+      for i = 0, tonumber(lib.C.lac_profile_events(0, 16, events)) - 1 do
+        if lib.ffi.string(events[i].op) == "attend" then
+          flops, bytes = flops + events[i].flops, bytes + tonumber(events[i].bytes)
+        end
+      end
+      assert.equal(4 * 5 * 2 * (pairs_of(position + n) - pairs_of(position)), flops)
+      assert.equal(4 * (2 * q:numel() + 2 * k:numel() + 2 * n * 4), bytes)
+    end
+  end)
+
   it("knows how far back a query reaches", function()
     local function reach(pattern, position)
       pattern.causal = true
