@@ -83,7 +83,8 @@ const lac_backend *lac_backend_for(int device);
 int lac_backend_missing(const char *op, int device);
 
 /* Slots by number, and the recorder (profile.c): every run of a slot goes through LAC_SLOT, which costs one predictable
- * branch while nothing is recorded. */
+ * branch while nothing is recorded. Stopping is asked for after the run as well as inside long ones: a front end that
+ * fails drops its outputs, whereas a host that stops after a call which succeeded would lose them. */
 enum {
 #define LAC_OP(name, args, gradient) LAC_SLOT_##name,
 #include "ops.def"
@@ -92,7 +93,7 @@ enum {
 };
 extern int lac_profile_on; /* 1: record, 2: watch for NaN (watch.c) */
 void lac_profile_add(int slot, const void *args, int device, int64_t start);
-void lac_watch_check(int slot, const void *args, size_t bytes);
+bool lac_watch_check(int slot, const void *args, size_t bytes);
 
 #define LAC_SLOT(status, slot, device, args)                                                                           \
     do {                                                                                                               \
@@ -103,8 +104,11 @@ void lac_watch_check(int slot, const void *args, size_t bytes);
             int64_t slot_start_ = lac_clock();                                                                         \
             (status) = slot_b_->slot(args);                                                                            \
             if (lac_profile_on & 1) lac_profile_add(LAC_SLOT_##slot, args, device, slot_start_);                       \
-            if (lac_profile_on & 2 && !(status)) lac_watch_check(LAC_SLOT_##slot, args, sizeof *(args));               \
+            if (lac_profile_on & 2 && !(status) && lac_watch_check(LAC_SLOT_##slot, args, sizeof *(args)))             \
+                (status) = lac_fail(LAC_E_ARGUMENT, "%s: made a number that is not finite", #slot);                    \
         }                                                                                                              \
+        if (__builtin_expect(lac_interrupted(), 0) && !(status))                                                       \
+            (status) = lac_fail(LAC_E_INTERRUPTED, "%s: interrupted", #slot);                                          \
     } while (0)
 #define LAC_RUN(slot, device, args)                                                                                    \
     do {                                                                                                               \

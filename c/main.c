@@ -35,7 +35,7 @@ typedef struct lac_command {
     char **argv;
     int script; /* index of the script, argc if there is none */
     int chunks; /* number of -e */
-    int interactive, version, devices, help;
+    int interactive, version, devices, help, profile;
     int status;
 } lac_command;
 
@@ -46,6 +46,7 @@ static const char usage[] =
     "  lacuna script.lua a b       run a script; `arg` and `...` hold its arguments\n"
     "  lacuna -i script.lua a b    run a script, then start a session with what it left\n"
     "  lacuna -e 'code'            run code; may be repeated, and followed by a script\n"
+    "  lacuna profile script.lua   run a script, then print where its time went\n"
     "  lacuna devices              list devices and what runs on them\n"
     "  lacuna --version            versions of Lacuna and LuaJIT\n"
     "  lacuna --help               this text\n"
@@ -55,6 +56,7 @@ static const char usage[] =
     "\n"
     "  LACUNA_LUA      use the Lua tree in this directory instead of the one beside the executable\n"
     "  LACUNA_TRACE=1  show the library's own frames in tracebacks\n"
+    "  LACUNA_MEMORY   trace: reports of memory name script lines; exit: and report what is alive at the end\n"
     "  LACUNA_HISTORY  file of the session's history (default ~/.local/state/lacuna/history)\n";
 
 /* ---- the command line --------------------------------------------------------------------------------- */
@@ -81,7 +83,7 @@ static size_t edit_distance(const char *a, const char *b)
 /* The nearest of the words that this program knows, or NULL if none is near. */
 static const char *nearest(const char *word)
 {
-    static const char *const known[] = {"--help", "--version", "devices", "-e", "-i", NULL};
+    static const char *const known[] = {"--help", "--version", "devices", "profile", "-e", "-i", NULL};
     const char *best = NULL;
     size_t least = strlen(word) <= 3 ? 2 : 4; /* distances below this are near */
     for (int i = 0; known[i]; i++) {
@@ -127,7 +129,9 @@ static int parse(lac_command *c)
             c->chunks++;
         }
     }
-    c->devices = i < c->argc && strcmp(c->argv[i], "devices") == 0;
+    c->profile = i < c->argc && strcmp(c->argv[i], "profile") == 0;
+    if (c->profile && ++i == c->argc) return usage_error("'profile' needs a script to run", NULL);
+    c->devices = i < c->argc && !c->profile && strcmp(c->argv[i], "devices") == 0;
     if (c->devices && i + 1 < c->argc) return usage_error("'devices' takes no argument, got", c->argv[i + 1]);
     c->script = i;
     return 0;
@@ -280,6 +284,11 @@ static int run_chunk(lua_State *L, const char *code)
     return call(L, 0);
 }
 
+static const char profile_script[] =
+    "local script, arguments, n = (...), { select(2, ...) }, select('#', ...) - 1\n"
+    "local profile = require 'lacuna'.profile\n"
+    "profile(function() return script(unpack(arguments, 1, n)) end, { trace = true })\n";
+
 static int run_script(lua_State *L, const lac_command *c, const char *name)
 {
     int n = c->script < c->argc ? c->argc - c->script - 1 : 0;
@@ -291,7 +300,12 @@ static int run_script(lua_State *L, const lac_command *c, const char *name)
     }
     if (status != 0) return report(L, 0);
     luaL_checkstack(L, n, "too many arguments");
-    for (int i = 0; i < n; i++) lua_pushstring(L, c->argv[c->script + 1 + i]);
+    if (c->profile) { /* the script becomes the first argument of what runs it */
+        if (luaL_loadstring(L, profile_script) != 0) return report(L, 0);
+        lua_insert(L, -2);
+        n++;
+    }
+    for (int i = c->script + 1; i < c->argc; i++) lua_pushstring(L, c->argv[i]);
     return call(L, n);
 }
 
@@ -346,6 +360,7 @@ static int protected_main(lua_State *L)
     open_host(L);
     set_arg(L, c);
     c->status = run(L, c);
+    if (getenv("LACUNA_MEMORY")) run_own(L, "local m = package.loaded['lacuna.memory'] if m then m.at_exit() end");
     return 0;
 }
 

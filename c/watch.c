@@ -109,7 +109,7 @@ static void record(const noted *out, const census *c, int kind, noted *const *in
     for (int i = 0; i < n; i++) describe(&found.input[i], inputs[i], &held[i]);
 }
 
-void lac_watch_check(int slot, const void *args, size_t bytes)
+bool lac_watch_check(int slot, const void *args, size_t bytes)
 {
     enum { MOST = 8 };
     noted *inputs[MOST], *outputs[MOST];
@@ -141,6 +141,7 @@ void lac_watch_check(int slot, const void *args, size_t bytes)
         for (int k = 0; k < outs && found.found; k++)
             if (outputs[k]->output) found.made[found.outputs++] = outputs[k]->storage;
     }
+    return found.found != 0;
 }
 
 int lac_watch(int on)

@@ -6,6 +6,7 @@
 
 local lac = require "lacuna"
 local lib = require "lacuna.lib"
+local sys = require "lacuna.sys"
 local C = lib.C
 
 local function settle()
@@ -119,6 +120,7 @@ describe("pool", function()
 
   it("keeps memory flat over many dead tensors that the collector cannot feel", function()
     settle()
+    C.lac_memory_pace(64 * 2 ^ 20) -- as at the start; what other specs held has raised it
     lac.reset_peak()
     local base = lac.memory().live
     for _ = 1, 400 do lac.empty{ 2 ^ 20 } end -- 1.6 GB in all
@@ -190,5 +192,214 @@ describe("reading", function()
         assert.are.equal("string", type(tostring(t)))
       end
     end
+  end)
+end)
+
+describe("soft limit", function()
+  after_each(function()
+    lac.memory_limit(0)
+    collectgarbage("restart")
+  end)
+
+  it("is not crossed by garbage, however much of it there is", function()
+    C.lac_memory_pace(0) -- the limit must do it alone
+    local base = settle().live
+    local soft = base + 16 * 2 ^ 20
+    lac.memory_limit(0, { soft = soft })
+    assert.are.equal(soft, lac.memory().soft)
+    lac.trim()
+    lac.reset_peak()
+    collectgarbage("stop")
+    for i = 1, 500 do
+      local t = lac.full{ 2 ^ 18 + i, value = 1 } -- 1 MiB and a bit: also what is cached counts
+      assert.is_true(lac.memory().live + lac.memory().cached <= soft)
+      assert.are.equal(1, t:dim())
+    end
+    assert.is_true(lac.memory().peak <= soft)
+    C.lac_memory_pace(64 * 2 ^ 20)
+  end)
+
+  it("may be passed by what is needed, without a collection for each further tensor", function()
+    local base = settle().live
+    lac.memory_limit(0, { soft = base + 4 * 2 ^ 20 })
+    local kept, collections = {}, 0
+    local collect = collectgarbage
+    rawset(_G, "collectgarbage", function(...) -- luacheck: ignore
+      collections = collections + 1
+      return collect(...)
+    end)
+    local ok, message = pcall(function()
+      for i = 1, 40 do kept[i] = lac.ones{ 2 ^ 18 } end
+    end)
+    rawset(_G, "collectgarbage", collect)
+    assert.is_true(ok, message)
+    assert.is_true(lac.memory().live >= base + 40 * 2 ^ 20)
+    assert.is_true(collections > 0 and collections < 60, collections .. " collections")
+    assert.are.equal(40, #kept)
+    kept = nil -- luacheck: ignore 311 331
+    settle()
+    lac.reset_peak()
+    for _ = 1, 100 do local _ = lac.ones{ 2 ^ 18 } end -- and it holds again afterwards
+    assert.is_true(lac.memory().peak <= base + 4 * 2 ^ 20)
+  end)
+
+  it("goes before the hard limit, whose error says what is there", function()
+    local base = settle().live
+    lac.memory_limit(base + 8 * 2 ^ 20, { soft = base + 4 * 2 ^ 20 })
+    lac.memory_tracking(true)
+    local kept, line = {}, nil
+    local ok, message = pcall(function()
+      for i = 1, 40 do kept[i] = lac.ones{ 2 ^ 18 } line = debug.getinfo(1, "l").currentline end
+    end)
+    lac.memory_tracking(false)
+    assert.is_false(ok)
+    assert.matches("over the limit.*pool: live .*most of it was made by", message)
+    assert.matches("8%.0 MiB in +8 blocks  tests/memory_spec%.lua:" .. line, message)
+    assert.are.equal(8, #kept)
+    lac.memory_limit(0)
+    assert.are.equal(2 ^ 18, kept[1]:sum():item())
+  end)
+
+  it("is checked", function()
+    assert.error_matches(function() lac.memory_limit(10, { soft = 20 }) end, "must not be above the hard one")
+    assert.error_matches(function() lac.memory_limit(10, { sotf = 20 }) end, "did you mean 'soft'")
+    assert.error_matches(function() lac.memory_limit(-1) end, "memory_limit: bytes")
+  end)
+end)
+
+describe("a system without memory", function()
+  -- a child whose address space is bounded, so that the system's own allocator fails
+  local function child(code, how)
+    local script = sys.temporary(".lua")
+    local file = assert(io.open(script, "wb"))
+    file:write(code)
+    file:close()
+    local status, out, err = sys.run(("ulimit -v 1500000; OMP_NUM_THREADS=2 %s"):format(how:format(
+      sys.quote(script))))
+    os.remove(script)
+    return status, out, err
+  end
+
+  it("is answered by collecting and trimming, then by an error after which everything works", function()
+    local status, out, err = child([[
+      package.path = "lua/?.lua;lua/?/init.lua;" .. package.path
+      local lac = require "lacuna"
+      lac.ones{ 2 ^ 20 } -- starts OpenMP's threads, which need address space, too
+      require("lacuna.lib").C.lac_memory_pace(0)
+      collectgarbage("stop") -- only the refusal of the system collects
+      for i = 1, 1000 do lac.empty{ 2 ^ 20 + i } end -- 4 GB of garbage
+      print("garbage passed")
+      local kept, message = {}, nil
+      for i = 1, 1000 do
+        local ok, t = pcall(lac.empty, { 2 ^ 20 })
+        if not ok then message = t break end
+        kept[i] = t
+      end
+      print(#kept > 10, message)
+      kept = nil
+      print(lac.ones{ 2 ^ 20 }:sum():item())
+    ]], "luajit %s")
+    assert.are.equal(0, status, err)
+    assert.matches("^garbage passed\ntrue\tout of memory: 4194304 bytes asked for, .*pool: live .*\n1048576",
+      out)
+  end)
+
+  it("leaves the session alive", function()
+    local status, out, err = child([[
+      package.path = "lua/?.lua;lua/?/init.lua;" .. package.path
+      local env = setmetatable({ lac = require "lacuna" }, { __index = _G })
+      env.lac.ones{ 2 ^ 20 }
+      local session = require("lacuna.repl").new{ env = env, write = io.write }
+      for _, line in ipairs{ "x = {}", "for i = 1, 1000 do x[i] = lac.empty{ 2 ^ 20 } end", "x = nil",
+                             "'still', lac.ones{ 7 }:sum():item()" } do
+        session:feed(line)
+      end
+    ]], "luajit %s")
+    assert.are.equal(0, status, err)
+    assert.matches("out of memory: 4194304 bytes.*still\n7\n$", out)
+  end)
+end)
+
+describe("memory report", function()
+  it("adds up to the pool's live bytes, in every grouping", function()
+    local parameter = lac.nn.Linear(8, 4)
+    local g = lac.randn{ 2, 8 }
+    parameter(g):sum():backward()
+    lac.scope(function()
+      local inner = lac.ones{ 100 }
+      lac.memory_tracking(true)
+      local line = debug.getinfo(1, "l").currentline + 1
+      local tracked = lac.ones{ 50 }
+      local report = lac.memory_report{ collect = true, top = 3 }
+      lac.memory_tracking(false)
+      assert.are.equal(lac.memory().live, report.bytes)
+      for _, by in ipairs{ "use", "scope", "shape", "line" } do
+        local bytes, count = 0, 0
+        for _, row in ipairs(report[by]) do bytes, count = bytes + row.bytes, count + row.count end
+        assert.are.equal(report.bytes, bytes)
+        assert.are.equal(report.stats.live_blocks, count)
+      end
+      local function row(by, name)
+        for _, r in ipairs(report[by]) do
+          if r.name == name then return r end
+        end
+        error("no row " .. name)
+      end
+      assert.are.equal(2, row("scope", "scope 1").count)
+      assert.are.equal(1, row("shape", "f32 [100]").count)
+      assert.are.equal(1, row("line", "tests/memory_spec.lua:" .. line).count)
+      assert.are.equal(2, row("use", "parameters").count)
+      assert.are.equal(2, row("use", "gradients").count)
+      for text in tostring(report):gmatch("[^\n]+") do assert.is_true(#text <= 100, text) end
+      assert.are.equal(150, inner:numel() + tracked:numel())
+    end)
+    assert.error_matches(function() lac.memory_report{ by = "line" } end, "lines are not tracked")
+    assert.error_matches(function() lac.memory_report{ by = "shap" } end, "did you mean 'shape'")
+    assert.is_nil(lac.memory_report{ by = "use" }.shape)
+    assert.matches("LACUNA_MEMORY=trace", tostring(lac.memory_report()))
+  end)
+
+  it("names what survives a function, and nothing when nothing does", function()
+    local kept, line
+    local ok, report = lac.leak_check(function(n)
+      kept = lac.ones{ n } line = debug.getinfo(1, "l").currentline
+      return lac.zeros{ 3 }
+    end, 10)
+    assert.is_false(ok)
+    assert.are.equal(1, report.count)
+    assert.are.equal("tests/memory_spec.lua:" .. line, report.line[1].name)
+    assert.matches("1 block, 64 B, survives", tostring(report))
+    assert.are.equal(10, kept:numel())
+    ok, report = lac.leak_check(function() return lac.ones{ 5 } * 2 end)
+    assert.is_true(ok)
+    assert.matches("no leak", tostring(report))
+    assert.error_matches(function() lac.leak_check(function() error("mine", 0) end) end, "^mine$")
+    assert.error_matches(function() lac.leak_check(3) end, "fn must be a function")
+    assert.is_false(lac.memory_tracking())
+  end)
+
+  it("obeys LACUNA_MEMORY", function()
+    local code = [[-e 'lac = require "lacuna"; KEPT = lac.ones{ 3 }']]
+    local status, _, err = sys.run("LACUNA_MEMORY=exit build/bin/lacuna " .. code)
+    assert.are.equal(0, status)
+    assert.matches("alive at exit: 1 block, 64 B, survives:.*command line", err)
+    status, _, err = sys.run("LACUNA_MEMORY=trace build/bin/lacuna " .. code)
+    assert.are.equal(0, status)
+    assert.are.equal("", err)
+    status, _, err = sys.run("LACUNA_MEMORY=trase build/bin/lacuna " .. code)
+    assert.are.equal(1, status)
+    assert.matches("did you mean 'trace'", err)
+  end)
+
+  it("loses nothing to an interrupt", function()
+    local before = settle()
+    for _ = 1, 20 do
+      local a = lac.ones{ 4 }
+      C.lac_interrupt(1)
+      assert.error_matches(function() return a + 1 end, "^interrupted$")
+    end
+    local after = settle()
+    assert.are.equal(before.storages, after.storages)
+    assert.are.equal(before.live, after.live)
   end)
 end)

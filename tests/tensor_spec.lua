@@ -433,7 +433,7 @@ describe("garbage arguments", function()
   }
   local SKIP = { manual_seed = true, set_rng_state = true, threads = true, memory_limit = true,
                  default_dtype = true, scope = true, keep = true, class = true, registry = true,
-                 release = true, trim = true }
+                 release = true, trim = true, nan_watch = true, memory_tracking = true }
 
   local state = 1
   local function pick()

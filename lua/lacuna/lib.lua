@@ -267,13 +267,23 @@ function lib.raise(status)
     C.lac_interrupt(0)
     error("interrupted", 0)
   end
+  if lib.watcher then lib.watcher() end -- the sentence is its own if it was the watch that refused
   local message = ffi.string(C.lac_last_error())
   if message == "" then message = "lacuna: status " .. ffi.string(C.lac_status_name(status)) end
   if status == MEMORY then message = message .. pool_report() end
   error(message .. lib.where(), 0)
 end
 
---- Answer the engine's flags, when flags.attention is set: stop for Ctrl-C, collect under memory pressure.
+local function stop_if_asked()
+  if flags.interrupted ~= 0 then
+    C.lac_interrupt(0)
+    error("interrupted", 0)
+  end
+end
+
+--- Answer the engine's flags, when flags.attention is set: trace, collect under memory pressure. A Ctrl-C
+-- that came after the engine's own last look is left to the next call, which fails: what this one made has
+-- no owner yet and would leak.
 function lib.attend()
   flags.attention = tracer and 1 or 0 -- first: what is raised while we look is then seen at the next call
   if excused then
@@ -281,10 +291,7 @@ function lib.attend()
     C.lac_memory_excuse(0)
   end
   if tracer then tracer() end
-  if flags.interrupted ~= 0 then
-    C.lac_interrupt(0)
-    error("interrupted", 0)
-  end
+  if flags.interrupted ~= 0 then flags.attention = 1 end
   if flags.pressure ~= 0 then
     flags.pressure = 0
     collect()
@@ -301,7 +308,10 @@ local recover, raise, attend = lib.recover, lib.raise, lib.attend
 --- Check a status that cannot be retried.
 function lib.check(status)
   if status ~= 0 then raise(status) end
-  if flags.attention ~= 0 then attend() end
+  if flags.attention ~= 0 then
+    attend()
+    stop_if_asked()
+  end
 end
 
 --- Call an engine function, retry once after freeing memory, raise on failure. Operators on the hot path

@@ -225,7 +225,9 @@ function Leaks:__tostring()
   return table.concat(lines, "\n")
 end
 
-local function leaks_since(serial)
+--- The living blocks that were made after block number `serial` (lac.memory().allocations of then).
+-- @treturn table as the second result of memory.leak_check
+function memory.survivors(serial)
   local survivors, bytes = {}, 0
   for _, b in ipairs(memory.blocks()) do
     if b.serial > serial then survivors[#survivors + 1], bytes = b, bytes + b.bytes end
@@ -250,7 +252,7 @@ function memory.leak_check(fn, ...)
   if not ok then error(message, 0) end
   message = nil -- luacheck: ignore 311 (the first result must be free to go)
   lib.collect()
-  local report = leaks_since(serial)
+  local report = memory.survivors(serial)
   return report.count == 0, report
 end
 
@@ -272,7 +274,7 @@ end
 function memory.at_exit()
   if not memory.reports_at_exit then return end
   lib.collect()
-  io.stderr:write("alive at exit: ", tostring(leaks_since(0)), "\n")
+  io.stderr:write("alive at exit: ", tostring(memory.survivors(0)), "\n")
 end
 
 return memory

@@ -3,6 +3,11 @@
 -- busted ends with "N successes / N failures / N errors / N pending"; a script that wants to know what
 -- happened has to parse four words in a sentence. This handler adds one plain line, `N passed, N failed,
 -- N skipped`, after everything else, and the slowest spec files, so that a suite that grows slow says where.
+--
+-- It is also the suite's leak check: after every file the pool must hold what it held before, to the block
+-- and to the storage header. What a file's own locals hold is let go first, by dropping the functions of
+-- its tests, which busted keeps to the end. A file that leaves more behind fails, with what it left; run it
+-- alone with LACUNA_MEMORY=trace to see the lines.
 
 local plain = require "busted.outputHandlers.plainTerminal"
 local gettimeofday = require("posix.sys.time").gettimeofday
@@ -13,17 +18,55 @@ local function now()
   return t.tv_sec + t.tv_usec * 1e-6
 end
 
+-- drop the closures of a file's tests: they are done, and what their upvalues hold must be free to go
+local function let_go(busted, element)
+  for _, child in ipairs(busted.children(element)) do
+    let_go(busted, child)
+    for key, value in pairs(child) do
+      if type(value) == "function" or (type(value) == "table" and key ~= "attributes" and key ~= "trace") then
+        child[key] = nil
+      end
+    end
+  end
+end
+
+local function settled()
+  local lib = require "lacuna.lib"
+  jit.flush() -- compiled code keeps what was constant in it
+  lib.collect()
+  lib.collect()
+  return lib.memory_stats()
+end
+
+-- the complaint about a file that left something in the pool, or nil
+local function leak_text(before, after)
+  local memory = require "lacuna.memory"
+  local text = {}
+  for _, field in ipairs{ "live", "live_blocks", "storages" } do
+    if after[field] > before[field] then
+      text[#text + 1] = ("%s %d -> %d"):format(field, before[field], after[field])
+    end
+  end
+  if #text == 0 then return nil end
+  return ("the file leaks: %s after garbage was collected\n%s"):format(table.concat(text, ", "),
+    tostring(memory.survivors(before.allocations)))
+end
+
 return function(options)
   local handler = plain(options)
   local busted = require "busted"
-  local started, files = {}, {}
+  local started, files, pool = {}, {}, {}
 
   busted.subscribe({ "file", "start" }, function(element)
+    pool[element.name] = settled()
     started[element.name] = now()
     return nil, true
   end)
   busted.subscribe({ "file", "end" }, function(element)
     files[#files + 1] = { name = element.name, seconds = now() - (started[element.name] or now()) }
+    let_go(busted, element)
+    local complaint = leak_text(pool[element.name], settled())
+    if complaint then error(complaint, 0) end -- busted counts it as an error of the file
     return nil, true
   end)
   busted.subscribe({ "suite", "end" }, function()
