@@ -102,9 +102,8 @@ const char *lac_op_name(int op);         /* slots of the back ends in the order 
  * element, and how many NaNs and infinities its output and its inputs hold. storage: of the last operator's output. */
 typedef struct lac_watch_operand { char name[24]; int32_t dtype, ndim; int64_t shape[6], nan, inf; } lac_watch_operand;
 typedef struct lac_watch_info {
-    int32_t found, kind, inputs, outputs;
-    lac_storage *storage;
-    lac_storage *made[8];                      /* all outputs that this run made: nobody owns them yet */
+    int32_t found, kind, inputs, reserved;
+    const lac_storage *storage;
     int64_t first;
     char op[24];
     lac_watch_operand output, input[8];

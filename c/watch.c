@@ -138,8 +138,6 @@ bool lac_watch_check(int slot, const void *args, size_t bytes)
         }
         if (c.count[1]) record(outputs[i], &c, 1, inputs, held, ins);
         else if (!before) record(outputs[i], &c, c.count[2] ? 2 : 3, inputs, held, ins);
-        for (int k = 0; k < outs && found.found; k++)
-            if (outputs[k]->output) found.made[found.outputs++] = outputs[k]->storage;
     }
     return found.found != 0;
 }

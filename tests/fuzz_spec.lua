@@ -29,13 +29,13 @@ describe("the public interface", function()
 
   it("is watched by a fuzzer that finds defects", function()
     local methods = "require 'lacuna'; local methods = require('lacuna.tensor').methods; "
-    local status, _, err = fuzz(1, 1000, methods .. "methods.cos = function() return nil + 1 end")
+    local status, _, err = fuzz(1, 10000, methods .. "methods.cos = function() return nil + 1 end")
     assert.are.equal(1, status)
     assert.matches("t:cos%(.*attempt to perform arithmetic", err)
-    assert.matches("repeat with: luajit tests/support/fuzz.lua 1 1000", err)
-    status = fuzz(1, 1000, methods .. "methods.cos = function() os.exit(139) end")
+    assert.matches("repeat with: luajit tests/support/fuzz.lua 1 10000", err)
+    status = fuzz(1, 10000, methods .. "methods.cos = function() os.exit(139) end")
     assert.are.equal(139, status) -- a crash
-    status, _, err = fuzz(1, 1000, methods .. "methods.cos = function(t) KEPT = t:clone() return t end")
+    status, _, err = fuzz(1, 10000, methods .. "methods.cos = function(t) KEPT = t:clone() return t end")
     assert.are.equal(1, status)
     assert.matches("bytes are live", err)
   end)

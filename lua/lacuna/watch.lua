@@ -20,7 +20,7 @@ local grad = require "lacuna.grad"
 local ffi, C = lib.ffi, lib.C
 local KINDS = { "nan", "inf", "-inf" }
 
-local info, orphan = ffi.new("lac_watch_info"), ffi.new("lac_tensor")
+local info = ffi.new("lac_watch_info")
 local sites = {} -- address of a storage -> text of the place where its last result was made
 local on = false
 
@@ -75,10 +75,6 @@ local function watcher()
     return
   end
   local text = sentence()
-  for i = 0, info.outputs - 1 do -- the error keeps the caller from adopting them
-    orphan.storage = info.made[i]
-    C.lac_tensor_release(orphan)
-  end
   C.lac_watch(1) -- starts afresh: a script that catches the error may go on
   schema.fail("nan_watch", "%s", text)
 end
