@@ -186,8 +186,8 @@ LAC_INLINE float f_hypot(float x, float y)
     return fabsf(x) == INFINITY || fabsf(y) == INFINITY ? INFINITY : (float)sqrt(a * a + b * b);
 }
 
-/* mish (Misra 2019): x tanh(softplus(x)). In float tanh(log(1 + w)) = n / (n + 2) with w = e^x, n = w (w + 2), which is 1
- * from x = 20 on; in double that form is off by three units in the last place. */
+/* mish (Misra 2019): x tanh(softplus(x)). In float tanh(log(1 + w)) = n / (n + 2) with w = e^x, n = w (w + 2), which is
+ * 1 from x = 20 on; in double that form is off by three units in the last place. */
 LAC_INLINE float f_mish(float x)
 {
     float w = v_exp_flushf(x > 20 ? 20 : x), n = w * (w + 2);
