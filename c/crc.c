@@ -59,7 +59,7 @@ uint32_t lac_crc32c(uint32_t crc, const void *data, int64_t bytes)
 #ifdef LAC_HAVE_AVX
     static const char *const portable = "baseline"; /* lac_isa("baseline") also tests the tables */
     const char *isa = lac_isa(NULL);
-    if (__builtin_cpu_supports("sse4.2") && (!isa || strncmp(isa, portable, 8)))
+    if (__builtin_cpu_supports("sse4.2") && (!isa || strncmp(isa, portable, 8) != 0))
         return ~crc_instruction(~crc, data, (size_t)bytes);
 #endif
     return ~crc_tables(~crc, data, (size_t)bytes);

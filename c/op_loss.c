@@ -25,7 +25,8 @@ static int target_get(const char *op, const lac_tensor *t, const lac_tensor *x, 
 /* target [R, V], probabilities of the logits' dtype, or [R] classes */
 static int any_target_get(const char *op, const lac_tensor *t, const lac_tensor *logits, lac_view *v)
 {
-    if (!t || !lac_dtype_is_float(t->dtype)) return target_get(op, t, logits, "logits", logits->shape[0], v);
+    if (!t) LAC_FAIL(ARGUMENT, "%s: target is missing", op);
+    if (!lac_dtype_is_float(t->dtype)) return target_get(op, t, logits, "logits", logits->shape[0], v);
     LAC_TRY(lac_view_get(op, "target", t, v));
     LAC_TRY(lac_same_dtype(op, "logits", logits, "target", t));
     LAC_TRY(lac_same_device(op, "logits", logits, "target", t));

@@ -378,11 +378,14 @@ static int run_phase(attn_job *job, const int32_t *phase, int32_t which)
     int threads = job->threads < job->tasks ? job->threads : (int)job->tasks;
     size_t turns = ((size_t)job->turn_count * sizeof(int32_t) + 63) / 64 * 64;
     char *workspace = lac_workspace_get("attention", turns + bytes * (size_t)threads);
+    if (workspace) {
+        job->turns = (int32_t *)workspace;
+        memset(workspace, 0, turns);
+        run_tasks(job, threads, workspace + turns, bytes);
+        lac_workspace_put(workspace);
+    }
+    job->stop = NULL; /* it ends with this call */
     if (!workspace) return LAC_E_MEMORY;
-    job->turns = (int32_t *)workspace;
-    memset(workspace, 0, turns);
-    run_tasks(job, threads, workspace + turns, bytes);
-    lac_workspace_put(workspace);
     if (stop) LAC_FAIL(INTERRUPTED, "attention: interrupted");
     return 0;
 }

@@ -120,7 +120,7 @@ int LAC_CPU(few)(const char *op, const lac_gemm *g)
     job.a = g->a;
     job.lda = g->a_rs;
     job.workspace = space;
-    if (!plain_a) {
+    if (!plain_a && space) {
         job.a = space;
         job.lda = (int64_t)row / size;
         job.workspace = space + (size_t)g->m * row;

@@ -135,7 +135,8 @@ static const void *soft_row(const loss_job *job, int64_t r, void *space)
     int64_t bytes = lac_bytes_of(v->dtype);
     const char *at = (const char *)v->data + r * v->stride[0] * bytes;
     const void *t = LAC_CPU(load)(v->dtype, at, v->stride[1] * bytes, job->n, space);
-    if (!job->weight && job->loss->smoothing == 0) return t;
+    if ((!job->weight && job->loss->smoothing == 0) || !space)
+        return t; /* only chunks have no space, and no soft targets */
     if (job->ctype == C_F32) row_target_f(t, job->weight, job->loss->smoothing, space, job->n);
     else row_target_d(t, job->weight, job->loss->smoothing, space, job->n);
     return space;

@@ -474,7 +474,7 @@ static void tile_extreme(const reduce_job *job, partials *p, const void *const *
         int64_t wide[COLUMNS];
     } at;
     if (job->transform == ABSOLUTE) { /* the largest magnitude: no position */
-        for (int64_t j = 0; j < w; j++) best.d[j] = 0;
+        for (int64_t j = 0; j < w; j++) best.d[j] = 0, at.wide[j] = 0;
         for (int64_t r = 0; r < rows; r++)
             for (int64_t j = 0; j < w; j++) {
                 double v = job->ctype == C_F32 ? (double)((const float *)row[r])[j] : ((const double *)row[r])[j];
