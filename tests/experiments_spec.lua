@@ -110,7 +110,7 @@ describe("experiments", function()
       if status ~= 0 then
         kills = kills + 1
         assert.equal(137, status, err)
-        os.execute "sleep 0.2" -- until the system has reaped it: files of living processes are nobody's to remove
+        os.execute "sleep 0.2" -- until it is gone: files of living processes are kept
       end
     until status == 0
     assert.is_true(kills >= 3 and resumed >= 1, ("%d kills, %d resumed"):format(kills, resumed))
