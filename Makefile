@@ -164,7 +164,7 @@ ASAN_ENV = LD_PRELOAD=$(call runtime,libasan.so):$(call runtime,libubsan.so) LAC
 .PHONY: asan asan-build
 asan-build: deps
 	$(call instrumented,asan,-O1 -g -fno-omit-frame-pointer -fsanitize=address$(,)undefined -fno-sanitize-recover=undefined)
-asan: asan-build ## the whole suite under AddressSanitizer and UBSan
+asan: all asan-build ## the whole suite under AddressSanitizer and UBSan
 	@SPEC_ENV="$(ASAN_ENV)" tests/support/each_spec.sh $(BUILD)/asan/logs $(SPECS)
 
 # gcc's OpenMP runtime is not instrumented: ThreadSanitizer does not see that its barriers order anything and reports
