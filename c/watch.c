@@ -109,6 +109,14 @@ static void record(const noted *out, const census *c, int kind, noted *const *in
     for (int i = 0; i < n; i++) describe(&found.input[i], inputs[i], &held[i]);
 }
 
+/* Whether another operator's note has the address of one in the list: then the word was left over on the stack. */
+static bool is_stale(const noted *n, noted *const *list, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (list[i]->view.data == n->view.data && strcmp(list[i]->op, n->op) != 0) return true;
+    return false;
+}
+
 bool lac_watch_check(int slot, const void *args, size_t bytes)
 {
     enum { MOST = 8 };
@@ -121,6 +129,7 @@ bool lac_watch_check(int slot, const void *args, size_t bytes)
         noted *n = address ? note_of(address) : NULL;
         if (!n) continue;
         n->used = true;
+        if (is_stale(n, inputs, ins) || is_stale(n, outputs, outs)) continue;
         if (n->output || (in_place && strcmp(n->name, "dst") == 0)) {
             if (outs < MOST) outputs[outs++] = n;
         } else if (ins < MOST) inputs[ins++] = n;
