@@ -31,6 +31,8 @@ typedef struct { double alpha; lac_view x, dst; } lac_a_axpy; /* x.data NULL: ds
 typedef struct { int fn; lac_view x, out; uint32_t dims; double correction; } lac_a_reduce; /* out has size 1 on reduced axes */
 typedef struct { lac_view x, out; int dim; bool logarithm; } lac_a_softmax;
 typedef struct { lac_view y, g, out; int dim; bool logarithm; } lac_a_softmax_bwd;
+typedef struct { int fn, dim; bool reverse; lac_view x, out, index; } lac_a_scan; /* index.data NULL: not an extreme */
+typedef struct { int fn, dim; lac_view x, y, g, dx; } lac_a_scan_bwd;
 typedef struct { lac_view a, b, bias, out; } lac_a_matmul; /* batch axes expanded; bias.data may be NULL */
 typedef struct { lac_view x, gamma, beta, out, mean, rstd; double eps; } lac_a_layernorm;
 typedef struct { lac_view x, gamma, mean, rstd, g, dx, dgamma, dbeta; } lac_a_layernorm_bwd;

@@ -176,6 +176,15 @@ int lac_sum_to(const lac_tensor *x, const lac_tensor *like, lac_tensor *out);   
 int lac_softmax(const lac_tensor *x, int dim, int logarithm, lac_tensor *out);
 int lac_softmax_bwd(const lac_tensor *y, const lac_tensor *g, int dim, int logarithm, lac_tensor *out);
 
+/* ---- scans ---- */
+enum { LAC_CUMSUM = 0, LAC_CUMPROD = 1, LAC_CUMMAX = 2, LAC_CUMMIN = 3, LAC_LOGCUMSUMEXP = 4, LAC_SCANS = 5 };
+/* out[i] = the reduction of x[0 .. i] along `dim` (reverse: of x[i .. n - 1]), in order, floats in f64. Sums and products
+ * of ints and bool are i64. index (CUMMAX, CUMMIN, else NULL) i64: where the extreme is, the latest of equals; NaN wins. */
+int lac_scan(int fn, const lac_tensor *x, int dim, int reverse, lac_tensor *out, lac_tensor *index);
+/* gradient of a forward CUMPROD or LOGCUMSUMEXP with result y; a CUMSUM's is the reverse scan of g, those of CUMMAX and
+ * CUMMIN are lac_gather_bwd at their index */
+int lac_scan_bwd(int fn, const lac_tensor *x, const lac_tensor *y, const lac_tensor *g, int dim, lac_tensor *dx);
+
 /* ---- matrix product ---- */
 /* out[..., M, N] = a[..., M, K] b[..., K, N] (+ bias [N]); batch axes broadcast; views made by transpose are read in
  * place. f16 and bf16 accumulate in f32. bias may be NULL. 1-D arguments are refused (use view). */

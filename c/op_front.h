@@ -57,6 +57,7 @@ int lac_front_count(const char *op, const char *name, const lac_tensor *t, int64
 int lac_front_integer_index(const char *op, const char *name, const lac_tensor *t);
 /* "sum", "mean", ...: what LAC_SUM, LAC_MEAN, ... are called; NULL past the end (op_reduce.c) */
 const char *lac_reduce_name(int fn);
+const char *lac_scan_name(int fn); /* the same for LAC_CUMSUM, ... (op_scan.c) */
 /* f64 for f64, else f32: the dtype of statistics and losses */
 static inline int lac_front_stat_dtype(int dtype) { return dtype == LAC_F64 ? LAC_F64 : LAC_F32; }
 

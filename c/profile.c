@@ -110,6 +110,11 @@ COST(softmax, lac_a_softmax, .flops = 5.0 * all(&a->out), .bytes = BYTES(&a->x, 
      .function = a->logarithm ? "log_softmax" : "softmax")
 COST(softmax_bwd, lac_a_softmax_bwd, .flops = 4.0 * all(&a->out), .bytes = BYTES(&a->y, &a->g, &a->out),
      .function = a->logarithm ? "log_softmax" : "softmax")
+/* a term of a log-sum-exp is an exponential and its sum, and every result a logarithm */
+COST(scan, lac_a_scan, .flops = (a->fn == LAC_LOGCUMSUMEXP ? 4.0 : 1.0) * all(&a->out),
+     .bytes = BYTES(&a->x, &a->out, &a->index), .function = lac_scan_name(a->fn))
+COST(scan_bwd, lac_a_scan_bwd, .flops = (a->fn == LAC_LOGCUMSUMEXP ? 5.0 : 3.0) * all(&a->dx),
+     .bytes = BYTES(&a->x, &a->y, &a->g, &a->dx), .function = lac_scan_name(a->fn))
 COST(matmul, lac_a_matmul, .flops = 2.0 * all(&a->out) * last(&a->a) + (a->bias.data ? all(&a->out) : 0),
      .bytes = BYTES(&a->a, &a->b, &a->bias, &a->out))
 COST(layernorm, lac_a_layernorm, .flops = 8.0 * all(&a->out),

@@ -96,6 +96,18 @@ describe("backward", function()
     x:to { dtype = "f64" }:square():sum():backward() -- through a cast
     assert.are.equal("f32", x.grad:dtype())
     assert.are.same({ 2, 4 }, x.grad:totable())
+    for name, dtype in pairs { float = "f32", double = "f64", half = "f16", bfloat16 = "bf16" } do
+      for _, from in ipairs { "f64", "f32", "f16", "bf16" } do
+        x = leaf({ 1, -2.5 }, from)
+        local cast = x[name](x)
+        assert.are.equal(dtype, cast:dtype())
+        assert.are.equal(dtype == from, cast == x)
+        cast:square():sum():backward()
+        assert.are.equal(from, x.grad:dtype())
+        assert.are.same({ 2, -5 }, x.grad:totable())
+      end
+    end
+    assert.is_false(x:long().requires_grad)
   end)
 
   it("frees the graph, and says so", function()

@@ -82,6 +82,12 @@ describe("nn modules", function()
     rms.weight:detach():copy_(lac.tensor({ 2, 1, 0.5 }, { dtype = "f64" }))
     local expected = plain / ((plain * plain):mean(2, true) + 1e-3):sqrt() * rms.weight
     near_rows(expected:totable(), rms(plain):totable(), 1e-12)
+    local groups = nn.GroupNorm(2, 4, { dtype = "f64" })
+    local image = lac.randn { 2, 4, 3, dtype = "f64" }
+    near_rows({ image:group_norm(2):flatten():totable() }, { groups(image):flatten():totable() }, 1e-12)
+    assert.matches("GroupNorm%(2 groups of 4, eps 1e%-05%)", tostring(groups))
+    assert.error_matches(function() nn.GroupNorm(3, 4) end, "3 groups do not divide 4 channels")
+    assert.error_matches(function() groups(image:narrow(2, 1, 3)) end, "must be %[B, 4, ...%]")
     for name, activate in pairs { SwiGLU = "silu", GeGLU = "gelu" } do
       local glu = nn[name](3, 4, { dtype = "f64", bias = true })
       expected = glu.down(glu.gate(plain)[activate](glu.gate(plain)) * glu.up(plain))

@@ -583,8 +583,8 @@ end
 
 -- what other libraries call things; nearer in meaning than in spelling
 local SYNONYM = { shape = "size", ndim = "dim", T = "t", mm = "matmul", bmm = "matmul", dot = "matmul",
-                  numpy = "totable", tolist = "totable", cuda = "to", cpu = "to", float = "to", double = "to",
-                  type = "dtype", nElement = "numel" }
+                  numpy = "totable", tolist = "totable", cuda = "to", cpu = "to", type = "dtype",
+                  nElement = "numel" }
 
 local function special(t, key)
   local kind = type(key)

@@ -293,6 +293,20 @@ case { name = "to", ref = same,
                  "unknown option 'dtpe', did you mean 'dtype'" } } }
 case { name = "to", label = "cast and back", dtypes = { "f64", "f32" }, rtol = 1e-5,
        call = function(_, x) return x:to { dtype = "f64" }:to { dtype = x:dtype() } end, ref = same }
+-- a cast to a float is checked in its own dtype, where nothing is rounded; gradients through casts: grad_spec
+for name, dtype in pairs { float = "f32", double = "f64", half = "f16", bfloat16 = "bf16" } do
+  case { name = name, dtypes = { dtype }, strided = false, grad = false, ref = same,
+         call = function(_, x) return x:to(dtype == "f32" and "f64" or "f32")[name](x) end,
+         bad = { { function(_, x) return x[name](3) end, name .. ": must be called on a tensor" } } }
+end
+local function towards_zero(v) return v < 0 and math.ceil(v) or math.floor(v) end
+local CASTS = { int = towards_zero, long = towards_zero, byte = towards_zero,
+                bool = function(v) return v ~= 0 and 1 or 0 end }
+for name, f in pairs(CASTS) do
+  case { name = name, grad = false, inputs = { { 3, 4, kind = name == "byte" and "positive" or nil } },
+         call = function(_, x) return (x * 3)[name](x * 3) end,
+         ref = function(R, x) return build(x.shape, function(i) return f(R(at(x, i) * 3)) end) end }
+end
 case { name = "view", ref = reshaped { 2, 6 }, strided = false,
        call = function(_, x) return x:view(2, -1) end,
        bad = { { function(_, x) return x:view(5, -1) end, "the size at %-1 cannot be found" },
@@ -496,6 +510,36 @@ case { name = "layernorm", inputs = { { 3, 4 }, { 4 }, { 4 } },
        bad = { { function(lac, x) return lac.layernorm(x, lac.zeros { 5, dtype = x:dtype() }) end, "5" },
                { function(lac, x) return lac.layernorm(x, nil, nil, -1) end,
                  "eps must not be negative" } } }
+
+case { name = "group_norm", inputs = { { 2, 4, 3 }, { 4 }, { 4 } },
+       call = function(lac, x, gamma, beta) return lac.group_norm(x, 2, gamma, beta) end,
+       ref = function(R, x, gamma, beta)
+         return build(x.shape, function(i)
+           local first, v = math.floor((i[2] - 1) / 2) * 2, {}
+           for c = first + 1, first + 2 do
+             for k = 1, 3 do v[#v + 1] = at(x, { i[1], c, k }) end
+           end
+           local m, s = mean(R, v), 0
+           for k = 1, 6 do s = R(s + R(R(v[k] - m) ^ 2)) end
+           local rstd = R(1 / math.sqrt(R(s / 6) + 1e-5))
+           return R(R(R(R(at(x, i) - m) * rstd) * gamma.data[i[2]]) + beta.data[i[2]])
+         end)
+       end,
+       bad = { { function(lac, x) return lac.group_norm(x, 3) end, "3 groups do not divide the 4 channels" },
+               { function(lac, x, g) return lac.group_norm(x, 2, g:narrow(1, 1, 3)) end,
+                 "gamma must be %[4%], a value for each channel" },
+               { function(lac, _, g) return lac.group_norm(g, 2) end, "x must be %[B, C, ...%]" } } }
+case { name = "group_norm", label = "no gain, a group of all", inputs = { { 3, 4 } },
+       call = function(lac, x) return lac.group_norm(x, 1) end,
+       ref = function(R, x)
+         return build(x.shape, function(i)
+           local v = {}
+           for k = 1, 4 do v[k] = at(x, { i[1], k }) end
+           local m, s = mean(R, v), 0
+           for k = 1, 4 do s = R(s + R(R(v[k] - m) ^ 2)) end
+           return R(R(v[i[2]] - m) * R(1 / math.sqrt(R(s / 4) + 1e-5)))
+         end)
+       end }
 
 local function row_loss(R, v, target)
   local _, s, top = softmax_of(R, v)
@@ -701,6 +745,6 @@ cases.helpers = {
   without = without, insert = insert, fold = fold, along = along, dot = dot, total = total, same = same,
   softmax_of = softmax_of, row_loss = row_loss, linear = linear, erf = erf, mean = mean,
 }
-for _, part in ipairs { "index", "elem" } do require("support.cases_" .. part)(cases) end
+for _, part in ipairs { "index", "elem", "scan" } do require("support.cases_" .. part)(cases) end
 
 return cases

@@ -1,9 +1,9 @@
 --- nn/layers.lua: the small parts that models are made of.
 --
--- Linear, Embedding, LayerNorm, RMSNorm, SwiGLU, Dropout, activations, Sequential and ModuleList. Each is
--- what its formula says and prints as one line. A Linear keeps its weight as [outputs, inputs], the layout
--- that the fused linear-cross-entropy and everybody's checkpoints use; the product reads the transposed view
--- in place.
+-- Linear, Embedding, LayerNorm, RMSNorm, GroupNorm, SwiGLU, Dropout, activations, Sequential and ModuleList.
+-- Each is what its formula says and prints as one line. A Linear keeps its weight as [outputs, inputs], the
+-- layout that the fused linear-cross-entropy and everybody's checkpoints use; the product reads the
+-- transposed view in place.
 --
 -- Initial values come from the global random stream (lac.manual_seed), in the order in which modules are
 -- made. A Linear starts Xavier-normal, std = gain sqrt(2 / (in + out)), bias 0: MAGNETO's rules are then a
@@ -162,6 +162,39 @@ end
 
 function RMSNorm:extra() return ("%d, eps %g"):format(self.width, self.eps) end
 
+-- ---- GroupNorm --------------------------------------------------------------------------------------------
+
+local GroupNorm = base.define("GroupNorm")
+
+--- Groups of channels normalised together, over everything that follows them, then weight and bias by channel
+-- (Wu and He 2018).
+-- @tparam integer groups
+-- @tparam integer channels a multiple of groups
+-- @tparam[opt] table options eps = 1e-5; dtype, device
+function GroupNorm:init(groups, channels, options)
+  schema.check("GroupNorm", "groups", groups, POSITIVE)
+  schema.check("GroupNorm", "channels", channels, POSITIVE)
+  if channels % groups ~= 0 then
+    fail("GroupNorm", "%d groups do not divide %d channels", groups, channels)
+  end
+  local o = schema.options("GroupNorm", options, { eps = { type = "number", above = 0, default = 1e-5 },
+    dtype = { type = "string" }, device = { type = "string" } })
+  self.groups, self.channels, self.eps = groups, channels, o.eps
+  self:param("weight", create.ones({ channels }, { dtype = o.dtype, device = o.device }), "norm")
+  self:param("bias", create.zeros({ channels }, { dtype = o.dtype, device = o.device }), "norm")
+end
+
+--- @tparam Tensor x [B, channels, ...]
+function GroupNorm:forward(x)
+  tensor.expect("group_norm", "the input", x)
+  if x:dim() < 2 or x:size(2) ~= self.channels then
+    fail("group_norm", "the input %s must be [B, %d, ...]", show(x), self.channels)
+  end
+  return ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+end
+
+function GroupNorm:extra() return ("%d groups of %d, eps %g"):format(self.groups, self.channels, self.eps) end
+
 -- ---- gated feed-forward -----------------------------------------------------------------------------------
 
 -- down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202); two projections in, so that a
@@ -277,6 +310,7 @@ return {
   GELU = activation("GELU", "gelu"), ReLU = activation("ReLU", "relu"), SiLU = activation("SiLU", "silu"),
   Tanh = activation("Tanh", "tanh"), Sigmoid = activation("Sigmoid", "sigmoid"),
   Mish = activation("Mish", "mish"),
-  RMSNorm = RMSNorm, SwiGLU = gated("SwiGLU", "swiglu"), GeGLU = gated("GeGLU", "geglu"),
+  RMSNorm = RMSNorm, GroupNorm = GroupNorm,
+  SwiGLU = gated("SwiGLU", "swiglu"), GeGLU = gated("GeGLU", "geglu"),
   ModuleList = ModuleList, Sequential = Sequential,
 }

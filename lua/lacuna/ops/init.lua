@@ -2,8 +2,8 @@
 --
 -- A package by kind of operator: base (records, the tape), map (elementwise), view (casts, views, slices),
 -- inplace, reduce (and softmax), linear (products, norms), index (and joining, dropout),
--- sort (and what follows from order), scatter (and counting), shape (padding, windows, diagonals), product
--- (einsum and the named products), conv, loss, position (rotary
+-- sort (and what follows from order), scan (running sums and extremes), scatter (and counting), shape
+-- (padding, windows, diagonals), product (einsum and the named products), conv, loss, position (rotary
 -- and linear biases, masks, draws by weight).
 -- Each file defines its operators into the one table of base; this file only loads them, in the order in
 -- which they need each other. tests/support/cases.lua must have a case for each name; a spec says so.
@@ -21,6 +21,7 @@ require "lacuna.ops.inplace"
 require "lacuna.ops.linear"
 require "lacuna.ops.index"
 require "lacuna.ops.sort"
+require "lacuna.ops.scan"
 require "lacuna.ops.scatter"
 require "lacuna.ops.shape"
 require "lacuna.ops.product"

@@ -1,4 +1,4 @@
---- Matrix products and layer normalisation.
+--- Matrix products and normalisation.
 --
 -- matmul reads transposed views in place, so the gradients of a product are two products of views and copy
 -- nothing. linear adds the bias inside the product.
@@ -150,6 +150,39 @@ function layernorm_op.backward(node, g)
   return adopt(dx), dgamma and adopt(dgamma), dbeta and adopt(dbeta)
 end
 define(layernorm_op)
+
+--- Normalise each of `groups` runs of channels of x [B, C, ...] over its channels and all that follows, then
+-- gamma and beta by channel (Wu and He 2018).
+-- @tparam Tensor x [B, C, ...] @tparam integer groups must divide C
+-- @tparam[opt] Tensor gamma [C] @tparam[opt] Tensor beta [C] @tparam[opt] number eps 1e-5
+define { name = "group_norm", composite = true, forward = function(x, groups, gamma, beta, eps)
+  local op = "group_norm"
+  expect(op, "x", x)
+  if x.c.ndim < 2 then fail(op, "x must be [B, C, ...], got %s", show(x)) end
+  schema.check(op, "groups", groups == nil and false or groups, { type = "integer", min = 1 })
+  local sizes = tensor.shape(x)
+  local channels, each = sizes[2], 1
+  if channels % groups ~= 0 then
+    fail(op, "%d groups do not divide the %d channels of %s", groups, channels, show(x))
+  end
+  for d = 2, #sizes do each = each * sizes[d] end
+  local by_channel = { channels }
+  for d = 3, #sizes do by_channel[d - 1] = 1 end
+  local function vector(name, t)
+    if t == nil then return nil end
+    expect(op, name, t)
+    if t.c.ndim ~= 1 or t.c.shape[0] ~= channels then
+      fail(op, "%s must be [%d], a value for each channel of %s, got %s", name, channels, show(x), show(t))
+    end
+    return fn.reshape(t, by_channel)
+  end
+  gamma, beta = vector("gamma", gamma), vector("beta", beta)
+  local grouped = fn.reshape(x, sizes[1], groups, each / groups)
+  local out = fn.reshape(layernorm_op.forward(grouped, nil, nil, eps), sizes)
+  if gamma and beta then return fn.addcmul(beta, out, gamma) end
+  if gamma then return fn.mul(out, gamma) end
+  return beta and fn.add(out, beta) or out
+end }
 
 local rmsnorm_op = { name = "rmsnorm", saves = "ab" }
 --- Divide the last dimension by its root mean square: gamma x / sqrt(mean(x^2) + eps) (Zhang and Sennrich

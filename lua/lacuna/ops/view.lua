@@ -59,6 +59,29 @@ end
 function to_op.backward(node, g) return move(g, node.a.c.dtype, node.a.c.device) end
 define(to_op)
 
+local function define_cast(name, dtype)
+  define { name = name, composite = true, forward = function(x)
+    receiver(name, x)
+    return to_op.forward(x, { dtype = dtype })
+  end }
+end
+--- float(x): x in f32, as x:to("f32"); x itself if it is that already, and gradients flow through.
+define_cast("float", "f32")
+--- double(x): x in f64.
+define_cast("double", "f64")
+--- half(x): x in f16.
+define_cast("half", "f16")
+--- bfloat16(x): x in bf16.
+define_cast("bfloat16", "bf16")
+--- int(x): x in i32, floats towards zero; no gradient, as for all that follow.
+define_cast("int", "i32")
+--- long(x): x in i64, floats towards zero.
+define_cast("long", "i64")
+--- byte(x): x in u8.
+define_cast("byte", "u8")
+--- bool(x): where x is not zero.
+define_cast("bool", "bool")
+
 local clone_op = { name = "clone", alias = true }
 --- A contiguous copy; gradients flow through.
 function clone_op.forward(x)
