@@ -55,6 +55,8 @@ local SPEC = {
   { name = "weight_decay", type = "number", min = 0, default = 0.05,
   help = "AdamW's weight decay (matrices only)" },
   { name = "clip", type = "number", above = 0, default = 1, help = "largest gradient norm" },
+  { name = "precision", one_of = { "f32", "bf16", "f16" }, default = "f32",
+  help = "of the model; updates are f32 (f16: with loss scaling)" },
   { name = "accumulate", type = "integer", min = 1, default = 1,
   help = "batches whose gradients make one step" },
   { name = "checkpoint_activations", type = "boolean",
@@ -119,7 +121,8 @@ local function build_model(o)
   return lac.nn.LongNetLM{ vocab = 256, layers = o.layers, width = o.width, heads = o.heads, ffn = o.ffn,
     context = o.context,
     segments = o.segments, dilations = o.dilations, scheme = o.scheme, merge = o.merge, offset = o.offset,
-    positions = o.positions, dropout = o.dropout, checkpoint_activations = o.checkpoint_activations }
+    positions = o.positions, dropout = o.dropout, checkpoint_activations = o.checkpoint_activations,
+    dtype = o.precision }
 end
 
 local function describe(o, model, text, train, held)
@@ -209,7 +212,7 @@ end
 
 local function train_model(o, model, train, held, log)
   local optimizer = lac.optim.adamw(lac.optim.groups(model, { weight_decay = o.weight_decay }),
-    { lr = o.lr, betas = { 0.9, 0.98 } })
+    { lr = o.lr, betas = { 0.9, 0.98 }, master = o.precision ~= "f32" })
   local schedule = lac.optim.schedule
   local warmup = math.min(o.warmup, o.steps - 1)
   local peek = held:slice(1, math.min(PEEK, held.size))
@@ -222,6 +225,7 @@ local function train_model(o, model, train, held, log)
     batch = function(k) return train:batch(k, { batch = o.batch, context = o.context, seed = o.seed }) end,
     evaluate = function(m) return { bits_per_byte = lac.train.bits_per_byte(m, peek) } end,
     eval_every = o.eval_every,
+    scaler = o.precision == "f16" and lac.optim.loss_scaler() or nil,
     accumulate = o.accumulate, nan_watch = o.nan_watch,
     log = log, checkpoint = log:path("checkpoint.safetensors"), config = config,
     checkpoint_every = o.checkpoint_every, keep = o.keep, resume = o.resume,

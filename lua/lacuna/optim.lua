@@ -26,6 +26,8 @@ local tensor = require "lacuna.tensor"
 local ffi, C = lib.ffi, lib.C
 local fail = schema.fail
 
+local Scaler = require "lacuna.optim.scaler"
+
 local optim = { schedule = require "lacuna.optim.schedule" }
 
 -- ---- groups -----------------------------------------------------------------------------------------------
@@ -193,14 +195,16 @@ function Optimizer:grad_norm()
 end
 
 local STEP = { factor = { type = "number", min = 0, default = 1 }, clip = { type = "number", above = 0 },
-               clip_value = { type = "number", above = 0 } }
+               clip_value = { type = "number", above = 0 }, scaler = { type = "table" } }
 
 --- One update of every parameter from its gradient.
 -- @tparam[opt] table options factor = 1 (of the learning rate, from a schedule); clip = largest global norm
 --   (gradients are scaled down to it), or clip_value = largest absolute value of an element (gradients are
---   clamped to it); default: no clipping
--- @treturn ?number the global norm before clipping, when clip is given
--- @raise a parameter has no gradient; the norm is not finite (nothing is changed then)
+--   clamped to it); default: no clipping; scaler = the LossScaler that scaled the loss: gradients are
+--   divided by its scale first, and if they are not finite the step is left out
+-- @treturn ?number the global norm before clipping, when clip or scaler is given
+-- @treturn ?boolean true if the scaler left the step out: no parameter has changed
+-- @raise a parameter has no gradient; the norm is not finite and there is no scaler (nothing is changed then)
 function Optimizer:step(options)
   local op = self.op
   local o = schema.options(op .. ".step", options, STEP)
@@ -211,11 +215,18 @@ function Optimizer:step(options)
   local n, alive = collect(self, o.factor)
   if n == 0 then fail(op, "no parameter has a gradient: call backward() before step()") end
   local norm, scale = nil, 1
-  if o.clip then
+  if o.clip or o.scaler then
     lib.call(C.lac_norm_many, self.grads, n, self.norm_out)
     norm = self.norm_out[0]
-    if norm ~= norm or norm == math.huge then complain_not_finite(self, norm) end
-    if norm > o.clip then scale = o.clip / norm end
+    local finite = norm == norm and norm ~= math.huge
+    if o.scaler then
+      scale = 1 / o.scaler.value
+      o.scaler:update(not finite)
+      if not finite then return norm, true end
+      norm = norm * scale
+    end
+    if not finite then complain_not_finite(self, norm) end
+    if o.clip and norm > o.clip then scale = scale * (o.clip / norm) end
   end
   self:update(n, self.steps + 1, scale, o.clip_value or 0)
   self.steps = self.steps + 1
@@ -371,6 +382,17 @@ function Lion:extra() return (", betas {%g, %g}"):format(self.betas[1], self.bet
 function Lion:update(n, _, scale, limit)
   lib.call(C.lac_lion_many, self.items, n, self.betas[1], self.betas[2], scale, limit)
 end
+
+--- Dynamic loss scaling for f16 (optim/scaler.lua says how and why):
+--
+--     local scaler = lac.optim.loss_scaler()
+--     scaler:scale(model:loss(x, y)):backward()
+--     local norm, left_out = optimizer:step{ scaler = scaler, clip = 1 }
+--
+-- @tparam[opt] table options init = 65536; growth = 2, after interval = 2000 good steps; backoff = 0.5, after
+--   a step whose gradients are not finite; min = 1 / 1024, max = 2 ^ 24
+-- @treturn LossScaler
+function optim.loss_scaler(options) return Scaler(options) end
 
 --- AdamW (Loshchilov and Hutter 2019, algorithm 2: decoupled weight decay).
 -- @tparam Module|table params a module (then grouped by optim.groups), a list of tensors, or a list of

@@ -43,7 +43,7 @@ local function snapshot(o, s, step, after)
   return { step = step, after = after, rng = { seed = seed, offset = offset }, loss = s.loss, norm = s.norm,
     sum = s.sum, weight = s.weight, tokens = s.tokens_before + s.tokens, evaluations = #s.evaluations,
     seconds = s.seconds_before + sys.time() - s.started, evaluating = s.evaluating,
-    log = o.log and o.log:position() }
+    scaler = o.scaler and o.scaler:state_dict(), log = o.log and o.log:position() }
 end
 
 local function write_checkpoint(o, s)
@@ -83,6 +83,11 @@ local function resume_from(o, s, path)
     s.evaluations[i] = record
   end
   if o.log and fit.log then o.log:rewind(fit.log) end
+  if (o.scaler ~= nil) ~= (fit.scaler ~= nil) then
+    fail("train.fit", "%s was written %s a loss scaler and this run has %s", path,
+      fit.scaler and "with" or "without", o.scaler and "one" or "none")
+  end
+  if o.scaler then o.scaler:load_state_dict(fit.scaler) end
   if o.state then
     if not fit.state then fail("train.fit", "%s holds no state for the option `state`", path) end
     o.state.load(fit.state)
@@ -124,6 +129,7 @@ local function accumulate(o, s, number_of_batch)
         s.step, s.lr, s.loss and ("%.4f at step %d"):format(s.loss, s.step - 1) or "none")
     end
     if o.accumulate > 1 then loss = loss * (1 / o.accumulate) end
+    if o.scaler then loss = o.scaler:scale(loss) end
     loss:backward()
     return value
   end)
@@ -137,10 +143,12 @@ local function one_step(o, s)
   s.sum, s.weight = SMOOTH * sum + (1 - SMOOTH) * loss, SMOOTH * s.weight + (1 - SMOOTH)
   s.loss, s.smooth = loss, s.sum / s.weight
   s.next = snapshot(o, s, s.step, true)
-  s.norm = scope.run(function()
-    return o.optimizer:step{ factor = s.factor, clip = o.clip, clip_value = o.clip_value }
+  local left_out
+  s.norm, left_out = scope.run(function()
+    return o.optimizer:step{ factor = s.factor, clip = o.clip, clip_value = o.clip_value, scaler = o.scaler }
   end)
-  s.next.norm = s.norm
+  if left_out then s.norm, s.left_out = nil, s.left_out + 1 end
+  s.next.norm, s.next.scaler = s.norm, o.scaler and o.scaler:state_dict()
   s.boundary = s.next
   o.optimizer:zero_grad{ release = true }
 end
@@ -177,6 +185,7 @@ local function after_update(o, s)
   progress.report(s)
   if o.log and (step % o.log_every == 0 or step == s.last or step == o.first_step) then
     o.log:write{ event = "step", step = step, loss = s.loss, smooth = s.smooth, lr = s.lr, norm = s.norm,
+      scale = o.scaler and o.scaler.value, left_out = o.scaler and o.scaler.skipped,
       tokens_per_second = s.tokens / (sys.time() - s.started) }
   end
   local over = s.deadline and sys.time() >= s.deadline
@@ -217,7 +226,10 @@ local function stop(o, s, reason)
   if interrupted then
     -- between the update and the next line the interrupt has no room for doubt: the optimizer counts
     if s.next and s.boundary ~= s.next and s.next.step == s.boundary.step + 1
-      and o.optimizer.steps - s.steps_before == s.next.step - (s.first - 1) then s.boundary = s.next end
+      and o.optimizer.steps - s.steps_before + s.left_out == s.next.step - (s.first - 1) then
+      s.boundary = s.next
+      s.next.scaler = o.scaler and o.scaler:state_dict()
+    end
     o.optimizer:zero_grad()
     write_checkpoint(o, s)
   end
@@ -240,6 +252,7 @@ local FIT = {
   accumulate = { type = "integer", min = 1, default = 1 },
   clip = { type = "number", above = 0 },
   clip_value = { type = "number", above = 0 },
+  scaler = { type = "table" },
   nan_watch = { type = "boolean", default = false },
   evaluate = { type = "function" },
   eval_every = { type = "integer", min = 0, default = 0 },
@@ -278,8 +291,9 @@ end
 local function new_state(o)
   local out, now = o.out or io.stderr, sys.time()
   local s = { first = o.first_step, last = o.steps, step = o.first_step - 1, started = now,
-    tokens = 0, tokens_before = 0, seconds_before = 0, evaluating = 0, log_every = o.log_every, weight = 0,
-    sum = 0, smooth = 0, lr = 0, evaluations = {}, out = out, last_shown = 0, saved_time = now,
+    tokens = 0, tokens_before = 0, left_out = 0, seconds_before = 0, evaluating = 0,
+    log_every = o.log_every, weight = 0, sum = 0, smooth = 0, lr = 0, evaluations = {}, out = out,
+    last_shown = 0, saved_time = now,
     fresh = o.first_step == 1, style = progress.style(o.progress, out) }
   if o.minutes then s.deadline = now + 60 * o.minutes end
   return s
@@ -306,7 +320,9 @@ end
 --   (s - 1) k + 1 to s k. For losses that are means over equally many targets that is the gradient of the k
 --   times larger batch, but for rounding; dropout draws other bits than the larger batch would;
 --
---   clip = largest gradient norm, or clip_value = largest absolute value of a gradient's elements;
+--   clip = largest gradient norm, or clip_value = largest absolute value of a gradient's elements; scaler =
+--   lac.optim.loss_scaler() for f16: the loss is scaled, a step whose gradients overflow is left out (its
+--   number counts, its batch is not seen again), checkpoints hold the scale;
 --   nan_watch = true: the first operator that makes a NaN or an infinity stops the run and is named (slow);
 --
 --   evaluate = function(model, step) -> table of numbers, run in evaluation mode without gradients at the end
