@@ -3,8 +3,10 @@
  * While the watch is on, every view that a front end checks (lac_view_get) and every output that it makes
  * (lac_tensor_new) is noted, and after a back end has run, LAC_SLOT comes here with the slot's arguments. A noted view
  * belongs to that run if its address stands in them; so no operator has to say what its inputs and outputs are, and
- * none can be forgotten. Outputs, and the destination of in-place additions and copies, are read through. While the
- * watch is off the price is a predictable branch for each view and each run.
+ * none can be forgotten. An operator may also run piece by piece (decoding, whose items stand at different positions):
+ * a view in the arguments that lies inside a noted one belongs to it, and of an output only that piece is looked at,
+ * because the others may not be made yet. Outputs, and the destination of in-place additions and copies, are read
+ * through. While the watch is off the price is a predictable branch for each view and each run.
  *
  * What counts: a NaN always. An infinity only if no input holds one, because infinities are data here (masks are made
  * of them), and not the -inf of attention's log-sum-exp, which says that a row has no keys. Only the first is kept:
@@ -91,6 +93,36 @@ static noted *note_of(const void *address)
     return NULL;
 }
 
+/* first and last byte of a view's elements, as distances from its data; strides of outputs are not negative */
+static int64_t extent_of(const lac_view *v)
+{
+    int64_t last = 0;
+    for (int d = 0; d < v->ndim; d++) last += (v->shape[d] - 1) * v->stride[d];
+    return lac_view_numel(v) > 0 ? (last + 1) * (int64_t)lac_dtype_size(v->dtype) : 0;
+}
+
+/* Is v, read from the arguments, a part of the view that n notes? */
+static bool is_piece(const noted *n, const lac_view *v)
+{
+    const lac_view *whole = &n->view;
+    if (v->dtype != whole->dtype || v->ndim != whole->ndim) return false;
+    for (int d = 0; d < v->ndim; d++)
+        if (v->stride[d] != whole->stride[d] || v->shape[d] < 0 || v->shape[d] > whole->shape[d]) return false;
+    uintptr_t begin = (uintptr_t)whole->data, at = (uintptr_t)v->data;
+    return at >= begin && at + (uintptr_t)extent_of(v) <= begin + (uintptr_t)extent_of(whole);
+}
+
+/* the newest view of which v is a part, noted by the operator that noted last */
+static noted *note_around(const lac_view *v)
+{
+    const char *op = ring[(next + NOTED - 1) % NOTED].op;
+    for (unsigned i = 1; i <= NOTED; i++) {
+        noted *n = &ring[(next + NOTED - i) % NOTED];
+        if (strcmp(n->op, op) == 0 && is_piece(n, v)) return n;
+    }
+    return NULL;
+}
+
 static void describe(lac_watch_operand *o, const noted *n, const census *c)
 {
     memcpy(o->name, n->name, sizeof o->name);
@@ -101,9 +133,19 @@ static void describe(lac_watch_operand *o, const noted *n, const census *c)
     o->inf = c->count[2] + c->count[3];
 }
 
-static void record(const noted *out, const census *c, int kind, noted *const *inputs, const census *held, int n)
+/* an output of a run: its note, and which part of it the run has made */
+typedef struct {
+    noted *note;
+    lac_view piece;
+} made;
+
+static void record(const made *m, const census *c, int kind, noted *const *inputs, const census *held, int n)
 {
-    found = (lac_watch_info){.found = 1, .storage = out->storage, .kind = kind, .first = c->first[kind], .inputs = n};
+    const noted *out = m->note;
+    /* of a piece, which lies in the whole as the front end made it: dense, so a place is a distance */
+    int64_t before = ((char *)m->piece.data - (char *)out->view.data) / (int64_t)lac_dtype_size(out->view.dtype);
+    found = (lac_watch_info){.found = 1, .storage = out->storage, .kind = kind, .inputs = n};
+    found.first = before + c->first[kind];
     memcpy(found.op, out->op, sizeof found.op);
     describe(&found.output, out, c);
     for (int i = 0; i < n; i++) describe(&found.input[i], inputs[i], &held[i]);
@@ -120,24 +162,32 @@ static bool is_stale(const noted *n, noted *const *list, int count)
 bool lac_watch_check(int slot, const void *args, size_t bytes)
 {
     enum { MOST = 8 };
-    noted *inputs[MOST], *outputs[MOST];
+    noted *inputs[MOST];
+    made outputs[MOST];
     int ins = 0, outs = 0;
     bool in_place = slot == LAC_SLOT_axpy || slot == LAC_SLOT_copy;
     for (size_t at = 0; at + sizeof(void *) <= bytes; at += sizeof(void *)) {
         void *address;
+        lac_view v = {.dtype = -1};
         memcpy(&address, (const char *)args + at, sizeof address);
-        noted *n = address ? note_of(address) : NULL;
+        if (!address) continue;
+        if (at + sizeof v <= bytes) memcpy(&v, (const char *)args + at, sizeof v);
+        noted *n = note_of(address);
+        if (!n) n = note_around(&v);
         if (!n) continue;
         n->used = true;
-        if (is_stale(n, inputs, ins) || is_stale(n, outputs, outs)) continue;
+        if (is_stale(n, inputs, ins)) continue;
+        bool stale = false;
+        for (int i = 0; i < outs; i++) stale = stale || is_stale(n, &outputs[i].note, 1);
+        if (stale) continue;
         if (n->output || (in_place && strcmp(n->name, "dst") == 0)) {
-            if (outs < MOST) outputs[outs++] = n;
+            if (outs < MOST) outputs[outs++] = (made){n, n->output && is_piece(n, &v) ? v : n->view};
         } else if (ins < MOST) inputs[ins++] = n;
     }
     lac_flags_global.attention = 1; /* the host looks after every operator: it notes where it was called */
-    if (outs && !found.found) found.storage = outputs[0]->storage;
+    if (outs && !found.found) found.storage = outputs[0].note->storage;
     for (int i = 0; i < outs && !found.found; i++) {
-        census held[MOST], c = take_census(&outputs[i]->view);
+        census held[MOST], c = take_census(&outputs[i].piece);
         int64_t before = 0;
         bool attention = slot == LAC_SLOT_attend;
         if (c.count[1] + c.count[2] + (attention ? 0 : c.count[3]) == 0) continue;
@@ -145,8 +195,8 @@ bool lac_watch_check(int slot, const void *args, size_t bytes)
             held[k] = take_census(&inputs[k]->view);
             before += held[k].count[2] + held[k].count[3];
         }
-        if (c.count[1]) record(outputs[i], &c, 1, inputs, held, ins);
-        else if (!before) record(outputs[i], &c, c.count[2] ? 2 : 3, inputs, held, ins);
+        if (c.count[1]) record(&outputs[i], &c, 1, inputs, held, ins);
+        else if (!before) record(&outputs[i], &c, c.count[2] ? 2 : 3, inputs, held, ins);
     }
     return found.found != 0;
 }

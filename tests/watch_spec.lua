@@ -80,6 +80,28 @@ describe("the NaN watch", function()
       "the backward of sqrt: sqrt made inf")
   end)
 
+  it("finds what a batch of decoding makes item by item", function()
+    local decoder = lac.attention.decoder({ segments = { 8 }, dilations = { 1 }, causal = true },
+      { heads = 2, head_dim = 4 })
+    for bad = 1, 3 do
+      local q, k, v = lac.ones{ 3, 1, 2, 4 }, lac.ones{ 3, 4, 2, 4 }, lac.ones{ 3, 4, 2, 4 }
+      q[{ bad, 1, 2 }] = 1e30
+      k[{ bad, 1, 2 }] = 1e30
+      blame(function() decoder:attend(q, k, v, { 3, 2, 1 }) end,
+        "attention made nan at %[" .. bad .. ", 1, 2, 1%] of f32 %[3 x 1 x 2 x 4%]",
+        "q f32 %[3 x 1 x 2 x 4%] %(finite%)")
+    end
+    lac.detect_anomaly(function()
+      for _ = 1, 3 do -- where the results lie, NaN lay before
+        local spoilt = lac.empty{ 3, 1, 2, 4 }
+        spoilt:data()[23] = 0 / 0
+        spoilt:release()
+        local q, k, v = lac.randn{ 3, 1, 2, 4 }, lac.randn{ 3, 4, 2, 4 }, lac.randn{ 3, 4, 2, 4 }
+        decoder:attend(q, k, v, { 3, 2, 1 })
+      end
+    end)
+  end)
+
   it("lets pass what is no mistake", function()
     lac.detect_anomaly(function()
       local mask = lac.full{ 2, 2, value = -1 / 0 }
