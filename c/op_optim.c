@@ -65,10 +65,13 @@ static int item_get(const char *op, int64_t number, const lac_optim_item *item, 
     return finite_get(op, "weight_decay", item->weight_decay);
 }
 
+/* An update that was made counts, whatever has been asked for meanwhile: the host stops at its next call, when its own
+ * number of steps is right again. */
 static int run_optim(int device, const lac_a_optim *a)
 {
-    LAC_RUN(optim_many, device, a);
-    return 0;
+    int status;
+    LAC_SLOT(status, optim_many, device, a);
+    return status == LAC_E_INTERRUPTED ? 0 : status;
 }
 
 /* fills the back end's items; all on one device */

@@ -183,6 +183,10 @@ describe("checkpoints", function()
     write(("%s/other.%d-1.tmp"):format(dir, dead), "x")
     assert.same({ ("%s.%d-1.tmp"):format(path, dead) }, checkpoint.clean(path))
     assert.equal(4, #sys.list(dir))
+    local late = ("%s.%d-1.tmp"):format(path, dead) -- its process still counted as alive at the start
+    write(late, "x")
+    checkpoint.save(path, { model = model_of(2) })
+    assert.is_false(sys.exists(late))
   end)
 
   it("leave the previous one intact when the disk is full", function()
@@ -265,6 +269,16 @@ describe("checkpoints", function()
     checkpoint.save(path, { model = model, optimizer = lac.optim.lion(model) })
     assert.error_matches(function() checkpoint.load(path, { optimizer = lac.optim.adamw(model) }) end,
       "holds the state of 'lion', but the optimizer is 'adamw'")
+    checkpoint.save(path, { model = model, optimizer = lac.optim.adamw(model, { betas = { 0.9, 0.98 } }) })
+    local function load(kind, o)
+      checkpoint.load(path, { optimizer = lac.optim[kind](model, o) })
+    end
+    load("adamw", { betas = { 0.9, 0.98 }, lr = 0.5, weight_decay = 0.5 })
+    assert.error_matches(function() load("adamw", { eps = 1e-6 }) end, "is not the one whose state .* holds: "
+      .. "betas was {0.9, 0.98} and is {0.9, 0.999}, eps was 1e%-08 and is 1e%-06 %[")
+    checkpoint.save(path, { model = model, optimizer = lac.optim.sgd(model, { lr = 1, momentum = 0.9 }) })
+    assert.error_matches(function() load("sgd", { lr = 1, momentum = 0.8, nesterov = true }) end,
+      "holds: momentum was 0.9 and is 0.8, nesterov was false and is true %[")
   end)
 end)
 

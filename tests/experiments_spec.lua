@@ -110,7 +110,6 @@ describe("experiments", function()
       if status ~= 0 then
         kills = kills + 1
         assert.equal(137, status, err)
-        os.execute "sleep 0.2" -- until it is gone: files of living processes are kept
       end
     until status == 0
     assert.is_true(kills >= 3 and resumed >= 1, ("%d kills, %d resumed"):format(kills, resumed))
@@ -236,6 +235,17 @@ describe("experiments", function()
 end)
 
 describe("cli", function()
+  it("knows options that scripts share, with the script's own fields", function()
+    assert.same({ name = "steps", type = "integer", min = 1, help = "training steps", default = 7 },
+      cli.option("steps", { default = 7 }))
+    assert.equal(16, cli.option("context", { min = 16 }).min)
+    assert.equal(2, cli.option("context").min)
+    assert.error_matches(function() cli.option("stesp") end, "unknown option 'stesp', did you mean 'steps'")
+    local o = { given = { width = true }, width = 3, steps = 9 }
+    cli.preset(o, { width = 4, steps = 2 })
+    assert.same({ 3, 2 }, { o.width, o.steps })
+  end)
+
   local SPEC = { program = "demo", about = "A demo.",
     { name = "steps", type = "integer", min = 1, default = 5, help = "how many" },
     { name = "list_of", type = "integers", min = 1, help = "several" },

@@ -168,6 +168,72 @@ describe("optim.adamw", function()
     q.grad = nil
     assert.error_matches(function() opt:step() end, "no parameter has a gradient")
   end)
+
+  it("counts the steps of each parameter by itself", function()
+    local list = { { 0.5, -2 }, { 1, 1 }, { -0.25, 3 }, { 2, 0.5 } }
+    local function steps_of(kind, o, plan) -- plan[t][i]: does parameter i have a gradient at step t?
+      o.skip_missing = true
+      local all, done = {}, {}
+      for i = 1, #plan[1] do all[i], done[i] = leaf{ 1, -2 }, 0 end
+      local opt = optim[kind](all, o)
+      for _, given in ipairs(plan) do
+        for i, p in ipairs(all) do
+          if given[i] then
+            done[i] = done[i] + 1
+            give(p, list[done[i]])
+          else
+            p.grad = nil
+          end
+        end
+        opt:step()
+      end
+      return all, opt
+    end
+    for kind, o in pairs{ adamw = { lr = 0.1 }, adam = {}, lion = {},
+                          sgd = { lr = 0.1, momentum = 0.9, dampening = 0.5 } } do
+      local whole = steps_of(kind, o, { { true }, { true }, { true } })
+      local plan = { { true, false }, { false, true }, { true, true }, { true, true }, { false, true } }
+      plan[5][1] = false
+      local all, opt = steps_of(kind, o, plan)
+      assert.equal(whole[1]:string(), all[1]:string(), kind)
+      plan[6] = { true, false }
+      -- a saved state knows the counts, and one without them (an older file) goes by the optimizer's
+      local state, steps = opt:state_dict()
+      assert.same({ 3, 4, 5 }, { state["steps.1.1"]:item(), state["steps.1.2"]:item(), steps })
+      local copies = {}
+      for i, p in ipairs(all) do copies[i] = leaf(p:totable()) end
+      local other = optim[kind](copies, o)
+      other:load_state_dict(state, steps)
+      for i, p in ipairs(all) do
+        give(p, list[4])
+        give(copies[i], list[4])
+      end
+      opt:step()
+      other:step()
+      for i, p in ipairs(all) do assert.equal(p:string(), copies[i]:string(), kind) end
+      state["steps.1.1"] = nil
+      other:load_state_dict(state, steps)
+      assert.is_nil((other:state_dict())["steps.1.1"])
+      state["steps.1.1"] = lac.tensor({ 6 }, { dtype = "i64" })
+      assert.error_matches(function() other:load_state_dict(state, steps) end, "steps.1.1 must be at most 5")
+      state["steps.1.1"] = lac.zeros{ 2 }
+      assert.error_matches(function() other:load_state_dict(state, steps) end, "must be a number of steps")
+      state["steps.1.1"], state["steps.2.1"] = nil, lac.zeros{ 1 }
+      assert.error_matches(function() other:load_state_dict(state, steps) end, "unexpected 'steps.2.1'")
+    end
+  end)
+
+  it("counts an update that Ctrl-C has met", function()
+    local lib = require "lacuna.lib"
+    local p = leaf{ 1 }
+    local opt = optim.sgd({ p }, { lr = 1 })
+    give(p, { 0.5 })
+    lib.C.lac_interrupt(1)
+    opt:step()
+    assert.equal(1, opt.steps)
+    assert.error_matches(function() return p:detach() + 1 end, "interrupted")
+    assert.equal(0.5, p:item())
+  end)
 end)
 
 -- one parameter under any kind, in doubles: rules(i, g, t, x) gives the change of element i

@@ -104,7 +104,7 @@ local function new_entry(self, p, name, seen)
     fail(op, "parameter '%s' is not contiguous: %s", name, schema.show(p))
   end
   seen[p] = name
-  local e = { name = name, param = p }
+  local e = { name = name, param = p, steps = 0 }
   for _, part in ipairs(self.parts) do e[part] = beside(p, false) end
   if self.master and (p.c.dtype == C.LAC_F16 or p.c.dtype == C.LAC_BF16) then
     e.master, e.version = beside(p, true), p.root.version
@@ -142,32 +142,56 @@ function Optimizer:__tostring()
     self.lr, self:extra(), self.steps)
 end
 
--- entries with gradients into self.items and self.grads; returns how many, and a list that keeps copies alive
-local function collect(self, factor)
-  local n, alive = 0, {}
+-- gradients into self.grads; returns how many, and two lists: the entries that have one, and the (contiguous)
+-- gradients themselves, which must live as long as self.grads is used
+local function collect(self)
+  local taken, alive = {}, {}
   for _, e in ipairs(self.entries) do
-    local p = e.param
-    local grad = p.grad
+    local grad = e.param.grad
     if grad == nil then
       if not self.skip_missing then
         fail(self.op, "parameter '%s' has no gradient: it took no part in the loss, or backward() was not "
           .. "called (skip_missing = true allows it)", e.name)
       end
     else
-      grad = tensor.contiguous(grad)
-      alive[#alive + 1] = grad
-      local item = self.items[n]
-      item.param, item.grad, item.m, item.v = p.c, grad.c, e.m and e.m.c, e.v and e.v.c
-      item.lr, item.weight_decay = e.lr * factor, e.weight_decay
-      item.master = e.master and e.master.c
-      if e.master and e.version ~= p.root.version then -- somebody else has changed the parameter: follow it
-        lib.call(C.lac_copy, p.c, e.master.c)
-      end
-      self.grads[n] = grad.c
-      n = n + 1
+      local n = #taken
+      taken[n + 1], alive[n + 1] = e, tensor.contiguous(grad)
+      self.grads[n] = alive[n + 1].c
     end
   end
-  return n, alive
+  return #taken, taken, alive
+end
+
+local function fill_item(item, e, grad, factor)
+  local p = e.param
+  item.param, item.grad, item.m, item.v = p.c, grad.c, e.m and e.m.c, e.v and e.v.c
+  item.lr, item.weight_decay = e.lr * factor, e.weight_decay
+  item.master = e.master and e.master.c
+  if e.master and e.version ~= p.root.version then -- somebody else has changed the parameter: follow it
+    lib.call(C.lac_copy, p.c, e.master.c)
+  end
+end
+
+-- entries and gradients into self.items, those that have made equally many steps together; returns where such
+-- a run of items begins and how many steps it has made, and a last one past the end
+local function fill_items(self, taken, alive, factor)
+  local counts, seen, runs, n = {}, {}, {}, 0
+  for i = 1, #taken do
+    local steps = taken[i].steps
+    if not seen[steps] then counts[#counts + 1], seen[steps] = steps, true end
+  end
+  table.sort(counts)
+  for k, steps in ipairs(counts) do
+    runs[k] = { first = n, steps = steps }
+    for i = 1, #taken do
+      if taken[i].steps == steps then
+        fill_item(self.items[n], taken[i], alive[i], factor)
+        n = n + 1
+      end
+    end
+  end
+  runs[#runs + 1] = { first = n }
+  return runs
 end
 
 local function complain_not_finite(self, norm)
@@ -188,7 +212,7 @@ end
 --- Global 2-norm of all gradients.
 -- @treturn number
 function Optimizer:grad_norm()
-  local n, alive = collect(self, 1)
+  local n, _, alive = collect(self)
   lib.call(C.lac_norm_many, self.grads, n, self.norm_out)
   alive[1] = nil -- the list must live until here
   return self.norm_out[0]
@@ -212,7 +236,7 @@ function Optimizer:step(options)
     fail(op .. ".step", "clip (by norm) and clip_value exclude each other, got %g and %g", o.clip,
       o.clip_value)
   end
-  local n, alive = collect(self, o.factor)
+  local n, taken, alive = collect(self)
   if n == 0 then fail(op, "no parameter has a gradient: call backward() before step()") end
   local norm, scale = nil, 1
   if o.clip or o.scaler then
@@ -228,9 +252,15 @@ function Optimizer:step(options)
     if not finite then complain_not_finite(self, norm) end
     if o.clip and norm > o.clip then scale = scale * (o.clip / norm) end
   end
-  self:update(n, self.steps + 1, scale, o.clip_value or 0)
+  local runs = fill_items(self, taken, alive, o.factor)
+  -- one run, unless parameters were skipped; the engine does not stop in an update, nor right after it
+  for k = 1, #runs - 1 do
+    local run, count = runs[k], runs[k + 1].first - runs[k].first
+    self:update(self.items + run.first, count, run.steps + 1, scale, o.clip_value or 0)
+  end
   self.steps = self.steps + 1
-  for _, e in ipairs(self.entries) do
+  for _, e in ipairs(taken) do
+    e.steps = e.steps + 1
     tensor.touch(e.param)
     if e.master then e.version = e.param.root.version end
   end
@@ -253,17 +283,46 @@ function Optimizer:zero_grad(options)
   end
 end
 
---- Everything that a continued run needs, as tensors and one number.
--- @treturn table { ["m.<name>"] = tensor, ["v.<name>"] = tensor, ["master.<name>"] = tensor, ... }: what the
---   kind has (the tensors themselves, not copies)
--- @treturn number steps done
-function Optimizer:state_dict()
+local function state_tensors(self)
   local state = {}
   for _, e in ipairs(self.entries) do
     for _, part in ipairs(self.parts) do state[part .. "." .. e.name] = e[part] end
     if e.master then state["master." .. e.name] = e.master end
   end
+  return state
+end
+
+--- Everything that a continued run needs, as tensors and one number.
+-- @treturn table { ["m.<name>"] = tensor, ["v.<name>"] = tensor, ["master.<name>"] = tensor, ... }: what the
+--   kind has (the tensors themselves, not copies), and ["steps.<name>"] = i64 [] of a parameter that was
+--   skipped (skip_missing) and so has made fewer steps than the optimizer
+-- @treturn number steps done
+function Optimizer:state_dict()
+  local state = state_tensors(self)
+  for _, e in ipairs(self.entries) do
+    if e.steps ~= self.steps then
+      local t = tensor.empty(C.LAC_I64, C.LAC_CPU, {}, 0)
+      lib.call(C.lac_fill, t.c, e.steps)
+      state["steps." .. e.name] = t
+    end
+  end
   return state, self.steps
+end
+
+-- steps of each entry by its name, from what state holds of them
+local function counts_of(self, op, state, steps)
+  local counts = {}
+  for _, e in ipairs(self.entries) do
+    local t = state["steps." .. e.name]
+    if t ~= nil then
+      if not tensor.is(t) or tensor.numel(t) ~= 1 then
+        fail(op, "'steps.%s' must be a number of steps, got %s", e.name, schema.show(t))
+      end
+      counts[e.name] = tonumber(t:item())
+      schema.check(op, "steps." .. e.name, counts[e.name], { type = "integer", min = 0, max = steps })
+    end
+  end
+  return counts
 end
 
 --- Restore what state_dict gave. All names and shapes are checked before anything is changed. Load a model's
@@ -274,11 +333,10 @@ function Optimizer:load_state_dict(state, steps)
   local op = self.op .. ".load_state_dict"
   schema.check(op, "steps", steps, { type = "integer", min = 0 })
   schema.check(op, "state", state, { type = "table" })
-  local own = self:state_dict()
+  local own, counts = state_tensors(self), counts_of(self, op, state, steps)
   for name in pairs(state) do
-    if not own[name] then
-      fail(op, "unexpected '%s', did you mean '%s'?", tostring(name),
-        schema.nearest(tostring(name), schema.keys(own)) or "")
+    if not own[name] and not counts[tostring(name):match("^steps%.(.*)$")] then
+      fail(op, "unexpected '%s'%s", tostring(name), schema.hint(name, schema.keys(own)))
     end
   end
   for _, name in ipairs(schema.keys(own)) do
@@ -291,6 +349,7 @@ function Optimizer:load_state_dict(state, steps)
   for name, t in pairs(own) do lib.call(C.lac_copy, state[name].c, t.c) end
   for _, e in ipairs(self.entries) do
     if e.master then e.version = e.param.root.version end
+    e.steps = counts[e.name] or steps
   end
   self.steps = steps
 end
@@ -331,8 +390,8 @@ function AdamW:extra()
   return (", betas {%g, %g}, eps %g"):format(self.betas[1], self.betas[2], self.eps)
 end
 
-function AdamW:update(n, step, scale, limit)
-  lib.call(C.lac_adamw_many, self.items, n, self.betas[1], self.betas[2], self.eps, self.coupled, step, scale,
+function AdamW:update(items, n, step, scale, limit)
+  lib.call(C.lac_adamw_many, items, n, self.betas[1], self.betas[2], self.eps, self.coupled, step, scale,
     limit)
 end
 
@@ -362,8 +421,8 @@ function SGD:extra()
   return (", momentum %g%s"):format(self.momentum, self.nesterov and ", nesterov" or "")
 end
 
-function SGD:update(n, step, scale, limit)
-  lib.call(C.lac_sgd_many, self.items, n, self.momentum, self.dampening, self.nesterov and 1 or 0, 1, step,
+function SGD:update(items, n, step, scale, limit)
+  lib.call(C.lac_sgd_many, items, n, self.momentum, self.dampening, self.nesterov and 1 or 0, 1, step,
     scale, limit)
 end
 
@@ -379,8 +438,8 @@ end
 
 function Lion:extra() return (", betas {%g, %g}"):format(self.betas[1], self.betas[2]) end
 
-function Lion:update(n, _, scale, limit)
-  lib.call(C.lac_lion_many, self.items, n, self.betas[1], self.betas[2], scale, limit)
+function Lion:update(items, n, _, scale, limit)
+  lib.call(C.lac_lion_many, items, n, self.betas[1], self.betas[2], scale, limit)
 end
 
 --- Dynamic loss scaling for f16 (optim/scaler.lua says how and why):
@@ -398,8 +457,8 @@ function optim.loss_scaler(options) return Scaler(options) end
 -- @tparam Module|table params a module (then grouped by optim.groups), a list of tensors, or a list of
 --   groups: each a list of tensors with optional fields lr, weight_decay, names
 -- @tparam[opt] table options lr = 1e-3, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0.01; skip_missing =
---   false (a parameter without a gradient is left alone); master = false (f32 copies of f16 and bf16
---   parameters are what is updated)
+--   false (a parameter without a gradient is left alone; the bias correction goes by its own steps); master =
+--   false (f32 copies of f16 and bf16 parameters are what is updated)
 -- @treturn AdamW
 function optim.adamw(params, options) return AdamW(params, options) end
 
@@ -408,8 +467,8 @@ function optim.adamw(params, options) return AdamW(params, options) end
 function optim.adam(params, options) return Adam(params, options) end
 
 --- Stochastic gradient descent: m = momentum m + (1 - dampening) g, parameter -= lr m; with nesterov
--- (Sutskever et al. 2013) parameter -= lr (g + momentum m). The first step sets m = g. Weight decay is added
--- to g (L2).
+-- (Sutskever et al. 2013) parameter -= lr (g + momentum m). The first step of a parameter sets m = g. Weight
+-- decay is added to g (L2).
 -- @tparam Module|table params as for adamw
 -- @tparam table options lr; momentum = 0, dampening = 0, nesterov = false, weight_decay = 0; skip_missing,
 --   master as for adamw

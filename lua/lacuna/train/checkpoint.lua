@@ -10,7 +10,8 @@
 -- `path` is always the newest. With keep > 1 the one before it gets a second name with its step,
 -- checkpoint-00000200.safetensors, before the new one takes the path; the oldest beyond `keep` is removed
 -- last. latest() looks at all of them, newest first, and gives the first that verifies, with the reasons
--- against the newer ones. Temporary files of processes that are gone are removed when a run starts.
+-- against the newer ones. Temporary files of processes that are gone are removed when a run starts, at each
+-- of its writes and at its end.
 --
 -- Rejected: numbered files and a pointer file "latest" (two files that have to agree after a crash); a
 -- directory per checkpoint (its rename is atomic only if the target is absent); pickled objects (code in
@@ -157,6 +158,7 @@ function checkpoint.save(path, options)
   local o = schema.options("save_checkpoint", options, SAVE)
   schema.check("save_checkpoint", "path", path, { type = "string" })
   path = file_of(path)
+  checkpoint.clean(path) -- again: a process that was just killed may have counted as alive at the start
   local tensors, metadata = contents(o)
   if o.keep > 1 and not o.fresh then archive(path, o.step) end
   store.save(path, tensors, metadata, { checksum = true })
@@ -236,12 +238,27 @@ local function read(path, with_optimizer)
   return metadata, model, state
 end
 
+-- what a script may change between the sessions of a run: schedules do it at every step
+local FREE = { lr = true, weight_decay = true }
+
 local function load_optimizer(path, optimizer, metadata, state)
   local steps = tonumber(metadata.optimizer_steps)
   if not steps then fail("load_checkpoint", "%s holds no optimizer state", path) end
-  local kind, own = decode(path, metadata, "optimizer").kind, optimizer:config().kind
-  if kind ~= own then
-    fail("load_checkpoint", "%s holds the state of %s, but the optimizer is %s", path, show(kind), show(own))
+  local saved, own = decode(path, metadata, "optimizer"), optimizer:config()
+  if saved.kind ~= own.kind then
+    fail("load_checkpoint", "%s holds the state of %s, but the optimizer is %s", path, show(saved.kind),
+      show(own.kind))
+  end
+  local differences = {}
+  for _, name in ipairs(schema.keys(own)) do
+    -- what an older file does not hold cannot be compared
+    if not FREE[name] and saved[name] ~= nil and json.encode(saved[name]) ~= json.encode(own[name]) then
+      differences[#differences + 1] = ("%s was %s and is %s"):format(name, show(saved[name]), show(own[name]))
+    end
+  end
+  if #differences > 0 then
+    fail("load_checkpoint", "the optimizer is not the one whose state %s holds: %s", path,
+      table.concat(differences, ", "))
   end
   optimizer:load_state_dict(state, steps)
 end
@@ -252,7 +269,9 @@ end
 --   too
 -- @treturn table { step, config, model = { class, options } if lac.nn can make it again, optimizer = its
 --   configuration, fit = what train.fit stored }
--- @raise not a checkpoint of this kind; damaged; names or shapes that do not fit
+-- @raise not a checkpoint of this kind; damaged; names or shapes that do not fit; an optimizer of another
+-- kind
+--   or with other options than the one that was saved (lr and weight_decay may differ)
 function checkpoint.load(path, options)
   local o = schema.options("load_checkpoint", options, { model = { type = "table" },
     optimizer = { type = "table" },
