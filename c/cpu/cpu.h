@@ -15,6 +15,7 @@
 #ifndef LAC_CPU_H
 #define LAC_CPU_H
 #include "../backend.h"
+#include <string.h>
 
 #ifndef LAC_ISA
 #error "compile with -DLAC_ISA=baseline, avx2 or avx512"
@@ -92,6 +93,23 @@ static inline void lac_cursor_next(const lac_nest *nest, lac_cursor *c)
  * are in the cache already). */
 bool LAC_CPU(nest_streams)(const lac_nest *nest, int dtype);
 
+/* one element of `bytes` bytes */
+static inline void lac_put(int64_t bytes, char *to, const char *from)
+{
+    switch (bytes) {
+    case 8:
+        memcpy(to, from, 8);
+        break;
+    case 4:
+        memcpy(to, from, 4);
+        break;
+    case 2:
+        memcpy(to, from, 2);
+        break;
+    default:
+        *to = *from;
+    }
+}
 /* n elements of `bytes` bytes each, so and sx bytes apart; sx = 0 repeats one (copy.c) */
 void LAC_CPU(move)(int bytes, char *out, int64_t so, const char *x, int64_t sx, int64_t n);
 

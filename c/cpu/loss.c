@@ -135,8 +135,7 @@ static const void *soft_row(const loss_job *job, int64_t r, void *space)
     int64_t bytes = lac_bytes_of(v->dtype);
     const char *at = (const char *)v->data + r * v->stride[0] * bytes;
     const void *t = LAC_CPU(load)(v->dtype, at, v->stride[1] * bytes, job->n, space);
-    if ((!job->weight && job->loss->smoothing == 0) || !space)
-        return t; /* only chunks have no space, and no soft targets */
+    if (!job->weight && job->loss->smoothing == 0) return t;
     if (job->ctype == C_F32) row_target_f(t, job->weight, job->loss->smoothing, space, job->n);
     else row_target_d(t, job->weight, job->loss->smoothing, space, job->n);
     return space;
@@ -145,7 +144,7 @@ static const void *soft_row(const loss_job *job, int64_t r, void *space)
 static void loss_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const loss_job *job = context;
-    char *space = job->workspace ? job->workspace + 2 * job->row_bytes * thread : NULL; /* NULL: a chunk */
+    char *space = job->workspace + 2 * job->row_bytes * thread;
     for (int64_t r = begin; r < end; r++) {
         const void *x = logits_row(job, r, space);
         double lse = job->ctype == C_F32 ? row_lse_f(x, job->n) : row_lse_d(x, job->n), loss, share;
@@ -218,13 +217,13 @@ static void gradient_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const loss_job *job = context;
     int64_t n = job->n, bytes = job->gradient ? lac_bytes_of(job->gradient->dtype) : 0;
-    char *space = job->workspace ? job->workspace + 2 * job->row_bytes * thread : NULL; /* NULL: a chunk */
+    char *space = job->workspace + 2 * job->row_bytes * thread;
     double block[STREAM_BLOCK];
     /* a result beyond the caches is written past them: reading its lines first would cost a third of the traffic */
     bool stream = job->gradient && lac_is_native(job->gradient->dtype) && job->rows * n * bytes > STREAM_BYTES;
     for (int64_t r = begin; r < end; r++) {
         const void *x = logits_row(job, r, space);
-        row_rule rule = rule_of(job, r, x, space ? space + job->row_bytes : NULL);
+        row_rule rule = rule_of(job, r, x, space + job->row_bytes);
         char *out = job->gradient ? (char *)job->gradient->data + r * n * bytes : NULL;
         if (stream) {
             for (int64_t at = 0; at < n; at += STREAM_BLOCK) {
@@ -247,11 +246,8 @@ static int run_rows(const char *op, loss_job *job, lac_task *task)
 {
     int64_t work = job->rows * (job->n + 1) * 4;
     job->row_bytes = (job->n * (int64_t)lac_compute_size(job->ctype) + 63) / 64 * 64;
-    job->workspace = NULL;
-    if (!job->chunk) {
-        job->workspace = lac_workspace_get(op, (size_t)(2 * job->row_bytes * LAC_CPU(threads)(job->rows, work)));
-        if (!job->workspace) return LAC_E_MEMORY;
-    }
+    job->workspace = lac_workspace_get(op, (size_t)(2 * job->row_bytes * LAC_CPU(threads)(job->rows, work)));
+    if (!job->workspace) return LAC_E_MEMORY;
     int status = LAC_CPU(parallel)(op, job->rows, work, task, job);
     lac_workspace_put(job->workspace);
     return status;

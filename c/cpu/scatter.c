@@ -64,21 +64,8 @@ static void set_lines(const scatter_job *job, const lines *l)
     int64_t dst_step = a->dst.stride[a->dim] * bytes, src_step = a->src.stride[a->dim] * bytes;
     for (int64_t i = 0; i < n; i++)
         for (int64_t j = 0; j < l->w; j++) {
-            char *to = l->dst + l->index[i * job->inner + j] * dst_step + j * l->dst_last;
-            const char *from = l->src + i * src_step + j * l->src_last;
-            switch (bytes) {
-            case 8:
-                memcpy(to, from, 8);
-                break;
-            case 4:
-                memcpy(to, from, 4);
-                break;
-            case 2:
-                memcpy(to, from, 2);
-                break;
-            default:
-                *to = *from;
-            }
+            lac_put(bytes, l->dst + l->index[i * job->inner + j] * dst_step + j * l->dst_last,
+                    l->src + i * src_step + j * l->src_last);
         }
 }
 

@@ -228,21 +228,7 @@ static void put_line(const sort_job *job, int64_t t, const char *line, const voi
         int64_t at =
             job->wide ? (int64_t)((const pair *)sorted)[i].at : (int64_t)(((const uint64_t *)sorted)[i] & 0xffffffffu);
         index[i * so] = at;
-        const char *from = line + at * step;
-        char *to = values + i * so * bytes;
-        switch (bytes) {
-        case 8:
-            memcpy(to, from, 8);
-            break;
-        case 4:
-            memcpy(to, from, 4);
-            break;
-        case 2:
-            memcpy(to, from, 2);
-            break;
-        default:
-            *to = *from;
-        }
+        lac_put(bytes, values + i * so * bytes, line + at * step);
     }
 }
 
