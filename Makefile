@@ -199,6 +199,12 @@ fuzz: $(if $(SANITIZE),asan-build,all) ## a million random public calls (FUZZ_CA
 	  echo "  repeat with: luajit tests/support/fuzz.lua {} $(FUZZ_PIECE)"; exit 1; }'
 	@awk '{ n += $$1 } END { print n " random calls without a failure" }' $(FUZZ_DIR)/*.ok
 
+# The suite kills a writer of checkpoints 40 times, and damages every byte of a small one; this kills it KILLS times.
+KILLS ?= 100
+.PHONY: kill
+kill: all ## kill a writer of checkpoints at KILLS (100) random moments: every newest checkpoint must load
+	LACUNA_KILLS=$(KILLS) $(BUSTED) tests/checkpoint_spec.lua
+
 # Kernels are run by the best instruction set of this processor and, in engine_spec.lua and the specs of operators and
 # attention, by every other one that it has.
 # Lines of Lua are counted with the JIT off. Specs below the library (direct) have nothing to count there and much to

@@ -25,11 +25,12 @@ local runlog = require "lacuna.log"
 local schema = require "lacuna.schema"
 local sys = require "lacuna.sys"
 
+local option = cli.option
+
 local SPEC = {
   program = "language_model",
   about = "Trains a byte-level LongNet language model and compares it with an order-2 model and xz.",
-  { name = "data", type = "string",
-  help = "text file (default: the King James Bible of Debian's bible-kjv)" },
+  option("data"),
   { name = "segments", type = "integers", min = 1, default = { 64, 128, 256 }, help = "segment lengths" },
   { name = "dilations", type = "integers", min = 1, default = { 1, 2, 4 },
   help = "dilation of each segment length" },
@@ -38,18 +39,18 @@ local SPEC = {
   { name = "merge", one_of = { "lse", "lse_detach", "mean", "sum" },
   help = "merge of branches (default: the scheme's)" },
   { name = "offset", one_of = { "mod", "block", "branch" }, help = "offset rule (default: the scheme's)" },
-  { name = "layers", type = "integer", min = 1, default = 4, help = "blocks" },
-  { name = "width", type = "integer", min = 1, default = 128, help = "model width" },
-  { name = "heads", type = "integer", min = 1, default = 4, help = "attention heads" },
+  option("layers", { default = 4 }),
+  option("width", { default = 128 }),
+  option("heads", { default = 4 }),
   { name = "ffn", type = "integer", min = 1, help = "width of the feed-forward part (default 4 x width)" },
   { name = "positions", one_of = { "xpos", "rope", "none" }, default = "xpos", help = "position encoding" },
   { name = "dropout", type = "number", min = 0, below = 1, default = 0,
   help = "dropout on the residual branches" },
-  { name = "context", type = "integer", min = 2, default = 256, help = "bytes in a window" },
-  { name = "batch", type = "integer", min = 1, default = 8, help = "windows in a step" },
-  { name = "steps", type = "integer", min = 1, default = 1400, help = "training steps" },
+  option("context", { default = 256 }),
+  option("batch"),
+  option("steps", { default = 1400 }),
   { name = "minutes", type = "number", above = 0, help = "stop training after this time, whatever the step" },
-  { name = "lr", type = "number", above = 0, default = 4e-3, help = "largest learning rate" },
+  option("lr"),
   { name = "warmup", type = "integer", min = 0, default = 50,
   help = "steps of linear warm-up, then a cosine to lr / 20" },
   { name = "weight_decay", type = "number", min = 0, default = 0.05,
@@ -62,10 +63,10 @@ local SPEC = {
   { name = "checkpoint_activations", type = "boolean",
   help = "less memory, a third more time: compute blocks again in the backward pass" },
   { name = "nan_watch", type = "boolean", help = "stop at the first NaN or infinity and name its operator" },
-  { name = "seed", type = "integer", min = 0, default = 1,
-  help = "of initial values, data order and sampling" },
-  { name = "eval_bytes", type = "integer", min = 16, default = 131072,
-  help = "held-out bytes at the end of the text" },
+  { name = "profile", type = "integer", min = 1,
+  help = "profile so many steps, print the table, write trace.json beside the log" },
+  option("seed", { help = "of initial values, data order and sampling" }),
+  option("eval_bytes", { default = 131072 }),
   { name = "eval_every", type = "integer", min = 0, default = 200,
   help = "steps between evaluations on 16 KB (0: none)" },
   { name = "stride", type = "integer", min = 1,
@@ -81,9 +82,8 @@ local SPEC = {
   { name = "keep", type = "integer", min = 1, default = 2, help = "checkpoints that stay" },
   { name = "evaluate", type = "string", help = "only evaluate this run folder or checkpoint" },
   { name = "generate", type = "string", help = "only sample from this run folder or checkpoint" },
-  { name = "threads", type = "integer", min = 1, help = "CPU threads (default: all cores)" },
-  { name = "quick", type = "boolean",
-  help = "a run of seconds: tiny model, little text (other options still apply)" },
+  option("threads"),
+  option("quick", { help = "a run of seconds: tiny model, little text (other options still apply)" }),
 }
 
 -- what --quick means, for options that were not given
@@ -93,7 +93,7 @@ local QUICK = { segments = { 16, 32 }, dilations = { 1, 2 }, layers = 2, width =
 local QUICK_TEXT = 200000
 local PEEK = 16384 -- bytes of the evaluations during training
 -- what may differ between the sessions of one run, because the numbers do not depend on it
-local FREE = { checkpoint_activations = true, nan_watch = true, minutes = true,
+local FREE = { checkpoint_activations = true, nan_watch = true, minutes = true, profile = true,
   sample = true, prompt = true, temperature = true, top_k = true, out = true,
   threads = true, resume = true, checkpoint_every = true, keep = true, evaluate = true, generate = true }
 
@@ -146,16 +146,17 @@ end
 
 local function config_of(o)
   local config = {}
-  for _, option in ipairs(SPEC) do
-    if not FREE[option.name] or option.name == "threads" then config[option.name] = o[option.name] end
+  for _, entry in ipairs(SPEC) do
+    local name = entry.name
+    if not FREE[name] or name == "threads" then config[name] = o[name] end
   end
   return config
 end
 
 -- the options of the run that a checkpoint belongs to; those given now must agree, unless they are free
 local function take_config(o, config, from)
-  for _, option in ipairs(SPEC) do
-    local name = option.name
+  for _, entry in ipairs(SPEC) do
+    local name = entry.name
     if not FREE[name] then
       if o.given[name] and json.encode(o[name]) ~= json.encode(config[name]) then
         refuse("--%s is %s in %s and %s now: a run that goes on keeps it",
@@ -191,11 +192,7 @@ end
 
 local function settle_options(o)
   local config = o.resume and prepare_resume(o)
-  if o.quick and not config then
-    for name, value in pairs(QUICK) do
-      if not o.given[name] then o[name] = value end
-    end
-  end
+  if o.quick and not config then cli.preset(o, QUICK) end
   if o.threads then lac.threads(o.threads) end
   o.stride = o.stride or math.max(1, math.floor(o.context / 2))
   return config
@@ -226,7 +223,7 @@ local function train_model(o, model, train, held, log)
     evaluate = function(m) return { bits_per_byte = lac.train.bits_per_byte(m, peek) } end,
     eval_every = o.eval_every,
     scaler = o.precision == "f16" and lac.optim.loss_scaler() or nil,
-    accumulate = o.accumulate, nan_watch = o.nan_watch,
+    accumulate = o.accumulate, nan_watch = o.nan_watch, profile = o.profile,
     log = log, checkpoint = log:path("checkpoint.safetensors"), config = config,
     checkpoint_every = o.checkpoint_every, keep = o.keep, resume = o.resume,
   }

@@ -19,25 +19,25 @@ local cli = require "lacuna.cli"
 local runlog = require "lacuna.log"
 local json = require "lacuna.json"
 
+local option = cli.option
+
 local SPEC = {
   program = "sweep_segments",
   about = "Trains one model with different segments and dilations; shows quality against FLOPs.",
-  { name = "data", type = "string",
-  help = "text file (default: the King James Bible of Debian's bible-kjv)" },
-  { name = "context", type = "integer", min = 16, default = 512, help = "bytes in a window" },
-  { name = "layers", type = "integer", min = 1, default = 2, help = "blocks" },
-  { name = "width", type = "integer", min = 1, default = 96, help = "model width" },
-  { name = "heads", type = "integer", min = 2, default = 4, help = "attention heads" },
-  { name = "batch", type = "integer", min = 1, default = 8, help = "windows in a step" },
-  { name = "steps", type = "integer", min = 1, default = 200, help = "training steps of every run" },
-  { name = "lr", type = "number", above = 0, default = 4e-3, help = "largest learning rate" },
-  { name = "seed", type = "integer", min = 0, default = 1, help = "the first seed" },
+  option("data"),
+  option("context", { min = 16, default = 512 }),
+  option("layers", { default = 2 }),
+  option("width", { default = 96 }),
+  option("heads", { min = 2, default = 4 }),
+  option("batch"),
+  option("steps", { default = 200, help = "training steps of every run" }),
+  option("lr"),
+  option("seed", { help = "the first seed" }),
   { name = "seeds", type = "integer", min = 1, default = 1, help = "runs of every configuration" },
-  { name = "eval_bytes", type = "integer", min = 16, default = 32768,
-  help = "held-out bytes at the end of the text" },
+  option("eval_bytes", { default = 32768 }),
   { name = "out", type = "string", help = "run folder (default runs/sweep_segments-<time>)" },
-  { name = "threads", type = "integer", min = 1, help = "CPU threads (default: all cores)" },
-  { name = "quick", type = "boolean", help = "a sweep of seconds (other options still apply)" },
+  option("threads"),
+  option("quick", { help = "a sweep of seconds (other options still apply)" }),
 }
 local QUICK = { context = 64, layers = 1, width = 32, batch = 4, steps = 8, eval_bytes = 1024 }
 local QUICK_TEXT = 100000
@@ -144,18 +144,14 @@ local function draw(results, dir)
 end
 
 local function main(o)
-  if o.quick then
-    for name, value in pairs(QUICK) do
-      if not o.given[name] then o[name] = value end
-    end
-  end
+  if o.quick then cli.preset(o, QUICK) end
   if o.threads then lac.threads(o.threads) end
   local text = o.data and lac.data.open(o.data) or lac.data.bible()
   if o.quick and text.size > QUICK_TEXT then text = text:slice(1, QUICK_TEXT) end
   local train, held = text:split{ held_out = o.eval_bytes }
   local log = runlog.open(o.out and { path = o.out } or { name = "sweep_segments" })
   local config = {}
-  for _, option in ipairs(SPEC) do config[option.name] = o[option.name] end
+  for _, entry in ipairs(SPEC) do config[entry.name] = o[entry.name] end
   log:config(config)
   printf("%d layers, width %d, context %d; %d steps of %d x %d bytes for each of %d patterns, %d seed(s); %s",
     o.layers, o.width, o.context, o.steps, o.batch, o.context, #configurations(o.context), o.seeds, log.dir)

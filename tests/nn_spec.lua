@@ -437,6 +437,8 @@ describe("nn.LongNetLM", function()
       local ty = lac.tensor(target, { dtype = "i32" })
       assert.near(sum / n, model:loss(x, ty):item(), 1e-12)
       assert.near(sum, model:loss(x, ty, { reduction = "sum", chunk = 3 }):item(), 1e-11)
+      local o = { label_smoothing = 0.2, weight = lac.rand{ model.vocab, dtype = "f64" }, ignore_index = 2 }
+      assert.near(lac.cross_entropy(model(x), y, o):item(), model:loss(x, y, o):item(), 1e-12)
     end
   end)
 

@@ -85,7 +85,11 @@ describe("schema", function()
     assert.are.equal("dilations", schema.nearest("dilation", { "segments", "dilations", "offset" }))
     assert.are.equal("causal", schema.nearest("casual", { "causal", "scale", "cat" }))
     assert.are.equal("zeros", schema.nearest("zeroes", { "zeros", "eros", "ones" }))
-    assert.are.equal("a", schema.nearest("zzz", { "b", "a" }))
+    assert.is_nil(schema.nearest("zzz", { "b", "a" }))
+    assert.are.equal("norm", schema.nearest("born", { "norm", "a" })) -- half of the letters
+    assert.is_nil(schema.nearest("multinomial", { "custom_op", "cat" }))
+    assert.are.equal("", schema.hint("zzz", { "b" }))
+    assert.are.equal(", did you mean lac.mean?", schema.hint("maen", { "mean" }, "lac.%s"))
     assert.is_nil(schema.nearest("x", {}))
   end)
 

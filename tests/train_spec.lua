@@ -44,6 +44,40 @@ describe("train.fit", function()
   before_each(function() dir = sys.temporary("-train") end)
   after_each(function() os.execute("rm -r " .. sys.quote(dir) .. " 2>/dev/null") end)
 
+  it("profiles some steps, which changes none of the numbers", function()
+    local function run(steps, more)
+      lac.manual_seed(3)
+      local model, optimizer = make()
+      local log = runlog.open{ path = dir .. tostring(more) }
+      local out, text_of = capture()
+      local fit = lac.train.fit{ model = model, optimizer = optimizer, steps = steps, batch = batch,
+        log = log, progress = "lines", out = out, profile = more }
+      log:close()
+      return fit, text_of(), log
+    end
+    local plain = run(9)
+    local fit, printed, log = run(9, 4)
+    assert.equal(plain.loss, fit.loss)
+    assert.is_nil(plain.profile)
+    assert.matches("steps 4 to 7\nprofile: ", printed)
+    assert.matches("LongNetLM", printed)
+    local adam = 0
+    for _, e in ipairs(fit.profile.events) do adam = adam + (e.op == "adamw" and 1 or 0) end
+    assert.equal(4, adam)
+    local trace = assert(io.open(log:path("trace.json")))
+    assert.is_table(require("lacuna.json").decode(trace:read("*a")).traceEvents)
+    trace:close()
+    fit, printed = run(2, 5)
+    assert.equal(2, fit.steps)
+    assert.matches("steps 2 to 2\n", printed)
+    assert.error_matches(function()
+      local model, optimizer = make()
+      lac.train.fit{ model = model, optimizer = optimizer, steps = 2, batch = batch, profile = 1,
+        nan_watch = true }
+    end, "nan_watch and profile exclude each other")
+    for _, name in ipairs{ "nil", "4", "5" } do os.execute("rm -r " .. sys.quote(dir .. name)) end
+  end)
+
   it("trains, logs, evaluates, reports lines and writes a checkpoint", function()
     local model, optimizer = make()
     local log = runlog.open{ path = dir }

@@ -32,6 +32,44 @@ local function default_text(value)
   return tostring(value)
 end
 
+-- what scripts that train a model on a text have in common; their defaults are their own
+local COMMON = {
+  data = { type = "string", help = "text file (default: the King James Bible of Debian's bible-kjv)" },
+  layers = { type = "integer", min = 1, help = "blocks" },
+  width = { type = "integer", min = 1, help = "model width" },
+  heads = { type = "integer", min = 1, help = "attention heads" },
+  context = { type = "integer", min = 2, help = "bytes in a window" },
+  batch = { type = "integer", min = 1, default = 8, help = "windows in a step" },
+  steps = { type = "integer", min = 1, help = "training steps" },
+  lr = { type = "number", above = 0, default = 4e-3, help = "largest learning rate" },
+  seed = { type = "integer", min = 0, default = 1 },
+  eval_bytes = { type = "integer", min = 16, help = "held-out bytes at the end of the text" },
+  threads = { type = "integer", min = 1, help = "CPU threads (default: all cores)" },
+  quick = { type = "boolean", help = "a run of seconds (other options still apply)" },
+}
+
+--- An option that several scripts have, for the list of one: data, layers, width, heads, context, batch,
+-- steps, lr, seed, eval_bytes, threads, quick.
+-- @tparam string name
+-- @tparam[opt] table changes fields of the rule that this script has otherwise, such as its default
+-- @treturn table for the spec of cli.parse
+function cli.option(name, changes)
+  if not COMMON[name] then schema.unknown("cli.option", "option", name, schema.keys(COMMON)) end
+  local option = { name = name }
+  for _, from in ipairs{ COMMON[name], changes or {} } do
+    for key, value in pairs(from) do option[key] = value end
+  end
+  return option
+end
+
+--- Set options that were not given on the command line: what --quick means.
+-- @tparam table options from cli.parse @tparam table values by name
+function cli.preset(options, values)
+  for name, value in pairs(values) do
+    if not options.given[name] then options[name] = value end
+  end
+end
+
 --- The text of --help.
 -- @tparam table spec program =, about =, and a list of options { name =, type =, one_of =, default =, help =,
 --   ... }
@@ -92,9 +130,8 @@ function cli.parse(spec, args)
     if name == "help" then
       options.help = true
     elseif not o then
-      schema.fail(spec.program, "unknown option '%s', did you mean '--%s'? (see --help)",
-        args[i]:match("^[^=]+"),
-        (schema.nearest(name, option_names(spec)):gsub("_", "-")))
+      schema.fail(spec.program, "unknown option '%s'%s (see --help)", args[i]:match("^[^=]+"),
+        (schema.hint(name, option_names(spec), "'--%s'"):gsub("_", "-")))
     elseif o.type == "boolean" then
       if text then schema.fail(spec.program, "--%s takes no value, got '%s'", (name:gsub("_", "-")), text) end
       options[name] = true

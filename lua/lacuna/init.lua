@@ -81,8 +81,7 @@ local function unknown(_, name)
   if value ~= nil and value ~= false then return value end
   local names = schema.keys(lac)
   for key in pairs(lazy) do names[#names + 1] = key end
-  schema.fail("lacuna", "there is no lac.%s, did you mean lac.%s?", tostring(name),
-              schema.nearest(tostring(name), names))
+  schema.fail("lacuna", "there is no lac.%s%s", tostring(name), schema.hint(name, names, "lac.%s"))
 end
 
 local setting = os.getenv("LACUNA_MEMORY")

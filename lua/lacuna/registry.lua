@@ -34,12 +34,7 @@ function Registry:get(name)
   local value = type(name) == "string" and self.entries[name]
   if not value then
     local names = self:names()
-    if type(name) ~= "string" then
-      schema.fail(self.op, "%s must be one of %s, got %s", self.what, table.concat(names, ", "),
-                  schema.show(name))
-    end
-    schema.fail(self.op, "unknown %s '%s', did you mean '%s'? valid: %s", self.what, name,
-                schema.nearest(name, names) or "", table.concat(names, ", "))
+    schema.unknown(self.op, self.what, name, names)
   end
   return value
 end

@@ -40,10 +40,11 @@ local function distance(a, b)
   return last[n]
 end
 
---- The candidate that is nearest to `name` by edit distance; ties go to the alphabetically first.
+--- The candidate that is nearest to `name` by edit distance; ties go to the alphabetically first. One that
+-- differs in more than half of the name's letters is no help, and is not given.
 -- @tparam string name
 -- @tparam table candidates list of strings
--- @treturn string|nil nil only when there are no candidates
+-- @treturn string|nil nil when none is near
 function schema.nearest(name, candidates)
   local best, best_distance
   local lower = name:lower():sub(1, 64)
@@ -56,9 +57,18 @@ function schema.nearest(name, candidates)
       best, best_distance = candidate, d
     end
   end
+  if best and best_distance > #lower / 2 then return nil end
   return best
 end
 lib.nearest = schema.nearest
+
+--- The end of a message about an unknown name: ", did you mean 'mean'?", or "" when none is near.
+-- @tparam string name @tparam table candidates list of strings
+-- @tparam[opt="'%s'"] string format how the nearest one is written
+function schema.hint(name, candidates, format)
+  local nearest = schema.nearest(tostring(name), candidates)
+  return nearest and (", did you mean " .. (format or "'%s'") .. "?"):format(nearest) or ""
+end
 
 --- A short text for any value, for error messages: 0, nan, 'text', {1, 2, ...}, Tensor f32 [2 x 3] cpu.
 function schema.show(value)
@@ -108,8 +118,9 @@ function schema.unknown(op, what, name, valid)
   if type(name) ~= "string" then
     fail(op, "%s must be one of %s, got %s", what, table.concat(sorted, ", "), show(name))
   end
-  fail(op, "unknown %s %s, did you mean '%s'? valid: %s", what, show(name),
-       schema.nearest(name, sorted) or "", table.concat(sorted, ", "))
+  local hint = schema.hint(name, sorted)
+  fail(op, "unknown %s %s%s valid: %s", what, show(name), hint == "" and ";" or hint,
+       table.concat(sorted, ", "))
 end
 
 --- A copy of a list of names that is empty for a missing one: keys of a table, sorted.

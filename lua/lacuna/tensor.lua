@@ -590,8 +590,9 @@ local function special(t, key)
   local kind = type(key)
   if kind == "string" then
     if OPTIONAL[key] then return nil end
-    fail("tensor", "there is no field or method '%s', did you mean '%s'?", key,
-         SYNONYM[key] or schema.nearest(key, field_names()))
+    local other = SYNONYM[key]
+    fail("tensor", "there is no field or method '%s'%s", key,
+         other and (", did you mean '%s'?"):format(other) or schema.hint(key, field_names()))
   end
   return tensor.get(t, key) -- ops/view.lua
 end
@@ -610,8 +611,8 @@ function Tensor.__newindex(t, key, value)
       fail("grad", "a gradient has its tensor's shape, dtype and device: %s against %s", show(value), show(t))
     end
   elseif not OPTIONAL[key] and not FIXED[key] then
-    fail("tensor", "there is no field '%s' to set, did you mean '%s'? (grad, name, t[position])", key,
-         schema.nearest(key, field_names()))
+    fail("tensor", "there is no field '%s' to set%s (grad, name, t[position])", key,
+         schema.hint(key, field_names()))
   end
   rawset(t, key, value)
 end

@@ -24,6 +24,7 @@ local create = require "lacuna.create"
 local grad = require "lacuna.grad"
 local watch = require "lacuna.watch"
 local sys = require "lacuna.sys"
+local profile = require "lacuna.profile"
 local checkpoint = require "lacuna.train.checkpoint"
 local progress = require "lacuna.train.progress"
 
@@ -203,16 +204,40 @@ local function enter_step(o, s, step)
   s.lr = s.factor * o.optimizer.lr
 end
 
+-- returns whether the time is over
+local function run_steps(o, s, first, last)
+  for step = first, last do
+    enter_step(o, s, step)
+    one_step(o, s)
+    if after_update(o, s) then return true end
+  end
+  return false
+end
+
+local SETTLE = 3 -- steps before a profile: the first fill the pool and compile Lua
+
+local function run_profiled(o, s, first, last)
+  if first > last then return false end
+  local p, over = profile(function() return run_steps(o, s, first, last) end, { trace = true, print = false })
+  s.profile = p
+  say(s, ("steps %d to %d\n%s"):format(first, last, p:report()))
+  if o.log then say(s, "trace in " .. p:trace(o.log:path("trace.json"))) end
+  return over
+end
+
 local function loop(o, s)
   if s.again then -- the checkpoint was written between an update and what follows it
     enter_step(o, s, s.first - 1)
     if after_update(o, s) then return end
   end
-  for step = s.first, s.last do
-    enter_step(o, s, step)
-    one_step(o, s)
-    if after_update(o, s) then return end
+  local first = s.first
+  if o.profile > 0 then
+    local settled = math.max(first, math.min(first + SETTLE, s.last))
+    if run_steps(o, s, first, settled - 1) then return end
+    first = math.min(settled + o.profile, s.last + 1)
+    if run_profiled(o, s, settled, first - 1) then return end
   end
+  run_steps(o, s, first, s.last)
 end
 
 -- ---- fit --------------------------------------------------------------------------------------------------
@@ -254,6 +279,7 @@ local FIT = {
   clip_value = { type = "number", above = 0 },
   scaler = { type = "table" },
   nan_watch = { type = "boolean", default = false },
+  profile = { type = "integer", min = 0, default = 0 },
   evaluate = { type = "function" },
   eval_every = { type = "integer", min = 0, default = 0 },
   log = { type = "table" },
@@ -270,6 +296,9 @@ local FIT = {
 }
 
 local function check(o)
+  if o.nan_watch and o.profile > 0 then
+    fail("train.fit", "nan_watch and profile exclude each other: what the watch costs would be measured")
+  end
   if o.first_step > o.steps then
     fail("train.fit", "first_step %d is after the last step %d: nothing is left to train", o.first_step,
       o.steps)
@@ -324,6 +353,8 @@ end
 --   lac.optim.loss_scaler() for f16: the loss is scaled, a step whose gradients overflow is left out (its
 --   number counts, its batch is not seen again), checkpoints hold the scale;
 --   nan_watch = true: the first operator that makes a NaN or an infinity stops the run and is named (slow);
+--   profile = N: N steps after the third are profiled by operator, module and line, the table is printed and
+--   the trace goes to trace.json in the log's folder;
 --
 --   evaluate = function(model, step) -> table of numbers, run in evaluation mode without gradients at the end
 --   and every eval_every steps (0: only at the end); log = a Log, log_every = 10 steps;
@@ -335,7 +366,7 @@ end
 --
 --   progress = "auto" (a bar on a terminal, else lines) | "bar" | "lines" | "none", out = io.stderr
 -- @treturn table { steps, loss, smooth, tokens, seconds, tokens_per_second, evaluations }, of all sessions of
---   a resumed run together
+--   a resumed run together; profile = the Profile, if one was asked for
 -- @raise the loss or the gradient norm is not finite; "interrupted" after Ctrl-C
 function train.fit(options)
   local o = schema.options("train.fit", options, FIT)
@@ -358,9 +389,11 @@ function train.fit(options)
   progress.clear(s)
   if not ok then stop(o, s, reason) end
   write_checkpoint(o, s)
+  if o.checkpoint then checkpoint.clean(o.checkpoint) end
   local tokens, seconds = s.tokens_before + s.tokens, s.seconds_before + sys.time() - s.started
   local summary = { steps = s.step, loss = s.loss, smooth = s.smooth, tokens = tokens, seconds = seconds,
-    evaluation_seconds = s.evaluating, tokens_per_second = tokens / seconds, evaluations = s.evaluations }
+    evaluation_seconds = s.evaluating, tokens_per_second = tokens / seconds, evaluations = s.evaluations,
+    profile = s.profile }
   if o.log then
     o.log:write{ event = "done", step = s.step, loss = s.loss, smooth = s.smooth, tokens = tokens,
       seconds = seconds, tokens_per_second = tokens / seconds }

@@ -462,8 +462,8 @@ require("lacuna.attention.variants")(attention.variants)
 return setmetatable(attention, {
   __call = function(_, options) return Attention(options) end,
   __index = function(_, name)
-    fail("attention", "there is no lac.attention.%s, did you mean '%s'?", tostring(name),
-         schema.nearest(tostring(name), schema.keys(attention)) or "attend")
+    fail("attention", "there is no lac.attention.%s%s", tostring(name),
+         schema.hint(name, schema.keys(attention)))
   end,
   __tostring = function()
     return "lac.attention{variant = ...}: " .. table.concat(attention.variants:names(), ", ")

@@ -16,6 +16,7 @@
 
 local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
+local create = require "lacuna.create"
 local ops = require("lacuna.ops").fn
 local attention = require "lacuna.attention"
 local grad = require "lacuna.grad"
@@ -135,21 +136,20 @@ local function split_heads(x, heads, D)
   return x:view(x:size(1), x:size(2), heads, D) -- [B, N, H, D]
 end
 
+-- [B, n] i64: row i of item b stands at start[b] + i - 1
+local function positions_from(start, n, device)
+  local first = create.tensor(start, { dtype = "i64", device = device })
+  return first:view(#start, 1) + create.arange{ n, dtype = "i64", device = device }
+end
+
 -- start: position of row 1 from 0, one for the whole batch or a list of one per item
 local function rotate(self, x, sign, start)
   local o = self.options
   if o.positions == "none" then return x end
-  local rope = { base = o.rope_base, sign = sign, scale_base = o.positions == "xpos" and o.xpos_base or nil }
-  if type(start) == "number" then
-    rope.start = o.origin + start
-    return ops.rope(x, rope)
-  end
-  local parts = {}
-  for b = 1, #start do
-    rope.start = o.origin + start[b]
-    parts[b] = ops.rope(x:narrow(1, b, 1), rope)
-  end
-  return ops.cat(parts, 1)
+  local single = type(start) == "number"
+  return ops.rope(x, { base = o.rope_base, sign = sign, start = o.origin + (single and start or 0),
+    scale_base = o.positions == "xpos" and o.xpos_base or nil,
+    positions = not single and positions_from(start, x:size(2), x:device()) or nil })
 end
 
 -- q, k, v [B, N, heads, D] as the attention takes them

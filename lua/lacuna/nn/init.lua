@@ -18,6 +18,5 @@ for _, file in ipairs{ "layers", "conv", "losses", "cache", "sampling", "attenti
 end
 
 return setmetatable(nn, { __index = function(_, name)
-  schema.fail("nn", "there is no '%s', did you mean '%s'?", tostring(name), schema.nearest(tostring(name),
-    schema.keys(nn)))
+  schema.fail("nn", "there is no '%s'%s", tostring(name), schema.hint(name, schema.keys(nn)))
 end })

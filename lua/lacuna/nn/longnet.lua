@@ -224,20 +224,17 @@ end
 --- Mean cross-entropy in nats, without making all logits at once.
 -- @tparam Tensor tokens [B, N]
 -- @tparam Tensor targets [B, N]: the class that follows each position; ignore_index is not counted
--- @tparam[opt] table options ignore_index = -100; reduction = "mean" | "sum" | "none"; chunk = rows at a time
---   (0 chooses)
+-- @tparam[opt] table options those of lac.linear_cross_entropy: ignore_index = -100, weight [vocab],
+--   label_smoothing = 0, reduction = "mean" | "sum" | "none", chunk = rows at a time (0 chooses)
 -- @treturn Tensor 0-dim ([B, N] for "none")
 function LongNetLM:loss(tokens, targets, options)
-  local o = schema.options("LongNetLM.loss", options, {
-    ignore_index = { type = "integer", default = -100 }, chunk = { type = "integer", min = 0, default = 0 },
-    reduction = { one_of = { "mean", "sum", "none" }, default = "mean" } })
   tensor.expect("LongNetLM.loss", "targets", targets)
   local x = self:hidden(tokens)
   if not tensor.same_shape(tokens, targets) then
     fail("LongNetLM.loss", "tokens and targets must have the same shape: %s and %s", show(tokens),
       show(targets))
   end
-  local loss = ops.linear_cross_entropy(x, output_weight(self), nil, targets, o)
+  local loss = ops.linear_cross_entropy(x, output_weight(self), nil, targets, options)
   return loss
 end
 base.entry_point(LongNetLM.loss)

@@ -62,8 +62,8 @@ local function field_names(object)
 end
 
 local function no_field(object, key, verb)
-  fail(class_name(object), "there is no field '%s'%s, did you mean '%s'?", tostring(key), verb,
-    schema.nearest(tostring(key), field_names(object)) or "")
+  fail(class_name(object), "there is no field '%s'%s%s", tostring(key), verb,
+    schema.hint(key, field_names(object)))
 end
 
 local function check_new_name(self, name)

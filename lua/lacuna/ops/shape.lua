@@ -223,13 +223,18 @@ local function diagonal_view(x, offset, i, j)
   return out
 end
 
+local function check_offset(op, x, offset)
+  expect(op, "x", x)
+  offset = offset == nil and 0 or offset
+  if not is_integer(offset) then fail(op, "the offset must be an integer, got %s", show(offset)) end
+  return offset
+end
+
 local diagonal_op = { name = "diagonal" }
 --- The diagonal of two dimensions, as a new last dimension; a view. A positive offset lies above.
 -- @tparam Tensor x @tparam[opt=0] integer offset @tparam[opt=1] integer dim1 @tparam[opt=2] integer dim2
 function diagonal_op.forward(x, offset, dim1, dim2)
-  expect("diagonal", "x", x)
-  offset = offset == nil and 0 or offset
-  if not is_integer(offset) then fail("diagonal", "the offset must be an integer, got %s", show(offset)) end
+  offset = check_offset("diagonal", x, offset)
   if x.c.ndim < 2 then fail("diagonal", "needs 2 dimensions or more, got %s", show(x)) end
   local i, j = axis("diagonal", x, dim1 == nil and 1 or dim1), axis("diagonal", x, dim2 == nil and 2 or dim2)
   if i == j then fail("diagonal", "needs two different dims, got %s twice", show(dim1)) end
@@ -250,9 +255,7 @@ define(diagonal_op)
 local diag_op = { name = "diag" }
 --- A matrix with x [n] on its diagonal, or the diagonal of a matrix.
 function diag_op.forward(x, offset)
-  expect("diag", "x", x)
-  offset = offset == nil and 0 or offset
-  if not is_integer(offset) then fail("diag", "the offset must be an integer, got %s", show(offset)) end
+  offset = check_offset("diag", x, offset)
   if x.c.ndim == 2 then return fn.diagonal(x, offset) end
   if x.c.ndim ~= 1 then fail("diag", "x must have 1 or 2 dimensions, got %s", show(x)) end
   local n = numel(x) + math.abs(offset)
