@@ -1,118 +1,265 @@
 /* elem.c: elementwise operators on the CPU.
  *
- * c/maps.def is included once per compute type and turns every line into kernels over short contiguous arrays:
- * (n, inputs, outputs). One driver walks a loop nest in strips of 1024 elements, loads and converts what is not already
- * a contiguous array of the compute type into buffers that stay in the first-level cache, calls the kernel, and
- * stores. So there are about 400 kernels instead of 400 x dtypes x strides, a broadcast or a scalar is an input of
- * stride 0, and a strip of contiguous f32 data costs no copy at all. Gradients towards both arguments of a binary
- * function come from one kernel with two outputs: five arrays move instead of eight.
- * Strips start at fixed places, so the vector and the remainder code see the same elements whatever the number of
- * threads. What a kernel reads, and whether it is arithmetic only, is read off the text of its expression, so that a
- * line of maps.def needs no more than the mathematics. Large results of cheap kernels are written past the caches.
- * Rejected: one specialised loop per combination of strides (code size), computing f16 in f16 (accuracy), conversions
- * of half types inside the kernels (gcc narrows lanes so slowly that separate passes in cache are faster).
+ * c/maps.def is included once per compute type and turns every line into a kernel over a strip of a row. A kernel goes
+ * tile by tile: 64 elements of each input are used in place if they are a contiguous array of the compute type, else
+ * converted or gathered into a buffer that never leaves the first-level cache; the results are stored in place, or
+ * converted, or written past the caches. Loading, arithmetic and storing of one tile are close enough for the
+ * processor to overlap them. So there are about 400 kernels instead of 400 x dtypes x strides, a broadcast or a
+ * scalar is one tile that is used again, and contiguous f32 data costs no copy at all. Gradients towards both arguments
+ * of a binary function come from one kernel with two outputs: five arrays move instead of eight.
+ * Strips and tiles start at fixed places, so the vector and the remainder code see the same elements whatever the
+ * number of threads. What a kernel reads is read off the text of its expression, so that a line of maps.def needs no
+ * more than the mathematics.
+ * Rejected: one specialised loop per combination of strides and dtypes (code size), computing f16 in f16 (accuracy),
+ * whole strips of 1024 elements converted, computed and stored in turn (the phases did not overlap: up to 1.5 times
+ * the time).
  */
 #include "maps.h"
 #include <string.h>
 
-enum { STRIP = 1024, STREAM_STRIP = 512, MOST_INPUTS = 4 };
-/* in[MOST_INPUTS]: the constants of a function with parameters */
-typedef void lac_kernel(int64_t n, const void *const *in, void *const *out);
+enum { TILE = 512, STRIP = 4096, LINE = 64, AHEAD = 4096 }; /* elements of a tile, of a strip; bytes */
+
+/* an input of one strip */
+typedef struct {
+    const char *x;
+    int64_t stride; /* bytes between elements; 0 with direct: one tile serves all */
+    int dtype;
+    bool direct; /* an array of the compute type */
+    bool ahead;  /* dense, to be converted and beyond the caches: fetch early */
+} elem_in;
+typedef struct {
+    char *x;
+    int64_t stride;
+    int dtype;
+    bool direct; /* an array of what the kernel makes */
+    bool stream; /* write past the caches; x is then at the start of a cache line */
+    bool raw;    /* the kernel makes the output's dtype itself (bool) */
+} elem_out;
+typedef void lac_kernel(int64_t n, const elem_in *in, const elem_out *to, const void *constants);
+
+/* ---- tiles ---- */
+
+/* elements [at, at + m) of an input in the compute type, in `space` if they have to be converted or gathered, or are
+ * fewer than a chunk, the unit of the kernels' loops */
+LAC_INLINE const void *tile_in(const elem_in *in, int64_t at, int64_t m, void *space, int64_t chunk)
+{
+    const char *x = in->x + at * in->stride;
+    if (in->direct && (m >= chunk || in->stride == 0)) return x;
+    if (in->ahead) v_prefetch(x + AHEAD, m * in->stride);
+    if (m < chunk) memset(space, 0, LINE);
+    if (!in->direct) return LAC_CPU(load)(in->dtype, x, in->stride, m, space);
+    return memcpy(space, x, (size_t)(m * in->stride));
+}
+
+static __attribute__((noinline)) void tile_out(const elem_out *to, int64_t at, int64_t m, const void *result)
+{
+    double packed[TILE / 2]; /* four bytes at most: what has eight is native */
+    char *x = to->x + at * to->stride;
+    if (to->stream && !to->raw && !to->direct) {
+        LAC_CPU(store)(to->dtype, result, packed, to->stride, m);
+        result = packed;
+    }
+    if (to->stream) v_stream(x, result, (size_t)(m * to->stride));
+    else if (to->raw) LAC_CPU(move)(1, x, to->stride, result, 1, m);
+    else LAC_CPU(store)(to->dtype, result, x, to->stride, m);
+}
+
+/* one line of results, past the caches or not; `r` lives in registers */
+LAC_INLINE void put_line(void *out, const void *r, bool stream)
+{
+#if defined(__AVX512F__)
+    __m512i line = _mm512_loadu_si512(r);
+    if (stream) _mm512_stream_si512(out, line);
+    else _mm512_storeu_si512(out, line);
+#elif defined(__AVX__)
+    __m256i low = _mm256_loadu_si256(r), high = _mm256_loadu_si256((const __m256i *)r + 1);
+    if (stream) _mm256_stream_si256(out, low), _mm256_stream_si256((__m256i *)out + 1, high);
+    else _mm256_storeu_si256(out, low), _mm256_storeu_si256((__m256i *)out + 1, high);
+#else
+    (void)stream;
+    memcpy(out, r, LINE);
+#endif
+}
 
 /* ---- kernels ---- */
 
-#define KERNEL(name, R, declare, expression)                                                                           \
-    static void name(int64_t n, const void *const *in, void *const *result)                                            \
+/* A strip is cut into tiles, a tile into chunks of one cache line of the compute type; what is left at the end of a row
+ * is a tile of less than a chunk, computed as a whole one. So there is one loop, of fixed length, for the compiler to
+ * turn into straight vector code. */
+#define CHUNK (LINE / (int64_t)sizeof(T))
+#define TILES for (int64_t at_ = 0, m_; m_ = tile_size(n - at_, CHUNK), m_ > 0; at_ += m_)
+#define CHUNKS for (int64_t i = 0; i < m_; i += CHUNK)
+#define LANES _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)
+#define IN(k) const T *in##k = tile_in(&in[k], at_, m_, space_[k], CHUNK)
+#define IN1 IN(0)
+#define IN2                                                                                                            \
+    IN1;                                                                                                               \
+    IN(1)
+#define IN3                                                                                                            \
+    IN2;                                                                                                               \
+    IN(2)
+#define IN4                                                                                                            \
+    IN3;                                                                                                               \
+    IN(3)
+#define AHEAD1 __builtin_prefetch((const char *)(in0 + i) + AHEAD)
+#define AHEAD2                                                                                                         \
+    AHEAD1;                                                                                                            \
+    __builtin_prefetch((const char *)(in1 + i) + AHEAD)
+#define AHEAD3                                                                                                         \
+    AHEAD2;                                                                                                            \
+    __builtin_prefetch((const char *)(in2 + i) + AHEAD)
+#define AHEAD4                                                                                                         \
+    AHEAD3;                                                                                                            \
+    __builtin_prefetch((const char *)(in3 + i) + AHEAD)
+#define OUT(k)                                                                                                         \
+    T result##k[TILE];                                                                                                 \
+    const bool whole##k = to[k].direct && m_ >= CHUNK, past##k = whole##k && to[k].stream;                             \
+    T *out##k = whole##k ? (T *)to[k].x + at_ : result##k
+#define PUT(k)                                                                                                         \
+    if (!whole##k) tile_out(&to[k], at_, m_, result##k)
+
+static inline int64_t tile_size(int64_t left, int64_t chunk)
+{
+    return left >= TILE ? TILE : left >= chunk ? left - left % chunk : left;
+}
+
+/* `...`: the declaration of x, y, ..., which has commas */
+#define KERNEL_IN(name, count, before, expression, ...)                                                                \
+    static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants_)                         \
     {                                                                                                                  \
-        const T *in0 = in[0], *in1 = in[1], *in2 = in[2], *in3 = in[3];                                                \
-        R *out = result[0];                                                                                            \
-        (void)in0, (void)in1, (void)in2, (void)in3;                                                                    \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                            \
+        T space_[count][TILE];                                                                                         \
+        before;                                                                                                        \
+        TILES                                                                                                          \
         {                                                                                                              \
-            declare;                                                                                                   \
-            out[i] = (R)(expression);                                                                                  \
+            IN##count;                                                                                                 \
+            OUT(0);                                                                                                    \
+            CHUNKS                                                                                                     \
+            {                                                                                                          \
+                T line[CHUNK];                                                                                         \
+                if (past0) {                                                                                           \
+                    AHEAD##count;                                                                                      \
+                }                                                                                                      \
+                LANES                                                                                                  \
+                {                                                                                                      \
+                    __VA_ARGS__;                                                                                       \
+                    line[k] = (expression);                                                                            \
+                }                                                                                                      \
+                put_line(out0 + i, line, past0);                                                                       \
+            }                                                                                                          \
+            PUT(0);                                                                                                    \
         }                                                                                                              \
     }
-/* both gradients of a function of two arguments */
-#define KERNEL_BOTH(name, first, second)                                                                               \
-    static void name(int64_t n, const void *const *in, void *const *result)                                            \
-    {                                                                                                                  \
-        const T *in0 = in[0], *in1 = in[1], *in2 = in[2];                                                              \
-        T *out0 = result[0], *out1 = result[1];                                                                        \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                            \
-        {                                                                                                              \
-            X3;                                                                                                        \
-            (void)x, (void)y;                                                                                          \
-            out0[i] = g * (first);                                                                                     \
-            out1[i] = g * (second);                                                                                    \
-        }                                                                                                              \
-    }
+#define KERNEL(name, count, declare, expression) KERNEL_IN(name, count, (void)constants_, expression, declare)
 /* constants p, q, r before the loop */
-#define KERNEL_P(name, declare, expression)                                                                            \
-    static void name(int64_t n, const void *const *in, void *const *result)                                            \
+#define KERNEL_P(name, count, declare, expression) KERNEL_IN(name, count, PQR, expression, declare)
+#define PQR                                                                                                            \
+    const T *c_ = constants_;                                                                                          \
+    const T p = c_[0];                                                                                                 \
+    const T q = c_[1];                                                                                                 \
+    const T r = c_[2];                                                                                                 \
+    (void)p;                                                                                                           \
+    (void)q;                                                                                                           \
+    (void)r
+/* truth values; both gradients of a function of two arguments */
+#define KERNEL_BOOL(name, count, declare, expression)                                                                  \
+    static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants_)                         \
     {                                                                                                                  \
-        const T *in0 = in[0], *in1 = in[1], *in2 = in[2], *in3 = in[3], *constants = in[MOST_INPUTS];                  \
-        const T p = constants[0], q = constants[1], r = constants[2];                                                  \
-        T *out = result[0];                                                                                            \
-        (void)in0, (void)in1, (void)in2, (void)in3, (void)p, (void)q, (void)r;                                         \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                            \
+        T space_[count][TILE];                                                                                         \
+        (void)constants_;                                                                                              \
+        TILES                                                                                                          \
         {                                                                                                              \
-            declare;                                                                                                   \
-            out[i] = (expression);                                                                                     \
+            IN##count;                                                                                                 \
+            uint8_t truth[TILE], *out = to->direct && !to->stream && m_ >= CHUNK ? (uint8_t *)to->x + at_ : truth;     \
+            CHUNKS LANES                                                                                               \
+            {                                                                                                          \
+                declare;                                                                                               \
+                out[i + k] = (expression);                                                                             \
+            }                                                                                                          \
+            if (out == truth) tile_out(to, at_, m_, truth);                                                            \
         }                                                                                                              \
     }
-#define X1 T x = in0[i]
-#define X2 T x = in0[i], y = in1[i]
-#define X3 T x = in0[i], y = in1[i], g = in2[i]
-#define XYZ T x = in0[i], y = in1[i], z = in2[i]
-#define XYZG T x = in0[i], y = in1[i], z = in2[i], g = in3[i]
-#define BACKWARD1(name, f) KERNEL(name, T, X3; (void)x; (void)y, g * (f))
-#define BACKWARD3(name, f) KERNEL_P(name, XYZG; (void)x; (void)y; (void)z, g * (f))
+#define KERNEL_BOTH(name, first, second)                                                                               \
+    static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants_)                         \
+    {                                                                                                                  \
+        T space_[3][TILE];                                                                                             \
+        (void)constants_;                                                                                              \
+        TILES                                                                                                          \
+        {                                                                                                              \
+            IN3;                                                                                                       \
+            OUT(0);                                                                                                    \
+            OUT(1);                                                                                                    \
+            CHUNKS                                                                                                     \
+            {                                                                                                          \
+                T line0[CHUNK], line1[CHUNK];                                                                          \
+                if (past0) {                                                                                           \
+                    AHEAD3;                                                                                            \
+                }                                                                                                      \
+                LANES                                                                                                  \
+                {                                                                                                      \
+                    X3;                                                                                                \
+                    (void)x, (void)y;                                                                                  \
+                    line0[k] = g * (first);                                                                            \
+                    line1[k] = g * (second);                                                                           \
+                }                                                                                                      \
+                put_line(out0 + i, line0, past0);                                                                      \
+                put_line(out1 + i, line1, past1);                                                                      \
+            }                                                                                                          \
+            PUT(0);                                                                                                    \
+            PUT(1);                                                                                                    \
+        }                                                                                                              \
+    }
+#define X1 T x = in0[i + k]
+#define X2 T x = in0[i + k], y = in1[i + k]
+#define X3 T x = in0[i + k], y = in1[i + k], g = in2[i + k]
+#define XYZ T x = in0[i + k], y = in1[i + k], z = in2[i + k]
+#define XYZG T x = in0[i + k], y = in1[i + k], z = in2[i + k], g = in3[i + k]
+#define BACKWARD1(name, f) KERNEL(name, 3, X3; (void)x; (void)y, g * (f))
+#define BACKWARD3(name, f) KERNEL_P(name, 4, XYZG; (void)x; (void)y; (void)z, g * (f))
 
 #define T float
-#define MAP1(name, domain, value, gradient) KERNEL(m1_f32_##name, T, X1, value) BACKWARD1(b1_f32_##name, gradient)
+#define MAP1(name, domain, value, gradient) KERNEL(m1_f32_##name, 1, X1, value) BACKWARD1(b1_f32_##name, gradient)
 #define MAP2(name, domain, value, dx, dy)                                                                              \
-    KERNEL(m2_f32_##name, T, X2, value)                                                                                \
+    KERNEL(m2_f32_##name, 2, X2, value)                                                                                \
     BACKWARD1(bx_f32_##name, dx) BACKWARD1(by_f32_##name, dy) KERNEL_BOTH(bb_f32_##name, dx, dy)
-#define CMP1(name, value) KERNEL(m1_f32_##name, uint8_t, X1, value)
-#define CMP2(name, value) KERNEL(m2_f32_##name, uint8_t, X2, value)
+#define CMP1(name, value) KERNEL_BOOL(m1_f32_##name, 1, X1, value)
+#define CMP2(name, value) KERNEL_BOOL(m2_f32_##name, 2, X2, value)
 #define MAPP(name, domain, count, value, gradient)                                                                     \
-    KERNEL_P(mp_f32_##name, X1, value) KERNEL_P(bp_f32_##name, X3; (void)x; (void)y, g * (gradient))
+    KERNEL_P(mp_f32_##name, 1, X1, value) KERNEL_P(bp_f32_##name, 3, X3; (void)x; (void)y, g * (gradient))
 #define MAP3(name, value, dx, dy, dz)                                                                                  \
-    KERNEL_P(m3_f32_##name, XYZ, value)                                                                                \
+    KERNEL_P(m3_f32_##name, 3, XYZ, value)                                                                             \
     BACKWARD3(b3x_f32_##name, dx) BACKWARD3(b3y_f32_##name, dy) BACKWARD3(b3z_f32_##name, dz)
 #include "../maps.def"
-KERNEL(axpy_f32, T, X3, x *y + g)
+KERNEL(axpy_f32, 3, X3, x *y + g)
 #undef T
 #define T double
-#define MAP1(name, domain, value, gradient) KERNEL(m1_f64_##name, T, X1, value) BACKWARD1(b1_f64_##name, gradient)
+#define MAP1(name, domain, value, gradient) KERNEL(m1_f64_##name, 1, X1, value) BACKWARD1(b1_f64_##name, gradient)
 #define MAP2(name, domain, value, dx, dy)                                                                              \
-    KERNEL(m2_f64_##name, T, X2, value)                                                                                \
+    KERNEL(m2_f64_##name, 2, X2, value)                                                                                \
     BACKWARD1(bx_f64_##name, dx) BACKWARD1(by_f64_##name, dy) KERNEL_BOTH(bb_f64_##name, dx, dy)
-#define CMP1(name, value) KERNEL(m1_f64_##name, uint8_t, X1, value)
-#define CMP2(name, value) KERNEL(m2_f64_##name, uint8_t, X2, value)
+#define CMP1(name, value) KERNEL_BOOL(m1_f64_##name, 1, X1, value)
+#define CMP2(name, value) KERNEL_BOOL(m2_f64_##name, 2, X2, value)
 #define MAPP(name, domain, count, value, gradient)                                                                     \
-    KERNEL_P(mp_f64_##name, X1, value) KERNEL_P(bp_f64_##name, X3; (void)x; (void)y, g * (gradient))
+    KERNEL_P(mp_f64_##name, 1, X1, value) KERNEL_P(bp_f64_##name, 3, X3; (void)x; (void)y, g * (gradient))
 #define MAP3(name, value, dx, dy, dz)                                                                                  \
-    KERNEL_P(m3_f64_##name, XYZ, value)                                                                                \
+    KERNEL_P(m3_f64_##name, 3, XYZ, value)                                                                             \
     BACKWARD3(b3x_f64_##name, dx) BACKWARD3(b3y_f64_##name, dy) BACKWARD3(b3z_f64_##name, dz)
 #include "../maps.def"
-KERNEL(axpy_f64, T, X3, x *y + g)
+KERNEL(axpy_f64, 3, X3, x *y + g)
 #undef T
 #define T int64_t
 #define INT_FLOAT(kernel)
 #define INT_ANY(kernel) kernel
-#define MAP1(name, domain, value, gradient) INT_##domain(KERNEL(m1_i64_##name, T, X1, value))
-#define MAP2(name, domain, value, dx, dy) INT_##domain(KERNEL(m2_i64_##name, T, X2, value))
-#define CMP1(name, value) KERNEL(m1_i64_##name, uint8_t, X1, value)
-#define CMP2(name, value) KERNEL(m2_i64_##name, uint8_t, X2, value)
-#define LOGIC1(name, text, value) KERNEL(m1_i64_##name, uint8_t, X1, value)
-#define LOGIC2(name, text, value) KERNEL(m2_i64_##name, uint8_t, X2, value)
-#define INT1(name, value) KERNEL(m1_i64_##name, T, X1, value)
-#define INT2(name, value) KERNEL(m2_i64_##name, T, X2, value)
-#define MAPP(name, domain, count, value, gradient) INT_##domain(KERNEL_P(mp_i64_##name, X1, value))
+#define MAP1(name, domain, value, gradient) INT_##domain(KERNEL(m1_i64_##name, 1, X1, value))
+#define MAP2(name, domain, value, dx, dy) INT_##domain(KERNEL(m2_i64_##name, 2, X2, value))
+#define CMP1(name, value) KERNEL_BOOL(m1_i64_##name, 1, X1, value)
+#define CMP2(name, value) KERNEL_BOOL(m2_i64_##name, 2, X2, value)
+#define LOGIC1(name, text, value) KERNEL_BOOL(m1_i64_##name, 1, X1, value)
+#define LOGIC2(name, text, value) KERNEL_BOOL(m2_i64_##name, 2, X2, value)
+#define INT1(name, value) KERNEL(m1_i64_##name, 1, X1, value)
+#define INT2(name, value) KERNEL(m2_i64_##name, 2, X2, value)
+#define MAPP(name, domain, count, value, gradient) INT_##domain(KERNEL_P(mp_i64_##name, 1, X1, value))
 #include "../maps.def"
-KERNEL(axpy_i64, T, X3, i_add(i_mul(x, y), g))
+KERNEL(axpy_i64, 3, X3, i_add(i_mul(x, y), g))
 #undef T
 
 typedef struct {
@@ -189,22 +336,6 @@ static bool mentions(const char *text, char variable)
     return false;
 }
 
-/* Arithmetic only? Then the kernel is cheaper than the memory it touches. The others hide the cost of ordinary stores
- * behind their arithmetic, and storing apart from it would be slower. */
-static bool light(const char *text)
-{
-    static const char *const cheap[] = {"neg(",   "abs(",      "sign(",  "mul(",  "add(",      "sub(",   "div(",
-                                        "max(",   "min(",      "floor(", "ceil(", "round(",    "trunc(", "sqrt(",
-                                        "isnan(", "isfinite(", "share(", "lerp(", "copysign(", "shift_"};
-    for (const char *at = strstr(text, "F_"); at; at = strstr(at + 2, "F_")) {
-        bool known = false;
-        for (size_t i = 0; i < sizeof cheap / sizeof *cheap && !known; i++)
-            known = strncmp(at + 2, cheap[i], strlen(cheap[i])) == 0;
-        if (!known) return false;
-    }
-    return true;
-}
-
 /* ---- the driver ---- */
 
 typedef struct {
@@ -213,59 +344,46 @@ typedef struct {
     const void *constants;
     int32_t dtype[LAC_NEST_VIEWS];
     int outputs;
-    uint32_t unread;       /* bit v: the kernel does not read view v */
-    bool raw;              /* the kernel writes the output's dtype itself (bool) */
-    bool stream;           /* large dense outputs: write past the caches */
-    int64_t strip, strips; /* elements of a strip; strips per row */
+    uint32_t unread; /* bit v: the kernel does not read view v */
+    bool raw;        /* the kernel writes the output's dtype itself (bool) */
+    bool stream;     /* large dense outputs: write past the caches */
+    int64_t strips;  /* of a row */
 } elem_job;
 
-/* where a thread's strip of each view is, when it is not in place */
+/* a tile of each broadcast input, and the address of the value that it holds */
 typedef struct {
-    double buffer[LAC_NEST_VIEWS][STRIP], packed[STRIP];
-    const void *repeated[LAC_NEST_VIEWS]; /* the broadcast value that a buffer holds, and how often */
-    int64_t filled[LAC_NEST_VIEWS];
+    double tile[LAC_NEST_VIEWS][TILE];
+    const void *repeated[LAC_NEST_VIEWS];
 } elem_space;
 
-static void elem_load(const elem_job *job, elem_space *space, const lac_cursor *at, int64_t start, int64_t n,
-                      const void **in)
+/* view v of a strip that starts at x, as an input */
+static elem_in input_of(const elem_job *job, elem_space *space, int v, const char *x)
 {
-    const lac_nest *nest = &job->nest;
-    int last = nest->ndim - 1;
-    int64_t length = nest->shape[last];
-    for (int v = job->outputs; v < nest->views; v++) {
-        if (job->unread >> v & 1) {
-            in[v - job->outputs] = space->buffer[v]; /* an address, no values */
-            continue;
-        }
-        int64_t stride = nest->stride[v][last];
-        const char *x = at->at[v] + start * stride;
-        if (stride == 0 && length > 1) {
-            if (space->repeated[v] == x && space->filled[v] >= n) continue;
-            space->repeated[v] = x;
-            space->filled[v] = n;
-        } else if (length == 1) {
-            stride = lac_bytes_of(job->dtype[v]);
-        }
-        if (job->stream && stride == lac_bytes_of(job->dtype[v]))
-            v_prefetch(x + 2 * job->strip * stride, n * stride); /* reads go on while the result is written */
-        in[v - job->outputs] = LAC_CPU(load)(job->dtype[v], x, stride, n, space->buffer[v]);
+    int last = job->nest.ndim - 1, dtype = job->dtype[v];
+    int64_t length = job->nest.shape[last], stride = job->nest.stride[v][last], bytes = lac_bytes_of(dtype);
+    if (length == 1) stride = bytes;
+    if (job->unread >> v & 1) return (elem_in){.x = (char *)space->tile[v], .direct = true}; /* an address, no values */
+    if (stride == 0) {
+        int64_t filled = length < TILE ? (length + LINE - 1) / LINE * LINE : TILE;
+        if (space->repeated[v] != x) LAC_CPU(load)(dtype, x, 0, filled, space->tile[v]);
+        space->repeated[v] = x;
+        return (elem_in){.x = (char *)space->tile[v], .direct = true};
     }
+    bool direct = stride == bytes && lac_is_native(dtype);
+    return (elem_in){
+        .x = x, .stride = stride, .dtype = dtype, .direct = direct, .ahead = job->stream && !direct && stride == bytes};
 }
 
-static void elem_store(const elem_job *job, elem_space *space, int v, char *out, int64_t n)
+static elem_out output_of(const elem_job *job, int v, char *x)
 {
     int last = job->nest.ndim - 1, dtype = job->dtype[v];
     int64_t stride = job->nest.shape[last] == 1 ? lac_bytes_of(dtype) : job->nest.stride[v][last];
-    const void *result = space->buffer[v];
-    if (!job->stream) {
-        LAC_CPU(store)(dtype, result, out, stride, n);
-        return;
-    }
-    if (!job->raw && !lac_is_native(dtype)) {
-        LAC_CPU(store)(dtype, result, space->packed, stride, n);
-        result = space->packed;
-    }
-    v_stream(out, result, (size_t)(n * stride));
+    return (elem_out){.x = x,
+                      .stride = stride,
+                      .dtype = dtype,
+                      .direct = stride == lac_bytes_of(dtype) && (job->raw || lac_is_native(dtype)),
+                      .raw = job->raw,
+                      .stream = job->stream && ((uintptr_t)x & (LINE - 1)) == 0};
 }
 
 static void elem_task(void *context, int64_t begin, int64_t end, int thread)
@@ -276,36 +394,30 @@ static void elem_task(void *context, int64_t begin, int64_t end, int thread)
     const int64_t length = nest->shape[last];
     elem_space space;
     memset(space.repeated, 0, sizeof space.repeated);
-    memset(space.filled, 0, sizeof space.filled);
-    const void *in[MOST_INPUTS + 1] = {NULL, NULL, NULL, NULL, job->constants};
-    lac_cursor at;
+    lac_cursor c;
     (void)thread;
-    int64_t row = begin / job->strips, strip = begin % job->strips;
-    LAC_CPU(cursor_set)(nest, &at, row);
+    int64_t strip = begin % job->strips;
+    LAC_CPU(cursor_set)(nest, &c, begin / job->strips);
     for (int64_t t = begin; t < end; t++) {
-        int64_t start = strip * job->strip, n = length - start < job->strip ? length - start : job->strip;
-        void *out[2], *direct[2];
-        elem_load(job, &space, &at, start, n, in);
-        for (int v = 0; v < job->outputs; v++) {
-            int64_t bytes = lac_bytes_of(job->dtype[v]), stride = nest->stride[v][last];
-            direct[v] = at.at[v] + start * stride;
-            bool dense = stride == bytes || length == 1;
-            out[v] =
-                !job->stream && (job->raw || (lac_is_native(job->dtype[v]) && dense)) ? direct[v] : space.buffer[v];
+        int64_t start = strip * STRIP, n = length - start < STRIP ? length - start : STRIP;
+        elem_in in[LAC_NEST_VIEWS];
+        elem_out out[2];
+        for (int v = 0; v < nest->views; v++) {
+            char *x = c.at[v] + start * nest->stride[v][last];
+            if (v < job->outputs) out[v] = output_of(job, v, x);
+            else in[v - job->outputs] = input_of(job, &space, v, x);
         }
-        job->kernel(n, in, out);
-        for (int v = 0; v < job->outputs; v++)
-            if (out[v] != direct[v]) elem_store(job, &space, v, direct[v], n);
+        job->kernel(n, in, out, job->constants);
         if (++strip == job->strips) {
             strip = 0;
-            lac_cursor_next(nest, &at);
+            lac_cursor_next(nest, &c);
         }
     }
     if (job->stream) v_stream_end();
 }
 
 /* Runs a kernel over all of the views; the first `outputs` are written. text: the expression, which says what is read
- * (NULL: everything, and it is cheap); letters[i] is the name of input i in it. */
+ * (NULL: everything); letters[i] is the name of input i in it. */
 static int elem_run(const char *op, elem_job *job, int count, const lac_view *const *views, const char *text,
                     const char *letters)
 {
@@ -315,14 +427,13 @@ static int elem_run(const char *op, elem_job *job, int count, const lac_view *co
     for (int v = 0; v < count; v++) job->dtype[v] = views[v]->dtype;
     for (int v = job->outputs; v < count && text; v++)
         if (letters[v - job->outputs] != 'g' && !mentions(text, letters[v - job->outputs])) job->unread |= 1u << v;
-    job->stream = LAC_CPU(nest_streams)(&job->nest, views[0]->dtype) && (!text || light(text));
+    job->stream = LAC_CPU(nest_streams)(&job->nest, views[0]->dtype);
     for (int v = 1; v < job->outputs; v++)
         job->stream = job->stream && job->nest.stride[v][job->nest.ndim - 1] == lac_bytes_of(job->dtype[v]);
     int64_t rows = 1;
     for (int d = 0; d < job->nest.ndim - 1; d++) rows *= job->nest.shape[d];
     int64_t length = job->nest.shape[job->nest.ndim - 1];
-    job->strip = job->stream ? STREAM_STRIP : STRIP;
-    job->strips = (length + job->strip - 1) / job->strip;
+    job->strips = (length + STRIP - 1) / STRIP;
     return LAC_CPU(parallel)(op, rows * job->strips, rows * length, elem_task, job);
 }
 
@@ -399,8 +510,7 @@ int LAC_CPU(map2_bwd)(const lac_a_map2_bwd *a)
     if (which == 2) {
         const lac_view *views[] = {&a->out, &a->out2, x, y, &a->g};
         elem_job job = {.kernel = map->both[ctype], .outputs = 2};
-        /* both gradients read x or y somewhere, and the one with an exponential decides about the stores */
-        return elem_run("map2_bwd", &job, 5, views, light(map->slope[0]) ? map->slope[1] : map->slope[0], "ggg");
+        return elem_run("map2_bwd", &job, 5, views, NULL, NULL); /* one or the other reads x and y */
     }
     if (!y->data) {
         if (a->fn == M2_pow && !a->swapped && a->scalar == 2) {
