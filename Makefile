@@ -105,11 +105,22 @@ cuda: ## build the CUDA plug-in (says so where there is no nvcc)
 else
 cuda: $(PLUGIN)
 
-$(PLUGIN): $(wildcard kernels/*.cu kernels/*.cuh) $(wildcard c/*.h c/*.def)
+# One object a file, so that they compile side by side. cuBLAS comes with the toolkit and is found where it is now.
+KERNELS := $(patsubst kernels/%.cu,$(BUILD)/obj/cuda/%.o,$(wildcard kernels/*.cu))
+CUDA_LIB := $(abspath $(dir $(NVCC))../lib64)
+
+$(BUILD)/obj/cuda/%.o: kernels/%.cu
 	@mkdir -p $(@D)
-	$(call say,NVCC,$@)
-	$(Q)$(NVCC) -O3 -std=c++17 $(GENCODE) -Ic -Xcompiler -fPIC,-Wall,-fvisibility=hidden -shared -cudart static \
-	  -o $@ $(wildcard kernels/*.cu)
+	$(call say,NVCC,$<)
+	$(Q)$(NVCC) -O3 -std=c++17 --extended-lambda $(GENCODE) -Ic -Xcompiler -fPIC,-Wall,-fvisibility=hidden -MMD -MP \
+	  -c $< -o $@
+
+$(PLUGIN): $(KERNELS)
+	@mkdir -p $(@D)
+	$(call say,LD,$@)
+	$(Q)$(NVCC) -shared -cudart static $(GENCODE) -o $@.new $^ -L$(CUDA_LIB) -lcublasLt -Xlinker -rpath,$(CUDA_LIB) && mv $@.new $@
+
+-include $(KERNELS:.o=.d)
 endif
 
 # ---- use ----

@@ -23,6 +23,7 @@ __asm__(".section .rodata\n"
 extern const char lac_cdef_text_[] __attribute__((visibility("hidden")));
 
 lac_flags lac_flags_global;
+lac_settings lac_settings_global;
 static _Thread_local char message[1024];
 
 const char *lac_cdef(void) { return lac_cdef_text_; }
@@ -65,6 +66,12 @@ int lac_sizeof(const char *type)
     for (size_t i = 0; type && i < sizeof sizes / sizeof *sizes; i++)
         if (strcmp(type, sizes[i].name) == 0) return sizes[i].size;
     return -1;
+}
+
+int lac_tf32(int on)
+{
+    if (on >= 0) lac_settings_global.tf32 = on != 0;
+    return lac_settings_global.tf32;
 }
 
 lac_flags *lac_flags_get(void) { return &lac_flags_global; }

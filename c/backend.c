@@ -94,6 +94,16 @@ static int plug_in_refuse(const char *reason)
     LAC_FAIL(DEVICE, "cuda: %s", cuda_reason);
 }
 
+static int engine_fail(int status, const char *message) { return lac_fail(status, "%s", message); }
+
+static const lac_engine engine = {.abi = LAC_ABI,
+                                  .bytes = sizeof(lac_engine),
+                                  .fail = engine_fail,
+                                  .scratch_get = lac_scratch_get,
+                                  .scratch_put = lac_scratch_put,
+                                  .flags = &lac_flags_global,
+                                  .settings = &lac_settings_global};
+
 int lac_backend_load(const char *path)
 {
     char why[480];
@@ -102,10 +112,10 @@ int lac_backend_load(const char *path)
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!library) return plug_in_refuse(dlerror());
     /* the plug-in answers with its table, or with NULL and the reason why this machine cannot use it */
-    const lac_backend *(*entry)(const char **reason);
+    lac_backend_entry *entry;
     *(void **)&entry = dlsym(library, "lac_backend_v1");
     const char *reason = "it does not export lac_backend_v1";
-    const lac_backend *table = entry ? entry(&reason) : NULL;
+    const lac_backend *table = entry ? entry(&engine, &reason) : NULL;
     if (!table) {
         snprintf(why, sizeof why, "%s", reason);
         dlclose(library);
@@ -120,6 +130,23 @@ int lac_backend_load(const char *path)
     cuda_backend = table;
     snprintf(cuda_reason, sizeof cuda_reason, "%s", table->detail);
     return 0;
+}
+
+int lac_backend_has(int device, const char *slot)
+{
+    const lac_backend *table = lac_backend_for(device);
+#define LAC_OP(name, args, gradient)                                                                                   \
+    if (slot && strcmp(slot, #name) == 0) return table && table->name;
+#include "ops.def"
+#undef LAC_OP
+    return -1;
+}
+
+int lac_synchronize(int device)
+{
+    const lac_backend *table = lac_backend_for(device);
+    if (!table) return lac_backend_missing("synchronize", device);
+    return table->runtime ? table->runtime->synchronize() : 0;
 }
 
 int lac_threads(int n)

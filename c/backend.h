@@ -15,7 +15,7 @@
 /* one operator, one line */
 /* clang-format off */
 typedef struct { lac_view x; double value; } lac_a_fill;
-typedef struct { lac_view x, out; } lac_a_copy; /* x expanded to out's shape; dtypes may differ */
+typedef struct { lac_view x, out; } lac_a_copy; /* one device; x expanded to out's shape; dtypes may differ */
 typedef struct { lac_view out; double start, step; } lac_a_arange;
 typedef struct { int fn; lac_view x, out; } lac_a_map1;
 typedef struct { int fn; lac_view x, y, g, out; } lac_a_map1_bwd;
@@ -71,14 +71,45 @@ typedef struct { const lac_view *items; int64_t n; double *norm; } lac_a_norm;
 typedef struct lac_a_attend lac_a_attend;
 typedef struct lac_a_attend_bwd lac_a_attend_bwd;
 
+/* Memory of a device that is not the host; NULL in the CPU's table. Operators are queued in one order per device, so
+ * memory may be reused as soon as the call that used it has returned; only transfer to the host and synchronize wait. */
+typedef struct lac_runtime {
+    int (*allocate)(size_t bytes, void **out); /* fails with status "memory" */
+    int (*release)(void *p);                   /* waits for what may still use it */
+    int (*transfer)(void *to, const void *from, size_t bytes, bool to_host); /* between host and device */
+    int (*synchronize)(void); /* waits; reports what failed meanwhile, with the operator's name */
+    int (*memory)(size_t *available, size_t *total);
+} lac_runtime;
+
+/* choices of the script that back ends read */
+typedef struct lac_settings {
+    int32_t tf32; /* may f32 products on CUDA be rounded to 11 bits before they are multiplied? */
+} lac_settings;
+extern lac_settings lac_settings_global; /* abi.c */
+
+/* What the engine offers a plug-in, which links none of its code. */
+typedef struct lac_engine {
+    int32_t abi, bytes;
+    int (*fail)(int status, const char *message); /* records the message, returns status */
+    /* device memory for one operator, from the pool; NULL (message set) if there is none */
+    void *(*scratch_get)(const char *op, size_t bytes, void **block);
+    void (*scratch_put)(void *block);
+    const lac_flags *flags;
+    const lac_settings *settings;
+} lac_engine;
+
 typedef struct lac_backend {
     int32_t abi, bytes;
     const char *name;
     const char *detail; /* ISA or device, for people */
+    const lac_runtime *runtime;
 #define LAC_OP(name, args, gradient) int (*name)(const args *a);
 #include "ops.def"
 #undef LAC_OP
 } lac_backend;
+
+/* a plug-in's one symbol: its table, or NULL and the reason why this machine cannot use it */
+typedef const lac_backend *lac_backend_entry(const lac_engine *engine, const char **reason); /* "lac_backend_v1" */
 
 /* the table that serves `device`; a missing back end or an empty slot is an error of status "device" that names both */
 const lac_backend *lac_backend_for(int device);

@@ -20,6 +20,7 @@ struct lac_storage {
     void *data;   /* NULL once released */
     size_t bytes; /* as asked for */
     size_t block; /* as taken from the pool; 0 for a mapped file */
+    void *owner;  /* the pool's header of it */
     /* for reports only: the tensor that it was made for, what made it, what the host says of it */
     int32_t dtype, ndim, role, site;
     int64_t shape[LAC_MAX_DIMS];
@@ -43,6 +44,9 @@ void lac_storage_drop(lac_storage *s);
 /* short-lived working memory of an operator, from the same pool; NULL (with the message set) when there is none */
 void *lac_workspace_get(const char *op, size_t bytes);
 void lac_workspace_put(void *p);
+/* the same in the memory of the CUDA device; put takes the handle */
+void *lac_scratch_get(const char *op, size_t bytes, void **handle);
+void lac_scratch_put(void *handle);
 
 /* tensor.c */
 size_t lac_dtype_size(int dtype);

@@ -89,6 +89,10 @@ void lac_interrupt(int on);              /* async-signal-safe: ask running opera
 int lac_threads(int n);                  /* set the number of threads if n > 0; returns the number in use */
 const char *lac_isa(const char *name);   /* force "baseline", "avx2", "avx512" (tests); NULL asks. NULL result: not available */
 int lac_backend_load(const char *path);  /* load the CUDA plug-in; fails with the reason (status "device") */
+int lac_backend_has(int device, const char *slot); /* 1 if the operator exists there, 0 if not, -1 if there is no such operator */
+/* Wait for everything queued on a device; an operator that failed there since the last wait is reported now, by name. */
+int lac_synchronize(int device);
+int lac_tf32(int on); /* may f32 products on CUDA round their inputs to TF32's 11 bits? -1 asks; returns the choice */
 
 /* ---- profiler ---- */
 int64_t lac_clock(void);                 /* ns of the monotonic clock, which all recorded times are of */
@@ -112,19 +116,20 @@ int lac_watch(int on);                     /* look at every result from now on: 
 int lac_watch_last(lac_watch_info *out);
 
 /* ---- storage, pool, tensors ---- */
-int lac_memory(lac_memory_stats *out);
-int lac_memory_limit(int64_t bytes);     /* hard limit on live bytes, 0 = physical memory only */
+/* `device`: LAC_CPU or LAC_CUDA; each has a pool of its own */
+int lac_memory(int device, lac_memory_stats *out);
+int lac_memory_limit(int device, int64_t bytes);     /* hard limit on live bytes, 0 = physical memory only */
 int lac_memory_trim(void);               /* give cached blocks back to the system */
-int lac_memory_pace(int64_t bytes);      /* raise flags->pressure when live exceeds this many bytes (soft limit); 0 = never */
+int lac_memory_pace(int device, int64_t bytes);      /* raise flags->pressure when live exceeds this many bytes (soft limit); 0 = never */
 /* soft limit on live bytes, 0 = none: a request that crosses it fails with status "memory" once, and so asks the host to
  * free what nobody needs and to try again after lac_memory_excuse(1), which lifts the soft limit until excuse(0) */
-int lac_memory_soft_limit(int64_t bytes);
+int lac_memory_soft_limit(int device, int64_t bytes);
 int lac_memory_excuse(int on);
 int lac_memory_reset_peak(void);
 int lac_memory_guard(int on);            /* put guard bytes round every new block and check them when it is freed */
 int lac_memory_guard_errors(void);       /* returns how many blocks were found overwritten */
 /* the blocks in use, newest first: fills at most n and returns how many there are; out may be NULL if n is 0 */
-int64_t lac_memory_blocks(lac_block_info *out, int64_t n);
+int64_t lac_memory_blocks(int device, lac_block_info *out, int64_t n);
 int lac_memory_record(int on);           /* record every change of the pool: 1 starts afresh, 0 stops, -1 stops and forgets */
 int64_t lac_memory_events(int64_t first, int64_t n, lac_block_info *out); /* returns how many were read from `first` (0-based) on */
 int lac_tensor_role(const lac_tensor *t, int role); /* what its storage is for; a released tensor: nothing happens */

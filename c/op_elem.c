@@ -408,18 +408,54 @@ int lac_fill(lac_tensor *dst, double value)
     return 0;
 }
 
-int lac_copy(const lac_tensor *src, lac_tensor *dst)
+static int copy_on(int device, const lac_view *x, const lac_view *out)
 {
-    lac_a_copy a;
-    LAC_TRY(lac_view_get("copy", "src", src, &a.x));
-    LAC_TRY(lac_view_get("copy", "dst", dst, &a.out));
-    LAC_TRY(lac_front_expand_to("copy", "src", src, &a.x, "dst", dst));
-    LAC_TRY(lac_front_writable("copy", "dst", dst, &a.out));
-    if (src->device == dst->device) LAC_TRY(lac_front_disjoint("copy", "src", &a.x, "dst", &a.out));
-    /* between devices the accelerator's back end moves the bytes: it knows both sides */
-    int device = dst->device != LAC_CPU ? dst->device : src->device;
+    lac_a_copy a = {.x = *x, .out = *out};
     LAC_RUN(copy, device, &a);
     return 0;
+}
+
+/* x, not expanded, as one run of memory on its own device: x itself, or a new tensor */
+static int dense_source(int device, int dtype, const lac_view *x, lac_tensor *made, lac_view *dense)
+{
+    *dense = *x;
+    if (x->dtype == dtype && lac_view_contiguous(x)) return 0;
+    LAC_TRY(lac_tensor_new("copy", dtype, device, x->ndim, x->shape, made, dense));
+    return copy_on(device, x, dense);
+}
+
+/* Bytes cross between devices as they lie, so both ends are made dense first; a change of dtype happens on the side of
+ * the source, where it may be the smaller one's bytes that cross. */
+static int copy_across(const lac_tensor *src, lac_view x, const lac_tensor *dst, const lac_view *out)
+{
+    lac_tensor sent = {.storage = NULL}, received = {.storage = NULL};
+    bool direct = lac_view_contiguous(out) && lac_view_numel(&x) == lac_view_numel(out), to_host = dst->device == LAC_CPU;
+    const lac_runtime *runtime = lac_backend_for(to_host ? src->device : dst->device)->runtime;
+    lac_view from, to = *out;
+    int status = dense_source(src->device, dst->dtype, &x, &sent, &from);
+    if (!status && !direct) status = lac_tensor_new("copy", dst->dtype, dst->device, x.ndim, x.shape, &received, &to);
+    if (!status)
+        status = runtime->transfer(to.data, from.data, (size_t)lac_view_numel(&from) * lac_dtype_size(dst->dtype), to_host);
+    if (!status && !direct) {
+        lac_view_expand(&to, out->ndim, out->shape);
+        status = copy_on(dst->device, &to, out);
+    }
+    lac_tensor_drop(&sent);
+    lac_tensor_drop(&received);
+    return status;
+}
+
+int lac_copy(const lac_tensor *src, lac_tensor *dst)
+{
+    lac_view x, expanded, out;
+    LAC_TRY(lac_view_get("copy", "src", src, &x));
+    LAC_TRY(lac_view_get("copy", "dst", dst, &out));
+    expanded = x;
+    LAC_TRY(lac_front_expand_to("copy", "src", src, &expanded, "dst", dst));
+    LAC_TRY(lac_front_writable("copy", "dst", dst, &out));
+    if (src->device != dst->device) return copy_across(src, x, dst, &out);
+    LAC_TRY(lac_front_disjoint("copy", "src", &expanded, "dst", &out));
+    return copy_on(dst->device, &expanded, &out);
 }
 
 int lac_arange(lac_tensor *dst, double start, double step)

@@ -20,10 +20,15 @@
  * Large blocks start at a huge page and ask for such pages: an array then crosses a page of 4 KB, at which the
  * processor's prefetching stops, 512 times less often (a copy ran 1.3 times as fast, first writes five times).
  *
+ * Heaps. There is one for the host and one for the process's CUDA device, with the same lists, limits and statistics.
+ * A device cannot read headers, so its blocks are described by headers on the host. Work on the device runs in one
+ * order, so a block may be handed out again while a kernel that was queued before still uses it; only giving memory
+ * back to the driver waits.
+ *
  * Guard mode puts a pattern before and after every new block and checks it when the block is freed; tests use it
  * to catch kernels that write outside their tensors.
  */
-#include "core.h"
+#include "backend.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <malloc.h>
@@ -44,16 +49,28 @@ typedef struct block {
     lac_storage *storage;          /* NULL: an operator's working memory */
     size_t asked;
     int64_t serial;
-    int32_t class_index, guarded;
+    int16_t class_index, heap;
+    int32_t guarded;
     unsigned char guard[ALIGNMENT - 48];
 } block;
 _Static_assert(sizeof(block) == ALIGNMENT, "a block header keeps its data aligned");
 
+/* a block of device memory */
+typedef struct {
+    block head;
+    void *data;
+} device_block;
+
+enum { HOST, DEVICE, HEAPS };
+typedef struct {
+    block *free_lists[CLASSES], *in_use; /* in_use: the newest */
+    lac_memory_stats stats;
+    int64_t pace, soft_now; /* soft_now: the soft limit in force, above stats.soft once something was excused */
+} heap;
+
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static block *free_lists[CLASSES], *in_use; /* in_use: the newest */
-static lac_memory_stats stats;
-static int64_t storages;       /* headers alive; atomic, because a header is counted without the lock */
-static int64_t pace, soft_now; /* soft_now: the soft limit in force, above stats.soft once something was excused */
+static heap heaps[HEAPS];
+static int64_t storages[HEAPS]; /* headers alive; atomic, because a header is counted without the lock */
 static int guarding, guard_errors, recording;
 static lac_records events = {.size = sizeof(lac_block_info)};
 
@@ -81,62 +98,90 @@ static size_t system_available(void)
     return kib ? (size_t)kib * 1024 : SIZE_MAX;
 }
 
-static void trim_locked(void)
+static heap *heap_for(int device) { return &heaps[device == LAC_CPU ? HOST : DEVICE]; }
+static const lac_runtime *runtime(void) { return lac_backend_for(LAC_CUDA)->runtime; }
+
+static void *block_data(block *b) { return b->heap == HOST ? b + 1 : ((device_block *)b)->data; }
+
+static void trim_locked(heap *h)
 {
     for (int i = 0; i < CLASSES; i++)
-        while (free_lists[i]) {
-            block *b = free_lists[i];
-            free_lists[i] = b->next;
-            stats.cached -= (int64_t)class_bytes(i);
+        while (h->free_lists[i]) {
+            block *b = h->free_lists[i];
+            h->free_lists[i] = b->next;
+            h->stats.cached -= (int64_t)class_bytes(i);
+            if (b->heap == DEVICE) runtime()->release(block_data(b));
             free(b);
         }
 }
 
-static int refuse(size_t bytes, const char *why)
+static int refuse(const heap *h, size_t bytes, const char *why)
 {
-    LAC_FAIL(MEMORY, "out of memory: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)", bytes,
-             why, (long long)stats.live, (long long)stats.cached, (long long)stats.peak,
-             (long long)(stats.limit ? stats.limit : stats.soft));
+    const lac_memory_stats *s = &h->stats;
+    return lac_fail(LAC_E_MEMORY,
+                    "out of memory%s: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)",
+                    h == &heaps[DEVICE] ? " on cuda" : "", bytes, why, (long long)s->live, (long long)s->cached,
+                    (long long)s->peak, (long long)(s->limit ? s->limit : s->soft));
+}
+
+/* size bytes from the system or the device's driver; a NULL block if there are none */
+static block *raw_block(const heap *h, size_t size)
+{
+    void *raw;
+    if (h == &heaps[HOST]) {
+        if (posix_memalign(&raw, size >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT, sizeof(block) + size)) return NULL;
+#ifdef MADV_HUGEPAGE
+        if (size >= HUGE_PAGE) madvise(raw, sizeof(block) + size, MADV_HUGEPAGE); /* a wish: no matter if it fails */
+#endif
+        return raw;
+    }
+    if (posix_memalign(&raw, ALIGNMENT, (sizeof(device_block) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT)) return NULL;
+    if (!runtime()->allocate(size, &((device_block *)raw)->data)) return raw;
+    free(raw);
+    return NULL;
 }
 
 /* a fresh block from the system; the lock is held */
-static int fresh_block(int index, size_t bytes, block **out)
+static int fresh_block(heap *h, int index, size_t bytes, block **out)
 {
     size_t size = class_bytes(index);
-    if (size >= CHECK_SYSTEM && system_available() < size) {
-        trim_locked();
-        if (system_available() < size) return refuse(bytes, "more than the system has available");
+    if (h == &heaps[HOST] && size >= CHECK_SYSTEM && system_available() < size) {
+        trim_locked(h);
+        if (system_available() < size) return refuse(h, bytes, "more than the system has available");
     }
-    void *raw;
-    size_t alignment = size >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
-    if (posix_memalign(&raw, alignment, sizeof(block) + size)) {
-        trim_locked();
-        if (posix_memalign(&raw, alignment, sizeof(block) + size)) return refuse(bytes, "the system refused");
+    block *b = raw_block(h, size);
+    if (!b) {
+        trim_locked(h);
+        b = raw_block(h, size);
     }
-#ifdef MADV_HUGEPAGE
-    if (size >= HUGE_PAGE) madvise(raw, sizeof(block) + size, MADV_HUGEPAGE); /* a wish: no matter if it fails */
-#endif
-    block *b = raw;
-    b->class_index = index;
+    if (!b) return refuse(h, bytes, h == &heaps[HOST] ? "the system refused" : "the device refused");
+    b->class_index = (int16_t)index;
+    b->heap = (int16_t)(h - heaps);
     *out = b;
     return 0;
 }
 
+/* the bytes behind a block of device memory are reached by transfers: guard mode is slow there */
 static void guard_set(block *b)
 {
     b->guarded = guarding;
     if (!guarding) return;
+    unsigned char pattern[GUARD], *tail = (unsigned char *)block_data(b) + b->asked;
     memset(b->guard, GUARD_BYTE, sizeof b->guard);
-    memset((unsigned char *)(b + 1) + b->asked, GUARD_BYTE, GUARD);
+    memset(pattern, GUARD_BYTE, sizeof pattern);
+    if (b->heap == HOST) memcpy(tail, pattern, sizeof pattern);
+    else runtime()->transfer(tail, pattern, sizeof pattern, false);
 }
 
-static void guard_check(const block *b)
+static void guard_check(block *b)
 {
     if (!b->guarded) return;
-    const unsigned char *tail = (const unsigned char *)(b + 1) + b->asked;
+    unsigned char found[GUARD], *tail = (unsigned char *)block_data(b) + b->asked;
     int bad = 0;
+    if (b->heap == HOST) memcpy(found, tail, sizeof found);
+    else if (runtime()->transfer(found, tail, sizeof found, true)) return; /* the device failed: not a broken guard */
     for (size_t i = 0; i < sizeof b->guard; i++) bad |= b->guard[i] != GUARD_BYTE;
-    for (int i = 0; i < GUARD; i++) bad |= tail[i] != GUARD_BYTE;
+    for (int i = 0; i < GUARD; i++) bad |= found[i] != GUARD_BYTE;
     guard_errors += bad;
 }
 
@@ -165,50 +210,50 @@ static void block_record(const block *b, int kind, const char *op)
 }
 
 /* may live bytes grow by `size`? the lock is held */
-static int limits_check(int64_t size, size_t bytes)
+static int limits_check(const heap *h, int64_t size, size_t bytes)
 {
-    if (stats.limit && stats.live + size > stats.limit) return refuse(bytes, "over the limit");
-    if (stats.soft && stats.live + size > soft_now) return refuse(bytes, "over the soft limit");
+    if (h->stats.limit && h->stats.live + size > h->stats.limit) return refuse(h, bytes, "over the limit");
+    if (h->stats.soft && h->stats.live + size > h->soft_now) return refuse(h, bytes, "over the soft limit");
     return 0;
 }
 
 /* a block from the cache or the system, not yet accounted for; the lock is held */
-static int block_find(int index, int64_t size, size_t bytes, block **out)
+static int block_find(heap *h, int index, int64_t size, size_t bytes, block **out)
 {
-    LAC_TRY(limits_check(size, bytes));
-    if (free_lists[index]) {
-        *out = free_lists[index];
-        free_lists[index] = (*out)->next;
-        stats.cached -= size;
-        stats.reused++;
+    LAC_TRY(limits_check(h, size, bytes));
+    if (h->free_lists[index]) {
+        *out = h->free_lists[index];
+        h->free_lists[index] = (*out)->next;
+        h->stats.cached -= size;
+        h->stats.reused++;
         return 0;
     }
-    int64_t most = stats.soft ? stats.soft : stats.limit; /* cached blocks of other sizes count, too */
-    if (most && stats.live + stats.cached + size > most) trim_locked();
-    return fresh_block(index, bytes, out);
+    int64_t most = h->stats.soft ? h->stats.soft : h->stats.limit; /* cached blocks of other sizes count, too */
+    if (most && h->stats.live + h->stats.cached + size > most) trim_locked(h);
+    return fresh_block(h, index, bytes, out);
 }
 
-static int block_take(const char *op, lac_storage *storage, size_t bytes, block **out)
+static int block_take(heap *h, const char *op, lac_storage *storage, size_t bytes, block **out)
 {
     if (bytes > (size_t)1 << 46) LAC_FAIL(MEMORY, "out of memory: %zu bytes asked for", bytes);
     pthread_mutex_lock(&lock);
     int index = class_of(bytes + (guarding ? GUARD : 0));
     int64_t size = (int64_t)class_bytes(index);
     block *b = NULL;
-    int status = block_find(index, size, bytes, &b);
+    int status = block_find(h, index, size, bytes, &b);
     if (!status) {
         b->asked = bytes;
         b->storage = storage;
         guard_set(b);
-        stats.live += size;
-        stats.live_blocks++;
-        b->serial = ++stats.allocations;
-        if (stats.live > stats.peak) stats.peak = stats.live;
-        if (pace && stats.live > pace) lac_flags_global.pressure = lac_flags_global.attention = 1;
+        h->stats.live += size;
+        h->stats.live_blocks++;
+        b->serial = ++h->stats.allocations;
+        if (h->stats.live > h->stats.peak) h->stats.peak = h->stats.live;
+        if (h->pace && h->stats.live > h->pace) lac_flags_global.pressure = lac_flags_global.attention = 1;
         b->previous = NULL;
-        b->next = in_use;
-        if (in_use) in_use->previous = b;
-        in_use = b;
+        b->next = h->in_use;
+        if (h->in_use) h->in_use->previous = b;
+        h->in_use = b;
         if (recording) block_record(b, LAC_BLOCK_TAKEN, op);
         *out = b;
     }
@@ -219,38 +264,43 @@ static int block_take(const char *op, lac_storage *storage, size_t bytes, block 
 static void block_give(block *b)
 {
     pthread_mutex_lock(&lock);
+    heap *h = &heaps[b->heap];
     guard_check(b);
     if (recording) block_record(b, LAC_BLOCK_GIVEN, b->storage ? b->storage->op : NULL);
     if (b->next) b->next->previous = b->previous;
     if (b->previous) b->previous->next = b->next;
-    else in_use = b->next;
+    else h->in_use = b->next;
     int64_t size = (int64_t)class_bytes(b->class_index);
-    stats.live -= size;
-    stats.live_blocks--;
-    stats.cached += size;
-    if (stats.live < stats.soft - stats.soft / 8) soft_now = stats.soft;
-    b->next = free_lists[b->class_index];
-    free_lists[b->class_index] = b;
+    h->stats.live -= size;
+    h->stats.live_blocks--;
+    h->stats.cached += size;
+    if (h->stats.live < h->stats.soft - h->stats.soft / 8) h->soft_now = h->stats.soft;
+    b->next = h->free_lists[b->class_index];
+    h->free_lists[b->class_index] = b;
     pthread_mutex_unlock(&lock);
 }
 
 int lac_storage_new(const char *op, int device, int dtype, int ndim, const int64_t *shape, size_t bytes,
                     lac_storage **out)
 {
-    if (device != LAC_CPU) LAC_FAIL(DEVICE, "no memory pool for device cuda:%d", device - LAC_CUDA);
+    if (device != LAC_CPU && !lac_backend_for(device)) return lac_backend_missing(op, device);
+    if (device != LAC_CPU && device != LAC_CUDA)
+        LAC_FAIL(DEVICE, "%s: a process has one CUDA device, cuda:0 (choose it by CUDA_VISIBLE_DEVICES), not cuda:%d",
+                 op, device - LAC_CUDA);
     lac_storage *s = malloc(sizeof *s);
     block *b;
     if (!s) LAC_FAIL(MEMORY, "out of memory for a storage header");
     *s = (lac_storage){.references = 1, .device = device, .bytes = bytes, .dtype = dtype, .ndim = ndim, .op = op};
     for (int i = 0; i < ndim; i++) s->shape[i] = shape[i];
-    int status = block_take(op, s, bytes, &b);
+    int status = block_take(heap_for(device), op, s, bytes, &b);
     if (status) {
         free(s);
         return status;
     }
-    s->data = b + 1;
+    s->data = block_data(b);
+    s->owner = b;
     s->block = class_bytes(b->class_index);
-    __atomic_add_fetch(&storages, 1, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&storages[b->heap], 1, __ATOMIC_RELAXED);
     *out = s;
     return 0;
 }
@@ -260,7 +310,7 @@ static void storage_free_bytes(lac_storage *s)
     void *data = s->data;
     s->data = NULL;
     if (!data) return;
-    if (s->block) block_give((block *)data - 1);
+    if (s->block) block_give(s->owner);
     else if (s->bytes) munmap(data, s->bytes);
 }
 
@@ -270,14 +320,14 @@ void lac_storage_drop(lac_storage *s)
 {
     if (!s || atomic_fetch_sub(&s->references, 1) != 1) return;
     storage_free_bytes(s);
+    __atomic_sub_fetch(&storages[s->device == LAC_CPU ? HOST : DEVICE], 1, __ATOMIC_RELAXED);
     free(s);
-    __atomic_sub_fetch(&storages, 1, __ATOMIC_RELAXED);
 }
 
 void *lac_workspace_get(const char *op, size_t bytes)
 {
-    block *b;
-    if (block_take(op, NULL, bytes, &b)) {
+    block *b = NULL;
+    if (block_take(&heaps[HOST], op, NULL, bytes, &b)) {
         char why[512];
         snprintf(why, sizeof why, "%s", lac_last_error());
         lac_fail(LAC_E_MEMORY, "%s: workspace: %s", op, why);
@@ -291,39 +341,54 @@ void lac_workspace_put(void *p)
     if (p) block_give((block *)p - 1);
 }
 
-int lac_memory(lac_memory_stats *out)
+void *lac_scratch_get(const char *op, size_t bytes, void **handle)
+{
+    block *b = NULL;
+    if (block_take(&heaps[DEVICE], op, NULL, bytes, &b)) {
+        char why[512];
+        snprintf(why, sizeof why, "%s", lac_last_error());
+        lac_fail(LAC_E_MEMORY, "%s: workspace: %s", op, why);
+        return NULL;
+    }
+    *handle = b;
+    return block_data(b);
+}
+
+void lac_scratch_put(void *handle) { block_give(handle); }
+
+int lac_memory(int device, lac_memory_stats *out)
 {
     if (!out) LAC_FAIL(ARGUMENT, "memory: no struct to fill");
     pthread_mutex_lock(&lock);
-    *out = stats;
+    *out = heap_for(device)->stats;
     pthread_mutex_unlock(&lock);
-    out->storages = __atomic_load_n(&storages, __ATOMIC_RELAXED);
+    out->storages = __atomic_load_n(&storages[device == LAC_CPU ? HOST : DEVICE], __ATOMIC_RELAXED);
     return 0;
 }
 
-int lac_memory_limit(int64_t bytes)
+int lac_memory_limit(int device, int64_t bytes)
 {
     if (bytes < 0) LAC_FAIL(ARGUMENT, "memory: the limit must not be negative, got %lld", (long long)bytes);
     pthread_mutex_lock(&lock);
-    stats.limit = bytes;
+    heap_for(device)->stats.limit = bytes;
     pthread_mutex_unlock(&lock);
     return 0;
 }
 
-int lac_memory_pace(int64_t bytes)
+int lac_memory_pace(int device, int64_t bytes)
 {
     if (bytes < 0) LAC_FAIL(ARGUMENT, "memory: the pace must not be negative, got %lld", (long long)bytes);
     pthread_mutex_lock(&lock);
-    pace = bytes;
+    heap_for(device)->pace = bytes;
     pthread_mutex_unlock(&lock);
     return 0;
 }
 
-int lac_memory_soft_limit(int64_t bytes)
+int lac_memory_soft_limit(int device, int64_t bytes)
 {
     if (bytes < 0) LAC_FAIL(ARGUMENT, "memory: the soft limit must not be negative, got %lld", (long long)bytes);
     pthread_mutex_lock(&lock);
-    stats.soft = soft_now = bytes;
+    heap_for(device)->stats.soft = heap_for(device)->soft_now = bytes;
     pthread_mutex_unlock(&lock);
     return 0;
 }
@@ -331,8 +396,10 @@ int lac_memory_soft_limit(int64_t bytes)
 int lac_memory_excuse(int on)
 {
     pthread_mutex_lock(&lock);
-    int64_t room = stats.live + stats.live / 8; /* so that the host does not collect for every further tensor */
-    soft_now = on ? INT64_MAX : room > stats.soft ? room : stats.soft;
+    for (heap *h = heaps; h < heaps + HEAPS; h++) {
+        int64_t room = h->stats.live + h->stats.live / 8; /* so that the host does not collect for every further tensor */
+        h->soft_now = on ? INT64_MAX : room > h->stats.soft ? room : h->stats.soft;
+    }
     pthread_mutex_unlock(&lock);
     return 0;
 }
@@ -340,17 +407,17 @@ int lac_memory_excuse(int on)
 int lac_memory_trim(void)
 {
     pthread_mutex_lock(&lock);
-    trim_locked();
+    for (heap *h = heaps; h < heaps + HEAPS; h++) trim_locked(h);
     pthread_mutex_unlock(&lock);
     malloc_trim(0);
     return 0;
 }
 
-int64_t lac_memory_blocks(lac_block_info *out, int64_t n)
+int64_t lac_memory_blocks(int device, lac_block_info *out, int64_t n)
 {
     int64_t count = 0;
     pthread_mutex_lock(&lock);
-    for (const block *b = in_use; b; b = b->next, count++)
+    for (const block *b = heap_for(device)->in_use; b; b = b->next, count++)
         if (count < n) block_describe(b, LAC_BLOCK_ALIVE, b->storage ? b->storage->op : NULL, out + count);
     pthread_mutex_unlock(&lock);
     return count;
@@ -394,7 +461,7 @@ int lac_tensor_block(const lac_tensor *t, lac_block_info *out)
     if (!t || !out) LAC_FAIL(ARGUMENT, "block: no tensor or no struct to fill");
     if (!t->storage || !t->storage->data || !t->storage->block) LAC_FAIL(RELEASED, "block: the tensor has no block");
     pthread_mutex_lock(&lock);
-    block_describe((const block *)t->storage->data - 1, LAC_BLOCK_ALIVE, t->storage->op, out);
+    block_describe(t->storage->owner, LAC_BLOCK_ALIVE, t->storage->op, out);
     pthread_mutex_unlock(&lock);
     return 0;
 }
@@ -402,7 +469,7 @@ int lac_tensor_block(const lac_tensor *t, lac_block_info *out)
 int lac_memory_reset_peak(void)
 {
     pthread_mutex_lock(&lock);
-    stats.peak = stats.live;
+    for (heap *h = heaps; h < heaps + HEAPS; h++) h->stats.peak = h->stats.live;
     pthread_mutex_unlock(&lock);
     return 0;
 }
@@ -443,7 +510,7 @@ int lac_map_file(const char *path, lac_tensor *out)
     }
     /* private: a script that writes into the tensor changes its own copy of the page, never the file */
     size_t bytes = (size_t)st.st_size;
-    void *data = bytes ? mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0) : (void *)&stats;
+    void *data = bytes ? mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0) : (void *)heaps;
     int error = errno;
     close(fd);
     if (data == MAP_FAILED) LAC_FAIL(SYSTEM, "map_file: cannot map '%s': %s", path, strerror(error));
@@ -453,7 +520,7 @@ int lac_map_file(const char *path, lac_tensor *out)
         LAC_FAIL(MEMORY, "out of memory for a storage header");
     }
     *s = (lac_storage){.references = 1, .device = LAC_CPU, .data = data, .bytes = bytes, .block = 0, .op = "map_file"};
-    __atomic_add_fetch(&storages, 1, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&storages[HOST], 1, __ATOMIC_RELAXED);
     *out = (lac_tensor){.storage = s, .dtype = LAC_U8, .ndim = 1, .shape = {(int64_t)bytes}, .stride = {1}};
     return 0;
 }

@@ -485,10 +485,10 @@ describe("attention in C", function()
       collectgarbage()
       collectgarbage()
       C.lac_memory_reset_peak()
-      C.lac_memory(stats)
+      C.lac_memory(0, stats)
       local before = tonumber(stats.live)
       local result = f()
-      C.lac_memory(stats)
+      C.lac_memory(0, stats)
       return tonumber(stats.peak) - before, result
     end
     local io_bytes = 2 * (2 * 700 * 2 * 24 + 2 * 2 * 700 * 24) + 4 * 2 * 700 * 2

@@ -17,7 +17,7 @@ end
 
 describe("pool", function()
   after_each(function()
-    C.lac_memory_limit(0)
+    C.lac_memory_limit(0, 0)
     C.lac_memory_guard(0)
   end)
 
@@ -120,7 +120,7 @@ describe("pool", function()
 
   it("keeps memory flat over many dead tensors that the collector cannot feel", function()
     settle()
-    C.lac_memory_pace(64 * 2 ^ 20) -- as at the start; what other specs held has raised it
+    C.lac_memory_pace(0, 64 * 2 ^ 20) -- as at the start; what other specs held has raised it
     lac.reset_peak()
     local base = lac.memory().live
     for _ = 1, 400 do lac.empty{ 2 ^ 20 } end -- 1.6 GB in all
@@ -202,7 +202,7 @@ describe("soft limit", function()
   end)
 
   it("is not crossed by garbage, however much of it there is", function()
-    C.lac_memory_pace(0) -- the limit must do it alone
+    C.lac_memory_pace(0, 0) -- the limit must do it alone
     local base = settle().live
     local soft = base + 16 * 2 ^ 20
     lac.memory_limit(0, { soft = soft })
@@ -216,7 +216,7 @@ describe("soft limit", function()
       assert.are.equal(1, t:dim())
     end
     assert.is_true(lac.memory().peak <= soft)
-    C.lac_memory_pace(64 * 2 ^ 20)
+    C.lac_memory_pace(0, 64 * 2 ^ 20)
   end)
 
   it("may be passed by what is needed, without a collection for each further tensor", function()
@@ -288,7 +288,7 @@ describe("a system without memory", function()
       package.path = "lua/?.lua;lua/?/init.lua;" .. package.path
       local lac = require "lacuna"
       lac.ones{ 2 ^ 20 } -- starts OpenMP's threads, which need address space, too
-      require("lacuna.lib").C.lac_memory_pace(0)
+      require("lacuna.lib").C.lac_memory_pace(0, 0)
       collectgarbage("stop") -- only the refusal of the system collects
       for i = 1, 1000 do lac.empty{ 2 ^ 20 + i } end -- 4 GB of garbage
       print("garbage passed")

@@ -99,10 +99,37 @@ end
 --- Version of the engine, as "0.1.0".
 function device.version() return ffi.string(C.lac_version()) end
 
---- Wait until everything queued on the device is done. CPU operators finish before they return, so on the CPU
--- this only answers a pending Ctrl-C or memory pressure.
-function device.synchronize()
-  lib.check(0)
+--- Wait until everything queued on a device is done, and report what failed there meanwhile, by the
+-- operator's name. CPU operators finish before they return, so on the CPU this only answers a pending Ctrl-C
+-- or memory pressure.
+-- @tparam[opt] string name the device; every device in use unless given
+function device.synchronize(name)
+  if name ~= nil then
+    lib.check(C.lac_synchronize(device.code("synchronize", name)))
+  elseif C.lac_backend_has(C.LAC_CUDA, "copy") == 1 then
+    lib.check(C.lac_synchronize(C.LAC_CUDA))
+  else
+    lib.check(0)
+  end
+end
+
+--- May products of f32 matrices on CUDA round their inputs to TF32 (11 bits) for the tensor cores? Off
+-- unless asked for: exact f32 is eight times slower there and a thousand times more precise.
+-- @tparam[opt] boolean on
+-- @treturn boolean the choice in force
+function device.use_tf32(on)
+  if on ~= nil then schema.check("use_tf32", "on", on, { type = "boolean" }) end
+  return C.lac_tf32(on == nil and -1 or on and 1 or 0) == 1
+end
+
+--- Which operators a device has, by the engine's names.
+-- @tparam string name the device
+-- @tparam string slot operator, such as "matmul"
+-- @treturn boolean
+function device.supports(name, slot)
+  local has = C.lac_backend_has(device.code("supports", name), slot)
+  if has < 0 then fail("supports", "there is no operator '%s' in the engine", tostring(slot)) end
+  return has == 1
 end
 
 --- Memory statistics of a device.
@@ -110,11 +137,7 @@ end
 -- @treturn table {live, cached, peak, limit, live_blocks, allocations, reused, storages, soft}; bytes and
 --   counts
 function device.memory(name)
-  local code = device.code("memory", name)
-  if code ~= C.LAC_CPU then
-    fail("memory", "device '%s' has no memory pool in this process; lac.devices() says what is there", name)
-  end
-  return lib.memory_stats()
+  return lib.memory_stats(device.code("memory", name))
 end
 
 local LIMIT = { soft = { type = "integer", min = 0, default = 0 } }
@@ -130,7 +153,7 @@ function device.memory_limit(bytes, options)
   if bytes > 0 and soft > bytes then
     fail("memory_limit", "the soft limit must not be above the hard one: %.0f > %.0f bytes", soft, bytes)
   end
-  lib.check(C.lac_memory_limit(bytes))
+  lib.check(C.lac_memory_limit(C.LAC_CPU, bytes))
   lib.soft_limit(soft)
 end
 

@@ -203,8 +203,8 @@ function lib.bytes_text(n)
 end
 
 --- Statistics of the pool as a Lua table of numbers (bytes, and counts).
-function lib.memory_stats()
-  C.lac_memory(stats)
+function lib.memory_stats(device)
+  C.lac_memory(device or C.LAC_CPU, stats)
   return { live = tonumber(stats.live), cached = tonumber(stats.cached), peak = tonumber(stats.peak),
            limit = tonumber(stats.limit), live_blocks = tonumber(stats.live_blocks),
            allocations = tonumber(stats.allocations), reused = tonumber(stats.reused),
@@ -243,7 +243,7 @@ end
 
 --- Soft limit of the pool in bytes, 0 for none: a request over it first collects garbage and trims the pool.
 function lib.soft_limit(bytes)
-  lib.check(C.lac_memory_soft_limit(bytes))
+  lib.check(C.lac_memory_soft_limit(C.LAC_CPU, bytes))
   soft = bytes
 end
 
@@ -295,9 +295,9 @@ function lib.attend()
   if flags.pressure ~= 0 then
     flags.pressure = 0
     collect()
-    C.lac_memory(stats)
+    C.lac_memory(C.LAC_CPU, stats)
     local pace = 2 * tonumber(stats.live)
-    C.lac_memory_pace(pace > MIN_PACE and pace or MIN_PACE)
+    C.lac_memory_pace(C.LAC_CPU, pace > MIN_PACE and pace or MIN_PACE)
   end
   local watcher = lib.watcher -- watch.lua, while it is on
   if watcher then watcher() end
@@ -325,7 +325,7 @@ function lib.call(f, ...)
   if flags.attention ~= 0 then attend() end
 end
 
-C.lac_memory_pace(MIN_PACE)
+C.lac_memory_pace(C.LAC_CPU, MIN_PACE)
 
 -- inside the `lacuna` command Ctrl-C also asks long operators to stop; a plain luajit has no such function
 pcall(ffi.cdef, "void lac_host_engine(void (*interrupt)(int on));")

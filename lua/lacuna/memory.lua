@@ -52,9 +52,9 @@ end
 --- Every block in use, newest first.
 -- @treturn table list of tables as of memory.block
 function memory.blocks()
-  local n = tonumber(C.lac_memory_blocks(nil, 0))
+  local n = tonumber(C.lac_memory_blocks(C.LAC_CPU, nil, 0))
   local raw = ffi.new("lac_block_info[?]", math.max(n, 1))
-  n = math.min(n, tonumber(C.lac_memory_blocks(raw, n))) -- between the calls the collector may have run
+  n = math.min(n, tonumber(C.lac_memory_blocks(C.LAC_CPU, raw, n))) -- between the calls the collector may have run
   local list = {}
   for i = 1, n do list[i] = memory.block(raw[i - 1]) end
   return list

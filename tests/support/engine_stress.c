@@ -129,7 +129,7 @@ static void disturb(work *w)
         t[i] = filled(w, LAC_F32, 1, shape);
     }
     snprintf(text, sizeof text, "%d", -5 - w->job);
-    if (lac_memory(&stats) || stats.live < 0) fail("statistics", w->job);
+    if (lac_memory(LAC_CPU, &stats) || stats.live < 0) fail("statistics", w->job);
     if (lac_empty(&wrong) == 0 || !strstr(lac_last_error(), text)) fail("the message is not this thread's", w->job);
     for (int i = 0; i < 4; i++) lac_tensor_drop(&t[i]);
     if (draw(w, 0, 20) == 0) lac_memory_trim();
@@ -173,7 +173,7 @@ int main(int argc, char **argv)
     for (int i = 0; i < JOBS; i++) expected[i] = run(i);
     for (int i = 0; i < ROUNDS; i++) in_threads(thread_main);
     lac_plan_cache_resize(0);
-    lac_memory(&stats);
+    lac_memory(LAC_CPU, &stats);
     printf("%d failures in %d jobs, %lld bytes alive %s\n", failures, THREADS * JOBS * ROUNDS, (long long)stats.live,
            first_failure);
     return failures || stats.live ? 1 : 0;

@@ -1,0 +1,19 @@
+/* gemm.cuh: one dense matrix product on CUDA, for the operators that need one inside (matmul.cu). */
+#ifndef LAC_CUDA_GEMM_CUH
+#define LAC_CUDA_GEMM_CUH
+#include "common.cuh"
+
+/* C = A B (+ C) (+ bias), row-major: C [m, n] with rows ldc apart. A [m, k] is stored with rows lda apart, or, if
+ * a_transposed, as [k, m]; B likewise. Strides count elements; *_batch are the distances of batch items. A and B have
+ * one dtype; C may be f32 where they are f16 or bf16. */
+struct lac_cuda_gemm_args {
+    int64_t m, n, k, batch;
+    const void *a, *b, *bias; /* bias [n], dense, of C's dtype; or NULL */
+    void *c;
+    int dtype, c_dtype;
+    bool a_transposed, b_transposed, accumulate;
+    int64_t lda, ldb, ldc, a_batch, b_batch, c_batch;
+};
+int lac_cuda_gemm(const char *op, const lac_cuda_gemm_args *g);
+
+#endif

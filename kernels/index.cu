@@ -1,0 +1,262 @@
+/* index.cu: index_select (the embedding), gather and their gradients on CUDA.
+ *
+ * Forward moves bytes, 16 at a time where rows allow it. The gradients add everything that shares a destination. Atomics
+ * would make the sum depend on timing; here (destination, position) pairs are sorted by CUB's stable radix sort, the
+ * first of each run adds up its run in the order of positions, in double, and rounds once. So the same call gives the
+ * same bits, and half precision keeps what adding into bf16 would lose. A destination that receives very many rows is
+ * summed by one block: correct, and slow only there.
+ *
+ * An index outside its axis reads nothing and leaves a note, which the script sees as an error at its next launch or
+ * wait (backend.cu).
+ */
+#include "common.cuh"
+#include <cub/device/device_radix_sort.cuh>
+
+static int64_t numel(const lac_view *v)
+{
+    int64_t n = 1;
+    for (int d = 0; d < v->ndim; d++) n *= v->shape[d];
+    return n;
+}
+
+struct index_reader {
+    view_walk walk;
+    const void *data;
+    bool wide;
+    __device__ __forceinline__ int64_t at(int64_t i) const
+    {
+        int64_t o = walk.offset(i);
+        return wide ? ((const int64_t *)data)[o] : ((const int32_t *)data)[o];
+    }
+};
+static index_reader reader_of(const lac_view *v) { return {walk_axes(v, 0, v->ndim), v->data, v->dtype == LAC_I64}; }
+
+/* ---- index_select ---- */
+
+struct select_args {
+    view_walk outer, inner; /* x's axes before and after `dim` */
+    index_reader index;
+    int64_t n, step, inner_count, total; /* step: x's stride along dim; in units of U */
+};
+
+template <class U>
+__global__ void __launch_bounds__(THREADS) select_kernel(select_args a, const U *x, U *out, lac_cuda_reporter bad)
+{
+    for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.total; t += (int64_t)gridDim.x * THREADS) {
+        int64_t row = t / a.inner_count, e = t - row * a.inner_count, o = row / a.n, i = row - o * a.n;
+        int64_t at = a.index.at(i);
+        if (at < 0 || at >= bad.size) bad.report(i, at);
+        else out[t] = x[a.outer.offset(o) + at * a.step + a.inner.offset(e)];
+    }
+}
+
+/* counts strides and sizes in units of `ratio` elements, if everything allows it */
+static bool scale_walk(view_walk *w, int64_t ratio)
+{
+    for (int d = 0; d < w->ndim; d++)
+        if (w->stride[d] % ratio) return false;
+    for (int d = 0; d < w->ndim; d++) w->stride[d] /= ratio;
+    return true;
+}
+
+extern "C" int lac_cuda_index_select(const lac_a_index *a)
+{
+    int64_t n = numel(&a->index), bytes = dtype_bytes(a->x.dtype), ratio = 16 / bytes;
+    lac_cuda_reporter bad = lac_cuda_reporter_for("index_select: index", a->x.shape[a->dim]);
+    select_args s = {walk_axes(&a->x, 0, a->dim), walk_axes(&a->x, a->dim + 1, a->x.ndim), reader_of(&a->index), n,
+                     a->x.stride[a->dim], 1, numel(&a->out)};
+    if (s.total == 0) return 0;
+    for (int d = a->dim + 1; d < a->x.ndim; d++) s.inner_count *= a->x.shape[d];
+    select_args v = s;
+    bool vector = s.inner.ndim == 1 && s.inner.stride[0] == 1 && s.inner_count % ratio == 0 && s.step % ratio == 0 &&
+                  (uintptr_t)a->x.data % 16 == 0 && (uintptr_t)a->out.data % 16 == 0 && scale_walk(&v.outer, ratio);
+    if (vector) {
+        v.inner.shape[0] /= ratio;
+        v.step /= ratio;
+        v.inner_count /= ratio;
+        v.total /= ratio;
+        select_kernel<uint4><<<blocks_filling(v.total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(
+            v, (const uint4 *)a->x.data, (uint4 *)a->out.data, bad);
+        return lac_cuda_launched("index_select");
+    }
+    return dispatch_bytes(a->x.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type U;
+        select_kernel<U><<<blocks_filling(s.total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(
+            s, (const U *)a->x.data, (U *)a->out.data, bad);
+        return lac_cuda_launched("index_select");
+    });
+}
+
+/* ---- gather ---- */
+
+struct gather_args {
+    int ndim, dim;
+    int64_t shape[LAC_MAX_DIMS], stride[LAC_MAX_DIMS]; /* out's shape, x's strides */
+    index_reader index;
+    int64_t total;
+};
+
+template <class U>
+__global__ void __launch_bounds__(THREADS) gather_kernel(gather_args a, const U *x, U *out, lac_cuda_reporter bad)
+{
+    for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.total; t += (int64_t)gridDim.x * THREADS) {
+        int64_t rest = t, o = 0, at = a.index.at(t);
+        for (int d = a.ndim - 1; d >= 0; d--) {
+            int64_t q = rest / a.shape[d];
+            if (d != a.dim) o += (rest - q * a.shape[d]) * a.stride[d];
+            rest = q;
+        }
+        if (at < 0 || at >= bad.size) bad.report(t, at);
+        else out[t] = x[o + at * a.stride[a.dim]];
+    }
+}
+
+extern "C" int lac_cuda_gather(const lac_a_index *a)
+{
+    gather_args g = {a->out.ndim, a->dim, {}, {}, reader_of(&a->index), numel(&a->out)};
+    for (int d = 0; d < g.ndim; d++) g.shape[d] = a->out.shape[d], g.stride[d] = a->x.stride[d];
+    if (g.total == 0) return 0;
+    lac_cuda_reporter bad = lac_cuda_reporter_for("gather: index", a->x.shape[a->dim]);
+    return dispatch_bytes(a->x.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type U;
+        gather_kernel<U><<<blocks_filling(g.total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(
+            g, (const U *)a->x.data, (U *)a->out.data, bad);
+        return lac_cuda_launched("gather");
+    });
+}
+
+/* ---- sums by destination ---- */
+
+/* key of element t of the index: its destination; bad ones go last, to no destination */
+struct key_args {
+    index_reader index;
+    int64_t n, after, lines; /* lines: size of the indexed axis; 0: the key is the index itself */
+};
+__global__ void __launch_bounds__(THREADS)
+    keys_kernel(key_args a, int64_t *keys, int64_t *values, lac_cuda_reporter bad)
+{
+    for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.n; t += (int64_t)gridDim.x * THREADS) {
+        int64_t i = a.index.at(t), key = i;
+        if (a.lines) {
+            int64_t before = t / (a.lines * a.after), behind = t % a.after;
+            key = (before * bad.size + i) * a.after + behind; /* position in the result */
+        }
+        if (i < 0 || i >= bad.size) {
+            bad.report(t, i);
+            key = INT64_MAX;
+        }
+        keys[t] = key;
+        values[t] = t;
+    }
+}
+
+struct sorted_pairs {
+    lac_scratch *space, *work;
+    int64_t *keys, *values;
+    ~sorted_pairs()
+    {
+        delete space;
+        delete work;
+    }
+};
+
+static int sort_pairs(const char *op, const key_args &a, const lac_cuda_reporter &bad, sorted_pairs *out)
+{
+    size_t bytes = 0, words = (size_t)a.n * 8;
+    CUDA_TRY(op, cub::DeviceRadixSort::SortPairs(NULL, bytes, (int64_t *)NULL, (int64_t *)NULL, (int64_t *)NULL,
+                                                 (int64_t *)NULL, a.n, 0, 64, lac_cuda_stream));
+    out->space = new lac_scratch(op, 4 * words);
+    out->work = new lac_scratch(op, bytes);
+    if (!out->space->data || !out->work->data) return LAC_E_MEMORY;
+    int64_t *p = (int64_t *)out->space->data;
+    keys_kernel<<<blocks_filling(a.n, THREADS, 16), THREADS, 0, lac_cuda_stream>>>(a, p, p + a.n, bad);
+    LAC_TRY(lac_cuda_launched(op));
+    out->keys = p + 2 * a.n;
+    out->values = p + 3 * a.n;
+    CUDA_TRY(op, cub::DeviceRadixSort::SortPairs(out->work->data, bytes, p, out->keys, p + a.n, out->values, a.n, 0, 64,
+                                                 lac_cuda_stream));
+    return 0;
+}
+
+struct rows_args {
+    view_walk outer, index, inner; /* of g: the axes before, of and after the index */
+    const int64_t *keys, *values;
+    int64_t n, size, inner_count;
+};
+
+/* block (i, outer): if sorted pair i is the first of its run, the sum of the run's rows */
+template <class T> __global__ void __launch_bounds__(THREADS) sum_rows(rows_args a, const T *g, T *out)
+{
+    int64_t i = blockIdx.x, o = blockIdx.y, key = a.keys[i];
+    if (key == INT64_MAX || (i > 0 && a.keys[i - 1] == key)) return;
+    const T *from = g + a.outer.offset(o);
+    for (int64_t e = threadIdx.x; e < a.inner_count; e += THREADS) {
+        int64_t inner = a.inner.offset(e);
+        double s = 0;
+        for (int64_t k = i; k < a.n && a.keys[k] == key; k++) s += (double)to_compute(from[a.index.offset(a.values[k]) + inner]);
+        out[(o * a.size + key) * a.inner_count + e] = from_compute<T>((compute_t<T>)s);
+    }
+}
+
+static int zero(const char *op, const lac_view *out)
+{
+    CUDA_TRY(op, cudaMemsetAsync(out->data, 0, (size_t)(numel(out) * dtype_bytes(out->dtype)), lac_cuda_stream));
+    return 0;
+}
+
+extern "C" int lac_cuda_index_select_bwd(const lac_a_index_bwd *a)
+{
+    const char *op = "index_select_bwd";
+    int axes = a->index.ndim;
+    int64_t outer = 1;
+    LAC_TRY(zero(op, &a->out));
+    rows_args r = {walk_axes(&a->g, 0, a->dim), walk_axes(&a->g, a->dim, a->dim + axes),
+                   walk_axes(&a->g, a->dim + axes, a->g.ndim), NULL, NULL, numel(&a->index), a->out.shape[a->dim], 1};
+    for (int d = 0; d < a->dim; d++) outer *= a->g.shape[d];
+    for (int d = a->dim + axes; d < a->g.ndim; d++) r.inner_count *= a->g.shape[d];
+    if (r.n == 0 || outer * r.inner_count == 0) return 0;
+    if (outer > 65535) LAC_FAIL(SHAPE, "%s: more than 65,535 slices in front of the indexed axis on cuda", op);
+    lac_cuda_reporter bad = lac_cuda_reporter_for("index_select_bwd: index", r.size);
+    sorted_pairs pairs = {};
+    LAC_TRY(sort_pairs(op, {reader_of(&a->index), r.n, 1, 0}, bad, &pairs));
+    r.keys = pairs.keys;
+    r.values = pairs.values;
+    return dispatch_float(a->g.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        sum_rows<T><<<dim3((unsigned)r.n, (unsigned)outer), THREADS, 0, lac_cuda_stream>>>(r, (const T *)a->g.data,
+                                                                                     (T *)a->out.data);
+        return lac_cuda_launched(op);
+    });
+}
+
+/* thread i: if sorted pair i is the first of its run, the sum of the run */
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    sum_elements(view_walk g_walk, const int64_t *keys, const int64_t *values, int64_t n, const T *g, T *out)
+{
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
+        int64_t key = keys[i];
+        if (key == INT64_MAX || (i > 0 && keys[i - 1] == key)) continue;
+        double s = 0;
+        for (int64_t k = i; k < n && keys[k] == key; k++) s += (double)to_compute(g[g_walk.offset(values[k])]);
+        out[key] = from_compute<T>((compute_t<T>)s);
+    }
+}
+
+extern "C" int lac_cuda_gather_bwd(const lac_a_index_bwd *a)
+{
+    const char *op = "gather_bwd";
+    key_args k = {reader_of(&a->index), numel(&a->index), 1, a->g.ndim ? a->g.shape[a->dim] : 1};
+    LAC_TRY(zero(op, &a->out));
+    for (int d = a->dim + 1; d < a->g.ndim; d++) k.after *= a->g.shape[d];
+    if (k.n == 0 || numel(&a->out) == 0) return 0;
+    lac_cuda_reporter bad = lac_cuda_reporter_for("gather_bwd: index", a->out.shape[a->dim]);
+    sorted_pairs pairs = {};
+    LAC_TRY(sort_pairs(op, k, bad, &pairs));
+    return dispatch_float(a->g.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        sum_elements<T><<<blocks_filling(k.n, THREADS, 16), THREADS, 0, lac_cuda_stream>>>(
+            walk_axes(&a->g, 0, a->g.ndim), pairs.keys, pairs.values, k.n, (const T *)a->g.data, (T *)a->out.data);
+        return lac_cuda_launched(op);
+    });
+}

@@ -1,0 +1,460 @@
+/* loss.cu: cross-entropy on CUDA, from logits and fused with the output projection.
+ *
+ * The definitions are those of c/cpu/loss.c: with class weights w and smoothing e a row's target is
+ * q_c = w_c ((1 - e) t_c + e / V), Q its sum; the loss is Q lse - sum q_c x_c and the gradient (Q softmax_c - q_c) g. A
+ * block owns a row and reads it twice, the second time from the cache.
+ *
+ * The fused form computes logits a chunk of rows at a time (64 MB of f32), so that R x V logits never exist. In the
+ * backward a chunk's gradient is rounded to the dtype of x before it is multiplied into dx and dw, which is what runs on
+ * tensor cores; dw adds up in f32. f16 has no range for gradients divided by a batch, so there both products run in f32.
+ * A target outside [0, V) leaves a note (backend.cu) and the row a loss of 0.
+ */
+#include "gemm.cuh"
+#include "rows.cuh"
+
+enum { LOSS_THREADS = 512, CHUNK_ELEMENTS = 1 << 24 };
+
+static int64_t numel(const lac_view *v)
+{
+    int64_t n = 1;
+    for (int d = 0; d < v->ndim; d++) n *= v->shape[d];
+    return n;
+}
+
+/* what a row's target is, in the compute type C */
+template <class C> struct loss_target {
+    const void *hard, *soft; /* one of them; soft: storage type of the logits */
+    int64_t hard_stride, soft_row, soft_stride, ignore;
+    bool wide;           /* hard is i64 */
+    const C *weight;     /* [V] or NULL */
+    const double *total; /* sum of the weights, or NULL: V */
+    C smoothing;
+    __device__ int64_t at(int64_t row) const
+    {
+        int64_t i = row * hard_stride;
+        return wide ? ((const int64_t *)hard)[i] : ((const int32_t *)hard)[i];
+    }
+};
+
+template <class T> struct loss_rows {
+    typedef compute_t<T> C;
+    const T *logits; /* rows of this chunk */
+    int64_t row_stride, stride, first, rows, n;
+    C *out, *lse;
+    const C *g;
+    int64_t g_stride;
+};
+
+/* q_c for a soft target */
+template <class T, class C> static __device__ __forceinline__ C soft_at(const loss_target<C> &t, int64_t row, int64_t c, int64_t n)
+{
+    C p = to_compute(((const T *)t.soft)[row * t.soft_row + c * t.soft_stride]);
+    return (p * (C(1) - t.smoothing) + t.smoothing / (C)n) * (t.weight ? t.weight[c] : C(1));
+}
+
+static __device__ __forceinline__ float exponential(float x) { return expf(x); }
+static __device__ __forceinline__ double exponential(double x) { return exp(x); }
+
+/* S: storage type of soft targets (the tensor's, also where the logits are a chunk in f32) */
+template <class T, class S>
+__global__ void __launch_bounds__(LOSS_THREADS)
+    loss_kernel(loss_rows<T> a, loss_target<compute_t<T>> t, lac_cuda_reporter bad)
+{
+    typedef compute_t<T> C;
+    __shared__ C space[LOSS_THREADS / 32];
+    __shared__ double wide_space[LOSS_THREADS / 32];
+    for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+        const T *x = a.logits + r * a.row_stride;
+        int64_t row = a.first + r;
+        C most = -(C)INFINITY;
+        for (int64_t c = threadIdx.x; c < a.n; c += LOSS_THREADS) {
+            C v = to_compute(x[c * a.stride]);
+            most = v > most ? v : most;
+        }
+        most = block_max(most, space);
+        double sum = 0, dot = 0, all = 0;
+        for (int64_t c = threadIdx.x; c < a.n; c += LOSS_THREADS) {
+            C v = to_compute(x[c * a.stride]);
+            sum += (double)exponential(v - most);
+            if (t.soft) {
+                C q = soft_at<S>(t, row, c, a.n);
+                all += (double)q;
+                dot += (double)q * (double)v;
+            } else if (t.smoothing > 0) {
+                dot += (double)v * (t.weight ? (double)t.weight[c] : 1);
+            }
+        }
+        sum = block_sum(sum, wide_space);
+        double lse = (double)most + log(sum), loss;
+        if (t.soft) {
+            all = block_sum(all, wide_space);
+            loss = all * lse - block_sum(dot, wide_space);
+        } else {
+            if (t.smoothing > 0) dot = block_sum(dot, wide_space);
+            int64_t k = t.at(row);
+            if (k == t.ignore) {
+                loss = 0;
+            } else if (k < 0 || k >= a.n) {
+                if (threadIdx.x == 0) bad.report(row, k);
+                loss = 0;
+            } else {
+                double q = (1 - (double)t.smoothing) * (t.weight ? (double)t.weight[k] : 1);
+                loss = q * (lse - (double)to_compute(x[k * a.stride]));
+                if (t.smoothing > 0)
+                    loss += (double)t.smoothing / (double)a.n * ((t.total ? *t.total : (double)a.n) * lse - dot);
+            }
+        }
+        if (threadIdx.x == 0) a.lse[row] = (C)lse, a.out[row] = (C)loss;
+    }
+}
+
+/* y [rows, n], dense; y may be the logits themselves where T is U */
+template <class T, class S, class U>
+__global__ void __launch_bounds__(LOSS_THREADS)
+    gradient_kernel(loss_rows<T> a, loss_target<compute_t<T>> t, U *y, lac_cuda_reporter bad)
+{
+    typedef compute_t<T> C;
+    __shared__ double wide_space[LOSS_THREADS / 32];
+    for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+        const T *x = a.logits + r * a.row_stride;
+        U *out = y + r * a.n;
+        int64_t row = a.first + r, k = t.soft ? -1 : t.at(row);
+        bool dead = !t.soft && (k == t.ignore || k < 0 || k >= a.n);
+        if (dead && k != t.ignore && threadIdx.x == 0) bad.report(row, k);
+        C lse = a.lse[row], g = a.g[row * a.g_stride], share = t.smoothing / (C)a.n, q = 0;
+        double all = 0;
+        if (t.soft) {
+            for (int64_t c = threadIdx.x; c < a.n; c += LOSS_THREADS) all += (double)soft_at<S>(t, row, c, a.n);
+            all = block_sum(all, wide_space);
+        } else if (!dead) {
+            q = (C(1) - t.smoothing) * (t.weight ? t.weight[k] : C(1));
+            all = (double)q + (double)share * (t.total ? *t.total : (double)a.n);
+        }
+        for (int64_t c = threadIdx.x; c < a.n; c += LOSS_THREADS) {
+            C v = 0;
+            if (!dead) {
+                C p = exponential((C)to_compute(x[c * a.stride]) - lse) * (C)all;
+                if (t.soft) p -= soft_at<S>(t, row, c, a.n);
+                else p -= share * (t.weight ? t.weight[c] : C(1)) + (c == k ? q : C(0));
+                v = p * g;
+            }
+            out[c] = from_compute<U>(v);
+        }
+        __syncthreads(); /* in place: nobody may still read the row */
+    }
+}
+
+/* ---- arguments ---- */
+
+/* class weights in the compute type and their sum, as scratch */
+template <class C> struct loss_weights {
+    lac_scratch *space = NULL;
+    ~loss_weights() { delete space; }
+};
+template <class C> __global__ void __launch_bounds__(LOSS_THREADS) weight_sum(const C *w, int64_t n, double *total)
+{
+    __shared__ double space[LOSS_THREADS / 32];
+    double s = 0;
+    for (int64_t i = threadIdx.x; i < n; i += LOSS_THREADS) s += (double)w[i];
+    s = block_sum(s, space);
+    if (threadIdx.x == 0) *total = s;
+}
+
+template <class C>
+static int target_of(const char *op, const lac_loss *loss, const lac_view *target, int64_t n, loss_weights<C> *weights,
+                     loss_target<C> *t)
+{
+    *t = {};
+    t->ignore = loss->ignore;
+    t->smoothing = (C)loss->smoothing;
+    if (target->dtype <= LAC_BF16) {
+        t->soft = target->data;
+        t->soft_row = target->stride[0];
+        t->soft_stride = target->stride[1];
+    } else {
+        t->hard = target->data;
+        t->hard_stride = target->stride[0];
+        t->wide = target->dtype == LAC_I64;
+    }
+    if (!loss->weight.data) return 0;
+    weights->space = new lac_scratch(op, 8 + (size_t)n * sizeof(C));
+    if (!weights->space->data) return LAC_E_MEMORY;
+    double *total = (double *)weights->space->data;
+    lac_a_copy copy = {};
+    copy.x = copy.out = loss->weight;
+    copy.out.data = total + 1;
+    copy.out.dtype = sizeof(C) == 8 ? LAC_F64 : LAC_F32;
+    copy.out.stride[0] = 1;
+    LAC_TRY(lac_cuda_copy(&copy));
+    t->weight = (C *)(total + 1);
+    t->total = total;
+    weight_sum<C><<<1, LOSS_THREADS, 0, lac_cuda_stream>>>(t->weight, n, total);
+    return lac_cuda_launched(op);
+}
+
+static unsigned row_blocks(int64_t rows) { return blocks_filling(rows, 1, 16); }
+
+/* ---- from logits ---- */
+
+template <class T> static loss_rows<T> rows_of(const lac_view *x)
+{
+    loss_rows<T> a = {};
+    a.logits = (const T *)x->data;
+    a.row_stride = x->stride[0];
+    a.stride = x->stride[1];
+    a.rows = x->shape[0];
+    a.n = x->shape[1];
+    return a;
+}
+
+extern "C" int lac_cuda_cross_entropy(const lac_a_cross_entropy *a)
+{
+    const char *op = "cross_entropy";
+    if (a->logits.shape[0] == 0) return 0;
+    lac_cuda_reporter bad = lac_cuda_reporter_for("cross_entropy: target", a->logits.shape[1]);
+    return dispatch_float(a->logits.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        typedef compute_t<T> C;
+        loss_weights<C> weights;
+        loss_target<C> t;
+        LAC_TRY(target_of<C>(op, &a->loss, &a->target, a->logits.shape[1], &weights, &t));
+        loss_rows<T> r = rows_of<T>(&a->logits);
+        r.out = (C *)a->out.data;
+        r.lse = (C *)a->lse.data;
+        loss_kernel<T, T><<<row_blocks(r.rows), LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, bad);
+        return lac_cuda_launched(op);
+    });
+}
+
+extern "C" int lac_cuda_cross_entropy_bwd(const lac_a_cross_entropy_bwd *a)
+{
+    const char *op = "cross_entropy_bwd";
+    if (numel(&a->logits) == 0) return 0;
+    lac_cuda_reporter bad = lac_cuda_reporter_for("cross_entropy_bwd: target", a->logits.shape[1]);
+    return dispatch_float(a->logits.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        typedef compute_t<T> C;
+        loss_weights<C> weights;
+        loss_target<C> t;
+        LAC_TRY(target_of<C>(op, &a->loss, &a->target, a->logits.shape[1], &weights, &t));
+        loss_rows<T> r = rows_of<T>(&a->logits);
+        r.lse = (C *)a->lse.data;
+        r.g = (const C *)a->g.data;
+        r.g_stride = a->g.stride[0];
+        gradient_kernel<T, T, T>
+            <<<row_blocks(r.rows), LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, (T *)a->out.data, bad);
+        return lac_cuda_launched(op);
+    });
+}
+
+/* ---- fused with the projection ---- */
+
+/* v as a dense tensor of `dtype`: itself, or a copy in scratch memory */
+static int dense_of(const char *op, const lac_view *v, int dtype, lac_scratch **space, const void **data)
+{
+    *data = v->data;
+    if (!v->data || (v->dtype == dtype && view_contiguous(v))) return 0;
+    *space = new lac_scratch(op, (size_t)(numel(v) * dtype_bytes(dtype)));
+    if (!(*space)->data) return LAC_E_MEMORY;
+    lac_a_copy copy = {};
+    copy.x = copy.out = *v;
+    copy.out.data = (*space)->data;
+    copy.out.dtype = dtype;
+    for (int64_t d = v->ndim - 1, span = 1; d >= 0; span *= v->shape[d--]) copy.out.stride[d] = span;
+    *data = copy.out.data;
+    return lac_cuda_copy(&copy);
+}
+
+struct projection {
+    const char *op;
+    int64_t rows, width, classes, chunk;
+    int dtype, plain; /* of the products' inputs; of logits: f32 or f64 */
+    const void *x, *w, *bias;
+    void *logits;
+    lac_scratch *space[4] = {};
+    ~projection()
+    {
+        for (lac_scratch *s : space) delete s;
+    }
+    const void *x_at(int64_t row) const { return (const char *)x + row * width * dtype_bytes(dtype); }
+};
+
+static int projection_make(projection *p, const char *op, const lac_view *x, const lac_view *w, const lac_view *bias,
+                           int64_t chunk, bool backward)
+{
+    p->op = op;
+    p->rows = x->shape[0];
+    p->width = x->shape[1];
+    p->classes = w->shape[0];
+    p->plain = x->dtype == LAC_F64 ? LAC_F64 : LAC_F32;
+    p->dtype = backward && x->dtype == LAC_F16 ? LAC_F32 : x->dtype;
+    p->chunk = chunk > 0 ? chunk : CHUNK_ELEMENTS / p->classes / 64 * 64;
+    if (p->chunk < 64 && chunk <= 0) p->chunk = 64;
+    if (p->chunk > p->rows) p->chunk = p->rows;
+    LAC_TRY(dense_of(op, x, p->dtype, &p->space[0], &p->x));
+    LAC_TRY(dense_of(op, w, p->dtype, &p->space[1], &p->w));
+    LAC_TRY(dense_of(op, bias, p->plain, &p->space[2], &p->bias));
+    p->space[3] = new lac_scratch(op, (size_t)(p->chunk * p->classes * dtype_bytes(p->plain)));
+    p->logits = p->space[3]->data;
+    return p->logits ? 0 : LAC_E_MEMORY;
+}
+
+/* logits of rows [at, at + m) into the chunk; a f64 bias is added by a copy, because cuBLASLt has no epilogue for it */
+static int project(const projection *p, int64_t at, int64_t m)
+{
+    lac_cuda_gemm_args g = {};
+    g.m = m, g.n = p->classes, g.k = p->width, g.batch = 1;
+    g.a = p->x_at(at), g.b = p->w, g.c = p->logits;
+    g.dtype = p->dtype, g.c_dtype = p->plain;
+    g.b_transposed = true;
+    g.lda = g.ldb = p->width, g.ldc = p->classes;
+    if (p->bias && p->plain == LAC_F64) {
+        lac_a_copy copy = {};
+        copy.out.data = p->logits;
+        copy.out.dtype = copy.x.dtype = p->plain;
+        copy.out.ndim = copy.x.ndim = 2;
+        copy.out.shape[0] = copy.x.shape[0] = m, copy.out.shape[1] = copy.x.shape[1] = p->classes;
+        copy.out.stride[0] = p->classes, copy.out.stride[1] = copy.x.stride[1] = 1;
+        copy.x.data = (void *)p->bias;
+        LAC_TRY(lac_cuda_copy(&copy));
+        g.accumulate = true;
+    } else {
+        g.bias = p->bias;
+    }
+    return lac_cuda_gemm(p->op, &g);
+}
+
+template <class C> static loss_rows<C> chunk_of(const projection *p, int64_t at, int64_t m)
+{
+    loss_rows<C> r = {};
+    r.logits = (const C *)p->logits;
+    r.row_stride = p->classes;
+    r.stride = 1;
+    r.first = at;
+    r.rows = m;
+    r.n = p->classes;
+    return r;
+}
+
+extern "C" int lac_cuda_linear_cross_entropy(const lac_a_linear_ce *a)
+{
+    const char *op = "linear_cross_entropy";
+    if (a->x.shape[0] == 0) return 0;
+    lac_cuda_reporter bad = lac_cuda_reporter_for("linear_cross_entropy: target", a->w.shape[0]);
+    projection p;
+    LAC_TRY(projection_make(&p, op, &a->x, &a->w, &a->bias, a->chunk, false));
+    return dispatch_float(a->x.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type S;
+        typedef compute_t<S> C;
+        loss_weights<C> weights;
+        loss_target<C> t;
+        LAC_TRY(target_of<C>(op, &a->loss, &a->target, p.classes, &weights, &t));
+        for (int64_t at = 0; at < p.rows; at += p.chunk) {
+            int64_t m = p.rows - at < p.chunk ? p.rows - at : p.chunk;
+            LAC_TRY(project(&p, at, m));
+            loss_rows<C> r = chunk_of<C>(&p, at, m);
+            r.out = (C *)a->out.data;
+            r.lse = (C *)a->lse.data;
+            loss_kernel<C, S><<<row_blocks(m), LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, bad);
+            LAC_TRY(lac_cuda_launched(op));
+        }
+        return 0;
+    });
+}
+
+/* sums[c] (+)= column sums of d [m, n], rows in order */
+template <class U>
+__global__ void __launch_bounds__(THREADS) bias_kernel(const U *d, int64_t m, int64_t n, double *sums, bool first)
+{
+    for (int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x; c < n; c += (int64_t)gridDim.x * THREADS) {
+        double s = first ? 0 : sums[c];
+        for (int64_t r = 0; r < m; r++) s += (double)to_compute(d[r * n + c]);
+        sums[c] = s;
+    }
+}
+
+/* scratch -> result, rounded once */
+static int store_result(const void *from, int from_dtype, const lac_view *to)
+{
+    lac_a_copy copy = {};
+    copy.out = copy.x = *to;
+    copy.x.data = (void *)from;
+    copy.x.dtype = from_dtype;
+    return lac_cuda_copy(&copy);
+}
+
+/* dx, dw and dbias of one chunk whose gradient is `d`, in the products' dtype */
+static int chunk_products(const projection *p, const void *d, int64_t at, int64_t m, void *dx, int dx_dtype, void *dw)
+{
+    lac_cuda_gemm_args g = {};
+    g.m = m, g.n = p->width, g.k = p->classes, g.batch = 1;
+    g.a = d, g.b = p->w, g.c = (char *)dx + at * p->width * dtype_bytes(dx_dtype);
+    g.dtype = p->dtype, g.c_dtype = dx_dtype;
+    g.lda = p->classes, g.ldb = g.ldc = p->width;
+    LAC_TRY(lac_cuda_gemm(p->op, &g));
+    g.m = p->classes, g.k = m;
+    g.b = p->x_at(at), g.c = dw;
+    g.c_dtype = p->plain;
+    g.a_transposed = true;
+    g.accumulate = at > 0;
+    return lac_cuda_gemm(p->op, &g);
+}
+
+extern "C" int lac_cuda_linear_cross_entropy_bwd(const lac_a_linear_ce_bwd *a)
+{
+    const char *op = "linear_cross_entropy_bwd";
+    lac_a_fill none = {};
+    if (a->x.shape[0] == 0) {
+        none.x = a->dw;
+        if (a->dbias.data) {
+            lac_a_fill bias = {};
+            bias.x = a->dbias;
+            LAC_TRY(lac_cuda_fill(&bias));
+        }
+        return lac_cuda_fill(&none);
+    }
+    lac_cuda_reporter bad = lac_cuda_reporter_for("linear_cross_entropy_bwd: target", a->w.shape[0]);
+    projection p;
+    LAC_TRY(projection_make(&p, op, &a->x, &a->w, &a->bias, a->chunk, true));
+    return dispatch_float(p.dtype, [&](auto product) {
+        return dispatch_float(a->x.dtype, [&](auto tag) {
+            typedef typename decltype(product)::type U;
+            typedef typename decltype(tag)::type S;
+            typedef compute_t<S> C;
+            if constexpr (!std::is_same_v<compute_t<U>, C>) {
+                return (int)LAC_E_INTERNAL; /* f64 with anything else: never asked for */
+            } else {
+                size_t cells = (size_t)(p.chunk * p.classes), size = (size_t)(p.classes * p.width);
+                bool apart = p.dtype != p.plain, cast_dw = a->dw.dtype != p.plain, cast_dx = a->dx.dtype != p.dtype;
+                lac_scratch d(op, apart ? cells * sizeof(U) : 1), dw(op, cast_dw ? size * sizeof(C) : 1);
+                lac_scratch dx(op, cast_dx ? (size_t)(p.rows * p.width) * sizeof(U) : 1);
+                lac_scratch sums(op, a->dbias.data ? (size_t)p.classes * 8 : 1);
+                if (!d.data || !dw.data || !dx.data || !sums.data) return (int)LAC_E_MEMORY;
+                U *to = apart ? (U *)d.data : (U *)p.logits;
+                void *dw_to = cast_dw ? dw.data : a->dw.data, *dx_to = cast_dx ? dx.data : a->dx.data;
+                loss_weights<C> weights;
+                loss_target<C> t;
+                LAC_TRY(target_of<C>(op, &a->loss, &a->target, p.classes, &weights, &t));
+                for (int64_t at = 0; at < p.rows; at += p.chunk) {
+                    int64_t m = p.rows - at < p.chunk ? p.rows - at : p.chunk;
+                    LAC_TRY(project(&p, at, m));
+                    loss_rows<C> r = chunk_of<C>(&p, at, m);
+                    r.lse = (C *)a->lse.data;
+                    r.g = (const C *)a->g.data;
+                    r.g_stride = a->g.stride[0];
+                    gradient_kernel<C, S, U><<<row_blocks(m), LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, to, bad);
+                    LAC_TRY(lac_cuda_launched(op));
+                    LAC_TRY(chunk_products(&p, to, at, m, dx_to, cast_dx ? p.dtype : a->dx.dtype, dw_to));
+                    if (!a->dbias.data) continue;
+                    bias_kernel<U><<<blocks_for(p.classes, THREADS), THREADS, 0, lac_cuda_stream>>>(
+                        to, m, p.classes, (double *)sums.data, at == 0);
+                    LAC_TRY(lac_cuda_launched(op));
+                }
+                if (cast_dw) LAC_TRY(store_result(dw.data, p.plain, &a->dw));
+                if (cast_dx) LAC_TRY(store_result(dx.data, p.dtype, &a->dx));
+                if (a->dbias.data) LAC_TRY(store_result(sums.data, LAC_F64, &a->dbias));
+                return 0;
+            }
+        });
+    });
+}

@@ -1,0 +1,267 @@
+/* matmul.cu: matrix products on CUDA, over cuBLASLt.
+ *
+ * Everything is row-major here and column-major there, so C = A B is asked for as C^T = B^T A^T; a bias along C's rows
+ * is then cuBLASLt's own epilogue. Operands are read in place when one of their last two strides is 1 and the other
+ * spans it, which transposed and sliced views are; others are copied once into scratch memory. Batch axes that step
+ * evenly are one strided-batch call; uneven ones (two broadcast axes) are one call per item of the outer axes.
+ *
+ * The choice of algorithm is cuBLASLt's first suggestion, remembered per shape: asking costs tens of microseconds, and
+ * a training step repeats the same few dozen shapes. f32 runs in exact f32 unless the script allows TF32
+ * (lac.use_tf32), f16 and bf16 multiply on tensor cores and add in f32, f64 in f64. Same shape, same device: same
+ * algorithm, so the same bits.
+ */
+#include "gemm.cuh"
+#include <cstdio>
+#include <cstring>
+#include <cublasLt.h>
+
+enum { REMEMBERED = 512, WORKSPACE = 32 << 20 };
+
+static cublasLtHandle_t handle;
+static void *workspace;
+
+static int blas_check(const char *op, cublasStatus_t status)
+{
+    if (status == CUBLAS_STATUS_SUCCESS) return 0;
+    LAC_FAIL(INTERNAL, "%s: cuBLAS: %s", op, cublasLtGetStatusString(status));
+}
+#define BLAS_TRY(op, expression) LAC_TRY(blas_check(op, expression))
+
+/* what a remembered choice depends on */
+struct shape_key {
+    int64_t m, n, k, batch, lda, ldb, ldc, a_batch, b_batch, c_batch;
+    int32_t dtype, c_dtype, a_transposed, b_transposed, bias, tf32, align_a, align_b;
+};
+struct remembered {
+    bool used;
+    shape_key key;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t a, b, c;
+    cublasLtMatmulAlgo_t algorithm;
+};
+static remembered memory[REMEMBERED];
+
+static uint64_t hash_of(const shape_key *k)
+{
+    const unsigned char *p = (const unsigned char *)k;
+    uint64_t h = 1469598103934665603ull;
+    for (size_t i = 0; i < sizeof *k; i++) h = (h ^ p[i]) * 1099511628211ull;
+    return h ^ h >> 29;
+}
+
+static cudaDataType_t data_type(int dtype)
+{
+    static const cudaDataType_t types[] = {CUDA_R_64F, CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF};
+    return types[dtype];
+}
+
+static int layout_make(const char *op, cublasLtMatrixLayout_t *l, int dtype, int64_t rows, int64_t cols, int64_t ld,
+                       int64_t batch, int64_t step)
+{
+    int32_t count = (int32_t)batch;
+    BLAS_TRY(op, cublasLtMatrixLayoutCreate(l, data_type(dtype), (uint64_t)rows, (uint64_t)cols, ld));
+    if (batch == 1) return 0;
+    BLAS_TRY(op, cublasLtMatrixLayoutSetAttribute(*l, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count));
+    return blas_check(op, cublasLtMatrixLayoutSetAttribute(*l, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step,
+                                                           sizeof step));
+}
+
+static void forget(remembered *r)
+{
+    if (r->desc) cublasLtMatmulDescDestroy(r->desc);
+    if (r->a) cublasLtMatrixLayoutDestroy(r->a);
+    if (r->b) cublasLtMatrixLayoutDestroy(r->b);
+    if (r->c) cublasLtMatrixLayoutDestroy(r->c);
+    memset(r, 0, sizeof *r);
+}
+
+static int choose(const char *op, const shape_key *k, remembered *r)
+{
+    cublasComputeType_t compute = k->dtype == LAC_F64                    ? CUBLAS_COMPUTE_64F
+                                  : k->dtype == LAC_F32 && k->tf32       ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                                         : CUBLAS_COMPUTE_32F;
+    cudaDataType_t scale = k->dtype == LAC_F64 ? CUDA_R_64F : CUDA_R_32F;
+    cublasOperation_t none = CUBLAS_OP_N, turned = CUBLAS_OP_T;
+    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    cublasLtMatmulPreference_t preference = NULL;
+    cublasLtMatmulHeuristicResult_t found;
+    size_t bytes = WORKSPACE;
+    int count = 0;
+    BLAS_TRY(op, cublasLtMatmulDescCreate(&r->desc, compute, scale));
+    /* cuBLAS's first operand is our B: stored [k, n] row-major is [n, k] column-major */
+    BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_TRANSA,
+                                                k->b_transposed ? &turned : &none, sizeof none));
+    BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_TRANSB,
+                                                k->a_transposed ? &turned : &none, sizeof none));
+    if (k->bias)
+        BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    LAC_TRY(layout_make(op, &r->b, k->dtype, k->b_transposed ? k->k : k->n, k->b_transposed ? k->n : k->k, k->ldb,
+                        k->batch, k->b_batch));
+    LAC_TRY(layout_make(op, &r->a, k->dtype, k->a_transposed ? k->m : k->k, k->a_transposed ? k->k : k->m, k->lda,
+                        k->batch, k->a_batch));
+    LAC_TRY(layout_make(op, &r->c, k->c_dtype, k->n, k->m, k->ldc, k->batch, k->c_batch));
+    BLAS_TRY(op, cublasLtMatmulPreferenceCreate(&preference));
+    cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes);
+    uint32_t align_b = (uint32_t)k->align_b, align_a = (uint32_t)k->align_a;
+    cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align_b, 4);
+    cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_a, 4);
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, r->desc, r->b, r->a, r->c, r->c, preference, 1,
+                                                           &found, &count);
+    cublasLtMatmulPreferenceDestroy(preference);
+    BLAS_TRY(op, status);
+    if (count == 0) LAC_FAIL(INTERNAL, "%s: cuBLAS knows no algorithm for this product", op);
+    r->algorithm = found.algo;
+    r->key = *k;
+    r->used = true;
+    return 0;
+}
+
+static int alignment(const void *p)
+{
+    uintptr_t x = (uintptr_t)p;
+    return x % 16 == 0 ? 16 : x % 8 == 0 ? 8 : x % 4 == 0 ? 4 : 2;
+}
+
+int lac_cuda_gemm(const char *op, const lac_cuda_gemm_args *g)
+{
+    if (!handle) {
+        BLAS_TRY(op, cublasLtCreate(&handle));
+        CUDA_TRY(op, cudaMalloc(&workspace, WORKSPACE));
+    }
+    shape_key key;
+    memset(&key, 0, sizeof key);
+    key.m = g->m, key.n = g->n, key.k = g->k, key.batch = g->batch;
+    key.lda = g->lda, key.ldb = g->ldb, key.ldc = g->ldc;
+    key.a_batch = g->a_batch, key.b_batch = g->b_batch, key.c_batch = g->c_batch;
+    key.dtype = g->dtype, key.c_dtype = g->c_dtype, key.a_transposed = g->a_transposed;
+    key.b_transposed = g->b_transposed, key.bias = g->bias != NULL, key.tf32 = lac_cuda_engine->settings->tf32;
+    key.align_a = alignment(g->a), key.align_b = alignment(g->b);
+    remembered *r = &memory[hash_of(&key) % REMEMBERED];
+    if (!r->used || memcmp(&r->key, &key, sizeof key)) {
+        forget(r);
+        int status = choose(op, &key, r);
+        if (status) return forget(r), status;
+    }
+    if (g->bias)
+        BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g->bias,
+                                                    sizeof g->bias));
+    double one = 1, zero = 0;
+    float one_f = 1, zero_f = 0;
+    bool wide = g->dtype == LAC_F64;
+    const void *alpha = wide ? (void *)&one : &one_f;
+    const void *beta = g->accumulate ? alpha : wide ? (void *)&zero : &zero_f;
+    BLAS_TRY(op, cublasLtMatmul(handle, r->desc, alpha, g->b, r->b, g->a, r->a, beta, g->c, r->c, g->c, r->c,
+                                &r->algorithm, workspace, WORKSPACE, lac_cuda_stream));
+    return lac_cuda_launched(op);
+}
+
+/* ---- the slot ---- */
+
+/* can cuBLAS read the last two axes in place? fills the transposition and the leading dimension */
+static bool reads(const lac_view *v, bool *transposed, int64_t *ld)
+{
+    int64_t rows = v->shape[v->ndim - 2], cols = v->shape[v->ndim - 1];
+    int64_t rs = v->stride[v->ndim - 2], cs = v->stride[v->ndim - 1];
+    if ((cs == 1 || cols == 1) && (rs >= cols || rows == 1)) {
+        *transposed = false;
+        *ld = rows == 1 || rs < cols ? cols : rs;
+        return true;
+    }
+    if ((rs == 1 || rows == 1) && (cs >= rows || cols == 1)) {
+        *transposed = true;
+        *ld = cols == 1 || cs < rows ? rows : cs;
+        return true;
+    }
+    return false;
+}
+
+/* v as cuBLAS can read it: itself, or a dense copy in scratch memory (of the matrices that are there once) */
+static int readable(const lac_view *v, lac_scratch **space, lac_view *to, bool *transposed, int64_t *ld)
+{
+    *to = *v;
+    if (reads(v, transposed, ld)) return 0;
+    int64_t span = 1;
+    for (int d = v->ndim - 1; d >= 0; d--) {
+        if (v->stride[d] == 0 && d < v->ndim - 2) { /* a broadcast batch axis stays one */
+            to->stride[d] = 0;
+            continue;
+        }
+        to->stride[d] = span;
+        span *= v->shape[d];
+    }
+    *space = new lac_scratch("matmul", (size_t)(span * dtype_bytes(v->dtype)));
+    if (!(*space)->data) return LAC_E_MEMORY;
+    to->data = (*space)->data;
+    lac_a_copy copy = {};
+    copy.x = *v;
+    copy.out = *to;
+    for (int d = 0; d < v->ndim - 2; d++)
+        if (to->stride[d] == 0) copy.x.shape[d] = copy.out.shape[d] = 1;
+    reads(to, transposed, ld);
+    return lac_cuda_copy(&copy);
+}
+
+extern "C" int lac_cuda_matmul(const lac_a_matmul *a)
+{
+    int nd = a->out.ndim, axes = nd - 2;
+    int64_t m = a->out.shape[nd - 2], n = a->out.shape[nd - 1], k = a->a.shape[nd - 1], items = 1;
+    for (int d = 0; d < axes; d++) items *= a->out.shape[d];
+    if (m * n * items == 0) return 0;
+    bool with_bias = a->bias.data != NULL, epilogue = with_bias && a->a.dtype != LAC_F64 && a->bias.stride[0] == 1;
+    lac_view bias = a->bias;
+    if (k == 0 || (with_bias && !epilogue)) { /* the product is added to the bias */
+        lac_a_copy copy = {};
+        lac_a_fill fill = {};
+        copy.out = fill.x = a->out;
+        if (!with_bias) {
+            LAC_TRY(lac_cuda_fill(&fill));
+        } else {
+            copy.x = a->out;
+            copy.x.data = bias.data;
+            for (int d = 0; d < nd; d++) copy.x.stride[d] = d == nd - 1 ? bias.stride[0] : 0;
+            LAC_TRY(lac_cuda_copy(&copy));
+        }
+        if (k == 0) return 0;
+    }
+    lac_scratch *space[2] = {};
+    lac_view va, vb;
+    lac_cuda_gemm_args g = {};
+    int status = readable(&a->a, &space[0], &va, &g.a_transposed, &g.lda);
+    if (!status) status = readable(&a->b, &space[1], &vb, &g.b_transposed, &g.ldb);
+    if (!status) {
+        g.m = m, g.n = n, g.k = k;
+        g.dtype = g.c_dtype = a->a.dtype;
+        g.ldc = n;
+        g.bias = epilogue ? bias.data : NULL;
+        g.accumulate = with_bias && !epilogue;
+        /* the innermost run of batch axes that step evenly is one call */
+        int inner = axes;
+        g.batch = 1, g.c_batch = m * n;
+        while (inner > 0) {
+            int d = inner - 1;
+            int64_t sa = va.stride[d], sb = vb.stride[d];
+            if (g.batch > 1 && (sa != g.a_batch * g.batch || sb != g.b_batch * g.batch) && va.shape[d] > 1) break;
+            if (g.batch == 1 && va.shape[d] > 1) g.a_batch = sa, g.b_batch = sb;
+            if (g.batch * a->out.shape[d] > INT32_MAX) break;
+            g.batch *= a->out.shape[d];
+            inner--;
+        }
+        int64_t outer = items / g.batch, bytes = dtype_bytes(a->a.dtype);
+        for (int64_t i = 0; i < outer && !status; i++) {
+            int64_t rest = i, oa = 0, ob = 0;
+            for (int d = inner - 1; d >= 0; d--) {
+                int64_t at = rest % a->out.shape[d];
+                rest /= a->out.shape[d];
+                oa += at * va.stride[d];
+                ob += at * vb.stride[d];
+            }
+            g.a = (const char *)va.data + oa * bytes;
+            g.b = (const char *)vb.data + ob * bytes;
+            g.c = (char *)a->out.data + i * g.batch * m * n * bytes;
+            status = lac_cuda_gemm("matmul", &g);
+        }
+    }
+    delete space[0];
+    delete space[1];
+    return status;
+}

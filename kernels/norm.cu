@@ -1,0 +1,369 @@
+/* norm.cu: softmax and layer normalisation on CUDA.
+ *
+ * All are bound by memory: a row is read once where registers hold it (rows.cuh). Softmax along an axis that is not the
+ * last gives each thread one line and neighbouring threads neighbouring lines, in two passes (maximum and sum together,
+ * rescaling as the maximum grows).
+ * layernorm centres before it squares, as on the CPU: the sum of squares loses everything when the mean is large. Its
+ * backward lets a block take every gridDim-th row and keep its columns' shares of dgamma and dbeta in registers; the
+ * blocks' shares are added in order by a second kernel. No atomics.
+ */
+#include "rows.cuh"
+
+static __device__ __forceinline__ float exponential(float x) { return expf(x); }
+static __device__ __forceinline__ double exponential(double x) { return exp(x); }
+static __device__ __forceinline__ float logarithm_of(float x) { return logf(x); }
+static __device__ __forceinline__ double logarithm_of(double x) { return log(x); }
+template <class C> __device__ __forceinline__ C infinity() { return (C)INFINITY; }
+
+/* the rows of this thread; every thread of a block has as many, because blocks hold one row or rows of one warp each */
+#define NEXT_ROWS(ROW, rows)                                                                                           \
+    for (int64_t r = (int64_t)blockIdx.x * (row_threads<ROW> / ROW) + threadIdx.x / ROW; r < rows;                     \
+         r += (int64_t)gridDim.x * (row_threads<ROW> / ROW))
+
+/* ---- softmax along the last axis ---- */
+
+struct softmax_args {
+    view_walk x, g; /* the axes that count rows */
+    int64_t rows, n, x_stride, g_stride;
+    bool logarithm;
+};
+
+template <class T, int ROW, int N, bool KEEP>
+__global__ void __launch_bounds__(row_threads<ROW>) softmax_rows(softmax_args a, const T *x, T *out)
+{
+    typedef compute_t<T> C;
+    __shared__ C space[ROW_LONG / 32];
+    NEXT_ROWS(ROW, a.rows)
+    {
+        row<T, ROW, N, KEEP> v(x + a.x.offset(r), a.n, a.x_stride);
+        C most = -infinity<C>(), sum = 0;
+        v.each([&](C e, int64_t, int) { most = e > most ? e : most; });
+        most = row_max<ROW>(most, space);
+        v.each([&](C e, int64_t, int) { sum += exponential(e - most); });
+        sum = row_sum<ROW>(sum, space);
+        if (a.logarithm) {
+            C lse = logarithm_of(sum);
+            v.store(out + r * a.n, [&](C e, int64_t, int) { return (e - most) - lse; });
+        } else {
+            C scale = C(1) / sum;
+            v.store(out + r * a.n, [&](C e, int64_t, int) { return exponential(e - most) * scale; });
+        }
+    }
+}
+
+template <class T, int ROW, int N, bool KEEP>
+__global__ void __launch_bounds__(row_threads<ROW>) softmax_bwd_rows(softmax_args a, const T *y, const T *g, T *out)
+{
+    typedef compute_t<T> C;
+    __shared__ C space[ROW_LONG / 32];
+    NEXT_ROWS(ROW, a.rows)
+    {
+        const T *g_row = g + a.g.offset(r);
+        row<T, ROW, N, KEEP> v(y + a.x.offset(r), a.n, a.x_stride), w(g_row, a.n, a.g_stride);
+        C sum = 0;
+        auto g_at = [&](int64_t i, int k) { return KEEP ? w.kept[k] : to_compute(g_row[i * a.g_stride]); };
+        v.each([&](C e, int64_t i, int k) { sum += a.logarithm ? g_at(i, k) : e * g_at(i, k); });
+        sum = row_sum<ROW>(sum, space);
+        v.store(out + r * a.n, [&](C e, int64_t i, int k) {
+            C d = g_at(i, k);
+            return a.logarithm ? d - exponential(e) * sum : e * (d - sum);
+        });
+    }
+}
+
+/* ---- softmax along another axis: one line a thread ---- */
+
+struct line_args {
+    view_walk x, g, out; /* the axes but the normalised one */
+    int64_t lines, n, x_step, g_step, out_step;
+    bool logarithm;
+};
+
+template <class T> __global__ void __launch_bounds__(THREADS) softmax_lines(line_args a, const T *x, T *out)
+{
+    typedef compute_t<T> C;
+    for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.lines; t += (int64_t)gridDim.x * THREADS) {
+        const T *from = x + a.x.offset(t);
+        T *to = out + a.out.offset(t);
+        C most = -infinity<C>(), sum = 0;
+        for (int64_t i = 0; i < a.n; i++) {
+            C e = to_compute(from[i * a.x_step]);
+            if (e > most) {
+                sum *= exponential(most - e);
+                most = e;
+            }
+            sum += exponential(e - most);
+        }
+        C scale = C(1) / sum, lse = logarithm_of(sum);
+        for (int64_t i = 0; i < a.n; i++) {
+            C e = to_compute(from[i * a.x_step]) - most;
+            to[i * a.out_step] = from_compute<T>(a.logarithm ? e - lse : exponential(e) * scale);
+        }
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS) softmax_bwd_lines(line_args a, const T *y, const T *g, T *out)
+{
+    typedef compute_t<T> C;
+    for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.lines; t += (int64_t)gridDim.x * THREADS) {
+        const T *from = y + a.x.offset(t), *d = g + a.g.offset(t);
+        T *to = out + a.out.offset(t);
+        C sum = 0;
+        for (int64_t i = 0; i < a.n; i++) {
+            C e = to_compute(d[i * a.g_step]);
+            sum += a.logarithm ? e : e * to_compute(from[i * a.x_step]);
+        }
+        for (int64_t i = 0; i < a.n; i++) {
+            C e = to_compute(from[i * a.x_step]), w = to_compute(d[i * a.g_step]);
+            to[i * a.out_step] = from_compute<T>(a.logarithm ? w - exponential(e) * sum : e * (w - sum));
+        }
+    }
+}
+
+/* the axes of v but `dim` */
+static view_walk walk_without(const lac_view *v, int dim)
+{
+    lac_view rest = *v;
+    rest.ndim = 0;
+    for (int d = 0; d < v->ndim; d++)
+        if (d != dim) rest.shape[rest.ndim] = v->shape[d], rest.stride[rest.ndim++] = v->stride[d];
+    return walk_axes(&rest, 0, rest.ndim);
+}
+
+static int64_t numel(const lac_view *v)
+{
+    int64_t n = 1;
+    for (int d = 0; d < v->ndim; d++) n *= v->shape[d];
+    return n;
+}
+
+/* g NULL: forward */
+static int softmax_run(const char *op, const lac_view *x, const lac_view *g, const lac_view *out, int dim, bool logarithm)
+{
+    int64_t total = numel(out), n = out->ndim ? out->shape[dim] : 1;
+    if (total == 0) return 0;
+    const lac_view *second = g ? g : x;
+    if (out->ndim && dim != out->ndim - 1) {
+        line_args a = {walk_without(x, dim),   walk_without(second, dim), walk_without(out, dim), total / n, n,
+                       x->stride[dim], second->stride[dim],       out->stride[dim],       logarithm};
+        return dispatch_float(x->dtype, [&](auto tag) {
+            typedef typename decltype(tag)::type T;
+            unsigned blocks = blocks_filling(a.lines, THREADS, 16);
+            if (g)
+                softmax_bwd_lines<T><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, (const T *)x->data, (const T *)g->data,
+                                                                            (T *)out->data);
+            else
+                softmax_lines<T><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, (const T *)x->data, (T *)out->data);
+            return lac_cuda_launched(op);
+        });
+    }
+    softmax_args a = {walk_axes(x, 0, x->ndim ? x->ndim - 1 : 0), walk_axes(second, 0, x->ndim ? x->ndim - 1 : 0),
+                      total / n, n, x->ndim ? x->stride[dim] : 1, x->ndim ? second->stride[dim] : 1, logarithm};
+    return dispatch_float(x->dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        constexpr int64_t V = 16 / sizeof(T);
+        bool dense = rows_dense(x, V) && rows_dense(second, V) && rows_dense(out, V);
+        with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
+            constexpr int ROW = decltype(rt)::value, N = decltype(nt)::value, threads = row_threads<ROW>;
+            constexpr bool KEEP = decltype(kt)::value;
+            unsigned blocks = blocks_filling(a.rows, threads / ROW, 32);
+            if (g)
+                softmax_bwd_rows<T, ROW, N, KEEP><<<blocks, threads, 0, lac_cuda_stream>>>(
+                    a, (const T *)x->data, (const T *)g->data, (T *)out->data);
+            else
+                softmax_rows<T, ROW, N, KEEP>
+                    <<<blocks, threads, 0, lac_cuda_stream>>>(a, (const T *)x->data, (T *)out->data);
+        });
+        return lac_cuda_launched(op);
+    });
+}
+
+extern "C" int lac_cuda_softmax(const lac_a_softmax *a)
+{
+    return softmax_run("softmax", &a->x, NULL, &a->out, a->dim, a->logarithm);
+}
+
+extern "C" int lac_cuda_softmax_bwd(const lac_a_softmax_bwd *a)
+{
+    return softmax_run("softmax_bwd", &a->y, &a->g, &a->out, a->dim, a->logarithm);
+}
+
+/* ---- layer normalisation ---- */
+
+struct norm_args {
+    view_walk x, g;
+    int64_t rows, n, x_stride, g_stride, gamma_stride, beta_stride;
+    double eps;
+};
+
+/* S: dtype of the statistics, float or double, which is the compute type */
+template <class T, int ROW, int N, bool KEEP>
+__global__ void __launch_bounds__(row_threads<ROW>)
+    layernorm_rows(norm_args a, const T *x, const T *gamma, const T *beta, T *out, compute_t<T> *mean, compute_t<T> *rstd)
+{
+    typedef compute_t<T> C;
+    __shared__ C space[ROW_LONG / 32];
+    NEXT_ROWS(ROW, a.rows)
+    {
+        row<T, ROW, N, KEEP> v(x + a.x.offset(r), a.n, a.x_stride);
+        C sum = 0, square = 0;
+        v.each([&](C e, int64_t, int) { sum += e; });
+        C m = row_sum<ROW>(sum, space) / (C)a.n;
+        v.each([&](C e, int64_t, int) { square += (e - m) * (e - m); });
+        C s = C(1) / (C)sqrt((double)(row_sum<ROW>(square, space) / (C)a.n) + a.eps);
+        v.store(out + r * a.n, [&](C e, int64_t i, int) {
+            C y = (e - m) * s;
+            if (gamma) y *= to_compute(gamma[i * a.gamma_stride]);
+            if (beta) y += to_compute(beta[i * a.beta_stride]);
+            return y;
+        });
+        if (threadIdx.x % ROW == 0) mean[r] = m, rstd[r] = s;
+    }
+}
+
+extern "C" int lac_cuda_layernorm(const lac_a_layernorm *a)
+{
+    int last = a->x.ndim - 1;
+    int64_t n = a->x.shape[last], total = numel(&a->out);
+    if (total == 0) return 0;
+    norm_args j = {walk_axes(&a->x, 0, last), {}, total / n, n, a->x.stride[last], 0,
+                   a->gamma.data ? a->gamma.stride[0] : 0, a->beta.data ? a->beta.stride[0] : 0, a->eps};
+    return dispatch_float(a->x.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        typedef compute_t<T> C;
+        constexpr int64_t V = 16 / sizeof(T);
+        bool dense = rows_dense(&a->x, V) && rows_dense(&a->out, V);
+        with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
+            constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
+            layernorm_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
+                <<<blocks_filling(j.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(j, (const T *)a->x.data, (const T *)a->gamma.data,
+                                                         (const T *)a->beta.data, (T *)a->out.data, (C *)a->mean.data,
+                                                         (C *)a->rstd.data);
+        });
+        return lac_cuda_launched("layernorm");
+    });
+}
+
+/* dx, and for KEEP the block's shares of dgamma and dbeta: share[block][2][n] */
+template <class T, int ROW, int N, bool KEEP>
+__global__ void __launch_bounds__(row_threads<ROW>)
+    layernorm_bwd_rows(norm_args a, const T *x, const T *gamma, const compute_t<T> *mean, const compute_t<T> *rstd,
+                       const T *g, T *dx, compute_t<T> *share)
+{
+    typedef compute_t<T> C;
+    __shared__ C space[ROW_LONG / 32];
+    C dgamma[KEEP ? ROW_KEEP : 1] = {}, dbeta[KEEP ? ROW_KEEP : 1] = {};
+    NEXT_ROWS(ROW, a.rows)
+    {
+        const T *g_row = g + a.g.offset(r);
+        row<T, ROW, N, KEEP> v(x + a.x.offset(r), a.n, a.x_stride), w(g_row, a.n, a.g_stride);
+        C m = mean[r], s = rstd[r], sum = 0, dot = 0;
+        auto g_at = [&](int64_t i, int k) { return KEEP ? w.kept[k] : to_compute(g_row[i * a.g_stride]); };
+        v.each([&](C e, int64_t i, int k) {
+            C h = (e - m) * s, d = g_at(i, k), p = gamma ? d * to_compute(gamma[i * a.gamma_stride]) : d;
+            sum += p;
+            dot += p * h;
+            if constexpr (KEEP) {
+                dgamma[k] += d * h;
+                dbeta[k] += d;
+            }
+        });
+        sum = row_sum<ROW>(sum, space) / (C)a.n;
+        dot = row_sum<ROW>(dot, space) / (C)a.n;
+        v.store(dx + r * a.n, [&](C e, int64_t i, int k) {
+            C h = (e - m) * s, d = g_at(i, k), p = gamma ? d * to_compute(gamma[i * a.gamma_stride]) : d;
+            return s * (p - sum - h * dot);
+        });
+    }
+    if constexpr (KEEP) {
+        if (!share) return;
+        int64_t part = (int64_t)blockIdx.x * (row_threads<ROW> / ROW) + threadIdx.x / ROW;
+        int lane = threadIdx.x % ROW;
+#pragma unroll
+        for (int k = 0; k < ROW_KEEP; k++) {
+            int64_t i = (int64_t)(k / N * ROW + lane) * N + k % N;
+            if (i < a.n) {
+                share[part * 2 * a.n + i] = dgamma[k];
+                share[part * 2 * a.n + a.n + i] = dbeta[k];
+            }
+        }
+    }
+}
+
+/* the same shares for rows too long for registers: a thread per column, a block per run of rows */
+template <class T>
+__global__ void __launch_bounds__(THREADS) layernorm_shares(norm_args a, const T *x, const compute_t<T> *mean,
+                                                            const compute_t<T> *rstd, const T *g, compute_t<T> *share)
+{
+    typedef compute_t<T> C;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < a.n; i += (int64_t)gridDim.x * THREADS) {
+        C dgamma = 0, dbeta = 0;
+        for (int64_t r = blockIdx.y; r < a.rows; r += gridDim.y) {
+            C d = to_compute(g[a.g.offset(r) + i * a.g_stride]);
+            dgamma += d * ((to_compute(x[a.x.offset(r) + i * a.x_stride]) - mean[r]) * rstd[r]);
+            dbeta += d;
+        }
+        share[blockIdx.y * 2 * a.n + i] = dgamma;
+        share[blockIdx.y * 2 * a.n + a.n + i] = dbeta;
+    }
+}
+
+/* 32 columns a block, 8 threads deep */
+template <class T>
+__global__ void __launch_bounds__(THREADS) layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share,
+                                                             T *dgamma, T *dbeta)
+{
+    __shared__ double space[THREADS / 32][32];
+    int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
+    int64_t i = (int64_t)blockIdx.x * 32 + tx;
+    const compute_t<T> *from = share + (blockIdx.y ? n : 0);
+    T *out = blockIdx.y ? dbeta : dgamma;
+    if (!out) return;
+    double s = 0;
+    for (int64_t p = ty; p < parts && i < n; p += THREADS / 32) s += (double)from[p * 2 * n + i];
+    space[ty][tx] = s;
+    __syncthreads();
+    if (ty || i >= n) return;
+    for (int w = 1; w < THREADS / 32; w++) s += space[w][tx];
+    out[i] = from_compute<T>((compute_t<T>)s);
+}
+
+extern "C" int lac_cuda_layernorm_bwd(const lac_a_layernorm_bwd *a)
+{
+    int last = a->x.ndim - 1;
+    int64_t n = a->x.shape[last], total = numel(&a->dx);
+    norm_args j = {walk_axes(&a->x, 0, last), walk_axes(&a->g, 0, last), n ? total / n : 0, n, a->x.stride[last],
+                   a->g.stride[last], a->gamma.data ? a->gamma.stride[0] : 0, 0, 0};
+    bool shares = a->dgamma.data || a->dbeta.data;
+    if (n == 0) return 0;
+    return dispatch_float(a->x.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        typedef compute_t<T> C;
+        constexpr int64_t V = 16 / sizeof(T);
+        bool dense = rows_dense(&a->x, V) && rows_dense(&a->g, V) && rows_dense(&a->dx, V);
+        bool keep = dense && n % V == 0 && n <= ROW_KEPT;
+        int64_t per_block = n <= 32 * ROW_KEEP && keep ? THREADS / 32 : 1;
+        unsigned blocks = blocks_filling(j.rows, per_block, keep ? (n <= 128 * ROW_KEEP ? 4 : 2) : 16);
+        int64_t parts = !shares ? 0 : keep ? blocks * per_block : j.rows < 64 ? (j.rows ? j.rows : 1) : 64;
+        lac_scratch share("layernorm_bwd", parts ? (size_t)(parts * 2 * n) * sizeof(C) : 1);
+        if (!share.data) return (int)LAC_E_MEMORY;
+        C *to = shares ? (C *)share.data : NULL;
+        const T *x = (const T *)a->x.data, *g = (const T *)a->g.data;
+        const C *mean = (const C *)a->mean.data, *rstd = (const C *)a->rstd.data;
+        with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
+            constexpr int ROW = decltype(rt)::value;
+            layernorm_bwd_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
+                <<<blocks, row_threads<ROW>, 0, lac_cuda_stream>>>(j, x, (const T *)a->gamma.data, mean, rstd, g,
+                                                         (T *)a->dx.data, to);
+        });
+        LAC_TRY(lac_cuda_launched("layernorm_bwd"));
+        if (!shares) return 0;
+        if (!keep)
+            layernorm_shares<T><<<dim3(blocks_for(n, THREADS), (unsigned)parts), THREADS, 0, lac_cuda_stream>>>(
+                j, x, mean, rstd, g, to);
+        layernorm_combine<T><<<dim3(blocks_for(n, 32), 2), THREADS, 0, lac_cuda_stream>>>(
+            n, parts, to, (T *)a->dgamma.data, (T *)a->dbeta.data);
+        return lac_cuda_launched("layernorm_bwd");
+    });
+}

@@ -1,0 +1,243 @@
+--- The CUDA back end against the CPU: every operator of the case list, in every dtype and layout, forward and
+-- backward.
+--
+-- All specs here are tagged #gpu: `make test-gpu` runs them on a machine with a device, `make test` counts
+-- them as skipped. The CPU is the reference, because ops_spec holds it against independent references and
+-- finite differences. For each case the device's result and gradients (towards one fixed cotangent) obey the
+-- tolerance rule: the exact values are the CPU's in f64, the naive ones the CPU's in the dtype under test.
+-- Cases whose operators do not exist on CUDA must say so by name, and the list of them is here, so that a
+-- missing operator is never mistaken for a passing one.
+
+local it = os.getenv "LACUNA_GPU" == "1" and it or pending
+
+local lac = require "lacuna"
+local lib = require "lacuna.lib"
+local tensor = require "lacuna.tensor"
+local cases = require "support.cases"
+local inputs_of = require "support.inputs"
+
+-- what is still missing on CUDA, by the engine's name of the operator
+local MISSING = {}
+for name in ([[attend attend_bwd rmsnorm rmsnorm_bwd conv1d conv1d_bwd scatter index_put pad pad_bwd sort topk
+               searchsorted runs nonzero multinomial]]):gmatch("%S+") do
+  MISSING[name] = true
+end
+
+local function values(t)
+  local dtype = t:dtype()
+  if dtype == "f16" or dtype == "bf16" then t = t:to { dtype = "f64" } end
+  return tensor.flat_list(t)
+end
+
+-- what is refused inside an operator that exists: reductions by name, rope with a tensor of positions
+local REFUSED = { prod = true, count_nonzero = true, logsumexp = true, var = true, norm = true, positions = true }
+
+-- results and gradients of a case, as lists of numbers: { out, gradient of input 1, ... }
+local function results(case, arrays, dtype, layout, device)
+  local given, wanted = {}, {}
+  for i, spec in ipairs(case.inputs) do
+    given[i] = layout(arrays[i], inputs_of.dtype_of(spec, dtype), device)
+    if case.grad and inputs_of.is_float(spec) then
+      given[i] = given[i]:detach():requires_grad_(true)
+      wanted[#wanted + 1] = given[i]
+    end
+  end
+  lac.manual_seed(7)
+  local out = case.call(lac, unpack(given))
+  local lists = { values(out:detach()) }
+  if out.requires_grad and #wanted > 0 then
+    lac.manual_seed(8)
+    local cotangent = lac.randn_like(out:detach():to { device = "cpu", dtype = "f64" })
+    out:backward(cotangent:to { dtype = out:dtype(), device = out:device() })
+    for i = 1, #wanted do lists[i + 1] = wanted[i].grad and values(wanted[i].grad) or {} end
+  end
+  return lists, out:device()
+end
+
+local function compare(case, dtype, layout)
+  local arrays = {}
+  for i, spec in ipairs(case.inputs) do arrays[i] = inputs_of.array_for(spec, dtype) end
+  local got, where = results(case, arrays, dtype, layout, "cuda")
+  if case.name ~= "to" then assert.are.equal("cuda:0", where) end -- that case asks for the CPU
+  local exact = results(case, arrays, "f64", inputs_of.contiguous, "cpu")
+  local naive = results(case, arrays, dtype == "f64" and "f32" or dtype, inputs_of.contiguous, "cpu")
+  assert.are.equal(#exact, #got)
+  for k = 1, #exact do
+    if dtype == "f64" then
+      for i = 1, #exact[k] do
+        local e, n = exact[k][i], naive[k][i]
+        if type(e) == "number" then naive[k][i] = e + (n - e) * 2 ^ -29 end
+      end
+    end
+    local as_numbers = {}
+    for i, e in ipairs(exact[k]) do as_numbers[i] = type(e) == "boolean" and (e and 1 or 0) or e end
+    for i, n in ipairs(naive[k]) do naive[k][i] = type(n) == "boolean" and (n and 1 or 0) or n end
+    local message = cases.compare(dtype, got[k], as_numbers, naive[k])
+    if message then
+      error(("%s, %s: %s"):format(dtype, k == 1 and "result" or "gradient " .. k - 1, message), 0)
+    end
+  end
+end
+
+local function missing_name(message)
+  return tostring(message):match("([%w_]+): not supported on cuda")
+end
+
+-- runs f; a CUDA operator that is known to be missing is not a failure
+local function unless_missing(f)
+  local ok, message = pcall(f)
+  if ok then return end
+  if type(message) == "table" then message = message.message or tostring(message) end
+  local name = missing_name(message)
+  if name and (MISSING[name] or REFUSED[name]) then return end
+  error(message, 0)
+end
+
+describe("cuda #gpu", function()
+  local errors_before
+  setup(function()
+    lib.C.lac_memory_guard(1)
+    errors_before = lib.C.lac_memory_guard_errors()
+  end)
+  teardown(function() lib.C.lac_memory_guard(0) end)
+
+  describe("operators", function()
+    for _, case in ipairs(cases.list) do
+      local floats = false
+      for _, spec in ipairs(case.inputs) do floats = floats or inputs_of.is_float(spec) end
+      it(case.name .. (case.label and " (" .. case.label .. ")" or ""), function()
+        unless_missing(function()
+          for _, dtype in ipairs(floats and (case.dtypes or { "f64", "f32", "f16", "bf16" }) or { "f64" }) do
+            compare(case, dtype, inputs_of.contiguous)
+          end
+          if case.strided ~= false then
+            compare(case, "f64", inputs_of.strided)
+            compare(case, "f32", inputs_of.strided)
+          end
+        end)
+      end)
+    end
+
+    it("have an honest list of what is missing", function()
+      for name in pairs(MISSING) do
+        assert.are.equal(0, lib.C.lac_backend_has(lib.C.LAC_CUDA, name), name .. " exists now: strike it off")
+      end
+    end)
+  end)
+
+  describe("memory", function()
+    it("crosses between host and device in every dtype and layout", function()
+      for _, dtype in ipairs { "f64", "f32", "f16", "bf16", "i64", "i32", "u8", "bool" } do
+        local host = lac.randint { 3, 5, 4, high = 2 }:to { dtype = dtype }
+        local there = host:to { device = "cuda" }
+        assert.is_true(lac.equal(host, there:to { device = "cpu" }))
+        local turned = there:transpose(1, 3)[{ { -1, 1, -2 }, {}, { 1, 2 } }]
+        assert.is_true(lac.equal(host:transpose(1, 3)[{ { -1, 1, -2 }, {}, { 1, 2 } }]:contiguous(),
+                                 turned:to { device = "cpu" }))
+        assert.is_true(lac.equal(host:to { dtype = "f32" }, there:to { device = "cpu", dtype = "f32" }))
+      end
+    end)
+
+    it("is counted, cached, limited and given back", function()
+      collectgarbage()
+      collectgarbage()
+      local before = lac.memory("cuda").live
+      local t = lac.zeros { 1000, 1000, device = "cuda" }
+      assert.is_true(lac.memory("cuda").live >= before + 4e6)
+      t:release()
+      assert.are.equal(before, lac.memory("cuda").live)
+      assert.has_error(function() return t + 1 end)
+      assert.is_true(lac.memory("cuda").cached >= 4e6)
+      lac.trim()
+      assert.are.equal(0, lac.memory("cuda").cached)
+      local ok, message = pcall(lac.empty, { 2 ^ 40, device = "cuda" })
+      assert.is_false(ok)
+      assert.matches("out of memory on cuda", message)
+      assert.are.equal(before, lac.memory("cuda").live)
+    end)
+  end)
+
+  it("reports an index outside its axis with the operator's name", function()
+    local x = lac.randn { 4, 3, device = "cuda" }
+    local bad = lac.tensor({ 0, 7, 1 }, { dtype = "i64", device = "cuda" })
+    local ok, message = pcall(function()
+      x:index_select(1, bad)
+      lac.synchronize()
+    end)
+    assert.is_false(ok)
+    assert.matches("index_select: index number 2 is 7 %(counted from 0%), outside 0..3", message)
+    lac.synchronize() -- the note is cleared
+    assert.are.equal(12, (x * 0 + 1):sum():item())
+  end)
+
+  it("refuses tensors of two devices in one operator", function()
+    local ok, message = pcall(function() return lac.zeros { 2, device = "cuda" } + lac.zeros { 2 } end)
+    assert.is_false(ok)
+    assert.matches("x is on cuda:0 but y is on cpu", message)
+  end)
+
+  it("draws the CPU's random bits", function()
+    local function both(make, options)
+      lac.manual_seed(3)
+      local a = make(options)
+      lac.manual_seed(3)
+      options.device = "cuda"
+      assert.is_true(lac.equal(a, make(options):to { device = "cpu" }))
+    end
+    both(lac.rand, { 3, 1001 })
+    both(lac.rand, { 3, 1001, dtype = "bf16" })
+    both(lac.bernoulli, { 3, 1001, p = 0.3 })
+    both(lac.randint, { 3, 1001, low = -5, high = 1000 })
+    lac.manual_seed(4)
+    local x = lac.ones { 77, 13 }
+    local a = lac.dropout(x, 0.4)
+    lac.manual_seed(4)
+    assert.is_true(lac.equal(a, lac.dropout(x:to { device = "cuda" }, 0.4):to { device = "cpu" }))
+  end)
+
+  it("gives the same bits twice for large reductions, products and scattered sums", function()
+    local x = lac.randn { 777, 1031, device = "cuda" }
+    local idx = lac.randint { 2000, high = 50, device = "cuda" }
+    local w = lac.randn { 50, 65, device = "cuda", grad = true }
+    local function once()
+      w.grad = nil
+      w:index_select(1, idx):square():sum():backward()
+      return { x:sum(), x:sum(1), x:sum(2), x:max(1), x:matmul(x:t()), w.grad:clone() }
+    end
+    local first, second = once(), once()
+    for i = 1, #first do assert.is_true(lac.equal(first[i], second[i]), tostring(i)) end
+  end)
+
+  it("trains a small network as the CPU does", function()
+    local function losses(device)
+      lac.manual_seed(5)
+      local x, y = lac.randn { 64, 8 }, lac.randn { 64, 4 }
+      local w1, w2 = lac.randn { 8, 32 } * 0.3, lac.randn { 32, 4 } * 0.2
+      local put = { device = device }
+      x, y, w1, w2 = x:to(put), y:to(put), w1:to(put), w2:to(put)
+      w1:requires_grad_(true)
+      w2:requires_grad_(true)
+      local optimizer = lac.optim.adamw({ w1, w2 }, { lr = 1e-2 })
+      local list = {}
+      for step = 1, 50 do
+        local d = x:matmul(w1):gelu():matmul(w2) - y
+        local loss = (d * d):mean()
+        loss:backward()
+        optimizer:step { clip = 1 }
+        optimizer:zero_grad()
+        list[step] = loss:item()
+      end
+      return list
+    end
+    local cpu, cuda = losses "cpu", losses "cuda"
+    for i = 1, #cpu do assert.is_true(math.abs(cpu[i] - cuda[i]) <= 1e-5 * math.abs(cpu[i])) end
+    assert.is_true(cuda[50] < 0.8 * cuda[1])
+  end)
+
+  it("wrote over no guard bytes", function()
+    collectgarbage()
+    collectgarbage()
+    lac.trim()
+    assert.are.equal(errors_before, lib.C.lac_memory_guard_errors())
+  end)
+end)
