@@ -134,6 +134,10 @@ test: deps ## build and run the whole test suite
 	@$(MAKE) --no-print-directory -j$$(nproc) all
 	$(BUSTED)
 
+.PHONY: test-gpu
+test-gpu: all ## the specs that need a CUDA device
+	LACUNA_GPU=1 $(BUSTED) --tags=gpu
+
 PEER ?= python3
 .PHONY: bench
 bench: all ## measure against PyTorch (PEER=/path/to/python with torch) and the machine's floors: ratios in one run
@@ -262,4 +266,4 @@ clean: ## remove everything that was built
 	rm -rf $(BUILD)
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '!seen[$$1]++ { printf "  make %-9s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '!seen[$$1]++ { printf "  make %-9s %s\n", $$1, $$2 }'

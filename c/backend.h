@@ -72,10 +72,11 @@ typedef struct lac_a_attend lac_a_attend;
 typedef struct lac_a_attend_bwd lac_a_attend_bwd;
 
 /* Memory of a device that is not the host; NULL in the CPU's table. Operators are queued in one order per device, so
- * memory may be reused as soon as the call that used it has returned; only transfer to the host and synchronize wait. */
+ * memory may be reused as soon as the call that used it has returned; only transfer to the host and synchronize wait.
+ */
 typedef struct lac_runtime {
-    int (*allocate)(size_t bytes, void **out); /* fails with status "memory" */
-    int (*release)(void *p);                   /* waits for what may still use it */
+    int (*allocate)(size_t bytes, void **out);                               /* fails with status "memory" */
+    int (*release)(void *p);                                                 /* waits for what may still use it */
     int (*transfer)(void *to, const void *from, size_t bytes, bool to_host); /* between host and device */
     int (*synchronize)(void); /* waits; reports what failed meanwhile, with the operator's name */
     int (*memory)(size_t *available, size_t *total);

@@ -429,13 +429,15 @@ static int dense_source(int device, int dtype, const lac_view *x, lac_tensor *ma
 static int copy_across(const lac_tensor *src, lac_view x, const lac_tensor *dst, const lac_view *out)
 {
     lac_tensor sent = {.storage = NULL}, received = {.storage = NULL};
-    bool direct = lac_view_contiguous(out) && lac_view_numel(&x) == lac_view_numel(out), to_host = dst->device == LAC_CPU;
+    bool direct = lac_view_contiguous(out) && lac_view_numel(&x) == lac_view_numel(out),
+         to_host = dst->device == LAC_CPU;
     const lac_runtime *runtime = lac_backend_for(to_host ? src->device : dst->device)->runtime;
     lac_view from, to = *out;
     int status = dense_source(src->device, dst->dtype, &x, &sent, &from);
     if (!status && !direct) status = lac_tensor_new("copy", dst->dtype, dst->device, x.ndim, x.shape, &received, &to);
     if (!status)
-        status = runtime->transfer(to.data, from.data, (size_t)lac_view_numel(&from) * lac_dtype_size(dst->dtype), to_host);
+        status =
+            runtime->transfer(to.data, from.data, (size_t)lac_view_numel(&from) * lac_dtype_size(dst->dtype), to_host);
     if (!status && !direct) {
         lac_view_expand(&to, out->ndim, out->shape);
         status = copy_on(dst->device, &to, out);

@@ -397,7 +397,8 @@ int lac_memory_excuse(int on)
 {
     pthread_mutex_lock(&lock);
     for (heap *h = heaps; h < heaps + HEAPS; h++) {
-        int64_t room = h->stats.live + h->stats.live / 8; /* so that the host does not collect for every further tensor */
+        int64_t room =
+            h->stats.live + h->stats.live / 8; /* so that the host does not collect for every further tensor */
         h->soft_now = on ? INT64_MAX : room > h->stats.soft ? room : h->stats.soft;
     }
     pthread_mutex_unlock(&lock);

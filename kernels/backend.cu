@@ -82,9 +82,10 @@ static int wait(const char *op)
     queued = 0;
     if (error) {
         cudaGetLastError();
-        LAC_FAIL(INTERNAL, "%s: %s; one of the operators queued before it failed on the device: %s (run with "
-                 "LACUNA_CUDA_SYNC=1 to know which). The device cannot be used any more by this process", op,
-                 cudaGetErrorString(error), names[0] ? names : "none is known");
+        LAC_FAIL(INTERNAL,
+                 "%s: %s; one of the operators queued before it failed on the device: %s (run with "
+                 "LACUNA_CUDA_SYNC=1 to know which). The device cannot be used any more by this process",
+                 op, cudaGetErrorString(error), names[0] ? names : "none is known");
     }
     return fault_report();
 }

@@ -147,7 +147,7 @@ enum {
         break;
 #define SELECT(name)                                                                                                   \
     template <class T, class V>                                                                                        \
-    __device__ __forceinline__ void select_##name(int fn, const double (&constant)[3], V visit)                        \
+    __device__ __forceinline__ void select_##name(int fn, const double(&constant)[3], V visit)                         \
     {                                                                                                                  \
         typedef compute_t<T> C;                                                                                        \
         C p = (C)constant[0], q = (C)constant[1], r = (C)constant[2];                                                  \

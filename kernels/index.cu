@@ -1,10 +1,10 @@
 /* index.cu: index_select (the embedding), gather and their gradients on CUDA.
  *
- * Forward moves bytes, 16 at a time where rows allow it. The gradients add everything that shares a destination. Atomics
- * would make the sum depend on timing; here (destination, position) pairs are sorted by CUB's stable radix sort, the
- * first of each run adds up its run in the order of positions, in double, and rounds once. So the same call gives the
- * same bits, and half precision keeps what adding into bf16 would lose. A destination that receives very many rows is
- * summed by one block: correct, and slow only there.
+ * Forward moves bytes, 16 at a time where rows allow it. The gradients add everything that shares a destination.
+ * Atomics would make the sum depend on timing; here (destination, position) pairs are sorted by CUB's stable radix
+ * sort, the first of each run adds up its run in the order of positions, in double, and rounds once. So the same call
+ * gives the same bits, and half precision keeps what adding into bf16 would lose. A destination that receives very many
+ * rows is summed by one block: correct, and slow only there.
  *
  * An index outside its axis reads nothing and leaves a note, which the script sees as an error at its next launch or
  * wait (backend.cu).
@@ -63,8 +63,13 @@ extern "C" int lac_cuda_index_select(const lac_a_index *a)
 {
     int64_t n = numel(&a->index), bytes = dtype_bytes(a->x.dtype), ratio = 16 / bytes;
     lac_cuda_reporter bad = lac_cuda_reporter_for("index_select: index", a->x.shape[a->dim]);
-    select_args s = {walk_axes(&a->x, 0, a->dim), walk_axes(&a->x, a->dim + 1, a->x.ndim), reader_of(&a->index), n,
-                     a->x.stride[a->dim], 1, numel(&a->out)};
+    select_args s = {walk_axes(&a->x, 0, a->dim),
+                     walk_axes(&a->x, a->dim + 1, a->x.ndim),
+                     reader_of(&a->index),
+                     n,
+                     a->x.stride[a->dim],
+                     1,
+                     numel(&a->out)};
     if (s.total == 0) return 0;
     for (int d = a->dim + 1; d < a->x.ndim; d++) s.inner_count *= a->x.shape[d];
     select_args v = s;
@@ -81,8 +86,8 @@ extern "C" int lac_cuda_index_select(const lac_a_index *a)
     }
     return dispatch_bytes(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type U;
-        select_kernel<U><<<blocks_filling(s.total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(
-            s, (const U *)a->x.data, (U *)a->out.data, bad);
+        select_kernel<U><<<blocks_filling(s.total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(s, (const U *)a->x.data,
+                                                                                                (U *)a->out.data, bad);
         return lac_cuda_launched("index_select");
     });
 }
@@ -119,8 +124,8 @@ extern "C" int lac_cuda_gather(const lac_a_index *a)
     lac_cuda_reporter bad = lac_cuda_reporter_for("gather: index", a->x.shape[a->dim]);
     return dispatch_bytes(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type U;
-        gather_kernel<U><<<blocks_filling(g.total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(
-            g, (const U *)a->x.data, (U *)a->out.data, bad);
+        gather_kernel<U><<<blocks_filling(g.total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(g, (const U *)a->x.data,
+                                                                                                (U *)a->out.data, bad);
         return lac_cuda_launched("gather");
     });
 }
@@ -193,7 +198,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) sum_rows(rows_args
     for (int64_t e = threadIdx.x; e < a.inner_count; e += THREADS) {
         int64_t inner = a.inner.offset(e);
         double s = 0;
-        for (int64_t k = i; k < a.n && a.keys[k] == key; k++) s += (double)to_compute(from[a.index.offset(a.values[k]) + inner]);
+        for (int64_t k = i; k < a.n && a.keys[k] == key; k++)
+            s += (double)to_compute(from[a.index.offset(a.values[k]) + inner]);
         out[(o * a.size + key) * a.inner_count + e] = from_compute<T>((compute_t<T>)s);
     }
 }
@@ -210,8 +216,14 @@ extern "C" int lac_cuda_index_select_bwd(const lac_a_index_bwd *a)
     int axes = a->index.ndim;
     int64_t outer = 1;
     LAC_TRY(zero(op, &a->out));
-    rows_args r = {walk_axes(&a->g, 0, a->dim), walk_axes(&a->g, a->dim, a->dim + axes),
-                   walk_axes(&a->g, a->dim + axes, a->g.ndim), NULL, NULL, numel(&a->index), a->out.shape[a->dim], 1};
+    rows_args r = {walk_axes(&a->g, 0, a->dim),
+                   walk_axes(&a->g, a->dim, a->dim + axes),
+                   walk_axes(&a->g, a->dim + axes, a->g.ndim),
+                   NULL,
+                   NULL,
+                   numel(&a->index),
+                   a->out.shape[a->dim],
+                   1};
     for (int d = 0; d < a->dim; d++) outer *= a->g.shape[d];
     for (int d = a->dim + axes; d < a->g.ndim; d++) r.inner_count *= a->g.shape[d];
     if (r.n == 0 || outer * r.inner_count == 0) return 0;
@@ -224,7 +236,7 @@ extern "C" int lac_cuda_index_select_bwd(const lac_a_index_bwd *a)
     return dispatch_float(a->g.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         sum_rows<T><<<dim3((unsigned)r.n, (unsigned)outer), THREADS, 0, lac_cuda_stream>>>(r, (const T *)a->g.data,
-                                                                                     (T *)a->out.data);
+                                                                                           (T *)a->out.data);
         return lac_cuda_launched(op);
     });
 }

@@ -5,9 +5,9 @@
  * block owns a row and reads it twice, the second time from the cache.
  *
  * The fused form computes logits a chunk of rows at a time (64 MB of f32), so that R x V logits never exist. In the
- * backward a chunk's gradient is rounded to the dtype of x before it is multiplied into dx and dw, which is what runs on
- * tensor cores; dw adds up in f32. f16 has no range for gradients divided by a batch, so there both products run in f32.
- * A target outside [0, V) leaves a note (backend.cu) and the row a loss of 0.
+ * backward a chunk's gradient is rounded to the dtype of x before it is multiplied into dx and dw, which is what runs
+ * on tensor cores; dw adds up in f32. f16 has no range for gradients divided by a batch, so there both products run in
+ * f32. A target outside [0, V) leaves a note (backend.cu) and the row a loss of 0.
  */
 #include "gemm.cuh"
 #include "rows.cuh"
@@ -46,7 +46,8 @@ template <class T> struct loss_rows {
 };
 
 /* q_c for a soft target */
-template <class T, class C> static __device__ __forceinline__ C soft_at(const loss_target<C> &t, int64_t row, int64_t c, int64_t n)
+template <class T, class C>
+static __device__ __forceinline__ C soft_at(const loss_target<C> &t, int64_t row, int64_t c, int64_t n)
 {
     C p = to_compute(((const T *)t.soft)[row * t.soft_row + c * t.soft_stride]);
     return (p * (C(1) - t.smoothing) + t.smoothing / (C)n) * (t.weight ? t.weight[c] : C(1));
@@ -241,8 +242,7 @@ extern "C" int lac_cuda_cross_entropy_bwd(const lac_a_cross_entropy_bwd *a)
         r.lse = (C *)a->lse.data;
         r.g = (const C *)a->g.data;
         r.g_stride = a->g.stride[0];
-        gradient_kernel<T, T, T>
-            <<<row_blocks(r.rows), LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, (T *)a->out.data, bad);
+        gradient_kernel<T, T, T><<<row_blocks(r.rows), LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, (T *)a->out.data, bad);
         return lac_cuda_launched(op);
     });
 }

@@ -1,8 +1,8 @@
 /* maps.cuh: the type-generic mathematics that c/maps.def is written in, for device code.
  *
  * Every F_* function of the CPU's maps.h exists here by overloading on float, double and int64_t, with the same
- * definitions where the definition is a promise (integer division, mod, pow of integers, max and min with NaN, halves of
- * ties). Transcendental functions are CUDA's: at most a few units in the last place from the CPU's, never the
+ * definitions where the definition is a promise (integer division, mod, pow of integers, max and min with NaN, halves
+ * of ties). Transcendental functions are CUDA's: at most a few units in the last place from the CPU's, never the
  * __fast ones, because an exp that is off by 1e-5 would be the largest error of a softmax.
  */
 #ifndef LAC_CUDA_MAPS_CUH
@@ -35,9 +35,18 @@ MAP_FN int64_t F_round(int64_t x) { return x; }
 template <class T> MAP_FN T F_add(T x, T y) { return x + y; }
 template <class T> MAP_FN T F_sub(T x, T y) { return x - y; }
 template <class T> MAP_FN T F_mul(T x, T y) { return x * y; }
-template <> __device__ __forceinline__ int64_t F_add(int64_t x, int64_t y) { return (int64_t)((uint64_t)x + (uint64_t)y); }
-template <> __device__ __forceinline__ int64_t F_sub(int64_t x, int64_t y) { return (int64_t)((uint64_t)x - (uint64_t)y); }
-template <> __device__ __forceinline__ int64_t F_mul(int64_t x, int64_t y) { return (int64_t)((uint64_t)x * (uint64_t)y); }
+template <> __device__ __forceinline__ int64_t F_add(int64_t x, int64_t y)
+{
+    return (int64_t)((uint64_t)x + (uint64_t)y);
+}
+template <> __device__ __forceinline__ int64_t F_sub(int64_t x, int64_t y)
+{
+    return (int64_t)((uint64_t)x - (uint64_t)y);
+}
+template <> __device__ __forceinline__ int64_t F_mul(int64_t x, int64_t y)
+{
+    return (int64_t)((uint64_t)x * (uint64_t)y);
+}
 MAP_FN float F_div(float x, float y) { return x / y; }
 MAP_LONG double F_div(double x, double y) { return x / y; }
 MAP_LONG int64_t F_div(int64_t x, int64_t y)
@@ -161,10 +170,7 @@ MAP_LONG_FLOATS(cosh, coshf, cosh)
 MAP_LONG_FLOATS(asinh, asinhf, asinh)
 MAP_LONG_FLOATS(acosh, acoshf, acosh)
 MAP_LONG_FLOATS(atanh, atanhf, atanh)
-MAP_LONG double F_sinc(double x)
-{
-    return x == 0 ? 1 : sin(3.14159265358979323846 * x) / (3.14159265358979323846 * x);
-}
+MAP_LONG double F_sinc(double x) { return x == 0 ? 1 : sin(3.14159265358979323846 * x) / (3.14159265358979323846 * x); }
 MAP_LONG double F_sinc_grad(double x)
 {
     double a = 3.14159265358979323846 * x, b = a * a;

@@ -62,8 +62,8 @@ static int layout_make(const char *op, cublasLtMatrixLayout_t *l, int dtype, int
     BLAS_TRY(op, cublasLtMatrixLayoutCreate(l, data_type(dtype), (uint64_t)rows, (uint64_t)cols, ld));
     if (batch == 1) return 0;
     BLAS_TRY(op, cublasLtMatrixLayoutSetAttribute(*l, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count));
-    return blas_check(op, cublasLtMatrixLayoutSetAttribute(*l, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step,
-                                                           sizeof step));
+    return blas_check(
+        op, cublasLtMatrixLayoutSetAttribute(*l, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &step, sizeof step));
 }
 
 static void forget(remembered *r)
@@ -77,9 +77,9 @@ static void forget(remembered *r)
 
 static int choose(const char *op, const shape_key *k, remembered *r)
 {
-    cublasComputeType_t compute = k->dtype == LAC_F64                    ? CUBLAS_COMPUTE_64F
-                                  : k->dtype == LAC_F32 && k->tf32       ? CUBLAS_COMPUTE_32F_FAST_TF32
-                                                                         : CUBLAS_COMPUTE_32F;
+    cublasComputeType_t compute = k->dtype == LAC_F64              ? CUBLAS_COMPUTE_64F
+                                  : k->dtype == LAC_F32 && k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                                   : CUBLAS_COMPUTE_32F;
     cudaDataType_t scale = k->dtype == LAC_F64 ? CUDA_R_64F : CUDA_R_32F;
     cublasOperation_t none = CUBLAS_OP_N, turned = CUBLAS_OP_T;
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
@@ -89,12 +89,13 @@ static int choose(const char *op, const shape_key *k, remembered *r)
     int count = 0;
     BLAS_TRY(op, cublasLtMatmulDescCreate(&r->desc, compute, scale));
     /* cuBLAS's first operand is our B: stored [k, n] row-major is [n, k] column-major */
-    BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_TRANSA,
-                                                k->b_transposed ? &turned : &none, sizeof none));
-    BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_TRANSB,
-                                                k->a_transposed ? &turned : &none, sizeof none));
+    BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_TRANSA, k->b_transposed ? &turned : &none,
+                                                sizeof none));
+    BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_TRANSB, k->a_transposed ? &turned : &none,
+                                                sizeof none));
     if (k->bias)
-        BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+        BLAS_TRY(op,
+                 cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
     LAC_TRY(layout_make(op, &r->b, k->dtype, k->b_transposed ? k->k : k->n, k->b_transposed ? k->n : k->k, k->ldb,
                         k->batch, k->b_batch));
     LAC_TRY(layout_make(op, &r->a, k->dtype, k->a_transposed ? k->m : k->k, k->a_transposed ? k->k : k->m, k->lda,
@@ -105,8 +106,8 @@ static int choose(const char *op, const shape_key *k, remembered *r)
     uint32_t align_b = (uint32_t)k->align_b, align_a = (uint32_t)k->align_a;
     cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align_b, 4);
     cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_a, 4);
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, r->desc, r->b, r->a, r->c, r->c, preference, 1,
-                                                           &found, &count);
+    cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(handle, r->desc, r->b, r->a, r->c, r->c, preference, 1, &found, &count);
     cublasLtMatmulPreferenceDestroy(preference);
     BLAS_TRY(op, status);
     if (count == 0) LAC_FAIL(INTERNAL, "%s: cuBLAS knows no algorithm for this product", op);
@@ -143,8 +144,8 @@ int lac_cuda_gemm(const char *op, const lac_cuda_gemm_args *g)
         if (status) return forget(r), status;
     }
     if (g->bias)
-        BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g->bias,
-                                                    sizeof g->bias));
+        BLAS_TRY(op,
+                 cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g->bias, sizeof g->bias));
     double one = 1, zero = 0;
     float one_f = 1, zero_f = 0;
     bool wide = g->dtype == LAC_F64;

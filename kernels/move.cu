@@ -218,7 +218,8 @@ static int copy_same(const nest &n, int dtype)
 {
     int64_t bytes = dtype_bytes(dtype), total = n.total * bytes;
     if (nest_run(n, 0, bytes) == RUN_DENSE && nest_run(n, 1, bytes) == RUN_DENSE) {
-        CUDA_TRY("copy", cudaMemcpyAsync(n.data[0], n.data[1], (size_t)total, cudaMemcpyDeviceToDevice, lac_cuda_stream));
+        CUDA_TRY("copy",
+                 cudaMemcpyAsync(n.data[0], n.data[1], (size_t)total, cudaMemcpyDeviceToDevice, lac_cuda_stream));
         return lac_cuda_launched("copy");
     }
     return dispatch_bytes(dtype, [&](auto tag) {
@@ -229,9 +230,7 @@ static int copy_same(const nest &n, int dtype)
             for (int d = 0; d < p.outer_x.ndim; d++) tiles *= p.outer_x.shape[d];
             transpose_tiles<T> GRID(blocks_filling(tiles, 1, 16))(p, (const T *)n.data[1], (T *)n.data[0], tiles);
         } else {
-            with_nest(n, [&](auto m) {
-                copy_strided<T> GRID(grid_of(n.total))(m, n.data[0], n.data[1], n.total);
-            });
+            with_nest(n, [&](auto m) { copy_strided<T> GRID(grid_of(n.total))(m, n.data[0], n.data[1], n.total); });
         }
         return lac_cuda_launched("copy");
     });
@@ -252,7 +251,7 @@ extern "C" int lac_cuda_copy(const lac_a_copy *a)
                 typedef typename decltype(t)::type Y;
                 typedef typename decltype(f)::type X;
                 cast_dense<X, Y> GRID(blocks_filling(n.total, 4 * THREADS, 16))((const X *)n.data[1], (Y *)n.data[0],
-                                                                               n.total);
+                                                                                n.total);
                 return lac_cuda_launched("copy");
             });
         });

@@ -139,27 +139,32 @@ static int64_t numel(const lac_view *v)
 }
 
 /* g NULL: forward */
-static int softmax_run(const char *op, const lac_view *x, const lac_view *g, const lac_view *out, int dim, bool logarithm)
+static int softmax_run(const char *op, const lac_view *x, const lac_view *g, const lac_view *out, int dim,
+                       bool logarithm)
 {
     int64_t total = numel(out), n = out->ndim ? out->shape[dim] : 1;
     if (total == 0) return 0;
     const lac_view *second = g ? g : x;
     if (out->ndim && dim != out->ndim - 1) {
-        line_args a = {walk_without(x, dim),   walk_without(second, dim), walk_without(out, dim), total / n, n,
-                       x->stride[dim], second->stride[dim],       out->stride[dim],       logarithm};
+        line_args a = {walk_without(x, dim), walk_without(second, dim), walk_without(out, dim), total / n, n,
+                       x->stride[dim],       second->stride[dim],       out->stride[dim],       logarithm};
         return dispatch_float(x->dtype, [&](auto tag) {
             typedef typename decltype(tag)::type T;
             unsigned blocks = blocks_filling(a.lines, THREADS, 16);
             if (g)
                 softmax_bwd_lines<T><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, (const T *)x->data, (const T *)g->data,
-                                                                            (T *)out->data);
-            else
-                softmax_lines<T><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, (const T *)x->data, (T *)out->data);
+                                                                              (T *)out->data);
+            else softmax_lines<T><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, (const T *)x->data, (T *)out->data);
             return lac_cuda_launched(op);
         });
     }
-    softmax_args a = {walk_axes(x, 0, x->ndim ? x->ndim - 1 : 0), walk_axes(second, 0, x->ndim ? x->ndim - 1 : 0),
-                      total / n, n, x->ndim ? x->stride[dim] : 1, x->ndim ? second->stride[dim] : 1, logarithm};
+    softmax_args a = {walk_axes(x, 0, x->ndim ? x->ndim - 1 : 0),
+                      walk_axes(second, 0, x->ndim ? x->ndim - 1 : 0),
+                      total / n,
+                      n,
+                      x->ndim ? x->stride[dim] : 1,
+                      x->ndim ? second->stride[dim] : 1,
+                      logarithm};
     return dispatch_float(x->dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         constexpr int64_t V = 16 / sizeof(T);
@@ -200,7 +205,8 @@ struct norm_args {
 /* S: dtype of the statistics, float or double, which is the compute type */
 template <class T, int ROW, int N, bool KEEP>
 __global__ void __launch_bounds__(row_threads<ROW>)
-    layernorm_rows(norm_args a, const T *x, const T *gamma, const T *beta, T *out, compute_t<T> *mean, compute_t<T> *rstd)
+    layernorm_rows(norm_args a, const T *x, const T *gamma, const T *beta, T *out, compute_t<T> *mean,
+                   compute_t<T> *rstd)
 {
     typedef compute_t<T> C;
     __shared__ C space[ROW_LONG / 32];
@@ -227,8 +233,15 @@ extern "C" int lac_cuda_layernorm(const lac_a_layernorm *a)
     int last = a->x.ndim - 1;
     int64_t n = a->x.shape[last], total = numel(&a->out);
     if (total == 0) return 0;
-    norm_args j = {walk_axes(&a->x, 0, last), {}, total / n, n, a->x.stride[last], 0,
-                   a->gamma.data ? a->gamma.stride[0] : 0, a->beta.data ? a->beta.stride[0] : 0, a->eps};
+    norm_args j = {walk_axes(&a->x, 0, last),
+                   {},
+                   total / n,
+                   n,
+                   a->x.stride[last],
+                   0,
+                   a->gamma.data ? a->gamma.stride[0] : 0,
+                   a->beta.data ? a->beta.stride[0] : 0,
+                   a->eps};
     return dispatch_float(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         typedef compute_t<T> C;
@@ -237,9 +250,9 @@ extern "C" int lac_cuda_layernorm(const lac_a_layernorm *a)
         with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
             constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
             layernorm_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
-                <<<blocks_filling(j.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(j, (const T *)a->x.data, (const T *)a->gamma.data,
-                                                         (const T *)a->beta.data, (T *)a->out.data, (C *)a->mean.data,
-                                                         (C *)a->rstd.data);
+                <<<blocks_filling(j.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(
+                    j, (const T *)a->x.data, (const T *)a->gamma.data, (const T *)a->beta.data, (T *)a->out.data,
+                    (C *)a->mean.data, (C *)a->rstd.data);
         });
         return lac_cuda_launched("layernorm");
     });
@@ -311,8 +324,8 @@ __global__ void __launch_bounds__(THREADS) layernorm_shares(norm_args a, const T
 
 /* 32 columns a block, 8 threads deep */
 template <class T>
-__global__ void __launch_bounds__(THREADS) layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share,
-                                                             T *dgamma, T *dbeta)
+__global__ void __launch_bounds__(THREADS)
+    layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share, T *dgamma, T *dbeta)
 {
     __shared__ double space[THREADS / 32][32];
     int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
@@ -333,8 +346,15 @@ extern "C" int lac_cuda_layernorm_bwd(const lac_a_layernorm_bwd *a)
 {
     int last = a->x.ndim - 1;
     int64_t n = a->x.shape[last], total = numel(&a->dx);
-    norm_args j = {walk_axes(&a->x, 0, last), walk_axes(&a->g, 0, last), n ? total / n : 0, n, a->x.stride[last],
-                   a->g.stride[last], a->gamma.data ? a->gamma.stride[0] : 0, 0, 0};
+    norm_args j = {walk_axes(&a->x, 0, last),
+                   walk_axes(&a->g, 0, last),
+                   n ? total / n : 0,
+                   n,
+                   a->x.stride[last],
+                   a->g.stride[last],
+                   a->gamma.data ? a->gamma.stride[0] : 0,
+                   0,
+                   0};
     bool shares = a->dgamma.data || a->dbeta.data;
     if (n == 0) return 0;
     return dispatch_float(a->x.dtype, [&](auto tag) {
@@ -355,7 +375,7 @@ extern "C" int lac_cuda_layernorm_bwd(const lac_a_layernorm_bwd *a)
             constexpr int ROW = decltype(rt)::value;
             layernorm_bwd_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
                 <<<blocks, row_threads<ROW>, 0, lac_cuda_stream>>>(j, x, (const T *)a->gamma.data, mean, rstd, g,
-                                                         (T *)a->dx.data, to);
+                                                                   (T *)a->dx.data, to);
         });
         LAC_TRY(lac_cuda_launched("layernorm_bwd"));
         if (!shares) return 0;

@@ -1,11 +1,11 @@
 /* optim.cu: optimisers and the global norm over lists of tensors on CUDA.
  *
  * One launch for a whole model: the list of tensors goes to the device once per call, chunks of 8,192 elements are
- * numbered through all tensors, and a block finds its tensor by bisection. Bound by memory (AdamW reads four streams and
- * writes three). The rules are those of c/cpu/optim.c, which says where they come from; half parameters may carry an
- * f32 master copy, which is then what is updated, and the half parameter is its rounding.
- * The norm adds squares in double per chunk and the chunks in order in one block, and the host waits for it:
- * clipping needs the number before the update is queued.
+ * numbered through all tensors, and a block finds its tensor by bisection. Bound by memory (AdamW reads four streams
+ * and writes three). The rules are those of c/cpu/optim.c, which says where they come from; half parameters may carry
+ * an f32 master copy, which is then what is updated, and the half parameter is its rounding. The norm adds squares in
+ * double per chunk and the chunks in order in one block, and the host waits for it: clipping needs the number before
+ * the update is queued.
  */
 #include "common.cuh"
 #include <cmath>
@@ -68,7 +68,8 @@ __device__ __forceinline__ void update(const optim_args &a, const optim_item &it
     }
 }
 
-template <class T> __device__ __forceinline__ void update_chunk(const optim_args &a, const optim_item &item, int64_t chunk)
+template <class T>
+__device__ __forceinline__ void update_chunk(const optim_args &a, const optim_item &item, int64_t chunk)
 {
     typedef compute_t<T> C;
     T *p = (T *)item.p;
@@ -118,8 +119,8 @@ static int64_t numel(const lac_view *v)
 template <class I> static int upload(const char *op, const std::vector<I> &list, const lac_scratch &space)
 {
     if (!space.data) return LAC_E_MEMORY;
-    return lac_cuda_check(op, cudaMemcpyAsync(space.data, list.data(), list.size() * sizeof(I), cudaMemcpyHostToDevice,
-                                              lac_cuda_stream));
+    return lac_cuda_check(
+        op, cudaMemcpyAsync(space.data, list.data(), list.size() * sizeof(I), cudaMemcpyHostToDevice, lac_cuda_stream));
 }
 
 extern "C" int lac_cuda_optim_many(const lac_a_optim *a)
@@ -135,8 +136,8 @@ extern "C" int lac_cuda_optim_many(const lac_a_optim *a)
         chunks += (n + CHUNK - 1) / CHUNK;
     }
     if (chunks == 0) return 0;
-    optim_args args = {a->rule,       a->beta1, a->beta2,    a->eps,     a->dampening, a->grad_scale,
-                       a->grad_limit, 1,        1,           a->nesterov, a->coupled,  a->step == 1};
+    optim_args args = {a->rule,       a->beta1, a->beta2, a->eps,      a->dampening, a->grad_scale,
+                       a->grad_limit, 1,        1,        a->nesterov, a->coupled,   a->step == 1};
     if (a->rule == LAC_RULE_ADAMW) {
         args.step_scale = 1 / -expm1((double)a->step * log(a->beta1));
         args.root_scale = 1 / sqrt(-expm1((double)a->step * log(a->beta2)));
@@ -144,7 +145,7 @@ extern "C" int lac_cuda_optim_many(const lac_a_optim *a)
     lac_scratch space(a->name, items.size() * sizeof(optim_item));
     LAC_TRY(upload(a->name, items, space));
     optim_kernel<<<(unsigned)chunks, THREADS, 0, lac_cuda_stream>>>(args, (const optim_item *)space.data,
-                                                                   (int)items.size());
+                                                                    (int)items.size());
     return lac_cuda_launched(a->name);
 }
 
@@ -207,7 +208,7 @@ extern "C" int lac_cuda_norm_many(const lac_a_norm *a)
     if (!sums.data) return LAC_E_MEMORY;
     LAC_TRY(upload("norm", items, space));
     square_kernel<<<(unsigned)chunks, THREADS, 0, lac_cuda_stream>>>((const norm_item *)space.data, (int)items.size(),
-                                                                    (double *)sums.data);
+                                                                     (double *)sums.data);
     total_kernel<<<1, THREADS, 0, lac_cuda_stream>>>((double *)sums.data, chunks);
     LAC_TRY(lac_cuda_launched("norm"));
     double total;

@@ -1,9 +1,9 @@
 /* pos.cu: rotary positions on CUDA.
  *
  * Cosines and sines depend on position and frequency only: one kernel tabulates them in double (a position times a
- * frequency in float would be off by radians at a million tokens), [N, D/2] pairs, with XPOS's factor folded in; a second
- * one rotates at the speed of memory. The transposed map, which is the gradient, is the rotation by the negative angle
- * with the same factor.
+ * frequency in float would be off by radians at a million tokens), [N, D/2] pairs, with XPOS's factor folded in; a
+ * second one rotates at the speed of memory. The transposed map, which is the gradient, is the rotation by the negative
+ * angle with the same factor.
  */
 #include "common.cuh"
 
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(THREADS)
 {
     typedef compute_t<T> C;
     for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < total; t += (int64_t)gridDim.x * THREADS) {
-        int64_t row = t / a.half, i = t - row * a.half, h = row % a.heads, bn = row / a.heads, n = bn % a.n, b = bn / a.n;
+        int64_t row = t / a.half, i = t - row * a.half, h = row % a.heads, bn = row / a.heads, n = bn % a.n,
+                b = bn / a.n;
         int64_t first = a.interleaved ? 2 * i : i, second = a.interleaved ? 2 * i + 1 : i + a.half;
         const T *from = x + b * a.stride[0] + n * a.stride[1] + h * a.stride[2];
         T *to = out + row * 2 * a.half;
@@ -51,8 +52,8 @@ extern "C" int lac_cuda_rope(const lac_a_rope *a)
 {
     const lac_view *x = &a->x;
     if (a->positions.data) LAC_FAIL(DEVICE, "rope with positions: not supported on cuda; move the tensors to the cpu");
-    rope_args r = {x->shape[0], x->shape[1], x->shape[2], x->shape[3] / 2, a->start, {}, a->base, a->scale_base, a->sign,
-                   a->interleaved, a->transpose};
+    rope_args r = {x->shape[0], x->shape[1],   x->shape[2], x->shape[3] / 2, a->start,    {},
+                   a->base,     a->scale_base, a->sign,     a->interleaved,  a->transpose};
     for (int d = 0; d < 4; d++) r.stride[d] = x->stride[d];
     int64_t total = r.batch * r.n * r.heads * r.half;
     if (total == 0) return 0;
@@ -61,8 +62,8 @@ extern "C" int lac_cuda_rope(const lac_a_rope *a)
         typedef compute_t<T> C;
         lac_scratch table("rope", (size_t)(r.n * r.half) * sizeof(pair<C>));
         if (!table.data) return (int)LAC_E_MEMORY;
-        rope_table<C><<<blocks_filling(r.n * r.half, THREADS, 16), THREADS, 0, lac_cuda_stream>>>(r,
-                                                                                            (pair<C> *)table.data);
+        rope_table<C>
+            <<<blocks_filling(r.n * r.half, THREADS, 16), THREADS, 0, lac_cuda_stream>>>(r, (pair<C> *)table.data);
         LAC_TRY(lac_cuda_launched("rope"));
         rope_kernel<T><<<blocks_filling(total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(
             r, (const T *)x->data, (const pair<C> *)table.data, (T *)a->out.data, total);

@@ -122,8 +122,14 @@ template <class T> __global__ void __launch_bounds__(THREADS) dropout_kernel(dro
 
 extern "C" int lac_cuda_dropout(const lac_a_dropout *a)
 {
-    dropout_args d = {walk_axes(&a->x, 0, a->x.ndim), walk_axes(&a->out, 0, a->out.ndim), false, (float)a->p,
-                      1.0 / (1.0 - a->p), a->seed, a->offset, 1};
+    dropout_args d = {walk_axes(&a->x, 0, a->x.ndim),
+                      walk_axes(&a->out, 0, a->out.ndim),
+                      false,
+                      (float)a->p,
+                      1.0 / (1.0 - a->p),
+                      a->seed,
+                      a->offset,
+                      1};
     for (int i = 0; i < a->out.ndim; i++) d.n *= a->out.shape[i];
     if (d.n == 0) return 0;
     uintptr_t align = (uintptr_t)(4 * dtype_bytes(a->x.dtype));

@@ -2,9 +2,9 @@
  *
  * As on the CPU, kept and reduced axes are merged separately and the axis with the smallest stride decides: if it is
  * reduced, a warp or a block walks along memory for one output ("rows"); if it is kept, neighbouring threads hold
- * neighbouring outputs and walk memory row by row ("columns"). Few outputs of a long reduction are cut into parts, whose
- * results a second kernel combines in order. Cuts depend on shapes and on the device's size only, and there are no
- * atomics, so the same call gives the same bits on one kind of device.
+ * neighbouring outputs and walk memory row by row ("columns"). Few outputs of a long reduction are cut into parts,
+ * whose results a second kernel combines in order. Cuts depend on shapes and on the device's size only, and there are
+ * no atomics, so the same call gives the same bits on one kind of device.
  *
  * Sums of f32, f16 and bf16 run in double: at four bytes an element memory is the bound by a factor of thirty on the
  * data-centre devices that have full-rate doubles, and the result equals the CPU's to the last rounding.
@@ -183,7 +183,7 @@ template <class T, class A, int V> __global__ void __launch_bounds__(THREADS) co
     struct alignas(V * sizeof(T)) vector {
         T at[V];
     };
-    A(*grid)[32 * V] = (A(*)[32 * V])space;
+    A(*grid)[32 * V] = (A(*)[32 * V]) space;
     int tx = threadIdx.x % 32, ty = threadIdx.x / 32, last = j.kept - 1;
     int64_t width = j.ks[last], groups = (width + 32 * V - 1) / (32 * V), all = j.outputs / width * groups;
     for (int64_t g = blockIdx.x; g < all; g += gridDim.x) {

@@ -1,8 +1,8 @@
 /* rows.cuh: rows that a warp or a block normalises: softmax, layer norms, cross-entropy.
  *
  * A dense, aligned row is moved 16 bytes at a time. One of at most 512 elements belongs to a warp, of at most 2,048 to
- * a block of 128 threads, of at most 8,192 to a block of 512, and is then read once and kept in registers, 16 elements a
- * thread (32 were tried: the backward of layernorm needs four such sets and spilled). Longer rows, and rows with
+ * a block of 128 threads, of at most 8,192 to a block of 512, and is then read once and kept in registers, 16 elements
+ * a thread (32 were tried: the backward of layernorm needs four such sets and spilled). Longer rows, and rows with
  * strides, are read again in every pass, mostly from the second-level cache. `row` hides which: each(f) visits the
  * thread's own elements, store(out, f) writes them.
  */

@@ -54,7 +54,8 @@ end
 function memory.blocks()
   local n = tonumber(C.lac_memory_blocks(C.LAC_CPU, nil, 0))
   local raw = ffi.new("lac_block_info[?]", math.max(n, 1))
-  n = math.min(n, tonumber(C.lac_memory_blocks(C.LAC_CPU, raw, n))) -- between the calls the collector may have run
+  -- between the calls the collector may have run
+  n = math.min(n, tonumber(C.lac_memory_blocks(C.LAC_CPU, raw, n)))
   local list = {}
   for i = 1, n do list[i] = memory.block(raw[i - 1]) end
   return list

@@ -169,6 +169,7 @@ define { name = "repeat_interleave", composite = true, forward = function(x, tim
   for i = 1, n do
     for _ = 1, counts[i] do p[at], at = i - 1, at + 1 end
   end
+  if x.c.device ~= C.LAC_CPU then index = fn.to(index, { device = device.name(x.c.device) }) end
   return fn.index_select(x, k + 1, index)
 end }
 
