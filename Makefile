@@ -94,9 +94,14 @@ $(COMMAND): c/main.c c/interrupt.c c/interrupt.h c/lacuna.h
 
 # ---- CUDA ----
 
+# Attention is compiled for each architecture; everything else, which is bound by memory, once as PTX of the first one,
+# from which each architecture's instructions are made. That halves the work of the compiler. PTX is for later devices.
 CUDA_ARCH ?= 80 90a
 GENCODE := $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
            -gencode arch=compute_$(firstword $(CUDA_ARCH)),code=compute_$(firstword $(CUDA_ARCH))
+PLAIN_ARCH := $(CUDA_ARCH:%a=%)
+PLAIN_CODE := $(PLAIN_ARCH:%=-gencode arch=compute_$(firstword $(PLAIN_ARCH))$(,)code=sm_%) \
+              -gencode arch=compute_$(firstword $(PLAIN_ARCH)),code=compute_$(firstword $(PLAIN_ARCH))
 
 .PHONY: cuda
 ifeq ($(NVCC),)
@@ -112,8 +117,8 @@ CUDA_LIB := $(abspath $(dir $(NVCC))../lib64)
 $(BUILD)/obj/cuda/%.o: kernels/%.cu
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
-	$(Q)$(NVCC) -O3 -std=c++17 --extended-lambda $(GENCODE) -Ic -Xcompiler -fPIC,-Wall,-fvisibility=hidden -MMD -MP \
-	  -c $< -o $@
+	$(Q)$(NVCC) -O3 -std=c++17 --extended-lambda $(if $(filter attn%,$*),$(GENCODE),$(PLAIN_CODE)) -Ic \
+	  -Xcompiler -fPIC,-Wall,-fvisibility=hidden -MMD -MP -c $< -o $@
 
 $(PLUGIN): $(KERNELS)
 	@mkdir -p $(@D)

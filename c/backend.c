@@ -83,7 +83,7 @@ const lac_backend *lac_backend_for(int device) { return device == LAC_CPU ? cpu_
 
 int lac_backend_missing(const char *op, int device)
 {
-    if (device == LAC_CPU) LAC_FAIL(DEVICE, "%s: not supported on the cpu (%s)", op, cpu_backend->detail);
+    if (device == LAC_CPU) LAC_FAIL(DEVICE, "%s: not supported on the cpu (%s)", op, lac_isa(NULL));
     if (!cuda_backend) LAC_FAIL(DEVICE, "%s: there is no CUDA back end: %s", op, cuda_reason);
     LAC_FAIL(DEVICE, "%s: not supported on cuda; move the tensors to the cpu", op);
 }
@@ -144,9 +144,9 @@ int lac_backend_has(int device, const char *slot)
 
 int lac_synchronize(int device)
 {
+    if (device == LAC_CPU) return 0;
     const lac_backend *table = lac_backend_for(device);
-    if (!table) return lac_backend_missing("synchronize", device);
-    return table->runtime ? table->runtime->synchronize() : 0;
+    return table ? table->runtime->synchronize() : lac_backend_missing("synchronize", device);
 }
 
 int lac_threads(int n)
@@ -162,6 +162,6 @@ const char *lac_build_info(void)
 {
     static char text[1024];
     snprintf(text, sizeof text, "compiler: gcc " __VERSION__ "\nblas: %s\ncpu: %s\ncuda: %s\n", openblas_get_config(),
-             cpu_backend->detail, cuda_reason);
+             lac_isa(NULL), cuda_reason);
     return text;
 }

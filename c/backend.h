@@ -126,8 +126,8 @@ enum {
     LAC_SLOTS
 };
 extern int lac_profile_on; /* 1: record, 2: watch for NaN (watch.c) */
-void lac_profile_add(int slot, const void *args, int device, int64_t start);
-bool lac_watch_check(int slot, const void *args, size_t bytes);
+int lac_profile_add(int slot, const void *args, int device, int64_t start);
+int lac_watch_check(const char *name, int slot, const void *args, size_t bytes);
 
 #define LAC_SLOT(status, slot, device, args)                                                                           \
     do {                                                                                                               \
@@ -137,9 +137,12 @@ bool lac_watch_check(int slot, const void *args, size_t bytes);
         else {                                                                                                         \
             int64_t slot_start_ = lac_clock();                                                                         \
             (status) = slot_b_->slot(args);                                                                            \
-            if (lac_profile_on & 1) lac_profile_add(LAC_SLOT_##slot, args, device, slot_start_);                       \
-            if (lac_profile_on & 2 && !(status) && lac_watch_check(LAC_SLOT_##slot, args, sizeof *(args)))             \
-                (status) = lac_fail(LAC_E_ARGUMENT, "%s: made a number that is not finite", #slot);                    \
+            if (lac_profile_on & 1) {                                                                                  \
+                int slot_end_ = lac_profile_add(LAC_SLOT_##slot, args, device, slot_start_);                           \
+                if (!(status)) (status) = slot_end_;                                                                   \
+            }                                                                                                          \
+            if (lac_profile_on & 2 && !(status))                                                                       \
+                (status) = lac_watch_check(#slot, LAC_SLOT_##slot, args, sizeof *(args));                              \
         }                                                                                                              \
         if (__builtin_expect(lac_interrupted(), 0) && !(status))                                                       \
             (status) = lac_fail(LAC_E_INTERRUPTED, "%s: interrupted", #slot);                                          \

@@ -241,7 +241,7 @@ static int block_take(heap *h, const char *op, lac_storage *storage, size_t byte
     int64_t size = (int64_t)class_bytes(index);
     block *b = NULL;
     int status = block_find(h, index, size, bytes, &b);
-    if (!status) {
+    if (!status && b) {
         b->asked = bytes;
         b->storage = storage;
         guard_set(b);
@@ -288,12 +288,12 @@ int lac_storage_new(const char *op, int device, int dtype, int ndim, const int64
         LAC_FAIL(DEVICE, "%s: a process has one CUDA device, cuda:0 (choose it by CUDA_VISIBLE_DEVICES), not cuda:%d",
                  op, device - LAC_CUDA);
     lac_storage *s = malloc(sizeof *s);
-    block *b;
+    block *b = NULL;
     if (!s) LAC_FAIL(MEMORY, "out of memory for a storage header");
     *s = (lac_storage){.references = 1, .device = device, .bytes = bytes, .dtype = dtype, .ndim = ndim, .op = op};
     for (int i = 0; i < ndim; i++) s->shape[i] = shape[i];
     int status = block_take(heap_for(device), op, s, bytes, &b);
-    if (status) {
+    if (status || !b) {
         free(s);
         return status;
     }

@@ -13,10 +13,9 @@
  * (exp, tanh, comparison, conversion) one; attention's are the plan's exact count of pairs. So FLOP/s of softmax or
  * layernorm only say something beside those of the same operator.
  *
- * Devices that run asynchronously will be recorded by the same macro: their back end records a pair of its own events
- * round the launch instead of reading the clock, `end` stays 0 and is filled in when recording stops, from the
- * elapsed times of the pairs; `device` says which timeline an event belongs to, and what is between the events of one
- * timeline is its idle time. Nothing in the host's layer changes.
+ * A device that runs behind the host's back is waited for after every operator while something is recorded: an event's
+ * time is then the operator's, its launch included, and what a queue would have hidden shows as host time. Rejected:
+ * pairs of the device's own events, which keep the overlap but need a second clock and leave open who waited for whom.
  */
 #include "op_front.h"
 #include "plan.h"
@@ -241,8 +240,10 @@ int lac_profile_on;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static lac_records events = {.size = sizeof(lac_profile_event)};
 
-void lac_profile_add(int slot, const void *args, int device, int64_t start)
+int lac_profile_add(int slot, const void *args, int device, int64_t start)
 {
+    const lac_runtime *runtime = lac_backend_for(device)->runtime;
+    int status = runtime ? runtime->synchronize() : 0;
     int64_t end = lac_clock();
     cost c = costs[slot](args);
     pthread_mutex_lock(&lock);
@@ -257,6 +258,7 @@ void lac_profile_add(int slot, const void *args, int device, int64_t start)
                                      .device = device,
                                      .tag = lac_flags_global.tag};
     pthread_mutex_unlock(&lock);
+    return status;
 }
 
 int lac_profile(int on)

@@ -11,7 +11,9 @@
  * What counts: a NaN always. An infinity only if no input holds one, because infinities are data here (masks are made
  * of them), and not the -inf of attention's log-sum-exp, which says that a row has no keys. Only the first is kept:
  * what follows from it is noise. Rejected: a check in each kernel (sixty places), comparing floating-point exception
- * flags (they do not say which element, and the BLAS raises them for nothing).
+ * flags (they do not say which element, and the BLAS raises them for nothing). Results on a GPU are first asked there
+ * whether all is finite, and only come here to be counted when something is not; so the watch makes every operator
+ * wait.
  */
 #include "op_front.h"
 #include <string.h>
@@ -20,7 +22,8 @@ int lac_watch_on;
 
 typedef struct {
     lac_view view;
-    lac_storage *storage;
+    lac_storage *storage; /* may be gone: only its address counts */
+    int device;
     char op[24], name[24];
     bool output, used;
 } noted;
@@ -32,11 +35,11 @@ static lac_watch_info found;
 
 void lac_watch_view(const char *op, const char *name, const lac_tensor *t, const lac_view *v, bool output)
 {
-    if (!lac_dtype_is_float(v->dtype) || t->device != LAC_CPU) return;
+    if (!lac_dtype_is_float(v->dtype)) return;
     /* lac_tensor_new has noted its output through lac_view_get already: say better what it is */
     if (output && ring[(next + NOTED - 1) % NOTED].view.data == v->data) next += NOTED - 1;
     noted *n = &ring[next++ % NOTED];
-    *n = (noted){.view = *v, .storage = t->storage, .output = output};
+    *n = (noted){.view = *v, .storage = t->storage, .device = t->device, .output = output};
     strncpy(n->op, op, sizeof n->op - 1);
     strncpy(n->name, name, sizeof n->name - 1);
 }
@@ -65,7 +68,7 @@ typedef struct {
     int64_t count[4], first[4];
 } census;
 
-static census take_census(const lac_view *v)
+static census count_here(const lac_view *v)
 {
     census c = {.first = {-1, -1, -1, -1}};
     int64_t n = lac_view_numel(v), index[LAC_MAX_DIMS] = {0}, bytes = (int64_t)lac_dtype_size(v->dtype);
@@ -81,6 +84,60 @@ static census take_census(const lac_view *v)
         }
     }
     return c;
+}
+
+/* v's shape as one run of memory at `data` */
+static lac_view dense_view(const lac_view *v, int dtype, void *data)
+{
+    lac_view dense = *v;
+    dense.dtype = dtype;
+    dense.data = data;
+    for (int64_t d = v->ndim - 1, span = 1; d >= 0; span *= v->shape[d--]) dense.stride[d] = span;
+    return dense;
+}
+
+/* Are all elements of a view on a device finite? Answered there; one byte crosses. */
+static int finite_there(const lac_backend *b, const lac_view *v, bool *finite)
+{
+    int64_t n = lac_view_numel(v);
+    void *handle, *space = lac_scratch_get("nan_watch", (size_t)n + 1, &handle);
+    if (!space) return LAC_E_MEMORY;
+    lac_a_map1 map = {.fn = lac_map_id(1, "isfinite"), .x = *v, .out = dense_view(v, LAC_BOOL, space)};
+    lac_a_reduce all = {.fn = LAC_ALL, .x = map.out, .out = map.out, .dims = (1u << v->ndim) - 1};
+    all.out.data = (char *)space + n;
+    for (int d = 0; d < v->ndim; d++) all.out.shape[d] = all.out.stride[d] = 1;
+    uint8_t answer = 0;
+    int status = b->map1(&map);
+    if (!status) status = b->reduce(&all);
+    if (!status) status = b->runtime->transfer(&answer, all.out.data, 1, true);
+    *finite = answer;
+    lac_scratch_put(handle);
+    return status;
+}
+
+/* What a view holds, wherever it is: of a device that is not the host only what is not finite comes here to be counted.
+ */
+static int take_census(int device, const lac_view *v, census *out)
+{
+    const lac_backend *b = lac_backend_for(device);
+    if (!b->runtime) return *out = count_here(v), 0;
+    bool finite = true;
+    size_t bytes = (size_t)lac_view_numel(v) * lac_dtype_size(v->dtype);
+    *out = (census){.first = {-1, -1, -1, -1}};
+    if (bytes) LAC_TRY(finite_there(b, v, &finite));
+    if (finite) return 0;
+    void *handle, *there = lac_scratch_get("nan_watch", bytes, &handle), *here = lac_workspace_get("nan_watch", bytes);
+    int status = there && here ? 0 : LAC_E_MEMORY;
+    lac_a_copy copy = {.x = *v, .out = dense_view(v, v->dtype, there)};
+    if (!status) status = b->copy(&copy);
+    if (!status) status = b->runtime->transfer(here, there, bytes, true);
+    if (!status) {
+        copy.out.data = here;
+        *out = count_here(&copy.out);
+    }
+    lac_workspace_put(here);
+    if (there) lac_scratch_put(handle);
+    return status;
 }
 
 /* the newest note of this address that no run has used */
@@ -159,7 +216,7 @@ static bool is_stale(const noted *n, noted *const *list, int count)
     return false;
 }
 
-bool lac_watch_check(int slot, const void *args, size_t bytes)
+int lac_watch_check(const char *name, int slot, const void *args, size_t bytes)
 {
     enum { MOST = 8 };
     noted *inputs[MOST];
@@ -187,18 +244,20 @@ bool lac_watch_check(int slot, const void *args, size_t bytes)
     lac_flags_global.attention = 1; /* the host looks after every operator: it notes where it was called */
     if (outs && !found.found) found.storage = outputs[0].note->storage;
     for (int i = 0; i < outs && !found.found; i++) {
-        census held[MOST], c = take_census(&outputs[i].piece);
+        census held[MOST], c;
+        LAC_TRY(take_census(outputs[i].note->device, &outputs[i].piece, &c));
         int64_t before = 0;
         bool attention = slot == LAC_SLOT_attend;
         if (c.count[1] + c.count[2] + (attention ? 0 : c.count[3]) == 0) continue;
         for (int k = 0; k < ins; k++) {
-            held[k] = take_census(&inputs[k]->view);
+            LAC_TRY(take_census(inputs[k]->device, &inputs[k]->view, &held[k]));
             before += held[k].count[2] + held[k].count[3];
         }
         if (c.count[1]) record(&outputs[i], &c, 1, inputs, held, ins);
         else if (!before) record(&outputs[i], &c, c.count[2] ? 2 : 3, inputs, held, ins);
     }
-    return found.found != 0;
+    if (found.found) LAC_FAIL(ARGUMENT, "%s: made a number that is not finite", name);
+    return 0;
 }
 
 int lac_watch(int on)
