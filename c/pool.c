@@ -115,13 +115,12 @@ static void trim_locked(heap *h)
         }
 }
 
-static int refuse(const heap *h, size_t bytes, const char *why)
+static void refuse(const heap *h, size_t bytes, const char *why)
 {
     const lac_memory_stats *s = &h->stats;
-    return lac_fail(LAC_E_MEMORY,
-                    "out of memory%s: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)",
-                    h == &heaps[DEVICE] ? " on cuda" : "", bytes, why, (long long)s->live, (long long)s->cached,
-                    (long long)s->peak, (long long)(s->limit ? s->limit : s->soft));
+    lac_fail(LAC_E_MEMORY, "out of memory%s: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)",
+             h == &heaps[DEVICE] ? " on cuda" : "", bytes, why, (long long)s->live, (long long)s->cached,
+             (long long)s->peak, (long long)(s->limit ? s->limit : s->soft));
 }
 
 /* size bytes from the system or the device's driver; a NULL block if there are none */
@@ -141,24 +140,29 @@ static block *raw_block(const heap *h, size_t size)
     return NULL;
 }
 
-/* a fresh block from the system; the lock is held */
-static int fresh_block(heap *h, int index, size_t bytes, block **out)
+/* a fresh block from the system, or NULL with the message set; the lock is held */
+static block *fresh_block(heap *h, int index, size_t bytes)
 {
     size_t size = class_bytes(index);
     if (h == &heaps[HOST] && size >= CHECK_SYSTEM && system_available() < size) {
         trim_locked(h);
-        if (system_available() < size) return refuse(h, bytes, "more than the system has available");
+        if (system_available() < size) {
+            refuse(h, bytes, "more than the system has available");
+            return NULL;
+        }
     }
     block *b = raw_block(h, size);
     if (!b) {
         trim_locked(h);
         b = raw_block(h, size);
     }
-    if (!b) return refuse(h, bytes, h == &heaps[HOST] ? "the system refused" : "the device refused");
+    if (!b) {
+        refuse(h, bytes, h == &heaps[HOST] ? "the system refused" : "the device refused");
+        return NULL;
+    }
     b->class_index = (int16_t)index;
     b->heap = (int16_t)(h - heaps);
-    *out = b;
-    return 0;
+    return b;
 }
 
 /* the bytes behind a block of device memory are reached by transfers: guard mode is slow there */
@@ -210,27 +214,29 @@ static void block_record(const block *b, int kind, const char *op)
 }
 
 /* may live bytes grow by `size`? the lock is held */
-static int limits_check(const heap *h, int64_t size, size_t bytes)
+static bool within_limits(const heap *h, int64_t size, size_t bytes)
 {
-    if (h->stats.limit && h->stats.live + size > h->stats.limit) return refuse(h, bytes, "over the limit");
-    if (h->stats.soft && h->stats.live + size > h->soft_now) return refuse(h, bytes, "over the soft limit");
-    return 0;
+    const char *why = h->stats.limit && h->stats.live + size > h->stats.limit ? "over the limit"
+                      : h->stats.soft && h->stats.live + size > h->soft_now   ? "over the soft limit"
+                                                                              : NULL;
+    if (why) refuse(h, bytes, why);
+    return !why;
 }
 
-/* a block from the cache or the system, not yet accounted for; the lock is held */
-static int block_find(heap *h, int index, int64_t size, size_t bytes, block **out)
+/* a block from the cache or the system, not yet accounted for, or NULL with the message set; the lock is held */
+static block *block_find(heap *h, int index, int64_t size, size_t bytes)
 {
-    LAC_TRY(limits_check(h, size, bytes));
-    if (h->free_lists[index]) {
-        *out = h->free_lists[index];
-        h->free_lists[index] = (*out)->next;
+    if (!within_limits(h, size, bytes)) return NULL;
+    block *b = h->free_lists[index];
+    if (b) {
+        h->free_lists[index] = b->next;
         h->stats.cached -= size;
         h->stats.reused++;
-        return 0;
+        return b;
     }
     int64_t most = h->stats.soft ? h->stats.soft : h->stats.limit; /* cached blocks of other sizes count, too */
     if (most && h->stats.live + h->stats.cached + size > most) trim_locked(h);
-    return fresh_block(h, index, bytes, out);
+    return fresh_block(h, index, bytes);
 }
 
 static int block_take(heap *h, const char *op, lac_storage *storage, size_t bytes, block **out)
@@ -239,9 +245,8 @@ static int block_take(heap *h, const char *op, lac_storage *storage, size_t byte
     pthread_mutex_lock(&lock);
     int index = class_of(bytes + (guarding ? GUARD : 0));
     int64_t size = (int64_t)class_bytes(index);
-    block *b = NULL;
-    int status = block_find(h, index, size, bytes, &b);
-    if (!status && b) {
+    block *b = block_find(h, index, size, bytes);
+    if (b) {
         b->asked = bytes;
         b->storage = storage;
         guard_set(b);
@@ -258,7 +263,7 @@ static int block_take(heap *h, const char *op, lac_storage *storage, size_t byte
         *out = b;
     }
     pthread_mutex_unlock(&lock);
-    return status;
+    return b ? 0 : LAC_E_MEMORY;
 }
 
 static void block_give(block *b)
@@ -288,12 +293,12 @@ int lac_storage_new(const char *op, int device, int dtype, int ndim, const int64
         LAC_FAIL(DEVICE, "%s: a process has one CUDA device, cuda:0 (choose it by CUDA_VISIBLE_DEVICES), not cuda:%d",
                  op, device - LAC_CUDA);
     lac_storage *s = malloc(sizeof *s);
-    block *b = NULL;
+    block *b;
     if (!s) LAC_FAIL(MEMORY, "out of memory for a storage header");
     *s = (lac_storage){.references = 1, .device = device, .bytes = bytes, .dtype = dtype, .ndim = ndim, .op = op};
     for (int i = 0; i < ndim; i++) s->shape[i] = shape[i];
     int status = block_take(heap_for(device), op, s, bytes, &b);
-    if (status || !b) {
+    if (status) {
         free(s);
         return status;
     }

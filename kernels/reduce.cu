@@ -1,4 +1,4 @@
-/* reduce.cu: sums, means, extrema and their positions on CUDA.
+/* reduce.cu: sums, products, extrema and their positions, variances and log-sum-exps on CUDA.
  *
  * As on the CPU, kept and reduced axes are merged separately and the axis with the smallest stride decides: if it is
  * reduced, a warp or a block walks along memory for one output ("rows"); if it is kept, neighbouring threads hold
@@ -6,34 +6,90 @@
  * whose results a second kernel combines in order. Cuts depend on shapes and on the device's size only, and there are
  * no atomics, so the same call gives the same bits on one kind of device.
  *
- * Sums of f32, f16 and bf16 run in double: at four bytes an element memory is the bound by a factor of thirty on the
- * data-centre devices that have full-rate doubles, and the result equals the CPU's to the last rounding.
- * Extrema: NaN wins, the first of equals.
+ * Sums run in double; eight neighbours of a half type, whose sum fits a float but for rounding far below the result's,
+ * are added in float first, because conversions to double would be the bound. Variances are sums of differences from
+ * the thread's first element, turned into (count, mean, squares) and combined by Chan, Golub and LeVeque's rule (1983).
+ * Log-sum-exps keep their maximum apart. Extrema: NaN wins, the first of equals.
+ *
+ * What is accumulated is a type, one per compute type (float, double, int64_t); storage types are told apart when
+ * values are loaded, and functions that share an accumulator when one is added or finished. A kernel for each function
+ * and dtype would be four times as many.
  */
-#include "common.cuh"
+#include "elem.cuh"
+
+struct reduce_job {
+    int fn, dtype, out_dtype, kept, reduced;
+    int64_t ks[LAC_MAX_DIMS], kx[LAC_MAX_DIMS], ko[LAC_MAX_DIMS]; /* sizes; strides of x and out in elements */
+    int64_t rs[LAC_MAX_DIMS], rx[LAC_MAX_DIMS];
+    int64_t outputs, count, parts, share; /* share: elements of one part */
+    double correction;
+    const char *x;
+    void *out, *partials; /* [parts][outputs] if parts > 1 */
+    int bytes;            /* of an element of x */
+};
 
 /* ---- what is accumulated ---- */
 
-template <class T> struct sum_of {
-    typedef std::conditional_t<is_float_v<T>, double, int64_t> S;
+/* FLIGHT: loads of a thread before the first is used; one where the arithmetic is long */
+
+template <class T> __device__ __forceinline__ T from_lane(T x, int lane)
+{
+    return __shfl_xor_sync(0xffffffffu, x, lane);
+}
+
+/* sums of x, of its absolute value, of its square, or of whether it is not zero */
+template <class C> struct sum_of {
+    typedef C compute;
+    enum { FLIGHT = 4 };
+    typedef std::conditional_t<std::is_same_v<C, int64_t>, int64_t, double> S;
     S s;
     __device__ static sum_of none() { return {0}; }
-    __device__ void add(compute_t<T> x, int64_t) { s += (S)x; }
+    __device__ void add(const reduce_job &j, C x, int64_t)
+    {
+        switch (j.fn) {
+        case LAC_SUM:
+        case LAC_MEAN:
+            s += (S)x;
+            break;
+        case LAC_NORM1:
+            s += (S)F_abs(x);
+            break;
+        case LAC_NORM2:
+            s += (S)x * (S)x;
+            break;
+        default:
+            s += x != C(0);
+        }
+    }
     __device__ void merge(const sum_of &o) { s += o.s; }
-    __device__ sum_of from_lane(int lane) const { return {__shfl_xor_sync(0xffffffffu, s, lane)}; }
+    __device__ sum_of lane(int l) const { return {from_lane(s, l)}; }
+    __device__ double value(const reduce_job &j) const
+    {
+        return j.fn == LAC_MEAN ? (double)s / (double)j.count : j.fn == LAC_NORM2 ? sqrt((double)s) : (double)s;
+    }
+    __device__ int64_t integer(const reduce_job &j) const
+    {
+        return j.fn == LAC_ANY ? s > 0 : j.fn == LAC_ALL ? s == (S)j.count : (int64_t)s;
+    }
 };
 
-template <class T> struct truth_of {
-    int64_t s;
-    __device__ static truth_of none() { return {0}; }
-    __device__ void add(compute_t<T> x, int64_t) { s += x != 0; }
-    __device__ void merge(const truth_of &o) { s += o.s; }
-    __device__ truth_of from_lane(int lane) const { return {__shfl_xor_sync(0xffffffffu, s, lane)}; }
+template <class C> struct product_of {
+    typedef C compute;
+    enum { FLIGHT = 1 };
+    typedef typename sum_of<C>::S S;
+    S p;
+    __device__ static product_of none() { return {1}; }
+    __device__ void add(const reduce_job &, C x, int64_t) { p = F_mul(p, (S)x); }
+    __device__ void merge(const product_of &o) { p = F_mul(p, o.p); }
+    __device__ product_of lane(int l) const { return {from_lane(p, l)}; }
+    __device__ double value(const reduce_job &) const { return (double)p; }
+    __device__ int64_t integer(const reduce_job &) const { return (int64_t)p; }
 };
 
-/* at: -1 before the first element */
-template <class T, bool SMALLEST> struct extreme_of {
-    typedef compute_t<T> C;
+/* at: -1 before the first element; of the negative value where the smallest is asked for */
+template <class C> struct extreme_of {
+    typedef C compute;
+    enum { FLIGHT = 2 };
     C v;
     int64_t at;
     __device__ static extreme_of none() { return {0, -1}; }
@@ -41,33 +97,115 @@ template <class T, bool SMALLEST> struct extreme_of {
     {
         if (j < 0) return true;
         if (x != x || best != best) return x != x && (best == best || i < j);
-        if (x == best) return i < j;
-        return SMALLEST ? x < best : x > best;
+        return x == best ? i < j : x > best;
     }
-    __device__ void add(C x, int64_t i)
+    __device__ static C turned(const reduce_job &j, C x)
     {
+        if (j.fn == LAC_NORM_INF) return F_abs(x);
+        if (j.fn != LAC_MIN && j.fn != LAC_ARGMIN) return x;
+        if constexpr (std::is_same_v<C, int64_t>) return ~x; /* -x has no room for the smallest */
+        else return -x;
+    }
+    __device__ void add(const reduce_job &j, C x, int64_t i)
+    {
+        x = turned(j, x);
         if (better(x, i, v, at)) v = x, at = i;
     }
     __device__ void merge(const extreme_of &o)
     {
         if (o.at >= 0 && better(o.v, o.at, v, at)) *this = o;
     }
-    __device__ extreme_of from_lane(int lane) const
+    __device__ extreme_of lane(int l) const { return {from_lane(v, l), (int64_t)from_lane((long long)at, l)}; }
+    __device__ double value(const reduce_job &j) const { return (double)turned(j, v); }
+    __device__ int64_t integer(const reduce_job &j) const
     {
-        return {__shfl_xor_sync(0xffffffffu, v, lane), (int64_t)__shfl_xor_sync(0xffffffffu, (long long)at, lane)};
+        return j.fn == LAC_ARGMAX || j.fn == LAC_ARGMIN ? at : (int64_t)turned(j, v);
     }
 };
 
-/* ---- the job ---- */
-
-struct reduce_job {
-    int fn, out_dtype, kept, reduced;
-    int64_t ks[LAC_MAX_DIMS], kx[LAC_MAX_DIMS], ko[LAC_MAX_DIMS]; /* sizes; strides of x and out in elements */
-    int64_t rs[LAC_MAX_DIMS], rx[LAC_MAX_DIMS];
-    int64_t outputs, count, parts, share; /* share: elements of one part */
-    const void *x;
-    void *out, *partials; /* [parts][outputs] if parts > 1 */
+/* sums of x - shift and of its square; the shift is the first element */
+template <class C> struct variance_of {
+    typedef C compute;
+    enum { FLIGHT = 1 };
+    double shift, s, squares, n;
+    __device__ static variance_of none() { return {0, 0, 0, 0}; }
+    __device__ void add(const reduce_job &, C x, int64_t)
+    {
+        if (n == 0) shift = (double)x;
+        double d = (double)x - shift;
+        s += d;
+        squares += d * d;
+        n += 1;
+    }
+    /* to the shift that is the mean: s is 0, squares those of the differences from the mean */
+    __device__ variance_of centred() const
+    {
+        if (n == 0) return *this;
+        return {shift + s / n, 0, squares - s * (s / n), n};
+    }
+    __device__ void merge(const variance_of &other)
+    {
+        if (other.n == 0) return;
+        variance_of a = centred(), b = other.centred();
+        double d = b.shift - a.shift, all = a.n + b.n;
+        *this = a.n == 0
+                    ? b
+                    : variance_of{a.shift + d * (b.n / all), 0, a.squares + b.squares + d * d * (a.n * b.n / all), all};
+    }
+    __device__ variance_of lane(int l) const
+    {
+        return {from_lane(shift, l), from_lane(s, l), from_lane(squares, l), from_lane(n, l)};
+    }
+    __device__ double value(const reduce_job &j) const
+    {
+        double freedom = (double)j.count - j.correction;
+        return centred().squares / (freedom > 0 ? freedom : 0);
+    }
+    __device__ int64_t integer(const reduce_job &) const { return 0; }
 };
+
+template <class C> struct lse_of {
+    typedef C compute;
+    enum { FLIGHT = 1 };
+    C m;
+    double s; /* of exp(x - m) */
+    __device__ static lse_of none() { return {-(C)INFINITY, 0}; }
+    __device__ void add(const reduce_job &, C x, int64_t) { merge({x, 1}); }
+    __device__ void merge(const lse_of &o)
+    {
+        if (o.m == m) s += o.s;
+        else if (o.m > m) s = s * (double)F_exp(m - o.m) + o.s, m = o.m;
+        else s += o.s * (double)F_exp(o.m - m);
+    }
+    __device__ lse_of lane(int l) const { return {from_lane(m, l), from_lane(s, l)}; }
+    __device__ double value(const reduce_job &) const
+    {
+        return s != s ? s : isfinite(m) ? (double)m + log(s) : (double)m;
+    }
+    __device__ int64_t integer(const reduce_job &) const { return 0; }
+};
+
+/* the elements of one vector: 4 of f32, 8 of a half type */
+template <class A>
+__device__ __forceinline__ void add_vector(const reduce_job &j, A &a, const float (&v)[8], int n, int64_t at)
+{
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < n) a.add(j, v[i], at + i);
+}
+__device__ __forceinline__ void add_vector(const reduce_job &j, sum_of<float> &a, const float (&v)[8], int n,
+                                           int64_t at)
+{
+    if (n == 8 && j.fn <= LAC_MEAN) {
+        a.s += (double)(((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < n) a.add(j, v[i], at + i);
+}
+
+/* ---- places ---- */
 
 /* elements from x to output `number`, and from out */
 static __device__ __forceinline__ void kept_offsets(const reduce_job &j, int64_t number, int64_t *x, int64_t *out)
@@ -94,96 +232,83 @@ static __device__ __forceinline__ int64_t reduced_offset(const reduce_job &j, in
     return o;
 }
 
-static __device__ __forceinline__ void store_float(int dtype, void *out, int64_t at, double v)
+template <class A> __device__ __forceinline__ void finish(const reduce_job &j, const A &a, int64_t at)
 {
-    if (dtype == LAC_F64) ((double *)out)[at] = v;
-    else if (dtype == LAC_F32) ((float *)out)[at] = (float)v;
-    else if (dtype == LAC_F16) ((f16 *)out)[at] = __double2half(v);
-    else ((bf16 *)out)[at] = __double2bfloat16(v);
+    if (j.out_dtype == LAC_F64) ((double *)j.out)[at] = a.value(j);
+    else if (j.out_dtype == LAC_F32) ((float *)j.out)[at] = (float)a.value(j);
+    else if (j.out_dtype == LAC_F16) ((f16 *)j.out)[at] = __double2half(a.value(j));
+    else if (j.out_dtype == LAC_BF16) ((bf16 *)j.out)[at] = __double2bfloat16(a.value(j));
+    else if (j.out_dtype == LAC_I64) ((int64_t *)j.out)[at] = a.integer(j);
+    else if (j.out_dtype == LAC_I32) ((int32_t *)j.out)[at] = (int32_t)a.integer(j);
+    else ((uint8_t *)j.out)[at] = (uint8_t)a.integer(j);
 }
 
-static __device__ __forceinline__ void store_integer(int dtype, void *out, int64_t at, int64_t v)
+template <class A> __device__ __forceinline__ void deliver(const reduce_job &j, const A &a, int64_t number, int64_t at)
 {
-    if (dtype == LAC_I64) ((int64_t *)out)[at] = v;
-    else if (dtype == LAC_I32) ((int32_t *)out)[at] = (int32_t)v;
-    else ((uint8_t *)out)[at] = (uint8_t)v;
-}
-
-template <class T> __device__ void finish(const reduce_job &j, const sum_of<T> &a, int64_t at)
-{
-    if constexpr (is_float_v<T>) store_float(j.out_dtype, j.out, at, j.fn == LAC_MEAN ? a.s / (double)j.count : a.s);
-    else store_integer(j.out_dtype, j.out, at, a.s);
-}
-template <class T> __device__ void finish(const reduce_job &j, const truth_of<T> &a, int64_t at)
-{
-    store_integer(j.out_dtype, j.out, at, j.fn == LAC_ANY ? a.s > 0 : a.s == j.count);
-}
-template <class T, bool S> __device__ void finish(const reduce_job &j, const extreme_of<T, S> &a, int64_t at)
-{
-    if (j.fn == LAC_ARGMAX || j.fn == LAC_ARGMIN) store_integer(j.out_dtype, j.out, at, a.at);
-    else if constexpr (is_float_v<T>) store_float(j.out_dtype, j.out, at, (double)a.v);
-    else store_integer(j.out_dtype, j.out, at, a.v);
+    if (j.parts > 1) ((A *)j.partials)[blockIdx.y * j.outputs + number] = a;
+    else finish(j, a, at);
 }
 
 /* ---- kernels ---- */
 
-template <class A> __device__ __forceinline__ A warp_merge(A a)
+/* `team` threads (32 or THREADS) per output; DENSE: the reduced range is one aligned run of a float type */
+template <class A, bool DENSE> __global__ void __launch_bounds__(THREADS) rows_kernel(reduce_job j, int team)
 {
-#pragma unroll
-    for (int o = 16; o; o >>= 1) a.merge(a.from_lane(o));
-    return a;
-}
-
-/* ROW threads (32 or THREADS) per output; DENSE: the reduced range is one aligned run */
-template <class T, class A, int ROW, bool DENSE> __global__ void __launch_bounds__(THREADS) rows_kernel(reduce_job j)
-{
-    constexpr int N = 16 / sizeof(T);
-    __shared__ char space[THREADS / 32 * sizeof(A)];
-    struct alignas(16) vector {
-        T at[N];
-    };
-    int lane = threadIdx.x % ROW;
-    for (int64_t number = (int64_t)blockIdx.x * (THREADS / ROW) + threadIdx.x / ROW; number < j.outputs;
-         number += (int64_t)gridDim.x * (THREADS / ROW)) {
+    typedef typename A::compute C;
+    __shared__ alignas(16) char space[THREADS / 32 * sizeof(A)];
+    int lane = threadIdx.x % team, teams = THREADS / team;
+    for (int64_t number = (int64_t)blockIdx.x * teams + threadIdx.x / team; number < j.outputs;
+         number += (int64_t)gridDim.x * teams) {
         int64_t x_at, out_at, begin = blockIdx.y * j.share, end = begin + j.share < j.count ? begin + j.share : j.count;
         kept_offsets(j, number, &x_at, &out_at);
-        const T *x = (const T *)j.x + x_at;
+        const char *x = j.x + x_at * j.bytes;
         A a = A::none();
         if constexpr (DENSE) {
-            int64_t i = begin + (int64_t)lane * N;
-            for (; i + N <= end; i += ROW * N) {
-                vector v = *(const vector *)(x + i);
+            constexpr int FLIGHT = A::FLIGHT;
+            int per = 16 / j.bytes;
+            int64_t full = end / per; /* begin is a multiple of per */
+            for (int64_t i = begin / per + lane; i < full; i += team * FLIGHT) {
+                uint4 raw[FLIGHT];
 #pragma unroll
-                for (int k = 0; k < N; k++) a.add(to_compute(v.at[k]), i + k);
+                for (int u = 0; u < FLIGHT; u++)
+                    if (i + u * team < full) raw[u] = ((const uint4 *)x)[i + u * team];
+#pragma unroll
+                for (int u = 0; u < FLIGHT; u++) {
+                    const uint4 pair[2] = {raw[u], {}};
+                    float v[8];
+                    if (i + u * team >= full) break;
+                    unpack(j.dtype, pair, v);
+                    add_vector(j, a, v, per, (i + u * team) * per);
+                }
             }
-            for (; i < end; i++) a.add(to_compute(x[i]), i); /* one thread has the rest */
+            int64_t rest = full * per + lane;
+            if (rest < end && rest >= begin) a.add(j, load_element<float>(j.dtype, x + rest * j.bytes), rest);
         } else {
-            for (int64_t i = begin + lane; i < end; i += ROW)
-                a.add(to_compute(x[j.reduced == 1 ? i * j.rx[0] : reduced_offset(j, i)]), i);
+#pragma unroll(A::FLIGHT)
+            for (int64_t i = begin + lane; i < end; i += team)
+                a.add(j, load_element<C>(j.dtype, x + (j.reduced == 1 ? i * j.rx[0] : reduced_offset(j, i)) * j.bytes),
+                      i);
         }
-        a = warp_merge(a);
-        if constexpr (ROW > 32) {
+#pragma unroll
+        for (int o = 16; o; o >>= 1) a.merge(a.lane(o));
+        if (team > 32) {
             A *warps = (A *)space;
             if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = a;
             __syncthreads();
-            for (int w = 1; w < ROW / 32 && threadIdx.x == 0; w++) a.merge(warps[w]);
+            for (int w = 1; w < THREADS / 32 && threadIdx.x == 0; w++) a.merge(warps[w]);
             __syncthreads();
         }
-        if (lane) continue;
-        if (j.parts > 1) ((A *)j.partials)[blockIdx.y * j.outputs + number] = a;
-        else finish(j, a, out_at);
+        if (lane == 0) deliver(j, a, number, out_at);
     }
 }
 
-/* V neighbouring outputs per thread, 32 threads along the outputs, 8 along the reduced range */
-template <class T, class A, int V> __global__ void __launch_bounds__(THREADS) columns_kernel(reduce_job j)
+/* V (4 or 1) neighbouring outputs per thread, 32 threads along the outputs, 8 along the reduced range */
+template <class A, int V> __global__ void __launch_bounds__(THREADS) columns_kernel(reduce_job j)
 {
+    typedef typename A::compute C;
     enum { DEEP = THREADS / 32 };
-    __shared__ char space[DEEP * 32 * V * sizeof(A)];
-    struct alignas(V * sizeof(T)) vector {
-        T at[V];
-    };
-    A(*grid)[32 * V] = (A(*)[32 * V]) space;
+    __shared__ alignas(16) char space[DEEP * 32 * sizeof(A)];
+    A(*grid)[32] = (A(*)[32])space;
     int tx = threadIdx.x % 32, ty = threadIdx.x / 32, last = j.kept - 1;
     int64_t width = j.ks[last], groups = (width + 32 * V - 1) / (32 * V), all = j.outputs / width * groups;
     for (int64_t g = blockIdx.x; g < all; g += gridDim.x) {
@@ -194,32 +319,49 @@ template <class T, class A, int V> __global__ void __launch_bounds__(THREADS) co
 #pragma unroll
         for (int k = 0; k < V; k++) a[k] = A::none();
         if (inside) kept_offsets(j, number, &x_at, &out_at);
-        const T *x = (const T *)j.x + x_at;
+        const char *x = j.x + x_at * j.bytes;
+#pragma unroll(A::FLIGHT)
         for (int64_t i = begin + ty; i < end && inside; i += DEEP) {
-            const T *at = x + (j.reduced == 1 ? i * j.rx[0] : reduced_offset(j, i));
+            const char *at = x + (j.reduced == 1 ? i * j.rx[0] : reduced_offset(j, i)) * j.bytes;
             if constexpr (V > 1) {
-                vector v = *(const vector *)at;
+                uint4 raw[2] = {};
+                float v[8];
+                if (j.bytes == 4) raw[0] = *(const uint4 *)at;
+                else *(uint2 *)&raw[0] = *(const uint2 *)at;
+                unpack(j.dtype, raw, v);
 #pragma unroll
-                for (int k = 0; k < V; k++) a[k].add(to_compute(v.at[k]), i);
+                for (int k = 0; k < V; k++) a[k].add(j, v[k], i);
             } else {
-                a[0].add(to_compute(*at), i);
+                a[0].add(j, load_element<C>(j.dtype, at), i);
             }
         }
 #pragma unroll
-        for (int k = 0; k < V; k++) grid[ty][tx * V + k] = a[k];
-        __syncthreads();
-        if (ty == 0 && inside)
-            for (int k = 0; k < V; k++) {
-                for (int w = 1; w < DEEP; w++) a[k].merge(grid[w][tx * V + k]);
-                if (j.parts > 1) ((A *)j.partials)[blockIdx.y * j.outputs + number + k] = a[k];
-                else finish(j, a[k], out_at + k * j.ko[last]);
+        for (int k = 0; k < V; k++) {
+            grid[ty][tx] = a[k];
+            __syncthreads();
+            if (ty == 0 && inside) {
+                for (int w = 1; w < DEEP; w++) a[k].merge(grid[w][tx]);
+                deliver(j, a[k], number + k, out_at + k * j.ko[last]);
             }
-        __syncthreads();
+            __syncthreads();
+        }
     }
 }
 
-template <class A> __global__ void combine_kernel(reduce_job j)
+template <class A> __global__ void __launch_bounds__(THREADS) combine_kernel(reduce_job j)
 {
+    __shared__ alignas(16) char space[THREADS / 32 * sizeof(A)];
+    if (j.outputs == 1) { /* the sum of everything: a block for its parts */
+        A a = A::none(), *warps = (A *)space;
+        for (int64_t p = threadIdx.x; p < j.parts; p += THREADS) a.merge(((const A *)j.partials)[p]);
+        for (int o = 16; o; o >>= 1) a.merge(a.lane(o));
+        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = a;
+        __syncthreads();
+        if (threadIdx.x) return;
+        for (int w = 1; w < THREADS / 32; w++) a.merge(warps[w]);
+        finish(j, a, 0);
+        return;
+    }
     for (int64_t n = (int64_t)blockIdx.x * THREADS + threadIdx.x; n < j.outputs; n += (int64_t)gridDim.x * THREADS) {
         int64_t x_at, out_at;
         A a = A::none();
@@ -271,80 +413,96 @@ static bool choose_order(reduce_job *j, bool position)
     return k >= 0 && j->ks[k] >= 4 && magnitude(j->kx[k]) < magnitude(j->rx[r]);
 }
 
-/* can V neighbouring outputs be read as one vector? */
-static bool columns_aligned(const reduce_job *j, int v, int64_t bytes)
+/* can four neighbouring outputs be read as one vector? */
+static bool columns_aligned(const reduce_job *j)
 {
     int last = j->kept - 1;
-    bool fits = j->kx[last] == 1 && j->ks[last] % v == 0 && (uintptr_t)j->x % (uintptr_t)(v * bytes) == 0;
-    for (int d = 0; d < last; d++) fits = fits && j->kx[d] % v == 0;
-    for (int d = 0; d < j->reduced; d++) fits = fits && j->rx[d] % v == 0;
+    bool fits = j->dtype >= LAC_F32 && j->dtype <= LAC_BF16 && j->kx[last] == 1 && j->ks[last] % 4 == 0 &&
+                (uintptr_t)j->x % (uintptr_t)(4 * j->bytes) == 0;
+    for (int d = 0; d < last; d++) fits = fits && j->kx[d] % 4 == 0;
+    for (int d = 0; d < j->reduced; d++) fits = fits && j->rx[d] % 4 == 0;
     return fits;
 }
 
-template <class T, class A> static int run(reduce_job j, bool position)
+template <class A> static int run(reduce_job j, bool position)
 {
-    constexpr int N = 16 / sizeof(T), V = sizeof(T) < 8 ? 8 / sizeof(T) < 4 ? 8 / sizeof(T) : 4 : 1;
-    bool columns = choose_order(&j, position), wide = !columns && j.count >= 1024;
-    bool vector = columns ? columns_aligned(&j, V, sizeof(T)) : false, dense = false;
-    int64_t units = j.outputs, per_block = wide ? 1 : THREADS / 32;
+    constexpr bool FLOATS = std::is_same_v<typename A::compute, float>;
+    bool columns = choose_order(&j, position), wide = !columns && j.count >= 1024, dense = false;
+    bool vector = FLOATS && columns && columns_aligned(&j);
+    int64_t units = j.outputs, per_block = wide ? 1 : THREADS / 32, per = 16 / j.bytes;
     if (columns) {
-        int64_t width = j.ks[j.kept - 1], group = 32 * (vector ? V : 1);
+        int64_t width = j.ks[j.kept - 1], group = vector ? 128 : 32;
         units = j.outputs / width * ((width + group - 1) / group);
         per_block = 1;
     } else {
-        dense = j.reduced == 1 && j.rx[0] == 1 && (uintptr_t)j.x % 16 == 0;
-        for (int d = 0; d < j.kept; d++) dense = dense && j.kx[d] % N == 0;
+        dense = FLOATS && j.reduced == 1 && j.rx[0] == 1 && (uintptr_t)j.x % 16 == 0;
+        for (int d = 0; d < j.kept; d++) dense = dense && j.kx[d] % per == 0;
     }
-    /* parts: at least 2,048 elements (or 64 rows) each, as many as fill the device, at most 256 */
-    int64_t blocks = (units + per_block - 1) / per_block, least = columns ? 64 : 2048;
-    int64_t parts = (int64_t)lac_cuda_processors * 4 / (blocks ? blocks : 1);
+    /* parts: at least 4,096 elements (or 64 rows) each, as many as fill the device */
+    int64_t blocks = (units + per_block - 1) / per_block, least = columns ? 64 : 4096;
+    int64_t parts = (int64_t)lac_cuda_processors * 8 / (blocks ? blocks : 1), most = j.outputs == 1 ? 2048 : 256;
     if (parts > j.count / least) parts = j.count / least;
-    if (parts > 256) parts = 256;
+    if (parts > most) parts = most;
     j.parts = parts < 1 ? 1 : parts;
     j.share = (j.count + j.parts - 1) / j.parts;
-    j.share = (j.share + N - 1) / N * N; /* parts of a dense run start at aligned places */
+    j.share = (j.share + 7) / 8 * 8; /* parts of a dense run start at aligned places */
     lac_scratch partials("reduce", j.parts > 1 ? (size_t)(j.parts * j.outputs) * sizeof(A) : 1);
     if (!partials.data) return LAC_E_MEMORY;
     j.partials = partials.data;
     dim3 grid(blocks_filling(units, per_block, 16), (unsigned)j.parts);
-#define LAUNCH(...) __VA_ARGS__<<<grid, THREADS, 0, lac_cuda_stream>>>(j)
-    if (columns) {
-        if (vector && V > 1) LAUNCH(columns_kernel<T, A, V>);
-        else LAUNCH(columns_kernel<T, A, 1>);
-    } else if (wide) {
-        if (dense) LAUNCH(rows_kernel<T, A, THREADS, true>);
-        else LAUNCH(rows_kernel<T, A, THREADS, false>);
-    } else {
-        if (dense) LAUNCH(rows_kernel<T, A, 32, true>);
-        else LAUNCH(rows_kernel<T, A, 32, false>);
+    int team = wide ? THREADS : 32;
+    if (columns && !vector) {
+        columns_kernel<A, 1><<<grid, THREADS, 0, lac_cuda_stream>>>(j);
+    } else if (!columns && !dense) {
+        rows_kernel<A, false><<<grid, THREADS, 0, lac_cuda_stream>>>(j, team);
+    } else if constexpr (FLOATS) {
+        if (columns) columns_kernel<A, 4><<<grid, THREADS, 0, lac_cuda_stream>>>(j);
+        else rows_kernel<A, true><<<grid, THREADS, 0, lac_cuda_stream>>>(j, team);
     }
-#undef LAUNCH
     LAC_TRY(lac_cuda_launched("reduce"));
     if (j.parts == 1) return 0;
     combine_kernel<A><<<blocks_filling(j.outputs, THREADS), THREADS, 0, lac_cuda_stream>>>(j);
     return lac_cuda_launched("reduce");
 }
 
+template <class C> static int run_as(const reduce_job &j)
+{
+    switch (j.fn) {
+    case LAC_MAX:
+    case LAC_MIN:
+    case LAC_NORM_INF:
+        return run<extreme_of<C>>(j, false);
+    case LAC_ARGMAX:
+    case LAC_ARGMIN:
+        return run<extreme_of<C>>(j, true);
+    case LAC_PROD:
+        return run<product_of<C>>(j, false);
+    case LAC_VAR:
+        if constexpr (!std::is_same_v<C, int64_t>) return run<variance_of<C>>(j, false);
+        break;
+    case LAC_LOGSUMEXP:
+        if constexpr (!std::is_same_v<C, int64_t>) return run<lse_of<C>>(j, false);
+        break;
+    default:
+        return run<sum_of<C>>(j, false);
+    }
+    LAC_FAIL(INTERNAL, "reduce: function %d of integers", j.fn);
+}
+
 extern "C" int lac_cuda_reduce(const lac_a_reduce *a)
 {
-    static const char *const later[] = {"prod", "count_nonzero", "logsumexp", "var", "norm", "norm", "norm"};
-    if (a->fn >= LAC_PROD)
-        LAC_FAIL(DEVICE, "%s: not supported on cuda; move the tensors to the cpu", later[a->fn - LAC_PROD]);
     reduce_job j = {};
     j.fn = a->fn;
+    j.dtype = a->x.dtype;
+    j.bytes = (int)dtype_bytes(j.dtype);
     j.out_dtype = a->out.dtype;
-    j.x = a->x.data;
+    j.correction = a->correction;
+    j.x = (const char *)a->x.data;
     j.out = a->out.data;
     j.outputs = j.count = 1;
     for (int d = 0; d < a->x.ndim; d++) (a->dims >> d & 1 ? j.count : j.outputs) *= a->x.shape[d];
     if (j.outputs == 0) return 0;
     split_axes(a, &j);
-    bool position = a->fn == LAC_ARGMAX || a->fn == LAC_ARGMIN;
-    return dispatch_any(a->x.dtype, [&](auto tag) {
-        typedef typename decltype(tag)::type T;
-        if (a->fn <= LAC_MEAN) return run<T, sum_of<T>>(j, false);
-        if (a->fn == LAC_ANY || a->fn == LAC_ALL) return run<T, truth_of<T>>(j, false);
-        if (a->fn == LAC_MIN || a->fn == LAC_ARGMIN) return run<T, extreme_of<T, true>>(j, position);
-        return run<T, extreme_of<T, false>>(j, position);
-    });
+    if (j.dtype == LAC_F64) return run_as<double>(j);
+    return j.dtype <= LAC_BF16 ? run_as<float>(j) : run_as<int64_t>(j);
 }

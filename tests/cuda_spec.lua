@@ -19,7 +19,7 @@ local inputs_of = require "support.inputs"
 -- what is still missing on CUDA, by the engine's name of the operator
 local MISSING = {}
 for name in ([[attend attend_bwd rmsnorm rmsnorm_bwd conv1d conv1d_bwd scatter index_put pad pad_bwd sort topk
-               searchsorted runs nonzero multinomial]]):gmatch("%S+") do
+               searchsorted runs nonzero multinomial scan scan_bwd]]):gmatch("%S+") do
   MISSING[name] = true
 end
 
@@ -29,9 +29,8 @@ local function values(t)
   return tensor.flat_list(t)
 end
 
--- what is refused inside an operator that exists: reductions by name, rope with a tensor of positions
-local REFUSED = { prod = true, count_nonzero = true, logsumexp = true, var = true, norm = true,
-                  positions = true }
+-- what is refused inside an operator that exists: rope with a tensor of positions
+local REFUSED = { positions = true }
 
 -- cases that ask for the CPU, or make a tensor of numbers alone
 local MIXED = { ["prod (zeros)"] = true } -- the case itself makes a CPU tensor

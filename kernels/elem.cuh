@@ -1,0 +1,308 @@
+/* elem.cuh: how elementwise functions run on CUDA: loops that know nothing of the functions, and the functions as
+ * switches that know nothing of loops or dtypes.
+ *
+ * A kernel belongs to a family (functions of one tensor, of two, gradients, ...) and to a compute type: float for f32,
+ * f16 and bf16, double, int64_t for the integers and bool. The storage type is looked at when values are loaded and
+ * stored, the function's number in between, both by branches that go the same way for every thread. So a function is
+ * compiled once per compute type and family. A kernel per function and dtype would be thousands of kernels; one per
+ * dtype with a loop for each function was tried, took four times as long to compile and was no faster.
+ *
+ * Dense operands (and repeated scalars) of f32, f16 and bf16 move 16 bytes at a time, all loads of a thread's turn
+ * before the first is used; the floor is the bytes. Everything else (strides, broadcasts, f64, integers) walks a merged
+ * loop nest, two elements a turn.
+ */
+#ifndef LAC_CUDA_ELEM_CUH
+#define LAC_CUDA_ELEM_CUH
+#include "maps.cuh"
+
+enum { INPUTS = 4, GROUP = 8 /* elements that a thread computes at once */ };
+
+/* All inputs have one dtype. The input `slot` (-1: none) is the number; p, q, r of MAPP and MAP3 are constants. */
+struct map_args {
+    char *in[INPUTS], *out;
+    int64_t n;
+    double number, constant[3];
+    int fn, dtype, out_dtype, slot;
+    bool scalar[INPUTS]; /* in[i] is one element (dense loops) */
+    bool small;          /* which of the nests is filled (strided loops) */
+    nest32 nest_small;
+    nest64 nest_large;
+};
+
+/* ---- one element of any dtype ---- */
+
+template <class C> __device__ __forceinline__ C load_element(int dtype, const char *p)
+{
+    if constexpr (std::is_same_v<C, double>) {
+        return *(const double *)p;
+    } else if constexpr (std::is_same_v<C, float>) {
+        if (dtype == LAC_F32) return *(const float *)p;
+        return dtype == LAC_F16 ? __half2float(*(const f16 *)p) : __bfloat162float(*(const bf16 *)p);
+    } else {
+        if (dtype == LAC_I64) return *(const int64_t *)p;
+        return dtype == LAC_I32 ? *(const int32_t *)p : *(const uint8_t *)p;
+    }
+}
+
+template <class C> __device__ __forceinline__ void store_element(int dtype, char *p, C v)
+{
+    if (dtype == LAC_BOOL) {
+        *(uint8_t *)p = v != 0;
+        return;
+    }
+    if constexpr (std::is_same_v<C, double>) {
+        *(double *)p = v;
+    } else if constexpr (std::is_same_v<C, float>) {
+        if (dtype == LAC_F32) *(float *)p = v;
+        else if (dtype == LAC_F16) *(f16 *)p = __float2half_rn(v);
+        else *(bf16 *)p = __float2bfloat16_rn(v);
+    } else {
+        if (dtype == LAC_I64) *(int64_t *)p = v;
+        else if (dtype == LAC_I32) *(int32_t *)p = (int32_t)v;
+        else *(uint8_t *)p = (uint8_t)v;
+    }
+}
+
+/* ---- eight elements in 16 or 32 bytes ---- */
+
+/* f32: four elements in each vector; else eight in the first */
+static __device__ __forceinline__ void unpack(int dtype, const uint4 (&raw)[2], float (&v)[GROUP])
+{
+    const uint32_t word[8] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w, raw[1].x, raw[1].y, raw[1].z, raw[1].w};
+    if (dtype == LAC_F32) {
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) v[i] = __uint_as_float(word[i]);
+    } else if (dtype == LAC_F16) {
+#pragma unroll
+        for (int i = 0; i < GROUP; i += 2) {
+            float2 pair = __half22float2(*(const __half2 *)&word[i / 2]);
+            v[i] = pair.x, v[i + 1] = pair.y;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < GROUP; i += 2) {
+            v[i] = __uint_as_float(word[i / 2] << 16);
+            v[i + 1] = __uint_as_float(word[i / 2] & 0xffff0000u);
+        }
+    }
+}
+
+/* the `count` elements at position `at` of out */
+static __device__ __forceinline__ void store_run(int dtype, char *out, int64_t at, const float *v, int count)
+{
+    int bytes = dtype == LAC_F32 ? 4 : dtype == LAC_BOOL ? 1 : 2;
+#pragma unroll
+    for (int i = 0; i < GROUP; i++)
+        if (i < count) store_element(dtype, out + (at + i) * bytes, v[i]);
+}
+
+/* eight results: one vector of eight elements at `first`, or (wide) two of four, the second at `second` */
+static __device__ __forceinline__ void store_group(int dtype, bool wide, char *out, int64_t first, int64_t second,
+                                                   const float (&v)[GROUP])
+{
+    uint32_t word[4];
+    if (dtype == LAC_F32) {
+        *(float4 *)(out + first * 4) = make_float4(v[0], v[1], v[2], v[3]);
+        *(float4 *)(out + second * 4) = make_float4(v[4], v[5], v[6], v[7]);
+    } else if (dtype == LAC_BOOL) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            word[i] =
+                (v[4 * i] != 0) | (v[4 * i + 1] != 0) << 8 | (v[4 * i + 2] != 0) << 16 | (v[4 * i + 3] != 0) << 24;
+        *(uint32_t *)(out + first) = word[0];
+        *(uint32_t *)(out + (wide ? second : first + 4)) = word[1];
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (dtype == LAC_F16) *(__half2 *)&word[i] = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+            else *(__nv_bfloat162 *)&word[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+        }
+        *(uint4 *)(out + first * 2) = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+}
+
+/* ---- loops ---- */
+
+/* select(visit) calls visit(f) with the function; I inputs. A turn is FLIGHT groups of a thread. */
+template <int I, class S> __device__ __forceinline__ void dense_loop(const map_args &a, S select)
+{
+    constexpr int FLIGHT = I <= 2 ? 2 : 1;
+    bool wide = a.dtype == LAC_F32;
+    int per = wide ? 4 : 8, halves = wide ? 2 : 1;
+    int64_t full = a.n / per, vectors = (a.n + per - 1) / per, turn = (int64_t)THREADS * FLIGHT * halves;
+    float fixed[I];
+#pragma unroll
+    for (int k = 0; k < I; k++)
+        fixed[k] = a.slot == k ? (float)a.number : a.scalar[k] ? load_element<float>(a.dtype, a.in[k]) : 0;
+    for (int64_t base = blockIdx.x * turn + threadIdx.x; base < vectors; base += gridDim.x * turn) {
+        uint4 raw[FLIGHT][I][2];
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++)
+#pragma unroll
+            for (int k = 0; k < I; k++) {
+                int64_t at = base + u * halves * THREADS;
+                if (!a.scalar[k] && at < full) raw[u][k][0] = ((const uint4 *)a.in[k])[at];
+                if (wide && !a.scalar[k] && at + THREADS < full) raw[u][k][1] = ((const uint4 *)a.in[k])[at + THREADS];
+            }
+#pragma unroll 1
+        for (int u = 0; u < FLIGHT; u++) { /* not unrolled: the functions are the bulk of the code */
+            int64_t at = base + u * halves * THREADS, last = wide ? at + THREADS : at;
+            if (at >= vectors) break;
+            float v[INPUTS][GROUP] = {}, y[GROUP];
+#pragma unroll
+            for (int k = 0; k < I; k++) {
+                uint4 mine[2] = {u ? raw[FLIGHT - 1][k][0] : raw[0][k][0], u ? raw[FLIGHT - 1][k][1] : raw[0][k][1]};
+                unpack(a.dtype, mine, v[k]);
+#pragma unroll
+                for (int i = 0; i < GROUP; i++) {
+                    int64_t where = wide && i >= 4 ? last : at; /* the last vector may be a part of one */
+                    int rest = wide ? i % 4 : i;
+                    if (a.scalar[k]) v[k][i] = fixed[k];
+                    else if (where == full && where * per + rest < a.n)
+                        v[k][i] = load_element<float>(a.dtype, a.in[k] + (where * per + rest) * (wide ? 4 : 2));
+                }
+            }
+            select([&](auto f) {
+#pragma unroll
+                for (int i = 0; i < GROUP; i++) y[i] = (float)f(v[0][i], v[1][i], v[2][i], v[3][i]);
+            });
+            if (last < full) {
+                store_group(a.out_dtype, wide, a.out, at * per, last * per, y);
+            } else {
+                int64_t left = a.n - at * per, more = wide ? a.n - last * per : 0;
+                store_run(a.out_dtype, a.out, at * per, y, left < per ? (int)left : per);
+                if (more > 0) store_run(a.out_dtype, a.out, last * per, y + 4, more < 4 ? (int)more : 4);
+            }
+        }
+    }
+}
+
+template <class C, int I, class S> __device__ __forceinline__ void strided_loop(const map_args &a, S select)
+{
+    for (int64_t base = (int64_t)blockIdx.x * (2 * THREADS) + threadIdx.x; base < a.n;
+         base += (int64_t)gridDim.x * (2 * THREADS)) {
+        int64_t offset[2][I + 1] = {};
+        C v[2][INPUTS] = {};
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+            int64_t at = base + u * THREADS < a.n ? base + u * THREADS : base;
+            if (a.small) {
+                int32_t near[I + 1];
+                a.nest_small.template offsets<I + 1>((uint32_t)at, near);
+#pragma unroll
+                for (int k = 0; k <= I; k++) offset[u][k] = near[k];
+            } else {
+                a.nest_large.template offsets<I + 1>(at, offset[u]);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < 2; u++)
+#pragma unroll
+            for (int k = 0; k < I; k++)
+                v[u][k] = a.slot == k ? (C)a.number : load_element<C>(a.dtype, a.in[k] + offset[u][k + 1]);
+#pragma unroll 1
+        for (int u = 0; u < 2 && base + u * THREADS < a.n; u++) {
+            C w[INPUTS], y;
+#pragma unroll
+            for (int k = 0; k < INPUTS; k++) w[k] = u ? v[1][k] : v[0][k];
+            select([&](auto f) { y = (C)f(w[0], w[1], w[2], w[3]); });
+            store_element<C>(a.out_dtype, a.out + (u ? offset[1][0] : offset[0][0]), y);
+        }
+    }
+}
+
+/* ---- the functions ---- */
+
+#define K(c) ((C)(c))
+enum {
+#define MAP1(name, domain, value, gradient) M1_##name,
+#define CMP1(name, value) M1_##name,
+#define LOGIC1(name, text, value) M1_##name,
+#define INT1(name, value) M1_##name,
+#include "maps.def"
+    M1_gelu_short /* gelu of a half type, see below */
+};
+enum {
+#define MAP2(name, domain, value, d_x, d_y) M2_##name,
+#define CMP2(name, value) M2_##name,
+#define LOGIC2(name, text, value) M2_##name,
+#define INT2(name, value) M2_##name,
+#include "maps.def"
+};
+enum {
+#define MAPP(name, domain, count, value, gradient) MP_##name,
+#include "maps.def"
+};
+enum {
+#define MAP3(name, value, d_x, d_y, d_z) M3_##name,
+#include "maps.def"
+};
+
+/* The normal distribution function to 2e-5 of itself in both tails, which is below half a unit of f16 and bf16: erfc(z)
+ * = t q(t) exp(-z^2), t = 1 / (1 + 0.4 z), the form of Abramowitz and Stegun 7.1.26, q fitted to the relative error.
+ * erfcf costs twice what the bytes of a half type do. */
+static __device__ __forceinline__ float short_cdf(float x)
+{
+    float z = fabsf(x) * 0.70710678f, t = __fdividef(1.0f, 1.0f + 0.4f * z);
+    float q = -0.14843988f;
+    q = q * t + 0.53783761f;
+    q = q * t - 0.15171670f;
+    q = q * t + 0.33321681f;
+    q = q * t + 0.20165529f;
+    q = q * t + 0.22746461f;
+    float half = 0.5f * q * t * __expf(-z * z);
+    return x > 0 ? 1.0f - half : half;
+}
+
+#define DOMAIN_FLOAT (!std::is_same_v<C, int64_t>)
+#define DOMAIN_BOOL std::is_same_v<C, int64_t>
+#define DOMAIN_ANY true
+#define DOMAIN_INT std::is_same_v<C, int64_t>
+/* one case: a function of x, y, z and w, if the domain has C */
+#define CASE(id, domain, expression)                                                                                   \
+    case id:                                                                                                           \
+        if constexpr (DOMAIN_##domain)                                                                                 \
+            visit([p, q, r](C x, C y, C z, C w) -> C {                                                                 \
+                (void)x, (void)y, (void)z, (void)w;                                                                    \
+                return (C)(expression);                                                                                \
+            });                                                                                                        \
+        break;
+#define SELECT(name)                                                                                                   \
+    template <class C, class V> __device__ __forceinline__ void select_##name(const map_args &a, V visit)              \
+    {                                                                                                                  \
+        C p = (C)a.constant[0], q = (C)a.constant[1], r = (C)a.constant[2];                                            \
+        (void)p, (void)q, (void)r;                                                                                     \
+        switch (a.fn) {
+#define SELECT_END                                                                                                     \
+    }                                                                                                                  \
+    }
+
+/* the kernels of a family: name_dense for the float types, name_strided for any compute type */
+#define KERNELS(name, inputs)                                                                                          \
+    __global__ void __launch_bounds__(THREADS) name##_dense(map_args a)                                                \
+    {                                                                                                                  \
+        dense_loop<inputs>(a, [&](auto visit) { select_##name<float>(a, visit); });                                    \
+    }                                                                                                                  \
+    template <class C> __global__ void __launch_bounds__(THREADS) name##_strided(map_args a)                           \
+    {                                                                                                                  \
+        strided_loop<C, inputs>(a, [&](auto visit) { select_##name<C>(a, visit); });                                   \
+    }
+
+/* ---- launching ---- */
+
+struct operands {
+    const lac_view *view[INPUTS + 1]; /* the result, inputs */
+    int inputs, slot;                 /* slot: the input that is a number, or -1 */
+    double number, constant[3];
+};
+typedef void map_kernel(map_args);
+
+/* kernels of float, double and int64_t (NULL where a family has floats only) */
+int elem_launch(const char *op, const operands &o, int fn, map_kernel *dense, map_kernel *floats, map_kernel *doubles,
+                map_kernel *integers);
+#define LAUNCH_ANY(op, name, fn, o)                                                                                    \
+    elem_launch(op, o, fn, name##_dense, name##_strided<float>, name##_strided<double>, name##_strided<int64_t>)
+#define LAUNCH_FLOAT(op, name, fn, o)                                                                                  \
+    elem_launch(op, o, fn, name##_dense, name##_strided<float>, name##_strided<double>, NULL)
+
+#endif
