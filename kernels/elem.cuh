@@ -15,7 +15,9 @@
 #define LAC_CUDA_ELEM_CUH
 #include "maps.cuh"
 
-enum { INPUTS = 4, GROUP = 8 /* elements that a thread computes at once */ };
+enum { INPUTS = 4, GROUP = 4 /* elements that a thread computes at once */ };
+/* vectors of each of I inputs that a thread loads before it uses the first */
+template <int I> inline constexpr int dense_vectors = I <= 2 ? 4 : 2;
 
 /* All inputs have one dtype. The input `slot` (-1: none) is the number; p, q, r of MAPP and MAP3 are constants. */
 struct map_args {
@@ -63,115 +65,116 @@ template <class C> __device__ __forceinline__ void store_element(int dtype, char
     }
 }
 
-/* ---- eight elements in 16 or 32 bytes ---- */
+/* ---- vectors of 16 bytes: four elements of f32, eight of a half type ---- */
 
-/* f32: four elements in each vector; else eight in the first */
-static __device__ __forceinline__ void unpack(int dtype, const uint4 (&raw)[2], float (&v)[GROUP])
+/* two elements of a half type */
+static __device__ __forceinline__ float2 unpack_pair(int dtype, uint32_t word)
 {
-    const uint32_t word[8] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w, raw[1].x, raw[1].y, raw[1].z, raw[1].w};
-    if (dtype == LAC_F32) {
-#pragma unroll
-        for (int i = 0; i < GROUP; i++) v[i] = __uint_as_float(word[i]);
-    } else if (dtype == LAC_F16) {
-#pragma unroll
-        for (int i = 0; i < GROUP; i += 2) {
-            float2 pair = __half22float2(*(const __half2 *)&word[i / 2]);
-            v[i] = pair.x, v[i + 1] = pair.y;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < GROUP; i += 2) {
-            v[i] = __uint_as_float(word[i / 2] << 16);
-            v[i + 1] = __uint_as_float(word[i / 2] & 0xffff0000u);
-        }
-    }
+    if (dtype == LAC_F16) return __half22float2(*(const __half2 *)&word);
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+static __device__ __forceinline__ uint32_t pack_pair(int dtype, float x, float y)
+{
+    uint32_t word;
+    if (dtype == LAC_F16) *(__half2 *)&word = __floats2half2_rn(x, y);
+    else *(__nv_bfloat162 *)&word = __floats2bfloat162_rn(x, y);
+    return word;
 }
 
-/* the `count` elements at position `at` of out */
-static __device__ __forceinline__ void store_run(int dtype, char *out, int64_t at, const float *v, int count)
+/* the elements of a vector; of f32 the first four are filled */
+static __device__ __forceinline__ void unpack(int dtype, const uint4 &raw, float (&v)[8])
 {
-    int bytes = dtype == LAC_F32 ? 4 : dtype == LAC_BOOL ? 1 : 2;
-#pragma unroll
-    for (int i = 0; i < GROUP; i++)
-        if (i < count) store_element(dtype, out + (at + i) * bytes, v[i]);
-}
-
-/* eight results: one vector of eight elements at `first`, or (wide) two of four, the second at `second` */
-static __device__ __forceinline__ void store_group(int dtype, bool wide, char *out, int64_t first, int64_t second,
-                                                   const float (&v)[GROUP])
-{
-    uint32_t word[4];
+    const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
     if (dtype == LAC_F32) {
-        *(float4 *)(out + first * 4) = make_float4(v[0], v[1], v[2], v[3]);
-        *(float4 *)(out + second * 4) = make_float4(v[4], v[5], v[6], v[7]);
-    } else if (dtype == LAC_BOOL) {
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            word[i] =
-                (v[4 * i] != 0) | (v[4 * i + 1] != 0) << 8 | (v[4 * i + 2] != 0) << 16 | (v[4 * i + 3] != 0) << 24;
-        *(uint32_t *)(out + first) = word[0];
-        *(uint32_t *)(out + (wide ? second : first + 4)) = word[1];
+        for (int i = 0; i < 4; i++) v[i] = __uint_as_float(word[i]);
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (dtype == LAC_F16) *(__half2 *)&word[i] = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
-            else *(__nv_bfloat162 *)&word[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+            float2 pair = unpack_pair(dtype, word[i]);
+            v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
         }
-        *(uint4 *)(out + first * 2) = make_uint4(word[0], word[1], word[2], word[3]);
     }
 }
 
 /* ---- loops ---- */
 
-/* select(visit) calls visit(f) with the function; I inputs. A turn is FLIGHT groups of a thread. */
+/* The four results of chunk c at element `first`, the first half of a vector or the whole of it; of a half type the
+ * first chunk of a vector waits in `kept` for the second. */
+static __device__ __forceinline__ void store_chunk(int dtype, bool wide, int c, char *out, int64_t first,
+                                                   const float (&y)[GROUP], uint2 *kept)
+{
+    if (dtype == LAC_BOOL) {
+        *(uint32_t *)(out + first) = (y[0] != 0) | (y[1] != 0) << 8 | (y[2] != 0) << 16 | (y[3] != 0) << 24;
+    } else if (wide) {
+        *(float4 *)(out + first * 4) = make_float4(y[0], y[1], y[2], y[3]);
+    } else {
+        uint2 mine = make_uint2(pack_pair(dtype, y[0], y[1]), pack_pair(dtype, y[2], y[3]));
+        if (c & 1) *(uint4 *)(out + first * 2 - 8) = make_uint4(kept->x, kept->y, mine.x, mine.y);
+        else *kept = mine;
+    }
+}
+
+/* Loads a turn's vectors, then computes four elements at a time. select(visit) calls visit(f) with the function; I
+ * inputs. */
 template <int I, class S> __device__ __forceinline__ void dense_loop(const map_args &a, S select)
 {
-    constexpr int FLIGHT = I <= 2 ? 2 : 1;
+    constexpr int VECTORS = dense_vectors<I>;
     bool wide = a.dtype == LAC_F32;
-    int per = wide ? 4 : 8, halves = wide ? 2 : 1;
-    int64_t full = a.n / per, vectors = (a.n + per - 1) / per, turn = (int64_t)THREADS * FLIGHT * halves;
+    int per = wide ? 4 : 8, chunks = wide ? VECTORS : 2 * VECTORS;
+    int64_t full = a.n / per, vectors = (a.n + per - 1) / per, turn = (int64_t)THREADS * VECTORS;
     float fixed[I];
 #pragma unroll
     for (int k = 0; k < I; k++)
         fixed[k] = a.slot == k ? (float)a.number : a.scalar[k] ? load_element<float>(a.dtype, a.in[k]) : 0;
     for (int64_t base = blockIdx.x * turn + threadIdx.x; base < vectors; base += gridDim.x * turn) {
-        uint4 raw[FLIGHT][I][2];
+        uint4 raw[VECTORS][I];
+        uint2 kept;
 #pragma unroll
-        for (int u = 0; u < FLIGHT; u++)
+        for (int u = 0; u < VECTORS; u++)
 #pragma unroll
-            for (int k = 0; k < I; k++) {
-                int64_t at = base + u * halves * THREADS;
-                if (!a.scalar[k] && at < full) raw[u][k][0] = ((const uint4 *)a.in[k])[at];
-                if (wide && !a.scalar[k] && at + THREADS < full) raw[u][k][1] = ((const uint4 *)a.in[k])[at + THREADS];
-            }
+            for (int k = 0; k < I; k++)
+                if (!a.scalar[k] && base + u * THREADS < full) raw[u][k] = ((const uint4 *)a.in[k])[base + u * THREADS];
 #pragma unroll 1
-        for (int u = 0; u < FLIGHT; u++) { /* not unrolled: the functions are the bulk of the code */
-            int64_t at = base + u * halves * THREADS, last = wide ? at + THREADS : at;
-            if (at >= vectors) break;
+        for (int c = 0; c < chunks; c++) { /* not unrolled: the functions are the bulk of the code */
+            int u = wide ? c : c / 2;
+            int64_t at = base + u * THREADS, first = at * per + (wide ? 0 : c % 2 * 4);
+            bool whole = at < full;
             float v[INPUTS][GROUP] = {}, y[GROUP];
+            if (first >= a.n) break;
 #pragma unroll
             for (int k = 0; k < I; k++) {
-                uint4 mine[2] = {u ? raw[FLIGHT - 1][k][0] : raw[0][k][0], u ? raw[FLIGHT - 1][k][1] : raw[0][k][1]};
-                unpack(a.dtype, mine, v[k]);
+                uint4 w = raw[0][k];
 #pragma unroll
-                for (int i = 0; i < GROUP; i++) {
-                    int64_t where = wide && i >= 4 ? last : at; /* the last vector may be a part of one */
-                    int rest = wide ? i % 4 : i;
-                    if (a.scalar[k]) v[k][i] = fixed[k];
-                    else if (where == full && where * per + rest < a.n)
-                        v[k][i] = load_element<float>(a.dtype, a.in[k] + (where * per + rest) * (wide ? 4 : 2));
+                for (int s = 1; s < VECTORS; s++)
+                    if (u == s) w = raw[s][k];
+                if (a.scalar[k]) {
+#pragma unroll
+                    for (int i = 0; i < GROUP; i++) v[k][i] = fixed[k];
+                } else if (!whole) { /* the last vector is a part of one */
+                    for (int i = 0; i < GROUP; i++)
+                        if (first + i < a.n)
+                            v[k][i] = load_element<float>(a.dtype, a.in[k] + (first + i) * (wide ? 4 : 2));
+                } else if (wide) {
+                    v[k][0] = __uint_as_float(w.x), v[k][1] = __uint_as_float(w.y);
+                    v[k][2] = __uint_as_float(w.z), v[k][3] = __uint_as_float(w.w);
+                } else {
+                    float2 left = unpack_pair(a.dtype, c & 1 ? w.z : w.x);
+                    float2 right = unpack_pair(a.dtype, c & 1 ? w.w : w.y);
+                    v[k][0] = left.x, v[k][1] = left.y, v[k][2] = right.x, v[k][3] = right.y;
                 }
             }
             select([&](auto f) {
 #pragma unroll
                 for (int i = 0; i < GROUP; i++) y[i] = (float)f(v[0][i], v[1][i], v[2][i], v[3][i]);
             });
-            if (last < full) {
-                store_group(a.out_dtype, wide, a.out, at * per, last * per, y);
+            if (whole) {
+                store_chunk(a.out_dtype, wide, c, a.out, first, y, &kept);
             } else {
-                int64_t left = a.n - at * per, more = wide ? a.n - last * per : 0;
-                store_run(a.out_dtype, a.out, at * per, y, left < per ? (int)left : per);
-                if (more > 0) store_run(a.out_dtype, a.out, last * per, y + 4, more < 4 ? (int)more : 4);
+                int bytes = a.out_dtype == LAC_BOOL ? 1 : wide ? 4 : 2;
+#pragma unroll
+                for (int i = 0; i < GROUP; i++)
+                    if (first + i < a.n) store_element(a.out_dtype, a.out + (first + i) * bytes, y[i]);
             }
         }
     }
@@ -279,7 +282,7 @@ static __device__ __forceinline__ float short_cdf(float x)
 
 /* the kernels of a family: name_dense for the float types, name_strided for any compute type */
 #define KERNELS(name, inputs)                                                                                          \
-    __global__ void __launch_bounds__(THREADS) name##_dense(map_args a)                                                \
+    __global__ void __launch_bounds__(THREADS, 4) name##_dense(map_args a)                                             \
     {                                                                                                                  \
         dense_loop<inputs>(a, [&](auto visit) { select_##name<float>(a, visit); });                                    \
     }                                                                                                                  \

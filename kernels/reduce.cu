@@ -37,35 +37,41 @@ template <class T> __device__ __forceinline__ T from_lane(T x, int lane)
     return __shfl_xor_sync(0xffffffffu, x, lane);
 }
 
-/* sums of x, of its absolute value, of its square, or of whether it is not zero */
+/* sums of x, of its absolute value, of its square, or of whether it is not zero; of f64 with the roundings apart, as on
+ * the CPU (Knuth's two-sum) */
 template <class C> struct sum_of {
     typedef C compute;
     enum { FLIGHT = 4 };
+    static constexpr bool EXACT = std::is_same_v<C, double>;
     typedef std::conditional_t<std::is_same_v<C, int64_t>, int64_t, double> S;
-    S s;
-    __device__ static sum_of none() { return {0}; }
+    S s, rest;
+    __device__ static sum_of none() { return {0, 0}; }
+    __device__ void plus(S x)
+    {
+        S t = s + x;
+        if constexpr (EXACT) {
+            S back = t - s;
+            rest += (s - (t - back)) + (x - back);
+        }
+        s = t;
+    }
     __device__ void add(const reduce_job &j, C x, int64_t)
     {
-        switch (j.fn) {
-        case LAC_SUM:
-        case LAC_MEAN:
-            s += (S)x;
-            break;
-        case LAC_NORM1:
-            s += (S)F_abs(x);
-            break;
-        case LAC_NORM2:
-            s += (S)x * (S)x;
-            break;
-        default:
-            s += x != C(0);
-        }
+        if (j.fn <= LAC_MEAN) plus((S)x);
+        else if (j.fn == LAC_NORM1) plus((S)F_abs(x));
+        else if (j.fn == LAC_NORM2) plus((S)x * (S)x);
+        else s += x != C(0);
     }
-    __device__ void merge(const sum_of &o) { s += o.s; }
-    __device__ sum_of lane(int l) const { return {from_lane(s, l)}; }
+    __device__ void merge(const sum_of &o)
+    {
+        plus(o.s);
+        if constexpr (EXACT) rest += o.rest;
+    }
+    __device__ sum_of lane(int l) const { return {from_lane(s, l), EXACT ? from_lane(rest, l) : S(0)}; }
     __device__ double value(const reduce_job &j) const
     {
-        return j.fn == LAC_MEAN ? (double)s / (double)j.count : j.fn == LAC_NORM2 ? sqrt((double)s) : (double)s;
+        double sum = EXACT && isfinite((double)s) ? (double)(s + rest) : (double)s;
+        return j.fn == LAC_MEAN ? sum / (double)j.count : j.fn == LAC_NORM2 ? sqrt(sum) : sum;
     }
     __device__ int64_t integer(const reduce_job &j) const
     {
@@ -86,41 +92,52 @@ template <class C> struct product_of {
     __device__ int64_t integer(const reduce_job &) const { return (int64_t)p; }
 };
 
-/* at: -1 before the first element; of the negative value where the smallest is asked for */
+/* x as what is largest is looked for among: its opposite where the smallest is asked for; and back */
+template <class C> __device__ __forceinline__ C turned(const reduce_job &j, C x)
+{
+    if (j.fn == LAC_NORM_INF) return F_abs(x);
+    if (j.fn != LAC_MIN && j.fn != LAC_ARGMIN) return x;
+    if constexpr (std::is_same_v<C, int64_t>) return ~x; /* -x has no room for the smallest */
+    else return -x;
+}
+
 template <class C> struct extreme_of {
+    typedef C compute;
+    enum { FLIGHT = 4 };
+    C v;
+    __device__ static extreme_of none()
+    {
+        if constexpr (std::is_same_v<C, int64_t>) return {INT64_MIN};
+        else return {-(C)INFINITY};
+    }
+    __device__ void add(const reduce_job &j, C x, int64_t) { merge({turned(j, x)}); }
+    __device__ void merge(const extreme_of &o) { v = o.v > v || o.v != o.v ? o.v : v; }
+    __device__ extreme_of lane(int l) const { return {from_lane(v, l)}; }
+    __device__ double value(const reduce_job &j) const { return j.count ? (double)turned(j, v) : 0; }
+    __device__ int64_t integer(const reduce_job &j) const { return (int64_t)turned(j, v); }
+};
+
+/* at: -1 before the first element */
+template <class C> struct place_of {
     typedef C compute;
     enum { FLIGHT = 2 };
     C v;
     int64_t at;
-    __device__ static extreme_of none() { return {0, -1}; }
+    __device__ static place_of none() { return {0, -1}; }
     __device__ static bool better(C x, int64_t i, C best, int64_t j)
     {
         if (j < 0) return true;
         if (x != x || best != best) return x != x && (best == best || i < j);
         return x == best ? i < j : x > best;
     }
-    __device__ static C turned(const reduce_job &j, C x)
-    {
-        if (j.fn == LAC_NORM_INF) return F_abs(x);
-        if (j.fn != LAC_MIN && j.fn != LAC_ARGMIN) return x;
-        if constexpr (std::is_same_v<C, int64_t>) return ~x; /* -x has no room for the smallest */
-        else return -x;
-    }
-    __device__ void add(const reduce_job &j, C x, int64_t i)
-    {
-        x = turned(j, x);
-        if (better(x, i, v, at)) v = x, at = i;
-    }
-    __device__ void merge(const extreme_of &o)
+    __device__ void add(const reduce_job &j, C x, int64_t i) { merge({turned(j, x), i}); }
+    __device__ void merge(const place_of &o)
     {
         if (o.at >= 0 && better(o.v, o.at, v, at)) *this = o;
     }
-    __device__ extreme_of lane(int l) const { return {from_lane(v, l), (int64_t)from_lane((long long)at, l)}; }
-    __device__ double value(const reduce_job &j) const { return (double)turned(j, v); }
-    __device__ int64_t integer(const reduce_job &j) const
-    {
-        return j.fn == LAC_ARGMAX || j.fn == LAC_ARGMIN ? at : (int64_t)turned(j, v);
-    }
+    __device__ place_of lane(int l) const { return {from_lane(v, l), (int64_t)from_lane((long long)at, l)}; }
+    __device__ double value(const reduce_job &) const { return 0; }
+    __device__ int64_t integer(const reduce_job &) const { return at; }
 };
 
 /* sums of x - shift and of its square; the shift is the first element */
@@ -274,10 +291,9 @@ template <class A, bool DENSE> __global__ void __launch_bounds__(THREADS) rows_k
                     if (i + u * team < full) raw[u] = ((const uint4 *)x)[i + u * team];
 #pragma unroll
                 for (int u = 0; u < FLIGHT; u++) {
-                    const uint4 pair[2] = {raw[u], {}};
                     float v[8];
                     if (i + u * team >= full) break;
-                    unpack(j.dtype, pair, v);
+                    unpack(j.dtype, raw[u], v);
                     add_vector(j, a, v, per, (i + u * team) * per);
                 }
             }
@@ -324,10 +340,10 @@ template <class A, int V> __global__ void __launch_bounds__(THREADS) columns_ker
         for (int64_t i = begin + ty; i < end && inside; i += DEEP) {
             const char *at = x + (j.reduced == 1 ? i * j.rx[0] : reduced_offset(j, i)) * j.bytes;
             if constexpr (V > 1) {
-                uint4 raw[2] = {};
+                uint4 raw = {};
                 float v[8];
-                if (j.bytes == 4) raw[0] = *(const uint4 *)at;
-                else *(uint2 *)&raw[0] = *(const uint2 *)at;
+                if (j.bytes == 4) raw = *(const uint4 *)at;
+                else *(uint2 *)&raw = *(const uint2 *)at;
                 unpack(j.dtype, raw, v);
 #pragma unroll
                 for (int k = 0; k < V; k++) a[k].add(j, v[k], i);
@@ -474,7 +490,7 @@ template <class C> static int run_as(const reduce_job &j)
         return run<extreme_of<C>>(j, false);
     case LAC_ARGMAX:
     case LAC_ARGMIN:
-        return run<extreme_of<C>>(j, true);
+        return run<place_of<C>>(j, true);
     case LAC_PROD:
         return run<product_of<C>>(j, false);
     case LAC_VAR:
