@@ -7,6 +7,9 @@
 -- the second makes a fresh sum, later ones are added in place to that sum. A leaf takes over a gradient that
 -- is surely fresh and copies one that may be shared (`alias` rules).
 --
+-- A rule's saved tensors are let go of when it has run, and values that a module of the library has marked as
+-- its own (ops.transient) give their memory back then: those who read them come before the one who made them.
+--
 -- What is refused, with the reason: a second backward through a freed graph; a saved tensor that was changed
 -- in place (version counters); a gradient of the wrong shape or dtype; a non-scalar root without a gradient.
 -- Gradients of gradients are not recorded: rules run with the tape off. Rejected: a recursive walk (overflows
@@ -239,6 +242,8 @@ local function process(node, retain, ready, top)
     node.op, node.a, node.b = FREED, false, false
     if node.c ~= nil then node.c, node.d = false, false end
     node.list, node.saved, node.ctx = nil, nil, nil
+    -- every rule that could read this value has run; nobody else knows it (ops.transient)
+    if node.transient and not (o.hooks or o.retains) then C.lac_tensor_release(o.c) end
   end
   if list then
     for i = 1, #list do top = deliver(op, list[i], ga and ga[i], ready, top) end

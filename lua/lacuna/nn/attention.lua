@@ -17,13 +17,14 @@
 local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
-local ops = require("lacuna.ops").fn
+local operators = require "lacuna.ops"
 local attention = require "lacuna.attention"
 local grad = require "lacuna.grad"
 local base = require "lacuna.nn.module"
 local layers = require "lacuna.nn.layers"
 local KVCache = require("lacuna.nn.cache").KVCache
 
+local ops, passed, transient = operators.fn, operators.passed, operators.transient
 local fail, show = schema.fail, schema.show
 local OP = "MultiheadDilatedAttention"
 
@@ -155,15 +156,20 @@ end
 -- q, k, v [B, N, heads, D] as the attention takes them
 local function heads_at(self, query, key, value, start)
   local q, k, v = project(self, query, key, value)
-  return rotate(self, split_heads(q, self.heads, self.head_dim), 1, start),
-    rotate(self, split_heads(k, self.kv_heads, self.head_dim), -1, start),
-    split_heads(v, self.kv_heads, self.head_dim)
+  local rq = rotate(self, split_heads(q, self.heads, self.head_dim), 1, start)
+  local rk = rotate(self, split_heads(k, self.kv_heads, self.head_dim), -1, start)
+  passed(q, rq, query)
+  passed(k, rk, key)
+  return rq, rk, split_heads(v, self.kv_heads, self.head_dim), v
 end
 
 local function finish(self, out)
   local merged = out:view(out:size(1), out:size(2), self.embed_dim)
-  if self.options.layer_norm then merged = self.norm(merged) end
-  return self.out(merged)
+  local normed = self.options.layer_norm and self.norm(merged) or merged
+  local result = self.out(normed)
+  passed(out, normed)
+  transient(normed, result)
+  return result
 end
 
 local function check_input(self, name, x)
@@ -186,11 +192,15 @@ function Attention:forward(query, key, value, options)
   check_input(self, "query", query)
   check_input(self, "key", key)
   check_input(self, "value", value)
-  local q, k, v = heads_at(self, query, key, value, 0)
+  local q, k, v, projected = heads_at(self, query, key, value, 0)
   local call = { dropout = self.training and self.options.dropout or 0, key_padding = o.key_padding,
     key_lengths = o.key_lengths, return_lse = false }
   for name, setting in pairs(self.pattern) do call[name] = setting end
-  return finish(self, (attention.attend(q, k, v, call)))
+  local out = attention.attend(q, k, v, call)
+  transient(q, out, query)
+  transient(k, out, key)
+  transient(projected, out, value)
+  return finish(self, out)
 end
 
 local CACHE = { batch = { type = "integer", min = 1, default = 1 },

@@ -15,7 +15,7 @@
 
 local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
-local ops = require("lacuna.ops").fn
+local operators = require "lacuna.ops"
 local grad = require "lacuna.grad"
 local checkpoint = require("lacuna.recompute").checkpoint
 local attention = require "lacuna.attention"
@@ -25,6 +25,7 @@ local attn = require "lacuna.nn.attention"
 local cache = require "lacuna.nn.cache"
 local generate = require "lacuna.nn.generate"
 
+local ops, passed, transient = operators.fn, operators.passed, operators.transient
 local fail, show = schema.fail, schema.show
 local POSITIVE = { type = "integer", min = 1 }
 
@@ -65,9 +66,16 @@ end
 
 --- @tparam Tensor x [..., width]
 function FeedForward:forward(x)
-  local hidden = self.dropout(self.up(x):gelu())
-  if self.layer_norm then hidden = self.norm(hidden) end
-  return self.down(hidden)
+  local up = self.up(x)
+  local active = ops.gelu(up)
+  local hidden = self.dropout(active)
+  local normed = self.layer_norm and self.norm(hidden) or hidden
+  local out = self.down(normed)
+  passed(up, active, x)
+  passed(active, hidden)
+  passed(hidden, normed)
+  passed(normed, out)
+  return out
 end
 
 -- ---- block ------------------------------------------------------------------------------------------------
@@ -96,10 +104,24 @@ function Block:init(options)
   self.dropout = layers.Dropout(o.dropout)
 end
 
+-- x + dropout(part(norm(x))); of what lies between, only the rules know
+local function residual(self, x, norm, part)
+  local normed = norm(x)
+  local out = part(normed)
+  local dropped = self.dropout(out)
+  local sum = x + dropped
+  transient(normed, out, x)
+  passed(out, dropped, x)
+  passed(dropped, sum, x)
+  return sum
+end
+
 --- @tparam Tensor x [B, N, E]
 function Block:forward(x)
-  x = x + self.dropout(self.attention(self.norm1(x)))
-  return x + self.dropout(self.ffn(self.norm2(x)))
+  local y = residual(self, x, self.norm1, self.attention)
+  local z = residual(self, y, self.norm2, self.ffn)
+  transient(y, z, x)
+  return z
 end
 
 --- forward for rows that follow those in the cache (MultiheadDilatedAttention:decode).
@@ -180,13 +202,20 @@ local function output_weight(self) return self.options.tied and self.embedding.w
 -- @treturn Tensor [B, N, E]
 function LongNetLM:hidden(tokens)
   check_tokens(self, tokens)
-  local x = self.dropout(self.embedding(tokens) * math.sqrt(self.options.width))
+  local rows = self.embedding(tokens)
+  local scaled = rows * math.sqrt(self.options.width)
+  local x = self.dropout(scaled)
+  transient(rows, scaled)
+  passed(scaled, x)
   local sparing = self.options.checkpoint_activations
   for i = 1, #self.layers do
-    local block = self.layers[i]
+    local block, before = self.layers[i], x
     x = sparing and checkpoint(block, x) or block(x)
+    transient(before, x)
   end
-  return self.norm(x)
+  local out = self.norm(x)
+  transient(x, out)
+  return out
 end
 
 local LOGITS = { counts = { type = "table" }, logits = { one_of = { "all", "last" }, default = "all" } }
@@ -218,7 +247,10 @@ function LongNetLM:forward(tokens, options)
   local o = schema.options("LongNetLM", options, LOGITS)
   check_tokens(self, tokens)
   check_counts("LongNetLM", o.counts, tokens)
-  return (ops.linear(wanted_rows(self:hidden(tokens), o), output_weight(self)))
+  local x = self:hidden(tokens)
+  local logits = ops.linear(wanted_rows(x, o), output_weight(self))
+  transient(x, logits)
+  return logits
 end
 
 --- Mean cross-entropy in nats, without making all logits at once.
@@ -235,6 +267,7 @@ function LongNetLM:loss(tokens, targets, options)
       show(targets))
   end
   local loss = ops.linear_cross_entropy(x, output_weight(self), nil, targets, options)
+  transient(x, loss)
   return loss
 end
 base.entry_point(LongNetLM.loss)
@@ -264,8 +297,9 @@ function LongNetLM:flops_per_token(context)
 end
 
 --- Bytes that a training step needs at its peak: parameters, gradients and AdamW's moments exactly;
--- activations counted from the formulas of a block's operators (measured: within 5%); temporaries of the
--- backward, which live until the step's scope ends and are about as large again.
+-- activations counted from what the rules of a block's operators read; as temporaries the gradients between
+-- two operators at the widest place. What the backward has read is given back as it goes, so it needs no
+-- more.
 -- @tparam integer batch
 -- @tparam[opt] integer context default: the model's
 -- @treturn number bytes
@@ -278,13 +312,13 @@ function LongNetLM:memory_estimate(batch, context)
   local size = ({ f64 = 8, f32 = 4, f16 = 2, bf16 = 2 })[self.embedding.weight:dtype()]
   local moment = size == 8 and 8 or 4
   local params = self:parameter_count()
-  -- a block keeps about: 2 norms, q k v before and after rotation, attention output, its norm, out, 2
-  -- residuals (14 E); up, gelu, norm (3 F)
+  -- a block keeps: 2 norms, q k v, attention output, its norm, 2 residual sums (9 E); up, gelu, norm (3 F);
+  -- log-sum-exps and means and deviations of the norms
   local rows = batch * context
-  local per_row = (o.checkpoint_activations and 1 or o.layers) * (14 * o.width + 3 * o.ffn + 2 * o.heads)
+  local per_row = (o.checkpoint_activations and 1 or o.layers) * (9 * o.width + 3 * o.ffn + 2 * o.heads)
     + (o.checkpoint_activations and o.layers + 4 or 4) * o.width
   local parts = { parameters = params * size, gradients = params * size, optimizer = 2 * params * moment,
-    activations = rows * per_row * size, temporaries = rows * per_row * size }
+    activations = rows * per_row * size, temporaries = rows * (o.ffn + o.width) * size }
   return parts.parameters + parts.gradients + parts.optimizer + parts.activations + parts.temporaries, parts
 end
 

@@ -69,6 +69,43 @@ local function wants(a, b, c, d)
 end
 ops.wants = wants
 
+-- ---- values between operators --------------------------------------------------------------------
+-- Lua has no reference counts, so what the tape holds lives until its scope ends, unless a module says that a
+-- value of its forward is nobody else's. Only modules of the library do, of values that never leave them;
+-- what the script can see stays as it is.
+
+--- t, from which `by` was made, will not be read again but by rules: the backward gives its memory back as
+-- soon as none of them needs it, and if nothing is recorded it goes at once. `input`: what the module was
+-- called with; that is the caller's and stays (a submodule may have returned it as it is).
+function ops.transient(t, by, input)
+  if t.root ~= t or by.root == t or (input and input.root == t) then return end
+  local node = t.node
+  if node then
+    if node.o == t and tape.enabled then node.transient = true end
+  elseif not t.requires_grad and not by.requires_grad then
+    C.lac_tensor_release(t.c)
+  end
+end
+
+local function reads(node, t)
+  local op = node.op
+  if node.list or (node.saved and node.saved[1]) then return true end
+  return (node.a and node.a.root == t and op.save_a) or (node.b and node.b.root == t and op.save_b)
+    or (node.c and node.c.root == t and op.save_c) or (node.d and node.d.root == t and op.save_d)
+end
+
+--- As transient, where the operator that made `by` is the only one that t has been given to: if its rule does
+-- not read t, and the rule that t came from does not either, the memory goes at once.
+function ops.passed(t, by, input)
+  local node, producer = by.node, t.node
+  if node and producer and t.root == t and not (input and input.root == t) and by.root ~= t
+    and not producer.op.save_o and not t.hooks and not t.retains and not reads(node, t) then
+    C.lac_tensor_release(t.c)
+  else
+    ops.transient(t, by, input)
+  end
+end
+
 -- ---- helpers for rules: no gradients inside -----------------------------------------------------
 
 local function new() return ctensor() end
