@@ -327,7 +327,8 @@ static void count_workspace(lac_plan *p)
     int64_t d = round_up(p->desc.head_dim, 32), rows = longest_span(p);
     int64_t chunk = round_up(rows < LAC_ATTN_QUERIES ? rows : LAC_ATTN_QUERIES, LAC_ATTN_ROWS);
     if (chunk < LAC_ATTN_FEW_ALL) chunk = LAC_ATTN_FEW_ALL;
-    int64_t forward = chunk * (2 * d + 4) + 2 * LAC_ATTN_KEYS * d + LAC_ATTN_ROWS * (LAC_ATTN_KEYS + 16) + 20 * d;
+    int64_t forward = chunk * (2 * d + 4) + 2 * lac_attn_tile_keys(p->desc.head_dim) * d +
+                      LAC_ATTN_ROWS * (LAC_ATTN_KEYS + 16) + 20 * d;
     int64_t queries = round_up(rows < LAC_ATTN_BQUERIES ? rows : LAC_ATTN_BQUERIES, LAC_ATTN_BROWS);
     int64_t keys = round_up(rows < LAC_ATTN_KEY_RUN ? rows : LAC_ATTN_KEY_RUN, LAC_ATTN_BKEYS);
     int64_t backward = queries * (5 * d + 8) + 2 * keys * d + 3 * LAC_ATTN_BKEYS * d +

@@ -24,8 +24,10 @@
 enum {
     LAC_ATTN_QUERIES = 1056, /* most query rows of one forward task */
     LAC_ATTN_QUERIES_LEAST = 240,
-    LAC_ATTN_KEYS = 256,     /* keys of one forward tile, and columns of a score row */
-    LAC_ATTN_ROWS = 48,      /* query rows that a score tile holds: a multiple of every micro-kernel's height */
+    LAC_ATTN_KEYS = 512,      /* keys of one forward tile, and columns of a score row, */
+    LAC_ATTN_KEYS_WIDE = 256, /* if rows are longer than LAC_ATTN_WIDE: the packed tile has to fit the second cache */
+    LAC_ATTN_WIDE = 64,
+    LAC_ATTN_ROWS = 24,      /* query rows that a score tile holds: a multiple of every micro-kernel's height */
     LAC_ATTN_FEW = 8,        /* up to so many query rows of a segment meet their keys without packing, */
     LAC_ATTN_FEW_ALL = 128,  /* if this many at most share the keys, */
     LAC_ATTN_FEW_KEYS = 32,  /* so many keys at a time */
@@ -58,6 +60,12 @@ struct lac_plan {
     lac_unit *unit; /* sorted by branch */
     int32_t *unit_heads;
 };
+
+/* keys of one forward tile */
+static inline int64_t lac_attn_tile_keys(int64_t head_dim)
+{
+    return head_dim > LAC_ATTN_WIDE ? LAC_ATTN_KEYS_WIDE : LAC_ATTN_KEYS;
+}
 
 /* weight of one branch's output in the sum */
 static inline double lac_plan_gscale(const lac_plan *p)

@@ -143,16 +143,20 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #endif
 #define IREAL int32_t
 #define REAL_EXP2 exp2f
+#define REAL_FMA fmaf
 #define EXP2_MAGIC 12583039.0f /* 1.5 2^23 + 127 */
 #define EXP2_SHIFT 23
 #define EXP2_LOWEST -126
-#define EXP2_POLYNOMIAL(f)                                                                                             \
-    ((((((1.5594678169e-4f * (f) + 1.3406643902e-3f) * (f) + 9.6176929730e-3f) * (f) + 5.5503105510e-2f) * (f) +       \
-       2.4022652783e-1f) *                                                                                             \
-          (f) +                                                                                                        \
-      6.9314721497e-1f) *                                                                                              \
-         (f) +                                                                                                         \
-     1.0f)
+#define EXP2_FIRST 1.5594678169e-4f
+#define EXP2_COEFFICIENTS(X)                                                                                           \
+    X(1.3406643902e-3f) X(9.6176929730e-3f) X(5.5503105510e-2f) X(2.4022652783e-1f) X(6.9314721497e-1f) X(1.0f)
+#if ATTN_VECTOR == 64
+#define ATTN_MAX(a, b) _mm512_max_ps((__m512)(a), (__m512)(b))
+#elif ATTN_VECTOR == 32
+#define ATTN_MAX(a, b) _mm256_max_ps((__m256)(a), (__m256)(b))
+#elif defined(__SSE2__)
+#define ATTN_MAX(a, b) _mm_max_ps((__m128)(a), (__m128)(b))
+#endif
 #include "attn_kernel.inc"
 #undef NAME
 #undef ATTN_LANES
@@ -161,10 +165,13 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #undef real
 #undef IREAL
 #undef REAL_EXP2
+#undef REAL_FMA
 #undef EXP2_MAGIC
 #undef EXP2_SHIFT
 #undef EXP2_LOWEST
-#undef EXP2_POLYNOMIAL
+#undef EXP2_FIRST
+#undef EXP2_COEFFICIENTS
+#undef ATTN_MAX
 
 #define NAME(x) attn_f64_##x
 #define real double
@@ -183,32 +190,32 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #endif
 #define IREAL int64_t
 #define REAL_EXP2 exp2
+#define REAL_FMA fma
 #define EXP2_MAGIC 6755399441056767.0 /* 1.5 2^52 + 1023 */
 #define EXP2_SHIFT 52
 #define EXP2_LOWEST -1022
-#define EXP2_POLYNOMIAL(f)                                                                                             \
-    (((((((((((((1.36691488853904124e-12 * (f) + 2.56784359934881958e-11) * (f) + 4.44553827187081007e-10) * (f) +     \
-               7.05491162080112088e-9) *                                                                               \
-                  (f) +                                                                                                \
-              1.01780860092396960e-7) *                                                                                \
-                 (f) +                                                                                                 \
-             1.32154867901443053e-6) *                                                                                 \
-                (f) +                                                                                                  \
-            1.52527338040598377e-5) *                                                                                  \
-               (f) +                                                                                                   \
-           1.54035303933816061e-4) *                                                                                   \
-              (f) +                                                                                                    \
-          1.33335581464284411e-3) *                                                                                    \
-             (f) +                                                                                                     \
-         9.61812910762847688e-3) *                                                                                     \
-            (f) +                                                                                                      \
-        5.55041086648215762e-2) *                                                                                      \
-           (f) +                                                                                                       \
-       2.40226506959100694e-1) *                                                                                       \
-          (f) +                                                                                                        \
-      6.93147180559945286e-1) *                                                                                        \
-         (f) +                                                                                                         \
-     1.0)
+#define EXP2_FIRST 1.36691488853904124e-12
+#define EXP2_COEFFICIENTS(X)                                                                                           \
+    X(2.56784359934881958e-11)                                                                                         \
+    X(4.44553827187081007e-10)                                                                                         \
+    X(7.05491162080112088e-9)                                                                                          \
+    X(1.01780860092396960e-7)                                                                                          \
+    X(1.32154867901443053e-6)                                                                                          \
+    X(1.52527338040598377e-5)                                                                                          \
+    X(1.54035303933816061e-4)                                                                                          \
+    X(1.33335581464284411e-3)                                                                                          \
+    X(9.61812910762847688e-3)                                                                                          \
+    X(5.55041086648215762e-2)                                                                                          \
+    X(2.40226506959100694e-1)                                                                                          \
+    X(6.93147180559945286e-1)                                                                                          \
+    X(1.0)
+#if ATTN_VECTOR == 64
+#define ATTN_MAX(a, b) _mm512_max_pd((__m512d)(a), (__m512d)(b))
+#elif ATTN_VECTOR == 32
+#define ATTN_MAX(a, b) _mm256_max_pd((__m256d)(a), (__m256d)(b))
+#elif defined(__SSE2__)
+#define ATTN_MAX(a, b) _mm_max_pd((__m128d)(a), (__m128d)(b))
+#endif
 #include "attn_kernel.inc"
 
 /* ---- tasks ---- */
@@ -227,12 +234,17 @@ static int64_t span_most(const lac_plan *p, int32_t branch, int64_t count)
 
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-/* Cuts one item into tasks of about `target` query rows (backward: keys) and appends it. */
-static void add_item(attn_job *job, attn_item item, int64_t target)
+/* does a task own keys (and not query rows)? */
+static bool owns_keys(const attn_job *job) { return job->bwd && !job->new_delta; }
+
+/* Cuts one item into chunks of about `target` query rows (backward: keys) and tasks of as many whole chunks as fit
+ * into `most`, and appends it. */
+static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most)
 {
     const lac_plan *p = job->a->plan;
-    int64_t first, last, grain = job->bwd && !job->new_delta ? LAC_ATTN_BKEYS : LAC_ATTN_ROWS;
-    int64_t rows = span_most(p, item.branch, grain == LAC_ATTN_BKEYS ? p->desc.m : p->desc.n);
+    bool keys = owns_keys(job);
+    int64_t first, last, grain = keys ? LAC_ATTN_BKEYS : LAC_ATTN_ROWS;
+    int64_t rows = span_most(p, item.branch, keys ? p->desc.m : p->desc.n);
     lac_plan_segments(p, item.branch, &first, &last);
     item.segment0 = first;
     item.segments = last - first;
@@ -240,11 +252,10 @@ static void add_item(attn_job *job, attn_item item, int64_t target)
     item.chunks = (rows - 1) / target + 1;
     item.chunk = round_up((rows - 1) / item.chunks + 1, grain); /* even pieces */
     item.chunks = (rows - 1) / item.chunk + 1;
-    item.first = job->tasks;
-    job->tasks += (item.segments - 1) / item.group + 1;
-    job->tasks += (job->tasks - item.first) * (item.chunks * p->desc.batch - 1);
-    int64_t held = item.chunk < round_up(rows, grain) ? item.chunk : round_up(rows, grain);
-    if (job->bwd && !job->new_delta) {
+    item.bunch = most < item.chunk ? 1 : most / item.chunk < item.chunks ? most / item.chunk : item.chunks;
+    item.pieces = (item.chunks - 1) / item.bunch + 1;
+    int64_t held = item.chunk * item.bunch < round_up(rows, grain) ? item.chunk * item.bunch : round_up(rows, grain);
+    if (keys) {
         item.blocks = (span_most(p, item.branch, p->desc.n) - 1) / LAC_ATTN_BQUERIES + 1;
         item.turn = job->turn_count;
         if (item.chunks > 1) job->turn_count += item.segments * p->desc.batch * item.heads * item.blocks;
@@ -256,25 +267,50 @@ static void add_item(attn_job *job, attn_item item, int64_t target)
     job->items[job->item_count++] = item;
 }
 
-/* How many query rows (backward: keys) a task should have: enough tasks for all threads, but rows enough to pay for
- * packing. A row's sums do not depend on how the rows are cut; dq's do depend on how the keys are cut, so the backward
- * may not look at the number of threads. */
-static int64_t task_rows(const attn_job *job, const int32_t *phase, int32_t which)
+/* query rows (of all heads) or, in the backward, keys of a phase */
+static int64_t phase_rows(const attn_job *job, const int32_t *phase, int32_t which)
 {
     const lac_plan *p = job->a->plan;
-    bool keys = job->bwd && !job->new_delta;
-    int64_t all = 0, grain = keys ? LAC_ATTN_BKEYS : LAC_ATTN_ROWS;
-    int64_t least = keys ? LAC_ATTN_KEY_RUN_LEAST : LAC_ATTN_QUERIES_LEAST;
-    int64_t most = keys ? LAC_ATTN_KEY_RUN : job->new_delta ? LAC_ATTN_BQUERIES : LAC_ATTN_QUERIES;
+    int64_t all = 0;
     for (int32_t u = 0; u < p->units; u++) {
         const lac_unit *unit = &p->unit[u];
         if (phase[unit->branch] != which) continue;
-        int64_t rows = ((keys ? p->desc.m : p->desc.n) - 1) / p->desc.dilation[unit->branch] + 1;
-        all += rows * (keys ? 1 : unit->heads);
+        int64_t rows = ((owns_keys(job) ? p->desc.m : p->desc.n) - 1) / p->desc.dilation[unit->branch] + 1;
+        all += rows * (owns_keys(job) ? 1 : unit->heads);
     }
+    return all * p->desc.batch;
+}
+
+/* How many query rows (backward: keys) a chunk should have, out of `all`: enough chunks for all threads, but rows
+ * enough to pay for packing. A row's sums do not depend on how the rows are cut; dq's do depend on how the keys are
+ * cut, so the backward may not look at the number of threads here: it does where it puts chunks together. */
+static int64_t chunk_rows(const attn_job *job, int64_t all)
+{
+    bool keys = owns_keys(job);
+    int64_t least = keys ? LAC_ATTN_KEY_RUN_LEAST : LAC_ATTN_QUERIES_LEAST;
+    int64_t most = keys ? LAC_ATTN_KEY_RUN : job->new_delta ? LAC_ATTN_BQUERIES : LAC_ATTN_QUERIES;
     int64_t tasks = keys ? LAC_ATTN_TASKS : job->threads > 1 ? job->threads * LAC_ATTN_THREAD_TASKS : 1;
-    int64_t target = round_up(all * p->desc.batch / tasks, grain);
+    int64_t target = round_up(all / tasks, keys ? LAC_ATTN_BKEYS : LAC_ATTN_ROWS);
     return target < least ? least : target > most ? most : target;
+}
+
+/* how many keys a backward task may own (0: one chunk) */
+static int64_t task_keys(const attn_job *job, int64_t all)
+{
+    int64_t share = job->threads > 1 ? all / (job->threads * LAC_ATTN_THREAD_TASKS) : all;
+    return !owns_keys(job) ? 0 : share < LAC_ATTN_KEY_RUN ? share : LAC_ATTN_KEY_RUN;
+}
+
+/* Numbers the tasks of the branch whose items are the last ones from `first` on. */
+static void number_tasks(attn_job *job, int64_t first)
+{
+    const attn_item *it = &job->items[first];
+    int64_t mates = job->item_count - first, groups = (it->segments - 1) / it->group + 1;
+    for (int64_t i = first; i < job->item_count; i++) {
+        job->items[i].first = job->tasks;
+        job->items[i].mates = mates;
+    }
+    job->tasks += mates * groups * it->pieces * job->a->plan->desc.batch;
 }
 
 /* Items of a phase, branches with long segments first. */
@@ -282,7 +318,7 @@ static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
 {
     const lac_plan *p = job->a->plan;
     uint32_t done = 0;
-    int64_t target = task_rows(job, phase, which);
+    int64_t all = phase_rows(job, phase, which), target = chunk_rows(job, all), most = task_keys(job, all);
     job->item_count = job->tasks = job->turn_count = job->rows = job->keys = 0;
     for (;;) {
         int best = -1;
@@ -291,7 +327,7 @@ static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
                 best = g;
         if (best < 0) break;
         done |= (uint32_t)1 << best;
-        int64_t rows = span_most(p, best, p->desc.n);
+        int64_t rows = span_most(p, best, p->desc.n), first = job->item_count;
         for (int32_t u = 0; u < p->units; u++) {
             const lac_unit *unit = &p->unit[u];
             if (unit->branch != best) continue;
@@ -301,13 +337,14 @@ static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
                               .head = p->unit_heads + unit->first,
                               .offset = unit->offset};
             item.few = !job->bwd && rows <= LAC_ATTN_FEW && rows * unit->heads <= LAC_ATTN_FEW_ALL;
-            if (item.few || (job->bwd && !job->new_delta)) {
-                add_item(job, item, target);
+            if (item.few || owns_keys(job)) {
+                add_item(job, item, target, most);
                 continue;
             }
             item.heads = 1;
-            for (int32_t h = 0; h < unit->heads; h++, item.head++) add_item(job, item, target);
+            for (int32_t h = 0; h < unit->heads; h++, item.head++) add_item(job, item, target, most);
         }
+        number_tasks(job, first);
     }
     if (job->bwd) {
         int64_t longest = 0;
@@ -325,12 +362,15 @@ static attn_task decode(const attn_job *job, int64_t number)
         if (job->items[middle].first <= number) low = middle;
         else high = middle - 1;
     }
-    const attn_item *item = &job->items[low];
-    int64_t at = number - item->first, groups = (item->segments - 1) / item->group + 1;
-    /* causal: the last rows are the heaviest, and so are the first keys */
-    bool keys = job->bwd && !job->new_delta;
-    attn_task t = {.item = item, .chunk = keys ? at % item->chunks : item->chunks - 1 - at % item->chunks};
-    at /= item->chunks;
+    /* The same piece of all segments and heads of a branch comes before the next piece. Causal: the last rows are the
+     * heaviest, and so are the first keys; and a task that must wait for its turn finds that it came long ago. */
+    const attn_item *last = &job->items[low];
+    int64_t groups = (last->segments - 1) / last->group + 1, each = groups * job->a->plan->desc.batch;
+    int64_t at = number - last->first, piece = at / (each * last->mates);
+    at -= piece * each * last->mates;
+    const attn_item *item = last - last->mates + 1 + at / each;
+    attn_task t = {.item = item, .chunk = owns_keys(job) ? piece * item->bunch : item->chunks - 1 - piece};
+    at %= each;
     t.segment0 = item->segment0 + at % groups * item->group;
     t.segment1 = t.segment0 + item->group;
     if (t.segment1 > item->segment0 + item->segments) t.segment1 = item->segment0 + item->segments;

@@ -18,10 +18,11 @@ typedef struct attn_item {
     int64_t offset;
     int64_t segment0, segments; /* that hold queries */
     int64_t group;              /* segments of one task */
-    int64_t chunks, chunk; /* tasks of one segment, several only if group is 1; query rows (backward: keys) of one */
-    int64_t blocks, turn;  /* backward: blocks of query rows, number of the first turn */
-    int64_t first;         /* number of its first task */
-    bool few;              /* forward: so few rows that keys are not packed */
+    int64_t chunks, chunk;      /* of one segment, several only if group is 1; query rows (backward: keys) of one */
+    int64_t bunch, pieces;      /* chunks of one task, tasks of one segment */
+    int64_t blocks, turn;       /* backward: blocks of query rows, number of the first turn */
+    int64_t first, mates;       /* items of one branch are cut alike: number of their first task, how many they are */
+    bool few;                   /* forward: so few rows that keys are not packed */
 } attn_item;
 
 typedef struct attn_job {
@@ -46,7 +47,7 @@ typedef struct attn_job {
 /* one decoded task */
 typedef struct attn_task {
     const attn_item *item;
-    int64_t batch, segment0, segment1, chunk;
+    int64_t batch, segment0, segment1, chunk; /* chunk: its first one */
 } attn_task;
 
 /* row (b, n, h) of a [B, N, H, D] view in the compute type: in place where possible, else in buffer [D] */
@@ -65,12 +66,22 @@ static inline void attn_prefetch(const lac_view *v, int64_t b, int64_t n, int64_
     for (int64_t e = 0; e < v->shape[3] * bytes; e += 64) __builtin_prefetch(row + e);
 }
 
-/* How many positions ahead to ask for rows that are r positions apart. The first cache has eight lines for addresses
- * that agree modulo 4096: rows that all do may not be many. */
-static inline int64_t attn_ahead(const lac_view *v, int64_t r)
+/* The first cache has eight lines for addresses that agree modulo 4096. Rows that agree modulo 2048 are copied before
+ * several of them are read at once. */
+static inline bool attn_crowded(const lac_view *v, int64_t r)
 {
-    int64_t step = v->stride[1] * r * lac_bytes_of(v->dtype);
-    return r * (step % 4096 == 0 ? 5 : step % 2048 == 0 ? 10 : 16);
+    return v->stride[1] * r * lac_bytes_of(v->dtype) % 2048 == 0;
+}
+
+/* How many positions ahead to ask for rows that are r positions apart, if they are `bytes` apart: as many as the first
+ * cache can hold beside what else is in use. For the same reason tensors are walked through one after the other. */
+static inline int64_t attn_ahead(int64_t r, int64_t bytes)
+{
+    return r * (bytes % 4096 == 0 ? 5 : bytes % 2048 == 0 ? 10 : 12);
+}
+static inline int64_t attn_ahead_of(const lac_view *v, int64_t r)
+{
+    return attn_ahead(r, v->stride[1] * r * lac_bytes_of(v->dtype));
 }
 
 /* Waits until `turn` tasks have added to a block of rows of dq. Returns false if the job is stopped. */
