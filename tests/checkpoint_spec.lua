@@ -102,6 +102,19 @@ describe("checkpoints", function()
     for _, name in ipairs(sys.list(dir)) do assert.matches("^c[%-%d]*%.safetensors$", name) end
   end)
 
+  it("count a writer that has ended as gone, also before its parent asks for it", function()
+    assert.is_true(sys.process_exists(sys.pid()))
+    local pid = ffi.C.lac_test_fork()
+    if pid == 0 then ffi.C.lac_test_exit(0) end
+    for _ = 1, 1000 do
+      if not sys.process_exists(pid) then break end
+      ffi.C.lac_test_usleep(1000)
+    end
+    assert.is_false(sys.process_exists(pid)) -- a zombie until here
+    assert.equal(pid, ffi.C.lac_test_waitpid(pid, ffi.new("int[1]"), 0))
+    assert.is_false(sys.process_exists(pid))
+  end)
+
   it("do not load with any byte changed or any part missing", function()
     local model = model_of(2)
     checkpoint.save(path, { model = model, optimizer = lac.optim.sgd(model, { lr = 1 }), step = 3 })

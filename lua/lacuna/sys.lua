@@ -153,10 +153,16 @@ function sys.truncate(path, bytes)
   return nil, errno()
 end
 
---- Is there a process of this number (on this machine)?
+--- Is there a process of this number (on this machine) that can still do something? One that has ended, but
+-- for which its parent has not yet asked, counts as gone.
 -- @tparam number pid
 function sys.process_exists(pid)
-  return C.lac_sys_kill(pid, 0) == 0 or ffi.errno() == EPERM
+  if C.lac_sys_kill(pid, 0) ~= 0 then return ffi.errno() == EPERM end
+  local file = io.open(("/proc/%d/stat"):format(pid), "rb")
+  if not file then return true end -- no /proc here, or gone a moment ago: the next look will tell
+  local state = (file:read("*a") or ""):match("%) (%a)")
+  file:close()
+  return state ~= "Z" and state ~= "X"
 end
 
 --- This process's number.

@@ -610,7 +610,9 @@ end
 
 local optimizers = {}
 for name, value in pairs(lac.optim) do
-  if type(value) == "function" and name ~= "groups" then optimizers[#optimizers + 1] = name end
+  if type(value) == "function" and name ~= "groups" and name ~= "loss_scaler" then
+    optimizers[#optimizers + 1] = name
+  end
 end
 table.sort(optimizers)
 local schedules = {}
@@ -627,6 +629,15 @@ local function call_optim()
     return
   end
   if chance(20) then call("optim.groups", lac.optim.groups, argument(), some_arguments()) end
+  if chance(20) then
+    local scaler = call("optim.loss_scaler", lac.optim.loss_scaler,
+      chance(50) and { init = 4 } or some_arguments())
+    if type(scaler) == "table" then
+      for _, name in ipairs { "scale", "update", "state_dict", "load_state_dict" } do
+        if chance(50) then call("LossScaler:" .. name, scaler[name], scaler, some_arguments()) end
+      end
+    end
+  end
   local p = chance(80) and lac.randn { 3, dtype = one_of { "f32", "f64" }, grad = true } or argument()
   local kind = one_of(optimizers)
   local made = call("optim." .. kind, lac.optim[kind], chance(90) and { p } or argument(),
