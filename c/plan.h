@@ -30,6 +30,7 @@ enum {
     LAC_ATTN_ROWS = 24,      /* query rows that a score tile holds: a multiple of every micro-kernel's height */
     LAC_ATTN_FEW = 8,        /* up to so many query rows of a segment meet their keys without packing, */
     LAC_ATTN_FEW_ALL = 128,  /* if this many at most share the keys, */
+    LAC_ATTN_FEW_AHEAD = 16, /* asking for so many rows ahead, */
     LAC_ATTN_FEW_KEYS = 32,  /* so many keys at a time */
     LAC_ATTN_KEY_RUN = 1024, /* most keys of one backward task */
     LAC_ATTN_KEY_RUN_LEAST = 384,

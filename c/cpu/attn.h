@@ -14,6 +14,7 @@
 /* one lattice that a phase works on: a (branch, head), or a unit of heads that share keys */
 typedef struct attn_item {
     int32_t branch, kv_head, heads;
+    int32_t units; /* forward of few rows: neighbouring key heads from kv_head on, each with as many of the heads */
     const int32_t *head; /* [heads] */
     int64_t offset;
     int64_t segment0, segments; /* that hold queries */
