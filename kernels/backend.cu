@@ -121,6 +121,12 @@ static int runtime_transfer(void *to, const void *from, size_t bytes, bool to_ho
     return to_host ? wait("copy") : 0;
 }
 
+int lac_cuda_read(const char *op, void *to, const void *from, size_t bytes)
+{
+    CUDA_TRY(op, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, lac_cuda_stream));
+    return wait(op);
+}
+
 static int runtime_synchronize(void) { return wait("synchronize"); }
 
 static int runtime_memory(size_t *available, size_t *total)

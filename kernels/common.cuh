@@ -31,6 +31,8 @@ extern int lac_cuda_processors; /* multiprocessors */
 int lac_cuda_check(const char *op, cudaError_t error);
 /* after a launch: reports what the launch itself refused, remembers the operator for errors that surface later */
 int lac_cuda_launched(const char *op);
+/* device memory to the host; waits */
+int lac_cuda_read(const char *op, void *to, const void *from, size_t bytes);
 /* Index errors are found on the device: a kernel leaves a note in host memory, and the host reads it at its next launch
  * or wait. Only the first thread that finds one writes. */
 struct lac_cuda_fault {

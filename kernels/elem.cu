@@ -79,7 +79,8 @@ int elem_launch(const char *op, const operands &o, int fn, map_kernel *dense, ma
     a.out = n.data[0];
     for (int k = 0; k < o.inputs; k++) a.in[k] = n.data[k + 1];
     if (dense_fits(n, o, &a)) {
-        int64_t per_turn = THREADS * (o.inputs <= 2 ? dense_vectors<1> : dense_vectors<3>)*(16 / dtype_bytes(a.dtype));
+        int64_t vectors = o.inputs <= 2 ? dense_vectors<1> : dense_vectors<3>;
+        int64_t per_turn = THREADS * vectors * (16 / dtype_bytes(a.dtype));
         dense<<<blocks_for(n.total, per_turn), THREADS, 0, lac_cuda_stream>>>(a);
         return lac_cuda_launched(op);
     }

@@ -15,9 +15,11 @@
 #define LAC_CUDA_ELEM_CUH
 #include "maps.cuh"
 
-enum { INPUTS = 4, GROUP = 4 /* elements that a thread computes at once */ };
-/* vectors of each of I inputs that a thread loads before it uses the first */
+enum { INPUTS = 4, GROUP = 8 /* elements that a thread computes at once */ };
+/* vectors of each input that a thread loads before it uses the first, and blocks that a multiprocessor must hold: more
+ * of either hides more latency, and both cost registers */
 template <int I> inline constexpr int dense_vectors = I <= 2 ? 4 : 2;
+template <int I> inline constexpr int dense_blocks = I <= 2 ? 4 : 3;
 
 /* All inputs have one dtype. The input `slot` (-1: none) is the number; p, q, r of MAPP and MAP3 are constants. */
 struct map_args {
@@ -99,29 +101,34 @@ static __device__ __forceinline__ void unpack(int dtype, const uint4 &raw, float
 
 /* ---- loops ---- */
 
-/* The four results of chunk c at element `first`, the first half of a vector or the whole of it; of a half type the
- * first chunk of a vector waits in `kept` for the second. */
-static __device__ __forceinline__ void store_chunk(int dtype, bool wide, int c, char *out, int64_t first,
-                                                   const float (&y)[GROUP], uint2 *kept)
+/* eight results: one vector of a half type at `first`, or of f32 two of four, the second at `second` */
+static __device__ __forceinline__ void store_group(int dtype, bool wide, char *out, int64_t first, int64_t second,
+                                                   const float (&y)[GROUP])
 {
     if (dtype == LAC_BOOL) {
-        *(uint32_t *)(out + first) = (y[0] != 0) | (y[1] != 0) << 8 | (y[2] != 0) << 16 | (y[3] != 0) << 24;
+        uint32_t word[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            word[i] =
+                (y[4 * i] != 0) | (y[4 * i + 1] != 0) << 8 | (y[4 * i + 2] != 0) << 16 | (y[4 * i + 3] != 0) << 24;
+        *(uint32_t *)(out + first) = word[0];
+        *(uint32_t *)(out + (wide ? second : first + 4)) = word[1];
     } else if (wide) {
         *(float4 *)(out + first * 4) = make_float4(y[0], y[1], y[2], y[3]);
+        *(float4 *)(out + second * 4) = make_float4(y[4], y[5], y[6], y[7]);
     } else {
-        uint2 mine = make_uint2(pack_pair(dtype, y[0], y[1]), pack_pair(dtype, y[2], y[3]));
-        if (c & 1) *(uint4 *)(out + first * 2 - 8) = make_uint4(kept->x, kept->y, mine.x, mine.y);
-        else *kept = mine;
+        *(uint4 *)(out + first * 2) = make_uint4(pack_pair(dtype, y[0], y[1]), pack_pair(dtype, y[2], y[3]),
+                                                 pack_pair(dtype, y[4], y[5]), pack_pair(dtype, y[6], y[7]));
     }
 }
 
-/* Loads a turn's vectors, then computes four elements at a time. select(visit) calls visit(f) with the function; I
- * inputs. */
+/* Loads a turn's vectors, then computes eight elements at a time: a vector of a half type, two of f32. select(visit)
+ * calls visit(f) with the function; I inputs. */
 template <int I, class S> __device__ __forceinline__ void dense_loop(const map_args &a, S select)
 {
     constexpr int VECTORS = dense_vectors<I>;
     bool wide = a.dtype == LAC_F32;
-    int per = wide ? 4 : 8, chunks = wide ? VECTORS : 2 * VECTORS;
+    int per = wide ? 4 : 8, step = wide ? 2 : 1;
     int64_t full = a.n / per, vectors = (a.n + per - 1) / per, turn = (int64_t)THREADS * VECTORS;
     float fixed[I];
 #pragma unroll
@@ -129,39 +136,38 @@ template <int I, class S> __device__ __forceinline__ void dense_loop(const map_a
         fixed[k] = a.slot == k ? (float)a.number : a.scalar[k] ? load_element<float>(a.dtype, a.in[k]) : 0;
     for (int64_t base = blockIdx.x * turn + threadIdx.x; base < vectors; base += gridDim.x * turn) {
         uint4 raw[VECTORS][I];
-        uint2 kept;
 #pragma unroll
         for (int u = 0; u < VECTORS; u++)
 #pragma unroll
             for (int k = 0; k < I; k++)
                 if (!a.scalar[k] && base + u * THREADS < full) raw[u][k] = ((const uint4 *)a.in[k])[base + u * THREADS];
 #pragma unroll 1
-        for (int c = 0; c < chunks; c++) { /* not unrolled: the functions are the bulk of the code */
-            int u = wide ? c : c / 2;
-            int64_t at = base + u * THREADS, first = at * per + (wide ? 0 : c % 2 * 4);
-            bool whole = at < full;
+        for (int u = 0; u < VECTORS; u += step) { /* not unrolled: the functions are the bulk of the code */
+            int64_t at = base + u * THREADS, first = at * per, second = first + (wide ? 4 * THREADS : 4);
+            bool whole = (wide ? at + THREADS : at) < full;
             float v[INPUTS][GROUP] = {}, y[GROUP];
             if (first >= a.n) break;
 #pragma unroll
             for (int k = 0; k < I; k++) {
-                uint4 w = raw[0][k];
+                uint4 w = raw[0][k], next = raw[1][k];
 #pragma unroll
                 for (int s = 1; s < VECTORS; s++)
-                    if (u == s) w = raw[s][k];
+                    if (u == s) w = raw[s][k], next = raw[s + 1 < VECTORS ? s + 1 : s][k];
                 if (a.scalar[k]) {
 #pragma unroll
                     for (int i = 0; i < GROUP; i++) v[k][i] = fixed[k];
-                } else if (!whole) { /* the last vector is a part of one */
-                    for (int i = 0; i < GROUP; i++)
-                        if (first + i < a.n)
-                            v[k][i] = load_element<float>(a.dtype, a.in[k] + (first + i) * (wide ? 4 : 2));
-                } else if (wide) {
-                    v[k][0] = __uint_as_float(w.x), v[k][1] = __uint_as_float(w.y);
-                    v[k][2] = __uint_as_float(w.z), v[k][3] = __uint_as_float(w.w);
+                } else if (!whole) { /* the end: element by element */
+#pragma unroll
+                    for (int i = 0; i < GROUP; i++) {
+                        int64_t e = i < 4 ? first + i : second + i - 4;
+                        if (e < a.n) v[k][i] = load_element<float>(a.dtype, a.in[k] + e * (wide ? 4 : 2));
+                    }
                 } else {
-                    float2 left = unpack_pair(a.dtype, c & 1 ? w.z : w.x);
-                    float2 right = unpack_pair(a.dtype, c & 1 ? w.w : w.y);
-                    v[k][0] = left.x, v[k][1] = left.y, v[k][2] = right.x, v[k][3] = right.y;
+                    unpack(a.dtype, w, v[k]);
+                    if (wide) {
+                        v[k][4] = __uint_as_float(next.x), v[k][5] = __uint_as_float(next.y);
+                        v[k][6] = __uint_as_float(next.z), v[k][7] = __uint_as_float(next.w);
+                    }
                 }
             }
             select([&](auto f) {
@@ -169,12 +175,14 @@ template <int I, class S> __device__ __forceinline__ void dense_loop(const map_a
                 for (int i = 0; i < GROUP; i++) y[i] = (float)f(v[0][i], v[1][i], v[2][i], v[3][i]);
             });
             if (whole) {
-                store_chunk(a.out_dtype, wide, c, a.out, first, y, &kept);
+                store_group(a.out_dtype, wide, a.out, first, second, y);
             } else {
                 int bytes = a.out_dtype == LAC_BOOL ? 1 : wide ? 4 : 2;
 #pragma unroll
-                for (int i = 0; i < GROUP; i++)
-                    if (first + i < a.n) store_element(a.out_dtype, a.out + (first + i) * bytes, y[i]);
+                for (int i = 0; i < GROUP; i++) {
+                    int64_t e = i < 4 ? first + i : second + i - 4;
+                    if (e < a.n) store_element(a.out_dtype, a.out + e * bytes, y[i]);
+                }
             }
         }
     }
@@ -282,7 +290,7 @@ static __device__ __forceinline__ float short_cdf(float x)
 
 /* the kernels of a family: name_dense for the float types, name_strided for any compute type */
 #define KERNELS(name, inputs)                                                                                          \
-    __global__ void __launch_bounds__(THREADS, 4) name##_dense(map_args a)                                             \
+    __global__ void __launch_bounds__(THREADS, dense_blocks<inputs>) name##_dense(map_args a)                          \
     {                                                                                                                  \
         dense_loop<inputs>(a, [&](auto visit) { select_##name<float>(a, visit); });                                    \
     }                                                                                                                  \

@@ -43,9 +43,24 @@ KERNELS(map2_bwd_y, 3)
 KERNELS(mapp_bwd, 3)
 KERNELS(map3_bwd, 4)
 
+/* does the text of a derivative mention y, the result? If not, it is not read. */
+static constexpr bool mentions_y(const char *text)
+{
+    auto letter = [](char c) {
+        return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+    };
+    for (int i = 0; text[i]; i++)
+        if (text[i] == 'y' && !(i && letter(text[i - 1])) && !letter(text[i + 1])) return true;
+    return false;
+}
+static const bool map1_needs_y[] = {
+#define MAP1(name, domain, value, gradient) mentions_y(#gradient),
+#include "maps.def"
+};
+
 extern "C" int lac_cuda_map1_bwd(const lac_a_map1_bwd *a)
 {
-    operands o = {{&a->out, &a->x, &a->y, &a->g}, 3, -1};
+    operands o = {{&a->out, &a->x, &a->y, &a->g}, 3, map1_needs_y[a->fn] ? -1 : 1};
     bool half = a->x.dtype == LAC_F16 || a->x.dtype == LAC_BF16;
     return LAUNCH_FLOAT("map1_bwd", map1_bwd, half && a->fn == M1_gelu ? M1_gelu_short : a->fn, o);
 }

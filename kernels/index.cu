@@ -1,35 +1,15 @@
 /* index.cu: index_select (the embedding), gather and their gradients on CUDA.
  *
  * Forward moves bytes, 16 at a time where rows allow it. The gradients add everything that shares a destination.
- * Atomics would make the sum depend on timing; here (destination, position) pairs are sorted by CUB's stable radix
- * sort, the first of each run adds up its run in the order of positions, in double, and rounds once. So the same call
- * gives the same bits, and half precision keeps what adding into bf16 would lose. A destination that receives very many
- * rows is summed by one block: correct, and slow only there.
+ * Atomics would make the sum depend on timing; here (destination, position) pairs are sorted stably (lists.cuh), the
+ * first of each run adds up its run in the order of positions, in double, and rounds once. So the same call gives the
+ * same bits, and half precision keeps what adding into bf16 would lose. A destination that receives very many rows is
+ * summed by one block: correct, and slow only there.
  *
  * An index outside its axis reads nothing and leaves a note, which the script sees as an error at its next launch or
  * wait (backend.cu).
  */
-#include "common.cuh"
-#include <cub/device/device_radix_sort.cuh>
-
-static int64_t numel(const lac_view *v)
-{
-    int64_t n = 1;
-    for (int d = 0; d < v->ndim; d++) n *= v->shape[d];
-    return n;
-}
-
-struct index_reader {
-    view_walk walk;
-    const void *data;
-    bool wide;
-    __device__ __forceinline__ int64_t at(int64_t i) const
-    {
-        int64_t o = walk.offset(i);
-        return wide ? ((const int64_t *)data)[o] : ((const int32_t *)data)[o];
-    }
-};
-static index_reader reader_of(const lac_view *v) { return {walk_axes(v, 0, v->ndim), v->data, v->dtype == LAC_I64}; }
+#include "lists.cuh"
 
 /* ---- index_select ---- */
 
@@ -138,7 +118,7 @@ struct key_args {
     int64_t n, after, lines; /* lines: size of the indexed axis; 0: the key is the index itself */
 };
 __global__ void __launch_bounds__(THREADS)
-    keys_kernel(key_args a, int64_t *keys, int64_t *values, lac_cuda_reporter bad)
+    keys_kernel(key_args a, uint64_t *keys, int64_t *values, lac_cuda_reporter bad)
 {
     for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.n; t += (int64_t)gridDim.x * THREADS) {
         int64_t i = a.index.at(t), key = i;
@@ -150,55 +130,36 @@ __global__ void __launch_bounds__(THREADS)
             bad.report(t, i);
             key = INT64_MAX;
         }
-        keys[t] = key;
+        keys[t] = (uint64_t)key;
         values[t] = t;
     }
 }
 
-struct sorted_pairs {
-    lac_scratch *space, *work;
-    int64_t *keys, *values;
-    ~sorted_pairs()
-    {
-        delete space;
-        delete work;
-    }
-};
-
-static int sort_pairs(const char *op, const key_args &a, const lac_cuda_reporter &bad, sorted_pairs *out)
+static int sort_by_key(const char *op, const key_args &a, const lac_cuda_reporter &bad, pair_list *list)
 {
-    size_t bytes = 0, words = (size_t)a.n * 8;
-    CUDA_TRY(op, cub::DeviceRadixSort::SortPairs(NULL, bytes, (int64_t *)NULL, (int64_t *)NULL, (int64_t *)NULL,
-                                                 (int64_t *)NULL, a.n, 0, 64, lac_cuda_stream));
-    out->space = new lac_scratch(op, 4 * words);
-    out->work = new lac_scratch(op, bytes);
-    if (!out->space->data || !out->work->data) return LAC_E_MEMORY;
-    int64_t *p = (int64_t *)out->space->data;
-    keys_kernel<<<blocks_filling(a.n, THREADS, 16), THREADS, 0, lac_cuda_stream>>>(a, p, p + a.n, bad);
+    if (!list->space.data) return LAC_E_MEMORY;
+    keys_kernel<<<blocks_filling(a.n, THREADS, 16), THREADS, 0, lac_cuda_stream>>>(a, list->keys, list->values, bad);
     LAC_TRY(lac_cuda_launched(op));
-    out->keys = p + 2 * a.n;
-    out->values = p + 3 * a.n;
-    CUDA_TRY(op, cub::DeviceRadixSort::SortPairs(out->work->data, bytes, p, out->keys, p + a.n, out->values, a.n, 0, 64,
-                                                 lac_cuda_stream));
-    return 0;
+    return lac_cuda_sort_pairs(op, list, 63);
 }
 
 struct rows_args {
     view_walk outer, index, inner; /* of g: the axes before, of and after the index */
-    const int64_t *keys, *values;
+    const uint64_t *keys;
+    const int64_t *values;
     int64_t n, size, inner_count;
 };
 
 /* block (i, outer): if sorted pair i is the first of its run, the sum of the run's rows */
 template <class T> __global__ void __launch_bounds__(THREADS) sum_rows(rows_args a, const T *g, T *out)
 {
-    int64_t i = blockIdx.x, o = blockIdx.y, key = a.keys[i];
-    if (key == INT64_MAX || (i > 0 && a.keys[i - 1] == key)) return;
+    int64_t i = blockIdx.x, o = blockIdx.y, key = (int64_t)a.keys[i];
+    if (key == INT64_MAX || (i > 0 && (int64_t)a.keys[i - 1] == key)) return;
     const T *from = g + a.outer.offset(o);
     for (int64_t e = threadIdx.x; e < a.inner_count; e += THREADS) {
         int64_t inner = a.inner.offset(e);
         double s = 0;
-        for (int64_t k = i; k < a.n && a.keys[k] == key; k++)
+        for (int64_t k = i; k < a.n && (int64_t)a.keys[k] == key; k++)
             s += (double)to_compute(from[a.index.offset(a.values[k]) + inner]);
         out[(o * a.size + key) * a.inner_count + e] = from_compute<T>((compute_t<T>)s);
     }
@@ -229,10 +190,10 @@ extern "C" int lac_cuda_index_select_bwd(const lac_a_index_bwd *a)
     if (r.n == 0 || outer * r.inner_count == 0) return 0;
     if (outer > 65535) LAC_FAIL(SHAPE, "%s: more than 65,535 slices in front of the indexed axis on cuda", op);
     lac_cuda_reporter bad = lac_cuda_reporter_for("index_select_bwd: index", r.size);
-    sorted_pairs pairs = {};
-    LAC_TRY(sort_pairs(op, {reader_of(&a->index), r.n, 1, 0}, bad, &pairs));
-    r.keys = pairs.keys;
-    r.values = pairs.values;
+    pair_list list(op, r.n);
+    LAC_TRY(sort_by_key(op, {reader_of(&a->index), r.n, 1, 0}, bad, &list));
+    r.keys = list.sorted_keys;
+    r.values = list.sorted;
     return dispatch_float(a->g.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         sum_rows<T><<<dim3((unsigned)r.n, (unsigned)outer), THREADS, 0, lac_cuda_stream>>>(r, (const T *)a->g.data,
@@ -244,13 +205,13 @@ extern "C" int lac_cuda_index_select_bwd(const lac_a_index_bwd *a)
 /* thread i: if sorted pair i is the first of its run, the sum of the run */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    sum_elements(view_walk g_walk, const int64_t *keys, const int64_t *values, int64_t n, const T *g, T *out)
+    sum_elements(view_walk g_walk, const uint64_t *keys, const int64_t *values, int64_t n, const T *g, T *out)
 {
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
-        int64_t key = keys[i];
-        if (key == INT64_MAX || (i > 0 && keys[i - 1] == key)) continue;
+        int64_t key = (int64_t)keys[i];
+        if (key == INT64_MAX || (i > 0 && (int64_t)keys[i - 1] == key)) continue;
         double s = 0;
-        for (int64_t k = i; k < n && keys[k] == key; k++) s += (double)to_compute(g[g_walk.offset(values[k])]);
+        for (int64_t k = i; k < n && (int64_t)keys[k] == key; k++) s += (double)to_compute(g[g_walk.offset(values[k])]);
         out[key] = from_compute<T>((compute_t<T>)s);
     }
 }
@@ -263,12 +224,12 @@ extern "C" int lac_cuda_gather_bwd(const lac_a_index_bwd *a)
     for (int d = a->dim + 1; d < a->g.ndim; d++) k.after *= a->g.shape[d];
     if (k.n == 0 || numel(&a->out) == 0) return 0;
     lac_cuda_reporter bad = lac_cuda_reporter_for("gather_bwd: index", a->out.shape[a->dim]);
-    sorted_pairs pairs = {};
-    LAC_TRY(sort_pairs(op, k, bad, &pairs));
+    pair_list list(op, k.n);
+    LAC_TRY(sort_by_key(op, k, bad, &list));
     return dispatch_float(a->g.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         sum_elements<T><<<blocks_filling(k.n, THREADS, 16), THREADS, 0, lac_cuda_stream>>>(
-            walk_axes(&a->g, 0, a->g.ndim), pairs.keys, pairs.values, k.n, (const T *)a->g.data, (T *)a->out.data);
+            walk_axes(&a->g, 0, a->g.ndim), list.sorted_keys, list.sorted, k.n, (const T *)a->g.data, (T *)a->out.data);
         return lac_cuda_launched(op);
     });
 }

@@ -1,12 +1,13 @@
-/* norm.cu: softmax and layer normalisation on CUDA.
+/* norm.cu: softmax, layer and root-mean-square normalisation on CUDA.
  *
  * All are bound by memory: a row is read once where registers hold it (rows.cuh). Softmax along an axis that is not the
  * last gives each thread one line and neighbouring threads neighbouring lines, in two passes (maximum and sum together,
  * rescaling as the maximum grows).
  * layernorm centres before it squares, as on the CPU: the sum of squares loses everything when the mean is large. Its
  * backward lets a block take every gridDim-th row and keep its columns' shares of dgamma and dbeta in registers; the
- * blocks' shares are added in order by a second kernel. No atomics.
+ * blocks' shares are added in order by a second kernel. No atomics. rmsnorm is layernorm with a mean of 0.
  */
+#include "lists.cuh"
 #include "rows.cuh"
 
 static __device__ __forceinline__ float exponential(float x) { return expf(x); }
@@ -28,7 +29,7 @@ struct softmax_args {
     bool logarithm;
 };
 
-template <class T, int ROW, int N, bool KEEP>
+template <class T, int ROW, int N, int KEEP>
 __global__ void __launch_bounds__(row_threads<ROW>) softmax_rows(softmax_args a, const T *x, T *out)
 {
     typedef compute_t<T> C;
@@ -39,6 +40,18 @@ __global__ void __launch_bounds__(row_threads<ROW>) softmax_rows(softmax_args a,
         C most = -infinity<C>(), sum = 0;
         v.each([&](C e, int64_t, int) { most = e > most ? e : most; });
         most = row_max<ROW>(most, space);
+        if constexpr (KEEP > 0) {
+            if (!a.logarithm) { /* every exponential once */
+                v.change([&](C e) {
+                    e = exponential(e - most);
+                    sum += e;
+                    return e;
+                });
+                C scale = C(1) / row_sum<ROW>(sum, space);
+                v.store(out + r * a.n, [&](C e, int64_t, int) { return e * scale; });
+                continue;
+            }
+        }
         v.each([&](C e, int64_t, int) { sum += exponential(e - most); });
         sum = row_sum<ROW>(sum, space);
         if (a.logarithm) {
@@ -51,7 +64,7 @@ __global__ void __launch_bounds__(row_threads<ROW>) softmax_rows(softmax_args a,
     }
 }
 
-template <class T, int ROW, int N, bool KEEP>
+template <class T, int ROW, int N, int KEEP>
 __global__ void __launch_bounds__(row_threads<ROW>) softmax_bwd_rows(softmax_args a, const T *y, const T *g, T *out)
 {
     typedef compute_t<T> C;
@@ -121,23 +134,6 @@ __global__ void __launch_bounds__(THREADS) softmax_bwd_lines(line_args a, const 
     }
 }
 
-/* the axes of v but `dim` */
-static view_walk walk_without(const lac_view *v, int dim)
-{
-    lac_view rest = *v;
-    rest.ndim = 0;
-    for (int d = 0; d < v->ndim; d++)
-        if (d != dim) rest.shape[rest.ndim] = v->shape[d], rest.stride[rest.ndim++] = v->stride[d];
-    return walk_axes(&rest, 0, rest.ndim);
-}
-
-static int64_t numel(const lac_view *v)
-{
-    int64_t n = 1;
-    for (int d = 0; d < v->ndim; d++) n *= v->shape[d];
-    return n;
-}
-
 /* g NULL: forward */
 static int softmax_run(const char *op, const lac_view *x, const lac_view *g, const lac_view *out, int dim,
                        bool logarithm)
@@ -146,8 +142,15 @@ static int softmax_run(const char *op, const lac_view *x, const lac_view *g, con
     if (total == 0) return 0;
     const lac_view *second = g ? g : x;
     if (out->ndim && dim != out->ndim - 1) {
-        line_args a = {walk_without(x, dim), walk_without(second, dim), walk_without(out, dim), total / n, n,
-                       x->stride[dim],       second->stride[dim],       out->stride[dim],       logarithm};
+        line_args a = {lines_along(x, dim).outer,
+                       lines_along(second, dim).outer,
+                       lines_along(out, dim).outer,
+                       total / n,
+                       n,
+                       x->stride[dim],
+                       second->stride[dim],
+                       out->stride[dim],
+                       logarithm};
         return dispatch_float(x->dtype, [&](auto tag) {
             typedef typename decltype(tag)::type T;
             unsigned blocks = blocks_filling(a.lines, THREADS, 16);
@@ -169,17 +172,20 @@ static int softmax_run(const char *op, const lac_view *x, const lac_view *g, con
         typedef typename decltype(tag)::type T;
         constexpr int64_t V = 16 / sizeof(T);
         bool dense = rows_dense(x, V) && rows_dense(second, V) && rows_dense(out, V);
-        with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
-            constexpr int ROW = decltype(rt)::value, N = decltype(nt)::value, threads = row_threads<ROW>;
-            constexpr bool KEEP = decltype(kt)::value;
-            unsigned blocks = blocks_filling(a.rows, threads / ROW, 32);
-            if (g)
-                softmax_bwd_rows<T, ROW, N, KEEP><<<blocks, threads, 0, lac_cuda_stream>>>(
-                    a, (const T *)x->data, (const T *)g->data, (T *)out->data);
-            else
-                softmax_rows<T, ROW, N, KEEP>
-                    <<<blocks, threads, 0, lac_cuda_stream>>>(a, (const T *)x->data, (T *)out->data);
-        });
+        if (g)
+            with_rows<T, false>(n, dense, [&](auto rt, auto nt, auto kt) {
+                constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
+                softmax_bwd_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
+                    <<<blocks_filling(a.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(
+                        a, (const T *)x->data, (const T *)g->data, (T *)out->data);
+            });
+        else
+            with_rows<T, true>(n, dense, [&](auto rt, auto nt, auto kt) {
+                constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
+                softmax_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
+                    <<<blocks_filling(a.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(a, (const T *)x->data,
+                                                                                                 (T *)out->data);
+            });
         return lac_cuda_launched(op);
     });
 }
@@ -200,35 +206,54 @@ struct norm_args {
     view_walk x, g;
     int64_t rows, n, x_stride, g_stride, gamma_stride, beta_stride;
     double eps;
+    bool centred; /* false: rmsnorm, whose mean is 0 */
 };
 
 /* S: dtype of the statistics, float or double, which is the compute type */
-template <class T, int ROW, int N, bool KEEP>
+template <class T, int ROW, int N, int KEEP>
 __global__ void __launch_bounds__(row_threads<ROW>)
     layernorm_rows(norm_args a, const T *x, const T *gamma, const T *beta, T *out, compute_t<T> *mean,
                    compute_t<T> *rstd)
 {
     typedef compute_t<T> C;
     __shared__ C space[ROW_LONG / 32];
+    C share_of_mean = a.centred ? C(1) / (C)a.n : C(0);
     NEXT_ROWS(ROW, a.rows)
     {
         row<T, ROW, N, KEEP> v(x + a.x.offset(r), a.n, a.x_stride);
         C sum = 0, square = 0;
         v.each([&](C e, int64_t, int) { sum += e; });
-        C m = row_sum<ROW>(sum, space) / (C)a.n;
+        C m = row_sum<ROW>(sum, space) * share_of_mean;
         v.each([&](C e, int64_t, int) { square += (e - m) * (e - m); });
         C s = C(1) / (C)sqrt((double)(row_sum<ROW>(square, space) / (C)a.n) + a.eps);
-        v.store(out + r * a.n, [&](C e, int64_t i, int) {
-            C y = (e - m) * s;
-            if (gamma) y *= to_compute(gamma[i * a.gamma_stride]);
-            if (beta) y += to_compute(beta[i * a.beta_stride]);
-            return y;
+        v.store_groups(out + r * a.n, [&](C(&e)[N], int64_t first) {
+            C p[N];
+#pragma unroll
+            for (int i = 0; i < N; i++) e[i] = (e[i] - m) * s;
+            if (gamma) {
+                load_run<N>(gamma, first, a.gamma_stride, p);
+#pragma unroll
+                for (int i = 0; i < N; i++) e[i] *= p[i];
+            }
+            if (beta) {
+                load_run<N>(beta, first, a.beta_stride, p);
+#pragma unroll
+                for (int i = 0; i < N; i++) e[i] += p[i];
+            }
         });
-        if (threadIdx.x % ROW == 0) mean[r] = m, rstd[r] = s;
+        if (threadIdx.x % ROW) continue;
+        if (mean) mean[r] = m;
+        rstd[r] = s;
     }
 }
 
-extern "C" int lac_cuda_layernorm(const lac_a_layernorm *a)
+/* absent, or readable 16 bytes at a time */
+static bool parameters_dense(const lac_view *v)
+{
+    return !v->data || (v->stride[0] == 1 && (uintptr_t)v->data % 16 == 0);
+}
+
+static int norm_run(const char *op, const lac_a_layernorm *a)
 {
     int last = a->x.ndim - 1;
     int64_t n = a->x.shape[last], total = numel(&a->out);
@@ -241,40 +266,60 @@ extern "C" int lac_cuda_layernorm(const lac_a_layernorm *a)
                    0,
                    a->gamma.data ? a->gamma.stride[0] : 0,
                    a->beta.data ? a->beta.stride[0] : 0,
-                   a->eps};
+                   a->eps,
+                   a->mean.data != NULL};
     return dispatch_float(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         typedef compute_t<T> C;
         constexpr int64_t V = 16 / sizeof(T);
-        bool dense = rows_dense(&a->x, V) && rows_dense(&a->out, V);
-        with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
+        bool dense =
+            rows_dense(&a->x, V) && rows_dense(&a->out, V) && parameters_dense(&a->gamma) && parameters_dense(&a->beta);
+        with_rows<T, true>(n, dense, [&](auto rt, auto nt, auto kt) {
             constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
             layernorm_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
                 <<<blocks_filling(j.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(
                     j, (const T *)a->x.data, (const T *)a->gamma.data, (const T *)a->beta.data, (T *)a->out.data,
                     (C *)a->mean.data, (C *)a->rstd.data);
         });
-        return lac_cuda_launched("layernorm");
+        return lac_cuda_launched(op);
     });
 }
 
+extern "C" int lac_cuda_layernorm(const lac_a_layernorm *a) { return norm_run("layernorm", a); }
+
+extern "C" int lac_cuda_rmsnorm(const lac_a_rmsnorm *a)
+{
+    lac_a_layernorm l = {};
+    l.x = a->x, l.gamma = a->gamma, l.out = a->out, l.rstd = a->rstd, l.eps = a->eps;
+    return norm_run("rmsnorm", &l);
+}
+
 /* dx, and for KEEP the block's shares of dgamma and dbeta: share[block][2][n] */
-template <class T, int ROW, int N, bool KEEP>
+template <class T, int ROW, int N, int KEEP>
 __global__ void __launch_bounds__(row_threads<ROW>)
     layernorm_bwd_rows(norm_args a, const T *x, const T *gamma, const compute_t<T> *mean, const compute_t<T> *rstd,
                        const T *g, T *dx, compute_t<T> *share)
 {
     typedef compute_t<T> C;
     __shared__ C space[ROW_LONG / 32];
-    C dgamma[KEEP ? ROW_KEEP : 1] = {}, dbeta[KEEP ? ROW_KEEP : 1] = {};
+    C dgamma[KEEP ? KEEP : 1] = {}, dbeta[KEEP ? KEEP : 1] = {}, share_of_mean = a.centred ? C(1) / (C)a.n : C(0);
+    C fixed[KEEP ? KEEP : 1]; /* gamma of the thread's columns */
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+        int64_t i = (int64_t)(k / N * ROW + threadIdx.x % ROW) * N + k % N;
+        fixed[k] = gamma && i < a.n ? to_compute(gamma[i * a.gamma_stride]) : C(1);
+    }
+    auto gamma_at = [&](int64_t i, int k) {
+        return KEEP ? fixed[k] : gamma ? to_compute(gamma[i * a.gamma_stride]) : C(1);
+    };
     NEXT_ROWS(ROW, a.rows)
     {
         const T *g_row = g + a.g.offset(r);
         row<T, ROW, N, KEEP> v(x + a.x.offset(r), a.n, a.x_stride), w(g_row, a.n, a.g_stride);
-        C m = mean[r], s = rstd[r], sum = 0, dot = 0;
+        C m = a.centred ? mean[r] : C(0), s = rstd[r], sum = 0, dot = 0;
         auto g_at = [&](int64_t i, int k) { return KEEP ? w.kept[k] : to_compute(g_row[i * a.g_stride]); };
         v.each([&](C e, int64_t i, int k) {
-            C h = (e - m) * s, d = g_at(i, k), p = gamma ? d * to_compute(gamma[i * a.gamma_stride]) : d;
+            C h = (e - m) * s, d = g_at(i, k), p = d * gamma_at(i, k);
             sum += p;
             dot += p * h;
             if constexpr (KEEP) {
@@ -282,10 +327,10 @@ __global__ void __launch_bounds__(row_threads<ROW>)
                 dbeta[k] += d;
             }
         });
-        sum = row_sum<ROW>(sum, space) / (C)a.n;
+        sum = row_sum<ROW>(sum, space) * share_of_mean;
         dot = row_sum<ROW>(dot, space) / (C)a.n;
         v.store(dx + r * a.n, [&](C e, int64_t i, int k) {
-            C h = (e - m) * s, d = g_at(i, k), p = gamma ? d * to_compute(gamma[i * a.gamma_stride]) : d;
+            C h = (e - m) * s, d = g_at(i, k), p = d * gamma_at(i, k);
             return s * (p - sum - h * dot);
         });
     }
@@ -294,7 +339,7 @@ __global__ void __launch_bounds__(row_threads<ROW>)
         int64_t part = (int64_t)blockIdx.x * (row_threads<ROW> / ROW) + threadIdx.x / ROW;
         int lane = threadIdx.x % ROW;
 #pragma unroll
-        for (int k = 0; k < ROW_KEEP; k++) {
+        for (int k = 0; k < KEEP; k++) {
             int64_t i = (int64_t)(k / N * ROW + lane) * N + k % N;
             if (i < a.n) {
                 share[part * 2 * a.n + i] = dgamma[k];
@@ -314,7 +359,8 @@ __global__ void __launch_bounds__(THREADS) layernorm_shares(norm_args a, const T
         C dgamma = 0, dbeta = 0;
         for (int64_t r = blockIdx.y; r < a.rows; r += gridDim.y) {
             C d = to_compute(g[a.g.offset(r) + i * a.g_stride]);
-            dgamma += d * ((to_compute(x[a.x.offset(r) + i * a.x_stride]) - mean[r]) * rstd[r]);
+            C m = a.centred ? mean[r] : C(0);
+            dgamma += d * ((to_compute(x[a.x.offset(r) + i * a.x_stride]) - m) * rstd[r]);
             dbeta += d;
         }
         share[blockIdx.y * 2 * a.n + i] = dgamma;
@@ -342,7 +388,7 @@ __global__ void __launch_bounds__(THREADS)
     out[i] = from_compute<T>((compute_t<T>)s);
 }
 
-extern "C" int lac_cuda_layernorm_bwd(const lac_a_layernorm_bwd *a)
+static int norm_bwd_run(const char *op, const lac_a_layernorm_bwd *a)
 {
     int last = a->x.ndim - 1;
     int64_t n = a->x.shape[last], total = numel(&a->dx);
@@ -354,36 +400,47 @@ extern "C" int lac_cuda_layernorm_bwd(const lac_a_layernorm_bwd *a)
                    a->g.stride[last],
                    a->gamma.data ? a->gamma.stride[0] : 0,
                    0,
-                   0};
+                   0,
+                   a->mean.data != NULL};
     bool shares = a->dgamma.data || a->dbeta.data;
     if (n == 0) return 0;
     return dispatch_float(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         typedef compute_t<T> C;
         constexpr int64_t V = 16 / sizeof(T);
-        bool dense = rows_dense(&a->x, V) && rows_dense(&a->g, V) && rows_dense(&a->dx, V);
-        bool keep = dense && n % V == 0 && n <= ROW_KEPT;
-        int64_t per_block = n <= 32 * ROW_KEEP && keep ? THREADS / 32 : 1;
-        unsigned blocks = blocks_filling(j.rows, per_block, keep ? (n <= 128 * ROW_KEEP ? 4 : 2) : 16);
+        bool dense =
+            rows_dense(&a->x, V) && rows_dense(&a->g, V) && rows_dense(&a->dx, V) && parameters_dense(&a->gamma);
+        bool keep = dense && sizeof(T) < 8 && n % V == 0 && n <= ROW_KEPT;
+        int64_t per_block = n <= 512 && keep ? THREADS / 32 : 1;
+        unsigned blocks = blocks_filling(j.rows, per_block, keep ? (n <= 512 ? 4 : n <= 2048 ? 8 : 2) : 16);
         int64_t parts = !shares ? 0 : keep ? blocks * per_block : j.rows < 64 ? (j.rows ? j.rows : 1) : 64;
-        lac_scratch share("layernorm_bwd", parts ? (size_t)(parts * 2 * n) * sizeof(C) : 1);
+        lac_scratch share(op, parts ? (size_t)(parts * 2 * n) * sizeof(C) : 1);
         if (!share.data) return (int)LAC_E_MEMORY;
         C *to = shares ? (C *)share.data : NULL;
         const T *x = (const T *)a->x.data, *g = (const T *)a->g.data;
         const C *mean = (const C *)a->mean.data, *rstd = (const C *)a->rstd.data;
-        with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
+        with_rows<T, false>(n, dense, [&](auto rt, auto nt, auto kt) {
             constexpr int ROW = decltype(rt)::value;
             layernorm_bwd_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
                 <<<blocks, row_threads<ROW>, 0, lac_cuda_stream>>>(j, x, (const T *)a->gamma.data, mean, rstd, g,
                                                                    (T *)a->dx.data, to);
         });
-        LAC_TRY(lac_cuda_launched("layernorm_bwd"));
+        LAC_TRY(lac_cuda_launched(op));
         if (!shares) return 0;
         if (!keep)
             layernorm_shares<T><<<dim3(blocks_for(n, THREADS), (unsigned)parts), THREADS, 0, lac_cuda_stream>>>(
                 j, x, mean, rstd, g, to);
         layernorm_combine<T><<<dim3(blocks_for(n, 32), 2), THREADS, 0, lac_cuda_stream>>>(
             n, parts, to, (T *)a->dgamma.data, (T *)a->dbeta.data);
-        return lac_cuda_launched("layernorm_bwd");
+        return lac_cuda_launched(op);
     });
+}
+
+extern "C" int lac_cuda_layernorm_bwd(const lac_a_layernorm_bwd *a) { return norm_bwd_run("layernorm_bwd", a); }
+
+extern "C" int lac_cuda_rmsnorm_bwd(const lac_a_rmsnorm_bwd *a)
+{
+    lac_a_layernorm_bwd l = {};
+    l.x = a->x, l.gamma = a->gamma, l.rstd = a->rstd, l.g = a->g, l.dx = a->dx, l.dgamma = a->dgamma;
+    return norm_bwd_run("rmsnorm_bwd", &l);
 }

@@ -1,30 +1,30 @@
 /* rows.cuh: rows that a warp or a block normalises: softmax, layer norms, cross-entropy.
  *
- * A dense, aligned row is moved 16 bytes at a time. One of at most 512 elements belongs to a warp, of at most 2,048 to
- * a block of 128 threads, of at most 8,192 to a block of 512, and is then read once and kept in registers, 16 elements
- * a thread (32 were tried: the backward of layernorm needs four such sets and spilled). Longer rows, and rows with
- * strides, are read again in every pass, mostly from the second-level cache. `row` hides which: each(f) visits the
- * thread's own elements, store(out, f) writes them.
+ * A dense, aligned row of f32, f16 or bf16 is moved 16 bytes at a time, and read once: forward, one of at most 1,024
+ * elements belongs to a warp, which needs no barrier and keeps 32 a thread; backward, where four such sets live in
+ * registers, to a warp up to 512 and to 128 threads with 8 each up to 1,024. Up to 2,048 a block of 128 threads keeps
+ * 16, up to 8,192 one of 512. Longer rows, rows with strides, and f64, are read again in every pass, mostly from the
+ * second-level cache. `row` hides which: each(f) visits the thread's own elements, store(out, f) writes them.
  */
 #ifndef LAC_CUDA_ROWS_CUH
 #define LAC_CUDA_ROWS_CUH
 #include "common.cuh"
 
-enum { ROW_KEEP = 16, ROW_LONG = 512, ROW_KEPT = ROW_LONG * ROW_KEEP };
+enum { ROW_LONG = 512, ROW_KEPT = ROW_LONG * 16 };
 /* threads of a block whose rows have ROW threads each */
 template <int ROW> inline constexpr int row_threads = ROW == 32 ? THREADS : ROW;
 
-/* T: storage; ROW: threads of a row; N: elements of an access; KEEP: in registers */
-template <class T, int ROW, int N, bool KEEP> struct row {
+/* T: storage; ROW: threads of a row; N: elements of an access; KEEP: how many a thread keeps in registers, or 0 */
+template <class T, int ROW, int N, int KEEP> struct row {
     typedef compute_t<T> C;
-    enum { PER = KEEP ? ROW_KEEP / N : 1 };
+    enum { PER = KEEP ? KEEP / N : 1 };
     struct alignas(N * sizeof(T)) access {
         T at[N];
     };
     const T *x;
     int64_t n, stride; /* stride in elements; 1 if N > 1 */
     int lane;
-    C kept[KEEP ? ROW_KEEP : 1];
+    C kept[KEEP ? KEEP : 1];
 
     __device__ __forceinline__ void read(int64_t first, C *to) const
     {
@@ -45,6 +45,46 @@ template <class T, int ROW, int N, bool KEEP> struct row {
                 int64_t first = (int64_t)(k * ROW + lane) * N;
                 if (first < n) read(first, kept + k * N);
             }
+        }
+    }
+    /* out[first ..] = values after f(values, first): N neighbours at a time */
+    template <class U, class F> __device__ __forceinline__ void store_groups(U *out, F f) const
+    {
+        struct alignas(N * sizeof(U)) result {
+            U at[N];
+        };
+        auto group = [&](C(&v)[N], int64_t first) {
+            result r;
+            f(v, first);
+#pragma unroll
+            for (int i = 0; i < N; i++) r.at[i] = from_compute<U>(v[i]);
+            *(result *)(out + first) = r;
+        };
+        if constexpr (KEEP) {
+#pragma unroll
+            for (int k = 0; k < PER; k++) {
+                C v[N];
+                if ((int64_t)(k * ROW + lane) * N >= n) break;
+#pragma unroll
+                for (int i = 0; i < N; i++) v[i] = kept[k * N + i];
+                group(v, (int64_t)(k * ROW + lane) * N);
+            }
+        } else {
+            for (int64_t first = (int64_t)lane * N; first < n; first += ROW * N) {
+                C v[N];
+                read(first, v);
+                group(v, first);
+            }
+        }
+    }
+    /* the kept elements become f(value) */
+    template <class F> __device__ __forceinline__ void change(F f)
+    {
+#pragma unroll
+        for (int k = 0; k < PER; k++) {
+            if ((int64_t)(k * ROW + lane) * N >= n) break;
+#pragma unroll
+            for (int i = 0; i < N; i++) kept[k * N + i] = f(kept[k * N + i]);
         }
     }
     /* f(value, position, k): k numbers the kept elements */
@@ -96,6 +136,22 @@ template <class T, int ROW, int N, bool KEEP> struct row {
     }
 };
 
+/* N neighbours of a vector of parameters; N > 1: dense and aligned */
+template <int N, class T>
+__device__ __forceinline__ void load_run(const T *p, int64_t first, int64_t stride, compute_t<T> (&v)[N])
+{
+    struct alignas(N * sizeof(T)) access {
+        T at[N];
+    };
+    if constexpr (N > 1) {
+        access a = *(const access *)(p + first);
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = to_compute(a.at[i]);
+    } else {
+        v[0] = to_compute(p[first * stride]);
+    }
+}
+
 template <int ROW, class C> __device__ __forceinline__ C row_sum(C x, void *space)
 {
     if constexpr (ROW == 32) return warp_sum(x);
@@ -108,20 +164,30 @@ template <int ROW, class C> __device__ __forceinline__ C row_max(C x, void *spac
 }
 
 /* calls f(ROW, N, KEEP as constants) with how rows of length n are run */
-template <class T, class F> void with_rows(int64_t n, bool dense, F f)
+template <class T, bool FORWARD, class F> void with_rows(int64_t n, bool dense, F f)
 {
     constexpr int N = 16 / sizeof(T);
-    std::true_type keep;
-    std::false_type again;
-    std::integral_constant<int, N> vector;
-    std::integral_constant<int, 32> warp;
+    std::integral_constant<int, 0> again;
+    std::integral_constant<int, 8> keep8;
+    std::integral_constant<int, 16> keep16;
+    std::integral_constant<int, 32> warp, keep32;
     std::integral_constant<int, 128> middle;
     std::integral_constant<int, ROW_LONG> longest;
-    if (!dense || n % N) f(middle, std::integral_constant<int, 1>(), again);
-    else if (n <= 32 * ROW_KEEP) f(warp, vector, keep);
-    else if (n <= 128 * ROW_KEEP) f(middle, vector, keep);
-    else if (n <= ROW_KEPT) f(longest, vector, keep);
-    else f(longest, vector, again);
+    std::integral_constant<int, N> vector;
+    if constexpr (sizeof(T) < 8) {
+        if (dense && n % N == 0) {
+            if constexpr (FORWARD) {
+                if (n <= 1024) return f(warp, vector, keep32);
+            } else {
+                if (n <= 512) return f(warp, vector, keep16);
+                if (n <= 1024) return f(middle, vector, keep8);
+            }
+            if (n <= 2048) return f(middle, vector, keep16);
+            if (n <= ROW_KEPT) return f(longest, vector, keep16);
+            return f(longest, vector, again);
+        }
+    }
+    f(middle, std::integral_constant<int, 1>(), again);
 }
 
 /* are all rows of v (last axis n long, stride 1, other strides whole vectors) aligned for 16-byte accesses? */
