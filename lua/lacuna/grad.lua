@@ -3,9 +3,9 @@
 -- The tape is the graph of nodes that ops/ hangs on results; there is no list of all operations, so what a
 -- script drops is collected. backward counts the edges of the reachable graph with a work list, then delivers
 -- gradients to a node only when all its edges have arrived. Both passes are loops: a graph 100,000 operators
--- deep needs no stack, neither Lua's nor C's. Gradients meet by addition: the first arrival is kept as it is,
--- the second makes a fresh sum, later ones are added in place to that sum. A leaf takes over a gradient that
--- is surely fresh and copies one that may be shared (`alias` rules).
+-- deep needs no stack, neither Lua's nor C's. Gradients meet by addition: the first arrival is kept as it is;
+-- of two, one that is surely fresh takes the other in, else a fresh sum is made; later ones are added to
+-- that. A leaf takes over a gradient that is surely fresh and copies one that may be shared (`alias` rules).
 --
 -- A rule's saved tensors are let go of when it has run, and values that a module of the library has marked as
 -- its own (ops.transient) give their memory back then: those who read them come before the one who made them.
@@ -87,9 +87,11 @@ local function arrive(node, slot, g, fresh)
     elseif node.own then
       call(C.lac_axpy, 1, g.c, pending.c)
       if fresh then C.lac_tensor_release(g.c) end
+    elseif fresh then -- a residual sum's g came first and is shared: add it to the new one
+      call(C.lac_axpy, 1, pending.c, g.c)
+      node.g, node.own = g, true
     else
       node.g, node.own = sum(pending, g), true
-      if fresh then C.lac_tensor_release(g.c) end
     end
   else
     local more = node.more
