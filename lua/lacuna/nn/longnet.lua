@@ -8,10 +8,14 @@
 --
 -- `loss` never makes the logits of all positions: hidden rows go through the fused linear-cross-entropy a
 -- chunk at a time, in both directions, which is what allows long sequences with a large vocabulary. `forward`
--- gives logits when they are wanted. Costs are derived, not guessed: attention from the plan's own count of
--- (query, key) pairs, products from the shapes of the parameters. decode() is forward for tokens that come a
--- few at a time; keys and values of the earlier ones are in a cache (cache.lua). generate() is in
--- generate.lua, for every model that has cache and decode.
+-- gives logits when they are wanted. What an operator of a block has read and nobody else can see is given
+-- back at once or by the backward (ops.transient). Rejected after measuring a step of the demo's model on one
+-- thread: gelu in the product's epilogue (1.0 ns an element from memory as from cache: nothing to save),
+-- residual sums inside the norm that follows (all sums together are 0.8% of a step), one product for q, k and
+-- v by default (`fused`: 3% slower, because each slice's gradient is a whole tensor). Costs are derived, not
+-- guessed: attention from the plan's own count of (query, key) pairs, products from the shapes of the
+-- parameters. decode() is forward for tokens that come a few at a time; keys and values of the earlier ones
+-- are in a cache (cache.lua). generate() is in generate.lua, for every model that has cache and decode.
 
 local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
