@@ -27,18 +27,18 @@ enum {
     LAC_ATTN_KEYS = 512,      /* keys of one forward tile, and columns of a score row, */
     LAC_ATTN_KEYS_WIDE = 256, /* if rows are longer than LAC_ATTN_WIDE: the packed tile has to fit the second cache */
     LAC_ATTN_WIDE = 64,
-    LAC_ATTN_ROWS = 24,      /* query rows that a score tile holds: a multiple of every micro-kernel's height */
-    LAC_ATTN_FEW = 8,        /* up to so many query rows of a segment meet their keys without packing, */
-    LAC_ATTN_FEW_ALL = 128,  /* if this many at most share the keys, */
-    LAC_ATTN_FEW_AHEAD = 16, /* asking for so many rows ahead, */
-    LAC_ATTN_FEW_KEYS = 32,  /* so many keys at a time */
-    LAC_ATTN_KEY_RUN = 1024, /* most keys of one backward task */
-    LAC_ATTN_KEY_RUN_LEAST = 384,
-    LAC_ATTN_BQUERIES = 768, /* most query rows that a backward task holds */
-    LAC_ATTN_BKEYS = 128,    /* keys and query rows of one backward tile */
+    LAC_ATTN_ROWS = 24,           /* query rows that a score tile holds: a multiple of every micro-kernel's height */
+    LAC_ATTN_FEW = 8,             /* up to so many query rows of a segment meet their keys without packing, */
+    LAC_ATTN_FEW_ALL = 128,       /* if this many at most share the keys, */
+    LAC_ATTN_FEW_AHEAD = 16,      /* asking for so many rows ahead, */
+    LAC_ATTN_FEW_KEYS = 32,       /* so many keys at a time */
+    LAC_ATTN_KEY_RUN = 1024,      /* most keys of one backward task */
+    LAC_ATTN_KEY_RUN_LEAST = 384, /* and least of one chunk */
+    LAC_ATTN_BQUERIES = 768,      /* most query rows that a backward task holds */
+    LAC_ATTN_BKEYS = 128,         /* keys and query rows of one backward tile */
     LAC_ATTN_BROWS = 96,
-    LAC_ATTN_THREAD_TASKS = 8, /* forward tasks of a thread, if there is work enough */
-    LAC_ATTN_TASKS = 16        /* backward tasks of a phase, if there is work enough */
+    LAC_ATTN_THREAD_TASKS = 4, /* tasks of a thread, if there is work enough */
+    LAC_ATTN_TASKS = 16        /* backward chunks of a phase, if there is work enough */
 };
 
 /* The heads of one branch that share a key/value head and an offset: what one backward task owns. */

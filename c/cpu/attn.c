@@ -18,6 +18,7 @@
 #include "../rng.h"
 #include <omp.h>
 #ifdef __SSE2__
+#include <cpuid.h>
 #include <emmintrin.h>
 #endif
 
@@ -477,6 +478,21 @@ typedef struct attn_filling {
     uint32_t word; /* repeated */
 } attn_filling;
 
+#ifdef __SSE2__
+/* Does the processor have CLZERO? It clears a line of memory past the caches in half the time of stores. */
+static bool clears_lines(void)
+{
+    static int known; /* 1 no, 2 yes; asked once, which is slow in a virtual machine */
+    int answer = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (!answer) {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        answer = __get_cpuid(0x80000008, &a, &b, &c, &d) && (b & 1) ? 2 : 1;
+        __atomic_store_n(&known, answer, __ATOMIC_RELAXED);
+    }
+    return answer == 2;
+}
+#endif
+
 static void fill_pieces(void *context, int64_t begin, int64_t end, int thread)
 {
     const attn_filling *f = context;
@@ -485,6 +501,8 @@ static void fill_pieces(void *context, int64_t begin, int64_t end, int thread)
 #ifdef __SSE2__
     if (f->bytes > ATTN_PAST_CACHES && !((uintptr_t)f->data & 15)) {
         __m128i x = _mm_set1_epi32((int)f->word);
+        if (!f->word && !((uintptr_t)f->data & 63) && clears_lines())
+            for (; from + 64 <= to; from += 64) __asm__ volatile("clzero" : : "a"(f->data + from) : "memory");
         for (; from + 64 <= to; from += 64)
             for (int i = 0; i < 64; i += 16) _mm_stream_si128((__m128i *)(f->data + from + i), x);
         _mm_sfence();
