@@ -18,8 +18,8 @@
 enum { INPUTS = 4, GROUP = 8 /* elements that a thread computes at once */ };
 /* vectors of each input that a thread loads before it uses the first, and blocks that a multiprocessor must hold: more
  * of either hides more latency, and both cost registers */
-template <int I> inline constexpr int dense_vectors = I <= 2 ? 4 : 2;
-template <int I> inline constexpr int dense_blocks = I <= 2 ? 4 : 3;
+template <int I, bool HOT> inline constexpr int dense_vectors = HOT || I > 2 ? 2 : 4;
+template <int I, bool HOT> inline constexpr int dense_blocks = I > 2 ? 3 : HOT &&I == 1 ? 5 : 4;
 
 /* All inputs have one dtype. The input `slot` (-1: none) is the number; p, q, r of MAPP and MAP3 are constants. */
 struct map_args {
@@ -124,9 +124,8 @@ static __device__ __forceinline__ void store_group(int dtype, bool wide, char *o
 
 /* Loads a turn's vectors, then computes eight elements at a time: a vector of a half type, two of f32. select(visit)
  * calls visit(f) with the function; I inputs. */
-template <int I, class S> __device__ __forceinline__ void dense_loop(const map_args &a, S select)
+template <int I, int VECTORS, class S> __device__ __forceinline__ void dense_loop(const map_args &a, S select)
 {
-    constexpr int VECTORS = dense_vectors<I>;
     bool wide = a.dtype == LAC_F32;
     int per = wide ? 4 : 8, step = wide ? 2 : 1;
     int64_t full = a.n / per, vectors = (a.n + per - 1) / per, turn = (int64_t)THREADS * VECTORS;
@@ -269,18 +268,38 @@ static __device__ __forceinline__ float short_cdf(float x)
 #define DOMAIN_BOOL std::is_same_v<C, int64_t>
 #define DOMAIN_ANY true
 #define DOMAIN_INT std::is_same_v<C, int64_t>
-/* one case: a function of x, y, z and w, if the domain has C */
+/* Functions that models spend their time in and that call nothing: kernels that hold only these need fewer registers,
+ * so more of their threads fit. */
+static __host__ __device__ constexpr bool hot_map1(int fn)
+{
+    constexpr int list[] = {M1_neg,   M1_abs,   M1_square,  M1_relu, M1_exp,       M1_sqrt,
+                            M1_rsqrt, M1_recip, M1_sigmoid, M1_silu, M1_gelu_tanh, M1_gelu_short};
+    for (int i : list)
+        if (i == fn) return true;
+    return false;
+}
+static __host__ __device__ constexpr bool hot_map2(int fn)
+{
+    constexpr int list[] = {M2_add, M2_sub, M2_mul, M2_max, M2_min, M2_swiglu, M2_squared_difference};
+    for (int i : list)
+        if (i == fn) return true;
+    return false;
+}
+static __host__ __device__ constexpr bool hot_none(int) { return false; }
+
+/* one case: a function of x, y, z and w, if the domain has C and the kernel holds it */
 #define CASE(id, domain, expression)                                                                                   \
     case id:                                                                                                           \
-        if constexpr (DOMAIN_##domain)                                                                                 \
+        if constexpr (DOMAIN_##domain && (!HOT || is_hot(id)))                                                         \
             visit([p, q, r](C x, C y, C z, C w) -> C {                                                                 \
                 (void)x, (void)y, (void)z, (void)w;                                                                    \
                 return (C)(expression);                                                                                \
             });                                                                                                        \
         break;
-#define SELECT(name)                                                                                                   \
-    template <class C, class V> __device__ __forceinline__ void select_##name(const map_args &a, V visit)              \
+#define SELECT(name, hot)                                                                                              \
+    template <class C, bool HOT, class V> __device__ __forceinline__ void select_##name(const map_args &a, V visit)    \
     {                                                                                                                  \
+        constexpr bool (*is_hot)(int) = hot;                                                                           \
         C p = (C)a.constant[0], q = (C)a.constant[1], r = (C)a.constant[2];                                            \
         (void)p, (void)q, (void)r;                                                                                     \
         switch (a.fn) {
@@ -290,13 +309,13 @@ static __device__ __forceinline__ float short_cdf(float x)
 
 /* the kernels of a family: name_dense for the float types, name_strided for any compute type */
 #define KERNELS(name, inputs)                                                                                          \
-    __global__ void __launch_bounds__(THREADS, dense_blocks<inputs>) name##_dense(map_args a)                          \
+    template <bool HOT> __global__ void __launch_bounds__(THREADS, dense_blocks<inputs, HOT>) name##_dense(map_args a) \
     {                                                                                                                  \
-        dense_loop<inputs>(a, [&](auto visit) { select_##name<float>(a, visit); });                                    \
+        dense_loop<inputs, dense_vectors<inputs, HOT>>(a, [&](auto visit) { select_##name<float, HOT>(a, visit); });   \
     }                                                                                                                  \
     template <class C> __global__ void __launch_bounds__(THREADS) name##_strided(map_args a)                           \
     {                                                                                                                  \
-        strided_loop<C, inputs>(a, [&](auto visit) { select_##name<C>(a, visit); });                                   \
+        strided_loop<C, inputs>(a, [&](auto visit) { select_##name<C, false>(a, visit); });                            \
     }
 
 /* ---- launching ---- */
@@ -309,11 +328,13 @@ struct operands {
 typedef void map_kernel(map_args);
 
 /* kernels of float, double and int64_t (NULL where a family has floats only) */
-int elem_launch(const char *op, const operands &o, int fn, map_kernel *dense, map_kernel *floats, map_kernel *doubles,
-                map_kernel *integers);
-#define LAUNCH_ANY(op, name, fn, o)                                                                                    \
-    elem_launch(op, o, fn, name##_dense, name##_strided<float>, name##_strided<double>, name##_strided<int64_t>)
-#define LAUNCH_FLOAT(op, name, fn, o)                                                                                  \
-    elem_launch(op, o, fn, name##_dense, name##_strided<float>, name##_strided<double>, NULL)
+int elem_launch(const char *op, const operands &o, int fn, bool hot, map_kernel *dense, map_kernel *floats,
+                map_kernel *doubles, map_kernel *integers);
+#define LAUNCH_ANY(op, name, fn, hot, o)                                                                               \
+    elem_launch(op, o, fn, hot, hot ? name##_dense<true> : name##_dense<false>, name##_strided<float>,                 \
+                name##_strided<double>, name##_strided<int64_t>)
+#define LAUNCH_FLOAT(op, name, fn, hot, o)                                                                             \
+    elem_launch(op, o, fn, hot, hot ? name##_dense<true> : name##_dense<false>, name##_strided<float>,                 \
+                name##_strided<double>, NULL)
 
 #endif

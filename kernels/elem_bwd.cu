@@ -6,30 +6,30 @@
 
 // clang-format off
 /* inputs x, y (the result), z: its gradient */
-SELECT(map1_bwd)
+SELECT(map1_bwd, hot_map1)
 #define MAP1(name, domain, value, gradient) CASE(M1_##name, FLOAT, z * (gradient))
 #include "maps.def"
 CASE(M1_gelu_short, FLOAT, z * (short_cdf((float)x) + (fabsf((float)x) < 1e3f ? (float)x : 0) * 0.39894228f *
                                 __expf(-0.5f * (float)x * (float)x)))
 SELECT_END
 
-SELECT(map2_bwd_x)
+SELECT(map2_bwd_x, hot_map2)
 #define MAP2(name, domain, value, d_x, d_y) CASE(M2_##name, FLOAT, z * (d_x))
 #include "maps.def"
 SELECT_END
 
-SELECT(map2_bwd_y)
+SELECT(map2_bwd_y, hot_map2)
 #define MAP2(name, domain, value, d_x, d_y) CASE(M2_##name, FLOAT, z * (d_y))
 #include "maps.def"
 SELECT_END
 
-SELECT(mapp_bwd)
+SELECT(mapp_bwd, hot_none)
 #define MAPP(name, domain, count, value, gradient) CASE(MP_##name, FLOAT, z * (gradient))
 #include "maps.def"
 SELECT_END
 
 /* three numbers a function: towards x, y, z; w is the gradient */
-SELECT(map3_bwd)
+SELECT(map3_bwd, hot_none)
 #define MAP3(name, value, d_x, d_y, d_z) \
     CASE(3 * M3_##name, FLOAT, w * (d_x)) CASE(3 * M3_##name + 1, FLOAT, w * (d_y)) \
     CASE(3 * M3_##name + 2, FLOAT, w * (d_z))
@@ -62,7 +62,8 @@ extern "C" int lac_cuda_map1_bwd(const lac_a_map1_bwd *a)
 {
     operands o = {{&a->out, &a->x, &a->y, &a->g}, 3, map1_needs_y[a->fn] ? -1 : 1};
     bool half = a->x.dtype == LAC_F16 || a->x.dtype == LAC_BF16;
-    return LAUNCH_FLOAT("map1_bwd", map1_bwd, half && a->fn == M1_gelu ? M1_gelu_short : a->fn, o);
+    int fn = half && a->fn == M1_gelu ? M1_gelu_short : a->fn;
+    return LAUNCH_FLOAT("map1_bwd", map1_bwd, fn, hot_map1(fn), o);
 }
 
 extern "C" int lac_cuda_map2_bwd(const lac_a_map2_bwd *a)
@@ -71,21 +72,21 @@ extern "C" int lac_cuda_map2_bwd(const lac_a_map2_bwd *a)
     int which = number ? a->swapped : a->which;
     const lac_view *x = &a->x, *y = number ? &a->x : &a->y;
     operands o = {{&a->out, swapped ? y : x, swapped ? x : y, &a->g}, 3, number ? (swapped ? 0 : 1) : -1, a->scalar};
-    if (which != 1) LAC_TRY(LAUNCH_FLOAT("map2_bwd", map2_bwd_x, a->fn, o));
+    if (which != 1) LAC_TRY(LAUNCH_FLOAT("map2_bwd", map2_bwd_x, a->fn, hot_map2(a->fn), o));
     if (which == 0) return 0;
     if (which == 2) o.view[0] = &a->out2;
-    return LAUNCH_FLOAT("map2_bwd", map2_bwd_y, a->fn, o);
+    return LAUNCH_FLOAT("map2_bwd", map2_bwd_y, a->fn, hot_map2(a->fn), o);
 }
 
 int elem_mapp_bwd(const lac_a_mapp *a)
 {
     const double *c = a->constants;
     operands o = {{&a->out, &a->x, &a->y, &a->g}, 3, -1, 0, {c[0], c[1], c[2]}};
-    return LAUNCH_FLOAT("mapp_bwd", mapp_bwd, a->fn, o);
+    return LAUNCH_FLOAT("mapp_bwd", mapp_bwd, a->fn, false, o);
 }
 
 int elem_map3_bwd(const lac_a_map3 *a)
 {
     operands o = {{&a->out, &a->x, &a->y, &a->z, &a->g}, 4, -1, 0, {a->constant, 0, 0}};
-    return LAUNCH_FLOAT("map3_bwd", map3_bwd, 3 * a->fn + a->which, o);
+    return LAUNCH_FLOAT("map3_bwd", map3_bwd, 3 * a->fn + a->which, false, o);
 }

@@ -174,9 +174,18 @@ MAP_LONG double F_sinc(double x) { return x == 0 ? 1 : sin(3.1415926535897932384
 MAP_LONG double F_sinc_grad(double x)
 {
     double a = 3.14159265358979323846 * x, b = a * a;
-    if (fabs(x) > 0.05) return (cos(a) - F_sinc(x)) / x;
+    if (fabs(x) > 0.3) return (cos(a) - F_sinc(x)) / x;
     /* sum of (-1)^k 2k a^(2k) / (2k + 1)! over x, where the quotient above cancels */
-    return 3.14159265358979323846 * a * (-1.0 / 3 + b * (1.0 / 30 + b * (-1.0 / 840 + b / 45360)));
+    double s = -1.0 / 6758061133824000;
+    s = s * b + 1.0 / 22230464256000;
+    s = s * b - 1.0 / 93405312000;
+    s = s * b + 1.0 / 518918400;
+    s = s * b - 1.0 / 3991680;
+    s = s * b + 1.0 / 45360;
+    s = s * b - 1.0 / 840;
+    s = s * b + 1.0 / 30;
+    s = s * b - 1.0 / 3;
+    return 3.14159265358979323846 * a * s;
 }
 MAP_FN float F_sinc(float x) { return (float)F_sinc((double)x); }
 MAP_FN float F_sinc_grad(float x) { return (float)F_sinc_grad((double)x); }
