@@ -174,9 +174,18 @@ LAC_INLINE double d_sinc(double x)
 LAC_INLINE double d_sinc_grad(double x)
 {
     double a = 3.14159265358979323846 * x, b = a * a;
-    if (fabs(x) > 0.05) return (cos(a) - d_sinc(x)) / x;
+    if (fabs(x) > 0.3) return (cos(a) - d_sinc(x)) / x;
     /* sum of (-1)^k 2k a^(2k) / (2k + 1)! over x, where the quotient above cancels */
-    return 3.14159265358979323846 * a * (-1.0 / 3 + b * (1.0 / 30 + b * (-1.0 / 840 + b / 45360)));
+    double s = -1.0 / 6758061133824000;
+    s = s * b + 1.0 / 22230464256000;
+    s = s * b - 1.0 / 93405312000;
+    s = s * b + 1.0 / 518918400;
+    s = s * b - 1.0 / 3991680;
+    s = s * b + 1.0 / 45360;
+    s = s * b - 1.0 / 840;
+    s = s * b + 1.0 / 30;
+    s = s * b - 1.0 / 3;
+    return 3.14159265358979323846 * a * s;
 }
 LAC_INLINE float f_sinc(float x) { return (float)d_sinc((double)x); }
 LAC_INLINE float f_sinc_grad(float x) { return (float)d_sinc_grad((double)x); }
