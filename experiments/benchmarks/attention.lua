@@ -8,13 +8,17 @@
 --     of sgemm at D = 64, 88% -> 80% at D = 32, where packing a row once per run is dear. Kept.
 --   * Forward tasks cut by the number of threads (a row's sums do not depend on the cut). Cut finely by
 --     shape alone, one thread fell from 90% to 84% at D = 64: keys were packed nine times. By threads: 89%.
---   * Rows copied one by one before the transpose and asked for a few rows ahead (rows 4096 bytes apart
---     evict one another after eight), rows that nobody reaches zeroed past the caches by all threads (memset
---     took 5% of a forward with r = 16, streaming stores 2.6%). Expected: r = 16 within 5% of r = 1.
---     Measured, forward: D = 64 1.10 -> 1.09 of the time, D = 128 1.10 -> 1.07. Kept; still short.
---   * Few queries: asking for 64 rows at once and reading them in place gave 3.6 GB/s, a copy of 32 keys at
---     a time 3.0. A bare loop over two streams of 256-byte rows 2 KiB apart gives 5, one of contiguous rows
---     16. Reading the heads of one position together should give about 8; not done.
+--   * Dilation, r = 16 against r = 1, was 1.06-1.16 of the time. Huge pages behind large tensors (a row of a
+--     page each overflows the processor's 2048 translations): forward D = 64 -5%. One tensor walked after the
+--     other (q, dout and out evict one another from the first cache if their rows agree modulo 4096), query
+--     rows loaded once for several runs of keys, rows of results asked for ahead, zeros by CLZERO: 1.02-1.06
+--     forward, 0.98-1.05 backward. Asking into the second cache, or farther ahead: no difference.
+--   * Softmax: a maximum instruction instead of compare and blend, four vectors in step, 512 keys a tile
+--     instead of 256: forward -3% at D = 64, -7% at D = 32, -1% at D = 128 (which keeps 256).
+--   * The backward's first runs of keys of all heads before their second ones, so that nobody waits for a
+--     turn: two threads on 8 causal heads 1.38x -> 1.94x, LongNet 1.33x -> 1.95x.
+--   * Few queries: the keys of all heads at one position read together: 4.3 -> 10.7 GB/s of 17 that a bare
+--     loop reads. The copy into the caches is what is left; reading in place is not done.
 --
 -- The other side is measured in turns with ours (see lua/lacuna/bench.lua); gathering is not counted against
 -- PyTorch: its inputs are contiguous and gathered already.
