@@ -212,7 +212,8 @@ describe("soft limit", function()
     collectgarbage("stop")
     for i = 1, 500 do
       local t = lac.full{ 2 ^ 18 + i, value = 1 } -- 1 MiB and a bit: also what is cached counts
-      assert.is_true(lac.memory().live + lac.memory().cached <= soft)
+      local now = lac.memory() -- one look: a finalizer between two would count its block twice
+      assert.is_true(now.live + now.cached <= soft)
       assert.are.equal(1, t:dim())
     end
     assert.is_true(lac.memory().peak <= soft)
