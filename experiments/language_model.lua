@@ -82,6 +82,7 @@ local SPEC = {
   { name = "keep", type = "integer", min = 1, default = 2, help = "checkpoints that stay" },
   { name = "evaluate", type = "string", help = "only evaluate this run folder or checkpoint" },
   { name = "generate", type = "string", help = "only sample from this run folder or checkpoint" },
+  { name = "device", type = "string", help = "cpu or cuda (default: LACUNA_DEVICE, else the CPU)" },
   option("threads"),
   option("quick", { help = "a run of seconds: tiny model, little text (other options still apply)" }),
 }
@@ -278,6 +279,7 @@ end
 -- --evaluate and --generate: a model from its checkpoint; options of the run that were not given come from
 -- there
 local function load_run(o, path)
+  lac.default_device(o.device)
   local model, info = lac.train.load_model(path)
   for _, name in ipairs{ "data", "eval_bytes", "stride", "quick" } do
     if not o.given[name] and info.config[name] ~= nil then o[name] = info.config[name] end
@@ -307,6 +309,7 @@ local function main(o)
   if o.evaluate then return evaluate_run(o) end
   if o.generate then return generate_run(o) end
   local resumed = settle_options(o)
+  o.device = lac.default_device(o.device)
   lac.manual_seed(o.seed)
   local text = load_text(o)
   local train, held = text:split{ held_out = o.eval_bytes }

@@ -12,6 +12,7 @@
 
 local lac = require "lacuna"
 local lib = require "lacuna.lib"
+local sys = require "lacuna.sys"
 local ffi = lib.ffi
 
 local function refused(pattern, f, ...)
@@ -129,6 +130,22 @@ describe("construction", function()
     table.sort(p)
     for i = 1, 20 do assert.are.equal(i - 1, p[i]) end
     refused("seed must be an integer", lac.manual_seed, 1.5)
+  end)
+
+  it("have a default device, which LACUNA_DEVICE names", function()
+    assert.are.equal("cpu", lac.default_device())
+    assert.are.equal("cpu", lac.default_device("cpu"))
+    refused("unknown device 'gpu', did you mean 'cpu'", lac.default_device, "gpu")
+    local function child(name)
+      local path = [[LUA_PATH="lua/?.lua;lua/?/init.lua;$LUA_PATH;;"]]
+      return sys.run(("%s LACUNA_DEVICE=%s luajit -e %s"):format(path, name,
+        sys.quote "print(require('lacuna').ones{ 1 }:device())"))
+    end
+    local status, out, err = child("cpu")
+    assert.are.same({ 0, "cpu\n" }, { status, out }, err)
+    status, out, err = child("gpu")
+    assert.are.same({ 1, "" }, { status, out })
+    assert.matches("LACUNA_DEVICE: unknown device 'gpu'", err)
   end)
 
   it("has a default dtype", function()

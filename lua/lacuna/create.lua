@@ -490,7 +490,7 @@ function create.from_string(bytes, options)
   if type(bytes) ~= "string" then fail("from_string", "expected a string, got %s", show(bytes)) end
   options = schema.options("from_string", options, BYTES)
   local code = device.dtype("from_string", options.dtype)
-  if device.code("from_string", options.device) ~= C.LAC_CPU then
+  if options.device and device.code("from_string", options.device) ~= C.LAC_CPU then
     fail("from_string", "makes CPU tensors, got device '%s'; move it with :to{device=}", options.device)
   end
   local size = device.dtype_size[code]

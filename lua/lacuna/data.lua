@@ -19,6 +19,7 @@ local bit = require "bit"
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 local class = require "lacuna.class"
+local device = require "lacuna.device"
 local tensor = require "lacuna.tensor"
 local sys = require "lacuna.sys"
 
@@ -141,6 +142,7 @@ local BATCH = {
   batch = { type = "integer", min = 1, required = true },
   context = { type = "integer", min = 1, required = true },
   seed = { type = "integer", min = 0, default = 0 },
+  device = { type = "string" },
 }
 
 --- The 0-based starting bytes of the windows of batch k.
@@ -148,7 +150,7 @@ local BATCH = {
 -- @tparam table options batch, context, seed
 -- @treturn table list of `batch` positions p with p + context + 1 <= size
 function Bytes:window_starts(k, options)
-  local o = schema.options("data.batch", options, BATCH)
+  local o = schema.options("data.batch", options, BATCH) -- `device` is for batch()
   if type(k) ~= "number" or k < 1 or k % 1 ~= 0 then
     schema.fail("data.batch", "batches are numbered from 1, got %s", tostring(k))
   end
@@ -172,19 +174,21 @@ end
 
 --- Batch k as two tensors.
 -- @tparam number k batch number, from 1
--- @tparam table options batch B, context N, seed
+-- @tparam table options batch B, context N, seed; device (the default device)
 -- @treturn Tensor tokens [B, N] i32
 -- @treturn Tensor targets [B, N] i32: the next byte
 function Bytes:batch(k, options)
   local starts = self:window_starts(k, options)
-  return self:tensors(starts, options.context)
+  local name = options.device or device.default_device()
+  local tokens, targets = self:tensors(starts, options.context)
+  return tokens:to{ device = name }, targets:to{ device = name }
 end
 
 --- Windows at given places as two tensors.
 -- @tparam table starts B 0-based positions
 -- @tparam number context N
--- @treturn Tensor tokens [B, N] i32
--- @treturn Tensor targets [B, N] i32
+-- @treturn Tensor tokens [B, N] i32, on the CPU
+-- @treturn Tensor targets [B, N] i32, on the CPU
 function Bytes:tensors(starts, context)
   schema.check("data.tensors", "context", context, { type = "integer", min = 1, max = self.size - 1 })
   schema.check("data.tensors", "starts", starts, { type = "integers", min = 0,
@@ -199,7 +203,8 @@ end
 -- once. With stride < context, windows overlap and only the last `stride` targets of a window count (the
 -- first window counts whole): every counted byte then sees at least context - stride bytes. The others are
 -- `ignore_index`.
--- @tparam table options batch, context, stride (default context), ignore_index (default -100)
+-- @tparam table options batch, context, stride (default context), ignore_index (default -100), device (the
+--   default device)
 -- @treturn function iterator of tokens [B, N], targets [B, N] (i32), number of counted targets
 function Bytes:windows(options)
   local o = schema.options("data.windows", options, {
@@ -207,6 +212,7 @@ function Bytes:windows(options)
     context = { type = "integer", min = 1, required = true },
     stride = { type = "integer", min = 1 },
     ignore_index = { type = "integer", default = -100, max = -1 },
+    device = { type = "string", default = device.default_device() },
   })
   local stride = o.stride or o.context
   if stride > o.context then
@@ -230,7 +236,7 @@ function Bytes:windows(options)
       for t = 0, from[b] - 1 do pointer[(b - 1) * context + t] = o.ignore_index end
       count = count + context - from[b]
     end
-    return tokens, targets, count
+    return tokens:to{ device = o.device }, targets:to{ device = o.device }, count
   end
 end
 

@@ -1,9 +1,9 @@
 --- Devices, dtypes, threads, and the pool's controls.
 --
 -- Names in Lua, numbers in the engine: this file holds the two translations (dtype "f32" <-> code 1, device
--- "cuda:0" <-> 256) and the process-wide switches: default dtype, number of threads, memory limit and
--- statistics. One process has one engine, so these are functions, not methods of a context object; a context
--- would have to be passed through every call of every script only to be the same one each time.
+-- "cuda:0" <-> 256) and the process-wide switches: default dtype and device, number of threads, memory limit
+-- and statistics. One process has one engine, so these are functions, not methods of a context object; a
+-- context would have to be passed through every call of every script only to be the same one each time.
 --
 -- Dtypes and devices are strings rather than constants, because strings print, compare and go to files as
 -- they are.
@@ -60,9 +60,19 @@ local function cuda_missing()
   return ffi.string(C.lac_last_error())
 end
 
---- Code of a device name: "cpu", "cuda" (the first), "cuda:1"; nil: the CPU. Raises if it is not there.
+local default_code -- nil until somebody asks: a wrong LACUNA_DEVICE is an error of the first tensor
+
+--- Code of a device name: "cpu", "cuda" (the first), "cuda:1"; nil: the default device. Raises if it is not
+-- there.
 function device.code(op, name)
-  if name == nil or name == "cpu" then return C.LAC_CPU end
+  if name == "cpu" then return C.LAC_CPU end
+  if name == nil then
+    if not default_code then
+      local wanted = os.getenv "LACUNA_DEVICE"
+      default_code = (wanted == nil or wanted == "") and C.LAC_CPU or device.code("LACUNA_DEVICE", wanted)
+    end
+    return default_code
+  end
   if type(name) == "string" then
     local index = name == "cuda" and 0 or tonumber(name:match("^cuda:(%d+)$"))
     if index and index < 64 then
@@ -78,6 +88,17 @@ end
 function device.name(code)
   code = tonumber(code)
   return code < C.LAC_CUDA and "cpu" or "cuda:" .. (code - C.LAC_CUDA)
+end
+
+--- The device of tensors made without `device`: read it, or set it. At the start of a process it is what the
+-- environment variable LACUNA_DEVICE names, else the CPU. Tensors that are made from others are where those
+-- are.
+-- @tparam[opt] string name "cpu", "cuda" (the first), "cuda:1"
+-- @treturn string the device in force
+-- @raise there is no such device (with the reason)
+function device.default_device(name)
+  if name ~= nil then default_code = device.code("default_device", name) end
+  return device.name(device.code("default_device", nil))
 end
 
 --- What this process computes on: compiler, BLAS, instruction set, threads, and why there is or is no GPU.
@@ -137,7 +158,7 @@ end
 -- @treturn table {live, cached, peak, limit, live_blocks, allocations, reused, storages, soft}; bytes and
 --   counts
 function device.memory(name)
-  return lib.memory_stats(device.code("memory", name))
+  return lib.memory_stats(device.code("memory", name or "cpu"))
 end
 
 local LIMIT = { soft = { type = "integer", min = 0, default = 0 } }

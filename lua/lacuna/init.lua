@@ -31,8 +31,8 @@ local function export(from, names)
   for name in names:gmatch("[%w_]+") do lac[name] = assert(from[name], name) end
 end
 
-export(device, [[default_dtype devices threads version synchronize memory memory_limit reset_peak trim
-  use_tf32]])
+export(device, [[default_dtype default_device devices threads version synchronize memory memory_limit
+  reset_peak trim use_tf32]])
 export(create,
        [[tensor from_string zeros ones full empty rand randn randint randperm bernoulli arange linspace eye
   zeros_like ones_like empty_like full_like rand_like randn_like manual_seed rng_state set_rng_state]])

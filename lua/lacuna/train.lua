@@ -416,9 +416,11 @@ function train.bits_per_byte(model, bytes, options)
     context = { type = "integer", min = 1, default = model.context }, stride = { type = "integer", min = 1 },
     batch = { type = "integer", min = 1, default = 16 } })
   local training, total, bytes_counted = model.training, 0, 0
+  local is_module = rawget(model, "_params") ~= nil
   model:eval()
   local ok, reason = pcall(grad.no_grad, function()
-    for tokens, targets, count in bytes:windows{ batch = o.batch, context = o.context, stride = o.stride } do
+    for tokens, targets, count in bytes:windows{ batch = o.batch, context = o.context, stride = o.stride,
+      device = is_module and model:parameters()[1]:device() or nil } do
       total = total + scope.run(function()
         return model:loss(tokens, targets, { reduction = "sum" }):item()
       end)
