@@ -2,8 +2,10 @@
  *
  * copy and where move bytes and know only the element size; a cast goes through the compute types in strips that stay
  * in the first-level cache. A transposing copy works in square tiles, because a strip would touch one cache line per
- * element and drop it before its neighbours are wanted. Large dense results are written past the caches (v_stream).
- * Rejected: a copy that converts directly between every pair of dtypes (56 loops for what two passes over a strip do).
+ * element and drop it before its neighbours are wanted; a tile goes through a buffer, because its lines in memory are
+ * often a power of two apart and push each other out of the cache. Large dense results are written past the caches
+ * (v_stream). Rejected: a copy that converts directly between every pair of dtypes (56 loops for what two passes over a
+ * strip do).
  */
 #include "cpu.h"
 #include "simd.h"
@@ -146,13 +148,19 @@ enum { TILE = 32 };
 typedef struct {
     lac_nest nest;
     int tile_axis, bytes;
+    bool stream; /* a result larger than the caches */
     int64_t tiles_a, tiles_b;
 } transpose_job;
 
+/* a tile through a buffer: x is read and out written along their own rows, which may be a power of two apart */
 #define TILE_MOVE(type)                                                                                                \
     do {                                                                                                               \
+        type tile[TILE][TILE];                                                                                         \
+        for (int64_t j = 0; j < nb; j++)                                                                               \
+            for (int64_t i = 0; i < na; i++) tile[i][j] = ((const type *)(x + j * xb))[i];                             \
         for (int64_t i = 0; i < na; i++)                                                                               \
-            for (int64_t j = 0; j < nb; j++) ((type *)(out + i * oa))[j] = *(const type *)(x + i * xa + j * xb);       \
+            if (job->stream) v_stream(out + i * oa, tile[i], (size_t)nb * sizeof(type));                               \
+            else memcpy(out + i * oa, tile[i], (size_t)nb * sizeof(type));                                             \
     } while (0)
 
 static void transpose_task(void *context, int64_t begin, int64_t end, int thread)
@@ -160,13 +168,13 @@ static void transpose_task(void *context, int64_t begin, int64_t end, int thread
     const transpose_job *job = context;
     const lac_nest *nest = &job->nest;
     int a = job->tile_axis, b = nest->ndim - 1;
-    int64_t oa = nest->stride[0][a], xa = nest->stride[1][a], xb = nest->stride[1][b];
+    int64_t oa = nest->stride[0][a], xb = nest->stride[1][b];
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
         int64_t tb = t % job->tiles_b * TILE, ta = t / job->tiles_b % job->tiles_a * TILE,
                 rest = t / job->tiles_b / job->tiles_a;
         char *out = nest->data[0] + ta * oa + tb * job->bytes;
-        const char *x = nest->data[1] + ta * xa + tb * xb;
+        const char *x = nest->data[1] + ta * job->bytes + tb * xb;
         for (int d = b - 1; d >= 0; d--) {
             if (d == a) continue;
             out += rest % nest->shape[d] * nest->stride[0][d];
@@ -190,6 +198,7 @@ static void transpose_task(void *context, int64_t begin, int64_t end, int thread
             break;
         }
     }
+    if (job->stream) v_stream_end();
 }
 
 /* fills the job if a and b transpose a plane that is worth tiles */
@@ -205,6 +214,7 @@ static bool transpose_fits(const lac_view *out, const lac_view *x, transpose_job
     for (job->tile_axis = 0; job->tile_axis < b; job->tile_axis++)
         if (job->nest.stride[1][job->tile_axis] == job->bytes && job->nest.shape[job->tile_axis] >= 8) break;
     if (job->tile_axis == b) return false;
+    job->stream = LAC_CPU(nest_streams)(&job->nest, out->dtype);
     job->tiles_a = (job->nest.shape[job->tile_axis] + TILE - 1) / TILE;
     job->tiles_b = (job->nest.shape[b] + TILE - 1) / TILE;
     return true;
@@ -252,11 +262,25 @@ int LAC_CPU(fill)(const lac_a_fill *a)
     return move_run("fill", copy_task, 2, views);
 }
 
+/* out is an array; x and y are arrays, or one value for all */
+#define SELECT_DENSE(type)                                                                                             \
+    do {                                                                                                               \
+        type *to = (type *)out;                                                                                        \
+        const type *tx = (const type *)x, *ty = (const type *)y;                                                       \
+        const uint8_t *tc = (const uint8_t *)c;                                                                        \
+        const type vx = *tx, vy = *ty;                                                                                 \
+        if (s[2] && s[3]) _Pragma("omp simd") for (int64_t i = 0; i < n; i++) to[i] = tc[i] ? tx[i] : ty[i];           \
+        else if (s[2]) _Pragma("omp simd") for (int64_t i = 0; i < n; i++) to[i] = tc[i] ? tx[i] : vy;                 \
+        else if (s[3]) _Pragma("omp simd") for (int64_t i = 0; i < n; i++) to[i] = tc[i] ? vx : ty[i];                 \
+        else _Pragma("omp simd") for (int64_t i = 0; i < n; i++) to[i] = tc[i] ? vx : vy;                              \
+    } while (0)
 #define SELECT(type)                                                                                                   \
     do {                                                                                                               \
-        for (int64_t i = 0; i < n; i++)                                                                                \
-            *(type *)(out + i * s[0]) =                                                                                \
-                *(const uint8_t *)(c + i * s[1]) ? *(const type *)(x + i * s[2]) : *(const type *)(y + i * s[3]);      \
+        if (dense) SELECT_DENSE(type);                                                                                 \
+        else                                                                                                           \
+            for (int64_t i = 0; i < n; i++)                                                                            \
+                *(type *)(out + i * s[0]) =                                                                            \
+                    *(const uint8_t *)(c + i * s[1]) ? *(const type *)(x + i * s[2]) : *(const type *)(y + i * s[3]);  \
     } while (0)
 
 static void where_task(void *context, int64_t begin, int64_t end, int thread)
@@ -267,14 +291,17 @@ static void where_task(void *context, int64_t begin, int64_t end, int thread)
     const int64_t length = nest->shape[last];
     lac_cursor at;
     (void)thread;
-    int64_t strip = begin % job->strips, s[4];
+    int64_t strip = begin % job->strips, s[4], bytes = lac_bytes_of(job->dtype[0]);
+    double space[STREAM_STRIP];
     for (int v = 0; v < 4; v++) s[v] = nest->stride[v][last];
+    bool dense = s[0] == bytes && s[1] == 1 && (s[2] == bytes || s[2] == 0) && (s[3] == bytes || s[3] == 0);
+    bool stream = job->stream && dense;
     LAC_CPU(cursor_set)(nest, &at, begin / job->strips);
     for (int64_t t = begin; t < end; t++) {
         int64_t start = strip * job->strip, n = length - start < job->strip ? length - start : job->strip;
-        char *out = at.at[0] + start * s[0];
+        char *place = at.at[0] + start * s[0], *out = stream ? (char *)space : place;
         const char *c = at.at[1] + start * s[1], *x = at.at[2] + start * s[2], *y = at.at[3] + start * s[3];
-        switch (lac_bytes_of(job->dtype[0])) {
+        switch (bytes) {
         case 1:
             SELECT(uint8_t);
             break;
@@ -288,11 +315,13 @@ static void where_task(void *context, int64_t begin, int64_t end, int thread)
             SELECT(uint64_t);
             break;
         }
+        if (stream) v_stream(place, space, (size_t)(n * bytes));
         if (++strip == job->strips) {
             strip = 0;
             lac_cursor_next(nest, &at);
         }
     }
+    if (job->stream) v_stream_end();
 }
 
 int LAC_CPU(where)(const lac_a_where *a)

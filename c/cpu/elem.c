@@ -17,7 +17,7 @@
 #include "maps.h"
 #include <string.h>
 
-enum { TILE = 512, STRIP = 4096, LINE = 64, AHEAD = 4096 }; /* elements of a tile, of a strip; bytes */
+enum { TILE = 512, STRIP = 4096, AHEAD = 4096 }; /* elements of a tile, of a strip; bytes */
 
 /* an input of one strip */
 typedef struct {
@@ -46,7 +46,7 @@ LAC_INLINE const void *tile_in(const elem_in *in, int64_t at, int64_t m, void *s
     const char *x = in->x + at * in->stride;
     if (in->direct && (m >= chunk || in->stride == 0)) return x;
     if (in->ahead) v_prefetch(x + AHEAD, m * in->stride);
-    if (m < chunk) memset(space, 0, LINE);
+    if (m < chunk) memset(space, 0, V_LINE);
     if (!in->direct) return LAC_CPU(load)(in->dtype, x, in->stride, m, space);
     return memcpy(space, x, (size_t)(m * in->stride));
 }
@@ -64,29 +64,12 @@ static __attribute__((noinline)) void tile_out(const elem_out *to, int64_t at, i
     else LAC_CPU(store)(to->dtype, result, x, to->stride, m);
 }
 
-/* one line of results, past the caches or not; `r` lives in registers */
-LAC_INLINE void put_line(void *out, const void *r, bool stream)
-{
-#if defined(__AVX512F__)
-    __m512i line = _mm512_loadu_si512(r);
-    if (stream) _mm512_stream_si512(out, line);
-    else _mm512_storeu_si512(out, line);
-#elif defined(__AVX__)
-    __m256i low = _mm256_loadu_si256(r), high = _mm256_loadu_si256((const __m256i *)r + 1);
-    if (stream) _mm256_stream_si256(out, low), _mm256_stream_si256((__m256i *)out + 1, high);
-    else _mm256_storeu_si256(out, low), _mm256_storeu_si256((__m256i *)out + 1, high);
-#else
-    (void)stream;
-    memcpy(out, r, LINE);
-#endif
-}
-
 /* ---- kernels ---- */
 
 /* A strip is cut into tiles, a tile into chunks of one cache line of the compute type; what is left at the end of a row
  * is a tile of less than a chunk, computed as a whole one. So there is one loop, of fixed length, for the compiler to
  * turn into straight vector code. */
-#define CHUNK (LINE / (int64_t)sizeof(T))
+#define CHUNK (V_LINE / (int64_t)sizeof(T))
 #define TILES for (int64_t at_ = 0, m_; m_ = tile_size(n - at_, CHUNK), m_ > 0; at_ += m_)
 #define CHUNKS for (int64_t i = 0; i < m_; i += CHUNK)
 #define LANES _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)
@@ -144,7 +127,7 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
                     __VA_ARGS__;                                                                                       \
                     line[k] = (expression);                                                                            \
                 }                                                                                                      \
-                put_line(out0 + i, line, past0);                                                                       \
+                v_put_line(out0 + i, line, past0);                                                                     \
             }                                                                                                          \
             PUT(0);                                                                                                    \
         }                                                                                                              \
@@ -201,8 +184,8 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
                     line0[k] = g * (first);                                                                            \
                     line1[k] = g * (second);                                                                           \
                 }                                                                                                      \
-                put_line(out0 + i, line0, past0);                                                                      \
-                put_line(out1 + i, line1, past1);                                                                      \
+                v_put_line(out0 + i, line0, past0);                                                                    \
+                v_put_line(out1 + i, line1, past1);                                                                    \
             }                                                                                                          \
             PUT(0);                                                                                                    \
             PUT(1);                                                                                                    \
@@ -364,7 +347,7 @@ static elem_in input_of(const elem_job *job, elem_space *space, int v, const cha
     if (length == 1) stride = bytes;
     if (job->unread >> v & 1) return (elem_in){.x = (char *)space->tile[v], .direct = true}; /* an address, no values */
     if (stride == 0) {
-        int64_t filled = length < TILE ? (length + LINE - 1) / LINE * LINE : TILE;
+        int64_t filled = length < TILE ? (length + V_LINE - 1) / V_LINE * V_LINE : TILE;
         if (space->repeated[v] != x) LAC_CPU(load)(dtype, x, 0, filled, space->tile[v]);
         space->repeated[v] = x;
         return (elem_in){.x = (char *)space->tile[v], .direct = true};
@@ -383,7 +366,7 @@ static elem_out output_of(const elem_job *job, int v, char *x)
                       .dtype = dtype,
                       .direct = stride == lac_bytes_of(dtype) && (job->raw || lac_is_native(dtype)),
                       .raw = job->raw,
-                      .stream = job->stream && ((uintptr_t)x & (LINE - 1)) == 0};
+                      .stream = job->stream && ((uintptr_t)x & (V_LINE - 1)) == 0};
 }
 
 static void elem_task(void *context, int64_t begin, int64_t end, int thread)

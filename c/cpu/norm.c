@@ -6,66 +6,100 @@
  *
  * Forward: the mean first, then the variance of the centred values; the sum-of-squares shortcut loses everything when
  * the mean is large. The mean is subtracted in two parts, so that f32 keeps the low bits of values far from 0.
+ * While a row is written the next one is fetched; results larger than the caches are written past them.
  * Backward: dx row by row; dgamma and dbeta are sums over rows, eight rows in the compute type and then in double, in
  * blocks of a number that depends on the shape only, combined in order. Sums along a row are taken in the compute type
- * over 256 elements (each vector lane adds a few) and added up in double.
+ * over 1024 elements (each vector lane adds 64 at most) and added up in double.
  */
 #include "cpu.h"
 #include "simd.h"
 #include <math.h>
 #include <string.h>
 
-enum { SUM_BLOCK = 256, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 8 };
+enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 8 };
 
 /* ---- row kernels, once per type ---- */
 
-/* the sum of `expression` over n elements into the double `total`, by blocks */
-#define BLOCK_SUM(T, total, expression)                                                                                \
-    for (int64_t at_ = 0; at_ < n; at_ += SUM_BLOCK) {                                                                 \
-        int64_t end_ = n - at_ < SUM_BLOCK ? n : at_ + SUM_BLOCK;                                                      \
-        T s_ = 0;                                                                                                      \
-        _Pragma("omp simd reduction(+ : s_)") for (int64_t i = at_; i < end_; i++) s_ += (expression);                 \
-        total += (double)s_;                                                                                           \
+/* The sum of f over n elements into the double `total`, by blocks, in four vectors that do not wait for each other's
+ * additions; f(U, i) is its value at i, U being a vector or T itself. AT reads one or the other. */
+#define AT(U, x, i) (*(const U *)((x) + (i)))
+#define BLOCK_SUM(T, V, SUM, total, f)                                                                                 \
+    for (int64_t i_ = 0; i_ < n;) {                                                                                    \
+        enum { L_ = V_WIDTH / sizeof(T) };                                                                             \
+        int64_t end_ = n - i_ < SUM_BLOCK ? n : i_ + SUM_BLOCK;                                                        \
+        V s_[4] = {{0}, {0}, {0}, {0}};                                                                                \
+        T rest_ = 0;                                                                                                   \
+        for (; i_ + 4 * L_ <= end_; i_ += 4 * L_) {                                                                    \
+            s_[0] += f(V, i_);                                                                                         \
+            s_[1] += f(V, i_ + L_);                                                                                    \
+            s_[2] += f(V, i_ + 2 * L_);                                                                                \
+            s_[3] += f(V, i_ + 3 * L_);                                                                                \
+        }                                                                                                              \
+        for (; i_ < end_; i_++) rest_ += f(T, i_);                                                                     \
+        total += (double)(SUM((s_[0] + s_[1]) + (s_[2] + s_[3])) + rest_);                                             \
     }
+/* y[i] = f(i) by cache lines; `ahead` is fetched meanwhile */
+#define ROW_WRITE(T, y, ahead, stream, f)                                                                              \
+    do {                                                                                                               \
+        enum { CHUNK_ = V_LINE / sizeof(T) };                                                                          \
+        int64_t i_ = 0;                                                                                                \
+        for (; i_ + CHUNK_ <= n; i_ += CHUNK_) {                                                                       \
+            T line_[CHUNK_];                                                                                           \
+            __builtin_prefetch((ahead) + i_);                                                                          \
+            _Pragma("omp simd") for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = f(i_ + k_);                            \
+            v_put_line((y) + i_, line_, stream);                                                                       \
+        }                                                                                                              \
+        for (; i_ < n; i_++) (y)[i_] = f(i_);                                                                          \
+    } while (0)
 
-#define ROW_KERNELS(T, S)                                                                                              \
-    static void norm_row_##S(const T *x, const T *gamma, const T *beta, double eps, T *y, T *mean, T *rstd, int64_t n) \
+#define ROW_KERNELS(T, S, V, SUM)                                                                                      \
+    /* without `mean`: rmsnorm. The mean is x[0] plus that of the differences, which keep the low bits of values far   \
+     * from 0. */                                                                                                      \
+    static void norm_row_##S(const T *x, const T *gamma, const T *beta, double eps, T *y, T *mean, T *rstd,            \
+                             bool stream, int64_t n)                                                                   \
     {                                                                                                                  \
-        double m = mean ? LAC_CPU(sum)(sizeof(T) == 4 ? C_F32 : C_F64, x, n) / (double)n : 0, squares = 0;             \
+        T first = mean && isfinite(x[0]) ? x[0] : 0;                                                                   \
+        double m = 0, squares = 0;                                                                                     \
+        if (mean) {                                                                                                    \
+            BLOCK_SUM(T, V, SUM, m, DIFFERENCE)                                                                        \
+            m = (double)first + m / (double)n;                                                                         \
+        }                                                                                                              \
         T high = (T)m, low = (T)(m - (double)high);                                                                    \
-        BLOCK_SUM(T, squares, ((x[i] - high) - low) * ((x[i] - high) - low))                                           \
+        BLOCK_SUM(T, V, SUM, squares, SQUARE)                                                                          \
         T r = (T)(1.0 / sqrt(squares / (double)n + eps));                                                              \
         if (mean) *mean = high;                                                                                        \
         *rstd = r;                                                                                                     \
-        if (gamma && beta)                                                                                             \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = ((x[i] - high) - low) * r * gamma[i] + beta[i]; \
-        else if (gamma)                                                                                                \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = ((x[i] - high) - low) * r * gamma[i];           \
-        else                                                                                                           \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] =                                                 \
-                ((x[i] - high) - low) * r + (beta ? beta[i] : 0);                                                      \
+        ROW_WRITE(T, y, x + n, stream, NORMAL);                                                                        \
     }                                                                                                                  \
-    /* adds to dgamma and dbeta (may be NULL) and writes dx, which may be x; without_mean: rmsnorm */                  \
+    /* adds to dgamma and dbeta and writes dx, which may be x; without_mean: rmsnorm */                                \
     static void norm_bwd_row_##S(const T *x, const T *gamma, T mean, T rstd, const T *g, T *dx, T *dgamma, T *dbeta,   \
-                                 bool without_mean, int64_t n)                                                         \
+                                 bool without_mean, bool stream, int64_t n)                                            \
     {                                                                                                                  \
+        enum { CHUNK = V_LINE / sizeof(T) };                                                                           \
         double a = 0, b = 0;                                                                                           \
-        if (gamma) {                                                                                                   \
-            if (!without_mean) BLOCK_SUM(T, a, g[i] * gamma[i])                                                        \
-            BLOCK_SUM(T, b, g[i] * gamma[i] * ((x[i] - mean) * rstd))                                                  \
-        } else {                                                                                                       \
-            if (!without_mean) BLOCK_SUM(T, a, g[i])                                                                   \
-            BLOCK_SUM(T, b, g[i] * ((x[i] - mean) * rstd))                                                             \
-        }                                                                                                              \
-        if (dgamma) _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dgamma[i] += g[i] * ((x[i] - mean) * rstd);    \
-        if (dbeta) _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dbeta[i] += g[i];                               \
+        if (!without_mean) BLOCK_SUM(T, V, SUM, a, SCALED)                                                             \
+        BLOCK_SUM(T, V, SUM, b, ALONG)                                                                                 \
         T ma = (T)(a / (double)n), mb = (T)(b / (double)n);                                                            \
-        if (gamma)                                                                                                     \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dx[i] =                                                \
-                rstd * (g[i] * gamma[i] - ma - (x[i] - mean) * rstd * mb);                                             \
-        else                                                                                                           \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dx[i] =                                                \
-                rstd * (g[i] - ma - (x[i] - mean) * rstd * mb);                                                        \
+        int64_t i = 0;                                                                                                 \
+        for (; i + CHUNK <= n; i += CHUNK) {                                                                           \
+            T line[CHUNK];                                                                                             \
+            __builtin_prefetch(x + n + i);                                                                             \
+            __builtin_prefetch(g + n + i);                                                                             \
+            _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)                                                        \
+            {                                                                                                          \
+                T h = (x[i + k] - mean) * rstd;                                                                        \
+                line[k] = rstd * (g[i + k] * gamma[i + k] - ma - h * mb);                                              \
+                dgamma[i + k] += g[i + k] * h;                                                                         \
+                dbeta[i + k] += g[i + k];                                                                              \
+            }                                                                                                          \
+            v_put_line(dx + i, line, stream);                                                                          \
+        }                                                                                                              \
+        for (; i < n; i++) {                                                                                           \
+            T h = (x[i] - mean) * rstd, gi = g[i];                                                                     \
+            dx[i] = rstd * (gi * gamma[i] - ma - h * mb);                                                              \
+            dgamma[i] += gi * h;                                                                                       \
+            dbeta[i] += gi;                                                                                            \
+        }                                                                                                              \
     }                                                                                                                  \
     /* adds the sums of a few rows to those of all, and starts again */                                                \
     static void norm_flush_##S(T *few, double *all, int64_t n)                                                         \
@@ -73,8 +107,14 @@ enum { SUM_BLOCK = 256, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 8 };
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++) all[i] += (double)few[i];                                  \
         memset(few, 0, (size_t)n * sizeof(T));                                                                         \
     }
-ROW_KERNELS(float, f)
-ROW_KERNELS(double, d)
+#define DIFFERENCE(U, i) (AT(U, x, i) - first)
+#define CENTRED(U, i) ((AT(U, x, i) - high) - low)
+#define SQUARE(U, i) (CENTRED(U, i) * CENTRED(U, i))
+#define SCALED(U, i) (AT(U, g, i) * AT(U, gamma, i))
+#define ALONG(U, i) (SCALED(U, i) * ((AT(U, x, i) - mean) * rstd))
+#define NORMAL(i) (((x[i] - high) - low) * r * gamma[i] + beta[i])
+ROW_KERNELS(float, f, v_floats, v_sum_f)
+ROW_KERNELS(double, d, v_doubles, v_sum_d)
 
 /* ---- both norms ---- */
 
@@ -83,15 +123,23 @@ typedef struct {
     lac_view x, out, vector_gamma, vector_beta, mean, rstd, g, dgamma, dbeta; /* out: dx in the backward */
     double eps;
     bool without_mean;
-    const void *gamma, *beta; /* in the compute type, or NULL */
+    const void *gamma, *beta; /* in the compute type; ones and zeros where there is none */
     void *own[2];             /* their workspace */
     int64_t rows, n, row_bytes, blocks;
     int dtype, ctype;
+    bool dense, stream;             /* x (and g) are arrays of the compute type; a result larger than the caches */
     char *workspace;                /* ROWS_OF_THREAD rows per thread */
     double *sums_gamma, *sums_beta; /* [blocks][n], or NULL */
 } norm_job;
 
 enum { ROW_X, ROW_G, ROW_OUT, ROW_GAMMA, ROW_BETA, ROWS_OF_THREAD };
+
+/* row t of x or g in the compute type */
+static inline const void *row_of(const norm_job *job, const lac_view *v, int64_t t, void *space)
+{
+    int64_t size = (int64_t)lac_compute_size(job->ctype);
+    return job->dense ? (const char *)v->data + t * job->n * size : LAC_CPU(load_linear)(v, t * job->n, job->n, space);
+}
 
 static void norm_task(void *context, int64_t begin, int64_t end, int thread)
 {
@@ -99,26 +147,32 @@ static void norm_task(void *context, int64_t begin, int64_t end, int thread)
     char *space = job->workspace + ROWS_OF_THREAD * job->row_bytes * thread;
     int64_t n = job->n, size = (int64_t)lac_compute_size(job->ctype);
     for (int64_t t = begin; t < end; t++) {
-        const void *x = LAC_CPU(load_linear)(&job->x, t * n, n, space);
+        const void *x = row_of(job, &job->x, t, space);
         char *out = (char *)job->out.data + t * n * lac_bytes_of(job->dtype); /* contiguous: made by the front end */
         void *y = lac_is_native(job->dtype) ? out : space + ROW_OUT * job->row_bytes;
         void *mean = job->without_mean ? NULL : (char *)job->mean.data + t * size;
         void *rstd = (char *)job->rstd.data + t * size;
-        if (job->ctype == C_F32) norm_row_f(x, job->gamma, job->beta, job->eps, y, mean, rstd, n);
-        else norm_row_d(x, job->gamma, job->beta, job->eps, y, mean, rstd, n);
+        bool stream = job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0;
+        if (job->ctype == C_F32) norm_row_f(x, job->gamma, job->beta, job->eps, y, mean, rstd, stream, n);
+        else norm_row_d(x, job->gamma, job->beta, job->eps, y, mean, rstd, stream, n);
         if (y != out) LAC_CPU(store)(job->dtype, y, out, lac_bytes_of(job->dtype), n);
     }
+    if (job->stream) v_stream_end();
 }
 
-/* a vector [n] in the compute type; *own is workspace to give back */
-static int load_vector(const char *op, const lac_view *v, int64_t n, const void **out, void **own)
+/* a vector [n] in the compute type, all `missing` if there is none; *own is workspace to give back */
+static int load_vector(const char *op, const norm_job *job, const lac_view *v, double missing, const void **out,
+                       void **own)
 {
-    *out = NULL;
-    *own = NULL;
-    if (!v->data) return 0;
-    *own = lac_workspace_get(op, (size_t)n * 8 + 8);
+    *own = lac_workspace_get(op, (size_t)job->n * 8 + 8);
     if (!*own) return LAC_E_MEMORY;
-    *out = LAC_CPU(load)(v->dtype, v->data, v->stride[0] * lac_bytes_of(v->dtype), n, *own);
+    if (v->data) *out = LAC_CPU(load)(v->dtype, v->data, v->stride[0] * lac_bytes_of(v->dtype), job->n, *own);
+    else if (job->ctype == C_F32) {
+        float value = (float)missing;
+        *out = LAC_CPU(load)(LAC_F32, &value, 0, job->n, *own);
+    } else {
+        *out = LAC_CPU(load)(LAC_F64, &missing, 0, job->n, *own);
+    }
     return 0;
 }
 
@@ -130,8 +184,10 @@ static int norm_start(const char *op, norm_job *job, const lac_view *x)
     job->dtype = x->dtype;
     job->ctype = lac_compute_type(job->dtype);
     job->row_bytes = (job->n * (int64_t)lac_compute_size(job->ctype) + 63) / 64 * 64;
-    LAC_TRY(load_vector(op, &job->vector_gamma, job->n, &job->gamma, &job->own[0]));
-    return load_vector(op, &job->vector_beta, job->n, &job->beta, &job->own[1]);
+    job->dense = lac_is_native(job->dtype) && lac_view_contiguous(x) && (!job->g.data || lac_view_contiguous(&job->g));
+    job->stream = lac_is_native(job->dtype) && lac_view_numel(x) * lac_bytes_of(job->dtype) >= LAC_STREAM_BYTES;
+    LAC_TRY(load_vector(op, job, &job->vector_gamma, 1, &job->gamma, &job->own[0]));
+    return load_vector(op, job, &job->vector_beta, 0, &job->beta, &job->own[1]);
 }
 
 static int norm_end(norm_job *job, int status)
@@ -176,19 +232,19 @@ static void norm_bwd_task(void *context, int64_t begin, int64_t end, int thread)
         int64_t share = job->rows / job->blocks, extra = job->rows % job->blocks;
         int64_t from = t * share + (t < extra ? t : extra), to = from + share + (t < extra);
         for (int64_t r = from; r < to; r++) {
-            const void *x = LAC_CPU(load_linear)(&job->x, r * n, n, space);
-            const void *g = LAC_CPU(load_linear)(&job->g, r * n, n, space + ROW_G * job->row_bytes);
+            const void *x = row_of(job, &job->x, r, space);
+            const void *g = row_of(job, &job->g, r, space + ROW_G * job->row_bytes);
             char *out = (char *)job->out.data + r * n * lac_bytes_of(job->dtype);
             void *dx = lac_is_native(job->dtype) ? out : space + ROW_OUT * job->row_bytes;
-            void *few_gamma = job->sums_gamma ? dgamma : NULL, *few_beta = job->sums_beta ? dbeta : NULL;
+            bool stream = job->stream && ((uintptr_t)dx & (V_LINE - 1)) == 0;
             const char *rstd = (const char *)job->rstd.data + r * job->rstd.stride[0] * size;
             const char *mean = job->without_mean ? NULL : (const char *)job->mean.data + r * job->mean.stride[0] * size;
             if (job->ctype == C_F32)
-                norm_bwd_row_f(x, job->gamma, mean ? *(const float *)mean : 0, *(const float *)rstd, g, dx, few_gamma,
-                               few_beta, !mean, n);
+                norm_bwd_row_f(x, job->gamma, mean ? *(const float *)mean : 0, *(const float *)rstd, g, dx,
+                               (float *)dgamma, (float *)dbeta, !mean, stream, n);
             else
-                norm_bwd_row_d(x, job->gamma, mean ? *(const double *)mean : 0, *(const double *)rstd, g, dx, few_gamma,
-                               few_beta, !mean, n);
+                norm_bwd_row_d(x, job->gamma, mean ? *(const double *)mean : 0, *(const double *)rstd, g, dx,
+                               (double *)dgamma, (double *)dbeta, !mean, stream, n);
             if (dx != out) LAC_CPU(store)(job->dtype, dx, out, lac_bytes_of(job->dtype), n);
             if ((r - from) % FLUSH_ROWS == FLUSH_ROWS - 1 || r == to - 1) {
                 norm_flush(job, dgamma, job->sums_gamma, t);
@@ -196,6 +252,7 @@ static void norm_bwd_task(void *context, int64_t begin, int64_t end, int thread)
             }
         }
     }
+    if (job->stream) v_stream_end();
 }
 
 /* sums the blocks in order into block 0 and stores it as out [n] */

@@ -401,24 +401,29 @@ static void tile_product(const reduce_job *job, partials *p, const void *const *
     }
 }
 
+/* functions of their own, because gcc does not vectorise these loops inside of others */
+static __attribute__((noinline)) void columns_max(const float *restrict x, float *restrict m, int64_t w)
+{
+#pragma omp simd
+    for (int64_t j = 0; j < w; j++) m[j] = x[j] > m[j] || x[j] != x[j] ? x[j] : m[j];
+}
+static __attribute__((noinline)) void columns_exp(const float *restrict x, const float *restrict m, float *restrict s,
+                                                  int64_t w)
+{
+#pragma omp simd
+    for (int64_t j = 0; j < w; j++) s[j] += v_exp_flushf(x[j] - m[j]);
+}
+
 static void tile_lse(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
 {
     double sum[COLUMNS], top[COLUMNS];
     for (int64_t j = 0; j < w; j++) sum[j] = 0, top[j] = -(double)INFINITY;
     if (job->ctype == C_F32) {
-        float m[COLUMNS];
-        for (int64_t j = 0; j < w; j++) m[j] = -INFINITY;
-        for (int64_t r = 0; r < rows; r++) {
-            const float *x = row[r];
-#pragma omp simd
-            for (int64_t j = 0; j < w; j++) m[j] = x[j] > m[j] || x[j] != x[j] ? x[j] : m[j];
-        }
-        for (int64_t r = 0; r < rows; r++) {
-            const float *x = row[r];
-#pragma omp simd
-            for (int64_t j = 0; j < w; j++) sum[j] += (double)v_exp_flushf(x[j] - m[j]);
-        }
-        for (int64_t j = 0; j < w; j++) top[j] = (double)m[j];
+        float m[COLUMNS], s[COLUMNS];
+        for (int64_t j = 0; j < w; j++) m[j] = -INFINITY, s[j] = 0;
+        for (int64_t r = 0; r < rows; r++) columns_max(row[r], m, w);
+        for (int64_t r = 0; r < rows; r++) columns_exp(row[r], m, s, w);
+        for (int64_t j = 0; j < w; j++) top[j] = (double)m[j], sum[j] = (double)s[j];
     } else {
         for (int64_t r = 0; r < rows; r++) {
             const double *x = row[r];

@@ -17,6 +17,7 @@
 #ifndef LAC_CPU_SIMD_H
 #define LAC_CPU_SIMD_H
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __SSE2__
@@ -48,6 +49,36 @@ LAC_INLINE uint64_t v_bits64(double d)
     uint64_t bits;
     memcpy(&bits, &d, 8);
     return bits;
+}
+
+/* ---- vectors, for loops whose sums gcc would not keep in enough registers ---- */
+
+#if defined(__AVX512F__)
+enum { V_WIDTH = 64 };
+#elif defined(__AVX__)
+enum { V_WIDTH = 32 };
+#else
+enum { V_WIDTH = 16 };
+#endif
+typedef float v_floats __attribute__((vector_size(V_WIDTH), aligned(4), may_alias));
+typedef double v_doubles __attribute__((vector_size(V_WIDTH), aligned(8), may_alias));
+
+/* the sum of all lanes, by halves */
+LAC_INLINE float v_sum_f(v_floats v)
+{
+    float t[V_WIDTH / sizeof(float)];
+    memcpy(t, &v, sizeof t);
+    for (int w = V_WIDTH / (int)sizeof(float) / 2; w > 0; w /= 2)
+        for (int k = 0; k < w; k++) t[k] += t[k + w];
+    return t[0];
+}
+LAC_INLINE double v_sum_d(v_doubles v)
+{
+    double t[V_WIDTH / sizeof(double)];
+    memcpy(t, &v, sizeof t);
+    for (int w = V_WIDTH / (int)sizeof(double) / 2; w > 0; w /= 2)
+        for (int k = 0; k < w; k++) t[k] += t[k + w];
+    return t[0];
 }
 
 /* ---- float exp ---- */
@@ -501,6 +532,24 @@ LAC_INLINE void v_stream(void *out, const void *x, size_t bytes)
 LAC_INLINE void v_prefetch(const char *x, int64_t bytes)
 {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i);
+}
+/* One cache line of results to `out`, past the caches or not. `r` is a local array that a loop of fixed length has just
+ * filled, so it never leaves the registers. */
+enum { V_LINE = 64 };
+LAC_INLINE void v_put_line(void *out, const void *r, bool stream)
+{
+#if defined(__AVX512F__)
+    __m512i line = _mm512_loadu_si512(r);
+    if (stream) _mm512_stream_si512(out, line);
+    else _mm512_storeu_si512(out, line);
+#elif defined(__AVX__)
+    __m256i low = _mm256_loadu_si256(r), high = _mm256_loadu_si256((const __m256i *)r + 1);
+    if (stream) _mm256_stream_si256(out, low), _mm256_stream_si256((__m256i *)out + 1, high);
+    else _mm256_storeu_si256(out, low), _mm256_storeu_si256((__m256i *)out + 1, high);
+#else
+    (void)stream;
+    memcpy(out, r, V_LINE);
+#endif
 }
 LAC_INLINE void v_stream_end(void)
 {

@@ -1,117 +1,182 @@
 /* softmax.c: softmax and its logarithm over any axis on the CPU, forward and backward.
  *
  * Along the last axis a row is a task: it fits a cache, so the passes over it (maximum, exponentials and their sum,
- * scaling) cost one trip to memory. Milakov and Gimelshein's online form was rejected: its rescaling serialises the
- * exponentials, and the row is in cache anyway. Along another axis the rows' elements are far apart, and a row by
- * itself would use 4 bytes of each cache line: there a task takes a block of neighbouring columns and makes the same
- * passes row of memory by row of memory, with one maximum and one sum per column. Only where no axis is dense, rows are
- * gathered one by one. Sums are taken in the compute type over at most 256 elements or 32 rows and added up in double.
- * A row of -inf only has no softmax: it gives NaN, as 0/0 should; callers that mean "no key" must say so.
+ * scaling) cost one trip to memory. Milakov and Gimelshein's online form was rejected there: its rescaling serialises
+ * the exponentials, and the row is in cache anyway. Along another axis the rows' elements are far apart, and a row by
+ * itself would use 4 bytes of each cache line: there a task takes a block of neighbouring columns, with one maximum and
+ * one sum per column, and goes through memory twice: 32 rows at a time for the statistics (the online form, whose
+ * rescaling is then rare), and again for the results, where each exponential is computed anew, because that is cheaper
+ * than to write and read it. Only where no axis is dense, rows are gathered one by one. Results larger than the caches
+ * are written past them. Sums are taken in the compute type over at most 1024 elements or 32 rows and added up in
+ * double. A row of -inf only has no softmax: it gives NaN, as 0/0 should; callers that mean "no key" must say so.
  */
 #include "cpu.h"
 #include "simd.h"
 
-enum { SUM_BLOCK = 256, SUM_ROWS = 32, MOST_COLUMNS = 1024, LEAST_COLUMNS = 256, TILE_BYTES = 256 << 10 };
+enum { SUM_BLOCK = 1024, SUM_ROWS = 32, MOST_COLUMNS = 1024 };
+
+typedef struct {
+    lac_nest nest;        /* the axes that are not normalised: out, x (, g) */
+    int64_t n, row_bytes; /* length of a row; bytes of one buffer */
+    int64_t stride[3];    /* bytes between a row's elements */
+    int dtype, ctype, inputs;
+    bool logarithm, stream; /* stream: a result larger than the caches */
+    int64_t width, blocks;  /* columns: how many of them a task works on together, tasks per outer row */
+    char *workspace;
+    int64_t space; /* bytes of it per thread */
+} softmax_job;
 
 /* ---- kernels, once per type ---- */
 
-#define ROW_KERNELS(T, S, EXP, INF)                                                                                    \
+/* y[i] = f(i) by cache lines while `ahead` is fetched */
+#define WRITE(T, n, y, ahead, stream, f)                                                                               \
+    do {                                                                                                               \
+        enum { CHUNK_ = V_LINE / sizeof(T) };                                                                          \
+        int64_t i_ = 0;                                                                                                \
+        for (; i_ + CHUNK_ <= (n); i_ += CHUNK_) {                                                                     \
+            T line_[CHUNK_];                                                                                           \
+            __builtin_prefetch((ahead) + i_);                                                                          \
+            _Pragma("omp simd") for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = f(i_ + k_);                            \
+            v_put_line((y) + i_, line_, stream);                                                                       \
+        }                                                                                                              \
+        for (; i_ < (n); i_++) (y)[i_] = f(i_);                                                                        \
+    } while (0)
+#define ROW_LOG(i) ((x[i] - m) - rest)
+#define ROW_SCALE(i) (work[i] * scale)
+#define ROW_SLOPE(i) (y[i] * (g[i] - s))
+#define COLUMN_LOG(i) ((in[i] - m[i]) - s[i])
+#define COLUMN_SLOPE(i) (iy[i] * (ig[i] - s[i]))
+
+#define ROW_KERNELS(T, S, V, SUM, EXP, INF)                                                                            \
     static T row_max_##S(const T *x, int64_t n)                                                                        \
     {                                                                                                                  \
-        T m = -INF;                                                                                                    \
-        _Pragma("omp simd reduction(max : m)") for (int64_t i = 0; i < n; i++) m = x[i] > m ? x[i] : m;                \
-        return m;                                                                                                      \
+        T a = -INF, b = -INF, c = -INF, d = -INF;                                                                      \
+        int64_t q = n / 4;                                                                                             \
+        _Pragma("omp simd reduction(max : a, b, c, d)") for (int64_t i = 0; i < q; i++)                                \
+        {                                                                                                              \
+            a = x[i] > a ? x[i] : a;                                                                                   \
+            b = x[i + q] > b ? x[i + q] : b;                                                                           \
+            c = x[i + 2 * q] > c ? x[i + 2 * q] : c;                                                                   \
+            d = x[i + 3 * q] > d ? x[i + 3 * q] : d;                                                                   \
+        }                                                                                                              \
+        for (int64_t i = 4 * q; i < n; i++) a = x[i] > a ? x[i] : a;                                                   \
+        a = b > a ? b : a;                                                                                             \
+        c = d > c ? d : c;                                                                                             \
+        return c > a ? c : a;                                                                                          \
     }                                                                                                                  \
     /* the sum of exp(x - m); y, which may be NULL, gets the terms */                                                  \
     static double row_exp_##S(const T *x, T m, T *y, int64_t n)                                                        \
     {                                                                                                                  \
+        enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
         double total = 0;                                                                                              \
-        for (int64_t at = 0; at < n; at += SUM_BLOCK) {                                                                \
-            int64_t end = n - at < SUM_BLOCK ? n : at + SUM_BLOCK;                                                     \
-            T s = 0;                                                                                                   \
-            if (y) _Pragma("omp simd reduction(+ : s)") for (int64_t i = at; i < end; i++)                             \
-                {                                                                                                      \
-                    T e = EXP(x[i] - m);                                                                               \
-                    y[i] = e;                                                                                          \
-                    s += e;                                                                                            \
-                }                                                                                                      \
-            else _Pragma("omp simd reduction(+ : s)") for (int64_t i = at; i < end; i++) s += EXP(x[i] - m);           \
-            total += (double)s;                                                                                        \
+        for (int64_t i = 0; i < n;) {                                                                                  \
+            int64_t end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                                       \
+            V s[CHUNK / L] = {{0}};                                                                                    \
+            T rest = 0;                                                                                                \
+            for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
+                T line[CHUNK];                                                                                         \
+                _Pragma("omp simd") for (int k = 0; k < CHUNK; k++) line[k] = EXP(x[i + k] - m);                       \
+                if (y) v_put_line(y + i, line, false);                                                                 \
+                _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK / L; k++) s[k] += *(const V *)(line + k * L);        \
+            }                                                                                                          \
+            for (; i < end; i++) {                                                                                     \
+                T e = EXP(x[i] - m);                                                                                   \
+                if (y) y[i] = e;                                                                                       \
+                rest += e;                                                                                             \
+            }                                                                                                          \
+            _Pragma("GCC unroll 4") for (int k = 1; k < CHUNK / L; k++) s[0] += s[k];                                  \
+            total += (double)(SUM(s[0]) + rest);                                                                       \
         }                                                                                                              \
         return total;                                                                                                  \
     }                                                                                                                  \
-    /* y may be x */                                                                                                   \
-    static void softmax_row_##S(const T *x, T *y, int64_t n, bool logarithm)                                           \
+    /* y may be x; work: n elements, may be y */                                                                       \
+    static void softmax_row_##S(const T *x, T *y, T *work, int64_t n, bool logarithm, bool stream)                     \
     {                                                                                                                  \
         T m = row_max_##S(x, n);                                                                                       \
         if (logarithm) {                                                                                               \
             T rest = (T)log(row_exp_##S(x, m, NULL, n));                                                               \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = (x[i] - m) - rest;                              \
+            WRITE(T, n, y, x + n, stream, ROW_LOG);                                                                    \
             return;                                                                                                    \
         }                                                                                                              \
-        T scale = (T)(1.0 / row_exp_##S(x, m, y, n));                                                                  \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] *= scale;                                             \
+        T scale = (T)(1.0 / row_exp_##S(x, m, work, n));                                                               \
+        WRITE(T, n, y, x + n, stream, ROW_SCALE);                                                                      \
     }                                                                                                                  \
     static double row_dot_##S(const T *x, const T *y, int64_t n)                                                       \
     {                                                                                                                  \
+        enum { L = V_WIDTH / sizeof(T) };                                                                              \
         double total = 0;                                                                                              \
-        for (int64_t at = 0; at < n; at += SUM_BLOCK) {                                                                \
-            int64_t end = n - at < SUM_BLOCK ? n : at + SUM_BLOCK;                                                     \
-            T s = 0;                                                                                                   \
-            _Pragma("omp simd reduction(+ : s)") for (int64_t i = at; i < end; i++) s += x[i] * y[i];                  \
-            total += (double)s;                                                                                        \
+        for (int64_t i = 0; i < n;) {                                                                                  \
+            int64_t end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                                       \
+            V a = {0}, b = {0};                                                                                        \
+            T rest = 0;                                                                                                \
+            for (; i + 2 * L <= end; i += 2 * L) {                                                                     \
+                a += *(const V *)(x + i) * *(const V *)(y + i);                                                        \
+                b += *(const V *)(x + i + L) * *(const V *)(y + i + L);                                                \
+            }                                                                                                          \
+            for (; i < end; i++) rest += x[i] * y[i];                                                                  \
+            total += (double)(SUM(a + b) + rest);                                                                      \
         }                                                                                                              \
         return total;                                                                                                  \
     }                                                                                                                  \
-    static void softmax_bwd_row_##S(const T *y, const T *g, T *dx, int64_t n, bool logarithm)                          \
+    static void softmax_bwd_row_##S(const T *y, const T *g, T *dx, int64_t n, bool logarithm, bool stream)             \
     {                                                                                                                  \
-        if (logarithm) {                                                                                               \
-            T s = (T)LAC_CPU(sum)(sizeof(T) == 4 ? C_F32 : C_F64, g, n);                                               \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dx[i] = g[i] - EXP(y[i]) * s;                          \
-        } else {                                                                                                       \
-            T s = (T)row_dot_##S(y, g, n);                                                                             \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dx[i] = y[i] * (g[i] - s);                             \
-        }                                                                                                              \
+        T s = (T)(logarithm ? LAC_CPU(sum)(sizeof(T) == 4 ? C_F32 : C_F64, g, n) : row_dot_##S(y, g, n));              \
+        if (logarithm) _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dx[i] = g[i] - EXP(y[i]) * s;               \
+        else WRITE(T, n, dx, y + n, stream, ROW_SLOPE);                                                                \
     }                                                                                                                  \
-    /* w columns of n rows, sx and sy bytes apart; y may be x */                                                       \
-    static void softmax_columns_##S(const char *x, int64_t sx, char *y, int64_t sy, int64_t n, int64_t w,              \
-                                    bool logarithm)                                                                    \
+    /* functions of their own, because gcc does not vectorise these loops inside of others */                          \
+    static __attribute__((noinline)) void columns_max_##S(const T *restrict x, T *restrict top, int64_t w)             \
     {                                                                                                                  \
-        T m[MOST_COLUMNS], s[MOST_COLUMNS];                                                                            \
+        _Pragma("omp simd") for (int64_t j = 0; j < w; j++) top[j] = x[j] > top[j] ? x[j] : top[j];                    \
+    }                                                                                                                  \
+    static __attribute__((noinline)) void columns_exp_##S(const T *restrict x, const T *restrict shift, T *restrict s, \
+                                                          int64_t w)                                                   \
+    {                                                                                                                  \
+        _Pragma("omp simd") for (int64_t j = 0; j < w; j++) s[j] += EXP(x[j] - shift[j]);                              \
+    }                                                                                                                  \
+    /* w columns of n rows, sx and sy bytes apart; y may be x. Rows that must be converted pass through `space`. */    \
+    static void softmax_columns_##S(const softmax_job *job, const char *x, char *y, int64_t w, T *space)               \
+    {                                                                                                                  \
+        const int64_t n = job->n, bytes = lac_bytes_of(job->dtype), sx = job->stride[1], sy = job->stride[0];          \
+        const bool logarithm = job->logarithm, plain = lac_is_native(job->dtype);                                      \
+        T m[MOST_COLUMNS], s[MOST_COLUMNS], top[MOST_COLUMNS];                                                         \
         double total[MOST_COLUMNS];                                                                                    \
         for (int64_t j = 0; j < w; j++) m[j] = -INF, total[j] = 0;                                                     \
-        for (int64_t r = 0; r < n; r++) {                                                                              \
-            const T *in = (const T *)(x + r * sx);                                                                     \
-            _Pragma("omp simd") for (int64_t j = 0; j < w; j++) m[j] = in[j] > m[j] ? in[j] : m[j];                    \
-        }                                                                                                              \
         for (int64_t at = 0; at < n; at += SUM_ROWS) {                                                                 \
-            int64_t end = n - at < SUM_ROWS ? n : at + SUM_ROWS;                                                       \
-            for (int64_t j = 0; j < w; j++) s[j] = 0;                                                                  \
-            for (int64_t r = at; r < end; r++) {                                                                       \
-                const T *in = (const T *)(x + r * sx);                                                                 \
-                T *out = (T *)(y + r * sy);                                                                            \
-                if (logarithm) _Pragma("omp simd") for (int64_t j = 0; j < w; j++) s[j] += EXP(in[j] - m[j]);          \
-                else _Pragma("omp simd") for (int64_t j = 0; j < w; j++)                                               \
-                    {                                                                                                  \
-                        T e = EXP(in[j] - m[j]);                                                                       \
-                        out[j] = e;                                                                                    \
-                        s[j] += e;                                                                                     \
-                    }                                                                                                  \
+            int64_t rows = n - at < SUM_ROWS ? n - at : SUM_ROWS;                                                      \
+            const T *in[SUM_ROWS];                                                                                     \
+            memcpy(top, m, (size_t)w * sizeof(T));                                                                     \
+            for (int64_t r = 0; r < rows; r++) {                                                                       \
+                const T *from = in[r] = LAC_CPU(load)(job->dtype, x + (at + r) * sx, bytes, w, space + r * w);         \
+                v_prefetch(x + (at + r + SUM_ROWS) * sx, w * bytes);                                                   \
+                columns_max_##S(from, top, w);                                                                         \
             }                                                                                                          \
+            for (int64_t j = 0; j < w; j++) {                                                                          \
+                if (top[j] > m[j]) total[j] *= (double)EXP(m[j] - top[j]);                                             \
+                m[j] = top[j];                                                                                         \
+                top[j] = m[j] == -INF ? 0 : m[j]; /* nothing but -inf so far */                                        \
+                s[j] = 0;                                                                                              \
+            }                                                                                                          \
+            for (int64_t r = 0; r < rows; r++) columns_exp_##S(in[r], top, s, w);                                      \
             for (int64_t j = 0; j < w; j++) total[j] += (double)s[j];                                                  \
         }                                                                                                              \
         for (int64_t j = 0; j < w; j++) s[j] = logarithm ? (T)log(total[j]) : (T)(1.0 / total[j]);                     \
         for (int64_t r = 0; r < n; r++) {                                                                              \
-            const T *in = (const T *)(x + r * sx);                                                                     \
-            T *out = (T *)(y + r * sy);                                                                                \
-            if (logarithm) _Pragma("omp simd") for (int64_t j = 0; j < w; j++) out[j] = (in[j] - m[j]) - s[j];         \
-            else _Pragma("omp simd") for (int64_t j = 0; j < w; j++) out[j] *= s[j];                                   \
+            const T *in = LAC_CPU(load)(job->dtype, x + r * sx, bytes, w, space);                                      \
+            T *out = plain ? (T *)(y + r * sy) : space;                                                                \
+            bool stream = job->stream && ((uintptr_t)out & (V_LINE - 1)) == 0;                                         \
+            if (logarithm) WRITE(T, w, out, in + sx / bytes, stream, COLUMN_LOG);                                      \
+            else WRITE(T, w, out, in + sx / bytes, stream, COLUMN_EXP_##S);                                            \
+            if (!plain) LAC_CPU(store)(job->dtype, out, y + r * sy, bytes, w);                                         \
         }                                                                                                              \
     }                                                                                                                  \
     /* dx may be y */                                                                                                  \
-    static void softmax_bwd_columns_##S(const char *y, int64_t sy, const char *g, int64_t sg, char *dx, int64_t sd,    \
-                                        int64_t n, int64_t w, bool logarithm)                                          \
+    static void softmax_bwd_columns_##S(const softmax_job *job, const char *y, const char *g, char *dx, int64_t w,     \
+                                        T *space)                                                                      \
     {                                                                                                                  \
+        const int64_t n = job->n, bytes = lac_bytes_of(job->dtype), sd = job->stride[0], sy = job->stride[1],          \
+                      sg = job->stride[2];                                                                             \
+        const bool logarithm = job->logarithm, plain = lac_is_native(job->dtype);                                      \
         T s[MOST_COLUMNS];                                                                                             \
         double total[MOST_COLUMNS];                                                                                    \
         for (int64_t j = 0; j < w; j++) total[j] = 0;                                                                  \
@@ -119,7 +184,9 @@ enum { SUM_BLOCK = 256, SUM_ROWS = 32, MOST_COLUMNS = 1024, LEAST_COLUMNS = 256,
             int64_t end = n - at < SUM_ROWS ? n : at + SUM_ROWS;                                                       \
             for (int64_t j = 0; j < w; j++) s[j] = 0;                                                                  \
             for (int64_t r = at; r < end; r++) {                                                                       \
-                const T *iy = (const T *)(y + r * sy), *ig = (const T *)(g + r * sg);                                  \
+                const T *ig = LAC_CPU(load)(job->dtype, g + r * sg, bytes, w, space);                                  \
+                const T *iy = logarithm ? ig : LAC_CPU(load)(job->dtype, y + r * sy, bytes, w, space + w);             \
+                v_prefetch(g + (r + 8) * sg, w * bytes);                                                               \
                 if (logarithm) _Pragma("omp simd") for (int64_t j = 0; j < w; j++) s[j] += ig[j];                      \
                 else _Pragma("omp simd") for (int64_t j = 0; j < w; j++) s[j] += iy[j] * ig[j];                        \
             }                                                                                                          \
@@ -127,27 +194,23 @@ enum { SUM_BLOCK = 256, SUM_ROWS = 32, MOST_COLUMNS = 1024, LEAST_COLUMNS = 256,
         }                                                                                                              \
         for (int64_t j = 0; j < w; j++) s[j] = (T)total[j];                                                            \
         for (int64_t r = 0; r < n; r++) {                                                                              \
-            const T *iy = (const T *)(y + r * sy), *ig = (const T *)(g + r * sg);                                      \
-            T *out = (T *)(dx + r * sd);                                                                               \
-            if (logarithm) _Pragma("omp simd") for (int64_t j = 0; j < w; j++) out[j] = ig[j] - EXP(iy[j]) * s[j];     \
-            else _Pragma("omp simd") for (int64_t j = 0; j < w; j++) out[j] = iy[j] * (ig[j] - s[j]);                  \
+            const T *ig = LAC_CPU(load)(job->dtype, g + r * sg, bytes, w, space);                                      \
+            const T *iy = LAC_CPU(load)(job->dtype, y + r * sy, bytes, w, space + w);                                  \
+            T *out = plain ? (T *)(dx + r * sd) : space;                                                               \
+            bool stream = job->stream && ((uintptr_t)out & (V_LINE - 1)) == 0;                                         \
+            if (logarithm) WRITE(T, w, out, ig + sg / bytes, stream, COLUMN_LOG_SLOPE_##S);                            \
+            else WRITE(T, w, out, ig + sg / bytes, stream, COLUMN_SLOPE);                                              \
+            if (!plain) LAC_CPU(store)(job->dtype, out, dx + r * sd, bytes, w);                                        \
         }                                                                                                              \
     }
-ROW_KERNELS(float, f, v_exp_flushf, INFINITY)
-ROW_KERNELS(double, d, exp, (double)INFINITY)
+#define COLUMN_EXP_f(i) (v_exp_flushf(in[i] - m[i]) * s[i])
+#define COLUMN_EXP_d(i) (exp(in[i] - m[i]) * s[i])
+#define COLUMN_LOG_SLOPE_f(i) (ig[i] - v_exp_flushf(iy[i]) * s[i])
+#define COLUMN_LOG_SLOPE_d(i) (ig[i] - exp(iy[i]) * s[i])
+ROW_KERNELS(float, f, v_floats, v_sum_f, v_exp_flushf, INFINITY)
+ROW_KERNELS(double, d, v_doubles, v_sum_d, exp, (double)INFINITY)
 
 /* ---- rows ---- */
-
-typedef struct {
-    lac_nest nest;        /* the axes that are not normalised: out, x (, g) */
-    int64_t n, row_bytes; /* length of a row; bytes of one buffer */
-    int64_t stride[3];    /* bytes between a row's elements */
-    int dtype, ctype, inputs;
-    bool logarithm;
-    int64_t width, blocks; /* columns: how many of them a task works on together, tasks per outer row */
-    char *workspace;
-    int64_t space; /* bytes of it per thread */
-} softmax_job;
 
 /* where the result of a row is computed: in place if it is an array of the compute type, else in the buffer */
 static void *row_target(const softmax_job *job, char *out, void *buffer)
@@ -170,57 +233,43 @@ static void softmax_task(void *context, int64_t begin, int64_t end, int thread)
         char *out = c.at[0] + i * stride[0][last];
         const void *x = LAC_CPU(load)(job->dtype, c.at[1] + i * stride[1][last], job->stride[1], job->n, space);
         void *y = row_target(job, out, space + 2 * job->row_bytes);
+        bool stream = job->stream && y == out && ((uintptr_t)y & (V_LINE - 1)) == 0;
         if (job->inputs == 2) {
             const void *g = LAC_CPU(load)(job->dtype, c.at[2] + i * stride[2][last], job->stride[2], job->n,
                                           space + job->row_bytes);
-            if (job->ctype == C_F32) softmax_bwd_row_f(x, g, y, job->n, job->logarithm);
-            else softmax_bwd_row_d(x, g, y, job->n, job->logarithm);
+            if (job->ctype == C_F32) softmax_bwd_row_f(x, g, y, job->n, job->logarithm, stream);
+            else softmax_bwd_row_d(x, g, y, job->n, job->logarithm, stream);
         } else {
-            if (job->ctype == C_F32) softmax_row_f(x, y, job->n, job->logarithm);
-            else softmax_row_d(x, y, job->n, job->logarithm);
+            void *work = stream ? space + 2 * job->row_bytes : y;
+            if (job->ctype == C_F32) softmax_row_f(x, y, work, job->n, job->logarithm, stream);
+            else softmax_row_d(x, y, work, job->n, job->logarithm, stream);
         }
         if (y != out) LAC_CPU(store)(job->dtype, y, out, job->stride[0], job->n);
     }
+    if (job->stream) v_stream_end();
 }
 
 /* ---- columns ---- */
-
-/* n rows of w elements as a dense tile of the compute type */
-static void tile_load(const softmax_job *job, const char *x, int64_t stride, int64_t w, char *tile)
-{
-    int64_t bytes = lac_bytes_of(job->dtype), line = w * (int64_t)lac_compute_size(job->ctype);
-    for (int64_t r = 0; r < job->n; r++) LAC_CPU(load)(job->dtype, x + r * stride, bytes, w, tile + r * line);
-}
 
 static void columns_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const softmax_job *job = context;
     const lac_nest *nest = &job->nest;
-    const int64_t length = nest->shape[nest->ndim - 1], bytes = lac_bytes_of(job->dtype), n = job->n;
-    char *tile = job->workspace + job->space * thread;
+    const int64_t length = nest->shape[nest->ndim - 1], bytes = lac_bytes_of(job->dtype);
+    char *space = job->workspace + job->space * thread;
     lac_cursor c;
     for (int64_t t = begin; t < end; t++) {
         int64_t first = t % job->blocks * job->width, w = length - first < job->width ? length - first : job->width;
         if (t == begin) LAC_CPU(cursor_set)(nest, &c, t / job->blocks);
         else if (first == 0) lac_cursor_next(nest, &c);
-        char *out = c.at[0] + first * bytes, *y = out;
+        char *out = c.at[0] + first * bytes;
         const char *x = c.at[1] + first * bytes, *g = job->inputs == 2 ? c.at[2] + first * bytes : NULL;
-        int64_t so = job->stride[0], sx = job->stride[1], sg = job->stride[2];
-        if (!lac_is_native(job->dtype)) { /* y is worked out where x was */
-            int64_t line = w * (int64_t)lac_compute_size(job->ctype);
-            tile_load(job, x, sx, w, tile);
-            if (g) tile_load(job, g, sg, w, tile + n * line);
-            x = y = tile;
-            g = g ? tile + n * line : NULL;
-            so = sx = sg = line;
-        }
-        if (g && job->ctype == C_F32) softmax_bwd_columns_f(x, sx, g, sg, y, so, n, w, job->logarithm);
-        else if (g) softmax_bwd_columns_d(x, sx, g, sg, y, so, n, w, job->logarithm);
-        else if (job->ctype == C_F32) softmax_columns_f(x, sx, y, so, n, w, job->logarithm);
-        else softmax_columns_d(x, sx, y, so, n, w, job->logarithm);
-        for (int64_t r = 0; y != out && r < n; r++)
-            LAC_CPU(store)(job->dtype, y + r * so, out + r * job->stride[0], bytes, w);
+        if (g && job->ctype == C_F32) softmax_bwd_columns_f(job, x, g, out, w, (float *)space);
+        else if (g) softmax_bwd_columns_d(job, x, g, out, w, (double *)space);
+        else if (job->ctype == C_F32) softmax_columns_f(job, x, out, w, (float *)space);
+        else softmax_columns_d(job, x, out, w, (double *)space);
     }
+    if (job->stream) v_stream_end();
 }
 
 /* Are the elements of all rows neighbours along one axis, and the rows themselves not dense? Then the job is set up
@@ -232,8 +281,8 @@ static bool columns_fit(softmax_job *job, int64_t rows)
     if (length < 8 || job->n < 2) return false;
     for (int v = 0; v <= job->inputs; v++)
         if (job->nest.stride[v][last] != bytes || job->stride[v] == bytes) return false;
-    int64_t width = TILE_BYTES / (job->n * (int64_t)lac_compute_size(job->ctype)) / 16 * 16;
-    width = width < LEAST_COLUMNS ? LEAST_COLUMNS : width > MOST_COLUMNS ? MOST_COLUMNS : width;
+    /* as wide as possible: narrow columns of rows a power of two apart would share few places of a cache */
+    int64_t width = MOST_COLUMNS;
     /* every thread gets some: no result depends on the width */
     int64_t share = length / LAC_CPU(threads)(length, job->n * length);
     if (rows == length && share < width) width = share < 16 ? 16 : (share + 15) / 16 * 16;
@@ -262,10 +311,11 @@ static int softmax_run(const char *op, int inputs, const lac_view *const *views,
         if (job.n == 1) job.stride[v] = lac_bytes_of(job.dtype);
     LAC_CPU(nest_make)(&job.nest, inputs + 1, list);
     bool columns = columns_fit(&job, numel / job.n);
+    job.stream = lac_is_native(job.dtype) && numel * size >= LAC_STREAM_BYTES;
     job.row_bytes = (job.n * size + 63) / 64 * 64;
     int64_t rows = numel / job.n, work = numel * 4;
     int64_t tasks = columns ? rows / job.nest.shape[job.nest.ndim - 1] * job.blocks : rows;
-    job.space = columns ? (lac_is_native(job.dtype) ? 0 : inputs * job.n * job.width * size) : 3 * job.row_bytes;
+    job.space = columns ? (lac_is_native(job.dtype) ? 0 : SUM_ROWS * job.width * size) : 3 * job.row_bytes;
     job.workspace = lac_workspace_get(op, (size_t)(job.space * LAC_CPU(threads)(tasks, work) + 64));
     if (!job.workspace) return LAC_E_MEMORY;
     int status = LAC_CPU(parallel)(op, tasks, work, columns ? columns_task : softmax_task, &job);
