@@ -1,0 +1,302 @@
+/* attn.cu: attention on CUDA, the host's side: from a plan to the arguments of the kernels, and the statistics of rows.
+ *
+ * The forward is one launch, the backward three: lse and delta of every row in base 2 (this file), dq (attn_queries.cu),
+ * dk and dv (attn_keys.cu); merges that need a delta per branch add a pass over the queries. Rows that no branch keeps
+ * are cleared beforehand, unless a branch without dilation reaches every row.
+ *
+ * Memory beside tensors: f32 sums of f16 and bf16 results where branches meet in a row (one copy of the result, none
+ * otherwise), three numbers a row and head in the backward (per branch if deltas are), a few counters. f64 and, unless
+ * lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cu); everything else on tensor cores.
+ * Branches run in the reverse order of the plan's phases: the last to run is then usually the one without dilation, which
+ * reaches every row, so that each row is rounded once and most sums stay in the cache.
+ */
+#include "attn.cuh"
+#include <cmath>
+
+/* ---- arguments ---- */
+
+static attn_tensor tensor_of(const lac_view *v)
+{
+    attn_tensor t = {(char *)v->data, {v->stride[0], v->stride[1], v->stride[2], v->stride[3]}, 1};
+    int64_t bytes = dtype_bytes(v->dtype);
+    t.vec = (uintptr_t)v->data % 16 == 0 && (v->stride[3] == 1 || v->shape[3] == 1) && v->shape[3] * bytes % 16 == 0;
+    for (int d = 0; d < 3; d++) t.vec = t.vec && (v->shape[d] == 1 || v->stride[d] * bytes % 16 == 0);
+    return t;
+}
+
+static int least(int64_t x, int64_t most) { return (int)(x < most ? x : most); }
+
+static int args_of(attn_args &a, const lac_a_attend *f)
+{
+    const lac_plan *p = f->plan;
+    const lac_attn_desc *d = &p->desc;
+    const int64_t limit = INT32_MAX;
+    if (d->head_dim > 256) LAC_FAIL(ARGUMENT, "attention: head_dim %d is not supported on cuda, the largest is 256", d->head_dim);
+    if (d->n > limit / 2 || d->m > limit / 2 || d->batch * d->heads > limit / 2)
+        LAC_FAIL(ARGUMENT, "attention: %lld queries, %lld keys, batch %lld x %d heads: cuda counts each below 2^30",
+                 (long long)d->n, (long long)d->m, (long long)d->batch, d->heads);
+    a = {};
+    a.branches = d->branches;
+    a.batch = (int)d->batch, a.n = (int)d->n, a.m = (int)d->m, a.shift = (int)p->shift;
+    a.heads = d->heads, a.kv_heads = d->kv_heads, a.group = d->heads / d->kv_heads, a.head_dim = d->head_dim;
+    a.offset_rule = d->offset_rule, a.causal = d->causal, a.dedup = d->dedup;
+    a.window = d->window < 0 ? -1 : least(d->window, limit / 2);
+    a.sum = lac_plan_branch_softmax(p);
+    a.q = tensor_of(&f->q), a.k = tensor_of(&f->k), a.v = tensor_of(&f->v);
+    a.padding = (const uint8_t *)f->padding.data;
+    a.padding_stride[0] = f->padding.stride[0], a.padding_stride[1] = f->padding.stride[1];
+    a.lengths = f->lengths.data, a.lengths_stride = f->lengths.stride[0], a.lengths_wide = f->lengths.dtype == LAC_I64;
+    a.p = (float)f->dropout;
+    a.scale = f->scale, a.gscale = lac_plan_gscale(p), a.keep_scale = 1 / (1 - f->dropout);
+    a.seed = f->seed, a.offset = f->offset;
+    for (int g = 0; g < d->branches; g++) {
+        a.branch[g].segment = (int)p->segment[g];
+        a.branch[g].dilation = least(d->dilation[g], limit); /* above the segment it only tells one offset from another */
+        a.branch[g].head0 = p->head0[g], a.branch[g].heads = p->heads[g];
+    }
+    return 0;
+}
+
+int attn_number(attn_args &a, const lac_plan *p, bool keys, int height, int64_t *tiles)
+{
+    const int32_t *phase = keys ? p->backward_phase : p->forward_phase;
+    int phases = keys ? p->backward_phases : p->forward_phases;
+    *tiles = 0;
+    a.ranks = a.deltas ? 1 : phases;
+    for (int g = 0; g < a.branches; g++) {
+        attn_branch &b = a.branch[g];
+        int64_t first = 0, last = (p->desc.m - 1) / p->segment[g] + 1, most = keys ? p->desc.m : p->desc.n;
+        if (!keys) lac_plan_segments(p, g, &first, &last);
+        if (p->segment[g] < most) most = p->segment[g];
+        b.rank = a.deltas ? 0 : phases - 1 - phase[g];
+        b.segment0 = (int)first;
+        b.segments = last > first ? (int)(last - first) : 0;
+        b.blocks = (int)(((most - 1) / b.dilation) / height) + 1;
+        b.tiles = (int64_t)b.blocks * b.segments * b.heads * a.batch;
+    }
+    uint32_t done = 0;
+    for (int n = 0; n < a.branches; n++) { /* by rank, long rows first */
+        int best = -1;
+        for (int g = 0; g < a.branches; g++) {
+            if (done >> g & 1) continue;
+            const attn_branch &x = a.branch[g], *y = best < 0 ? NULL : &a.branch[best];
+            if (!y || x.rank < y->rank || (x.rank == y->rank && x.blocks > y->blocks)) best = g;
+        }
+        done |= (uint32_t)1 << best;
+        a.branch[best].begin = *tiles;
+        *tiles += a.branch[best].tiles;
+    }
+    if (*tiles > INT32_MAX) LAC_FAIL(ARGUMENT, "attention: %lld tiles are too many for one launch on cuda", (long long)*tiles);
+    if (a.ranks > 1)
+        CUDA_TRY("attention", cudaMemsetAsync(a.counter, 0, (size_t)(1 + a.batch * a.heads) * sizeof(int), lac_cuda_stream));
+    return 0;
+}
+
+/* does a branch without dilation reach every row of every head? */
+static bool covered(const lac_plan *p)
+{
+    bool all = true, any = false;
+    for (int g = 0; g < p->desc.branches; g++) {
+        all = all && p->desc.dilation[g] == 1;
+        any = any || p->desc.dilation[g] == 1;
+    }
+    return p->desc.heads_scheme == LAC_HEADS_ALL ? any : all;
+}
+
+/* ---- filling ---- */
+
+template <class C> __global__ void __launch_bounds__(THREADS) attn_fill_kernel(C *x, int64_t n, C value)
+{
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) x[i] = value;
+}
+
+static int fill_lse(const lac_view *v)
+{
+    if (!v->data) return 0;
+    int64_t n = lac_view_numel(v);
+    unsigned blocks = blocks_filling(n, 4 * THREADS);
+    if (v->dtype == LAC_F64)
+        attn_fill_kernel<<<blocks, THREADS, 0, lac_cuda_stream>>>((double *)v->data, n, -(double)INFINITY);
+    else attn_fill_kernel<<<blocks, THREADS, 0, lac_cuda_stream>>>((float *)v->data, n, -INFINITY);
+    return lac_cuda_launched("attention");
+}
+
+static int clear(const lac_view *v)
+{
+    return lac_cuda_check("attention", cudaMemsetAsync(v->data, 0, (size_t)(lac_view_numel(v) * dtype_bytes(v->dtype)),
+                                                       lac_cuda_stream));
+}
+
+/* ---- statistics of rows for the backward ---- */
+
+struct stats_args {
+    attn_tensor out, g, lse, branch_lse, dlse; /* strides of lse: B, N, H; of branch_lse: G, B, N, H */
+    int64_t rows;                              /* B N H */
+    int n, heads, head_dim, branches;
+    bool per_branch, branch_softmax;
+    void *lse2, *lse2_low, *delta;
+    double *lse_all;
+};
+
+template <class T> struct stats_sum { /* dout and out are multiplied in double where the inputs are exact */
+    typedef std::conditional_t<sizeof(T) == 2, float, double> type;
+};
+
+/* base-2 lse in two parts; +inf where there is no key, so that P is 0 */
+__device__ __forceinline__ void base2(float lse, float *high, float *low)
+{
+    double x = (double)lse * ATTN_LOG2E;
+    *high = lse == -INFINITY ? INFINITY : (float)x;
+    *low = isfinite(lse) ? (float)(x - (double)*high) : 0.f;
+}
+__device__ __forceinline__ void base2(double lse, double *high, double *low)
+{
+    *high = lse == -INFINITY ? (double)INFINITY : lse * ATTN_LOG2E;
+    *low = isfinite(lse) ? fma(lse, ATTN_LOG2E, -*high) + lse * 2.0355273740931033e-17 : 0.0;
+}
+
+/* eight lanes a row */
+template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(const __grid_constant__ stats_args a)
+{
+    typedef compute_t<T> C;
+    constexpr int PER = 16 / (int)sizeof(T);
+    typename stats_sum<T>::type sum = 0;
+    int64_t row = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / 8;
+    int lane = threadIdx.x % 8;
+    if (row >= a.rows) row = a.rows - 1; /* the last one again: all lanes take part in the sum */
+    int h = (int)(row % a.heads), n = (int)(row / a.heads % a.n), b = (int)(row / a.heads / a.n);
+    if (!a.per_branch) {
+        const T *x = (const T *)a.out.data + b * a.out.stride[0] + n * a.out.stride[1] + h * a.out.stride[2];
+        const T *y = (const T *)a.g.data + b * a.g.stride[0] + n * a.g.stride[1] + h * a.g.stride[2];
+        if (a.out.vec && a.g.vec) {
+            struct alignas(16) chunk {
+                T at[PER];
+            };
+            for (int c = lane; c * PER < a.head_dim; c += 8) {
+                const chunk u = ((const chunk *)x)[c], v = ((const chunk *)y)[c];
+#pragma unroll
+                for (int i = 0; i < PER; i++) sum += (decltype(sum))to_compute(u.at[i]) * (decltype(sum))to_compute(v.at[i]);
+            }
+        } else {
+            for (int d = lane; d < a.head_dim; d += 8)
+                sum += (decltype(sum))to_compute(x[d * a.out.stride[3]]) * (decltype(sum))to_compute(y[d * a.g.stride[3]]);
+        }
+#pragma unroll
+        for (int o = 1; o < 8; o *= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    }
+    if (lane) return;
+    const C *lse = (const C *)a.lse.data + b * a.lse.stride[0] + n * a.lse.stride[1] + h * a.lse.stride[2];
+    C high, low;
+    base2(*lse, &high, &low);
+    if (a.lse_all) a.lse_all[row] = (double)high + (double)low;
+    for (int g = 0; g < (a.per_branch ? a.branches : 1); g++) {
+        if (a.branch_softmax) {
+            const int64_t *s = a.branch_lse.stride;
+            base2(((const C *)a.branch_lse.data)[g * s[0] + b * s[1] + n * s[2] + h * s[3]], &high, &low);
+        }
+        ((C *)a.lse2)[g * a.rows + row] = high;
+        ((C *)a.lse2_low)[g * a.rows + row] = low;
+        if (a.per_branch) {
+            ((C *)a.delta)[g * a.rows + row] = 0;
+            continue;
+        }
+        C gl = a.dlse.data ? ((const C *)a.dlse.data)[b * a.dlse.stride[0] + n * a.dlse.stride[1] + h * a.dlse.stride[2]] : C(0);
+        ((C *)a.delta)[row] = (C)sum - gl;
+    }
+}
+
+static int make_stats(attn_args &a, const lac_a_attend_bwd *w)
+{
+    stats_args s = {};
+    s.out = tensor_of(&w->forward.out), s.g = a.g, s.lse = tensor_of(&w->forward.lse), s.dlse = a.dlse;
+    s.branch_lse = tensor_of(&w->forward.branch_lse);
+    s.rows = (int64_t)a.batch * a.n * a.heads;
+    s.n = a.n, s.heads = a.heads, s.head_dim = a.head_dim, s.branches = a.branches;
+    s.per_branch = a.per_branch, s.branch_softmax = a.sum;
+    s.lse2 = a.lse2, s.lse2_low = a.lse2_low, s.delta = a.delta, s.lse_all = (double *)a.lse_all;
+    return dispatch_float(w->forward.q.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        attn_stats_kernel<T><<<blocks_for(s.rows, THREADS / 8), THREADS, 0, lac_cuda_stream>>>(s);
+        return lac_cuda_launched("attention");
+    });
+}
+
+/* ---- operators ---- */
+
+static bool exact(int dtype) { return dtype == LAC_F64 || (dtype == LAC_F32 && !lac_cuda_engine->settings->tf32); }
+
+/* f32 sums between branches for a half tensor; the tensor itself otherwise */
+static size_t acc_bytes(const lac_view *v, int phases)
+{
+    return phases > 1 && dtype_bytes(v->dtype) == 2 ? (size_t)lac_view_numel(v) * sizeof(float) : 0;
+}
+
+extern "C" int lac_cuda_attend(const lac_a_attend *f)
+{
+    attn_args a;
+    const lac_plan *p = f->plan;
+    LAC_TRY(args_of(a, f));
+    if (!covered(p) || p->shift < 0) {
+        LAC_TRY(clear(&f->out));
+        LAC_TRY(fill_lse(&f->lse));
+    }
+    LAC_TRY(fill_lse(&f->branch_lse));
+    size_t sums = acc_bytes(&f->out, p->forward_phases), counters = (size_t)(1 + a.batch * a.heads) * sizeof(int);
+    lac_scratch space("attention", sums + counters);
+    if (!space.data) return LAC_E_MEMORY;
+    a.out = f->out.data;
+    a.acc = sums ? space.data : f->out.data;
+    a.counter = (int *)((char *)space.data + sums);
+    a.lse = f->lse.data, a.branch_lse = f->branch_lse.data;
+    return (exact(f->q.dtype) ? attn_forward_exact : attn_forward_tensor)(a, p, f->q.dtype);
+}
+
+static int run_backward(attn_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc)
+{
+    const lac_plan *p = w->forward.plan;
+    int dtype = w->forward.q.dtype;
+    auto queries = exact(dtype) ? attn_queries_exact : attn_queries_tensor;
+    auto keys = exact(dtype) ? attn_keys_exact : attn_keys_tensor;
+    LAC_TRY(make_stats(a, w));
+    if (a.per_branch) {
+        a.deltas = 1;
+        LAC_TRY(queries(a, p, dtype));
+        a.deltas = 0;
+    }
+    a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
+    LAC_TRY(keys(a, p, dtype));
+    a.out = w->dq.data, a.acc = dq_acc;
+    return queries(a, p, dtype);
+}
+
+extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
+{
+    attn_args a;
+    const lac_a_attend *f = &w->forward;
+    const lac_plan *p = f->plan;
+    LAC_TRY(args_of(a, f));
+    a.g = tensor_of(&w->dout);
+    a.dlse = tensor_of(&w->dlse);
+    a.per_branch = lac_plan_branch_delta(p);
+    if (!covered(p) || p->shift < 0) LAC_TRY(clear(&w->dq));
+    if (!covered(p)) {
+        LAC_TRY(clear(&w->dk));
+        LAC_TRY(clear(&w->dv));
+    }
+    size_t c = f->q.dtype == LAC_F64 ? 8 : 4, rows = (size_t)a.batch * (size_t)a.n * (size_t)a.heads;
+    size_t stats = rows * (size_t)(a.per_branch ? a.branches : 1) * c;
+    size_t all = a.sum && w->dlse.data ? rows * sizeof(double) : 0;
+    size_t qs = acc_bytes(&w->dq, p->forward_phases), ks = acc_bytes(&w->dk, p->backward_phases);
+    stats = (stats + 15) / 16 * 16;
+    lac_scratch space("attention", all + qs + 2 * ks + 3 * stats + (1 + rows / (size_t)a.n) * sizeof(int));
+    if (!space.data) return LAC_E_MEMORY;
+    char *at = (char *)space.data;
+    if (all) a.lse_all = (double *)at;
+    at += all;
+    char *dq_acc = qs ? at : (char *)w->dq.data, *dk_acc = ks ? at + qs : (char *)w->dk.data;
+    char *dv_acc = ks ? at + qs + ks : (char *)w->dv.data;
+    at += qs + 2 * ks;
+    a.lse2 = at, a.lse2_low = at + stats, a.delta = at + 2 * stats;
+    a.counter = (int *)(at + 3 * stats);
+    return run_backward(a, w, dq_acc, dk_acc, dv_acc);
+}

@@ -1,0 +1,173 @@
+/* attn_keys.cu: the backward of attention on tensor cores, seen from the keys: dk and dv.
+ *
+ * A block owns keys of one unit (the heads of a branch that share a key/value head and an offset) and walks over the query
+ * rows that may see them, head after head. Scores come out transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T
+ * are, in the registers where they are made, the left operands of dV += P^T dO and dK += dS^T Q: nothing passes through
+ * shared memory but the operands themselves. The lse and delta of the query rows run along with them.
+ *
+ * Units are found by arithmetic: the first head of a key/value head's group with an offset leads, the tiles of the other
+ * heads with the same offset end at once. Head dimensions above 128 run twice, for dk and for dv, because both sums do
+ * not fit into registers. Rejected: one block per head and sums over heads afterwards.
+ */
+#include "attn_mma.cuh"
+#include "attn_slow.cuh"
+
+enum { PART_DK = 1, PART_DV = 2 };
+
+template <class Op, int DP, int M, int WARPS, int BQ, int MINIMUM, int PARTS>
+__global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __grid_constant__ attn_args a)
+{
+    typedef typename Op::T T;
+    typedef typename Op::tile Tile;
+    constexpr int WM = 16 * M, BK = WM * WARPS, N = BQ / 8, E = DP / 8, KB = BK * Tile::ROW, QB = BQ * Tile::ROW;
+    extern __shared__ __align__(128) uint8_t memory[];
+    const uint32_t sk = attn_shared(memory), sv = sk + KB, sq = sv + KB, sg = sq + 2 * QB;
+    __shared__ uint64_t seen[BK], kept[BK];
+    __shared__ __align__(16) float lse[2][BQ], delta[2][BQ];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __shared__ attn_tile t;
+    if (!attn_next<true>(a, BK, t)) return;
+    if (!attn_leads(a, t.g, t.h)) {
+        attn_signal<true>(a, t);
+        return;
+    }
+    const int hk = t.h / a.group, w0 = t.first + warp * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
+    int low = t.first - t.after, high = t.end - 1 + t.before + 1;
+    low = low > t.q0 ? low : t.q0;
+    high = high < t.q1 ? high : t.q1;
+    if (t.first >= t.live) high = low;
+    const float log2_scale = (float)(a.scale * ATTN_LOG2E), gz = (float)(a.gscale * a.keep_scale);
+    const bool pad = a.padding != NULL;
+    auto load = [&](int h, int i0, int stage) {
+        attn_load<Tile, T, BQ, DP, WARPS * 32>(sq + stage * QB, a, a.q, t, h, a.shift, i0, t.q1, false);
+        attn_load<Tile, T, BQ, DP, WARPS * 32>(sg + stage * QB, a, a.g, t, h, a.shift, i0, t.q1, false);
+        if ((int)threadIdx.x < BQ) {
+            const int i = i0 + (int)threadIdx.x;
+            const uint32_t l = attn_shared(&lse[stage][threadIdx.x]), d = attn_shared(&delta[stage][threadIdx.x]);
+            if (i < t.q1) {
+                const int64_t at = attn_stat(a, t, h, i, a.per_branch);
+                attn_copy4(l, (const float *)a.lse2 + at);
+                attn_copy4(d, (const float *)a.delta + at);
+            } else {
+                lse[stage][threadIdx.x] = INFINITY;
+                delta[stage][threadIdx.x] = 0;
+            }
+        }
+    };
+    attn_load<Tile, T, BK, DP, WARPS * 32>(sk, a, a.k, t, hk, 0, t.first, t.live, pad);
+    attn_load<Tile, T, BK, DP, WARPS * 32>(sv, a, a.v, t, hk, 0, t.first, t.live, pad);
+    if (low < high) load(t.h, low, 0);
+    attn_commit();
+    float dk[M][PARTS & PART_DK ? E : 1][4], dv[M][PARTS & PART_DV ? E : 1][4];
+    clear(dk);
+    clear(dv);
+    int stage = 0, h = t.h, next = t.h;
+#pragma unroll 1
+    for (int i0 = low; low < high && h >= 0; stage ^= 1) {
+        attn_arrived();
+        __syncthreads();
+        int i1 = i0 + BQ;
+        if (i1 >= high) {
+            i1 = low;
+            next = attn_follows(a, t.g, h);
+        }
+        if (next >= 0) load(next, i1, stage ^ 1);
+        attn_commit();
+        const int i = i0, head = h;
+        i0 = i1;
+        h = next;
+        if (w0 >= w1 || i + BQ - 1 < w0 - t.after || i > w1 - 1 + t.before) continue;
+        const bool partial = w0 + WM > t.live || i < w1 - 1 - t.after || i + BQ - 1 > w0 + t.before || pad || a.dedup;
+        if (partial) attn_tell<M>(seen, attn_key_rows(a, t, head, w0 + lane % WM, i));
+        if (a.p > 0) attn_tell<M>(kept, attn_kept<true>(a, t, head, w0 + lane % WM, i));
+        float s[M][N][4];
+        scores<Op, DP>(s, sk, warp * WM, sq + stage * QB);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const float2 l = *(const float2 *)&lse[stage][8 * n + lane % 4 * 2];
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[m][n][e] = attn_ex2(fmaf(s[m][n][e], log2_scale, e % 2 ? -l.y : -l.x));
+        }
+        if constexpr (PARTS & PART_DK) {
+            float d[M][N][4];
+            scores<Op, DP>(d, sv, warp * WM, sg + stage * QB);
+            if (a.p > 0) attn_select<M, N>(d, kept, 0);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                const float2 l = *(const float2 *)&delta[stage][8 * n + lane % 4 * 2];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) d[m][n][e] = s[m][n][e] * fmaf(d[m][n][e], gz, e % 2 ? -l.y : -l.x);
+            }
+            if (partial) attn_select<M, N>(d, seen, 0);
+            weighted<Op>(dk, d, sq + stage * QB);
+        }
+        if constexpr (PARTS & PART_DV) {
+            if (partial) attn_select<M, N>(s, seen, 0);
+            if (a.p > 0) attn_select<M, N>(s, kept, 0);
+            weighted<Op>(dv, s, sg + stage * QB);
+        }
+    }
+    attn_arrived();
+    const bool masks = a.causal || a.window >= 0 || a.dedup || a.lengths || pad;
+    const bool spoilt = __syncthreads_or(masks && !(finite(dk) && finite(dv)));
+    attn_wait<true>(a, t);
+    const float scale = (float)a.scale;
+    if (spoilt)
+        for (int j = t.first + warp; j < t.end; j += WARPS) attn_slow_key<T>(a, t, j, PARTS & PART_DK, PARTS & PART_DV);
+    else
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int row = w0 + 16 * m + 8 * i + lane / 4;
+                if (row >= w1) continue;
+                const int64_t position = t.base + (int64_t)row * t.r;
+                const int64_t at = ((int64_t)t.b * a.m + position) * a.kv_heads + hk;
+                const int others = attn_others<true>(a, t, (unsigned)position);
+                const float before = others & 1 ? 1.f : 0.f;
+#pragma unroll
+                for (int e = 0; e < E; e++) {
+                    if constexpr (PARTS & PART_DK)
+                        attn_put2<T>(a, a.out, a.acc, at, 8 * e + lane % 4 * 2, dk[m][e][2 * i] * scale,
+                                     dk[m][e][2 * i + 1] * scale, before, !(others & 2));
+                    if constexpr (PARTS & PART_DV)
+                        attn_put2<T>(a, a.out2, a.acc2, at, 8 * e + lane % 4 * 2, dv[m][e][2 * i] * gz,
+                                     dv[m][e][2 * i + 1] * gz, before, !(others & 2));
+                }
+            }
+    attn_signal<true>(a, t);
+}
+
+template <class Op, int DP, int M, int WARPS, int BQ, int MINIMUM, int PARTS>
+static int launch(attn_args &a, const lac_plan *plan)
+{
+    int64_t tiles;
+    LAC_TRY(attn_number(a, plan, true, 16 * M * WARPS, &tiles));
+    return attn_launch(attn_keys_kernel<Op, DP, M, WARPS, BQ, MINIMUM, PARTS>, a, tiles, WARPS * 32,
+                       (size_t)(32 * M * WARPS + 4 * BQ) * Op::tile::ROW);
+}
+template <class Op, int DP, int M, int WARPS, int BQ, int MINIMUM> static int launch2(attn_args &a, const lac_plan *plan)
+{
+    LAC_TRY((launch<Op, DP, M, WARPS, BQ, MINIMUM, PART_DK>(a, plan)));
+    return launch<Op, DP, M, WARPS, BQ, MINIMUM, PART_DV>(a, plan);
+}
+
+int attn_keys_tensor(attn_args &a, const lac_plan *plan, int dtype)
+{
+    int d = a.head_dim;
+    if (dtype == LAC_BF16)
+        return d <= 64    ? launch<op_bf16<64>, 64, 2, 4, 32, 2, 3>(a, plan)
+               : d <= 128 ? launch<op_bf16<128>, 128, 1, 4, 64, 2, 3>(a, plan)
+                          : launch2<op_bf16<256>, 256, 1, 4, 32, 1>(a, plan);
+    if (dtype == LAC_F16)
+        return d <= 64    ? launch<op_f16<64>, 64, 2, 4, 32, 2, 3>(a, plan)
+               : d <= 128 ? launch<op_f16<128>, 128, 1, 4, 64, 2, 3>(a, plan)
+                          : launch2<op_f16<256>, 256, 1, 4, 32, 1>(a, plan);
+    return d <= 64    ? launch<op_tf32<64>, 64, 2, 4, 32, 2, 3>(a, plan)
+           : d <= 128 ? launch<op_tf32<128>, 128, 1, 4, 32, 1, 3>(a, plan)
+                      : launch2<op_tf32<256>, 256, 1, 2, 16, 1>(a, plan);
+}

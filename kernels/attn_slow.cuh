@@ -1,0 +1,174 @@
+/* attn_slow.cuh: one row of attention by one warp, with plain loops: what tiles with values that are not finite fall to.
+ *
+ * Tensor cores multiply whole tiles, and a masked pair is a product with zero; zero times NaN or infinity is NaN, so a
+ * value that is not finite would spoil rows that must not see it. The fast kernels notice that a result is not finite
+ * and have the tile's rows done here, pair by pair: only visible pairs are ever multiplied. This is as slow as it looks
+ * and runs only where there are NaNs, in which case the numbers are lost anyway; what counts is that they stay where
+ * they belong, as on the CPU. Rejected: looking at every tile beforehand (5% of short causal segments), a careful
+ * variant of the main loop (its registers spilled).
+ *
+ * A lane takes pairs lane, lane + 32, ... for scores, and head dimensions lane, lane + 32, ... for sums.
+ */
+#ifndef LAC_CUDA_ATTN_SLOW_CUH
+#define LAC_CUDA_ATTN_SLOW_CUH
+#include "attn.cuh"
+
+enum { ATTN_SLOW_PARTS = 8 }; /* head dimensions of one lane: 256 / 32 */
+
+template <class T> __device__ __forceinline__ const T *attn_at(const attn_tensor &x, int b, int64_t row, int h)
+{
+    return (const T *)x.data + b * x.stride[0] + row * x.stride[1] + h * x.stride[2];
+}
+/* exp2 without the errors of the fast instruction */
+__device__ __forceinline__ float attn_exp2(float x) { return exp2f(x); }
+__device__ __forceinline__ double attn_exp2(double x) { return exp2(x); }
+
+/* keys `first` .. +63 that query row i may see; by one warp */
+static __device__ uint64_t attn_slow_keys(const attn_args &a, const attn_tile &t, int i, int first)
+{
+    uint64_t alive = attn_alive(a, t, first);
+    return attn_row_keys(a, t, t.h, i, first, alive);
+}
+
+/* Row i of the tile: out, lse. */
+template <class T> static __device__ __noinline__ void attn_slow_forward(const attn_args &a, const attn_tile &t, int i)
+{
+    typedef compute_t<T> C;
+    const int lane = threadIdx.x % 32, hk = t.h / a.group;
+    const C scale = (C)(a.scale * ATTN_LOG2E);
+    const T *q = attn_at<T>(a.q, t.b, t.base + (int64_t)i * t.r - a.shift, t.h);
+    C o[ATTN_SLOW_PARTS] = {}, top = -INFINITY, sum = 0;
+    for (int first = 0; first < t.live; first += 64) {
+        uint64_t seen = attn_slow_keys(a, t, i, first), kept = a.p > 0 ? attn_kept<false>(a, t, t.h, i, first) : 0;
+        for (; seen; seen &= seen - 1) {
+            int j = __ffsll((long long)seen) - 1;
+            int64_t key = t.base + (int64_t)(first + j) * t.r;
+            C s = 0;
+            const T *k = attn_at<T>(a.k, t.b, key, hk), *v = attn_at<T>(a.v, t.b, key, hk);
+            for (int d = lane; d < a.head_dim; d += 32)
+                s += to_compute(q[d * a.q.stride[3]]) * to_compute(k[d * a.k.stride[3]]);
+            s = warp_sum(s) * scale;
+            C most = s > top ? s : top, shift = most == -INFINITY ? C(0) : most, shrink = attn_exp2(top - shift);
+            C p = attn_exp2(s - shift), z = a.p > 0 ? (kept >> j & 1 ? (C)a.keep_scale : C(0)) : C(1);
+            top = most;
+            sum = sum * shrink + p;
+#pragma unroll
+            for (int e = 0; e < ATTN_SLOW_PARTS; e++) {
+                int d = lane + 32 * e;
+                if (d < a.head_dim) o[e] = o[e] * shrink + p * z * to_compute(v[d * a.v.stride[3]]);
+            }
+        }
+    }
+    attn_row<C> f = {};
+    if (lane == 0) f = attn_finish<C>(a, t, i, top, sum);
+    f.own = __shfl_sync(~0u, f.own, 0), f.before = __shfl_sync(~0u, f.before, 0), f.at = __shfl_sync(~0u, f.at, 0);
+    f.last = __shfl_sync(~0u, (int)f.last, 0);
+    for (int e = 0; e < ATTN_SLOW_PARTS; e++) {
+        int d = lane + 32 * e;
+        if (d >= a.head_dim) break;
+        C *acc = (C *)a.acc + f.at * a.head_dim + d, x = o[e] * f.own;
+        if (f.before != 0) x += f.before * __ldcg(acc);
+        if (f.last) ((T *)a.out)[f.at * a.head_dim + d] = from_compute<T>(x);
+        else *acc = x;
+    }
+}
+
+/* sums over a warp of x[d] y[d] */
+template <class T>
+static __device__ compute_t<T> attn_warp_dot(const attn_args &a, const attn_tensor &x, const T *xr, const attn_tensor &y,
+                                             const T *yr)
+{
+    compute_t<T> sum = 0;
+    for (int d = threadIdx.x % 32; d < a.head_dim; d += 32)
+        sum += to_compute(xr[d * x.stride[3]]) * to_compute(yr[d * y.stride[3]]);
+    return warp_sum(sum);
+}
+
+/* P and dS of a visible pair; the same in every lane. Returns P as it weighs dout (after dropout). */
+template <class T>
+static __device__ compute_t<T> attn_pair(const attn_args &a, const attn_tile &t, int h, int i, int64_t key, bool kept,
+                                         compute_t<T> *ds)
+{
+    typedef compute_t<T> C;
+    int64_t n = t.base + (int64_t)i * t.r - a.shift, at = attn_stat(a, t, h, i, a.per_branch);
+    const T *q = attn_at<T>(a.q, t.b, n, h), *g = attn_at<T>(a.g, t.b, n, h);
+    const T *k = attn_at<T>(a.k, t.b, key, h / a.group), *v = attn_at<T>(a.v, t.b, key, h / a.group);
+    C s = attn_warp_dot<T>(a, a.q, q, a.k, k), d = attn_warp_dot<T>(a, a.g, g, a.v, v);
+    C high = (C)(a.scale * ATTN_LOG2E), low = (C)(a.scale * ATTN_LOG2E - (double)high), lse = ((const C *)a.lse2)[at];
+    *ds = 0;
+    if (lse == INFINITY) return 0; /* the row has no key */
+    C p = attn_exp2((s * high - lse) + (s * low - ((const C *)a.lse2_low)[at])), z = kept ? (C)(a.gscale * a.keep_scale) : C(0);
+    *ds = p * (d * z - ((const C *)a.delta)[at]);
+    return p * z;
+}
+
+/* Row i of dq. */
+template <class T> static __device__ __noinline__ void attn_slow_query(const attn_args &a, const attn_tile &t, int i)
+{
+    typedef compute_t<T> C;
+    const int lane = threadIdx.x % 32, hk = t.h / a.group;
+    C dq[ATTN_SLOW_PARTS] = {}, ds;
+    for (int first = 0; first < t.live; first += 64) {
+        uint64_t seen = attn_slow_keys(a, t, i, first), kept = a.p > 0 ? attn_kept<false>(a, t, t.h, i, first) : ~(uint64_t)0;
+        for (; seen; seen &= seen - 1) {
+            int j = __ffsll((long long)seen) - 1;
+            int64_t key = t.base + (int64_t)(first + j) * t.r;
+            attn_pair<T>(a, t, t.h, i, key, kept >> j & 1, &ds);
+            const T *k = attn_at<T>(a.k, t.b, key, hk);
+#pragma unroll
+            for (int e = 0; e < ATTN_SLOW_PARTS; e++)
+                if (lane + 32 * e < a.head_dim) dq[e] += ds * to_compute(k[(lane + 32 * e) * a.k.stride[3]]);
+        }
+    }
+    int others = attn_others<false>(a, t, (unsigned)(t.base + (int64_t)i * t.r));
+    int64_t at = attn_stat(a, t, t.h, i, false);
+    for (int e = 0; e < ATTN_SLOW_PARTS; e++) {
+        int d = lane + 32 * e;
+        if (d >= a.head_dim) break;
+        C *acc = (C *)a.acc + at * a.head_dim + d, x = dq[e] * (C)a.scale;
+        if (others & 1) x += __ldcg(acc);
+        if (others & 2) *acc = x;
+        else ((T *)a.out)[at * a.head_dim + d] = from_compute<T>(x);
+    }
+}
+
+/* Rows j of dk and dv, as far as they are asked for. */
+template <class T>
+static __device__ __noinline__ void attn_slow_key(const attn_args &a, const attn_tile &t, int j, bool want_dk, bool want_dv)
+{
+    typedef compute_t<T> C;
+    const int lane = threadIdx.x % 32;
+    const int64_t key = t.base + (int64_t)j * t.r, at = ((int64_t)t.b * a.m + key) * a.kv_heads + t.h / a.group;
+    C dk[ATTN_SLOW_PARTS] = {}, dv[ATTN_SLOW_PARTS] = {}, ds;
+    for (int h = t.h; h >= 0; h = attn_follows(a, t.g, h))
+        for (int first = t.q0; first < t.q1; first += 64) {
+            uint64_t seen = attn_key_rows(a, t, h, j, first);
+            uint64_t kept = a.p > 0 ? attn_kept<true>(a, t, h, j, first) : ~(uint64_t)0;
+            for (; seen; seen &= seen - 1) {
+                int i = first + __ffsll((long long)seen) - 1;
+                int64_t n = t.base + (int64_t)i * t.r - a.shift;
+                if (((const C *)a.lse2)[attn_stat(a, t, h, i, a.per_branch)] == INFINITY) continue;
+                C p = attn_pair<T>(a, t, h, i, key, kept >> (i - first) & 1, &ds);
+                const T *q = attn_at<T>(a.q, t.b, n, h), *g = attn_at<T>(a.g, t.b, n, h);
+#pragma unroll
+                for (int e = 0; e < ATTN_SLOW_PARTS; e++) {
+                    int d = lane + 32 * e;
+                    if (d >= a.head_dim) continue;
+                    dk[e] += ds * to_compute(q[d * a.q.stride[3]]);
+                    dv[e] += p * to_compute(g[d * a.g.stride[3]]);
+                }
+            }
+        }
+    int others = attn_others<true>(a, t, (unsigned)key);
+    for (int which = 0; which < 2; which++)
+        for (int e = 0; e < ATTN_SLOW_PARTS; e++) {
+            int d = lane + 32 * e;
+            if (d >= a.head_dim || !(which ? want_dv : want_dk)) break;
+            C *acc = (C *)(which ? a.acc2 : a.acc) + at * a.head_dim + d, x = which ? dv[e] : dk[e] * (C)a.scale;
+            if (others & 1) x += __ldcg(acc);
+            if (others & 2) *acc = x;
+            else ((T *)(which ? a.out2 : a.out))[at * a.head_dim + d] = from_compute<T>(x);
+        }
+}
+
+#endif
