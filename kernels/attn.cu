@@ -1,14 +1,14 @@
 /* attn.cu: attention on CUDA, the host's side: from a plan to the arguments of the kernels, and the statistics of rows.
  *
- * The forward is one launch, the backward three: lse and delta of every row in base 2 (this file), dq (attn_queries.cu),
- * dk and dv (attn_keys.cu); merges that need a delta per branch add a pass over the queries. Rows that no branch keeps
- * are cleared beforehand, unless a branch without dilation reaches every row.
+ * The forward is one launch, the backward three: lse and delta of every row in base 2 (this file), dq
+ * (attn_queries.cu), dk and dv (attn_keys.cu); merges that need a delta per branch add a pass over the queries. Rows
+ * that no branch keeps are cleared beforehand, unless a branch without dilation reaches every row.
  *
  * Memory beside tensors: f32 sums of f16 and bf16 results where branches meet in a row (one copy of the result, none
- * otherwise), three numbers a row and head in the backward (per branch if deltas are), a few counters. f64 and, unless
+ * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters. f64 and, unless
  * lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cu); everything else on tensor cores.
- * Branches run in the reverse order of the plan's phases: the last to run is then usually the one without dilation, which
- * reaches every row, so that each row is rounded once and most sums stay in the cache.
+ * Branches run in the reverse order of the plan's phases: the last to run is then usually the one without dilation,
+ * which reaches every row, so that each row is rounded once and most sums stay in the cache.
  */
 #include "attn.cuh"
 #include <cmath>
@@ -31,7 +31,8 @@ static int args_of(attn_args &a, const lac_a_attend *f)
     const lac_plan *p = f->plan;
     const lac_attn_desc *d = &p->desc;
     const int64_t limit = INT32_MAX;
-    if (d->head_dim > 256) LAC_FAIL(ARGUMENT, "attention: head_dim %d is not supported on cuda, the largest is 256", d->head_dim);
+    if (d->head_dim > 256)
+        LAC_FAIL(ARGUMENT, "attention: head_dim %d is not supported on cuda, the largest is 256", d->head_dim);
     if (d->n > limit / 2 || d->m > limit / 2 || d->batch * d->heads > limit / 2)
         LAC_FAIL(ARGUMENT, "attention: %lld queries, %lld keys, batch %lld x %d heads: cuda counts each below 2^30",
                  (long long)d->n, (long long)d->m, (long long)d->batch, d->heads);
@@ -48,13 +49,20 @@ static int args_of(attn_args &a, const lac_a_attend *f)
     a.lengths = f->lengths.data, a.lengths_stride = f->lengths.stride[0], a.lengths_wide = f->lengths.dtype == LAC_I64;
     a.p = (float)f->dropout;
     a.scale = f->scale, a.gscale = lac_plan_gscale(p), a.keep_scale = 1 / (1 - f->dropout);
+    a.log2_scale = (float)(a.scale * ATTN_LOG2E), a.log2_magnitude = fabsf(a.log2_scale);
     a.seed = f->seed, a.offset = f->offset;
     for (int g = 0; g < d->branches; g++) {
         a.branch[g].segment = (int)p->segment[g];
-        a.branch[g].dilation = least(d->dilation[g], limit); /* above the segment it only tells one offset from another */
+        a.branch[g].dilation =
+            least(d->dilation[g], limit); /* above the segment it only tells one offset from another */
         a.branch[g].head0 = p->head0[g], a.branch[g].heads = p->heads[g];
     }
     return 0;
+}
+
+static size_t counters(const attn_args &a)
+{
+    return (1 + (size_t)a.branches * (size_t)a.batch * (size_t)a.heads) * sizeof(int);
 }
 
 int attn_number(attn_args &a, const lac_plan *p, bool keys, int height, int64_t *tiles)
@@ -86,9 +94,9 @@ int attn_number(attn_args &a, const lac_plan *p, bool keys, int height, int64_t 
         a.branch[best].begin = *tiles;
         *tiles += a.branch[best].tiles;
     }
-    if (*tiles > INT32_MAX) LAC_FAIL(ARGUMENT, "attention: %lld tiles are too many for one launch on cuda", (long long)*tiles);
-    if (a.ranks > 1)
-        CUDA_TRY("attention", cudaMemsetAsync(a.counter, 0, (size_t)(1 + a.batch * a.heads) * sizeof(int), lac_cuda_stream));
+    if (*tiles > INT32_MAX)
+        LAC_FAIL(ARGUMENT, "attention: %lld tiles are too many for one launch on cuda", (long long)*tiles);
+    if (a.ranks > 1) CUDA_TRY("attention", cudaMemsetAsync(a.counter, 0, counters(a), lac_cuda_stream));
     return 0;
 }
 
@@ -107,7 +115,8 @@ static bool covered(const lac_plan *p)
 
 template <class C> __global__ void __launch_bounds__(THREADS) attn_fill_kernel(C *x, int64_t n, C value)
 {
-    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) x[i] = value;
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS)
+        x[i] = value;
 }
 
 static int fill_lse(const lac_view *v)
@@ -123,8 +132,8 @@ static int fill_lse(const lac_view *v)
 
 static int clear(const lac_view *v)
 {
-    return lac_cuda_check("attention", cudaMemsetAsync(v->data, 0, (size_t)(lac_view_numel(v) * dtype_bytes(v->dtype)),
-                                                       lac_cuda_stream));
+    return lac_cuda_check(
+        "attention", cudaMemsetAsync(v->data, 0, (size_t)(lac_view_numel(v) * dtype_bytes(v->dtype)), lac_cuda_stream));
 }
 
 /* ---- statistics of rows for the backward ---- */
@@ -134,12 +143,8 @@ struct stats_args {
     int64_t rows;                              /* B N H */
     int n, heads, head_dim, branches;
     bool per_branch, branch_softmax;
-    void *lse2, *lse2_low, *delta;
+    void *lse2, *lse2_low, *delta, *delta_low;
     double *lse_all;
-};
-
-template <class T> struct stats_sum { /* dout and out are multiplied in double where the inputs are exact */
-    typedef std::conditional_t<sizeof(T) == 2, float, double> type;
 };
 
 /* base-2 lse in two parts; +inf where there is no key, so that P is 0 */
@@ -155,12 +160,13 @@ __device__ __forceinline__ void base2(double lse, double *high, double *low)
     *low = isfinite(lse) ? fma(lse, ATTN_LOG2E, -*high) + lse * 2.0355273740931033e-17 : 0.0;
 }
 
-/* eight lanes a row */
+/* Eight lanes a row. In f32 and f64 one lane multiplies dout and out in the order of the exact kernels' products: where
+ * one key has all the weight, out is its value and dP - delta cancels to the last bit, as it should. */
 template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(const __grid_constant__ stats_args a)
 {
     typedef compute_t<T> C;
     constexpr int PER = 16 / (int)sizeof(T);
-    typename stats_sum<T>::type sum = 0;
+    C sum = 0;
     int64_t row = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / 8;
     int lane = threadIdx.x % 8;
     if (row >= a.rows) row = a.rows - 1; /* the last one again: all lanes take part in the sum */
@@ -168,21 +174,26 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
     if (!a.per_branch) {
         const T *x = (const T *)a.out.data + b * a.out.stride[0] + n * a.out.stride[1] + h * a.out.stride[2];
         const T *y = (const T *)a.g.data + b * a.g.stride[0] + n * a.g.stride[1] + h * a.g.stride[2];
-        if (a.out.vec && a.g.vec) {
-            struct alignas(16) chunk {
-                T at[PER];
-            };
-            for (int c = lane; c * PER < a.head_dim; c += 8) {
-                const chunk u = ((const chunk *)x)[c], v = ((const chunk *)y)[c];
+        if (sizeof(T) == 2) { /* f16, bf16 */
+            if (a.out.vec && a.g.vec) {
+                struct alignas(16) chunk {
+                    T at[PER];
+                };
+                for (int c = lane; c * PER < a.head_dim; c += 8) {
+                    const chunk u = ((const chunk *)x)[c], v = ((const chunk *)y)[c];
 #pragma unroll
-                for (int i = 0; i < PER; i++) sum += (decltype(sum))to_compute(u.at[i]) * (decltype(sum))to_compute(v.at[i]);
+                    for (int i = 0; i < PER; i++) sum += to_compute(u.at[i]) * to_compute(v.at[i]);
+                }
+            } else {
+                for (int d = lane; d < a.head_dim; d += 8)
+                    sum += to_compute(x[d * a.out.stride[3]]) * to_compute(y[d * a.g.stride[3]]);
             }
-        } else {
-            for (int d = lane; d < a.head_dim; d += 8)
-                sum += (decltype(sum))to_compute(x[d * a.out.stride[3]]) * (decltype(sum))to_compute(y[d * a.g.stride[3]]);
-        }
 #pragma unroll
-        for (int o = 1; o < 8; o *= 2) sum += __shfl_xor_sync(~0u, sum, o);
+            for (int o = 1; o < 8; o *= 2) sum += __shfl_xor_sync(~0u, sum, o);
+        } else if (lane == 0) {
+            for (int d = 0; d < a.head_dim; d++)
+                sum = fma(to_compute(y[d * a.g.stride[3]]), to_compute(x[d * a.out.stride[3]]), sum);
+        }
     }
     if (lane) return;
     const C *lse = (const C *)a.lse.data + b * a.lse.stride[0] + n * a.lse.stride[1] + h * a.lse.stride[2];
@@ -200,8 +211,14 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
             ((C *)a.delta)[g * a.rows + row] = 0;
             continue;
         }
-        C gl = a.dlse.data ? ((const C *)a.dlse.data)[b * a.dlse.stride[0] + n * a.dlse.stride[1] + h * a.dlse.stride[2]] : C(0);
-        ((C *)a.delta)[row] = (C)sum - gl;
+        C gl = a.dlse.data
+                   ? ((const C *)a.dlse.data)[b * a.dlse.stride[0] + n * a.dlse.stride[1] + h * a.dlse.stride[2]]
+                   : C(0);
+        ((C *)a.delta)[row] = sum - gl;
+        if (a.delta_low) {
+            C high = sum - gl, part = high - sum; /* what the difference rounded off (Knuth 1969) */
+            ((C *)a.delta_low)[row] = (sum - (high - part)) + (-gl - part);
+        }
     }
 }
 
@@ -213,7 +230,8 @@ static int make_stats(attn_args &a, const lac_a_attend_bwd *w)
     s.rows = (int64_t)a.batch * a.n * a.heads;
     s.n = a.n, s.heads = a.heads, s.head_dim = a.head_dim, s.branches = a.branches;
     s.per_branch = a.per_branch, s.branch_softmax = a.sum;
-    s.lse2 = a.lse2, s.lse2_low = a.lse2_low, s.delta = a.delta, s.lse_all = (double *)a.lse_all;
+    s.lse2 = a.lse2, s.lse2_low = a.lse2_low, s.delta = a.delta, s.delta_low = a.delta_low,
+    s.lse_all = (double *)a.lse_all;
     return dispatch_float(w->forward.q.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         attn_stats_kernel<T><<<blocks_for(s.rows, THREADS / 8), THREADS, 0, lac_cuda_stream>>>(s);
@@ -241,8 +259,8 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
         LAC_TRY(fill_lse(&f->lse));
     }
     LAC_TRY(fill_lse(&f->branch_lse));
-    size_t sums = acc_bytes(&f->out, p->forward_phases), counters = (size_t)(1 + a.batch * a.heads) * sizeof(int);
-    lac_scratch space("attention", sums + counters);
+    size_t sums = acc_bytes(&f->out, p->forward_phases);
+    lac_scratch space("attention", sums + counters(a));
     if (!space.data) return LAC_E_MEMORY;
     a.out = f->out.data;
     a.acc = sums ? space.data : f->out.data;
@@ -288,7 +306,7 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     size_t all = a.sum && w->dlse.data ? rows * sizeof(double) : 0;
     size_t qs = acc_bytes(&w->dq, p->forward_phases), ks = acc_bytes(&w->dk, p->backward_phases);
     stats = (stats + 15) / 16 * 16;
-    lac_scratch space("attention", all + qs + 2 * ks + 3 * stats + (1 + rows / (size_t)a.n) * sizeof(int));
+    lac_scratch space("attention", all + qs + 2 * ks + 4 * stats + counters(a));
     if (!space.data) return LAC_E_MEMORY;
     char *at = (char *)space.data;
     if (all) a.lse_all = (double *)at;
@@ -297,6 +315,7 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     char *dv_acc = ks ? at + qs + ks : (char *)w->dv.data;
     at += qs + 2 * ks;
     a.lse2 = at, a.lse2_low = at + stats, a.delta = at + 2 * stats;
-    a.counter = (int *)(at + 3 * stats);
+    if (!a.per_branch) a.delta_low = at + 3 * stats;
+    a.counter = (int *)(at + 4 * stats);
     return run_backward(a, w, dq_acc, dk_acc, dv_acc);
 }

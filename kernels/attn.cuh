@@ -6,7 +6,7 @@
  * segments, padding) arrives as zeros without touching memory.
  *
  * Branches that meet in a row are merged in the order of the plan's phases. A tile computes its own softmax first and
- * only then waits for the tiles of earlier phases of its (batch item, head), whose counter says that their rows are
+ * only then waits for the tiles of earlier phases of its (batch item, head), whose counters say that their rows are
  * out; tiles are claimed in order, so what a tile waits for is already running. Sums live in f32 until the last branch
  * of a row, which lattice arithmetic knows, rounds them into the tensor. No float is ever added atomically: the same
  * call gives the same bits.
@@ -43,7 +43,7 @@ enum { ATTN_MERGE = 1, ATTN_SUM = 2 }; /* what happens to rows that several bran
 struct attn_args {
     attn_branch branch[LAC_MAX_BRANCHES];
     int branches, ranks, batch, n, m, shift, heads, kv_heads, group, head_dim, offset_rule, causal, dedup, window, sum;
-    int deltas; /* the query pass of the backward: only the rows' deltas */
+    int deltas;             /* the query pass of the backward: only the rows' deltas */
     attn_tensor q, k, v, g; /* g: gradient of out */
     const uint8_t *padding;
     int64_t padding_stride[2];
@@ -52,22 +52,23 @@ struct attn_args {
     int lengths_wide;
     float p; /* dropout */
     double scale, gscale, keep_scale;
+    float log2_scale, log2_magnitude; /* scale log2 e, and its magnitude */
     uint64_t seed, offset;
-    void *out, *acc;     /* result and its sums between branches (the result itself, or f32): forward out, backward dq */
-    void *out2, *acc2;   /* backward: dv (out and acc: dk) */
+    void *out, *acc;   /* result and its sums between branches (the result itself, or f32): forward out, backward dq */
+    void *out2, *acc2; /* backward: dv (out and acc: dk) */
     void *lse, *branch_lse;
-    void *lse2, *lse2_low, *delta; /* backward, compute type: [B, N, H], per branch if `per_branch` */
+    void *lse2, *lse2_low, *delta, *delta_low; /* backward, compute type: [B, N, H], per branch if `per_branch` */
     int per_branch;
-    attn_tensor dlse; /* data NULL: none */
+    attn_tensor dlse;      /* data NULL: none */
     const double *lse_all; /* [B, N, H]: base-2 lse of the merged softmax, for dlse's share */
-    int *counter;        /* [1 + B H]: next tile, finished tiles */
+    int *counter;          /* [1 + G B H]: next tile, finished tiles */
 };
 static_assert(sizeof(attn_args) <= 4096, "arguments of a kernel");
 
 struct attn_tile {
-    int g, b, h;      /* h: the head whose rows the tile owns: query head, or (key pass) the first head of the unit */
-    int64_t base;     /* position of lattice index 0 */
-    int r, q0, q1, keys, live; /* live: keys before the batch item's length */
+    int g, b, h;  /* h: the head whose rows the tile owns: query head, or (key pass) the first head of the unit */
+    int64_t base; /* position of lattice index 0 */
+    int r, q0, q1, keys, live;     /* live: keys before the batch item's length */
     int after, before, first, end; /* rows [first, end) */
 };
 
@@ -101,8 +102,8 @@ __device__ __forceinline__ bool attn_keeps(const attn_args &a, int g, int h, uns
     return at >= 0 && at % br.dilation == 0 && (int)s >= br.segment0 && (int)s < br.segment0 + br.segments;
 }
 
-/* Units: does head h own the keys of its key/value head in branch g, for its offset? and the next head of the unit after h,
- * or -1 */
+/* Units: does head h own the keys of its key/value head in branch g, for its offset? and the next head of the unit
+ * after h, or -1 */
 __device__ __forceinline__ bool attn_leads(const attn_args &a, int g, int h)
 {
     for (int e = h / a.group * a.group; e < h; e++)
@@ -117,7 +118,8 @@ __device__ __forceinline__ int attn_follows(const attn_args &a, int g, int h)
 }
 
 /* Number -> tile. KEYS: rows are keys and h the head of a unit. */
-template <bool KEYS> __device__ __forceinline__ void attn_decode(const attn_args &a, int64_t id, int height, attn_tile &t)
+template <bool KEYS>
+__device__ __forceinline__ void attn_decode(const attn_args &a, int64_t id, int height, attn_tile &t)
 {
     int g = 0;
     while (id < a.branch[g].begin || id >= a.branch[g].begin + a.branch[g].tiles) g++;
@@ -129,7 +131,8 @@ template <bool KEYS> __device__ __forceinline__ void attn_decode(const attn_args
     t.g = g;
     t.h = br.head0 + (int)(rem % (unsigned)br.heads);
     t.b = (int)(rem / (unsigned)br.heads);
-    if (!KEYS) block = (unsigned)br.blocks - 1 - block; /* causal: the last rows are the heaviest, and so are the first keys */
+    if (!KEYS)
+        block = (unsigned)br.blocks - 1 - block; /* causal: the last rows are the heaviest, and so are the first keys */
     int64_t start = (int64_t)(br.segment0 + (int)s) * br.segment, end = start + br.segment;
     int64_t q_end = (int64_t)a.shift + a.n;
     t.base = start + attn_offset(a, g, t.h);
@@ -152,29 +155,30 @@ template <bool KEYS> __device__ __forceinline__ void attn_decode(const attn_args
 
 /* ---- order among tiles ---- */
 
+/* One counter a branch, batch item and head (key pass: key/value head). Not one a head: tiles without rows are done at
+ * once, whatever their rank. */
+template <bool KEYS> __device__ __forceinline__ int *attn_done(const attn_args &a, const attn_tile &t, int g)
+{
+    return a.counter + 1 + ((int64_t)g * a.batch + t.b) * a.heads + (KEYS ? t.h / a.group : t.h);
+}
+
 /* Waits for the tiles of smaller rank of the same batch item and head (key pass: of the heads that share its keys). */
 template <bool KEYS> __device__ __forceinline__ void attn_wait(const attn_args &a, const attn_tile &t)
 {
-    int rank = a.branch[t.g].rank, expected = 0, h0 = t.h, h1 = t.h + 1;
-    if (KEYS) {
-        h0 = t.h / a.group * a.group;
-        h1 = h0 + a.group;
-    }
+    int rank = a.branch[t.g].rank, h0 = KEYS ? t.h / a.group * a.group : t.h, h1 = KEYS ? h0 + a.group : h0 + 1;
     if (rank == 0) return;
-    for (int g = 0; g < a.branches; g++) {
-        const attn_branch &br = a.branch[g];
-        int low = br.head0 > h0 ? br.head0 : h0, high = br.head0 + br.heads < h1 ? br.head0 + br.heads : h1;
-        if (br.rank < rank && high > low) expected += (high - low) * br.segments * br.blocks;
-    }
-    if (threadIdx.x == 0) {
-        const int *at = a.counter + 1 + (KEYS ? t.b * a.kv_heads + t.h / a.group : t.b * a.heads + t.h);
-        int seen;
-        for (;;) {
-            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
-            if (seen >= expected) break;
-            __nanosleep(40);
+    if (threadIdx.x == 0)
+        for (int g = 0; g < a.branches; g++) {
+            const attn_branch &br = a.branch[g];
+            int low = br.head0 > h0 ? br.head0 : h0, high = br.head0 + br.heads < h1 ? br.head0 + br.heads : h1;
+            if (br.rank >= rank || high <= low) continue;
+            const int *at = attn_done<KEYS>(a, t, g), expected = (high - low) * br.segments * br.blocks;
+            for (int seen;;) {
+                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
+                if (seen >= expected) break;
+                __nanosleep(40);
+            }
         }
-    }
     __syncthreads();
 }
 
@@ -185,14 +189,15 @@ template <bool KEYS> __device__ __forceinline__ void attn_signal(const attn_args
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        atomicAdd(a.counter + 1 + (KEYS ? t.b * a.kv_heads + t.h / a.group : t.b * a.heads + t.h), 1);
+        atomicAdd(attn_done<KEYS>(a, t, t.g), 1);
     }
 }
 
 /* Claims the block's next tile; t lies in shared memory, where it costs no registers. False if the tile has no rows. */
 template <bool KEYS> __device__ __forceinline__ bool attn_next(const attn_args &a, int height, attn_tile &t)
 {
-    if (threadIdx.x == 0) attn_decode<KEYS>(a, a.ranks == 1 ? blockIdx.x : (unsigned)atomicAdd(a.counter, 1), height, t);
+    if (threadIdx.x == 0)
+        attn_decode<KEYS>(a, a.ranks == 1 ? blockIdx.x : (unsigned)atomicAdd(a.counter, 1), height, t);
     __syncthreads();
     if (t.first < t.end) return true;
     attn_signal<KEYS>(a, t);
@@ -200,10 +205,12 @@ template <bool KEYS> __device__ __forceinline__ bool attn_next(const attn_args &
 }
 
 /* Which other branches reach a row: bit 0: one of smaller rank, bit 1: one of larger rank. */
-template <bool KEYS> __device__ __forceinline__ int attn_others(const attn_args &a, const attn_tile &t, unsigned position)
+template <bool KEYS>
+__device__ __forceinline__ int attn_others(const attn_args &a, const attn_tile &t, unsigned position)
 {
     if (a.ranks == 1) return 0;
-    int rank = a.branch[t.g].rank, found = 0, h0 = KEYS ? t.h / a.group * a.group : t.h, h1 = KEYS ? h0 + a.group : h0 + 1;
+    int rank = a.branch[t.g].rank, found = 0, h0 = KEYS ? t.h / a.group * a.group : t.h,
+        h1 = KEYS ? h0 + a.group : h0 + 1;
     for (int g = 0; g < a.branches; g++) {
         int which = a.branch[g].rank < rank ? 1 : a.branch[g].rank > rank ? 2 : 0;
         if (which & ~found)
@@ -278,7 +285,8 @@ __device__ __forceinline__ uint64_t attn_key_rows(const attn_args &a, const attn
 }
 
 /* Kept pairs (dropout) of query lattice row i with 64 keys, or of key i with 64 query rows. */
-template <bool KEYS> __device__ __forceinline__ uint64_t attn_kept(const attn_args &a, const attn_tile &t, int h, int i, int first)
+template <bool KEYS>
+__device__ __forceinline__ uint64_t attn_kept(const attn_args &a, const attn_tile &t, int h, int i, int first)
 {
     uint64_t kept = 0, block = ~(uint64_t)0, head = (uint64_t)t.b * (uint64_t)a.heads + (uint64_t)h;
     uint32_t word[4] = {0, 0, 0, 0};
@@ -314,8 +322,8 @@ __device__ __forceinline__ double attn_log_add(double a, double b)
     return top + log1p(exp(low - top));
 }
 
-/* What a finished row becomes. In: base-2 maximum and sum of the branch's softmax. Out: out = mine * own + before * sums
- * so far, and the lse to store. C is double for f64 only. */
+/* What a finished row becomes. In: base-2 maximum and sum of the branch's softmax. Out: out = mine * own + before *
+ * sums so far, and the lse to store. C is double for f64 only. */
 template <class C> struct attn_row {
     C own, before;
     int64_t at; /* (b N + n) H + h */
@@ -333,8 +341,7 @@ __device__ __forceinline__ attn_row<C> attn_finish(const attn_args &a, const att
     row.last = !(others & 2);
     row.own = sum == 0 ? C(0) : (C)a.gscale / sum;
     row.before = 0;
-    if (a.sum && a.branch_lse)
-        ((C *)a.branch_lse)[(int64_t)t.g * a.batch * a.n * a.heads + row.at] = (C)mine;
+    if (a.sum && a.branch_lse) ((C *)a.branch_lse)[(int64_t)t.g * a.batch * a.n * a.heads + row.at] = (C)mine;
     if (others & 1) {
         double old = (double)__ldcg(lse), all = attn_log_add(old, mine);
         row.before = 1;
@@ -346,6 +353,19 @@ __device__ __forceinline__ attn_row<C> attn_finish(const attn_args &a, const att
     }
     *lse = (C)mine;
     return row;
+}
+
+/* The same for the rows of a warp whose `lanes` neighbouring lanes share a row: the first of them asks and writes. */
+template <class C, int LANES>
+__device__ __forceinline__ attn_row<C> attn_finish_shared(const attn_args &a, const attn_tile &t, int i, bool valid,
+                                                          C top, C sum)
+{
+    attn_row<C> f = {};
+    const int from = threadIdx.x % 32 / LANES * LANES;
+    if (valid && threadIdx.x % LANES == 0) f = attn_finish<C>(a, t, i, top, sum);
+    f.own = __shfl_sync(~0u, f.own, from), f.before = __shfl_sync(~0u, f.before, from);
+    f.at = __shfl_sync(~0u, f.at, from), f.last = __shfl_sync(~0u, (int)f.last, from);
+    return f;
 }
 
 /* ---- loads ---- */
@@ -363,15 +383,16 @@ __device__ __forceinline__ void attn_copy4(uint32_t to, const void *from)
 __device__ __forceinline__ void attn_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void attn_arrived() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-/* Lattice rows [first, first + ROWS) of (b, h) into a tile of shared memory; rows from `limit` on, columns past the head
- * dimension, and (`padding`) rows that are padding become zeros. Tile::at(row, chunk) is the byte of a 16-byte chunk. */
+/* Lattice rows [first, first + ROWS) of (b, h) into a tile of shared memory; rows from `limit` on, columns past the
+ * head dimension, and (`padding`) rows that are padding become zeros. Tile::at(row, chunk) is the byte of a 16-byte
+ * chunk. */
 template <class Tile, class T, int ROWS, int DP, int THREADS_>
-__device__ __forceinline__ void attn_load(uint32_t to, const attn_args &a, const attn_tensor &x, const attn_tile &t, int h,
-                                          int shift, int first, int limit, bool padding)
+__device__ __forceinline__ void attn_load(uint32_t to, const attn_args &a, const attn_tensor &x, const attn_tile &t,
+                                          int h, int shift, int first, int limit, bool padding)
 {
     constexpr int PER = 16 / (int)sizeof(T), CHUNKS = DP / PER;
-    const T *rows = (const T *)x.data + (int64_t)t.b * x.stride[0] + (int64_t)h * x.stride[2] +
-                    (t.base - shift) * x.stride[1];
+    const T *rows =
+        (const T *)x.data + (int64_t)t.b * x.stride[0] + (int64_t)h * x.stride[2] + (t.base - shift) * x.stride[1];
     int64_t step = (int64_t)t.r * x.stride[1];
     if (x.vec) {
 #pragma unroll
@@ -380,8 +401,8 @@ __device__ __forceinline__ void attn_load(uint32_t to, const attn_args &a, const
             if (ROWS * CHUNKS % THREADS_ && at >= ROWS * CHUNKS) break;
             bool valid = first + row < limit && chunk * PER < a.head_dim;
             if (padding && valid) valid = !attn_padded(a, t.b, t.base + (int64_t)(first + row) * t.r);
-            attn_copy16(to + Tile::at(row, chunk), valid ? rows + (first + row) * step + chunk * PER : (const T *)x.data,
-                        valid);
+            attn_copy16(to + Tile::at(row, chunk),
+                        valid ? rows + (first + row) * step + chunk * PER : (const T *)x.data, valid);
         }
         return;
     }
@@ -396,10 +417,43 @@ __device__ __forceinline__ void attn_load(uint32_t to, const attn_args &a, const
             e[i] = valid && chunk * PER + i < a.head_dim ? rows[(first + row) * step + (chunk * PER + i) * x.stride[3]]
                                                          : from_compute<T>(compute_t<T>(0));
         const uint4 v = *(const uint4 *)e;
-        asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to + Tile::at(row, chunk)), "r"(v.x), "r"(v.y), "r"(v.z),
-                     "r"(v.w)
+        asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to + Tile::at(row, chunk)), "r"(v.x), "r"(v.y),
+                     "r"(v.z), "r"(v.w)
                      : "memory");
     }
+}
+
+/* The same for tiles that follow each other, without padding: the thread's address moves along, so that a chunk costs a
+ * comparison and an addition. `quick` says whether a tensor can be read so. */
+template <class Tile, class T, int ROWS, int DP, int THREADS_> struct attn_stream {
+    enum { PER = 16 / (int)sizeof(T), CHUNKS = DP / PER, EACH = THREADS_ / CHUNKS, TURNS = ROWS / EACH };
+    static_assert(THREADS_ % CHUNKS == 0 && ROWS % EACH == 0, "a thread always has the same chunk");
+    const char *from;
+    __device__ __forceinline__ void start(const attn_args &a, const attn_tensor &x, const attn_tile &t, int h,
+                                          int shift, int first)
+    {
+        const int row = first + threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        from = (const char *)((const T *)x.data + (int64_t)t.b * x.stride[0] + (int64_t)h * x.stride[2] +
+                              (t.base - shift) * x.stride[1] + row * ((int64_t)t.r * x.stride[1]) + chunk * PER);
+    }
+    /* the tile that begins `first` rows into the lattice, which has `limit` */
+    __device__ __forceinline__ void next(uint32_t to, const attn_args &a, const attn_tensor &x, const attn_tile &t,
+                                         int first, int limit)
+    {
+        const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS,
+                  hop = t.r * (int)x.stride[1] * (EACH * (int)sizeof(T));
+        const int left = chunk * PER < a.head_dim ? limit - first - row : 0;
+#pragma unroll
+        for (int i = 0; i < TURNS; i++) {
+            attn_copy16(to + Tile::at(i * EACH + row, chunk), from, i * EACH < left);
+            from += hop;
+        }
+    }
+};
+__device__ __forceinline__ bool attn_quick(const attn_args &a, const attn_tensor &x, const attn_tile &t)
+{
+    const int64_t step = (int64_t)t.r * x.stride[1];
+    return x.vec && !a.padding && step < 1 << 23 && step > -(1 << 23);
 }
 
 /* index into lse2, lse2_low and delta of query lattice row i */
@@ -417,11 +471,16 @@ template <class C> __device__ __forceinline__ void attn_put_delta(const attn_arg
     C gl = g.data ? ((const C *)g.data)[t.b * g.stride[0] + n * g.stride[1] + t.h * g.stride[2]] : C(0);
     if (gl != 0) {
         double mine = (double)((const C *)a.lse2)[at] + (double)((const C *)a.lse2_low)[at], share = 1;
-        double all = a.lse_all[attn_stat(a, t, t.h, i, false)];
-        if (a.sum && mine != INFINITY) share = exp2(mine - all);
+        if (a.sum && mine != INFINITY) share = exp2(mine - a.lse_all[attn_stat(a, t, t.h, i, false)]);
         own -= gl * (C)share;
     }
     ((C *)a.delta)[at] = own;
+}
+
+/* what delta's rounding left (the gradient of lse may be much smaller); deltas of branches have none */
+template <class C> __device__ __forceinline__ C attn_delta_low(const attn_args &a, int64_t at)
+{
+    return a.delta_low ? ((const C *)a.delta_low)[at] : C(0);
 }
 
 /* ---- launches: one function a file ---- */

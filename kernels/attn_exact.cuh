@@ -1,9 +1,10 @@
 /* attn_exact.cuh: products of tiles by plain multiply-adds, for attention in f32 without TF32 and in f64.
  *
- * 128 threads as 16 x 8: a thread has R rows (16 apart) and some columns (8 apart). Both products read 16 bytes at a time
- * from shared memory; rows are 16 bytes longer than the data, so that the four rows or eight columns that a warp reads at
- * once lie in different banks. With 8 x 8 scores a thread, 16 reads feed 256 multiply-adds: arithmetic is the limit. The
- * second product's left operand goes through shared memory, because its rows and columns belong to other threads.
+ * 128 threads as 16 x 8: a thread has R rows (16 apart) and some columns (8 apart). Both products read 16 bytes at a
+ * time from shared memory; rows are 16 bytes longer than the data, so that the four rows or eight columns that a warp
+ * reads at once lie in different banks. With 8 x 8 scores a thread, 16 reads feed 256 multiply-adds: arithmetic is the
+ * limit. The second product's left operand goes through shared memory, because its rows and columns belong to other
+ * threads.
  *
  * Rejected: TF32 three times with split operands (the tensor cores' sums are truncated, which costs the last bits that
  * "exact" promises); one kernel for all head dimensions (accumulators must be indexed by constants).
@@ -15,7 +16,17 @@
 
 template <class C_, int DP_, int R_, int S_> struct exact {
     typedef C_ C;
-    enum { DP = DP_, R = R_, S = S_, V = 16 / (int)sizeof(C), ROW = DP + V, P_ROW = 8 * S + V, BM = 16 * R, BN = 8 * S, E = DP / 8 };
+    enum {
+        DP = DP_,
+        R = R_,
+        S = S_,
+        V = 16 / (int)sizeof(C),
+        ROW = DP + V,
+        P_ROW = 8 * S + V,
+        BM = 16 * R,
+        BN = 8 * S,
+        E = DP / 8
+    };
     struct alignas(16) vector {
         C x[V];
     };
@@ -114,8 +125,8 @@ template <class C_, int DP_, int R_, int S_> struct exact {
         return probe == 0;
     }
     /* one element of a result: see attn_put2 */
-    static __device__ __forceinline__ void store(const attn_args &a, void *out, void *acc, int64_t row, int column, C x, C before,
-                                                 bool last)
+    static __device__ __forceinline__ void store(const attn_args &a, void *out, void *acc, int64_t row, int column, C x,
+                                                 C before, bool last)
     {
         if (column >= a.head_dim) return;
         int64_t at = row * a.head_dim + column;

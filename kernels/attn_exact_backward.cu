@@ -1,8 +1,9 @@
-/* attn_exact_backward.cu: the backward of attention in f32 (without TF32) and f64: the two passes of attn_queries.cu and
- * attn_keys.cu with plain products.
+/* attn_exact_backward.cu: the backward of attention in f32 (without TF32) and f64: the two passes of attn_queries.cu
+ * and attn_keys.cu with plain products.
  *
- * Exponents are base-2 differences in two parts, (S high - lse) + (S low - lse low): P would be off by the rounding of the
- * scale and of the lse otherwise, and dS = P (dP - delta) is a difference of nearly equal numbers where P is peaked.
+ * Exponents are base-2 differences in two parts, (S high - lse) + (S low - lse low): P would be off by the rounding of
+ * the scale and of the lse otherwise, and dS = P (dP - delta) is a difference of nearly equal numbers where P is
+ * peaked.
  */
 #include "attn_exact.cuh"
 
@@ -14,7 +15,8 @@ template <class X> struct exact_stats { /* per row of the own side (queries), or
     }
 };
 
-template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const __grid_constant__ attn_args a)
+template <class X>
+__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const __grid_constant__ attn_args a)
 {
     typedef typename X::C C;
     constexpr int R = X::R, S = X::S, BM = X::BM, BN = X::BN, E = X::E;
@@ -30,7 +32,7 @@ template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_q
     const C log2_scale = (C)(a.scale * ATTN_LOG2E), log2_low = (C)(a.scale * ATTN_LOG2E - (double)log2_scale);
     const C gz = (C)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
-    C dq[R][E], lse[R], lse_low[R], delta[R], weight[R], dot[R];
+    C dq[R][E], lse[R], lse_low[R], delta[R], delta_low[R], weight[R], dot[R];
     X::clear(dq);
 #pragma unroll
     for (int i = 0; i < R; i++) {
@@ -39,6 +41,7 @@ template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_q
         lse[i] = row < t.end ? ((const C *)a.lse2)[at] : (C)INFINITY;
         lse_low[i] = ((const C *)a.lse2_low)[at];
         delta[i] = ((const C *)a.delta)[at];
+        delta_low[i] = attn_delta_low<C>(a, at);
         weight[i] = dot[i] = 0;
     }
     attn_load<X, C, BM, X::DP, EXACT_THREADS>(attn_shared(q), a, a.q, t, t.h, a.shift, t.first, t.end, false);
@@ -49,13 +52,16 @@ template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_q
         attn_load<X, C, BN, X::DP, EXACT_THREADS>(attn_shared(k), a, a.k, t, hk, 0, k0, t.live, pad);
         attn_load<X, C, BN, X::DP, EXACT_THREADS>(attn_shared(v), a, a.v, t, hk, 0, k0, t.live, pad);
         attn_commit();
-        const bool partial = k0 + BN > t.live || k0 + BN - 1 > t.first + t.after || k0 < t.end - 1 - t.before || pad || a.dedup;
+        const bool partial =
+            k0 + BN > t.live || k0 + BN - 1 > t.first + t.after || k0 < t.end - 1 - t.before || pad || a.dedup;
         if (partial) {
             const uint64_t alive = attn_alive(a, t, k0);
-            for (int i = threadIdx.x; i < BM; i += EXACT_THREADS) seen[i] = attn_row_keys(a, t, t.h, t.first + i, k0, alive);
+            for (int i = threadIdx.x; i < BM; i += EXACT_THREADS)
+                seen[i] = attn_row_keys(a, t, t.h, t.first + i, k0, alive);
         }
         if (a.p > 0)
-            for (int i = threadIdx.x; i < BM; i += EXACT_THREADS) kept[i] = attn_kept<false>(a, t, t.h, t.first + i, k0);
+            for (int i = threadIdx.x; i < BM; i += EXACT_THREADS)
+                kept[i] = attn_kept<false>(a, t, t.h, t.first + i, k0);
         attn_arrived();
         __syncthreads();
         C s[R][S], d[R][S];
@@ -68,7 +74,7 @@ template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_q
                 C w = exact_stats<X>::p(s[i][j], log2_scale, log2_low, lse[i], lse_low[i]);
                 C dp = a.p > 0 && !X::bit(kept, i, j) ? C(0) : d[i][j] * gz;
                 const bool visible = !partial || X::bit(seen, i, j);
-                d[i][j] = visible ? w * (dp - delta[i]) : C(0);
+                d[i][j] = visible ? w * (dp - delta[i] - delta_low[i]) : C(0);
                 weight[i] += visible ? w : C(0);
                 dot[i] += visible && w != 0 ? w * dp : C(0);
             }
@@ -100,19 +106,21 @@ template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_q
             const int64_t at = attn_stat(a, t, t.h, row, false);
 #pragma unroll
             for (int e = 0; e < E; e++)
-                X::store(a, a.out, a.acc, at, X::place(e), dq[i][e] * (C)a.scale, others & 1 ? C(1) : C(0), !(others & 2));
+                X::store(a, a.out, a.acc, at, X::place(e), dq[i][e] * (C)a.scale, others & 1 ? C(1) : C(0),
+                         !(others & 2));
         }
     attn_signal<false>(a, t);
 }
 
-template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __grid_constant__ attn_args a)
+template <class X>
+__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __grid_constant__ attn_args a)
 {
     typedef typename X::C C;
     constexpr int R = X::R, S = X::S, BM = X::BM, BN = X::BN, E = X::E;
     extern __shared__ __align__(128) uint8_t memory[];
     C *k = (C *)memory, *v = k + BM * X::ROW, *q = v + BM * X::ROW, *g = q + BN * X::ROW, *p = g + BN * X::ROW;
     __shared__ uint64_t seen[BM], kept[BM];
-    __shared__ C lse[BN], lse_low[BN], delta[BN];
+    __shared__ C lse[BN], lse_low[BN], delta[BN], delta_low[BN];
     __shared__ attn_tile t;
     if (!attn_next<true>(a, BM, t)) return;
     if (!attn_leads(a, t.g, t.h)) {
@@ -146,10 +154,12 @@ template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_k
                 lse[j] = in ? ((const C *)a.lse2)[at] : (C)INFINITY;
                 lse_low[j] = ((const C *)a.lse2_low)[at];
                 delta[j] = ((const C *)a.delta)[at];
+                delta_low[j] = attn_delta_low<C>(a, at);
             }
             for (int i = threadIdx.x; i < BM; i += EXACT_THREADS) seen[i] = attn_key_rows(a, t, h, t.first + i, i0);
             if (a.p > 0)
-                for (int i = threadIdx.x; i < BM; i += EXACT_THREADS) kept[i] = attn_kept<true>(a, t, h, t.first + i, i0);
+                for (int i = threadIdx.x; i < BM; i += EXACT_THREADS)
+                    kept[i] = attn_kept<true>(a, t, h, t.first + i, i0);
             attn_arrived();
             __syncthreads();
             C s[R][S], d[R][S];
@@ -163,7 +173,7 @@ template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_k
                     C w = exact_stats<X>::p(s[i][j], log2_scale, log2_low, lse[c], lse_low[c]);
                     const bool keep = !(a.p > 0) || X::bit(kept, i, j);
                     const bool visible = X::bit(seen, i, j);
-                    d[i][j] = visible ? w * ((keep ? d[i][j] * gz : C(0)) - delta[c]) : C(0);
+                    d[i][j] = visible ? w * ((keep ? d[i][j] * gz : C(0)) - delta[c] - delta_low[c]) : C(0);
                     s[i][j] = visible && keep ? w : C(0);
                 }
             X::put(p, d);
@@ -179,7 +189,8 @@ template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_k
     const bool spoilt = __syncthreads_or(masks && !(X::finite(dk) && X::finite(dv)));
     attn_wait<true>(a, t);
     if (spoilt)
-        for (int j = t.first + threadIdx.x / 32; j < t.end; j += EXACT_THREADS / 32) attn_slow_key<C>(a, t, j, true, true);
+        for (int j = t.first + threadIdx.x / 32; j < t.end; j += EXACT_THREADS / 32)
+            attn_slow_key<C>(a, t, j, true, true);
     else
 #pragma unroll
         for (int i = 0; i < R; i++) {
@@ -206,20 +217,20 @@ template <class X, class K> static int launch(K kernel, attn_args &a, const lac_
     return attn_launch(kernel, a, tiles, EXACT_THREADS, bytes);
 }
 
-#define EACH(kernel, keys)                                                                                                   \
-    int d = a.head_dim;                                                                                                      \
-    typedef exact<double, 64, 2, 4> D64;                                                                                     \
-    typedef exact<double, 128, 2, 2> D128;                                                                                   \
-    typedef exact<double, 256, 1, 2> D256;                                                                                   \
-    typedef exact<float, 64, 4, 8> F64;                                                                                      \
-    typedef exact<float, 128, 4, 4> F128;                                                                                    \
-    typedef exact<float, 256, 2, 2> F256;                                                                                    \
-    if (dtype == LAC_F64)                                                                                                    \
-        return d <= 64    ? launch<D64>(kernel<D64>, a, plan, keys)                                                          \
-               : d <= 128 ? launch<D128>(kernel<D128>, a, plan, keys)                                                        \
-                          : launch<D256>(kernel<D256>, a, plan, keys);                                                       \
-    return d <= 64    ? launch<F64>(kernel<F64>, a, plan, keys)                                                              \
-           : d <= 128 ? launch<F128>(kernel<F128>, a, plan, keys)                                                            \
+#define EACH(kernel, keys)                                                                                             \
+    int d = a.head_dim;                                                                                                \
+    typedef exact<double, 64, 2, 4> D64;                                                                               \
+    typedef exact<double, 128, 2, 2> D128;                                                                             \
+    typedef exact<double, 256, 1, 2> D256;                                                                             \
+    typedef exact<float, 64, 4, 8> F64;                                                                                \
+    typedef exact<float, 128, 4, 4> F128;                                                                              \
+    typedef exact<float, 256, 2, 2> F256;                                                                              \
+    if (dtype == LAC_F64)                                                                                              \
+        return d <= 64    ? launch<D64>(kernel<D64>, a, plan, keys)                                                    \
+               : d <= 128 ? launch<D128>(kernel<D128>, a, plan, keys)                                                  \
+                          : launch<D256>(kernel<D256>, a, plan, keys);                                                 \
+    return d <= 64    ? launch<F64>(kernel<F64>, a, plan, keys)                                                        \
+           : d <= 128 ? launch<F128>(kernel<F128>, a, plan, keys)                                                      \
                       : launch<F256>(kernel<F256>, a, plan, keys)
 
 int attn_keys_exact(attn_args &a, const lac_plan *plan, int dtype) { EACH(attn_exact_keys_kernel, true); }

@@ -1,12 +1,14 @@
-/* attn_exact_forward.cu: the forward of attention in f32 (without TF32) and f64: attn_forward.cu's walk with plain products.
+/* attn_exact_forward.cu: the forward of attention in f32 (without TF32) and f64: attn_forward.cu's walk with plain
+ * products.
  *
- * Exponentials are exp2f and exp2, not the fast instruction: what is asked for here is the accuracy of the CPU. Keys and
- * values are not double-buffered; shared memory holds two blocks a multiprocessor instead, and one computes while the
- * other waits. Bound by multiply-adds: 4 D a pair at 2 D operations each.
+ * Exponentials are exp2f and exp2, not the fast instruction: what is asked for here is the accuracy of the CPU. Keys
+ * and values are not double-buffered; shared memory holds two blocks a multiprocessor instead, and one computes while
+ * the other waits. Bound by multiply-adds: 4 D a pair at 2 D operations each.
  */
 #include "attn_exact.cuh"
 
-template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const __grid_constant__ attn_args a)
+template <class X>
+__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const __grid_constant__ attn_args a)
 {
     typedef typename X::C C;
     constexpr int R = X::R, S = X::S, BM = X::BM, BN = X::BN, E = X::E;
@@ -32,13 +34,16 @@ template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_f
         attn_load<X, C, BN, X::DP, EXACT_THREADS>(attn_shared(k), a, a.k, t, hk, 0, k0, t.live, pad);
         attn_load<X, C, BN, X::DP, EXACT_THREADS>(attn_shared(v), a, a.v, t, hk, 0, k0, t.live, pad);
         attn_commit();
-        const bool partial = k0 + BN > t.live || k0 + BN - 1 > t.first + t.after || k0 < t.end - 1 - t.before || pad || a.dedup;
+        const bool partial =
+            k0 + BN > t.live || k0 + BN - 1 > t.first + t.after || k0 < t.end - 1 - t.before || pad || a.dedup;
         if (partial) {
             const uint64_t alive = attn_alive(a, t, k0);
-            for (int i = threadIdx.x; i < BM; i += EXACT_THREADS) seen[i] = attn_row_keys(a, t, t.h, t.first + i, k0, alive);
+            for (int i = threadIdx.x; i < BM; i += EXACT_THREADS)
+                seen[i] = attn_row_keys(a, t, t.h, t.first + i, k0, alive);
         }
         if (a.p > 0)
-            for (int i = threadIdx.x; i < BM; i += EXACT_THREADS) kept[i] = attn_kept<false>(a, t, t.h, t.first + i, k0);
+            for (int i = threadIdx.x; i < BM; i += EXACT_THREADS)
+                kept[i] = attn_kept<false>(a, t, t.h, t.first + i, k0);
         attn_arrived();
         __syncthreads();
         C s[R][S];
@@ -81,15 +86,11 @@ template <class X> __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_f
         for (int i = 0; i < R; i++) {
             const int row = t.first + X::row() + 16 * i;
             const C total = X::row_sum(sum[i]);
-            attn_row<C> f = {};
-            /* one lane of the row's eight asks and writes the statistics */
-            if (X::column() == 0 && row < t.end) f = attn_finish<C>(a, t, row, top[i], total);
-            const int from = threadIdx.x % 32 / 8 * 8;
-            f.own = __shfl_sync(~0u, f.own, from), f.before = __shfl_sync(~0u, f.before, from);
-            f.at = __shfl_sync(~0u, f.at, from), f.last = __shfl_sync(~0u, (int)f.last, from);
+            const attn_row<C> f = attn_finish_shared<C, 8>(a, t, row, row < t.end, top[i], total);
             if (row < t.end)
 #pragma unroll
-                for (int e = 0; e < E; e++) X::store(a, a.out, a.acc, f.at, X::place(e), o[i][e] * f.own * z, f.before, f.last);
+                for (int e = 0; e < E; e++)
+                    X::store(a, a.out, a.acc, f.at, X::place(e), o[i][e] * f.own * z, f.before, f.last);
         }
     attn_signal<false>(a, t);
 }
@@ -109,7 +110,7 @@ int attn_forward_exact(attn_args &a, const lac_plan *plan, int dtype)
         return d <= 64    ? launch<exact<double, 64, 4, 4>>(a, plan)
                : d <= 128 ? launch<exact<double, 128, 2, 4>>(a, plan)
                           : launch<exact<double, 256, 1, 2>>(a, plan);
-    return d <= 64    ? launch<exact<float, 64, 8, 8>>(a, plan)
+    return d <= 64    ? launch<exact<float, 64, 8, 4>>(a, plan)
            : d <= 128 ? launch<exact<float, 128, 4, 4>>(a, plan)
                       : launch<exact<float, 256, 2, 4>>(a, plan);
 }

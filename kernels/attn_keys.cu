@@ -1,13 +1,13 @@
 /* attn_keys.cu: the backward of attention on tensor cores, seen from the keys: dk and dv.
  *
- * A block owns keys of one unit (the heads of a branch that share a key/value head and an offset) and walks over the query
- * rows that may see them, head after head. Scores come out transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T
- * are, in the registers where they are made, the left operands of dV += P^T dO and dK += dS^T Q: nothing passes through
- * shared memory but the operands themselves. The lse and delta of the query rows run along with them.
+ * A block owns keys of one unit (the heads of a branch that share a key/value head and an offset) and walks over the
+ * query rows that may see them, head after head. Scores come out transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T
+ * and dS^T are, in the registers where they are made, the left operands of dV += P^T dO and dK += dS^T Q: nothing
+ * passes through shared memory but the operands themselves. The lse and delta of the query rows run along with them.
  *
- * Units are found by arithmetic: the first head of a key/value head's group with an offset leads, the tiles of the other
- * heads with the same offset end at once. Head dimensions above 128 run twice, for dk and for dv, because both sums do
- * not fit into registers. Rejected: one block per head and sums over heads afterwards.
+ * Units are found by arithmetic: the first head of a key/value head's group with an offset leads, the tiles of the
+ * other heads with the same offset end at once. Head dimensions above 128 run twice, for dk and for dv, because both
+ * sums do not fit into registers. Rejected: one block per head and sums over heads afterwards.
  */
 #include "attn_mma.cuh"
 #include "attn_slow.cuh"
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     typedef typename Op::tile Tile;
     constexpr int WM = 16 * M, BK = WM * WARPS, N = BQ / 8, E = DP / 8, KB = BK * Tile::ROW, QB = BQ * Tile::ROW;
     extern __shared__ __align__(128) uint8_t memory[];
-    const uint32_t sk = attn_shared(memory), sv = sk + KB, sq = sv + KB, sg = sq + 2 * QB;
+    const uint32_t sk = attn_tiles(memory), sv = sk + KB, sq = sv + KB, sg = sq + 2 * QB;
     __shared__ uint64_t seen[BK], kept[BK];
     __shared__ __align__(16) float lse[2][BQ], delta[2][BQ];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -36,11 +36,22 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     low = low > t.q0 ? low : t.q0;
     high = high < t.q1 ? high : t.q1;
     if (t.first >= t.live) high = low;
-    const float log2_scale = (float)(a.scale * ATTN_LOG2E), gz = (float)(a.gscale * a.keep_scale);
+    const float gz = (float)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
+    const bool quick = attn_quick(a, a.q, t) && attn_quick(a, a.g, t);
+    attn_stream<Tile, T, BQ, DP, WARPS * 32> qs, gs;
     auto load = [&](int h, int i0, int stage) {
-        attn_load<Tile, T, BQ, DP, WARPS * 32>(sq + stage * QB, a, a.q, t, h, a.shift, i0, t.q1, false);
-        attn_load<Tile, T, BQ, DP, WARPS * 32>(sg + stage * QB, a, a.g, t, h, a.shift, i0, t.q1, false);
+        if (quick) {
+            if (i0 == low) {
+                qs.start(a, a.q, t, h, a.shift, low);
+                gs.start(a, a.g, t, h, a.shift, low);
+            }
+            qs.next(sq + stage * QB, a, a.q, t, i0, t.q1);
+            gs.next(sg + stage * QB, a, a.g, t, i0, t.q1);
+        } else {
+            attn_load<Tile, T, BQ, DP, WARPS * 32>(sq + stage * QB, a, a.q, t, h, a.shift, i0, t.q1, false);
+            attn_load<Tile, T, BQ, DP, WARPS * 32>(sg + stage * QB, a, a.g, t, h, a.shift, i0, t.q1, false);
+        }
         if ((int)threadIdx.x < BQ) {
             const int i = i0 + (int)threadIdx.x;
             const uint32_t l = attn_shared(&lse[stage][threadIdx.x]), d = attn_shared(&delta[stage][threadIdx.x]);
@@ -88,12 +99,12 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) s[m][n][e] = attn_ex2(fmaf(s[m][n][e], log2_scale, e % 2 ? -l.y : -l.x));
+                for (int e = 0; e < 4; e++) s[m][n][e] = attn_ex2(fmaf(s[m][n][e], a.log2_scale, e % 2 ? -l.y : -l.x));
         }
         if constexpr (PARTS & PART_DK) {
             float d[M][N][4];
             scores<Op, DP>(d, sv, warp * WM, sg + stage * QB);
-            if (a.p > 0) attn_select<M, N>(d, kept, 0);
+            if (a.p > 0) attn_select(d, kept, BK, 0);
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 const float2 l = *(const float2 *)&delta[stage][8 * n + lane % 4 * 2];
@@ -102,12 +113,12 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
 #pragma unroll
                     for (int e = 0; e < 4; e++) d[m][n][e] = s[m][n][e] * fmaf(d[m][n][e], gz, e % 2 ? -l.y : -l.x);
             }
-            if (partial) attn_select<M, N>(d, seen, 0);
+            if (partial) attn_select(d, seen, BK, 0);
             weighted<Op>(dk, d, sq + stage * QB);
         }
         if constexpr (PARTS & PART_DV) {
-            if (partial) attn_select<M, N>(s, seen, 0);
-            if (a.p > 0) attn_select<M, N>(s, kept, 0);
+            if (partial) attn_select(s, seen, BK, 0);
+            if (a.p > 0) attn_select(s, kept, BK, 0);
             weighted<Op>(dv, s, sg + stage * QB);
         }
     }
@@ -148,9 +159,10 @@ static int launch(attn_args &a, const lac_plan *plan)
     int64_t tiles;
     LAC_TRY(attn_number(a, plan, true, 16 * M * WARPS, &tiles));
     return attn_launch(attn_keys_kernel<Op, DP, M, WARPS, BQ, MINIMUM, PARTS>, a, tiles, WARPS * 32,
-                       (size_t)(32 * M * WARPS + 4 * BQ) * Op::tile::ROW);
+                       (size_t)(32 * M * WARPS + 4 * BQ) * Op::tile::ROW + ATTN_ALIGN);
 }
-template <class Op, int DP, int M, int WARPS, int BQ, int MINIMUM> static int launch2(attn_args &a, const lac_plan *plan)
+template <class Op, int DP, int M, int WARPS, int BQ, int MINIMUM>
+static int launch2(attn_args &a, const lac_plan *plan)
 {
     LAC_TRY((launch<Op, DP, M, WARPS, BQ, MINIMUM, PART_DK>(a, plan)));
     return launch<Op, DP, M, WARPS, BQ, MINIMUM, PART_DV>(a, plan);
@@ -161,13 +173,13 @@ int attn_keys_tensor(attn_args &a, const lac_plan *plan, int dtype)
     int d = a.head_dim;
     if (dtype == LAC_BF16)
         return d <= 64    ? launch<op_bf16<64>, 64, 2, 4, 32, 2, 3>(a, plan)
-               : d <= 128 ? launch<op_bf16<128>, 128, 1, 4, 64, 2, 3>(a, plan)
+               : d <= 128 ? launch<op_bf16<128>, 128, 1, 4, 32, 2, 3>(a, plan)
                           : launch2<op_bf16<256>, 256, 1, 4, 32, 1>(a, plan);
     if (dtype == LAC_F16)
         return d <= 64    ? launch<op_f16<64>, 64, 2, 4, 32, 2, 3>(a, plan)
-               : d <= 128 ? launch<op_f16<128>, 128, 1, 4, 64, 2, 3>(a, plan)
+               : d <= 128 ? launch<op_f16<128>, 128, 1, 4, 32, 2, 3>(a, plan)
                           : launch2<op_f16<256>, 256, 1, 4, 32, 1>(a, plan);
-    return d <= 64    ? launch<op_tf32<64>, 64, 2, 4, 32, 2, 3>(a, plan)
-           : d <= 128 ? launch<op_tf32<128>, 128, 1, 4, 32, 1, 3>(a, plan)
+    return d <= 64    ? launch<op_tf32<64>, 64, 2, 4, 16, 2, 3>(a, plan)
+           : d <= 128 ? launch<op_tf32<128>, 128, 1, 4, 16, 1, 3>(a, plan)
                       : launch2<op_tf32<256>, 256, 1, 2, 16, 1>(a, plan);
 }

@@ -2,12 +2,12 @@
  *
  * A warp owns 16 or 32 rows. Its accumulators are 16 x 8 blocks of f32; what an operator type (f16, bf16, tf32) adds is
  * how operands are fetched: `a` 16 rows and one step of k from a row-major tile, `b` two blocks of 8 columns whose rows
- * lie in the tile (so the product is with the tile's transpose), `bt` the same from the tile as it is. The accumulators of
- * one product are the left operand of the next without moving between lanes (`left`): f16 and bf16 because the layouts
- * agree, tf32 because the order of k is free as long as both operands use the same one.
+ * lie in the tile (so the product is with the tile's transpose), `bt` the same from the tile as it is. The accumulators
+ * of one product are the left operand of the next without moving between lanes (`left`): f16 and bf16 because the
+ * layouts agree, tf32 because the order of k is free as long as both operands use the same one.
  *
- * Tiles of half types are swizzled by chunks of 16 bytes (ldmatrix meets every bank once); tf32 tiles have rows that are
- * 4 words longer than the data for the same reason.
+ * Tiles of half types are swizzled by chunks of 16 bytes (ldmatrix meets every bank once); tf32 tiles have rows that
+ * are 4 words longer than the data for the same reason.
  *
  * Products of masked pairs are products with zero, and 0 times NaN is NaN: a tile whose result is not finite although
  * some pairs are masked is computed again by attn_slow.cuh.
@@ -30,6 +30,20 @@ template <int DP> struct tile_tf32 {
     static __device__ __forceinline__ uint32_t at(int row, int chunk) { return (uint32_t)(row * ROW + chunk * 16); }
 };
 
+/* start of the tiles: dynamic shared memory from the next multiple of ATTN_ALIGN on */
+enum { ATTN_ALIGN = 512 };
+__device__ __forceinline__ uint32_t attn_tiles(const void *memory)
+{
+    return (attn_shared(memory) + ATTN_ALIGN - 1) & ~(ATTN_ALIGN - 1);
+}
+
+/* Hides from the compiler where x comes from: addresses computed from it are not kept in registers across the loop. */
+__device__ __forceinline__ uint32_t attn_opaque(uint32_t x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t from)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -48,20 +62,22 @@ __device__ __forceinline__ void ldmatrix_t(uint32_t (&r)[4], uint32_t from)
 template <int DP> struct op_half {
     typedef tile_half<DP> tile;
     enum { STEP = 16, BLOCKS = 2 }; /* k of one product; blocks of 8 columns that make one */
+    /* chunk c + 2 k of a row lies at (chunk c) ^ (k << 5), because tiles start at multiples of a row: one address a
+     * lane serves all steps, the rest are constants */
     static __device__ __forceinline__ void a(uint32_t (&r)[4], uint32_t t, int row, int k)
     {
         int lane = threadIdx.x % 32;
-        ldmatrix(r, t + tile::at(row + (lane & 15), 2 * k + (lane >> 4)));
+        ldmatrix(r, (t + row * tile::ROW + tile::at(lane & 15, lane >> 4)) ^ (k << 5));
     }
     static __device__ __forceinline__ void b(uint32_t (&r)[4], uint32_t t, int column, int k)
     {
         int lane = threadIdx.x % 32;
-        ldmatrix(r, t + tile::at(column + (lane & 7) + (lane >> 4 << 3), 2 * k + (lane >> 3 & 1)));
+        ldmatrix(r, ((t + tile::at((lane & 7) + (lane >> 4 << 3), lane >> 3 & 1)) ^ (k << 5)) + column * tile::ROW);
     }
     static __device__ __forceinline__ void bt(uint32_t (&r)[4], uint32_t t, int column, int k)
     {
         int lane = threadIdx.x % 32;
-        ldmatrix_t(r, t + tile::at(16 * k + (lane & 15), (column >> 3) + (lane >> 4)));
+        ldmatrix_t(r, ((t + tile::at(lane & 15, lane >> 4)) ^ (column << 1)) + 16 * k * tile::ROW);
     }
 };
 template <int DP> struct op_bf16 : op_half<DP> {
@@ -81,9 +97,10 @@ template <int DP> struct op_bf16 : op_half<DP> {
     }
     static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
     {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 };
 template <int DP> struct op_f16 : op_half<DP> {
@@ -103,9 +120,10 @@ template <int DP> struct op_f16 : op_half<DP> {
     }
     static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
     {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 };
 template <int DP> struct op_tf32 {
@@ -157,9 +175,10 @@ template <int DP> struct op_tf32 {
     }
     static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
     {
-        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 };
 
@@ -180,6 +199,8 @@ template <class Op, int DP, int M, int N>
 __device__ __forceinline__ void scores(float (&c)[M][N][4], uint32_t x, int row0, uint32_t y)
 {
     clear(c);
+    x = attn_opaque(x);
+    y = attn_opaque(y);
 #pragma unroll
     for (int k = 0; k < DP / Op::STEP; k++) {
         uint32_t a[M][4], b[4];
@@ -201,6 +222,7 @@ __device__ __forceinline__ void scores(float (&c)[M][N][4], uint32_t x, int row0
 template <class Op, int M, int N, int E>
 __device__ __forceinline__ void weighted(float (&c)[M][E][4], const float (&p)[M][N][4], uint32_t y)
 {
+    y = attn_opaque(y);
 #pragma unroll
     for (int k = 0; k < N / Op::BLOCKS; k++) {
         uint32_t a[M][4], b[4];
@@ -219,7 +241,7 @@ __device__ __forceinline__ void weighted(float (&c)[M][E][4], const float (&p)[M
 }
 
 /* The lane's row has these columns; attn_select asks for them in the accumulators' order. In shared memory, because the
- * scores take all registers meanwhile. */
+ * scores take all registers meanwhile: one word for each 64 columns, `height` words apart. */
 template <int M> __device__ __forceinline__ void attn_tell(uint64_t *rows, uint64_t mine)
 {
     int lane = threadIdx.x % 32;
@@ -229,19 +251,22 @@ template <int M> __device__ __forceinline__ void attn_tell(uint64_t *rows, uint6
 }
 /* x becomes `other` where its column is not in the mask of its row */
 template <int M, int N>
-__device__ __forceinline__ void attn_select(float (&x)[M][N][4], const uint64_t *rows, float other)
+__device__ __forceinline__ void attn_select(float (&x)[M][N][4], const uint64_t *rows, int height, float other)
 {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const uint64_t bits = rows[threadIdx.x / 32 * 16 * M + 16 * m + 8 * i + threadIdx.x % 32 / 4] >> (threadIdx.x % 4 * 2);
+        for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int n = 0; n < N; n++) {
-                if (!(bits >> (8 * n) & 1)) x[m][n][2 * i] = other;
-                if (!(bits >> (8 * n) & 2)) x[m][n][2 * i + 1] = other;
+            for (int w = 0; w < (N + 7) / 8; w++) {
+                const int row = threadIdx.x / 32 * 16 * M + 16 * m + 8 * i + threadIdx.x % 32 / 4;
+                const uint64_t bits = rows[w * height + row] >> (threadIdx.x % 4 * 2);
+#pragma unroll
+                for (int n = 8 * w; n < N && n < 8 * w + 8; n++) {
+                    if (!(bits >> (8 * n - 64 * w) & 1)) x[m][n][2 * i] = other;
+                    if (!(bits >> (8 * n - 64 * w) & 2)) x[m][n][2 * i + 1] = other;
+                }
             }
-        }
 }
 
 template <int M, int N> __device__ __forceinline__ void negate(float (&x)[M][N][4])
@@ -280,11 +305,11 @@ __device__ __forceinline__ float quad_max(float x)
 
 /* ---- results ---- */
 
-/* Two neighbouring columns of a row: the sums so far are added (factor `before`; 0: there are none) and the row is stored,
- * in `acc` (f32) or, if this branch is the row's last, rounded in `out`. */
+/* Two neighbouring columns of a row: the sums so far are added (factor `before`; 0: there are none) and the row is
+ * stored, in `acc` (f32) or, if this branch is the row's last, rounded in `out`. */
 template <class T>
-__device__ __forceinline__ void attn_put2(const attn_args &a, void *out, void *acc, int64_t row, int column, float x, float y,
-                                          float before, bool last)
+__device__ __forceinline__ void attn_put2(const attn_args &a, void *out, void *acc, int64_t row, int column, float x,
+                                          float y, float before, bool last)
 {
     if (column >= a.head_dim) return;
     int64_t at = row * a.head_dim + column;

@@ -1,11 +1,11 @@
-/* attn_queries.cu: the backward of attention on tensor cores, seen from the queries: dq, and deltas where a branch needs
- * its own.
+/* attn_queries.cu: the backward of attention on tensor cores, seen from the queries: dq, and deltas where a branch
+ * needs its own.
  *
- * The gradient is computed in two passes that share nothing: this one owns query rows and sums over keys (dq), the other
- * owns keys and sums over query rows (attn_keys.cu). Both recompute the scores, P = exp2(S - lse), dS = P (dP - delta),
- * so seven products run instead of five, but no sum ever crosses blocks: results are the same bits every time, and no
- * f32 copy of dq is written and read back. Merges with one softmax per branch, or with constant weights, run this pass
- * once before, for the sums of P and P dP over all keys whose quotient is the branch's delta.
+ * The gradient is computed in two passes that share nothing: this one owns query rows and sums over keys (dq), the
+ * other owns keys and sums over query rows (attn_keys.cu). Both recompute the scores, P = exp2(S - lse), dS = P (dP -
+ * delta), so seven products run instead of five, but no sum ever crosses blocks: results are the same bits every time,
+ * and no f32 copy of dq is written and read back. Merges with one softmax per branch, or with constant weights, run
+ * this pass once before, for the sums of P and P dP over all keys whose quotient is the branch's delta.
  *
  * Rejected: atomic sums of dq (not deterministic), sums in turns (blocks wait for each other).
  */
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
     typedef typename Op::tile Tile;
     constexpr int WM = 16 * M, BM = WM * WARPS, N = BN / 8, E = DP / 8, QB = BM * Tile::ROW, KB = BN * Tile::ROW;
     extern __shared__ __align__(128) uint8_t memory[];
-    const uint32_t sq = attn_shared(memory), sg = sq + QB, sk = sg + QB, sv = sk + 2 * KB;
+    const uint32_t sq = attn_tiles(memory), sg = sq + QB, sk = sg + QB, sv = sk + 2 * KB;
     __shared__ uint64_t seen[BM], kept[BM];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     __shared__ attn_tile t;
@@ -28,12 +28,21 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
     int low = t.first - t.before, high = t.end - 1 + t.after + 1;
     low = (low < 0 ? 0 : low) / BN * BN;
     high = high < t.live ? high : t.live;
-    const float log2_scale = (float)(a.scale * ATTN_LOG2E), gz = (float)(a.gscale * a.keep_scale);
+    const float gz = (float)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
     float dq[M][E][4], lse[M][2], delta[M][2], weight[M][2] = {}, dot[M][2] = {};
+    const bool quick = attn_quick(a, a.k, t) && attn_quick(a, a.v, t);
+    attn_stream<Tile, T, BN, DP, WARPS * 32> ks, vs;
+    ks.start(a, a.k, t, hk, 0, low);
+    vs.start(a, a.v, t, hk, 0, low);
     auto load = [&](int k0, int stage) {
-        attn_load<Tile, T, BN, DP, WARPS * 32>(sk + stage * KB, a, a.k, t, hk, 0, k0, t.live, pad);
-        attn_load<Tile, T, BN, DP, WARPS * 32>(sv + stage * KB, a, a.v, t, hk, 0, k0, t.live, pad);
+        if (quick) {
+            ks.next(sk + stage * KB, a, a.k, t, k0, t.live);
+            vs.next(sv + stage * KB, a, a.v, t, k0, t.live);
+        } else {
+            attn_load<Tile, T, BN, DP, WARPS * 32>(sk + stage * KB, a, a.k, t, hk, 0, k0, t.live, pad);
+            attn_load<Tile, T, BN, DP, WARPS * 32>(sv + stage * KB, a, a.v, t, hk, 0, k0, t.live, pad);
+        }
     };
     attn_load<Tile, T, BM, DP, WARPS * 32>(sq, a, a.q, t, t.h, a.shift, t.first, t.end, false);
     attn_load<Tile, T, BM, DP, WARPS * 32>(sg, a, a.g, t, t.h, a.shift, t.first, t.end, false);
@@ -63,17 +72,17 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
         float s[M][N][4], d[M][N][4];
         scores<Op, DP>(s, sq, warp * WM, sk + stage * KB);
         scores<Op, DP>(d, sg, warp * WM, sv + stage * KB);
-        if (a.p > 0) attn_select<M, N>(d, kept, 0);
+        if (a.p > 0) attn_select(d, kept, BM, 0);
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) s[m][n][i] = attn_ex2(fmaf(s[m][n][i], log2_scale, -lse[m][i / 2]));
+                for (int i = 0; i < 4; i++) s[m][n][i] = attn_ex2(fmaf(s[m][n][i], a.log2_scale, -lse[m][i / 2]));
         if (a.deltas) {
             if (partial) {
-                attn_select<M, N>(s, seen, 0);
-                attn_select<M, N>(d, seen, 0);
+                attn_select(s, seen, BM, 0);
+                attn_select(d, seen, BM, 0);
             }
 #pragma unroll
             for (int m = 0; m < M; m++)
@@ -92,7 +101,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
             for (int n = 0; n < N; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) d[m][n][i] = s[m][n][i] * fmaf(d[m][n][i], gz, -delta[m][i / 2]);
-        if (partial) attn_select<M, N>(d, seen, 0);
+        if (partial) attn_select(d, seen, BM, 0);
         weighted<Op>(dq, d, sk + stage * KB);
     }
     attn_arrived();
@@ -134,21 +143,21 @@ template <class Op, int DP, int M, int WARPS, int BN, int MINIMUM> static int la
     int64_t tiles;
     LAC_TRY(attn_number(a, plan, false, 16 * M * WARPS, &tiles));
     return attn_launch(attn_queries_kernel<Op, DP, M, WARPS, BN, MINIMUM>, a, tiles, WARPS * 32,
-                       (size_t)(32 * M * WARPS + 4 * BN) * Op::tile::ROW);
+                       (size_t)(32 * M * WARPS + 4 * BN) * Op::tile::ROW + ATTN_ALIGN);
 }
 
 int attn_queries_tensor(attn_args &a, const lac_plan *plan, int dtype)
 {
     int d = a.head_dim;
     if (dtype == LAC_BF16)
-        return d <= 64    ? launch<op_bf16<64>, 64, 2, 4, 32, 2>(a, plan)
+        return d <= 64    ? launch<op_bf16<64>, 64, 2, 4, 64, 2>(a, plan)
                : d <= 128 ? launch<op_bf16<128>, 128, 1, 4, 64, 2>(a, plan)
                           : launch<op_bf16<256>, 256, 1, 4, 32, 1>(a, plan);
     if (dtype == LAC_F16)
-        return d <= 64    ? launch<op_f16<64>, 64, 2, 4, 32, 2>(a, plan)
+        return d <= 64    ? launch<op_f16<64>, 64, 2, 4, 64, 2>(a, plan)
                : d <= 128 ? launch<op_f16<128>, 128, 1, 4, 64, 2>(a, plan)
                           : launch<op_f16<256>, 256, 1, 4, 32, 1>(a, plan);
-    return d <= 64    ? launch<op_tf32<64>, 64, 2, 4, 32, 2>(a, plan)
+    return d <= 64    ? launch<op_tf32<64>, 64, 2, 4, 16, 2>(a, plan)
            : d <= 128 ? launch<op_tf32<128>, 128, 1, 4, 32, 1>(a, plan)
                       : launch<op_tf32<256>, 256, 1, 2, 16, 1>(a, plan);
 }

@@ -1,4 +1,5 @@
-/* attn_slow.cuh: one row of attention by one warp, with plain loops: what tiles with values that are not finite fall to.
+/* attn_slow.cuh: one row of attention by one warp, with plain loops: what tiles with values that are not finite fall
+ * to.
  *
  * Tensor cores multiply whole tiles, and a masked pair is a product with zero; zero times NaN or infinity is NaN, so a
  * value that is not finite would spoil rows that must not see it. The fast kernels notice that a result is not finite
@@ -75,8 +76,8 @@ template <class T> static __device__ __noinline__ void attn_slow_forward(const a
 
 /* sums over a warp of x[d] y[d] */
 template <class T>
-static __device__ compute_t<T> attn_warp_dot(const attn_args &a, const attn_tensor &x, const T *xr, const attn_tensor &y,
-                                             const T *yr)
+static __device__ compute_t<T> attn_warp_dot(const attn_args &a, const attn_tensor &x, const T *xr,
+                                             const attn_tensor &y, const T *yr)
 {
     compute_t<T> sum = 0;
     for (int d = threadIdx.x % 32; d < a.head_dim; d += 32)
@@ -97,8 +98,9 @@ static __device__ compute_t<T> attn_pair(const attn_args &a, const attn_tile &t,
     C high = (C)(a.scale * ATTN_LOG2E), low = (C)(a.scale * ATTN_LOG2E - (double)high), lse = ((const C *)a.lse2)[at];
     *ds = 0;
     if (lse == INFINITY) return 0; /* the row has no key */
-    C p = attn_exp2((s * high - lse) + (s * low - ((const C *)a.lse2_low)[at])), z = kept ? (C)(a.gscale * a.keep_scale) : C(0);
-    *ds = p * (d * z - ((const C *)a.delta)[at]);
+    C p = attn_exp2((s * high - lse) + (s * low - ((const C *)a.lse2_low)[at])),
+      z = kept ? (C)(a.gscale * a.keep_scale) : C(0);
+    *ds = p * (d * z - ((const C *)a.delta)[at] - attn_delta_low<C>(a, at));
     return p * z;
 }
 
@@ -109,7 +111,8 @@ template <class T> static __device__ __noinline__ void attn_slow_query(const att
     const int lane = threadIdx.x % 32, hk = t.h / a.group;
     C dq[ATTN_SLOW_PARTS] = {}, ds;
     for (int first = 0; first < t.live; first += 64) {
-        uint64_t seen = attn_slow_keys(a, t, i, first), kept = a.p > 0 ? attn_kept<false>(a, t, t.h, i, first) : ~(uint64_t)0;
+        uint64_t seen = attn_slow_keys(a, t, i, first),
+                 kept = a.p > 0 ? attn_kept<false>(a, t, t.h, i, first) : ~(uint64_t)0;
         for (; seen; seen &= seen - 1) {
             int j = __ffsll((long long)seen) - 1;
             int64_t key = t.base + (int64_t)(first + j) * t.r;
@@ -134,7 +137,8 @@ template <class T> static __device__ __noinline__ void attn_slow_query(const att
 
 /* Rows j of dk and dv, as far as they are asked for. */
 template <class T>
-static __device__ __noinline__ void attn_slow_key(const attn_args &a, const attn_tile &t, int j, bool want_dk, bool want_dv)
+static __device__ __noinline__ void attn_slow_key(const attn_args &a, const attn_tile &t, int j, bool want_dk,
+                                                  bool want_dv)
 {
     typedef compute_t<T> C;
     const int lane = threadIdx.x % 32;

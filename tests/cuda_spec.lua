@@ -18,7 +18,7 @@ local inputs_of = require "support.inputs"
 
 -- what is still missing on CUDA, by the engine's name of the operator
 local MISSING = {}
-for name in ([[attend attend_bwd]]):gmatch("%S+") do MISSING[name] = true end
+for name in (""):gmatch("%S+") do MISSING[name] = true end -- nothing: names go between the quotes
 
 local function values(t)
   local dtype = t:dtype()

@@ -15,6 +15,9 @@ local ffi, C = lib.ffi, lib.C
 
 local direct = { C = C, ffi = ffi }
 
+--- Device of the tensors that are made from here on: 0, or C.LAC_CUDA. Numbers cross by lac_copy.
+direct.device = 0
+
 local DTYPE = { f64 = 0, f32 = 1, f16 = 2, bf16 = 3, i64 = 4, i32 = 5, u8 = 6, bool = 7 }
 local CTYPE = { f64 = "double*", f32 = "float*", f16 = "uint16_t*", bf16 = "uint16_t*", i64 = "int64_t*",
                 i32 = "int32_t*", u8 = "uint8_t*", bool = "uint8_t*" }
@@ -92,7 +95,7 @@ function direct.blank() return ffi.gc(ffi.new("lac_tensor"), C.lac_tensor_drop) 
 -- stride 3; "reversed" the second axis runs backwards
 function direct.tensor(dtype, shape, values, layout)
   local t, n = direct.blank(), #shape
-  t.dtype, t.device, t.ndim = DTYPE[dtype], 0, n
+  t.dtype, t.device, t.ndim = DTYPE[dtype], direct.device, n
   for i = 1, n do t.shape[i - 1] = shape[i] end
   if layout == "heads" then t.shape[1], t.shape[2] = shape[3], shape[2] end
   if layout == "inner" then t.shape[n - 1] = shape[n] * 3 end
@@ -136,13 +139,32 @@ local function address(t)
 end
 direct.address = address
 
+-- an uninitialised contiguous host tensor of t's shape and dtype
+local function on_host(t)
+  local h = direct.blank()
+  h.dtype, h.device, h.ndim = t.dtype, 0, t.ndim
+  for i = 0, t.ndim - 1 do h.shape[i] = t.shape[i] end
+  check(C.lac_empty(h))
+  return h
+end
+
 function direct.write(t, values)
+  if t.device ~= 0 then
+    local h = on_host(t)
+    direct.write(h, values)
+    return check(C.lac_copy(h, t))
+  end
   local p, encode = address(t), ENCODE[NAME[t.dtype]]
   each(t, function(i, at) p[at] = encode and encode(values[i]) or values[i] end)
 end
 
 --- Flat row-major array of a tensor's numbers.
 function direct.read(t)
+  if t.device ~= 0 then
+    local h = on_host(t)
+    check(C.lac_copy(t, h))
+    t = h
+  end
   local p, decode, out = address(t), DECODE[NAME[t.dtype]], {}
   each(t, function(i, at)
     local x = tonumber(p[at])

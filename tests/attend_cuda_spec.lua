@@ -1,0 +1,403 @@
+--- Attention on CUDA at the level of the C functions: against the oracle, the CPU, and itself.
+--
+-- Random configurations use every option at once (ragged ends, offsets, windows, padding, lengths, grouped
+-- heads, dedup,
+-- dropout, negative scales, layouts) and have a fresh seed each run, which a failure prints. Rows of the
+-- inputs that no
+-- branch keeps are NaN, and so is the memory that results and sums are made in, so whatever reads or leaves
+-- a row that it
+-- should not shows up. Values and gradients obey the tolerance rule of cases.compare: exact is the oracle
+-- (or, for sizes
+-- where that takes minutes, the CPU in f64, which attend_spec holds against the oracle), naive the oracle in
+-- the dtype's
+-- rounding (or the CPU in the dtype). Sizes past one tile in every direction are compared with the CPU.
+
+local it = os.getenv "LACUNA_GPU" == "1" and it or pending
+
+local direct = require "support.attn_direct"
+local oracle = require "support.oracle"
+local cases = require "support.cases"
+local lac = require "lacuna"
+local C = direct.C
+local NAN = 0 / 0
+
+local state = 1
+local function random(n) -- 1 .. n
+  state = (state * 1103515245 + 12345) % 2147483648
+  return math.floor(state / 65536) % n + 1
+end
+local function pick(list) return list[random(#list)] end
+local function chance(p) return random(1000) <= p * 1000 end
+local function fresh() return tonumber(os.getenv "LACUNA_SEED") or os.time() % 1000000 end
+
+local function text(c)
+  local list = {}
+  for key, value in pairs(c) do
+    if type(value) == "table" then
+      local items = {}
+      for i, x in ipairs(value) do items[i] = tostring(x) end
+      value = "{" .. table.concat(items, ",") .. "}"
+    end
+    list[#list + 1] = key .. "=" .. tostring(value)
+  end
+  table.sort(list)
+  return table.concat(list, " ")
+end
+
+-- any valid configuration
+local function random_config(options)
+  while true do
+    local c = { B = random(2), N = random(options.most), D = options.D or random(40), segments = {},
+                dilations = {} }
+    c.M = chance(0.6) and c.N or random(options.most)
+    c.Hk = random(options.heads or 3)
+    c.H = c.Hk * pick { 1, 1, 2, 3 }
+    for g = 1, random(4) do
+      c.segments[g] = chance(0.1) and 1000000007 or random(options.segment or 24)
+      c.dilations[g] = chance(0.4) and 1 or random(6)
+    end
+    c.heads, c.offset = pick { "all", "split" }, pick { "mod", "block", "branch" }
+    c.merge = pick { "mean", "sum", "lse", "lse_detach" }
+    c.causal, c.align = chance(0.5), chance(0.5) and "end" or nil
+    if chance(0.3) then c.window = random(options.segment or 12) - 1 end
+    if chance(0.3) then
+      c.padding = {}
+      for i = 1, c.B * c.M do c.padding[i] = chance(0.7) end
+    end
+    if chance(0.3) then
+      c.lengths, c.lengths_dtype = {}, pick { "i32", "i64" }
+      for i = 1, c.B do c.lengths[i] = random(c.M + 1) - 1 end
+    end
+    c.dedup = c.merge == "lse" and chance(0.4)
+    c.scale = pick { 0, 0.3, -0.7 }
+    if chance(0.25) then c.dropout, c.seed, c.rng_offset = 0.3, random(1000), 5 end
+    c = direct.fill(c)
+    local valid = c.heads == "all" or c.H >= #c.segments
+    for g = 1, #c.segments do
+      for h = 0, c.H - 1 do
+        if oracle.runs(c, g, h) and oracle.offset_of(c, g, h) >= c.segments[g] then valid = false end
+      end
+    end
+    if valid then return c end
+  end
+end
+
+-- q, k, v, dout, dlse rounded to the dtype; NaN where no branch keeps the row
+local function inputs(c, seed, dtype)
+  local nq, nk = c.B * c.N * c.H * c.D, c.B * c.M * c.Hk * c.D
+  local lists = { direct.numbers(seed, nq), direct.numbers(seed + 1, nk), direct.numbers(seed + 2, nk),
+                  direct.numbers(seed + 3, nq), direct.numbers(seed + 4, c.B * c.N * c.H) }
+  for _, list in ipairs(lists) do
+    for i = 1, #list do list[i] = direct.round[dtype](list[i]) end
+  end
+  return unpack(lists)
+end
+
+local function poison(c, q, k, v, dout)
+  local group = c.H / c.Hk
+  local function kept(h, n, shift)
+    for g = 1, #c.segments do
+      local p = n + shift
+      local at = p >= 0 and (p % c.segments[g]) % c.dilations[g]
+      if at == oracle.offset_of(c, g, h) and oracle.runs(c, g, h) then return true end
+    end
+    return false
+  end
+  local shift = c.align == "end" and c.M - c.N or 0
+  for b = 0, c.B - 1 do
+    for h = 0, c.H - 1 do
+      for n = 0, c.N - 1 do
+        local at = ((b * c.N + n) * c.H + h) * c.D
+        for d = 1, kept(h, n, shift) and 0 or c.D do q[at + d], dout[at + d] = NAN, NAN end
+      end
+    end
+    for hk = 0, c.Hk - 1 do
+      for j = 0, c.M - 1 do
+        local any = false
+        for h = hk * group, hk * group + group - 1 do any = any or kept(h, j, 0) end
+        local at = ((b * c.M + j) * c.Hk + hk) * c.D
+        for d = 1, any and 0 or c.D do k[at + d], v[at + d] = NAN, NAN end
+      end
+    end
+  end
+end
+
+-- the pool's free blocks, which results are made in, hold NaN
+local function poison_pool(c)
+  local held = {}
+  for _, n in ipairs { c.B * c.N * c.H * c.D, c.B * c.M * c.Hk * c.D, c.B * c.N * c.H, 4096, 65536 } do
+    for i = 1, 4 do
+      local dtype = i % 2 == 0 and "f32" or "f64"
+      held[#held + 1] = lac.full({ n }, NAN, { dtype = dtype, device = "cuda" })
+    end
+  end
+  for _, t in ipairs(held) do t:release() end
+end
+
+-- out, lse, dq, dk, dv on a device
+local function run(device, dtype, c, lists, layout)
+  direct.device = device
+  local q, k, v, dout, dlse = unpack(lists, 1, 5)
+  local r = direct.forward(c, q, k, v, { dtype = dtype, layout = layout })
+  local dq, dk, dv = direct.backward(r, dout, dlse, { layout = layout })
+  local found = { out = direct.read(r.out), lse = direct.read(r.lse), dq = direct.read(dq), dk = direct.read(dk),
+                  dv = direct.read(dv) }
+  direct.device = 0
+  return found
+end
+
+-- The gradients obey the rule together: where a row has one key, dq is what is left of numbers that cancel,
+-- and the naive
+-- program may be exact there by luck.
+local function together(r)
+  local all = {}
+  for _, name in ipairs { "dq", "dk", "dv" } do
+    for _, x in ipairs(r[name]) do all[#all + 1] = x end
+  end
+  return { out = r.out, lse = r.lse, gradients = all }
+end
+
+local function complain(dtype, name, got, exact, naive, what)
+  if dtype == "f64" then
+    local most = 0
+    for i = 1, #exact do
+      local x = math.abs(exact[i])
+      if x > most and x < math.huge then most = x end
+    end
+    local found = direct.max_diff(got, exact)
+    if found > 1e-12 * (1 + most) then error(("%s differs by %g in %s"):format(name, found, what), 0) end
+    return
+  end
+  local message = cases.compare(name == "lse" and "f32" or dtype, got, exact, naive)
+  if message then error(("%s %s: %s in %s"):format(dtype, name, message, what), 0) end
+end
+
+describe("attention on CUDA #gpu", function()
+  local errors
+  setup(function()
+    C.lac_memory_guard(1)
+    errors = C.lac_memory_guard_errors()
+  end)
+  teardown(function()
+    direct.device = 0
+    C.lac_memory_guard(0)
+  end)
+
+  local u64, bit = direct.ffi.typeof "uint64_t", require "bit"
+  local function word_of(seed, offset, index)
+    local block = math.floor(index / 4)
+    local x, k = { block % 2 ^ 32, math.floor(block / 2 ^ 32), offset, 0 }, { seed, 0 }
+    local function xor(a, b, d) return bit.bxor(bit.tobit(a), bit.tobit(b), bit.tobit(d)) % 2 ^ 32 end
+    for _ = 1, 10 do
+      local p0, p1 = u64(0xD2511F53) * u64(x[1]), u64(0xCD9E8D57) * u64(x[3])
+      x = { xor(tonumber(p1 / 4294967296ULL), x[2], k[1]), tonumber(p1 % 4294967296ULL),
+            xor(tonumber(p0 / 4294967296ULL), x[4], k[2]), tonumber(p0 % 4294967296ULL) }
+      k = { (k[1] + 0x9E3779B9) % 2 ^ 32, (k[2] + 0xBB67AE85) % 2 ^ 32 }
+    end
+    return x[index % 4 + 1]
+  end
+  local function keep_of(c)
+    if c.dropout == 0 then return nil end
+    return function(b, h, n, j)
+      local word = word_of(c.seed, c.rng_offset or 0, ((b * c.H + h) * c.N + n) * c.M + j)
+      return math.floor(word / 256) * 2 ^ -24 >= direct.round.f32(c.dropout)
+    end
+  end
+
+  it("equals the oracle in every dtype, in 320 random configurations", function()
+    local seed = fresh()
+    state = seed
+    for trial = 1, 320 do
+      local dtype = ({ "f64", "f32", "bf16", "f16" })[trial % 4 + 1]
+      local most, D = trial % 10 == 0 and 90 or 30, trial % 3 == 0 and pick { 8, 16, 24, 64 } or nil
+      local c = random_config { most = most, D = D }
+      local lists = { inputs(c, seed + trial, dtype) }
+      if chance(0.5) then lists[5] = nil end
+      poison(c, unpack(lists, 1, 4))
+      poison_pool(c)
+      local layout = pick { false, "heads", "inner", "reversed" } or nil
+      local got = run(C.LAC_CUDA, dtype, c, lists, layout)
+      local keep = keep_of(c)
+      local q, k, v, dout, dlse = unpack(lists, 1, 5)
+      local exact = oracle.run(c, q, k, v, dout, dlse, { keep = keep })
+      local naive = dtype ~= "f64" and oracle.run(c, q, k, v, dout, dlse,
+        { keep = keep, rounding = { result = direct.round[dtype], sum = direct.round.f32 } })
+      got, exact, naive = together(got), together(exact), naive and together(naive)
+      for name, data in pairs(got) do
+        complain(dtype, name, data, exact[name], naive and naive[name],
+                 ("trial %d of seed %d, layout %s: %s"):format(trial, seed, tostring(layout), text(c)))
+      end
+    end
+  end)
+
+  -- tiles have 16 to 128 rows and columns
+  it("equals the CPU across many tiles, in 40 random configurations, D to 256", function()
+    local seed = fresh() + 1
+    state = seed
+    for trial = 1, 40 do
+      local dtype = ({ "f64", "f32", "bf16", "f16" })[trial % 4 + 1]
+      local c = random_config { most = 700, segment = 500, heads = 2,
+                                D = pick { 16, 33, 64, 80, 128, 136, 256 } }
+      local lists = { inputs(c, seed + trial, dtype) }
+      poison(c, unpack(lists, 1, 4))
+      poison_pool(c)
+      local got = run(C.LAC_CUDA, dtype, c, lists, pick { false, "heads" } or nil)
+      local exact = run(0, "f64", c, lists)
+      local naive = dtype ~= "f64" and run(0, dtype, c, lists)
+      got, exact, naive = together(got), together(exact), naive and together(naive)
+      for name, data in pairs(got) do
+        complain(dtype, name, data, exact[name], naive and naive[name],
+                 ("trial %d of seed %d: %s"):format(trial, seed, text(c)))
+      end
+    end
+  end)
+
+  it("drops the pairs that the CPU drops", function()
+    for _, dtype in ipairs { "f64", "f32", "bf16" } do
+      for r = 1, 3, 2 do
+        local c = direct.fill { B = 2, N = 70, H = 2, D = 70, segments = { 70 }, dilations = { r },
+                                dropout = 0.4, seed = 9, rng_offset = 77 }
+        local v = {}
+        for i = 1, c.B * c.M * c.Hk * c.D do v[i] = 0 end
+        for b = 0, c.B - 1 do for j = 0, c.M - 1 do for h = 0, c.Hk - 1 do
+          v[((b * c.M + j) * c.Hk + h) * c.D + j + 1] = 1
+        end end end
+        local zero = {}
+        for i = 1, #v do zero[i] = 0 end
+        direct.device = C.LAC_CUDA
+        local got = direct.read(direct.forward(c, zero, zero, v, { dtype = dtype }).out)
+        direct.device = 0
+        local want = direct.read(direct.forward(c, zero, zero, v).out)
+        local dropped = 0
+        for i = 1, #want do
+          assert.are.equal(want[i] == 0, got[i] == 0)
+          dropped = dropped + (want[i] == 0 and 1 or 0)
+        end
+        assert.is_true(dropped > 0)
+      end
+    end
+  end)
+
+  it("gives the same bits twice", function()
+    state = 12
+    for _ = 1, 12 do
+      local dtype = pick { "f32", "bf16", "f16" }
+      local c = random_config { most = 600, segment = 300, D = pick { 32, 64, 128 } }
+      local lists = { inputs(c, 3, dtype) }
+      local first = run(C.LAC_CUDA, dtype, c, lists)
+      for _ = 1, 3 do
+        for name, data in pairs(run(C.LAC_CUDA, dtype, c, lists)) do
+          assert.are.equal(0, direct.max_diff(data, first[name]), name .. " in " .. text(c))
+        end
+      end
+    end
+  end)
+
+  -- A value that is not finite, in one key or one row of batch item 0, all heads: nothing that does not
+  -- see it may change.
+  it("keeps NaN and infinity of masked keys and other rows away, in 150 random configurations", function()
+    local seed = fresh() + 2
+    state = seed
+    for trial = 1, 150 do
+      local dtype = ({ "f64", "f32", "bf16" })[trial % 3 + 1]
+      local c = random_config { most = trial % 10 == 0 and 200 or 40, D = pick { 4, 8, 16 } }
+      local lists = { inputs(c, seed + trial, dtype) }
+      lists[5] = nil
+      local want = run(C.LAC_CUDA, dtype, c, lists)
+      local which, bad = random(4), pick { NAN, math.huge, -math.huge }
+      local key = which == 2 or which == 3
+      local position, hit = random(key and c.M or c.N) - 1, lists[which]
+      local width = #hit / c.B / (key and c.M or c.N)
+      for e = 1, width do hit[position * width + e] = bad end
+      local got = run(C.LAC_CUDA, dtype, c, lists)
+      local most = { f64 = 1e-12, f32 = 2e-6, bf16 = 2 ^ -6 }
+      local largest = 0
+      for _, name in ipairs { "out", "dq", "dk", "dv" } do
+        for _, x in ipairs(want[name]) do largest = math.max(largest, x == x and math.abs(x) or 0) end
+      end
+      local function same(name, b, rows, row, heads, h, n)
+        for e = 1, n do
+          local at = ((b * rows + row) * heads + h) * n + e
+          local x, y = got[name][at], want[name][at]
+          assert.is_true(x == y or math.abs(x - y) <= most[dtype] * (1 + largest),
+            ("%s %s[%d,%d,%d] is %g, was %g before input %d at %d was %g: trial %d of seed %d: %s"):format(
+              dtype, name, b, row, h, x, y, which, position, bad, trial, seed, text(c)))
+        end
+      end
+      for b = 0, c.B - 1 do for h = 0, c.H - 1 do
+        local touched, reached = {}, {}
+        local function sees(n, j)
+          for g = 1, #c.segments do if oracle.attends(c, g, b, h, n, j) then return true end end
+          return false
+        end
+        for n = 0, c.N - 1 do
+          if key then touched[n] = b == 0 and sees(n, position)
+          else touched[n] = b == 0 and n == position end
+          for j = 0, c.M - 1 do if touched[n] and sees(n, j) then reached[j] = true end end
+          if not touched[n] then
+            same("out", b, c.N, n, c.H, h, c.D)
+            same("lse", b, c.N, n, c.H, h, 1)
+            same("dq", b, c.N, n, c.H, h, c.D)
+          end
+        end
+        if c.H == c.Hk then
+          for j = 0, c.M - 1 do
+            if not reached[j] then
+              same("dk", b, c.M, j, c.Hk, h, c.D)
+              same("dv", b, c.M, j, c.Hk, h, c.D)
+            end
+          end
+        end
+      end end
+    end
+  end)
+
+  it("rounds f32 products to 11 bits where use_tf32 allows it, and only there", function()
+    local function eleven(x)
+      if x == 0 or x ~= x or math.abs(x) == math.huge then return x end
+      local _, e = math.frexp(x)
+      return math.floor(x / 2 ^ (e - 11) + 0.5) * 2 ^ (e - 11)
+    end
+    state = 5
+    for trial = 1, 12 do
+      local c = random_config { most = 150, segment = 100, D = pick { 16, 40, 64, 128, 200 } }
+      c.dropout = 0
+      local lists = { inputs(c, trial, "f32") }
+      local q, k, v, dout, dlse = unpack(lists, 1, 5)
+      local exact = oracle.run(c, q, k, v, dout, dlse)
+      local naive = oracle.run(c, q, k, v, dout, dlse,
+                               { rounding = { result = eleven, sum = direct.round.f32 } })
+      exact, naive = together(exact), together(naive)
+      lac.use_tf32(true)
+      local got = together(run(C.LAC_CUDA, "f32", c, lists))
+      lac.use_tf32(false)
+      for name, data in pairs(got) do
+        complain("f16", name .. " in tf32", data, exact[name], naive[name], text(c))
+      end
+      local again = together(run(C.LAC_CUDA, "f32", c, lists))
+      local plain = oracle.run(c, q, k, v, dout, dlse,
+                               { rounding = { result = direct.round.f32, sum = direct.round.f32 } })
+      plain = together(plain)
+      for name, data in pairs(again) do
+        complain("f32", name, data, exact[name], plain[name], text(c))
+      end
+    end
+  end)
+
+  it("refuses a head dimension above 256 by name", function()
+    local c = direct.fill { N = 4, D = 264, segments = { 4 }, dilations = { 1 } }
+    local lists = { inputs(c, 1, "f32") }
+    direct.device = C.LAC_CUDA
+    local ok, message = pcall(direct.forward, c, lists[1], lists[2], lists[3], { dtype = "f32" })
+    direct.device = 0
+    assert.is_false(ok)
+    assert.matches("head_dim 264 is not supported on cuda, the largest is 256", tostring(message))
+  end)
+
+  it("wrote over no guard bytes", function()
+    collectgarbage()
+    collectgarbage()
+    lac.trim()
+    assert.are.equal(errors, C.lac_memory_guard_errors())
+  end)
+end)
