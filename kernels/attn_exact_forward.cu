@@ -110,7 +110,7 @@ int attn_forward_exact(attn_args &a, const lac_plan *plan, int dtype)
         return d <= 64    ? launch<exact<double, 64, 4, 4>>(a, plan)
                : d <= 128 ? launch<exact<double, 128, 2, 4>>(a, plan)
                           : launch<exact<double, 256, 1, 2>>(a, plan);
-    return d <= 64    ? launch<exact<float, 64, 8, 4>>(a, plan)
+    return d <= 64    ? launch<exact<float, 64, 4, 8>>(a, plan)
            : d <= 128 ? launch<exact<float, 128, 4, 4>>(a, plan)
                       : launch<exact<float, 256, 2, 4>>(a, plan);
 }
