@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
     if (!attn_next<false>(a, BM, t)) return;
     const int hk = t.h / a.group, w0 = t.first + warp * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
     int low = t.first - t.before, high = t.end - 1 + t.after + 1;
-    low = (low < 0 ? 0 : low) / BN * BN;
+    low = low < 0 ? 0 : low; /* not rounded down: decoding has no memory before its reach */
     high = high < t.live ? high : t.live;
     const float gz = (float)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
