@@ -16,7 +16,7 @@
 --   * Softmax: a maximum instruction instead of compare and blend, four vectors in step, 512 keys a tile
 --     instead of 256: forward -3% at D = 64, -7% at D = 32, -1% at D = 128 (which keeps 256).
 --   * The backward's first runs of keys of all heads before their second ones, so that nobody waits for a
---     turn: two threads on 8 causal heads 1.38x -> 1.94x, LongNet 1.33x -> 1.95x.
+--     turn: two threads on 8 causal heads 1.38x -> 1.94x.
 --   * Few queries: the keys of all heads at one position read together: 4.3 -> 10.7 GB/s of 17 that a bare
 --     loop reads. The copy into the caches is what is left; reading in place is not done.
 --
