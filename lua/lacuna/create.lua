@@ -483,7 +483,7 @@ end
 local BYTES = { dtype = { type = "string", default = "u8" }, shape = { type = "table" },
                 device = { type = "string" } }
 
---- A tensor over a copy of a string's bytes.
+--- A tensor over a copy of a string's bytes: on the CPU, whatever the default device.
 -- @tparam string bytes little-endian elements
 -- @tparam[opt] table options dtype ("u8"), shape (one dimension), device
 function create.from_string(bytes, options)
