@@ -183,6 +183,10 @@ local function complain(dtype, name, got, exact, naive, what)
 end
 
 describe("attention on CUDA #gpu", function()
+  setup(function() -- the plug-in is loaded when a device is named
+    if os.getenv "LACUNA_GPU" == "1" then lac.zeros{ 1, device = "cuda" } end
+  end)
+
   local errors
   setup(function()
     C.lac_memory_guard(1)
