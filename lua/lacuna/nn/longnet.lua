@@ -86,32 +86,40 @@ end
 
 local Block = base.define("Block")
 
---- x + attention(LN x), then x + ffn(LN x).
--- @tparam table options width, ffn, dropout = 0 (on both residual branches), gamma; attention = options of
---   MultiheadDilatedAttention (embed_dim is filled in)
+--- x + attention(LN x), with `cross` then x + cross(LN x, memory), then x + ffn(LN x).
+-- @tparam table options width, ffn, dropout = 0 (on the residual branches), gamma; attention = options of
+--   MultiheadDilatedAttention (embed_dim is filled in); cross = the same for attention to a memory
 function Block:init(options)
   local o = schema.options("Block", options, {
     width = { type = "integer", min = 1, required = true },
     ffn = { type = "integer", min = 1, required = true },
     dropout = { type = "number", min = 0, below = 1, default = 0 },
     gamma = { type = "number", above = 0, default = 1 },
-    attention = { type = "table", required = true },
+    attention = { type = "table", required = true }, cross = { type = "table" },
     dtype = { type = "string" }, device = { type = "string" },
   })
   local place = { dtype = o.dtype, device = o.device }
-  local inner = { embed_dim = o.width, gamma = o.gamma, dtype = o.dtype, device = o.device }
-  for name, value in pairs(o.attention) do inner[name] = value end
+  local function attends(given)
+    local inner = { embed_dim = o.width, gamma = o.gamma, dtype = o.dtype, device = o.device }
+    for name, value in pairs(given) do inner[name] = value end
+    return attn.MultiheadDilatedAttention(inner)
+  end
   self.norm1 = layers.LayerNorm(o.width, place)
-  self.attention = attn.MultiheadDilatedAttention(inner)
+  self.attention = attends(o.attention)
+  self.has_cross = o.cross ~= nil
+  if o.cross then
+    self.norm_cross = layers.LayerNorm(o.width, place)
+    self.cross = attends(o.cross)
+  end
   self.norm2 = layers.LayerNorm(o.width, place)
   self.ffn = FeedForward(o.width, o.ffn, { gamma = o.gamma, dtype = o.dtype, device = o.device })
   self.dropout = layers.Dropout(o.dropout)
 end
 
 -- x + dropout(part(norm(x))); of what lies between, only the rules know
-local function residual(self, x, norm, part)
+local function residual(self, x, norm, part, ...)
   local normed = norm(x)
-  local out = part(normed)
+  local out = part(normed, ...)
   local dropped = self.dropout(out)
   local sum = x + dropped
   transient(normed, out, x)
@@ -121,11 +129,38 @@ local function residual(self, x, norm, part)
 end
 
 --- @tparam Tensor x [B, N, E]
-function Block:forward(x)
-  local y = residual(self, x, self.norm1, self.attention)
+-- @tparam[opt] table options key_padding, key_lengths of x
+-- @tparam[opt] Tensor memory [B, M, E], of a block with cross-attention
+-- @tparam[opt] table memory_options key_padding, key_lengths of the memory
+-- @treturn Tensor [B, N, E]
+function Block:forward(x, options, memory, memory_options)
+  if self.has_cross ~= (memory ~= nil) then
+    fail("Block", self.has_cross and "the block has cross-attention and needs a memory [batch x rows x width]"
+      or "the block has no cross-attention, but a memory was given")
+  end
+  local y = residual(self, x, self.norm1, self.attention, nil, nil, options)
+  if memory then
+    local crossed = residual(self, y, self.norm_cross, self.cross, memory, nil, memory_options)
+    transient(y, crossed, x)
+    y = crossed
+  end
   local z = residual(self, y, self.norm2, self.ffn)
   transient(y, z, x)
   return z
+end
+
+--- Blocks one after the other.
+-- @tparam table list of Block
+-- @tparam Tensor x [B, N, E]
+-- @tparam boolean sparing true: a block keeps only its input for the backward (lac.checkpoint)
+-- @param ... further arguments of Block:forward
+function Block.stack(list, x, sparing, ...)
+  for i = 1, #list do
+    local block, before = list[i], x
+    x = sparing and checkpoint(block, x, ...) or block(x, ...)
+    transient(before, x)
+  end
+  return x
 end
 
 --- forward for rows that follow those in the cache (MultiheadDilatedAttention:decode).
@@ -140,7 +175,27 @@ base.entry_point(Block.decode)
 
 local LongNetLM = base.define("LongNetLM")
 
+-- The paper's models: with a vocabulary of 50,304 they have the parameters of their names.
+local SIZES = {
+  ["125M"] = { layers = 12, width = 768, heads = 12 }, ["350M"] = { layers = 24, width = 1024, heads = 16 },
+  ["760M"] = { layers = 24, width = 1536, heads = 16 }, ["2.7B"] = { layers = 32, width = 2560, heads = 32 },
+}
+local SIZE_NAMES = { "125M", "350M", "760M", "2.7B" }
+local SIZED = { vocab = 50304, segments = { 2048, 4096, 8192, 16384, 32768 }, dilations = { 1, 2, 4, 6, 12 } }
+
+-- options with those of a size of the paper filled in where the script gives none
+local function sized(op, options)
+  if type(options) ~= "table" or rawget(options, "size") == nil then return options end
+  schema.check(op, "size", options.size, { one_of = SIZE_NAMES })
+  local o = {}
+  for name, value in pairs(SIZED) do o[name] = value end
+  for name, value in pairs(SIZES[options.size]) do o[name] = value end
+  for name, value in pairs(options) do o[name] = value end
+  return o
+end
+
 local OPTIONS = {
+  size = { one_of = SIZE_NAMES },
   vocab = { type = "integer", min = 1, default = 256 },
   layers = { type = "integer", min = 1, default = 12 },
   width = { type = "integer", min = 1, default = 768 },
@@ -160,13 +215,15 @@ for name, rule in pairs(attn.PATTERN) do
   if name ~= "causal" then OPTIONS[name] = rule end
 end
 
---- @tparam table options context, segments, dilations; vocab = 256, layers = 12, width = 768, heads = 12,
---   kv_heads, ffn = 4 width; scheme, offset, merge, dedup, window as in MultiheadDilatedAttention (always
---   causal); positions = "xpos" | "rope" | "none"; tied = true (output layer shares the embedding); fused =
---   false (projections); dropout, attention_dropout = 0; checkpoint_activations = false (true: a block keeps
---   only its input for the backward pass and is computed again there); dtype, device
+--- @tparam table options context, segments, dilations; size = "125M" | "350M" | "760M" | "2.7B" (the paper's
+--   layers, width, heads, segments and dilations, and vocab = 50304; other options given win); vocab = 256,
+--   layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width; scheme, offset, merge, dedup, window as
+--   in MultiheadDilatedAttention (always causal); positions = "xpos" | "rope" | "none"; tied = true (output
+--   layer shares the embedding); fused = false (projections); dropout, attention_dropout = 0;
+--   checkpoint_activations = false (true: a block keeps only its input for the backward pass and is computed
+--   again there); dtype, device
 function LongNetLM:init(options)
-  local o = schema.options("LongNetLM", options, OPTIONS)
+  local o = schema.options("LongNetLM", sized("LongNetLM", options), OPTIONS)
   o.ffn = o.ffn or 4 * o.width
   self.options, self.vocab, self.context = o, o.vocab, o.context
   local gamma = magneto_gain(o.layers)
@@ -211,12 +268,7 @@ function LongNetLM:hidden(tokens)
   local x = self.dropout(scaled)
   transient(rows, scaled)
   passed(scaled, x)
-  local sparing = self.options.checkpoint_activations
-  for i = 1, #self.layers do
-    local block, before = self.layers[i], x
-    x = sparing and checkpoint(block, x) or block(x)
-    transient(before, x)
-  end
+  x = Block.stack(self.layers, x, self.options.checkpoint_activations)
   local out = self.norm(x)
   transient(x, out)
   return out
@@ -391,5 +443,7 @@ function LongNetLM:extra()
   return ("vocabulary %d, width %d, context %d, %s output, %d parameters"):format(o.vocab, o.width, o.context,
     o.tied and "tied" or "untied", self:parameter_count())
 end
+
+LongNetLM.sizes, LongNetLM.sized = SIZE_NAMES, sized
 
 return { FeedForward = FeedForward, Block = Block, LongNetLM = LongNetLM, magneto_gain = magneto_gain }

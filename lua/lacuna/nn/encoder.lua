@@ -1,0 +1,464 @@
+--- nn/encoder.lua: LongNet that reads a whole sequence: encoder, classifier, encoder-decoder.
+--
+-- The blocks are those of the language model (longnet.lua), not causal in an encoder. A decoder's block
+-- has a second attention, from its rows to the encoder's output (the memory), without the LayerNorm
+-- inside, and reaches every position of it unless `cross_segments` says otherwise. Gains are MAGNETO's
+-- (Wang et al. 2022, table 2): sqrt(log 2L) for an encoder alone; with a decoder of Ld layers beside an
+-- encoder of Le, sqrt(log(3 Ld) log(2 Le) / 3) in the encoder and sqrt(log 3 Ld) in the decoder. Padding
+-- is given by the caller (key_padding or key_lengths) and reaches every attention that reads the padded
+-- sequence; rows that are padding themselves are computed and mean nothing.
+--
+-- To generate, the memory and every layer's keys and values of it are computed once: model:given(source)
+-- is what generate.lua takes for a model. Rejected: a decoder with causal segments over the memory, whose
+-- positions have nothing to do with the decoder's.
+
+local schema = require "lacuna.schema"
+local class = require "lacuna.class"
+local tensor = require "lacuna.tensor"
+local create = require "lacuna.create"
+local operators = require "lacuna.ops"
+local grad = require "lacuna.grad"
+local attention = require "lacuna.attention"
+local base = require "lacuna.nn.module"
+local layers = require "lacuna.nn.layers"
+local attn = require "lacuna.nn.attention"
+local longnet = require "lacuna.nn.longnet"
+local cache = require "lacuna.nn.cache"
+local generate = require "lacuna.nn.generate"
+
+local ops, passed, transient = operators.fn, operators.passed, operators.transient
+local fail, show = schema.fail, schema.show
+local Block, LongNetLM = longnet.Block, longnet.LongNetLM
+
+local EVERYWHERE = 2 ^ 40 -- a segment longer than any sequence
+local PADDING = { key_padding = { type = "tensor" }, key_lengths = { type = "tensor" } }
+
+-- ---- options ----------------------------------------------------------------------------------------------
+
+-- what encoders and decoders have in common
+local COMMON = {
+  size = { one_of = LongNetLM.sizes },
+  width = { type = "integer", min = 1, default = 768 },
+  heads = { type = "integer", min = 1, default = 12 },
+  kv_heads = { type = "integer", min = 1 },
+  ffn = { type = "integer", min = 1 },
+  context = { type = "integer", min = 1, required = true },
+  positions = { one_of = { "xpos", "rope", "none" }, default = "xpos" },
+  fused = { type = "boolean", default = false },
+  dropout = { type = "number", min = 0, below = 1, default = 0 },
+  attention_dropout = { type = "number", min = 0, below = 1, default = 0 },
+  checkpoint_activations = { type = "boolean", default = false },
+  dtype = { type = "string" }, device = { type = "string" },
+}
+for name, rule in pairs(attn.PATTERN) do
+  if name ~= "causal" then COMMON[name] = rule end
+end
+
+local function spec(more)
+  local all = {}
+  for name, rule in pairs(COMMON) do all[name] = rule end
+  for name, rule in pairs(more) do all[name] = rule end
+  return all
+end
+
+-- options of a block's own attention; XPOS wants positions around 0
+local function self_attention(o, causal, context)
+  local pattern = { causal = causal, heads = o.heads, kv_heads = o.kv_heads, fused = o.fused,
+    dropout = o.attention_dropout, positions = o.positions, origin = -math.floor(context / 2) }
+  for name in pairs(attn.PATTERN) do
+    if name ~= "causal" then pattern[name] = o[name] end
+  end
+  return pattern
+end
+
+local function make_blocks(o, count, gamma, pattern, cross)
+  local list = {}
+  for i = 1, count do
+    list[i] = Block{ width = o.width, ffn = o.ffn or 4 * o.width, dropout = o.dropout, gamma = gamma,
+      attention = pattern, cross = cross, dtype = o.dtype, device = o.device }
+  end
+  return layers.ModuleList(list)
+end
+
+local function embedding(o, count)
+  return layers.Embedding(count, o.width, { dtype = o.dtype, device = o.device })
+end
+
+local function check_tokens(op, tokens, context)
+  tensor.expect(op, "tokens", tokens)
+  if tokens:dim() ~= 2 or tokens:numel() == 0 then
+    fail(op, "tokens must be [batch x positions], not empty, got %s", show(tokens))
+  end
+  if tokens:size(2) > context then
+    fail(op, "%d positions exceed the context of %d", tokens:size(2), context)
+  end
+end
+
+-- embedded tokens with unit variance, as the language model has them
+local function embed(table_, dropout, tokens, width)
+  local rows = table_(tokens)
+  local scaled = rows * math.sqrt(width)
+  local x = dropout(scaled)
+  transient(rows, scaled)
+  passed(scaled, x)
+  return x
+end
+
+-- ---- encoder ----------------------------------------------------------------------------------------------
+
+local Encoder = base.define("LongNetEncoder")
+
+local ENCODER = spec{
+  vocab = { type = "integer", min = 1 },
+  layers = { type = "integer", min = 1, default = 12 },
+  gamma = { type = "number", above = 0 },
+}
+
+--- @tparam table options context, segments, dilations; vocab (without it the inputs are rows [B, N, width],
+--   not tokens); size, layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width, scheme, offset, merge,
+--   dedup, window, positions = "xpos", fused, dropout, attention_dropout, checkpoint_activations, dtype,
+--   device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
+function Encoder:init(options)
+  local o = schema.options("LongNetEncoder", LongNetLM.sized("LongNetEncoder", options), ENCODER)
+  self.options, self.context, self.has_vocab = o, o.context, o.vocab ~= nil
+  if o.vocab then self.embedding = embedding(o, o.vocab) end
+  self.dropout = layers.Dropout(o.dropout)
+  self.layers = make_blocks(o, o.layers, o.gamma or longnet.magneto_gain(o.layers),
+    self_attention(o, false, o.context))
+  self.norm = layers.LayerNorm(o.width, { dtype = o.dtype, device = o.device })
+end
+
+local function check_rows(self, x)
+  tensor.expect("LongNetEncoder", "the input", x)
+  if x:dim() ~= 3 or x:size(3) ~= self.options.width or x:numel() == 0 then
+    fail("LongNetEncoder", "without a vocabulary the input must be [batch x positions x %d], got %s",
+      self.options.width, show(x))
+  end
+  if x:size(2) > self.context then
+    fail("LongNetEncoder", "%d positions exceed the context of %d", x:size(2), self.context)
+  end
+end
+
+--- @tparam Tensor input tokens [B, N] i32 or i64; rows [B, N, width] of an encoder without a vocabulary
+-- @tparam[opt] table options key_padding [B, N] bool (true = keep), key_lengths [B]
+-- @treturn Tensor [B, N, width], after the last LayerNorm
+function Encoder:forward(input, options)
+  local o = schema.options("LongNetEncoder", options, PADDING)
+  local x
+  if self.has_vocab then
+    check_tokens("LongNetEncoder", input, self.context)
+    x = embed(self.embedding, self.dropout, input, self.options.width)
+  else
+    check_rows(self, input)
+    x = self.dropout(input)
+  end
+  x = Block.stack(self.layers, x, self.options.checkpoint_activations, o)
+  local out = self.norm(x)
+  if x ~= input then transient(x, out) end
+  return out
+end
+
+function Encoder:extra()
+  local o = self.options
+  local vocabulary = o.vocab and ("vocabulary %d, "):format(o.vocab) or ""
+  return ("%swidth %d, context %d, %d parameters"):format(vocabulary, o.width, o.context,
+    self:parameter_count())
+end
+
+-- ---- classifier -------------------------------------------------------------------------------------------
+
+local Classifier = base.define("LongNetClassifier")
+
+--- @tparam table options those of LongNetEncoder; classes; pool = "mean" (of the rows that are not padding) |
+--   "first" (a class token)
+function Classifier:init(options)
+  if type(options) ~= "table" then
+    fail("LongNetClassifier", "options must be a table, got %s", show(options))
+  end
+  local inner = {}
+  for name, value in pairs(options) do inner[name] = value end
+  local classes, pool = inner.classes, inner.pool or "mean"
+  inner.classes, inner.pool = nil, nil
+  if classes == nil then fail("LongNetClassifier", "classes is required") end
+  schema.check("LongNetClassifier", "classes", classes, { type = "integer", min = 1 })
+  schema.check("LongNetClassifier", "pool", pool, { one_of = { "mean", "first" } })
+  self.pool, self.classes = pool, classes
+  self.encoder = Encoder(inner)
+  local o = self.encoder.options
+  self.head = layers.Linear(o.width, classes, { dtype = o.dtype, device = o.device })
+end
+
+-- [B, N, 1]: 1 where a row counts; nil: everywhere
+local function counted(x, o)
+  if not o.key_padding and not o.key_lengths then return nil end
+  local B, N, keep = x:size(1), x:size(2), o.key_padding
+  if o.key_lengths then
+    local at = create.arange{ N, dtype = o.key_lengths:dtype(), device = x:device() }:view(1, N)
+    local inside = at:lt(o.key_lengths:view(B, 1))
+    keep = keep and keep:logical_and(inside) or inside
+  end
+  return keep:to{ dtype = x:dtype() }:view(B, N, 1)
+end
+
+local function pooled(self, x, o)
+  if self.pool == "first" then return x:narrow(2, 1, 1):reshape(x:size(1), x:size(3)) end
+  local weight = counted(x, o)
+  if not weight then return x:mean(2) end
+  return (x * weight):sum(2) / weight:sum(2):clamp{ min = 1 }
+end
+
+--- @tparam Tensor input as of LongNetEncoder
+-- @tparam[opt] table options key_padding, key_lengths
+-- @treturn Tensor [B, classes]
+function Classifier:forward(input, options)
+  local o = schema.options("LongNetClassifier", options, PADDING)
+  return self.head(pooled(self, self.encoder(input, o), o))
+end
+
+--- Mean cross-entropy in nats.
+-- @tparam Tensor input @tparam Tensor target [B] i32 or i64
+-- @tparam[opt] table options key_padding, key_lengths
+-- @treturn Tensor 0-dim
+function Classifier:loss(input, target, options)
+  return (ops.cross_entropy(self:forward(input, options), target))
+end
+base.entry_point(Classifier.loss)
+
+function Classifier:extra() return ("%d classes, %s of the rows"):format(self.classes, self.pool) end
+
+-- ---- encoder-decoder --------------------------------------------------------------------------------------
+
+local EncoderDecoder = base.define("LongNetEncoderDecoder")
+local ED = "LongNetEncoderDecoder"
+
+local BOTH = spec{
+  vocab = { type = "integer", min = 1, default = 256 },
+  source_vocab = { type = "integer", min = 1 },
+  source_context = { type = "integer", min = 1 },
+  layers = { type = "integer", min = 1, default = 12 },
+  encoder_layers = { type = "integer", min = 1 },
+  tied = { type = "boolean", default = true },
+  cross_segments = { type = "integers", min = 1 },
+  cross_dilations = { type = "integers", min = 1 },
+}
+
+--- @tparam table options those of LongNetLM (for the decoder); source_vocab = vocab, source_context =
+--   context, encoder_layers = layers; cross_segments, cross_dilations (default: every row reads the whole
+--   memory)
+function EncoderDecoder:init(options)
+  local o = schema.options(ED, LongNetLM.sized(ED, options), BOTH)
+  if (o.cross_segments == nil) ~= (o.cross_dilations == nil) then
+    fail(ED, "cross_segments and cross_dilations come together")
+  end
+  o.encoder_layers = o.encoder_layers or o.layers
+  o.source_vocab, o.source_context = o.source_vocab or o.vocab, o.source_context or o.context
+  self.options, self.vocab, self.context = o, o.vocab, o.context
+  local inner = { vocab = o.source_vocab, context = o.source_context, layers = o.encoder_layers,
+    gamma = math.sqrt(math.log(3 * o.layers) * math.log(2 * o.encoder_layers) / 3) }
+  for name in pairs(COMMON) do
+    if name ~= "context" and name ~= "size" then inner[name] = o[name] end
+  end
+  self.encoder = Encoder(inner)
+  self.embedding = embedding(o, o.vocab)
+  self.dropout = layers.Dropout(o.dropout)
+  local cross = { heads = o.heads, kv_heads = o.kv_heads, dropout = o.attention_dropout, layer_norm = false,
+    segments = o.cross_segments or { EVERYWHERE }, dilations = o.cross_dilations or { 1 } }
+  self.layers = make_blocks(o, o.layers, math.sqrt(math.log(3 * o.layers)),
+    self_attention(o, true, o.context), cross)
+  self.norm = layers.LayerNorm(o.width, { dtype = o.dtype, device = o.device })
+  if not o.tied then
+    self.head = layers.Linear(o.width, o.vocab, { bias = false, dtype = o.dtype, device = o.device })
+  end
+end
+
+local function output_weight(self) return self.options.tied and self.embedding.weight or self.head.weight end
+
+--- The encoder's output.
+-- @tparam Tensor source [B, M] tokens @tparam[opt] table options key_padding, key_lengths
+-- @treturn Tensor memory [B, M, width]
+function EncoderDecoder:encode(source, options) return self.encoder(source, options) end
+base.entry_point(EncoderDecoder.encode)
+
+-- rows for the output layer
+local function hidden(self, source, tokens, options)
+  local o = schema.options(ED, options, PADDING)
+  check_tokens(ED, tokens, self.context)
+  local memory = self.encoder(source, o)
+  if memory:size(1) ~= tokens:size(1) then
+    fail(ED, "source has %d batch items, tokens have %d", memory:size(1), tokens:size(1))
+  end
+  local x = embed(self.embedding, self.dropout, tokens, self.options.width)
+  x = Block.stack(self.layers, x, self.options.checkpoint_activations, nil, memory, o)
+  return self.norm(x)
+end
+
+--- @tparam Tensor source [B, M] @tparam Tensor tokens [B, N]
+-- @tparam[opt] table options key_padding [B, M], key_lengths [B] of the source
+-- @treturn Tensor logits [B, N, vocab]
+function EncoderDecoder:forward(source, tokens, options)
+  return (ops.linear(hidden(self, source, tokens, options), output_weight(self)))
+end
+
+--- Mean cross-entropy in nats of the targets, without making all logits at once.
+-- @tparam Tensor source [B, M] @tparam Tensor tokens [B, N]
+-- @tparam Tensor targets [B, N]: what follows each token; -100 is not counted
+-- @tparam[opt] table options key_padding, key_lengths of the source
+-- @treturn Tensor 0-dim
+function EncoderDecoder:loss(source, tokens, targets, options)
+  tensor.expect(ED .. ".loss", "targets", targets)
+  if not tensor.same_shape(tokens, targets) then
+    fail(ED .. ".loss", "tokens and targets must have the same shape: %s and %s", show(tokens), show(targets))
+  end
+  return (ops.linear_cross_entropy(hidden(self, source, tokens, options), output_weight(self), nil, targets))
+end
+base.entry_point(EncoderDecoder.loss)
+
+function EncoderDecoder:extra()
+  local o = self.options
+  return ("vocabulary %d from %d, width %d, context %d from %d, %d parameters"):format(o.vocab,
+    o.source_vocab, o.width, o.context, o.source_context, self:parameter_count())
+end
+
+-- ---- generation -------------------------------------------------------------------------------------------
+
+-- The decoder's cache: rows of the decoder in a ModelCache, keys and values of the memory beside it.
+local State = class("MemoryCache", nil, true)
+
+function State:init(rows, memory) self.rows, self.memory, self.batch = rows, memory, rows.batch end
+function State:positions() return self.rows:positions() end
+function State:reset()
+  self.rows:reset()
+  return self
+end
+
+-- keeps items of the batch, in the given order
+function State:select(items)
+  self.rows:select(items)
+  self.memory, self.batch = self.memory:select(items), #items
+  return self
+end
+
+-- Keys and values of the memory, for every layer.
+local Memory = class("Memory", nil, true)
+
+function Memory:init(list, options) self.list, self.options = list, options end
+
+local function take(t, index) return t and ops.index_select(t, 1, index) or nil end
+
+function Memory:select(items)
+  local list, first = {}, self.list[1].k
+  local at = {}
+  for i, b in ipairs(items) do at[i] = b - 1 end -- contents of an index count from 0
+  local index = create.tensor(at, { dtype = "i64", device = first:device() })
+  for i, layer in ipairs(self.list) do list[i] = { k = take(layer.k, index), v = take(layer.v, index) } end
+  return Memory(list, { key_padding = take(self.options.key_padding, index),
+    key_lengths = take(self.options.key_lengths, index) })
+end
+
+-- dense attention of rows x [B, n, E] to keys and values that are there already
+local function attend_memory(cross, x, layer, options)
+  local q = cross.q(x):view(x:size(1), x:size(2), cross.heads, cross.head_dim)
+  local call = { return_lse = false, key_padding = options.key_padding, key_lengths = options.key_lengths }
+  for name, setting in pairs(cross.pattern) do call[name] = setting end
+  local out = attention.attend(q, layer.k, layer.v, call)
+  return cross.out(out:view(x:size(1), x:size(2), cross.embed_dim))
+end
+
+--- The decoder for one source: has generate, forward, cache and decode as LongNetLM has.
+local Given = class("LongNetGiven", nil, true)
+
+local function memory_of(model, source, options)
+  local memory, list = model.encoder(source, options), {}
+  for i = 1, #model.layers do
+    local cross = model.layers[i].cross
+    local function heads(projection)
+      return projection(memory):view(memory:size(1), memory:size(2), cross.kv_heads, cross.head_dim)
+    end
+    list[i] = { k = heads(cross.k), v = heads(cross.v) }
+  end
+  return Memory(list, options)
+end
+
+function Given:init(model, source, options)
+  self.model, self.vocab, self.context, self.training = model, model.vocab, model.context, false
+  self.memory = grad.no_grad(memory_of, model, source, options)
+  self.batch = source:size(1)
+end
+
+function Given:parameters() return self.model:parameters() end
+function Given:train() return self end -- the memory was computed in evaluation mode, and decoding is, too
+function Given:eval() return self end
+
+--- An empty cache. @tparam table options batch (must be the source's)
+function Given:cache(options)
+  if options.batch ~= self.batch then
+    fail(ED, "there are %d prompts for %d sources", options.batch, self.batch)
+  end
+  local list = {}
+  for i = 1, #self.model.layers do list[i] = self.model.layers[i].attention:cache{ batch = options.batch } end
+  return State(cache.ModelCache(list), self.memory)
+end
+
+local function last_rows(x, counts)
+  if not counts then return x:narrow(2, x:size(2), 1) end
+  local rows = {}
+  for b = 1, x:size(1) do rows[b] = x:narrow(1, b, 1):narrow(2, math.max(counts[b], 1), 1) end
+  return ops.cat(rows, 1)
+end
+
+local function decode(self, tokens, state, o)
+  local model = self.model
+  local x = model.embedding(tokens) * math.sqrt(model.options.width)
+  for i = 1, #model.layers do
+    local block = model.layers[i]
+    x = x + block.attention:decode(block.norm1(x), state.rows.layers[i], o.counts)
+    x = x + attend_memory(block.cross, block.norm_cross(x), state.memory.list[i], state.memory.options)
+    x = x + block.ffn(block.norm2(x))
+  end
+  if o.logits == "last" then x = last_rows(x, o.counts) end
+  return (ops.linear(model.norm(x), output_weight(model)))
+end
+
+--- Logits after tokens [B, n] that follow those in the state, as LongNetLM.decode.
+function Given:decode(tokens, state, options)
+  local o = options or {}
+  check_tokens(ED .. ".decode", tokens, self.context)
+  local training = self.model.training
+  self.model:eval()
+  local ok, out = pcall(grad.no_grad, decode, self, tokens, state, o)
+  self.model:train(training)
+  if not ok then error(out, 0) end
+  return out
+end
+
+--- Logits of whole sequences of tokens. @tparam table options counts, logits as in LongNetLM.forward
+function Given:__call(tokens, options)
+  return self:decode(tokens, self:cache{ batch = tokens:size(1) }, options)
+end
+
+--- Continue prompts (one for each item of the source): see generate.lua for options and results.
+-- @function LongNetGiven:generate
+Given.generate = generate
+
+function Given:__tostring() return ("%s with a memory of %d items"):format(ED, self.batch) end
+
+--- The decoder for a source: model:given(source):generate({ 0 }, 20). The encoder runs once, in evaluation
+-- mode.
+-- @tparam Tensor source [B, M] @tparam[opt] table options key_padding, key_lengths
+-- @treturn LongNetGiven
+function EncoderDecoder:given(source, options)
+  local o = schema.options(ED .. ".given", options, PADDING)
+  if self.options.cross_segments then
+    fail(ED .. ".given", "rows can be decoded one by one only if each reads the whole memory; the model has "
+      .. "cross_segments")
+  end
+  local training = self.training
+  self:eval()
+  local ok, made = pcall(Given, self, source, o)
+  self:train(training)
+  if not ok then error(made, 0) end
+  return made
+end
+base.entry_point(EncoderDecoder.given)
+
+return { LongNetEncoder = Encoder, LongNetClassifier = Classifier, LongNetEncoderDecoder = EncoderDecoder }
