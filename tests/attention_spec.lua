@@ -160,6 +160,36 @@ describe("lac.attend", function()
     assert.are.equal(before.hits, after.hits) -- not even the engine's cache was asked
   end)
 
+  it("gives the weights that multiply v, through branches, merges, padding and dropout", function()
+    local c = direct.fill { B = 2, N = 7, M = 9, H = 4, Hk = 2, D = 3, align = "end" }
+    local q, k, v = leaves(c)
+    for _, o in ipairs {
+      { segments = { 3, 9 }, dilations = { 1, 2 }, causal = true },
+      { segments = { 3, 9 }, dilations = { 1, 2 }, merge = "mean" },
+      { segments = { 4, 9 }, dilations = { 1, 1 }, merge = "lse_detach", window = 2 },
+      { segments = { 9 }, dilations = { 1 }, dropout = 0.5 },
+      { segments = { 9 }, dilations = { 1 }, key_lengths = lac.tensor({ 4, 9 }, { dtype = "i64" }) },
+    } do
+      o.align, o.need_weights = "end", true
+      local out, lse, weights = lac.attend(q, k, v, o)
+      assert.are.same({ 2, 4, 7, 9 }, { unpack(weights:size()) })
+      assert.are.equal(3, lse:dim())
+      local each = v:transpose(2, 3):repeat_interleave(2, 2) -- [B, H, M, D]
+      local expected = lac.matmul(weights, each):transpose(2, 3)
+      assert.is_true((out - expected):abs():max():item() < 1e-14)
+      o.return_lse = false
+      assert.are.same({ 2, 4, 7, 9 }, { unpack(select(2, lac.attend(q, k, v, o)):size()) })
+    end
+    local ok, report = lac.gradcheck(function(a, b)
+      local o = { segments = { 3, 9 }, dilations = { 1, 2 }, need_weights = true }
+      return select(3, lac.attend(a, b, v, o))
+    end, { q, k })
+    assert.is_true(ok, tostring(report))
+    local long = lac.zeros { 1, 20000, 1, 1 }
+    refused("need_weights would make 1 x 1 x 20000 x 20000 numbers", lac.attend, long, long, long,
+            { segments = { 4 }, dilations = { 1 }, need_weights = true })
+  end)
+
   it("detects changed inputs", function()
     local q, k, v = leaves(direct.fill { N = 4, H = 1, D = 2 })
     local out = lac.attend(q, k, v, { segments = { 4 }, dilations = { 1 } })

@@ -53,13 +53,18 @@ local LAZY = { "nn", "optim", "io", "data", "log", "train", "dist", "sweep", "be
                "notebook", "profile" }
 local lazy = {}
 for _, name in ipairs(LAZY) do lazy[name] = true end
-lazy.gradcheck, lazy.attend, lazy.attention = true, true, true
+lazy.gradcheck, lazy.attend, lazy.attention, lazy.config = true, true, true, true
 -- functions of upper modules: { module, name there }
 local FUNCTIONS = { memory_report = { "memory", "report" }, memory_tracking = { "memory", "tracking" },
                     leak_check = { "memory", "leak_check" }, memory_profile = { "timeline", "run" } }
 for name in pairs(FUNCTIONS) do lazy[name] = true end
 
 local function load_lazy(name)
+  if name == "config" then -- the owners of the kinds register them
+    lac.config = require "lacuna.config"
+    for _, owner in ipairs { "attention", "nn" } do require("lacuna." .. owner) end
+    return lac.config
+  end
   if name == "attend" or name == "attention" then
     local attention = require "lacuna.attention"
     lac.attend, lac.attention = attention.attend, attention

@@ -15,13 +15,11 @@
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
-local class = require "lacuna.class"
 local Registry = require "lacuna.registry"
 local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
 local ops = require "lacuna.ops"
-local device = require "lacuna.device"
-local explain = require "lacuna.attention.explain"
+local weights = require "lacuna.attention.weights"
 
 local ffi, C = lib.ffi, lib.C
 local fail, show = schema.fail, schema.show
@@ -61,14 +59,14 @@ local RUN = {
   end, default = 0 },
   training = { type = "boolean", default = true },
   key_padding = { type = "tensor" }, key_lengths = { type = "tensor" },
-  return_lse = { type = "boolean", default = true },
+  return_lse = { type = "boolean", default = true }, need_weights = { type = "boolean", default = false },
 }
 
 -- known to attention, not to this engine: refused by name, with what there is instead
 local NOT_YET = {
   mask = "use key_padding, key_lengths, causal or window", bias = "only unbiased scores can be computed",
   block_mask = "use segments, dilations and window", alibi = "use lac.rope on q and k for positions",
-  cu_seqlens = "use key_lengths", need_weights = "compute a small case densely to see the weights",
+  cu_seqlens = "use key_lengths",
   rope = "call lac.rope on q and k first", xpos = "call lac.rope{scale_base = 512} on q and k first",
 }
 
@@ -89,7 +87,7 @@ local function merged_spec(...)
   return spec
 end
 
-local FUNCTIONAL, RUN_ONLY, PATTERN_ONLY = merged_spec(PATTERN, RUN), merged_spec(RUN), merged_spec(PATTERN)
+local FUNCTIONAL, PATTERN_ONLY = merged_spec(PATTERN, RUN), merged_spec(PATTERN)
 
 -- cross-checks and the defaults that depend on the scheme; fills `o` in place
 local function complete(o)
@@ -161,12 +159,23 @@ end
 
 local attend_op = { name = "attend", saves = "abco", method = false }
 
--- run: {scale, p, seed, at, key_padding, key_lengths, return_lse}
-local function attend(plan, q, k, v, run)
+-- forward on the engine: out, lse, and lse of each branch where the backward needs it
+local function forward_raw(plan, q, k, v, run)
   local out_c, lse_c, branch_c = ctensor(), ctensor(), ctensor()
   lib.call(C.lac_attend, plan, fill_args(q, k, v, run), out_c, lse_c, branch_c)
-  local out, lse = adopt(out_c), adopt(lse_c)
-  local branch = branch_c.storage ~= nil and adopt(branch_c) or nil
+  return adopt(out_c), adopt(lse_c), branch_c.storage ~= nil and adopt(branch_c) or nil
+end
+
+local function backward_raw(plan, q, k, v, run, out, lse, branch, g, dlse)
+  local dq, dk, dv = ctensor(), ctensor(), ctensor()
+  lib.call(C.lac_attend_bwd, plan, fill_args(q, k, v, run), out.c, lse.c, branch and branch.c or nil, g.c,
+           dlse and dlse.c or nil, dq, dk, dv)
+  return adopt(dq), adopt(dk), adopt(dv)
+end
+
+-- run: {scale, p, seed, at, key_padding, key_lengths}
+local function attend(plan, q, k, v, run)
+  local out, lse, branch = forward_raw(plan, q, k, v, run)
   if ops.wants(q, k, v) then
     local node = ops.record(attend_op, out, q, k, v)
     lse.requires_grad, lse.node, lse.slot = true, node, 2
@@ -180,18 +189,14 @@ local function attend(plan, q, k, v, run)
       end
     end
   end
-  if run.return_lse then return out, lse end
-  return out
+  return out, lse
 end
 
 function attend_op.backward(node, g, more)
   local out, lse = node.outputs[1], node.outputs[2]
   local dlse = more and more[2]
   g = g or ops.raw_zeros_like(out)
-  local dq, dk, dv = ctensor(), ctensor(), ctensor()
-  lib.call(C.lac_attend_bwd, node.plan, fill_args(node.a, node.b, node.c, node.run), out.c, lse.c,
-           node.branch and node.branch.c or nil, g.c, dlse and dlse.c or nil, dq, dk, dv)
-  return adopt(dq), adopt(dk), adopt(dv)
+  return backward_raw(node.plan, node.a, node.b, node.c, node.run, out, lse, node.branch, g, dlse)
 end
 
 local DIMENSIONS = { "batch items", "positions", "heads", "head dimensions" }
@@ -230,16 +235,26 @@ local function run_options(o)
   local p = o.training and o.dropout or 0
   local seed, at = 0, 0
   if p > 0 then seed, at = create.draw() end
-  return { scale = o.scale, p = p, seed = seed, at = at, return_lse = o.return_lse,
-           key_padding = o.key_padding, key_lengths = o.key_lengths }
+  return { scale = o.scale, p = p, seed = seed, at = at, key_padding = o.key_padding,
+           key_lengths = o.key_lengths }
 end
 
-local function apply(o, key, q, k, v, run)
+-- module: an object whose variant executes itself, else nil
+local function apply(o, key, q, k, v, run, module)
   check_inputs(q, k, v)
-  local qs, ks = q.c.shape, k.c.shape
-  local plan = plan_for(o, key, tonumber(qs[0]), tonumber(qs[1]), tonumber(ks[1]),
-                        tonumber(qs[2]), tonumber(ks[2]), tonumber(qs[3]))
-  return attend(plan, q, k, v, run_options(run))
+  local attend_with
+  if module then
+    attend_with = function(value) return module.record.run(module, q, k, value, run) end
+  else
+    local qs, ks, made = q.c.shape, k.c.shape, run_options(run)
+    local plan = plan_for(o, key, tonumber(qs[0]), tonumber(qs[1]), tonumber(ks[1]),
+                          tonumber(qs[2]), tonumber(ks[2]), tonumber(qs[3]))
+    attend_with = function(value) return attend(plan, q, k, value, made) end
+  end
+  local out, lse = attend_with(v)
+  local all = run.need_weights and weights(attend_with, q, v) or nil
+  if run.return_lse then return out, lse, all end
+  return out, all
 end
 
 --- Dilated attention of q, k, v.
@@ -247,10 +262,11 @@ end
 -- @tparam table options segments, dilations (lists of one length); heads "all" or "split"; offset "branch",
 --   "mod" or "block"; merge "mean", "sum", "lse" or "lse_detach"; causal, dedup (false); align "start" or
 --   "end"; window; scale (1/sqrt(D)); dropout (0), training (true); key_padding [B, M] bool, true = keep;
---   key_lengths [B]; return_lse (true)
+--   key_lengths [B]; return_lse (true); need_weights (false)
 -- @treturn Tensor out [B, N, H, D]; rows without a key are 0
 -- @treturn Tensor lse [B, N, H] f32 (f64 for f64), natural logarithm; -inf for rows without a key; absent
 --   with return_lse = false
+-- @treturn Tensor weights [B, H, N, M] with need_weights = true, last: what multiplies v, for small N and M
 -- Source: LongNet, arXiv 2307.02486, eq. 6 to 15.
 function attention.attend(q, k, v, options)
   if type(options) ~= "table" then
@@ -339,123 +355,14 @@ end
 
 -- ---- the module form -------------------------------------------------------------------------------
 
---- Registry of variants. Scripts may add their own:
--- variants:add(name, {doc =, options = spec, build = function(o) ... end}).
+--- Registry of variants. Scripts may add their own: see attention/variants.lua for what a record has.
 attention.variants = Registry("attention", "variant")
 
-local Attention = class("Attention", nil, true)
-
--- options of the module form: `heads` is a number here, the scheme belongs to the variant
-local MODULE = merged_spec(PATTERN, RUN)
-MODULE.heads = { type = "integer", min = 1, required = true }
-MODULE.kv_heads = { type = "integer", min = 1 }
-MODULE.variant = { type = "any", required = true }
-MODULE.segments = { type = "integers", min = 1 }
-MODULE.dilations = { type = "integers", min = 1 }
-MODULE.training, MODULE.key_padding, MODULE.key_lengths, MODULE.align = nil, nil, nil, PATTERN.align
-
-local function module_spec(variant)
-  local spec = {}
-  for name, rule in pairs(MODULE) do spec[name] = rule end
-  for name, rule in pairs(variant.options or {}) do spec[name] = rule end
-  return spec
-end
-
-function Attention:init(options)
-  if type(options) ~= "table" then fail(OP, "options must be a table, got %s", show(options)) end
-  if options.variant == nil then
-    fail(OP, "variant is required; valid: %s", table.concat(attention.variants:names(), ", "))
-  end
-  local variant = attention.variants:get(options.variant)
-  refuse_unknown(options)
-  local o = schema.options(OP, options, module_spec(variant))
-  o.kv_heads = o.kv_heads or o.heads
-  if o.heads % o.kv_heads ~= 0 then
-    fail(OP, "heads must be a multiple of kv_heads: %d %% %d = %d", o.heads, o.kv_heads, o.heads % o.kv_heads)
-  end
-  local pattern = variant.build(o, fail)
-  for _, name in ipairs { "causal", "dedup", "align", "window" } do
-    if pattern[name] == nil then pattern[name] = o[name] end
-  end
-  self.variant, self.options = options.variant, o
-  self.pattern = complete(schema.options(OP, pattern, PATTERN))
-  self.key = pattern_key(self.pattern)
-  self.training = true
-  -- every mistake in the configuration is found now, not at the first call
-  plan_for(self.pattern, self.key, 1, 1, 1, o.heads, o.kv_heads, 1)
-end
-
---- Switch dropout on (default) or off; returns self.
-function Attention:train(on)
-  if on == nil then on = true end
-  if type(on) ~= "boolean" then fail(OP, "train takes true or false, got %s", show(on)) end
-  self.training = on
-  return self
-end
-
---- Switch dropout off; returns self.
-function Attention:eval() return self:train(false) end
-
---- Run it. @tparam Tensor q [B, N, H, D] @tparam Tensor k [B, M, Hk, D] @tparam Tensor v like k
--- @tparam[opt] table options key_padding, key_lengths, scale, dropout, training, return_lse for this call
--- @treturn Tensor out [B, N, H, D] @treturn Tensor lse [B, N, H]
-function Attention:__call(q, k, v, options)
-  local o = self.options
-  local run = { scale = o.scale, dropout = o.dropout, return_lse = o.return_lse, training = self.training }
-  if options ~= nil then
-    if type(options) ~= "table" then fail(OP, "options must be a table, got %s", show(options)) end
-    refuse_unknown(options)
-    local given = schema.options(OP, options, RUN_ONLY)
-    for name in pairs(options) do run[name] = given[name] end
-  end
-  expect(OP, "q", q)
-  expect(OP, "k", k)
-  if q.c.ndim == 4 and q.c.shape[2] ~= o.heads then
-    fail(OP, "q has %d heads, the module has %d: q is %s", tonumber(q.c.shape[2]), o.heads, show(q))
-  end
-  if k.c.ndim == 4 and k.c.shape[2] ~= o.kv_heads then
-    fail(OP, "k has %d heads, the module has kv_heads = %d: k is %s",
-         tonumber(k.c.shape[2]), o.kv_heads, show(k))
-  end
-  local out, lse = apply(self.pattern, self.key, q, k, v, run)
-  return out, lse
-end
-lib.frame_name(Attention.__call, function(self)
-  return "attention(" .. tostring(rawget(self, "variant")) .. ")"
-end)
-
---- What the plan does at a length: strips, coverage, pairs, FLOPs, bytes moved, working memory.
--- @tparam integer n positions
--- @tparam[opt] table sizes batch (1), m (n), head_dim (64), dtype (the default dtype)
--- @treturn string
-function Attention:explain(n, sizes)
-  schema.check(OP, "n", n == nil and false or n, SIZES.n)
-  local z = schema.options(OP, sizes, { batch = SIZES.batch, m = SIZES.m, head_dim = SIZES.head_dim,
-                                        dtype = { type = "string" } })
-  local dtype = device.dtype(OP, z.dtype)
-  if not device.is_float(dtype) then
-    fail(OP, "dtype must be f64, f32, f16 or bf16, got '%s'", z.dtype)
-  end
-  local o, m = self.options, z.m or n
-  local plan = plan_for(self.pattern, self.key, z.batch, n, m, o.heads, o.kv_heads, z.head_dim)
-  local title = ("%s at N = %d%s, batch %d, head_dim %d, %s"):format(
-    tostring(self), n, m ~= n and (", M = %d"):format(m) or "", z.batch, z.head_dim,
-    device.dtype_name[dtype])
-  return explain(title, info_of(plan), self.pattern, {
-    batch = z.batch, n = n, m = m, heads = o.heads, kv_heads = o.kv_heads, head_dim = z.head_dim,
-    element = device.dtype_size[dtype], lse = dtype == C.LAC_F64 and 8 or 4,
-  })
-end
-
-function Attention:__tostring()
-  local p, o = self.pattern, self.options
-  local segments = self.variant == "dense" and "" or (", segments {%s}, dilations {%s}"):format(
-    table.concat(p.segments, ", "), table.concat(p.dilations, ", "))
-  return ("attention %s(%d heads%s%s, %s, offset %s, merge %s%s%s)"):format(
-    self.variant, o.heads, o.kv_heads ~= o.heads and (", %d for keys and values"):format(o.kv_heads) or "",
-    segments, p.heads, p.offset, p.merge, p.causal and ", causal" or "",
-    p.window and (", window %d"):format(p.window) or "")
-end
+local Attention = require "lacuna.attention.module" {
+  variants = attention.variants, pattern_spec = PATTERN, run_spec = RUN, merged_spec = merged_spec,
+  sizes = SIZES, complete = complete, pattern_key = pattern_key, plan_for = plan_for,
+  refuse_unknown = refuse_unknown, apply = apply, info_of = info_of, decoder = attention.decoder,
+}
 
 require("lacuna.attention.variants")(attention.variants)
 

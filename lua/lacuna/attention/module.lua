@@ -1,0 +1,189 @@
+--- The module form of attention: lac.attention{ variant = ..., ... }.
+--
+-- An object with a validated configuration (`options`), the pattern that its variant makes of it, and the
+-- mode (training or not). Calling it runs the variant: for most, the pattern's plan in one engine call; a
+-- variant whose record has `run` (ring) executes itself over the same core. Everything that can be wrong
+-- about a configuration is found when the object is made. The core (options, plans, the operator) is in
+-- init.lua and comes in as an argument, so that requires point one way.
+
+local lib = require "lacuna.lib"
+local schema = require "lacuna.schema"
+local class = require "lacuna.class"
+local tensor = require "lacuna.tensor"
+local config = require "lacuna.config"
+local device = require "lacuna.device"
+local explain = require "lacuna.attention.explain"
+
+local C = lib.C
+local fail, show = schema.fail, schema.show
+local expect = tensor.expect
+local OP = "attention"
+
+local core -- what init.lua has: variants (a Registry), specs, plans, apply
+local module_rules, call_rules
+
+local Attention = class("Attention", nil, true)
+
+-- `heads` is a number here, the scheme belongs to the variant
+local function make_rules()
+  module_rules = core.merged_spec(core.pattern_spec, core.run_spec)
+  call_rules = core.merged_spec(core.run_spec)
+  module_rules.heads = { type = "integer", min = 1, required = true }
+  module_rules.kv_heads = { type = "integer", min = 1 }
+  module_rules.variant = { type = "any", required = true }
+  module_rules.segments = { type = "integers", min = 1 }
+  module_rules.dilations = { type = "integers", min = 1 }
+  for name, rule in pairs(core.run_spec) do -- tensors belong to a call
+    if rule.type == "tensor" then module_rules[name] = nil end
+  end
+  module_rules.training = nil
+end
+
+-- options of a variant and of the variants that it builds on
+local function own_rules(name, given)
+  local variant = core.variants:get(name)
+  local rules = {}
+  for key, rule in pairs(variant.options or {}) do rules[key] = rule end
+  local inner = rules.of and (given.of or rules.of.default)
+  for key, rule in pairs(inner and own_rules(inner, {}) or {}) do rules[key] = rules[key] or rule end
+  return rules, variant
+end
+
+local function check_heads(o)
+  o.kv_heads = o.kv_heads or o.heads
+  if o.heads % o.kv_heads ~= 0 then
+    fail(OP, "heads must be a multiple of kv_heads: %d %% %d = %d", o.heads, o.kv_heads, o.heads % o.kv_heads)
+  end
+end
+
+-- options of the user -> configuration, pattern, record, reasons for explain()
+local function configure(options)
+  if type(options) ~= "table" then fail(OP, "options must be a table, got %s", show(options)) end
+  if options.variant == nil then
+    fail(OP, "variant is required; valid: %s", table.concat(core.variants:names(), ", "))
+  end
+  local rules, variant = own_rules(options.variant, options)
+  for name, rule in pairs(module_rules) do rules[name] = rules[name] or rule end
+  core.refuse_unknown(options)
+  local o = schema.options(OP, options, rules)
+  check_heads(o)
+  local pattern, reason = variant.build(o, fail)
+  for _, name in ipairs { "causal", "dedup", "align", "window" } do
+    if pattern[name] == nil then pattern[name] = o[name] end
+  end
+  return o, core.complete(schema.options(OP, pattern, core.pattern_spec)), variant, reason
+end
+
+function Attention:init(options)
+  local o, pattern, variant, reason = configure(options)
+  self.variant, self.record, self.pattern, self.reason = options.variant, variant, pattern, reason or false
+  self.options = config.wrap("attention", o)
+  self.key = core.pattern_key(pattern)
+  self.training = true
+  -- every mistake in the configuration is found now, not at the first call
+  core.plan_for(pattern, self.key, 1, 1, 1, o.heads, o.kv_heads, 1)
+end
+
+--- Another object of the same configuration and mode.
+function Attention:clone() return Attention(self.options):train(self.training) end
+
+--- Switch dropout on (default) or off; returns self.
+function Attention:train(on)
+  if on == nil then on = true end
+  if type(on) ~= "boolean" then fail(OP, "train takes true or false, got %s", show(on)) end
+  self.training = on
+  return self
+end
+
+--- Switch dropout off; returns self.
+function Attention:eval() return self:train(false) end
+
+local function check_input_heads(o, q, k)
+  expect(OP, "q", q)
+  expect(OP, "k", k)
+  if q.c.ndim == 4 and q.c.shape[2] ~= o.heads then
+    fail(OP, "q has %d heads, the module has %d: q is %s", tonumber(q.c.shape[2]), o.heads, show(q))
+  end
+  if k.c.ndim == 4 and k.c.shape[2] ~= o.kv_heads then
+    fail(OP, "k has %d heads, the module has kv_heads = %d: k is %s",
+         tonumber(k.c.shape[2]), o.kv_heads, show(k))
+  end
+end
+
+--- Run it. @tparam Tensor q [B, N, H, D] @tparam Tensor k [B, M, Hk, D] @tparam Tensor v like k
+-- @tparam[opt] table options those of a call of lac.attend: key_padding, key_lengths, scale, dropout,
+--   training, need_weights, return_lse
+-- @treturn Tensor out [B, N, H, D] @treturn Tensor lse [B, N, H] unless return_lse = false, then weights if
+--   asked for
+function Attention:__call(q, k, v, options)
+  local o = self.options
+  local run = { training = self.training }
+  for name in pairs(core.run_spec) do
+    if run[name] == nil then run[name] = o[name] end
+  end
+  if options ~= nil then
+    if type(options) ~= "table" then fail(OP, "options must be a table, got %s", show(options)) end
+    core.refuse_unknown(options)
+    local given = schema.options(OP, options, call_rules)
+    for name in pairs(options) do run[name] = given[name] end
+  end
+  check_input_heads(o, q, k)
+  return core.apply(self.pattern, self.key, q, k, v, run, self.record.run and self or nil)
+end
+lib.frame_name(Attention.__call, function(self)
+  return "attention(" .. tostring(rawget(self, "variant")) .. ")"
+end)
+
+--- What decodes row by row what this computes at once: see lac.attention.decoder.
+-- @tparam integer head_dim
+function Attention:decoder(head_dim)
+  if not self.pattern.causal then
+    fail(OP, "only causal attention can be decoded row by row; make %s with causal = true", self.variant)
+  end
+  local pattern = { scale = self.options.scale }
+  for name, value in pairs(self.pattern) do pattern[name] = value end
+  local o = self.options
+  return core.decoder(pattern, { heads = o.heads, kv_heads = o.kv_heads, head_dim = head_dim })
+end
+
+--- What the plan does at a length: strips, coverage, pairs, FLOPs, bytes moved, working memory.
+-- @tparam integer n positions
+-- @tparam[opt] table sizes batch (1), m (n), head_dim (64), dtype (the default dtype)
+-- @treturn string
+function Attention:explain(n, sizes)
+  schema.check(OP, "n", n == nil and false or n, core.sizes.n)
+  local z = schema.options(OP, sizes, { batch = core.sizes.batch, m = core.sizes.m,
+                                        head_dim = core.sizes.head_dim, dtype = { type = "string" } })
+  local dtype = device.dtype(OP, z.dtype)
+  if not device.is_float(dtype) then
+    fail(OP, "dtype must be f64, f32, f16 or bf16, got '%s'", z.dtype)
+  end
+  local o, m = self.options, z.m or n
+  local plan = core.plan_for(self.pattern, self.key, z.batch, n, m, o.heads, o.kv_heads, z.head_dim)
+  local title = ("%s at N = %d%s, batch %d, head_dim %d, %s"):format(
+    tostring(self), n, m ~= n and (", M = %d"):format(m) or "", z.batch, z.head_dim,
+    device.dtype_name[dtype])
+  return explain(title, core.info_of(plan), self.pattern, {
+    batch = z.batch, n = n, m = m, heads = o.heads, kv_heads = o.kv_heads, head_dim = z.head_dim,
+    element = device.dtype_size[dtype], lse = dtype == C.LAC_F64 and 8 or 4,
+  })
+end
+
+function Attention:__tostring()
+  local p, o = self.pattern, self.options
+  local segments = self.variant == "dense" and "" or (", segments {%s}, dilations {%s}"):format(
+    table.concat(p.segments, ", "), table.concat(p.dilations, ", "))
+  return ("attention %s(%d heads%s%s, %s, offset %s, merge %s%s%s)"):format(
+    self.variant, o.heads, o.kv_heads ~= o.heads and (", %d for keys and values"):format(o.kv_heads) or "",
+    segments, p.heads, p.offset, p.merge, p.causal and ", causal" or "",
+    p.window and (", window %d"):format(p.window) or "")
+end
+
+--- @tparam table c the core
+-- @treturn table the class
+return function(c)
+  core = c
+  make_rules()
+  config.define("attention", function(options) return (configure(options)) end)
+  return Attention
+end

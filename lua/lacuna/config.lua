@@ -1,0 +1,82 @@
+--- config.lua: configurations as values: validated, with defaults filled in, printable, comparable, saved as
+-- JSON.
+--
+-- lac.config.attention{ ... }, multihead, ring, distributed and pool each check a table by the rules of
+-- whoever reads it (the owner registers its rules here, so that there is one set of them) and return a table
+-- of the same fields that prints itself in a fixed order, equals another with the same content, and makes a
+-- changed copy with `with`, which is checked again. Everything that takes options takes such an object too;
+-- modules keep theirs in `options`, which is what a checkpoint stores. Being a plain table underneath is the
+-- point: schema, json and pairs need no special case.
+--
+-- Rejected: a class per kind with getters (the schema says already what there is), and freezing (a Lua table
+-- that refuses writes is not seen by pairs; `with` copies, nothing here writes).
+
+local schema = require "lacuna.schema"
+
+local Config = { __name = "Config" }
+local kinds = {} -- kind -> function(options) -> validated table
+local config = {}
+
+local function same(a, b)
+  if type(a) ~= "table" or type(b) ~= "table" then return a == b end
+  if rawequal(a, b) then return true end
+  for key, value in pairs(a) do
+    if not same(value, b[key]) then return false end
+  end
+  for key in pairs(b) do
+    if a[key] == nil then return false end
+  end
+  return true
+end
+
+local function text_of(value)
+  local mt = getmetatable(value)
+  if type(value) ~= "table" or (mt and mt ~= Config) then return schema.show(value) end
+  local parts = {}
+  for i = 1, #value do parts[i] = text_of(value[i]) end
+  for _, key in ipairs(schema.keys(value)) do parts[#parts + 1] = key .. " = " .. text_of(value[key]) end
+  return "{" .. table.concat(parts, ", ") .. "}"
+end
+
+local kind_of = setmetatable({}, { __mode = "k" }) -- beside the object: a field would be an unknown option
+
+--- Fields by name; `kind` and `with` are methods.
+Config.__index = {
+  --- Which configuration this is: "attention", "ring", ...
+  kind = function(self) return kind_of[self] end,
+  --- A changed copy, checked like a new one. @tparam table changes fields; false removes an optional one
+  with = function(self, changes)
+    schema.check("config", "changes", changes, { type = "table" })
+    local copy = {}
+    for key, value in pairs(self) do copy[key] = value end
+    for key, value in pairs(changes) do copy[key] = value end
+    return config[kind_of[self]](copy)
+  end,
+}
+function Config.__eq(a, b) return kind_of[a] == kind_of[b] and same(a, b) end
+function Config.__tostring(self) return kind_of[self] .. text_of(self) end
+
+--- Make validated options a configuration; for the owner of a kind.
+-- @tparam string kind @tparam table options checked, with defaults
+function config.wrap(kind, options)
+  local object = setmetatable({}, Config)
+  for key, value in pairs(options) do object[key] = value end
+  kind_of[object] = kind
+  return object
+end
+
+--- Register a kind: config[kind](options) then validates and wraps.
+-- @tparam string kind @tparam function validate takes a table, returns the complete one or raises
+function config.define(kind, validate)
+  kinds[kind] = validate
+  config[kind] = function(options) return config.wrap(kind, validate(options)) end
+end
+
+--- Is this a configuration (of this kind)?
+function config.is(value, kind)
+  return type(value) == "table" and getmetatable(value) == Config and (kind == nil or kind_of[value] == kind)
+end
+
+return setmetatable(config, { __index = function(_, name)
+  schema.fail("config", "there is no lac.config.%s%s", tostring(name), schema.hint(name, schema.keys(kinds)))
+end })

@@ -1,0 +1,40 @@
+--- Configurations as values: defaults, printing, equality, changed copies, JSON.
+--
+-- Which options there are is tested where they are used; here it is that an object made of them behaves as a
+-- value.
+
+local lac = require "lacuna"
+local json = require "lacuna.json"
+
+describe("lac.config", function()
+  local given = { variant = "longnet", segments = { 4, 8 }, dilations = { 1, 2 }, heads = 2 }
+
+  it("fills in defaults, prints in one order, compares by content", function()
+    local a, b = lac.config.attention(given), lac.config.attention(given)
+    assert.are.equal(2, a.kv_heads)
+    assert.is_false(a.causal)
+    assert.is_true(a == b)
+    assert.are.equal(tostring(a), tostring(b))
+    assert.matches("^attention{align = 'start', causal = false, dedup = false, ", tostring(a))
+    assert.is_false(a == a:with { causal = true })
+    assert.is_true(a == a:with { causal = true }:with { causal = false })
+    assert.are.equal("attention", a:kind())
+    assert.is_true(lac.config.is(a, "attention"))
+    assert.is_false(lac.config.is(given))
+  end)
+
+  it("is what modules keep, and what they take", function()
+    local attn = lac.attention(lac.config.attention(given))
+    assert.is_true(attn.options == lac.config.attention(given))
+    assert.is_true(attn:clone().options == attn.options)
+    local again = lac.config.attention(json.decode(json.encode(attn.options)))
+    assert.is_true(again == attn.options)
+  end)
+
+  it("refuses what its owner refuses", function()
+    assert.error_matches(function() return lac.config.atention end, "did you mean 'attention'")
+    assert.error_matches(function() lac.config.attention(given):with { casual = true } end,
+      "unknown option 'casual', did you mean 'causal'")
+    assert.error_matches(function() lac.config.attention { variant = "dense" } end, "heads is required")
+  end)
+end)
