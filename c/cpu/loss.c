@@ -70,7 +70,7 @@ enum { SUM_BLOCK = 512, STREAM_BLOCK = 1024, STREAM_BYTES = 1 << 24, CHUNK_ELEME
         T keep = (T)(1 - e), share = (T)(e / (double)n);                                                               \
         for (int64_t i = 0; i < n; i++) y[i] = (t[i] * keep + share) * (w ? w[i] : 1);                                 \
     }
-ROW_KERNELS(float, f, v_exp_flushf, INFINITY)
+ROW_KERNELS(float, f, v_exp_termf, INFINITY)
 ROW_KERNELS(double, d, exp, (double)INFINITY)
 
 /* element i of a statistics vector (f32 or f64) */

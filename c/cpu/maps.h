@@ -116,7 +116,7 @@ LAC_INLINE float f_gelu_tanh(float x) { return x * v_sigmoidf(1.595769122f * (x 
 LAC_INLINE float f_gelu_tanh_grad(float x)
 {
     float a = 1.595769122f * (x + 0.044715f * x * x * x), slope = 1.595769122f + 0.21406530f * x * x;
-    float e = v_exp_flushf(-fabsf(a)), w = 1 / (1 + e),
+    float e = v_exp_downf(-fabsf(a)), w = 1 / (1 + e),
           s = a > 0 ? w : e * w; /* s (1 - s) = e w w, without cancellation */
     return s + x * (e * w * w) * slope;
 }
@@ -218,7 +218,7 @@ LAC_INLINE double d_mish_grad(double x)
 LAC_INLINE float f_logaddexp(float x, float y)
 {
     float d = x == y ? 0.0f : -fabsf(x - y);
-    return f_max(x, y) + v_log1p_unit(v_exp_flushf(d));
+    return f_max(x, y) + v_log1p_unit(v_exp_downf(d));
 }
 LAC_INLINE double d_logaddexp(double x, double y) { return d_max(x, y) + log1p(exp(x == y ? 0 : -fabs(x - y))); }
 

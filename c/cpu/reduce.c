@@ -219,7 +219,7 @@ static double lse_block(int ctype, const void *x, double top, int64_t n)
         const float *f = x, m = (float)top;
         float t = 0;
 #pragma omp simd reduction(+ : t)
-        for (int64_t i = 0; i < n; i++) t += v_exp_flushf(f[i] - m);
+        for (int64_t i = 0; i < n; i++) t += v_exp_termf(f[i] - m);
         return (double)t;
     }
     const double *d = x;
@@ -411,7 +411,7 @@ static __attribute__((noinline)) void columns_exp(const float *restrict x, const
                                                   int64_t w)
 {
 #pragma omp simd
-    for (int64_t j = 0; j < w; j++) s[j] += v_exp_flushf(x[j] - m[j]);
+    for (int64_t j = 0; j < w; j++) s[j] += v_exp_termf(x[j] - m[j]);
 }
 
 static void tile_lse(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)

@@ -83,45 +83,75 @@ LAC_INLINE double v_sum_d(v_doubles v)
 
 /* ---- float exp ---- */
 
-/* e^x. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits: no conversion that traps on
- * NaN. The factor 2^n is applied in two halves, so that results down to the subnormals come out right. */
-LAC_INLINE float v_expf(float x)
+/* c - n ln2. With fused multiplications one constant does where an error of 2e-9 n does not count (LOOSE). */
+LAC_INLINE float v_minus_ln2(float c, float n)
 {
-    const float magic = 12582912.0f;
-    float c = x > 89.0f ? 89.0f : x;
-    c = c < -104.5f ? -104.5f : c; /* a NaN fails both comparisons and stays */
-    float t = c * 1.44269504f + magic, n = t - magic;
-    int32_t k = (int32_t)(v_bits(t) - v_bits(magic));
     float r = c - n * 0.693359375f; /* 9 bits: the product is exact */
-    r = r + n * 2.12194440e-4f;
-    float p = 1.3926213835e-3f; /* (e^r - 1 - r) / r^2 on |r| <= ln2/2, 6.6e-8 */
-    p = p * r + 8.3632029716e-3f;
-    p = p * r + 4.1666554432e-2f;
-    p = p * r + 1.6666576846e-1f;
-    p = p * r + 5.0000000000e-1f;
-    p = 1.0f + (r + r * r * p);
-    uint32_t half = (uint32_t)(k >> 1), rest = (uint32_t)k - half;
-    return p * v_float((half + 127u) << 23) * v_float((rest + 127u) << 23);
+    return r + n * 2.12194440e-4f;
+}
+LAC_INLINE float v_minus_ln2_loose(float c, float n)
+{
+#ifdef __FP_FAST_FMAF
+    return c - n * 0.693147182f;
+#else
+    return v_minus_ln2(c, n);
+#endif
 }
 
-/* The same in fewer steps: 0 below -87.68 and infinity above 88.37, where e^x leaves the normal floats. For sums and
- * quotients with terms near 1. 2^k is one shift: the bits of `magic` above k fall off the end. */
-LAC_INLINE float v_exp_flushf(float x)
+/* e^r for |r| <= ln2/2, 8e-9 before rounding */
+LAC_INLINE float v_exp_poly(float r)
 {
-    const float magic = 12582912.0f;
-    float c = x > 89.0f ? 89.0f : x;
-    c = c < -88.0f ? -88.0f : c;
-    float t = c * 1.44269504f + magic, n = t - magic;
-    float r = c - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
     float p = 1.3926213835e-3f;
     p = p * r + 8.3632029716e-3f;
     p = p * r + 4.1666554432e-2f;
     p = p * r + 1.6666576846e-1f;
     p = p * r + 5.0000000000e-1f;
-    p = 1.0f + (r + r * r * p);
-    return p * v_float((v_bits(t) << 23) + 0x3f800000u);
+    p = p * r + 1.0f;
+    return p * r + 1.0f;
 }
+
+/* c log2(e) + magic, at most `top`: a comparison of integers, which takes one step less and lets a NaN pass through what
+ * is computed from c itself */
+LAC_INLINE float v_exponent(float c, float magic, float top)
+{
+    int32_t t = (int32_t)v_bits(c * 1.44269504f + magic), most = (int32_t)v_bits(magic + top);
+    return v_float((uint32_t)(t < most ? t : most));
+}
+
+/* e^x. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits: no conversion that traps on
+ * NaN. The factor 2^n is applied in two halves, so that results down to the subnormals come out right; 254 more in the
+ * low bits is the bias of both, and what stands above them falls off the end of the shifts. */
+LAC_INLINE float v_expf(float x)
+{
+    const float magic = 12582912.0f + 254.0f;
+    float c = x < -104.5f ? -104.5f : x, t = v_exponent(c, magic, 128.0f);
+    float p = v_exp_poly(v_minus_ln2(c, t - magic));
+    uint32_t half = v_bits(t) >> 1, rest = v_bits(t) - half;
+    return p * v_float(half << 23) * v_float(rest << 23);
+}
+
+/* The same in fewer steps: 0 below -87.68 and infinity above 88.37, where e^x leaves the normal floats. `bounded`: x is
+ * known to be at most 88; `loose`: for terms of a sum whose largest is 1 (relative error 3e-9 |x| more). */
+LAC_INLINE float v_exp_normal(float x, bool bounded, bool loose)
+{
+    const float magic = 12582912.0f + 127.0f; /* with the bias of an exponent, as above */
+    float c = x < -88.0f ? -88.0f : x, t = bounded ? c * 1.44269504f + magic : v_exponent(c, magic, 128.0f);
+    float r = loose ? v_minus_ln2_loose(c, t - magic) : v_minus_ln2(c, t - magic);
+    return v_exp_poly(r) * v_float(v_bits(t) << 23);
+}
+LAC_INLINE float v_exp_flushf(float x) { return v_exp_normal(x, false, false); }
+LAC_INLINE float v_exp_downf(float x) { return v_exp_normal(x, true, false); } /* x <= 0 */
+LAC_INLINE float v_exp_termf(float x) { return v_exp_normal(x, true, true); }
+
+/* the smaller of two floats >= 0, compared as integers: a NaN is the larger one. (gcc makes several blends of a
+ * comparison of floats, because it follows the constant through the arithmetic.) */
+LAC_INLINE float v_at_most(float x, float most)
+{
+    int32_t a = (int32_t)v_bits(x), b = (int32_t)v_bits(most);
+    return v_float((uint32_t)(a < b ? a : b));
+}
+/* all bits where x is NaN: to put it back by `or` */
+LAC_INLINE uint32_t v_nan_bits(float x) { return x != x ? 0xffffffffu : 0u; }
 
 /* e^r - 1 for y = k ln2 + r, and k as an exponent to shift; |y| <= 89, NaN passes */
 LAC_INLINE float v_expm1_reduce(float y, uint32_t *k)
@@ -150,11 +180,10 @@ LAC_INLINE float v_expm1f(float x)
 LAC_INLINE float v_tanhf(float x)
 {
     uint32_t k, sign = v_bits(x) & 0x80000000u;
-    float a = v_float(v_bits(x) ^ sign);
-    a = a > 10.0f ? 10.0f : a;
+    float a = v_at_most(v_float(v_bits(x) ^ sign), 10.0f);
     float p = v_expm1_reduce(2.0f * a, &k), s = v_float((k << 23) + 0x3f800000u);
     float e = s * p + (s - 1.0f), y = e / (e + 2.0f);
-    return v_float(v_bits(y) | sign);
+    return v_float(v_bits(y) | sign | v_nan_bits(x));
 }
 
 /* 2.5 ulp, 0 below -88.37 */
@@ -208,8 +237,8 @@ LAC_INLINE float v_log1p_unit(float e)
 /* log(1 + e^x) */
 LAC_INLINE float v_softplusf(float x)
 {
-    float a = x < 0.0f ? x : -x; /* a NaN comes through e */
-    return (x > 0.0f ? x : 0.0f) + v_log1p_unit(v_exp_flushf(a));
+    float below = v_float(v_bits(x) | 0x80000000u); /* -|x|; a NaN comes through e */
+    return (x > 0.0f ? x : 0.0f) + v_log1p_unit(v_exp_downf(below));
 }
 
 /* ---- float erf and the normal distribution ---- */
@@ -218,14 +247,13 @@ LAC_INLINE float v_softplusf(float x)
 LAC_INLINE float v_erff(float x)
 {
     uint32_t k, sign = v_bits(x) & 0x80000000u;
-    float u = v_float(v_bits(x) ^ sign);
-    u = u > 4.0f ? 4.0f : u;
+    float u = v_at_most(v_float(v_bits(x) ^ sign), 4.0f);
     float z = u * u, z2 = z * z; /* q on 0 <= u <= 4, 4e-9 of erf; the first coefficient is in two parts */
     float q = (0.636619508f + 0.102776863f * u) + (-0.0191498641f - 0.000165820034f * u) * z;
     q = q + ((0.00167208444f - 0.000635445409f * u) + (0.00011833592f - 9.33046886e-06f * u) * z) * z2;
     float y = 1.12837923f * u + u * (q * u - 5.8635383e-8f);
     float p = v_expm1_reduce(-y, &k), s = v_float((k << 23) + 0x3f800000u);
-    return v_float(v_bits((1.0f - s) - s * p) | sign);
+    return v_float(v_bits((1.0f - s) - s * p) | sign | v_nan_bits(x));
 }
 
 /* The upper tail of the normal distribution Q(u) = erfc(u / sqrt(2)) / 2, u >= 0, as a product of its density
@@ -234,7 +262,7 @@ LAC_INLINE float v_erff(float x)
 LAC_INLINE float v_normal_tailf(float u, float *e)
 {
     const float magic = 12582912.0f;
-    float c = u > 13.2f ? 13.2f : u, h = c * c;
+    float c = v_at_most(u, 13.2f), h = c * c;
 #ifdef __FP_FAST_FMAF
     float low = __builtin_fmaf(c, c, -h);
 #else
@@ -259,16 +287,15 @@ LAC_INLINE float v_normal_tailf(float u, float *e)
 LAC_INLINE float v_geluf(float x)
 {
     float e, u = fabsf(x), ratio = v_normal_tailf(u, &e);
-    u = u > 13.2f ? 13.2f : u; /* keeps inf * 0 away */
-    return (x > 0.0f ? x : 0.0f) - u * ratio * e;
+    /* the bound keeps inf * 0 away; NaN comes through relu */
+    return (x < 0.0f ? 0.0f : x) - v_at_most(u, 13.2f) * ratio * e;
 }
 /* its slope, cdf(x) + x density(x) */
 LAC_INLINE float v_gelu_gradf(float x)
 {
     float e, u = fabsf(x), ratio = v_normal_tailf(u, &e);
-    u = u > 13.2f ? 13.2f : u;
-    float d = (ratio - u * 0.398942280f) * e;
-    return x > 0.0f ? 1.0f - d : d;
+    float d = (ratio - v_at_most(u, 13.2f) * 0.398942280f) * e;
+    return v_float(v_bits(x > 0.0f ? 1.0f - d : d) | v_nan_bits(x));
 }
 
 /* ---- cores in double, relative 1e-10, for float results ---- */

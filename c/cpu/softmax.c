@@ -203,11 +203,11 @@ typedef struct {
             if (!plain) LAC_CPU(store)(job->dtype, out, dx + r * sd, bytes, w);                                        \
         }                                                                                                              \
     }
-#define COLUMN_EXP_f(i) (v_exp_flushf(in[i] - m[i]) * s[i])
+#define COLUMN_EXP_f(i) (v_exp_termf(in[i] - m[i]) * s[i])
 #define COLUMN_EXP_d(i) (exp(in[i] - m[i]) * s[i])
-#define COLUMN_LOG_SLOPE_f(i) (ig[i] - v_exp_flushf(iy[i]) * s[i])
+#define COLUMN_LOG_SLOPE_f(i) (ig[i] - v_exp_termf(iy[i]) * s[i])
 #define COLUMN_LOG_SLOPE_d(i) (ig[i] - exp(iy[i]) * s[i])
-ROW_KERNELS(float, f, v_floats, v_sum_f, v_exp_flushf, INFINITY)
+ROW_KERNELS(float, f, v_floats, v_sum_f, v_exp_termf, INFINITY)
 ROW_KERNELS(double, d, v_doubles, v_sum_d, exp, (double)INFINITY)
 
 /* ---- rows ---- */
