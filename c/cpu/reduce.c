@@ -18,7 +18,16 @@
 #include <math.h>
 #include <string.h>
 
-enum { BLOCK = 512, COLUMNS = 1024, TILE_ROWS = 64, BUFFER_ROWS = 16, PART = 32768, MOST_PARTS = 64, LANES = 16 };
+enum {
+    BLOCK = 512,
+    COLUMNS = 1024,
+    TILE_ROWS = 64,
+    BUFFER_ROWS = 16,
+    PART = 32768,
+    MOST_PARTS = 64,
+    LANES = 16,
+    ASK = 64
+};
 enum { CLASS_SUM, CLASS_PRODUCT, CLASS_EXTREME, CLASS_TRUTH, CLASS_VARIANCE, CLASS_LSE };
 enum { PLAIN, SQUARE, ABSOLUTE }; /* of each element before it is added or compared */
 
@@ -58,11 +67,14 @@ typedef struct {
         int64_t i = 0;                                                                                                 \
         (void)c;                                                                                                       \
         for (int k = 0; k < LANES; k++) lane[k] = start;                                                               \
-        for (; i + LANES <= n; i += LANES)                                                                             \
-            for (int k = 0; k < LANES; k++) {                                                                          \
+        for (; i + LANES <= n; i += LANES) {                                                                           \
+            v_ask(x + i);                                                                                              \
+            _Pragma("omp simd") for (int k = 0; k < LANES; k++)                                                        \
+            {                                                                                                          \
                 R v = (R)x[i + k];                                                                                     \
                 lane[k] = lane[k] combine(expression);                                                                 \
             }                                                                                                          \
+        }                                                                                                              \
         for (; i < n; i++) {                                                                                           \
             R v = (R)x[i];                                                                                             \
             s = s combine(expression);                                                                                 \
@@ -98,26 +110,62 @@ static inline bool better_d(const reduce_job *job, double x, double best)
     return x != x || (job->smallest ? x < best : x > best);
 }
 
-/* the extremum of a block, NaN if it has one; a comparison with NaN is false, so NaN is looked for apart */
-#define EXTREME(name, type, reduction, compare, start, expression)                                                     \
-    static double name(const type *x, int64_t n)                                                                       \
+/* The extremum of a block, NaN if it has one: a comparison with NaN is false, so NaN is looked for apart, in the same
+ * pass. */
+#define EXTREME(name, T, I, better, start, value)                                                                      \
+    static double name(const T *x, int64_t n)                                                                          \
     {                                                                                                                  \
-        type best = start;                                                                                             \
-        int nan = 0;                                                                                                   \
-        _Pragma("omp simd reduction(| : nan)") for (int64_t i = 0; i < n; i++) nan |= x[i] != x[i];                    \
-        _Pragma(reduction) for (int64_t i = 0; i < n; i++)                                                             \
-        {                                                                                                              \
-            type v = expression;                                                                                       \
-            best = v compare best ? v : best;                                                                          \
+        enum { CHUNK = V_LINE / sizeof(T) };                                                                           \
+        T lane[CHUNK], best = start;                                                                                   \
+        I odd[CHUNK], nan = 0;                                                                                         \
+        int64_t i = 0;                                                                                                 \
+        for (int k = 0; k < CHUNK; k++) lane[k] = start, odd[k] = 0;                                                   \
+        for (; i + CHUNK <= n; i += CHUNK) {                                                                           \
+            v_ask(x + i);                                                                                              \
+            _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)                                                        \
+            {                                                                                                          \
+                T v = value(x[i + k]);                                                                                 \
+                odd[k] |= v != v;                                                                                      \
+                lane[k] = v better lane[k] ? v : lane[k];                                                              \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (; i < n; i++) {                                                                                           \
+            T v = value(x[i]);                                                                                         \
+            nan |= v != v;                                                                                             \
+            best = v better best ? v : best;                                                                           \
+        }                                                                                                              \
+        for (int k = 0; k < CHUNK; k++) {                                                                              \
+            nan |= odd[k];                                                                                             \
+            best = lane[k] better best ? lane[k] : best;                                                               \
         }                                                                                                              \
         return nan ? (double)NAN : (double)best;                                                                       \
     }
-EXTREME(max_f, float, "omp simd reduction(max : best)", >, -INFINITY, x[i])
-EXTREME(min_f, float, "omp simd reduction(min : best)", <, INFINITY, x[i])
-EXTREME(max_d, double, "omp simd reduction(max : best)", >, -(double)INFINITY, x[i])
-EXTREME(min_d, double, "omp simd reduction(min : best)", <, (double)INFINITY, x[i])
-EXTREME(largest_f, float, "omp simd reduction(max : best)", >, 0, fabsf(x[i]))
-EXTREME(largest_d, double, "omp simd reduction(max : best)", >, 0, fabs(x[i]))
+EXTREME(max_f, float, int32_t, >, -INFINITY, )
+EXTREME(min_f, float, int32_t, <, INFINITY, )
+EXTREME(max_d, double, int64_t, >, -(double)INFINITY, )
+EXTREME(min_d, double, int64_t, <, (double)INFINITY, )
+EXTREME(largest_f, float, int32_t, >, 0, fabsf)
+EXTREME(largest_d, double, int64_t, >, 0, fabs)
+
+/* where the first element is that equals m, or is NaN if m is */
+#define POSITION(name, T)                                                                                              \
+    static int64_t name(const T *x, double m, int64_t n)                                                               \
+    {                                                                                                                  \
+        enum { CHUNK = V_LINE / sizeof(T) };                                                                           \
+        T best = (T)m;                                                                                                 \
+        bool nan = m != m;                                                                                             \
+        int64_t i = 0;                                                                                                 \
+        for (; i + CHUNK <= n; i += CHUNK) {                                                                           \
+            int found = 0;                                                                                             \
+            _Pragma("omp simd reduction(| : found)") for (int k = 0; k < CHUNK; k++) found |=                          \
+                (x[i + k] == best) | (x[i + k] != x[i + k]);                                                           \
+            if (found) break;                                                                                          \
+        }                                                                                                              \
+        while (i < n && !(nan ? x[i] != x[i] : x[i] == best)) i++;                                                     \
+        return i;                                                                                                      \
+    }
+POSITION(position_f, float)
+POSITION(position_d, double)
 
 static void block_extreme_f(const reduce_job *job, partial *p, const void *x, int64_t n, int64_t first)
 {
@@ -126,13 +174,9 @@ static void block_extreme_f(const reduce_job *job, partial *p, const void *x, in
     if (job->transform == ABSOLUTE) m = single ? largest_f(x, n) : largest_d(x, n);
     else m = single ? (job->smallest ? min_f : max_f)(x, n) : (job->smallest ? min_d : max_d)(x, n);
     if (p->at >= 0 && !better_d(job, m, p->d)) return;
-    int64_t i = 0;
-    for (; job->position && i < n; i++) {
-        double v = single ? (double)((const float *)x)[i] : ((const double *)x)[i];
-        if (m != m ? v != v : v == m) break;
-    }
     p->d = m;
-    p->at = first + i;
+    p->at = first;
+    if (job->position) p->at += single ? position_f(x, m, n) : position_d(x, m, n);
 }
 
 static void block_extreme_i(const reduce_job *job, partial *p, const int64_t *x, int64_t n, int64_t first)
@@ -168,7 +212,7 @@ static void lse_combine(partial *into, double d, double sum)
         return;
     }
     double a = into->d, top = a != a || a > d ? a : d;
-    into->error = isfinite(top) ? into->error * exp(a - top) + sum * exp(d - top) : 0;
+    into->error = isfinite(top) ? into->error * (a < top ? exp(a - top) : 1) + sum * (d < top ? exp(d - top) : 1) : 0;
     into->d = top;
 }
 
@@ -217,9 +261,12 @@ static double lse_block(int ctype, const void *x, double top, int64_t n)
     double s = 0;
     if (ctype == C_F32) {
         const float *f = x, m = (float)top;
-        float t = 0;
-#pragma omp simd reduction(+ : t)
-        for (int64_t i = 0; i < n; i++) t += v_exp_termf(f[i] - m);
+        float lane[LANES] = {0}, t = 0;
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES)
+            _Pragma("omp simd") for (int k = 0; k < LANES; k++) lane[k] += v_exp_termf(f[i + k] - m);
+        for (; i < n; i++) t += v_exp_termf(f[i] - m);
+        for (int k = 0; k < LANES; k++) t += lane[k];
         return (double)t;
     }
     const double *d = x;
@@ -314,19 +361,26 @@ static void reduce_row(const reduce_job *job, const char *base, int64_t begin, i
 
 /* ---- tiles of columns ---- */
 
-/* adds `expression` of v, column by column, into the doubles (or integers) sum[w]; four rows at a time */
+/* Adds `expression` of v, column by column, into the doubles (or integers) sum[w]; four rows at a time, while the next
+ * four are asked for: every row is a new page to the hardware. */
 #define TILE_SUM(T, R, expression)                                                                                     \
     do {                                                                                                               \
         int64_t r_ = 0;                                                                                                \
+        const intptr_t ahead_ = rows > 1 ? 4 * ((intptr_t)row[1] - (intptr_t)row[0]) : 0;                              \
         for (; r_ + 4 <= rows; r_ += 4) {                                                                              \
             const T *x0 = row[r_], *x1 = row[r_ + 1], *x2 = row[r_ + 2], *x3 = row[r_ + 3];                            \
-            _Pragma("omp simd") for (int64_t j = 0; j < w; j++)                                                        \
-            {                                                                                                          \
-                R v = (R)x0[j], s_ = (expression);                                                                     \
-                v = (R)x1[j], s_ += (expression);                                                                      \
-                v = (R)x2[j], s_ += (expression);                                                                      \
-                v = (R)x3[j], s_ += (expression);                                                                      \
-                sum[j] += s_;                                                                                          \
+            for (int64_t at_ = 0; at_ < w; at_ += ASK) {                                                               \
+                int64_t end_ = w - at_ < ASK ? w : at_ + ASK;                                                          \
+                for (int i_ = 0; i_ < 4; i_++)                                                                         \
+                    v_prefetch((const char *)((const T *)row[r_ + i_] + at_) + ahead_, ASK * (int64_t)sizeof(T));      \
+                _Pragma("omp simd") for (int64_t j = at_; j < end_; j++)                                               \
+                {                                                                                                      \
+                    R v = (R)x0[j], s_ = (expression);                                                                 \
+                    v = (R)x1[j], s_ += (expression);                                                                  \
+                    v = (R)x2[j], s_ += (expression);                                                                  \
+                    v = (R)x3[j], s_ += (expression);                                                                  \
+                    sum[j] += s_;                                                                                      \
+                }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
         for (; r_ < rows; r_++) {                                                                                      \
@@ -408,30 +462,56 @@ static __attribute__((noinline)) void columns_max(const float *restrict x, float
     for (int64_t j = 0; j < w; j++) m[j] = x[j] > m[j] || x[j] != x[j] ? x[j] : m[j];
 }
 static __attribute__((noinline)) void columns_exp(const float *restrict x, const float *restrict m, float *restrict s,
-                                                  int64_t w)
+                                                  const char *ahead, int64_t w)
+{
+    int64_t j = 0;
+    for (; j + LANES <= w; j += LANES) {
+        __builtin_prefetch(ahead + 4 * j, 0, 2); /* of the next tile */
+#pragma omp simd
+        for (int k = 0; k < LANES; k++) s[j + k] += v_exp_termf(x[j + k] - m[j + k]);
+    }
+    for (; j < w; j++) s[j] += v_exp_termf(x[j] - m[j]);
+}
+/* lse_combine of neighbouring columns, in float: their maxima are floats */
+static __attribute__((noinline)) void columns_combine(const float *restrict m, const float *restrict s,
+                                                      double *restrict d, double *restrict error, int64_t w)
 {
 #pragma omp simd
-    for (int64_t j = 0; j < w; j++) s[j] += v_exp_termf(x[j] - m[j]);
+    for (int64_t j = 0; j < w; j++) {
+        float a = (float)d[j], top = a > m[j] || a != a ? a : m[j], mine = m[j] == -INFINITY ? 0 : s[j];
+        double both = error[j] * (double)v_exp_termf(a - top) + (double)mine * (double)v_exp_termf(m[j] - top);
+        error[j] = top - top == 0 ? both : 0; /* an infinite or undefined maximum is the result already */
+        d[j] = (double)top;
+    }
+}
+
+static void tile_lse_f(partials *p, const void *const *row, int64_t rows, int64_t w)
+{
+    float m[COLUMNS], s[COLUMNS];
+    const char *next = row[rows - 1];
+    int64_t step = rows > 1 ? next - (const char *)row[rows - 2] : 0;
+    for (int64_t j = 0; j < w; j++) m[j] = -INFINITY, s[j] = 0;
+    for (int64_t r = 0; r < rows; r++) columns_max(row[r], m, w);
+    for (int64_t r = 0; r < rows; r++) columns_exp(row[r], m, s, next + (r + 1) * step, w);
+    for (int64_t j = 0; j < w; j++)
+        if (p->at[j] < 0) p->d[j] = -(double)INFINITY, p->error[j] = 0, p->at[j] = 0;
+    columns_combine(m, s, p->d, p->error, w);
 }
 
 static void tile_lse(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
 {
     double sum[COLUMNS], top[COLUMNS];
-    for (int64_t j = 0; j < w; j++) sum[j] = 0, top[j] = -(double)INFINITY;
     if (job->ctype == C_F32) {
-        float m[COLUMNS], s[COLUMNS];
-        for (int64_t j = 0; j < w; j++) m[j] = -INFINITY, s[j] = 0;
-        for (int64_t r = 0; r < rows; r++) columns_max(row[r], m, w);
-        for (int64_t r = 0; r < rows; r++) columns_exp(row[r], m, s, w);
-        for (int64_t j = 0; j < w; j++) top[j] = (double)m[j], sum[j] = (double)s[j];
-    } else {
-        for (int64_t r = 0; r < rows; r++) {
-            const double *x = row[r];
-            for (int64_t j = 0; j < w; j++) top[j] = x[j] > top[j] || x[j] != x[j] ? x[j] : top[j];
-        }
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t j = 0; j < w; j++) sum[j] += exp(((const double *)row[r])[j] - top[j]);
+        tile_lse_f(p, row, rows, w);
+        return;
     }
+    for (int64_t j = 0; j < w; j++) sum[j] = 0, top[j] = -(double)INFINITY;
+    for (int64_t r = 0; r < rows; r++) {
+        const double *x = row[r];
+        for (int64_t j = 0; j < w; j++) top[j] = x[j] > top[j] || x[j] != x[j] ? x[j] : top[j];
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < w; j++) sum[j] += exp(((const double *)row[r])[j] - top[j]);
     for (int64_t j = 0; j < w; j++) {
         partial one = {.d = p->d[j], .error = p->error[j], .at = p->at[j]};
         lse_combine(&one, top[j], isfinite(top[j]) ? sum[j] : 0);

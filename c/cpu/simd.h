@@ -110,8 +110,8 @@ LAC_INLINE float v_exp_poly(float r)
     return p * r + 1.0f;
 }
 
-/* c log2(e) + magic, at most `top`: a comparison of integers, which takes one step less and lets a NaN pass through what
- * is computed from c itself */
+/* c log2(e) + magic, at most `top`: a comparison of integers, which takes one step less and lets a NaN pass through
+ * what is computed from c itself */
 LAC_INLINE float v_exponent(float c, float magic, float top)
 {
     int32_t t = (int32_t)v_bits(c * 1.44269504f + magic), most = (int32_t)v_bits(magic + top);
@@ -560,6 +560,9 @@ LAC_INLINE void v_prefetch(const char *x, int64_t bytes)
 {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i);
 }
+/* Asks for what comes two pages after x in an array that is only read: one stream alone gets two thirds of the memory's
+ * speed, because the hardware starts anew at every page. */
+LAC_INLINE void v_ask(const void *x) { __builtin_prefetch((const char *)x + 8192, 0, 2); }
 /* One cache line of results to `out`, past the caches or not. `r` is a local array that a loop of fixed length has just
  * filled, so it never leaves the registers. */
 enum { V_LINE = 64 };

@@ -75,6 +75,7 @@ typedef struct {
             T rest = 0;                                                                                                \
             for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
                 T line[CHUNK];                                                                                         \
+                __builtin_prefetch(x + n + i);                                                                         \
                 _Pragma("omp simd") for (int k = 0; k < CHUNK; k++) line[k] = EXP(x[i + k] - m);                       \
                 if (y) v_put_line(y + i, line, false);                                                                 \
                 _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK / L; k++) s[k] += *(const V *)(line + k * L);        \
@@ -95,11 +96,11 @@ typedef struct {
         T m = row_max_##S(x, n);                                                                                       \
         if (logarithm) {                                                                                               \
             T rest = (T)log(row_exp_##S(x, m, NULL, n));                                                               \
-            WRITE(T, n, y, x + n, stream, ROW_LOG);                                                                    \
+            WRITE(T, n, y, x, stream, ROW_LOG); /* the exponentials asked for the next row: they take longest */       \
             return;                                                                                                    \
         }                                                                                                              \
         T scale = (T)(1.0 / row_exp_##S(x, m, work, n));                                                               \
-        WRITE(T, n, y, x + n, stream, ROW_SCALE);                                                                      \
+        WRITE(T, n, y, work, stream, ROW_SCALE);                                                                       \
     }                                                                                                                  \
     static double row_dot_##S(const T *x, const T *y, int64_t n)                                                       \
     {                                                                                                                  \
@@ -130,9 +131,15 @@ typedef struct {
         _Pragma("omp simd") for (int64_t j = 0; j < w; j++) top[j] = x[j] > top[j] ? x[j] : top[j];                    \
     }                                                                                                                  \
     static __attribute__((noinline)) void columns_exp_##S(const T *restrict x, const T *restrict shift, T *restrict s, \
-                                                          int64_t w)                                                   \
+                                                          const char *ahead, int64_t w)                                \
     {                                                                                                                  \
-        _Pragma("omp simd") for (int64_t j = 0; j < w; j++) s[j] += EXP(x[j] - shift[j]);                              \
+        enum { CHUNK = V_LINE / sizeof(T) };                                                                           \
+        int64_t j = 0;                                                                                                 \
+        for (; j + CHUNK <= w; j += CHUNK) {                                                                           \
+            __builtin_prefetch(ahead + j * (int64_t)sizeof(T), 0, 2);                                                  \
+            _Pragma("omp simd") for (int k = 0; k < CHUNK; k++) s[j + k] += EXP(x[j + k] - shift[j + k]);              \
+        }                                                                                                              \
+        for (; j < w; j++) s[j] += EXP(x[j] - shift[j]);                                                               \
     }                                                                                                                  \
     /* w columns of n rows, sx and sy bytes apart; y may be x. Rows that must be converted pass through `space`. */    \
     static void softmax_columns_##S(const softmax_job *job, const char *x, char *y, int64_t w, T *space)               \
@@ -147,9 +154,8 @@ typedef struct {
             const T *in[SUM_ROWS];                                                                                     \
             memcpy(top, m, (size_t)w * sizeof(T));                                                                     \
             for (int64_t r = 0; r < rows; r++) {                                                                       \
-                const T *from = in[r] = LAC_CPU(load)(job->dtype, x + (at + r) * sx, bytes, w, space + r * w);         \
-                v_prefetch(x + (at + r + SUM_ROWS) * sx, w * bytes);                                                   \
-                columns_max_##S(from, top, w);                                                                         \
+                in[r] = LAC_CPU(load)(job->dtype, x + (at + r) * sx, bytes, w, space + r * w);                         \
+                columns_max_##S(in[r], top, w);                                                                        \
             }                                                                                                          \
             for (int64_t j = 0; j < w; j++) {                                                                          \
                 if (top[j] > m[j]) total[j] *= (double)EXP(m[j] - top[j]);                                             \
@@ -157,7 +163,7 @@ typedef struct {
                 top[j] = m[j] == -INF ? 0 : m[j]; /* nothing but -inf so far */                                        \
                 s[j] = 0;                                                                                              \
             }                                                                                                          \
-            for (int64_t r = 0; r < rows; r++) columns_exp_##S(in[r], top, s, w);                                      \
+            for (int64_t r = 0; r < rows; r++) columns_exp_##S(in[r], top, s, x + (at + r + SUM_ROWS) * sx, w);        \
             for (int64_t j = 0; j < w; j++) total[j] += (double)s[j];                                                  \
         }                                                                                                              \
         for (int64_t j = 0; j < w; j++) s[j] = logarithm ? (T)log(total[j]) : (T)(1.0 / total[j]);                     \
