@@ -2,11 +2,13 @@
 --
 --   build/bin/lacuna experiments/benchmark.lua --peer /path/to/python
 --   build/bin/lacuna experiments/benchmark.lua --only attention,elementwise --threads 1 --json bench.json
+--   build/bin/lacuna experiments/benchmark.lua --device cuda --json cuda.json
 --
 -- Sections are files in experiments/benchmarks/, each { name, about, run = function(b) }, where b is a run of
 -- lua/lacuna/bench.lua: b:row measures ours against a peer (experiments/peers/<script>.py, a process of its
 -- own, PyTorch on as many threads) or a floor, in turns; b:value states another number. A section runs once
--- per number of threads; `once = true` in its table runs it one time, with the largest number.
+-- per number of threads; `once = true` in its table runs it one time, with the largest number. Its `device`
+-- is where it is measured, "cpu" unless it says "cuda" or "any"; peers are told the device of the run.
 --
 -- Only ratios are comparable between machines. A row whose peer is missing prints why and counts as not
 -- measured; --quick runs everything in its smallest size, to see that it works, and judges no target. The
@@ -34,6 +36,8 @@ local SPEC = {
   about = "Measures ours against PyTorch and against the machine's floors, as ratios in one run.\nSections: "
     .. table.concat(NAMES, ", ") .. ".",
   { name = "only", type = "string", help = "sections, separated by commas (default: all)" },
+  { name = "device", type = "string", default = "cpu",
+  help = "cpu or cuda: the sections that are measured there" },
   { name = "threads", type = "integers", min = 1, help = "numbers of threads (default: 1 and all cores)" },
   { name = "peer", type = "string", default = os.getenv("LACUNA_PEER") or "python3",
   help = "a Python that has PyTorch (or in the environment: LACUNA_PEER)" },
@@ -43,6 +47,11 @@ local SPEC = {
   { name = "strict", type = "boolean", help = "exit with status 1 if a target was missed or not measured" },
   { name = "quick", type = "boolean", help = "smallest sizes; judges no target" },
 }
+
+local function measured_on(section, device, quick)
+  local where = section.device or "cpu"
+  return quick or where == "any" or where == device
+end
 
 local function chosen(only)
   if not only then return NAMES end
@@ -88,8 +97,9 @@ local function run_section(b, section, counts)
 end
 
 local function main(o)
+  local device = lac.default_device(o.device):match("^%a+")
   local cores = lac.threads()
-  local counts = o.threads or (cores > 1 and { 1, cores } or { 1 })
+  local counts = o.threads or (cores > 1 and device == "cpu" and { 1, cores } or { cores })
   table.sort(counts)
   local b = bench.run{ quick = o.quick, peer = o.peer, peers = here .. "/peers", threads = counts[1],
     options = o, print = function(line)
@@ -97,16 +107,26 @@ local function main(o)
       io.stdout:flush()
     end }
   local names = chosen(o.only)
-  b.print(("%s, threads %s\n%s"):format(machine(), table.concat(counts, " and "), lac.devices()))
+  b.print(("%s, device %s, threads %s\n%s"):format(machine(), device, table.concat(counts, " and "),
+    lac.devices()))
   local sections = {}
-  for i, name in ipairs(names) do sections[i] = load_section(name) end
+  for _, name in ipairs(names) do
+    local section = load_section(name)
+    if measured_on(section, device, o.quick) then
+      sections[#sections + 1] = section
+    elseif o.only then
+      local where = section.device or "cpu"
+      lac.schema.fail("benchmark", "section '%s' is measured on %s: --device %s", name, where, where)
+    end
+  end
   for _, section in ipairs(sections) do run_section(b, section, counts) end
   local n = b:count()
   b.print(("\n%d rows: %d targets met, %d missed, %d not measured%s"):format(n.rows, n.met, n.missed,
     n.unmeasured, o.quick and " (a quick run judges nothing)" or ""))
   if o.json then
     local file = assert(io.open(o.json, "wb"))
-    assert(file:write(b:json{ machine = machine(), engine = lac.devices(), quick = o.quick or false }))
+    assert(file:write(b:json{ machine = machine(), device = device, engine = lac.devices(),
+      quick = o.quick or false }))
     file:close()
   end
   b:close()

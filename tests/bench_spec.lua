@@ -110,6 +110,28 @@ describe("bench", function()
     b:close()
   end)
 
+  it("measures a peer and a floor in the same turns", function()
+    local b = run{ peer = dir .. "/shell" }
+    local function light() spin(10000) end
+    local speed, share = b:row{ what = "thing", ours = function() spin(40000) end, seconds = 0.02, work = 4,
+      unit = "B/s", floor = light, other_work = 1, share = 0.4, at_least = 2,
+      peer = { script = "good", case = "fine" } }
+    assert.same({ "speedup", "share" }, { speed.as, share.as })
+    assert.equal(speed.ours, share.ours)
+    assert.same({ 0.5, 2, true }, { speed.other, speed.at_least, speed.met })
+    assert.equal(0.4, share.at_least)
+    assert.is_true(share.ratio > 0.4 and share.ratio < 2.5, tostring(share.ratio)) -- the same, by work
+    b:close()
+    -- without the peer the floor is measured still
+    b = run{ peer = "no-such-python" }
+    speed, share = b:row{ what = "thing", ours = light, seconds = 1e-3, work = 1, unit = "B/s", floor = light,
+      share = 0.1, at_least = 2, peer = { script = "good", case = "fine" } }
+    assert.matches("no program", speed.problem)
+    assert.is_nil(share.problem)
+    assert.is_true(share.met)
+    assert.same({ rows = 2, met = 1, missed = 0, unmeasured = 1 }, b:count())
+  end)
+
   it("says when a peer is missing, refuses or dies, and counts it as not measured", function()
     local function try(options, script, case, pattern)
       local b = run(options)
@@ -178,8 +200,8 @@ describe("bench", function()
     local function try(pattern, method, options)
       assert.error_matches(function() b[method](b, options) end, pattern)
     end
-    try("needs either peer or floor", "row", { what = "x", ours = f })
-    try("needs either peer or floor", "row", { what = "x", ours = f, floor = f, peer = {} })
+    try("needs a peer or a floor", "row", { what = "x", ours = f })
+    try("share is the target beside a peer", "row", { what = "x", ours = f, floor = f, share = 0.5 })
     try("two targets", "row", { what = "x", ours = f, floor = f, at_least = 1, at_most = 1 })
     try("has work but no unit", "row", { what = "x", ours = f, floor = f, work = 1 })
     try("needs its work, to compare with copy", "row", { what = "x", ours = f, floor = "copy" })

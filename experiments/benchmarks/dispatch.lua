@@ -12,6 +12,7 @@ local CALLS = 100
 return {
   name = "dispatch",
   about = "host cost of 100 small operators with their tape records, and of a small backward",
+  device = "any",
   once = true,
   run = function(b)
     b:set_threads(1)

@@ -3,23 +3,25 @@
 import peer
 import torch
 
-a = torch.randn(16, requires_grad=True)
-b = torch.randn(16, requires_grad=True)
-m = torch.randn(4, 4, requires_grad=True)
 CALLS = 100
-BODIES = {
-    "add": lambda: a + b,
-    "multiply by a number": lambda: a * 2,
-    "tanh": lambda: a.tanh(),
-    "matmul 4 x 4": lambda: m @ m,
-    "view": lambda: a.view(4, 4),
-    "(a * b + a):tanh():sum(), backward": lambda: (a * b + a).tanh().sum().backward(),
-}
+
+
+def bodies():
+    a, b = (torch.randn(16, requires_grad=True) for _ in range(2))
+    m = torch.randn(4, 4, requires_grad=True)
+    return {
+        "add": lambda: a + b,
+        "multiply by a number": lambda: a * 2,
+        "tanh": lambda: a.tanh(),
+        "matmul 4 x 4": lambda: m @ m,
+        "view": lambda: a.view(4, 4),
+        "(a * b + a):tanh():sum(), backward": lambda: (a * b + a).tanh().sum().backward(),
+    }
 
 
 @peer.case
 def operator(name):
-    body = BODIES[name]
+    body = bodies()[name]
 
     def run():
         for _ in range(CALLS):

@@ -11,11 +11,12 @@ A peer's script defines functions that prepare a case and return what is timed:
 
     peer.serve()
 
-Requests: {"op": "case", "case": name, "arguments": {...}, "threads": n} -> {"id", "info"}; {"op": "turn", "id",
-"seconds", "sample"} -> {"best", "calls"}: one untimed call, then samples of as many calls as fill `sample` seconds
-until `seconds` are used, the fastest sample's seconds per call; {"op": "peak", "id"} -> {"bytes"}: growth of the
-resident set during one call; {"op": "drop", "id"}. This is the same procedure that lua/lacuna/bench.lua follows on
-its side. Standard output belongs to the protocol: prints of libraries go to standard error.
+Requests: {"op": "case", "case": name, "arguments": {...}, "threads": n, "device": "cpu" or "cuda"} -> {"id", "info"};
+{"op": "turn", "id", "seconds", "sample"} -> {"best", "calls"}: one untimed call, then samples of as many calls as fill
+`sample` seconds until `seconds` are used, the fastest sample's seconds per call (on CUDA a sample ends when the device
+is idle); {"op": "peak", "id"} -> {"bytes"}: growth of the resident set, or of CUDA's memory, during one call;
+{"op": "drop", "id"}. This is the same procedure that lua/lacuna/bench.lua follows on its side. Standard output belongs
+to the protocol: prints of libraries go to standard error.
 """
 
 import ctypes
@@ -33,6 +34,7 @@ except ImportError as error:
 
 _cases = {}
 _live = {}
+device = "cpu"  # of the case that is made: cases make their tensors there
 
 
 def case(make):
@@ -61,6 +63,8 @@ def _sample(fn, n):
     start = time.perf_counter()
     for _ in range(n):
         fn()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / n
 
 
@@ -97,6 +101,12 @@ def _peak(fn):
     """Bytes by which the resident set grows at most during a call (after one call that warms it up)."""
     fn()
     gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fn()
+        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
@@ -106,8 +116,11 @@ def _peak(fn):
 
 
 def _answer(request):
+    global device
     op = request["op"]
     if op == "case":
+        device = request.get("device", "cpu")
+        torch.set_default_device(device)
         torch.set_num_threads(request["threads"])
         if request["case"] not in _cases:
             raise KeyError("no case '%s'; there are: %s" % (request["case"], ", ".join(sorted(_cases))))
@@ -121,6 +134,8 @@ def _answer(request):
     if op == "drop":
         del _live[request["id"]]
         gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
         return {}
     state = _live[request["id"]]
     torch.set_num_threads(state["threads"])

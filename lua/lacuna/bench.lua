@@ -6,7 +6,8 @@
 -- the caches. A sample is as many calls as fill a millisecond; a turn's time is its fastest sample (what
 -- interrupts only adds); the ratio of a row is the median over pairs of neighbouring turns, so that drift
 -- hits both sides; the smallest and largest ratio are shown beside it. Every call runs in a scope and the
--- collector runs between turns, outside of the clock.
+-- collector runs between turns, outside of the clock. A sample ends when the device has nothing left to do;
+-- samples are longer on CUDA, so that the wait is lost in them, and a row may have two other sides at once.
 --
 -- Peers are scripts that answer JSON lines (experiments/peers/peer.py). They are started once, by the shell,
 -- with their input on a named pipe, because popen gives one direction only; the pipe is opened for reading
@@ -29,13 +30,18 @@ local class = require "lacuna.class"
 local fail = schema.fail
 local bench = {}
 
-local SAMPLE, TURN = 1e-3, 0.04 -- seconds
+-- seconds; on CUDA a sample must hide a wait of tens of microseconds, and a run has minutes, not hours
+local SPANS = { cpu = { sample = 1e-3, turn = 0.04, row = 1.5 },
+  cuda = { sample = 4e-3, turn = 0.012, row = 0.1 } }
+
+local function spans() return SPANS[device.default_device():match("^%a+")] end
 
 -- ---- one side ---------------------------------------------------------------------------------------------
 
 local function repeat_calls(fn, n)
   local start = sys.time()
   for _ = 1, n do fn() end
+  device.synchronize()
   return (sys.time() - start) / n
 end
 
@@ -50,6 +56,7 @@ local Local = class("bench.Local")
 
 function Local:init(fn, options)
   self.fn, self.before, self.calls = options.scoped and scoped(fn) or fn, options.before, 0
+  self.sample = spans().sample
 end
 
 function Local:turn(seconds)
@@ -59,10 +66,10 @@ function Local:turn(seconds)
   local fn, once = self.fn, repeat_calls(self.fn, 1)
   if not self.per_sample then
     once = math.min(once, repeat_calls(fn, 1)) -- the very first call also compiles and touches new memory
-    self.per_sample = math.max(1, math.ceil(SAMPLE / math.max(once, 1e-8)))
+    self.per_sample = math.max(1, math.ceil(self.sample / math.max(once, 1e-8)))
     if self.per_sample > 1 then
       once = repeat_calls(fn, self.per_sample)
-      self.per_sample = math.max(1, math.ceil(SAMPLE / math.max(once, 1e-8)))
+      self.per_sample = math.max(1, math.ceil(self.sample / math.max(once, 1e-8)))
     end
   end
   local best, spent, n = math.huge, 0, self.per_sample
@@ -136,7 +143,8 @@ local Remote = class("bench.Remote")
 function Remote:init(peer, id) self.peer, self.id, self.calls = peer, id, 0 end
 
 function Remote:turn(seconds)
-  local answer, reason = self.peer:ask{ op = "turn", id = self.id, seconds = seconds, sample = SAMPLE }
+  local answer, reason = self.peer:ask{ op = "turn", id = self.id, seconds = seconds,
+    sample = spans().sample }
   if not answer then fail("bench", "%s: %s", self.peer.script, reason) end
   self.calls = self.calls + answer.calls
   return answer.best
@@ -182,7 +190,7 @@ local function take_turns(sides, o)
   for i = 1, #sides do times[i] = {} end
   repeat
     turn = turn + 1
-    for i = 1, #sides do times[i][turn] = sides[i]:turn(o.turn or TURN) end
+    for i = 1, #sides do times[i][turn] = sides[i]:turn(o.turn or spans().turn) end
   until turn >= o.max_turns or (turn >= o.turns and sys.time() - start >= o.seconds)
   return times
 end
@@ -233,8 +241,9 @@ function bench.peak(fn, ...)
   collectgarbage()
   collectgarbage()
   device.reset_peak()
-  local before = lib.memory_stats().live
-  local function after(...) return lib.memory_stats().peak - before, ... end
+  local code = device.code("bench.peak")
+  local before = lib.memory_stats(code).live
+  local function after(...) return lib.memory_stats(code).peak - before, ... end
   return after(fn(...))
 end
 
@@ -257,7 +266,7 @@ function bench.run(options) return Run(schema.options("bench.run", options, RUN)
 function Run:init(o)
   self.quick, self.python, self.folder, self.options = o.quick, o.peer, o.peers, o.options or {}
   self.print = o.print or print
-  self.rows, self.started = {}, {}
+  self.rows, self.started, self.device = {}, {}, device.default_device():match("^%a+")
   self:set_threads(o.threads)
 end
 
@@ -304,7 +313,8 @@ function Run:case(name, case, arguments)
   local peer, reason = self:peer(name)
   if not peer then return nil, "peer not available: " .. reason end
   local answer
-  answer, reason = peer:ask{ op = "case", case = case, arguments = arguments or {}, threads = self.threads }
+  answer, reason = peer:ask{ op = "case", case = case, arguments = arguments or {}, threads = self.threads,
+    device = self.device }
   if not answer then return nil, "peer failed: " .. reason end
   return Remote(peer, answer.id), answer.info
 end
@@ -394,17 +404,18 @@ local ROW = {
   unit = { type = "string" },
   as = { one_of = { "speedup", "share", "time" } },
   at_least = { type = "number", above = 0 }, at_most = { type = "number", above = 0 },
+  share = { type = "number", above = 0 },
   seconds = { type = "number", above = 0 }, turns = { type = "integer", min = 1 },
   scoped = { type = "boolean", default = true },
   tell = { type = "function" },
 }
 
 -- The two floors that rows name. A copy counts bytes read and bytes written; 64 MiB arrays are beyond the
--- caches of the machines that this was written on.
+-- caches of the processors that this was written on, and 1 GiB arrays beyond those of GPUs.
 local FLOORS = {}
 
 function FLOORS.copy(b)
-  local n = b:size(2 ^ 24, 2 ^ 12)
+  local n = b:size(b.device == "cpu" and 2 ^ 24 or 2 ^ 28, 2 ^ 12)
   local from, to = create.zeros({ n }, { dtype = "f32" }), create.zeros({ n }, { dtype = "f32" })
   return function() to:copy_(from) end, 8 * n, "copy"
 end
@@ -443,56 +454,95 @@ function Run:other_side(o)
   return side, info
 end
 
---- Measure a row: ours against a peer or a floor, in turns, and print it.
---
--- The ratio is, by `as`: "speedup" = the other's time over ours (default with a peer); "share" = our rate
--- over the other's, in percent (default with a floor and at_least); "time" = our time over the other's, each
--- for its work (default with a floor and at_most, and without a target).
--- @tparam table options
---   what = text of the row;
---   ours = function, or { run = , before = called at the start of each turn };
---   peer = { script =, case =, arguments = }, or floor = function, { run =, before = }, or "copy" or "sgemm"
---   (see Run:floor; then `work` is in its units: bytes read and written, or FLOPs);
---   against = name of the other side (default "PyTorch" or "floor");
---   work, other_work = units per call (default: the same on both sides), unit = "FLOP/s" or "B/s": shows
---   rates;
---   at_least, at_most = the target of the ratio; seconds = budget; turns = at least so many;
---   scoped = true: every call of ours in a scope; tell = function that gets what the peer's case tells
--- @treturn table the row: ours, other (median seconds per call), ratio, low, high, met, problem
-function Run:row(options)
-  local o = schema.options("bench.row", options, ROW)
-  if (o.peer == nil) == (o.floor == nil) then fail("bench.row", "'%s' needs either peer or floor", o.what) end
-  if o.at_least and o.at_most then fail("bench.row", "'%s' has two targets", o.what) end
-  if type(o.floor) == "string" then
-    if not o.work then fail("bench.row", "'%s' needs its work, to compare with %s", o.what, o.floor) end
-    o.unit = o.floor == "copy" and "B/s" or "FLOP/s"
-    o.floor, o.other_work, o.against = self:floor(o.floor)
+-- what is measured beside ours: { key of the answer, side or nil, why not, options of its row }
+local function other_sides(self, o)
+  local list = {}
+  if o.peer then
+    local side, problem = self:other_side{ peer = o.peer, tell = o.tell }
+    list[1] = { side = side, problem = not side and problem or nil, as = o.as or "speedup",
+      against = o.against or "PyTorch", at_least = o.at_least, at_most = o.at_most,
+      work = not o.floor and o.other_work or nil }
   end
-  if o.work and not o.unit then fail("bench.row", "'%s' has work but no unit", o.what) end
-  local as = o.as or (o.peer and "speedup") or (o.at_least and "share") or "time"
-  local row = { what = o.what, kind = "time", as = as, unit = o.unit, work = o.work,
-    other_work = o.work and (o.other_work or o.work), at_least = o.at_least, at_most = o.at_most,
-    against = o.against or (o.peer and "PyTorch" or "floor") }
-  local budget = { seconds = self.quick and 1e-3 or o.seconds or 1.5, turn = self.quick and 1e-3 or TURN,
-    turns = self.quick and 2 or o.turns or 3, max_turns = 25 }
-  local ours = local_side("bench.row ours", o.ours, o.scoped)
-  local other, problem = self:other_side(o)
-  if not other then
-    local alone = summary(take_turns({ ours }, budget)[1], ours.calls)
-    row.ours, row.problem = alone.median, problem
-    return self:add(row)
+  if not o.floor then return list end
+  local floor, work, name, unit = o.floor, o.other_work, o.against or "floor", o.unit
+  if type(floor) == "string" then
+    if not o.work then fail("bench.row", "'%s' needs its work, to compare with %s", o.what, floor) end
+    unit = floor == "copy" and "B/s" or "FLOP/s"
+    floor, work, name = self:floor(floor)
   end
-  local result = compare(ours, other, budget)
-  if other.drop then other:drop() end
-  row.ours, row.other, row.turns = result.a.median, result.b.median, result.a.turns
-  row.ours_spread, row.other_spread = result.a.spread, result.b.spread
-  local scale, r = (o.work or 1) / (row.other_work or 1), result.ratio -- r is other's time over ours
-  if as == "time" then
+  local least = o.peer and o.share or o.at_least
+  list[#list + 1] = { side = self:other_side{ floor = floor, scoped = o.scoped }, work = work, unit = unit,
+    as = o.peer and "share" or o.as or (least and "share") or "time", against = name, at_least = least,
+    at_most = not o.peer and o.at_most or nil }
+  return list
+end
+
+-- the row of ours (its times) beside one other side (its times)
+local function paired(o, ours, calls, other, times)
+  local row = { what = o.what, kind = "time", as = other.as, unit = o.unit or other.unit, work = o.work,
+    other_work = o.work and (other.work or o.work), at_least = other.at_least, at_most = other.at_most,
+    against = other.against, problem = other.problem }
+  local a = summary(ours, calls)
+  row.ours = a.median
+  if not times then return row end
+  local ratios = {}
+  for i = 1, #ours do ratios[i] = times[i] / ours[i] end
+  local b, r = summary(times, other.side.calls), summary(ratios) -- r is other's time over ours
+  row.other, row.turns, row.ours_spread, row.other_spread = b.median, a.turns, a.spread, b.spread
+  local scale = (o.work or 1) / (row.other_work or 1)
+  if row.as == "time" then
     row.ratio, row.low, row.high = 1 / (r.median * scale), 1 / (r.max * scale), 1 / (r.min * scale)
   else
     row.ratio, row.low, row.high = r.median * scale, r.min * scale, r.max * scale
   end
-  return self:add(row)
+  return row
+end
+
+--- Measure a row: ours against a peer or a floor or both, in turns, and print it.
+--
+-- The ratio is, by `as`: "speedup" = the other's time over ours (default with a peer); "share" = our rate
+-- over the other's, in percent (default with a floor and at_least); "time" = our time over the other's, each
+-- for its work (default with a floor and at_most, and without a target). With a peer and a floor there are
+-- two rows of one measurement: the speedup with the row's target, and the share of the floor.
+-- @tparam table options
+--   what = text of the row;
+--   ours = function, or { run = , before = called at the start of each turn };
+--   peer = { script =, case =, arguments = }; floor = function, { run =, before = }, or "copy" or "sgemm"
+--   (see Run:floor; then `work` is in its units: bytes read and written, or FLOPs);
+--   against = name of the other side (default "PyTorch" or "floor");
+--   work, other_work = units per call (default: the same on both sides; with peer and floor, of the floor),
+--   unit = "FLOP/s" or "B/s": shows rates;
+--   at_least, at_most = the target of the ratio; share = with both, the least share of the floor;
+--   seconds = budget; turns = at least so many;
+--   scoped = true: every call of ours in a scope; tell = function that gets what the peer's case tells
+-- @treturn table the row: ours, other (median seconds per call), ratio, low, high, met, problem
+-- @treturn ?table the second row, of a row with two
+function Run:row(options)
+  local o = schema.options("bench.row", options, ROW)
+  if not (o.peer or o.floor) then fail("bench.row", "'%s' needs a peer or a floor", o.what) end
+  if o.at_least and o.at_most then fail("bench.row", "'%s' has two targets", o.what) end
+  if o.share and not (o.peer and o.floor) then
+    fail("bench.row", "'%s': share is the target beside a peer; it needs peer and floor", o.what)
+  end
+  if o.work and not (o.unit or type(o.floor) == "string") then
+    fail("bench.row", "'%s' has work but no unit", o.what)
+  end
+  local budget = { seconds = self.quick and 1e-3 or o.seconds or spans().row,
+    turn = self.quick and 1e-3 or spans().turn, turns = self.quick and 2 or o.turns or 3, max_turns = 25 }
+  local ours = local_side("bench.row ours", o.ours, o.scoped)
+  local others, sides, place = other_sides(self, o), { ours }, {}
+  for i, other in ipairs(others) do
+    if other.side then
+      sides[#sides + 1] = other.side
+      place[i] = #sides
+    end
+  end
+  local times, rows = take_turns(sides, budget), {}
+  for i, other in ipairs(others) do
+    if other.side and other.side.drop then other.side:drop() end
+    rows[i] = self:add(paired(o, times[1], ours.calls, other, place[i] and times[place[i]]))
+  end
+  return rows[1], rows[2]
 end
 
 local VALUE = {

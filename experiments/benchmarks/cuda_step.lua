@@ -1,0 +1,93 @@
+--- cuda_step.lua: a training step of LongNet-125M on a GPU beside the same model in PyTorch.
+--
+-- 12 layers of width 768, 12 heads, hidden width 3,072, vocabulary 50,304, one causal sequence of 32,768
+-- tokens, segments 2,048 to 32,768 at dilations 1, 2, 4, 6, 12, in bf16; forward, backward and AdamW. Both
+-- sides start from the same weights, and the first loss must agree. `all` runs every head in every branch,
+-- `split` divides the heads. PyTorch runs as written with cuDNN's attention and with its flash kernel, and
+-- compiled with the faster of the two; the target holds against each. Its AdamW updates bf16 weights with
+-- bf16 moments, ours f32 masters with f32 moments (see peers/longnet.py). Memory is the peak of a step,
+-- parameters and moments included, by the counts of the two pools.
+
+local lac = require "lacuna"
+local sys = require "lacuna.sys"
+
+local FULL = { vocab = 50304, layers = 12, width = 768, heads = 12, ffn = 3072, context = 32768,
+  segments = { 2048, 4096, 8192, 16384, 32768 }, dilations = { 1, 2, 4, 6, 12 } }
+local QUICK = { vocab = 64, layers = 1, width = 48, heads = 6, ffn = 96, context = 64, segments = { 16, 64 },
+  dilations = { 1, 3 } }
+local DECAY = 0.01
+local MEMORY, LOSS = 0.7, 5e-3 -- of PyTorch's peak; relative, of a loss in bf16
+
+local function make(b, scheme)
+  local o = { scheme = scheme, dtype = "bf16" }
+  for name, value in pairs(b:size(FULL, QUICK)) do o[name] = value end
+  local model = lac.nn.LongNetLM(o)
+  local optimizer = lac.optim.adamw(lac.optim.groups(model, { weight_decay = DECAY }),
+    { lr = 6e-4, betas = { 0.9, 0.98 }, master = true })
+  local tokens = lac.randint{ 1, o.context + 1, high = o.vocab }
+  local x = tokens[{ {}, { 1, o.context } }]:contiguous()
+  local y = tokens[{ {}, { 2, o.context + 1 } }]:contiguous()
+  local function step()
+    local loss = model:loss(x, y)
+    loss:backward()
+    optimizer:step()
+    optimizer:zero_grad{ release = true }
+    return loss:item()
+  end
+  return { options = o, model = model, step = step, x = x, y = y }
+end
+
+local function peak_of(step)
+  lac.reset_peak()
+  lac.scope(function() step() end)
+  return lac.memory(lac.default_device()).peak
+end
+
+local function compare(b, m, name, arguments, weights, data, first, peak)
+  local o = m.options
+  arguments.weights, arguments.batch, arguments.decay = weights, data, DECAY
+  arguments.options = { layers = o.layers, width = o.width, heads = o.heads, context = o.context,
+    segments = o.segments, dilations = o.dilations, scheme = o.scheme }
+  local told
+  local row = b:row{ what = ("step, %s, %s"):format(o.scheme, name), ours = m.step, at_least = 1,
+    seconds = 2, turns = 3, work = o.context, unit = "tokens/s",
+    peer = { script = "longnet", case = "step", arguments = arguments },
+    tell = function(info) told = info end }
+  if not told then return math.huge end
+  b:value{ what = "  relative difference of the first loss", value = math.abs(told.loss - first) / first,
+    at_most = LOSS }
+  if told.peak then
+    b:value{ what = "  peak memory, of PyTorch's", value = peak / told.peak, at_most = MEMORY, other = 1,
+      against = ("= %.1f GiB, ours %.1f GiB"):format(told.peak / 2 ^ 30, peak / 2 ^ 30) }
+  end
+  return row.other or math.huge
+end
+
+return {
+  name = "cuda_step",
+  about = "a training step of LongNet-125M, 32,768 tokens, bf16",
+  device = "cuda",
+  once = true,
+  run = function(b)
+    local weights, data = sys.temporary("-weights.safetensors"), sys.temporary("-batch.safetensors")
+    for _, scheme in ipairs{ "all", "split" } do
+      lac.scope(function()
+        local m = make(b, scheme)
+        lac.io.save(weights, m.model:state_dict())
+        lac.io.save(data, { tokens = m.x, targets = m.y })
+        local first = lac.scope(m.step)
+        lac.scope(function() m.step() end)
+        local peak = peak_of(m.step)
+        local function beside(kernel, compiled)
+          return compare(b, m, ("PyTorch %s, %s"):format(compiled and "compiled" or "eager", kernel),
+            { kernel = kernel, compiled = compiled }, weights, data, first, peak)
+        end
+        local flash = beside("flash", false)
+        if b.quick then return end -- on a CPU there is no cuDNN, and compiling takes a minute
+        beside(beside("cudnn", false) < flash and "cudnn" or "flash", true)
+      end)
+    end
+    os.remove(weights)
+    os.remove(data)
+  end,
+}
