@@ -358,13 +358,14 @@ end
 --- Registry of variants. Scripts may add their own: see attention/variants.lua for what a record has.
 attention.variants = Registry("attention", "variant")
 
-local Attention = require "lacuna.attention.module" {
+local core = {
   variants = attention.variants, pattern_spec = PATTERN, run_spec = RUN, merged_spec = merged_spec,
   sizes = SIZES, complete = complete, pattern_key = pattern_key, plan_for = plan_for,
   refuse_unknown = refuse_unknown, apply = apply, info_of = info_of, decoder = attention.decoder,
+  forward_raw = forward_raw, backward_raw = backward_raw,
 }
-
-require("lacuna.attention.variants")(attention.variants)
+local Attention = require "lacuna.attention.module"(core)
+require "lacuna.attention.variants"(attention.variants, require "lacuna.attention.ring"(core))
 
 return setmetatable(attention, {
   __call = function(_, options) return Attention(options) end,

@@ -173,8 +173,9 @@ function Attention:__tostring()
   local p, o = self.pattern, self.options
   local segments = self.variant == "dense" and "" or (", segments {%s}, dilations {%s}"):format(
     table.concat(p.segments, ", "), table.concat(p.dilations, ", "))
-  return ("attention %s(%d heads%s%s, %s, offset %s, merge %s%s%s)"):format(
-    self.variant, o.heads, o.kv_heads ~= o.heads and (", %d for keys and values"):format(o.kv_heads) or "",
+  return ("attention %s(%s%d heads%s%s, %s, offset %s, merge %s%s%s)"):format(
+    self.variant, o.ranks and ("%s over %d ranks, %s, "):format(o.of, o.ranks, o.layout) or "",
+    o.heads, o.kv_heads ~= o.heads and (", %d for keys and values"):format(o.kv_heads) or "",
     segments, p.heads, p.offset, p.merge, p.causal and ", causal" or "",
     p.window and (", window %d"):format(p.window) or "")
 end

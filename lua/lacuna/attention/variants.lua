@@ -6,10 +6,13 @@
 -- another value for a fixed setting is an error, because "longnet with merge mean" would not be LongNet;
 -- lac.attend takes every combination.
 --
--- A record has doc (one line), build(options, fail) -> pattern, and may have `options`, a schema for options
--- of its own.
+-- A record has doc (one line), build(options, fail) -> pattern and, where there was a choice, a sentence that
+-- says why; it may have `options`, a schema for options of its own, and run(module, q, k, v, run) -> out, lse
+-- if one engine call is not what it does. A variant with an option `of` wraps another one, whose options it
+-- takes too.
 
 local schema = require "lacuna.schema"
+local device = require "lacuna.device"
 
 -- the setting that a variant fixes: absent or equal
 local function fixed(name, o, settings)
@@ -37,7 +40,61 @@ local function split(name)
   end
 end
 
-return function(registry)
+-- ---- the sequence in shards ------------------------------------------------------------------------------
+
+local function ring_options(ring, of, ranks, schedule)
+  return {
+    of = { type = "string", default = of },
+    ranks = { type = "integer", min = 1, max = 4096, default = ranks },
+    layout = { one_of = ring.LAYOUTS, default = "contiguous" },
+    schedule = { one_of = ring.SCHEDULES, default = schedule },
+  }
+end
+
+local function sharded(registry, ring, name, doc, options)
+  registry:add(name, { doc = doc, options = options, run = ring.run, build = function(o, fail)
+    local inner = registry:get(o.of)
+    if inner.run then fail("attention", "variant '%s' cannot wrap '%s': it runs itself", name, o.of) end
+    ring.check(o, name)
+    return inner.build(o, fail)
+  end })
+end
+
+-- ---- the choice by length --------------------------------------------------------------------------------
+
+local DENSE_UP_TO = { cpu = 1024, cuda = 8192 } -- positions up to which dense costs little beside the rest
+
+-- segments w, 2w, 4w, ... to the length, dilations 1, 2, 4, ...: each branch has half the pairs of the one
+-- before
+local function geometric(first, length)
+  local segments, dilations, w, r = {}, {}, first, 1
+  repeat
+    segments[#segments + 1], dilations[#dilations + 1] = w, r
+    w, r = 2 * w, 2 * r
+  until segments[#segments] >= length or #segments == 8
+  return segments, dilations
+end
+
+local function choose(o)
+  local kind = device.name(device.code("attention", o.device)):match("^%a+")
+  local limit = DENSE_UP_TO[kind]
+  if o.length <= limit and (o.density or 1) >= 1 and not o.segments then
+    return { segments = { 2 ^ 40 }, dilations = { 1 }, heads = "all", offset = "mod", merge = "lse" },
+      ("dense: %d positions are at most the %d up to which %s attends densely"):format(o.length, limit, kind)
+  end
+  local segments, dilations, why = o.segments, o.dilations, "segments and dilations were given"
+  if not segments then
+    local first = o.density and math.max(16, 2 ^ math.floor(math.log(o.density * o.length / 2) / math.log(2)))
+      or limit
+    segments, dilations = geometric(math.min(first, o.length), o.length)
+    why = o.density and ("a first segment of %d keeps about the density %g"):format(segments[1], o.density)
+      or ("%d positions are more than the %d up to which %s attends densely"):format(o.length, limit, kind)
+  end
+  return { segments = segments, dilations = dilations, heads = "all", offset = "mod", merge = "lse" },
+    "longnet: " .. why
+end
+
+return function(registry, ring)
   registry:add("dense", {
     doc = "every position attends to every other (one branch over the whole sequence)",
     build = function(o)
@@ -70,4 +127,35 @@ return function(registry)
                merge = o.merge or "lse" }
     end,
   })
+
+  registry:add("custom", {
+    doc = "any combination of scheme, offset and merge (lac.attend in module form)",
+    options = { scheme = { one_of = { "split", "all" }, default = "all" } },
+    build = function(o)
+      local segments, dilations = branches("custom", o)
+      return { segments = segments, dilations = dilations, heads = o.scheme, offset = o.offset,
+               merge = o.merge }
+    end,
+  })
+
+  registry:add("auto", {
+    doc = "dense or LongNet, by device, longest sequence and density; explain() says why",
+    options = { length = { type = "integer", min = 1, required = true }, device = { type = "string" },
+                density = { type = "number", above = 0, max = 1 } },
+    build = function(o)
+      fixed("auto", o, { offset = "mod", merge = "lse" })
+      if o.segments and o.density then
+        schema.fail("attention", "variant 'auto' takes segments or a density, got both")
+      end
+      if (o.segments == nil) ~= (o.dilations == nil) then
+        schema.fail("attention", "variant 'auto' needs segments and dilations together, or neither")
+      end
+      return choose(o)
+    end,
+  })
+
+  sharded(registry, ring, "ring", "another variant (of), its sequence in shards over a ring of virtual ranks",
+          ring_options(ring, "longnet", 2, "ring"))
+  sharded(registry, ring, "distributed", "'improved' in shards, the schedule chosen by what it sends",
+          ring_options(ring, "improved", 1, "auto"))
 end

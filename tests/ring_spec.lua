@@ -1,0 +1,226 @@
+--- Attention over virtual ranks: who holds which rows, what the ranks compute together, what they refuse.
+--
+-- The one-device variant is the oracle (it has its own, attention_spec.lua): out, lse and all gradients of
+-- every layout, schedule and number of ranks must equal it, also where shards are uneven, cut segments
+-- anywhere, or are empty. The geometry is checked by counting: every pair of the brute-force pattern in
+-- exactly one task.
+
+local lac = require "lacuna"
+local shard = require "lacuna.attention.shard"
+
+local function refused(pattern, f, ...)
+  local ok, message = pcall(f, ...)
+  assert.is_false(ok)
+  assert.matches(pattern, message)
+end
+
+local function positions(list)
+  local all = {}
+  for _, piece in ipairs(list) do
+    for u = 0, piece.count - 1 do all[#all + 1] = piece.first + u * piece.step end
+  end
+  table.sort(all)
+  return all
+end
+
+describe("shards", function()
+  it("hold every row once, evenly, for any number of ranks", function()
+    for _, layout in ipairs(shard.LAYOUTS) do
+      for _, case in ipairs { { 12, 4 }, { 13, 4 }, { 3, 5 }, { 7, 1 } } do
+        local n, ranks = case[1], case[2]
+        local seen, least, most = {}, n, 0
+        for _, pieces in ipairs(shard.pieces(n, ranks, layout)) do
+          local rows = positions(pieces)
+          least, most = math.min(least, #rows), math.max(most, #rows)
+          for _, p in ipairs(rows) do seen[p] = (seen[p] or 0) + 1 end
+        end
+        for p = 0, n - 1 do assert.are.equal(1, seen[p], layout .. " " .. p) end
+        assert.is_true(most - least <= (layout == "zigzag" and 2 or 1))
+      end
+    end
+    assert.are.same({ 0, 1, 6, 7 }, positions(shard.pieces(8, 2, "zigzag")[1]))
+    assert.are.same({ 1, 4, 7 }, positions(shard.pieces(8, 3, "striped")[2]))
+  end)
+
+  it("meet in tasks that hold every pair of a branch once", function()
+    local strip = { segment = 9, dilation = 2, offset = 1, head0 = 0, heads = 1, branch = 0 }
+    for _, layout in ipairs(shard.LAYOUTS) do
+      local pieces, count = shard.pieces(23, 3, layout), {}
+      local tasks = shard.tasks({ strip }, pieces, pieces, { causal = true, shift = 0 })
+      for i = 1, 3 do
+        for j = 1, 3 do
+          for _, t in ipairs(tasks[i][j]) do
+            for a = 0, t.q.count - 1 do
+              for b = 0, t.k.count - 1 do
+                local p, k = t.q.first + a * t.q.step, t.k.first + b * t.k.step
+                assert.are.equal(p, t.q_piece.first + (t.q.at + a * t.q.hop) * t.q_piece.step)
+                if k <= p then count[p * 23 + k] = (count[p * 23 + k] or 0) + 1 end
+              end
+            end
+          end
+        end
+      end
+      for p = 0, 22 do
+        for k = 0, p do
+          local kept = p % 9 % 2 == 1 and k % 9 % 2 == 1 and math.floor(p / 9) == math.floor(k / 9)
+          assert.are.equal(kept and 1 or nil, count[p * 23 + k], ("%s %d %d"):format(layout, p, k))
+        end
+      end
+    end
+  end)
+
+  it("send only kept rows, and nothing where segments do not straddle", function()
+    local function traffic(segment, dilation, layout, n)
+      local strip = { segment = segment, dilation = dilation, offset = 0, head0 = 0, heads = 2, branch = 0 }
+      local pieces = shard.pieces(n or 16, 4, layout)
+      return shard.traffic(shard.tasks({ strip }, pieces, pieces, { shift = 0 }))
+    end
+    assert.are.same({ ring = 0, allgather = 0, ring_held = 0, allgather_held = 0 },
+                    traffic(4, 1, "contiguous"))
+    -- one segment: each of 4 shards of 4 rows has 2 kept ones, for 3 others; 2 heads
+    assert.are.same({ ring = 48, allgather = 48, ring_held = 4, allgather_held = 12 },
+                    traffic(16, 2, "contiguous"))
+    -- two segments: a shard's rows matter to one other rank, which is 1 or 3 steps away on the ring
+    local t = traffic(8, 1, "contiguous")
+    assert.are.equal(32, t.allgather)
+    assert.are.equal(2 * 8 + 2 * 24, t.ring)
+  end)
+end)
+
+local SEQUENCES = {
+  ["all pairs"] = { N = 13 }, causal = { N = 24, causal = true },
+  ["window, causal"] = { N = 13, causal = true, window = 5 }, window = { N = 14, window = 3 },
+  ["cross, aligned to the end"] = { N = 5, M = 17, causal = true, align = "end" },
+  ["cross, window"] = { N = 5, M = 17, window = 6, align = "end" },
+  ["more queries than keys"] = { N = 17, M = 5, causal = true },
+}
+local MERGES = { { merge = "lse" }, { merge = "mean" }, { merge = "lse_detach" }, { scheme = "split" },
+                 { merge = "sum", offset = "block" } }
+
+describe("lac.attention over virtual ranks", function()
+  local function leaf(...) return lac.randn({ ... }, { dtype = "f64", grad = true }) end
+  local function far(a, b) return lac.where(a:eq(b), 0, a - b):abs():max():item() end
+
+  local function compare(c, m, layout, ranks, kv_heads)
+    local M = c.M or c.N
+    local q = lac.randn({ 2, c.N, 4, 3 }, { dtype = "f64", grad = true })
+    local k = lac.randn({ 2, M, kv_heads, 3 }, { dtype = "f64", grad = true })
+    local v = lac.randn({ 2, M, kv_heads, 3 }, { dtype = "f64", grad = true })
+    local o = { variant = "custom", heads = 4, kv_heads = kv_heads, segments = { 4, 9, 16 },
+                dilations = { 1, 2, 4 }, causal = c.causal, window = c.window, align = c.align }
+    for name, value in pairs(m) do o[name] = value end
+    local one = lac.attention(o)
+    o.variant, o.of, o.ranks, o.layout = "ring", "custom", ranks, layout
+    o.schedule = ranks % 2 == 0 and "allgather" or "ring"
+    local many = lac.attention(o)
+    local call = { key_lengths = lac.tensor({ M, math.ceil(M / 2) }, { dtype = "i64" }) }
+    local out1, lse1 = one(q, k, v, call)
+    local out2, lse2 = many(q, k, v, call)
+    assert.is_true(far(out1, out2) < 1e-12)
+    assert.is_true(far(lse1, lse2) < 1e-12)
+    local g = { lac.randn({ 2, c.N, 4, 3 }, { dtype = "f64" }),
+                lac.where(lse1:eq(-math.huge), 0, lac.randn({ 2, c.N, 4 }, { dtype = "f64" })):detach() }
+    local first = lac.grad({ out1, lse1 }, { q, k, v }, { grad_outputs = g })
+    local second = lac.grad({ out2, lse2 }, { q, k, v }, { grad_outputs = g })
+    for i = 1, 3 do assert.is_true(far(first[i], second[i]) < 1e-11, "gradient " .. i) end
+  end
+
+  for name, c in pairs(SEQUENCES) do
+    it("equals one device, forward and backward: " .. name, function()
+      lac.manual_seed(1)
+      for _, m in ipairs(MERGES) do
+        for _, layout in ipairs(shard.LAYOUTS) do
+          for _, ranks in ipairs { 1, 2, 3, 5 } do
+            if not (c.window and layout == "striped" and ranks > 1) then
+              compare(c, m, layout, ranks, ranks == 3 and 2 or 4)
+            end
+          end
+        end
+      end
+    end)
+  end
+
+  it("has the gradients of what it computes, and again at another length", function()
+    local attn = lac.attention { variant = "ring", heads = 2, ranks = 3, segments = { 4, 8 },
+                                 dilations = { 1, 2 }, causal = true }
+    for _, n in ipairs { 7, 4, 7 } do
+      local q, k, v = leaf(1, n, 2, 2), leaf(1, n, 2, 2), leaf(1, n, 2, 2)
+      local ok, report = lac.gradcheck(function(a, b, c) return (attn(a, b, c)) end, { q, k, v })
+      assert.is_true(ok, tostring(report))
+    end
+  end)
+
+  it("computes in half precision with f32 sums", function()
+    lac.manual_seed(2)
+    local o = { variant = "longnet", heads = 2, segments = { 8, 32 }, dilations = { 1, 2 } }
+    local one = lac.attention(o)
+    o.variant, o.ranks = "ring", 4
+    local many = lac.attention(o)
+    local x = lac.randn { 1, 32, 2, 8, dtype = "bf16" }
+    local a, la = one(x, x, x)
+    local b, lb = many(x, x, x)
+    assert.are.equal("bf16", b:dtype())
+    assert.are.equal("f32", lb:dtype())
+    assert.is_true((a:float() - b:float()):abs():max():item() < 0.02)
+    assert.is_true((la - lb):abs():max():item() < 1e-5)
+  end)
+
+  it("refuses what shards cannot honour", function()
+    local function make(more)
+      local o = { variant = "ring", heads = 4, ranks = 2, segments = { 4 }, dilations = { 1 } }
+      for name, value in pairs(more) do o[name] = value end
+      return lac.attention(o)
+    end
+    refused("variant 'ring' has no dropout on the weights", make, { dropout = 0.1 })
+    refused("variant 'ring' has no dedup", make, { dedup = true })
+    refused("no window with layout 'striped'; use 'contiguous' or 'zigzag'", make,
+            { window = 2, layout = "striped" })
+    refused("unknown layout 'zigzg', did you mean 'zigzag'", make, { layout = "zigzg" })
+    refused("unknown schedule 'rings', did you mean 'ring'", make, { schedule = "rings" })
+    refused("ranks must be positive, got 0", make, { ranks = 0 })
+    refused("unknown variant 'lonnet', did you mean 'longnet'", make, { of = "lonnet" })
+    refused("cannot wrap 'distributed': it runs itself", make, { of = "distributed" })
+    local x = lac.zeros { 1, 8, 4, 2 }
+    refused("variant 'ring' has no dropout", make {}, x, x, x, { dropout = 0.5 })
+    assert.matches("attention ring%(longnet over 2 ranks, contiguous, 4 heads", tostring(make {}))
+  end)
+
+  it("is one configuration with one device's variants", function()
+    local attn = lac.attention { variant = "distributed", heads = 4, ranks = 2, segments = { 4, 16 },
+                                 dilations = { 1, 2 } }
+    assert.are.equal("split", attn.pattern.heads)
+    local again = lac.attention(attn.options:with { ranks = 3 })
+    assert.are.equal(3, again.options.ranks)
+    local x = lac.randn { 1, 16, 4, 2 }
+    assert.is_true(attn(x, x, x):allclose((again(x, x, x)), { atol = 1e-6 }))
+  end)
+end)
+
+describe("the variant 'auto'", function()
+  it("chooses by length, density and device, and says why", function()
+    local function auto(more)
+      local o = { variant = "auto", heads = 4, causal = true, device = "cpu" }
+      for name, value in pairs(more) do o[name] = value end
+      return lac.attention(o)
+    end
+    local short, long = auto { length = 1024 }, auto { length = 4096 }
+    assert.matches("^dense: 1024 positions are at most the 1024 up to which cpu", short.reason)
+    assert.are.same({ 1024, 2048, 4096 }, long.pattern.segments)
+    assert.are.same({ 1, 2, 4 }, long.pattern.dilations)
+    assert.matches("^longnet: 4096 positions are more than", long.reason)
+    local thin = auto { length = 4096, density = 0.05 }
+    local function density(attn, n)
+      return lac.attention.plan_info(attn.pattern, { n = n, heads = 4 }).pairs / (4 * n * (n + 1) / 2)
+    end
+    assert.is_true(density(thin, 4096) <= 0.05 and density(thin, 4096) > 0.01)
+    local given = auto { length = 64, segments = { 8, 64 }, dilations = { 1, 4 } }
+    assert.are.same({ 8, 64 }, given.pattern.segments)
+    assert.matches("segments and dilations were given",
+                   auto { length = 64, segments = { 8 }, dilations = { 1 } }.reason)
+    refused("length is required", auto, {})
+    refused("takes segments or a density, got both", auto,
+            { length = 9, density = 0.5, segments = { 4 }, dilations = { 1 } })
+    refused("needs segments and dilations together", auto, { length = 9, segments = { 4 } })
+    refused("density must be above 0", auto, { length = 9, density = 0 })
+  end)
+end)
