@@ -10,7 +10,7 @@
  * Branches run in the reverse order of the plan's phases: the last to run is then usually the one without dilation,
  * which reaches every row, so that each row is rounded once and most sums stay in the cache.
  */
-#include "attn.cuh"
+#include "attn_hopper_backward.cuh"
 #include <cmath>
 
 /* ---- arguments ---- */
@@ -269,7 +269,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     return (exact(f->q.dtype) ? attn_forward_exact : attn_forward_tensor)(a, p, f->q.dtype);
 }
 
-static int run_backward(attn_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc)
+static int run_backward(attn_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc, char *hopper)
 {
     const lac_plan *p = w->forward.plan;
     int dtype = w->forward.q.dtype;
@@ -281,6 +281,7 @@ static int run_backward(attn_args &a, const lac_a_attend_bwd *w, char *dq_acc, c
         LAC_TRY(queries(a, p, dtype));
         a.deltas = 0;
     }
+    if (hopper) return attn_hopper_backward(a, w, hopper, dk_acc, dv_acc);
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(keys(a, p, dtype));
     a.out = w->dq.data, a.acc = dq_acc;
@@ -296,7 +297,8 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     a.g = tensor_of(&w->dout);
     a.dlse = tensor_of(&w->dlse);
     a.per_branch = lac_plan_branch_delta(p);
-    if (!covered(p) || p->shift < 0) LAC_TRY(clear(&w->dq));
+    const bool hopper = !attn_hopper_backward_fits(w) && attn_hopper_backward_pays(p);
+    if (!hopper && (!covered(p) || p->shift < 0)) LAC_TRY(clear(&w->dq));
     if (!covered(p)) {
         LAC_TRY(clear(&w->dk));
         LAC_TRY(clear(&w->dv));
@@ -304,11 +306,12 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     size_t c = f->q.dtype == LAC_F64 ? 8 : 4, rows = (size_t)a.batch * (size_t)a.n * (size_t)a.heads;
     size_t stats = rows * (size_t)(a.per_branch ? a.branches : 1) * c;
     size_t all = a.sum && w->dlse.data ? rows * sizeof(double) : 0;
-    size_t qs = acc_bytes(&w->dq, p->forward_phases), ks = acc_bytes(&w->dk, p->backward_phases);
+    size_t qs = hopper ? 0 : acc_bytes(&w->dq, p->forward_phases), ks = acc_bytes(&w->dk, p->backward_phases);
+    size_t list = hopper ? (attn_hopper_backward_bytes(p) + 127) / 128 * 128 : 0;
     stats = (stats + 15) / 16 * 16;
-    lac_scratch space("attention", all + qs + 2 * ks + 4 * stats + counters(a));
+    lac_scratch space("attention", list + all + qs + 2 * ks + 4 * stats + counters(a));
     if (!space.data) return LAC_E_MEMORY;
-    char *at = (char *)space.data;
+    char *at = (char *)space.data + list;
     if (all) a.lse_all = (double *)at;
     at += all;
     char *dq_acc = qs ? at : (char *)w->dq.data, *dk_acc = ks ? at + qs : (char *)w->dk.data;
@@ -317,5 +320,5 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     a.lse2 = at, a.lse2_low = at + stats, a.delta = at + 2 * stats;
     if (!a.per_branch) a.delta_low = at + 3 * stats;
     a.counter = (int *)(at + 4 * stats);
-    return run_backward(a, w, dq_acc, dk_acc, dv_acc);
+    return run_backward(a, w, dq_acc, dk_acc, dv_acc, hopper ? (char *)space.data : NULL);
 }

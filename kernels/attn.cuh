@@ -117,25 +117,15 @@ __device__ __forceinline__ int attn_follows(const attn_args &a, int g, int h)
     return -1;
 }
 
-/* Number -> tile. KEYS: rows are keys and h the head of a unit. */
-template <bool KEYS>
-__device__ __forceinline__ void attn_decode(const attn_args &a, int64_t id, int height, attn_tile &t)
+/* The lattice of segment s of branch g for head h of item b: everything of a tile but its rows. */
+__device__ __forceinline__ void attn_span(const attn_args &a, int g, int b, int h, int s, attn_tile &t)
 {
-    int g = 0;
-    while (id < a.branch[g].begin || id >= a.branch[g].begin + a.branch[g].tiles) g++;
     const attn_branch &br = a.branch[g];
-    unsigned rem = (unsigned)(id - br.begin), block = rem % (unsigned)br.blocks;
-    rem /= (unsigned)br.blocks;
-    unsigned s = rem % (unsigned)br.segments;
-    rem /= (unsigned)br.segments;
+    int64_t start = (int64_t)s * br.segment, end = start + br.segment, q_end = (int64_t)a.shift + a.n;
     t.g = g;
-    t.h = br.head0 + (int)(rem % (unsigned)br.heads);
-    t.b = (int)(rem / (unsigned)br.heads);
-    if (!KEYS)
-        block = (unsigned)br.blocks - 1 - block; /* causal: the last rows are the heaviest, and so are the first keys */
-    int64_t start = (int64_t)(br.segment0 + (int)s) * br.segment, end = start + br.segment;
-    int64_t q_end = (int64_t)a.shift + a.n;
-    t.base = start + attn_offset(a, g, t.h);
+    t.h = h;
+    t.b = b;
+    t.base = start + attn_offset(a, g, h);
     t.r = br.dilation;
     t.q0 = attn_count(t.base, t.r, a.shift < end ? a.shift : end);
     t.q1 = attn_count(t.base, t.r, q_end < end ? q_end : end);
@@ -148,6 +138,23 @@ __device__ __forceinline__ void attn_decode(const attn_args &a, int64_t id, int 
     }
     t.before = a.window < 0 ? 1 << 30 : a.window / t.r;
     t.after = a.causal ? 0 : t.before;
+}
+
+/* Number -> tile. KEYS: rows are keys and h the head of a unit. */
+template <bool KEYS>
+__device__ __forceinline__ void attn_decode(const attn_args &a, int64_t id, int height, attn_tile &t)
+{
+    int g = 0;
+    while (id < a.branch[g].begin || id >= a.branch[g].begin + a.branch[g].tiles) g++;
+    const attn_branch &br = a.branch[g];
+    unsigned rem = (unsigned)(id - br.begin), block = rem % (unsigned)br.blocks;
+    rem /= (unsigned)br.blocks;
+    unsigned s = rem % (unsigned)br.segments;
+    rem /= (unsigned)br.segments;
+    if (!KEYS)
+        block = (unsigned)br.blocks - 1 - block; /* causal: the last rows are the heaviest, and so are the first keys */
+    attn_span(a, g, (int)(rem / (unsigned)br.heads), br.head0 + (int)(rem % (unsigned)br.heads), br.segment0 + (int)s,
+              t);
     t.first = (KEYS ? 0 : t.q0) + (int)block * height;
     int last = KEYS ? t.keys : t.q1;
     t.end = t.first + height < last ? t.first + height : last;

@@ -104,12 +104,14 @@ static __device__ compute_t<T> attn_pair(const attn_args &a, const attn_tile &t,
     return p * z;
 }
 
-/* Row i of dq. */
-template <class T> static __device__ __noinline__ void attn_slow_query(const attn_args &a, const attn_tile &t, int i)
+/* Adds to row i of dq, before the scale. */
+template <class T>
+static __device__ __noinline__ void attn_slow_add_query(const attn_args &a, const attn_tile &t, int i,
+                                                        compute_t<T> (&dq)[ATTN_SLOW_PARTS])
 {
     typedef compute_t<T> C;
     const int lane = threadIdx.x % 32, hk = t.h / a.group;
-    C dq[ATTN_SLOW_PARTS] = {}, ds;
+    C ds;
     for (int first = 0; first < t.live; first += 64) {
         uint64_t seen = attn_slow_keys(a, t, i, first),
                  kept = a.p > 0 ? attn_kept<false>(a, t, t.h, i, first) : ~(uint64_t)0;
@@ -123,6 +125,15 @@ template <class T> static __device__ __noinline__ void attn_slow_query(const att
                 if (lane + 32 * e < a.head_dim) dq[e] += ds * to_compute(k[(lane + 32 * e) * a.k.stride[3]]);
         }
     }
+}
+
+/* Row i of dq. */
+template <class T> static __device__ __noinline__ void attn_slow_query(const attn_args &a, const attn_tile &t, int i)
+{
+    typedef compute_t<T> C;
+    const int lane = threadIdx.x % 32;
+    C dq[ATTN_SLOW_PARTS] = {};
+    attn_slow_add_query<T>(a, t, i, dq);
     int others = attn_others<false>(a, t, (unsigned)(t.base + (int64_t)i * t.r));
     int64_t at = attn_stat(a, t, t.h, i, false);
     for (int e = 0; e < ATTN_SLOW_PARTS; e++) {
@@ -135,15 +146,16 @@ template <class T> static __device__ __noinline__ void attn_slow_query(const att
     }
 }
 
-/* Rows j of dk and dv, as far as they are asked for. */
+/* Adds to rows j of dk, before the scale, and dv. */
 template <class T>
-static __device__ __noinline__ void attn_slow_key(const attn_args &a, const attn_tile &t, int j, bool want_dk,
-                                                  bool want_dv)
+static __device__ __noinline__ void attn_slow_add_key(const attn_args &a, const attn_tile &t, int j,
+                                                      compute_t<T> (&dk)[ATTN_SLOW_PARTS],
+                                                      compute_t<T> (&dv)[ATTN_SLOW_PARTS])
 {
     typedef compute_t<T> C;
     const int lane = threadIdx.x % 32;
-    const int64_t key = t.base + (int64_t)j * t.r, at = ((int64_t)t.b * a.m + key) * a.kv_heads + t.h / a.group;
-    C dk[ATTN_SLOW_PARTS] = {}, dv[ATTN_SLOW_PARTS] = {}, ds;
+    const int64_t key = t.base + (int64_t)j * t.r;
+    C ds;
     for (int h = t.h; h >= 0; h = attn_follows(a, t.g, h))
         for (int first = t.q0; first < t.q1; first += 64) {
             uint64_t seen = attn_key_rows(a, t, h, j, first);
@@ -163,6 +175,18 @@ static __device__ __noinline__ void attn_slow_key(const attn_args &a, const attn
                 }
             }
         }
+}
+
+/* Rows j of dk and dv, as far as they are asked for. */
+template <class T>
+static __device__ __noinline__ void attn_slow_key(const attn_args &a, const attn_tile &t, int j, bool want_dk,
+                                                  bool want_dv)
+{
+    typedef compute_t<T> C;
+    const int lane = threadIdx.x % 32;
+    const int64_t key = t.base + (int64_t)j * t.r, at = ((int64_t)t.b * a.m + key) * a.kv_heads + t.h / a.group;
+    C dk[ATTN_SLOW_PARTS] = {}, dv[ATTN_SLOW_PARTS] = {};
+    attn_slow_add_key<T>(a, t, j, dk, dv);
     int others = attn_others<true>(a, t, (unsigned)key);
     for (int which = 0; which < 2; which++)
         for (int e = 0; e < ATTN_SLOW_PARTS; e++) {

@@ -180,12 +180,11 @@ function Attention:__tostring()
     p.window and (", window %d"):format(p.window) or "")
 end
 
---- @tparam table c the core; gets options_of
+--- @tparam table c the core
 -- @treturn table the class
 return function(c)
   core = c
   make_rules()
-  core.options_of = own_rules
   config.define("attention", function(options) return (configure(options)) end)
   return Attention
 end

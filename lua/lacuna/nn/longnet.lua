@@ -211,7 +211,6 @@ local OPTIONS = {
   checkpoint_activations = { type = "boolean", default = false },
   dtype = { type = "string" }, device = { type = "string" },
 }
-OPTIONS.attention = { type = "table" }
 for name, rule in pairs(attn.PATTERN) do
   if name ~= "causal" then OPTIONS[name] = rule end
 end
@@ -234,7 +233,6 @@ function LongNetLM:init(options)
   for name in pairs(attn.PATTERN) do
     if name ~= "causal" then pattern[name] = o[name] end
   end
-  for name, value in pairs(o.attention or {}) do pattern[name] = value end
   self.embedding = layers.Embedding(o.vocab, o.width, { dtype = o.dtype, device = o.device })
   self.dropout = layers.Dropout(o.dropout)
   local blocks = {}

@@ -1,0 +1,130 @@
+--- hopper_backward.lua: the backward of attention on Hopper beside PyTorch's cuDNN and FlashAttention-2.
+--
+-- 32768 kept rows in all, heads times head_dim 2048, bf16; all passes of the backward are counted, and the
+-- faster one of the peers. The peers' inputs are gathered and contiguous. A turn is some idle time, one call
+-- that is not timed, and one that is: several backwards in a row. The three sides take turns in a new order
+-- each round, because the order alone moves results by several percent; times are medians over the rounds.
+-- kernels/HOPPER.md has the record: floors, expectations, what was tried.
+
+local lac = require "lacuna"
+local bench = require "lacuna.bench"
+local device = require "lacuna.device"
+local sys = require "lacuna.sys"
+
+local ROUNDS, IDLE = 13, 0.03
+local ROWS, WIDTH = 32768, 2048
+
+-- backwards of one call
+local function repeats(o) return o.rows > 8192 and 1 or 5 end
+
+local function ours(o)
+  local r = o.dilation or 1
+  local n, heads = o.segments * o.rows * r, WIDTH / o.head_dim
+  local options = { dtype = "bf16", device = "cuda", grad = true }
+  local inputs = {}
+  for i = 1, 3 do inputs[i] = lac.randn({ 1, n, heads, o.head_dim }, options) end
+  local out = lac.attend(inputs[1], inputs[2], inputs[3], { segments = { o.rows * r }, dilations = { r },
+    offset = "mod", causal = o.causal, return_lse = false })
+  local g = lac.randn(out:size(), { dtype = "bf16", device = "cuda" })
+  local how = { grad_outputs = { g }, retain_graph = true }
+  return function()
+    for _ = 1, repeats(o) do lac.grad(out, inputs, how) end
+    lac.synchronize()
+  end
+end
+
+local function turn(fn)
+  fn()
+  local start = sys.time()
+  fn()
+  return sys.time() - start
+end
+
+-- medians of the sides' times; every side is a function that gives the time of one turn
+local function medians(b, sides)
+  local times, order = {}, {}
+  for i = 1, #sides do times[i], order[i] = {}, i end
+  for round = 1, b:size(ROUNDS, 1) do
+    for i = #order, 2, -1 do
+      local j = math.random(i)
+      order[i], order[j] = order[j], order[i]
+    end
+    for _, i in ipairs(order) do
+      local idle = sys.time() + IDLE
+      repeat until sys.time() >= idle
+      times[i][round] = sides[i]()
+    end
+  end
+  for i = 1, #sides do times[i] = bench.median(times[i]) end
+  return times
+end
+
+local function against_peers(b, o, what, target)
+  local fn = ours(o)
+  local sides, dropped = { function() return turn(fn) end }, {}
+  for _, backend in ipairs{ "cudnn", "flash" } do
+    local side, problem = b:case("hopper_backward", "backward", { segments = o.segments, rows = o.rows,
+      heads = WIDTH / o.head_dim, head_dim = o.head_dim, causal = o.causal or false, backend = backend,
+      times = repeats(o) })
+    if not side then return b:value{ what = what, problem = problem } end
+    dropped[#dropped + 1] = side
+    sides[#sides + 1] = function() return side:turn(1e-9) end
+  end
+  local t = medians(b, sides)
+  for _, side in ipairs(dropped) do side:drop() end
+  local flops = 10 * o.rows ^ 2 * WIDTH * o.segments / (o.causal and 2 or 1) * repeats(o)
+  b:value{ what = ("%s: %.0f TFLOP/s, cuDNN %.0f, FA2 %.0f"):format(what, flops / t[1] / 1e12,
+    flops / t[2] / 1e12, flops / t[3] / 1e12), value = math.min(t[2], t[3]) / t[1], unit = "x",
+    at_least = target }
+end
+
+local TARGET = { [64] = { 1.2, 1.27 }, [128] = { 1.05, 1.05 } }
+
+local function rows(b)
+  for _, head_dim in ipairs{ 64, 128 } do
+    for _, causal in ipairs{ false, true } do
+      for _, n in ipairs(b:size({ 1024, 2048, 8192, 32768 }, { 1024 })) do
+        lac.scope(function()
+          against_peers(b, { rows = n, segments = b:size(ROWS / n, 1), head_dim = head_dim, causal = causal },
+            ("D %d, %d rows%s"):format(head_dim, n, causal and ", causal" or ""),
+            TARGET[head_dim][causal and 2 or 1])
+        end)
+      end
+    end
+  end
+end
+
+local function dilations(b)
+  for _, head_dim in ipairs{ 64, 128 } do
+    for _, causal in ipairs{ false, true } do
+      local function side(r)
+        local fn = ours{ rows = 2048, segments = b:size(16, 1), head_dim = head_dim, causal = causal,
+          dilation = r }
+        return function() return turn(fn) end
+      end
+      lac.scope(function()
+        local list = b:size({ 1, 2, 4, 8, 16 }, { 1, 2 })
+        local sides = {}
+        for i, r in ipairs(list) do sides[i] = side(r) end
+        local t = medians(b, sides)
+        for i = 2, #list do
+          b:value{ what = ("D %d%s, time at r = %d against r = 1"):format(head_dim,
+            causal and " causal" or "", list[i]), value = t[i] / t[1], unit = "x", at_most = 1.02 }
+        end
+      end)
+    end
+  end
+end
+
+return {
+  name = "hopper_backward",
+  about = "attention's backward on Hopper: cuDNN and FlashAttention-2, dilation",
+  once = true,
+  run = function(b)
+    if not pcall(device.supports, "cuda", "attend_bwd") then -- it throws where there is no device
+      return b:value{ what = "attention's backward on Hopper", problem = "no CUDA device" }
+    end
+    rows(b)
+    dilations(b)
+  end,
+}

@@ -1,0 +1,380 @@
+/* attn_hopper_backward.cu: the backward of attention on Hopper: which calls it serves, its work list, and what happens
+ * before and after the tiles (attn_hopper_keys.cu).
+ *
+ * Launches: the list (tiles, turns, statistics block by block), the tiles of one branch after the other, dq from the
+ * sums of all branches, and, where masks can meet NaN, a look at whether anything has to be done again. Nothing is
+ * cleared beforehand: dq's last pass writes every row, also those that no branch keeps.
+ *
+ * The list is made on the device by arithmetic, so nothing is uploaded. Tiles of several items are interleaved in it:
+ * heavy tiles come early, and neighbours in the list, which run at the same time, add to different blocks.
+ *
+ * Memory: f32 sums of dq for every branch (rows of its lattices, rounded up to blocks), 8 bytes a row and head for the
+ * statistics. Rejected: one f32 copy of dq for all branches (sums of rows that are no neighbours cannot be added in
+ * bulk), the dq of the portable kernels (two products more, 40%).
+ */
+#include "attn_hopper_backward.cuh"
+#include "attn_slow.cuh"
+
+/* ---- geometry ---- */
+
+/* lattice rows of a segment of branch g, at most, when the sequence has n positions */
+static int64_t lattice_rows(const lac_plan *p, int g, int64_t n)
+{
+    int64_t w = p->segment[g] < n ? p->segment[g] : n;
+    return (w - 1) / p->desc.dilation[g] + 1;
+}
+static int up(int64_t n, int64_t by) { return (int)((n + by - 1) / by); }
+
+/* Items whose tiles are interleaved, so that tiles of one item are not claimed at the same time, when all but one would
+ * wait for their turns. Without masks: as many as the device runs at once. With masks tiles begin at different blocks.
+ */
+static int interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, int64_t items)
+{
+    enum { BYTES = 24 << 20 }; /* of an item's q, dout and sums of dq; they stay in the cache */
+    const bool masks = d->causal || d->window >= 0;
+    int64_t n = masks ? BYTES / (rows * d->head_dim * 8) : lac_cuda_processors / tiles;
+    return (int)(n < 1 ? 1 : n > items ? items : n);
+}
+
+struct hopper_sizes {
+    int64_t blocks, tiles;
+};
+/* the branches of the list; their segments are those with keys */
+static hopper_sizes list_branches(hopper_args &h, const lac_plan *p)
+{
+    const lac_attn_desc *d = &p->desc;
+    hopper_sizes all = {};
+    for (int g = 0; g < d->branches; g++) {
+        hopper_branch &b = h.branch[g];
+        int64_t rows = lattice_rows(p, g, d->n), items;
+        b.segments = (int)((d->m - 1) / p->segment[g]) + 1;
+        b.blocks = up(rows, HOPPER_ROWS);
+        b.tiles = up(up(lattice_rows(p, g, d->m), HOPPER_ROWS), attn_hopper_groups(d->head_dim));
+        items = d->batch * b.segments * p->heads[g];
+        b.group = interleaved(d, b.tiles, rows, items);
+        b.first_block = (int)all.blocks, b.first_tile = (int)all.tiles;
+        b.segment = divider((uint32_t)p->segment[g]);
+        b.dilation = divider((uint32_t)(d->dilation[g] < INT32_MAX ? d->dilation[g] : INT32_MAX));
+        all.blocks += items * b.blocks, all.tiles += items * b.tiles;
+    }
+    return all;
+}
+
+/* ---- the list ---- */
+
+/* number of an item's first block */
+__device__ __forceinline__ int item_block(const attn_args &a, const hopper_args &p, int g, int b, int s, int h)
+{
+    const hopper_branch &br = p.branch[g];
+    return br.first_block + ((b * br.segments + s) * a.branch[g].heads + h - a.branch[g].head0) * br.blocks;
+}
+
+/* The groups of 64 keys of an item are spread evenly over its tiles, so that none is left with one busy warpgroup. */
+struct hopper_split {
+    int64_t groups, tiles;
+    __device__ __forceinline__ hopper_split(int keys, int most)
+        : groups((keys + HOPPER_ROWS - 1) / HOPPER_ROWS), tiles((groups + most - 1) / most)
+    {
+    }
+    __device__ __forceinline__ int first(int64_t tile) const { return (int)(tile * groups / tiles); }
+    __device__ __forceinline__ int owner(int64_t key) const
+    {
+        return (int)(((key / HOPPER_ROWS + 1) * tiles - 1) / groups);
+    }
+};
+
+/* Do tiles with late keys come first? With masks they begin at later blocks, which they are done with when tiles that
+ * began earlier get there: nobody waits for a turn. The heaviest tiles of causal attention are then the last ones. */
+__device__ __forceinline__ bool backwards(const attn_args &a) { return a.causal || a.window >= 0; }
+
+static __device__ hopper_tile make_tile(const attn_args &a, const hopper_args &p, int g, int most, int id)
+{
+    const hopper_branch &br = p.branch[g];
+    const int heads = a.branch[g].heads, items = a.batch * br.segments * heads;
+    const int part = id / (br.group * br.tiles), rest = id - part * (br.group * br.tiles);
+    const int members = min(br.group, items - part * br.group), order = rest / members;
+    const int item = part * br.group + rest % members, h = a.branch[g].head0 + item % heads;
+    const int s = item / heads % br.segments, b = item / heads / br.segments;
+    hopper_tile x = {};
+    attn_tile t;
+    attn_span(a, g, b, h, s, t);
+    if (t.keys == 0 || !attn_leads(a, g, h)) return x;
+    const hopper_split split(t.keys, most);
+    if (order >= split.tiles) return x;
+    const int64_t tile = backwards(a) ? split.tiles - 1 - order : order;
+    x.batch = b, x.kv_head = h / a.group, x.order = order;
+    for (int e = h; e >= 0; e = attn_follows(a, g, e)) x.heads |= 1u << (e - x.kv_head * a.group);
+    x.keys = t.keys, x.live = t.live, x.key0 = (int)t.base;
+    x.rows = t.q1 - t.q0, x.row0 = (int)(t.base + (int64_t)t.q0 * t.r - a.shift), x.query0 = t.q0;
+    x.first = split.first(tile), x.width = split.first(tile + 1) - x.first;
+    x.block = item_block(a, p, g, b, s, x.kv_head * a.group);
+    const int first = x.first * HOPPER_ROWS, last = min((x.first + x.width) * HOPPER_ROWS, t.live) - 1;
+    if (first > last || x.rows == 0) return x;
+    const int low = max(first - t.q0 - t.after, 0) / HOPPER_ROWS, reach = last - t.q0 + t.before;
+    x.low = low;
+    x.high = max(low, min((x.rows - 1) / HOPPER_ROWS, reach < 0 ? -1 : reach / HOPPER_ROWS) + 1);
+    return x;
+}
+
+/* the order of the first tile that adds to block m, if one does */
+__device__ __forceinline__ int first_turn(const attn_args &a, const attn_tile &t, int m, int most)
+{
+    if (t.live == 0) return 0;
+    const hopper_split split(t.keys, most);
+    if (!backwards(a)) return 0;
+    const int last = t.q0 + m * HOPPER_ROWS + HOPPER_ROWS - 1 + t.after; /* key that the block's rows may see */
+    return (int)split.tiles - 1 - split.owner(min(last, t.live - 1));
+}
+
+enum { LIST_BLOCKS = THREADS / HOPPER_ROWS };
+static __global__ void __launch_bounds__(THREADS)
+    hopper_list_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, int most)
+{
+    __shared__ attn_tile shared[LIST_BLOCKS];
+    __shared__ int at[LIST_BLOCKS];
+    const int g = blockIdx.y, heads = a.branch[g].heads, row = threadIdx.x % HOPPER_ROWS;
+    const hopper_branch &br = p.branch[g];
+    const int items = a.batch * br.segments * heads;
+    for (int id = blockIdx.x * THREADS + threadIdx.x; id < items * br.tiles; id += gridDim.x * THREADS)
+        p.tile[br.first_tile + id] = make_tile(a, p, g, most, id);
+    attn_tile &t = shared[threadIdx.x / HOPPER_ROWS];
+    int &block = at[threadIdx.x / HOPPER_ROWS];
+    const int steps = (items * br.blocks + LIST_BLOCKS - 1) / LIST_BLOCKS;
+    for (int step = blockIdx.x; step < steps; step += gridDim.x) {
+        /* heads vary fastest: their statistics lie side by side */
+        const int id = step * LIST_BLOCKS + threadIdx.x / HOPPER_ROWS, m = id / heads % br.blocks;
+        const int segment = id / heads / br.blocks, h = a.branch[g].head0 + id % heads;
+        const bool valid = id < items * br.blocks;
+        if (row == 0 && valid) {
+            attn_span(a, g, segment / br.segments, h, segment % br.segments, t);
+            block = item_block(a, p, g, t.b, segment % br.segments, h) + m;
+            p.turn[block] = first_turn(a, t, m, most) | HOPPER_FRESH;
+        }
+        __syncthreads();
+        if (valid) {
+            const int i = t.q0 + m * HOPPER_ROWS + row;
+            const int64_t from = i < t.q1 ? attn_stat(a, t, h, i, a.per_branch) : 0;
+            float *to = p.stats + (int64_t)block * 2 * HOPPER_ROWS + row;
+            to[0] = i < t.q1 ? ((const float *)a.lse2)[from] : 0; /* rows past the end: q and dout are zeros there, */
+            to[HOPPER_ROWS] = i < t.q1 ? ((const float *)a.delta)[from] : 0; /* any finite P and delta will do */
+        }
+        __syncthreads();
+    }
+}
+
+/* ---- dq ---- */
+
+/* where the sums of row (b, n, h) lie in branch g: block * 64 + row of the block; -1: nowhere */
+__device__ __forceinline__ int sums_of(const attn_args &a, const hopper_args &p, int g, int b, int n, int h)
+{
+    const attn_branch &ab = a.branch[g];
+    const hopper_branch &br = p.branch[g];
+    const int position = n + a.shift;
+    if (h < ab.head0 || h >= ab.head0 + ab.heads || position < 0) return -1;
+    const int s = (int)br.segment.divide((uint32_t)position), offset = attn_offset(a, g, h);
+    const int at = position - s * ab.segment - offset;
+    if (s >= br.segments || at < 0) return -1;
+    int i = (int)br.dilation.divide((uint32_t)at);
+    if (i * ab.dilation != at) return -1;
+    i -= attn_count((int64_t)position - at, ab.dilation, a.shift); /* rows of the lattice before the first query */
+    const int block = item_block(a, p, g, b, s, h) + i / HOPPER_ROWS;
+    return p.turn[block] & HOPPER_FRESH ? -1 : block * HOPPER_ROWS + i % HOPPER_ROWS;
+}
+
+/* Eight columns a thread: the sums of all branches, in their order. */
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS)
+    hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks)
+{
+    constexpr int LANES = D / 8;
+    const unsigned rows = (unsigned)a.batch * (unsigned)a.n * (unsigned)a.heads;
+    const unsigned id = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES, row = id < rows ? id : rows - 1;
+    const int h = (int)(row % (unsigned)a.heads), token = (int)(row / (unsigned)a.heads);
+    const int b = token / a.n, n = token - b * a.n, lane = threadIdx.x % LANES;
+    float x[8] = {};
+    for (int g = 0; g < a.branches; g += LANES) { /* a lane finds the sums of one branch */
+        const int mine = g + lane < a.branches ? sums_of(a, p, g + lane, b, n, h) : -1;
+        for (int e = 0; e < LANES && g + e < a.branches; e++) {
+            const int at = __shfl_sync(~0u, mine, e, LANES);
+            if (at < 0) continue;
+            const int r = at % HOPPER_ROWS; /* of the block; the order is that of the product's registers */
+            const float *from = p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * D) + lane * 512 +
+                                (r / 16 * 32 + r % 8 * 4) * 4 + r / 8 % 2 * 2;
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const float2 v = *(const float2 *)(from + 4 * k);
+                x[2 * k] += v.x, x[2 * k + 1] += v.y;
+            }
+        }
+    }
+    const float scale = (float)a.scale;
+    struct alignas(16) chunk {
+        T at[8];
+    } out;
+    float probe = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        probe += x[i] * 0;
+        out.at[i] = from_compute<T>(x[i] * scale);
+    }
+    if (id >= rows) return;
+    ((chunk *)dq)[(int64_t)row * LANES + lane] = out;
+    if (masks && probe != 0) *p.spoilt = 1;
+}
+
+/* ---- values that are not finite ---- */
+
+/* A masked pair is a product with zero here as well, and zero times NaN is NaN: rows that are not finite are computed
+ * again from the pairs that they see (attn_slow.cuh). All rows are looked at, but only if one is known to be spoilt. */
+template <class T> __device__ __forceinline__ bool spoilt_row(const attn_args &a, const T *row)
+{
+    float probe = 0;
+    for (int d = threadIdx.x % 32; d < a.head_dim; d += 32) probe += to_compute(row[d]) * 0;
+    return __any_sync(~0u, probe != 0);
+}
+template <class T>
+__device__ __forceinline__ void put_row(const attn_args &a, T *row, const float (&x)[ATTN_SLOW_PARTS], float scale)
+{
+#pragma unroll
+    for (int e = 0; e < ATTN_SLOW_PARTS; e++) {
+        const int d = threadIdx.x % 32 + 32 * e;
+        if (d < a.head_dim) row[d] = from_compute<T>(x[e] * scale);
+    }
+}
+/* the lattice row of `position` for head h in branch g, if it is kept */
+__device__ __forceinline__ bool row_of(const attn_args &a, int g, int b, int h, int position, attn_tile &t, int *i)
+{
+    if (position < 0 || !attn_keeps(a, g, h, (unsigned)position)) return false;
+    attn_span(a, g, b, h, position / a.branch[g].segment, t);
+    *i = (int)((position - t.base) / t.r);
+    return true;
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    hopper_redo_kernel(const __grid_constant__ attn_args a, const int *spoilt, T *dq, T *dk, T *dv)
+{
+    if (!*spoilt) return;
+    const int64_t queries = (int64_t)a.batch * a.n * a.heads, keys = (int64_t)a.batch * a.m * a.kv_heads;
+    const int64_t warp = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, warps = gridDim.x * (THREADS / 32);
+    attn_tile t;
+    int i;
+    for (int64_t row = warp; row < queries; row += warps) {
+        const int h = (int)(row % a.heads), n = (int)(row / a.heads % a.n), b = (int)(row / a.heads / a.n);
+        if (!spoilt_row(a, dq + row * a.head_dim)) continue;
+        float x[ATTN_SLOW_PARTS] = {};
+        for (int g = 0; g < a.branches; g++)
+            if (row_of(a, g, b, h, n + a.shift, t, &i)) attn_slow_add_query<T>(a, t, i, x);
+        put_row(a, dq + row * a.head_dim, x, (float)a.scale);
+    }
+    for (int64_t row = warp; row < keys; row += warps) {
+        const int hk = (int)(row % a.kv_heads), m = (int)(row / a.kv_heads % a.m), b = (int)(row / a.kv_heads / a.m);
+        if (!spoilt_row(a, dk + row * a.head_dim) && !spoilt_row(a, dv + row * a.head_dim)) continue;
+        float x[ATTN_SLOW_PARTS] = {}, y[ATTN_SLOW_PARTS] = {};
+        for (int g = 0; g < a.branches; g++)
+            for (int h = hk * a.group; h < (hk + 1) * a.group; h++)
+                if (row_of(a, g, b, h, m, t, &i) && attn_leads(a, g, h)) attn_slow_add_key<T>(a, t, i, x, y);
+        put_row(a, dk + row * a.head_dim, x, (float)a.scale);
+        put_row(a, dv + row * a.head_dim, y, 1.f);
+    }
+}
+
+/* ---- the whole ---- */
+
+const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
+{
+    const lac_a_attend *f = &w->forward;
+    const lac_plan *p = f->plan;
+    const lac_attn_desc *d = &p->desc;
+    const lac_view *read[] = {&f->q, &f->k, &f->v, &w->dout};
+    const char *why = NULL;
+    hopper_args h;
+    if (f->q.dtype != LAC_BF16 && f->q.dtype != LAC_F16) return "tensors are neither f16 nor bf16";
+    if (d->head_dim != 64 && d->head_dim != 128) return "head_dim is neither 64 nor 128";
+    if (f->dropout > 0) return "there is dropout";
+    if (f->padding.data) return "there is a padding mask";
+    if (d->dedup) return "pairs that several branches keep are to be counted once";
+    if (d->heads / d->kv_heads > 32) return "more than 32 query heads share a key/value head";
+    for (int i = 0; i < 4; i++)
+        if (!hopper_readable(read[i], &why)) return why;
+    for (int g = 0; g < d->branches; g++)
+        for (int i = 0; i < 4; i++)
+            if (d->dilation[g] > (((int64_t)1 << 33) - 1) / (read[i]->shape[1] > 1 ? read[i]->stride[1] : d->head_dim))
+                return "a dilation steps over more than 2^34 bytes";
+    const hopper_sizes sizes = list_branches(h, p);
+    if (sizes.blocks > INT32_MAX / HOPPER_ROWS || sizes.tiles > INT32_MAX / HOPPER_ROWS)
+        return "there are more than 2^31 rows";
+    if (!attn_hopper_keys_exist()) return "the device is not a Hopper, or the plug-in was not compiled for it";
+    return NULL;
+}
+
+bool attn_hopper_backward_pays(const lac_plan *p)
+{
+    for (int g = 0; g < p->desc.branches; g++)
+        if (lattice_rows(p, g, p->desc.n) < HOPPER_ROWS / 2) return false;
+    return true;
+}
+
+static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
+
+/* the list's parts in `space`, one after the other; returns their size */
+static size_t carve(hopper_args &h, const lac_plan *p, char *space)
+{
+    const hopper_sizes n = list_branches(h, p);
+    const size_t blocks = (size_t)n.blocks, dq = blocks * HOPPER_ROWS * (size_t)p->desc.head_dim * sizeof(float);
+    const size_t stats = blocks * 2 * HOPPER_ROWS * sizeof(float), tiles = (size_t)n.tiles * sizeof(hopper_tile);
+    const size_t turns = rounded(blocks * sizeof(int));
+    h.dq = (float *)space;
+    h.stats = (float *)(space + dq);
+    h.tile = (hopper_tile *)(space + dq + stats);
+    h.turn = (int *)(space + dq + stats + rounded(tiles));
+    h.counter = (int *)(space + dq + stats + rounded(tiles) + turns);
+    h.spoilt = h.counter + p->desc.branches;
+    return dq + stats + rounded(tiles) + turns + (size_t)(p->desc.branches + 1) * sizeof(int);
+}
+
+size_t attn_hopper_backward_bytes(const lac_plan *plan)
+{
+    hopper_args h;
+    return carve(h, plan, NULL);
+}
+
+template <class T> static int finish(const attn_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
+{
+    const bool masks = a.causal || a.window >= 0 || a.lengths;
+    const int64_t rows = (int64_t)a.batch * a.n * a.heads;
+    T *dq = (T *)w->dq.data;
+    if (a.head_dim == 64)
+        hopper_dq_kernel<T, 64><<<blocks_for(rows, THREADS / 8), THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
+    else hopper_dq_kernel<T, 128><<<blocks_for(rows, THREADS / 16), THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
+    LAC_TRY(lac_cuda_launched("attention"));
+    if (!masks) return 0;
+    hopper_redo_kernel<T><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(
+        a, h.spoilt, dq, (T *)w->dk.data, (T *)w->dv.data);
+    return lac_cuda_launched("attention");
+}
+
+int attn_hopper_backward(attn_args &a, const lac_a_attend_bwd *w, void *space, void *dk_acc, void *dv_acc)
+{
+    hopper_args h;
+    const lac_plan *p = w->forward.plan;
+    carve(h, p, (char *)space);
+    int64_t most = 1;
+    a.ranks = p->backward_phases;
+    for (int g = 0; g < a.branches; g++) {
+        const hopper_branch &b = h.branch[g];
+        const int64_t items = (int64_t)a.batch * b.segments * a.branch[g].heads;
+        a.branch[g].rank = p->backward_phases - 1 - p->backward_phase[g];
+        a.branch[g].segment0 = 0, a.branch[g].segments = b.segments;
+        if (items * b.blocks > most) most = items * b.blocks;
+    }
+    CUDA_TRY("attention", cudaMemsetAsync(h.counter, 0, (size_t)(a.branches + 1) * sizeof(int), lac_cuda_stream));
+    const dim3 grid(blocks_filling(most, LIST_BLOCKS), (unsigned)a.branches);
+    hopper_list_kernel<<<grid, THREADS, 0, lac_cuda_stream>>>(a, h, attn_hopper_groups(a.head_dim));
+    LAC_TRY(lac_cuda_launched("attention"));
+    a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
+    for (int rank = 0; rank < a.ranks; rank++)
+        for (int g = 0; g < a.branches; g++)
+            if (a.branch[g].rank == rank) LAC_TRY(attn_hopper_keys(a, h, w, g));
+    return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w) : finish<bf16>(a, h, w);
+}

@@ -1,0 +1,79 @@
+/* attn_hopper_backward.cuh: what the files of the backward on Hopper share: the work list in device memory, and turns.
+ *
+ * Terms. An item is one segment of one branch for one batch item and head. A block is 64 query rows of an item,
+ * numbered over all branches; it owns 128 numbers of statistics (64 base-2 lse, 64 delta), 64 x D sums of dq in f32 and
+ * one `turn`. A tile is 64 to 192 keys of an item: what a thread block owns (its dk and dv) and what it adds to the
+ * blocks that see these keys.
+ *
+ * Turns make the sums of dq deterministic. The tiles of an item are numbered by their keys; a block's turn is the
+ * number of the tile that may add next, and whoever has added passes the turn on. The first one stores instead, so that
+ * the sums need not be cleared, and a block that nobody touched is known by its turn. Tiles are claimed in the order of
+ * their numbers, so a tile waits only for tiles that run already.
+ */
+#ifndef LAC_CUDA_ATTN_HOPPER_BACKWARD_CUH
+#define LAC_CUDA_ATTN_HOPPER_BACKWARD_CUH
+#include "attn.cuh"
+#include "hopper.cuh"
+
+/* ---- the work list ---- */
+
+enum { HOPPER_ROWS = 64 };       /* query rows of a block, keys of a warpgroup */
+enum { HOPPER_FRESH = 1 << 30 }; /* in a turn: nothing has been added yet */
+enum { HOPPER_STOP = -1 };       /* instead of a tile or a block: there are no more */
+
+struct hopper_branch {
+    int first_block, blocks; /* blocks of all items before this branch's, and of one item */
+    int first_tile, tiles;   /* the same for tiles; a list entry may turn out to have no keys */
+    int segments, group;     /* group: items whose tiles are interleaved in the list */
+    divider segment, dilation;
+};
+/* One tile; read by threads that have few registers, so everything that takes arithmetic is done beforehand. */
+struct alignas(64) hopper_tile {
+    int batch, kv_head;
+    unsigned heads;         /* bit i: query head kv_head * group + i is one of the unit's */
+    int keys, live, key0;   /* lattice rows of keys, those before the item's length; position of row 0 */
+    int rows, row0, query0; /* lattice rows of queries; the first one's row in q and its lattice index */
+    int first, width;       /* the tile's groups of 64 keys; width 0: no keys, not a tile */
+    int low, high;          /* blocks [low, high) of every head see its keys */
+    int block;              /* number of the group's first head's first block */
+    int order, spare;
+};
+struct hopper_args {
+    hopper_branch branch[LAC_MAX_BRANCHES];
+    hopper_tile *tile;
+    float *stats; /* [blocks][2][64]: lse, delta */
+    float *dq;    /* [blocks][64 D], in the order of the products' registers */
+    int *turn;    /* [blocks] */
+    int *counter; /* [branches]: tiles claimed beyond the first of every thread block */
+    int *spoilt;  /* does any gradient hold NaN or infinity? */
+};
+
+/* the tiles of branch g (attn_hopper_keys.cu) */
+int attn_hopper_keys(const attn_args &a, const hopper_args &p, const lac_a_attend_bwd *w, int g);
+/* groups of 64 keys of a tile */
+inline int attn_hopper_groups(int head_dim) { return head_dim == 64 ? 3 : 2; }
+/* can this process's device run its kernels, and were they compiled for it? */
+bool attn_hopper_keys_exist(void);
+/* The backward as lac_cuda_attend_bwd() calls it. Fits: NULL, or why these kernels cannot do it. */
+const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w);
+bool attn_hopper_backward_pays(const lac_plan *plan);    /* blocks of 64 rows are not mostly empty */
+size_t attn_hopper_backward_bytes(const lac_plan *plan); /* of device memory beside that of the portable kernels */
+int attn_hopper_backward(attn_args &a, const lac_a_attend_bwd *w, void *space, void *dk_acc, void *dv_acc);
+
+/* ---- turns ---- */
+
+/* waits until it is tile `order`'s turn; was the block fresh? */
+HOPPER_FN int hopper_turn(const int *turn, int order)
+{
+    int seen;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
+    while ((seen & ~HOPPER_FRESH) != order);
+    return seen & HOPPER_FRESH;
+}
+HOPPER_FN void hopper_pass(int *turn, int order)
+{
+    __threadfence();
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(order + 1) : "memory");
+}
+
+#endif

@@ -1,0 +1,594 @@
+/* attn_hopper_keys.cu: the backward of attention on Hopper, head dimensions 64 and 128: dk, dv, and what every tile of
+ * keys adds to dq. One launch a branch.
+ *
+ * A thread block owns a tile of keys, one warpgroup 64 of them, and walks over blocks of 64 query rows. Scores come out
+ * transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are, in the registers where they are made, the left
+ * operands of dV += P^T dO and dK += dS^T Q. Only dS passes through shared memory, for dQ = dS K, which needs the keys
+ * of all warpgroups.
+ *   - dQ is one product of 64 rows. D = 64: the warpgroups take it in turn; D = 128: each takes 64 columns. It is done
+ *     one block late, and dS has a buffer per stage, so that no barrier holds the warpgroups in step: they drift apart,
+ *     and the exponentials of one run under the products of the others.
+ *   - S of the next block is queued behind dV and dK of this one; nothing waits for those earlier.
+ *   - Registers decide everything: dk, dv, S and dP are all there is room for. P^T and dS^T are packed into what dP
+ *     leaves, dQ uses the registers of S. A branch between two products makes the compiler wait for the first one.
+ *   - Rows are read by clipping tensor maps where they lie, whatever the dilation (hopper.cuh).
+ * One warp loads; the warps beside it (carriers) take the sums of dq from the warpgroups, wait for the block's turn and
+ * pass it on (attn_hopper_backward.cuh), so that the order costs the warpgroups nothing.
+ *
+ * Rejected: 128 query rows a block (its dq needs twice the registers), converting sums of dq to their type where they
+ * are finished (slower: few threads, bound by latency), starting tiles at different blocks (less reuse in the cache).
+ */
+#include "attn_hopper_backward.cuh"
+#include "attn_mma.cuh"
+
+struct hopper_keys_args {
+    CUtensorMap q, k, v, g, dk, dv;
+    attn_args a;
+    const hopper_tile *tile;
+    float *stats, *dq;
+    int *turn, *counter, *spoilt;
+    int branch, tiles, blocks, dilation;
+    int batch_step[6]; /* tokens from one batch item to the next, in the order of the maps */
+    int heads_each, after, before, meets, masks;
+    float log2_scale, masked, weight, scale; /* masked: the score of a masked pair; weight: what dout is times */
+};
+
+/* Sizes, and addresses in shared memory. */
+template <int D> struct hopper_shape {
+    enum {
+        GROUPS = D == 64 ? 3 : 2, /* warpgroups */
+        STAGES = GROUPS,          /* D = 64: the stage says whose turn it is at dq */
+        TILES = 2,                /* stages of k and v */
+        KEYS = 64 * GROUPS,
+        THREADS_ = 128 * (GROUPS + 1),
+        PANELS = D / 64,
+        PANEL = 64 * 128,
+        BLOCK = PANELS * PANEL,
+        TILE = GROUPS * BLOCK,
+        DS = GROUPS * PANEL
+    };
+    enum {
+        K = 0,
+        V = K + TILES * TILE,
+        Q = V + TILES * TILE,
+        G = Q + STAGES * BLOCK,
+        S = G + STAGES * BLOCK,
+        STATS = S + STAGES * DS,
+        STEP = STATS + STAGES * 512, /* of two rounds of stages: block, its number, the tile's order, fresh */
+        TILE_INFO = STEP + 2 * STAGES * 16,
+        BARRIERS = TILE_INFO + TILES * 64,
+        K_FULL = BARRIERS,
+        V_FULL = K_FULL + 8 * TILES,
+        TILE_FREE = V_FULL + 8 * TILES,
+        Q_FULL = TILE_FREE + 8 * TILES,
+        G_FULL = Q_FULL + 8 * STAGES,
+        BLOCK_FREE = G_FULL + 8 * STAGES, /* q, dout and statistics */
+        DS_FULL = BLOCK_FREE + 8 * STAGES,
+        DS_FREE = DS_FULL + 8 * STAGES,
+        TURN = DS_FREE + 8 * STAGES, /* D = 128: a block's sums may be added to */
+        ADDED = TURN + 8 * STAGES,   /* D = 64: sums lie in the stage of dS; D = 128: they have been added */
+        MEMORY = ADDED + 8 * STAGES
+    };
+    static constexpr int LOADER_REGISTERS = D == 64 ? 32 : 40, GROUP_REGISTERS = D == 64 ? 160 : 232;
+    static_assert(MEMORY <= 232448, "shared memory of a thread block");
+};
+
+/* ---- the loader and the carriers: one thread each ---- */
+
+template <int D> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_t memory)
+{
+    typedef hopper_shape<D> M;
+    int ts = 0, tp = 1, qs = 0, qp = 1;
+#pragma unroll 1
+    for (int id = blockIdx.x; id < p.tiles; id = atomicAdd(p.counter, 1) + (int)gridDim.x) {
+        const uint32_t info = memory + M::TILE_INFO + ts * 64;
+        const int4 *from = (const int4 *)(p.tile + id);
+        hopper_wait(memory + M::TILE_FREE + 8 * ts, tp);
+#pragma unroll
+        for (int i = 0; i < 4; i++) hopper_put_four(info + 16 * i, __ldg(from + i));
+        const hopper_tile *t = (const hopper_tile *)__cvta_shared_to_generic(info);
+        const volatile hopper_tile &at = *t;
+        if (at.width == 0) continue;
+        {
+            const int row = HOPPER_WRAP - at.live + at.first * 64, head = at.kv_head,
+                      token = at.key0 + at.live * p.dilation;
+            const uint32_t full = memory + M::K_FULL + 8 * ts, k = memory + M::K + ts * M::TILE;
+            int z = at.batch * p.batch_step[1] + token;
+            hopper_expect(full, M::TILE); /* all groups: dq multiplies those of other tiles with zeros */
+#pragma unroll 1
+            for (int g = 0; g < M::GROUPS; g++)
+#pragma unroll
+                for (int c = 0; c < M::PANELS; c++)
+                    hopper_load(k + (c * M::GROUPS + g) * M::PANEL, &p.k, full, 64 * c, row + 64 * g, z, head);
+            z = at.batch * p.batch_step[2] + token;
+            hopper_expect(full + 8 * M::TILES, at.width * M::BLOCK);
+#pragma unroll 1
+            for (int g = 0; g < at.width; g++)
+#pragma unroll
+                for (int c = 0; c < M::PANELS; c++)
+                    hopper_load(k + M::V - M::K + (c * M::GROUPS + g) * M::PANEL, &p.v, full + 8 * M::TILES, 64 * c,
+                                row + 64 * g, z, head);
+        }
+#pragma unroll 1
+        for (unsigned heads = at.heads; heads; heads &= heads - 1) {
+            const int member = __ffs((int)heads) - 1, high = at.high;
+#pragma unroll 1
+            for (int m = at.low; m < high; m++) {
+                const int row = HOPPER_WRAP - at.rows + 64 * m, token = at.row0 + at.rows * p.dilation;
+                const int head = at.kv_head * p.heads_each + member, block = at.block + member * p.blocks + m;
+                const uint32_t full = memory + M::Q_FULL + 8 * qs, q = memory + M::Q + qs * M::BLOCK;
+                hopper_wait(full + M::BLOCK_FREE - M::Q_FULL, qp);
+                hopper_put_four(memory + M::STEP + 16 * (qs + M::STAGES * (qp ^ 1)), make_int4(m, block, at.order, 0));
+                hopper_expect(full, M::BLOCK + 512);
+#pragma unroll
+                for (int c = 0; c < M::PANELS; c++)
+                    hopper_load(q + c * M::PANEL, &p.q, full, 64 * c, row, at.batch * p.batch_step[0] + token, head);
+                hopper_load_flat(memory + M::STATS + 512 * qs, p.stats + (size_t)block * 128, 512, full);
+                hopper_expect(full + 8 * M::STAGES, M::BLOCK);
+#pragma unroll
+                for (int c = 0; c < M::PANELS; c++)
+                    hopper_load(q + M::G - M::Q + c * M::PANEL, &p.g, full + 8 * M::STAGES, 64 * c, row,
+                                at.batch * p.batch_step[3] + token, head);
+                if (++qs == M::STAGES) qs = 0, qp ^= 1;
+            }
+        }
+        if (++ts == M::TILES) ts = 0, tp ^= 1;
+    }
+    hopper_wait(memory + M::TILE_FREE + 8 * ts, tp);
+    hopper_put_four(memory + M::TILE_INFO + ts * 64 + offsetof(hopper_tile, first) / 16 * 16,
+                    make_int4(0, 0, HOPPER_STOP, HOPPER_STOP));
+    hopper_arrive(memory + M::K_FULL + 8 * ts);
+#pragma unroll 1
+    for (int i = 0; i < M::STAGES; i++) { /* the carriers */
+        hopper_wait(memory + M::BLOCK_FREE + 8 * qs, qp);
+        hopper_put_four(memory + M::STEP + 16 * (qs + M::STAGES * (qp ^ 1)), make_int4(0, HOPPER_STOP, 0, 0));
+        hopper_arrive(memory + M::Q_FULL + 8 * qs);
+        if (++qs == M::STAGES) qs = 0, qp ^= 1;
+    }
+}
+
+/* Every block of one stage: waits for its turn, sees that the tile's dq is added, passes the turn on. */
+template <int D> HOPPER_FN void hopper_carrier(const hopper_keys_args &p, uint32_t memory, int stage)
+{
+    typedef hopper_shape<D> M;
+#pragma unroll 1
+    for (int parity = 0;; parity ^= 1) {
+        const uint32_t step = memory + M::STEP + 16 * (stage + M::STAGES * parity);
+        hopper_wait(memory + M::Q_FULL + 8 * stage, parity);
+        const int4 at = hopper_four(step);
+        hopper_arrive(memory + M::BLOCK_FREE + 8 * stage);
+        if (at.y == HOPPER_STOP) return;
+        const int fresh = hopper_turn(p.turn + at.y, at.z);
+        if constexpr (D == 64) {
+            hopper_wait(memory + M::ADDED + 8 * stage, parity);
+            hopper_fence();
+            float *to = p.dq + (size_t)at.y * 64 * D;
+            if (fresh) hopper_store_flat(to, memory + M::S + stage * M::DS, 64 * D * 4);
+            else hopper_add_flat(to, memory + M::S + stage * M::DS, 64 * D * 4);
+            hopper_bulk_commit();
+            hopper_bulk_read();
+            hopper_arrive(memory + M::DS_FREE + 8 * stage);
+            hopper_bulk_done();
+            hopper_fence();
+        } else {
+            hopper_put_four(step, make_int4(at.x, at.y, at.z, fresh));
+            hopper_arrive(memory + M::TURN + 8 * stage);
+            hopper_wait(memory + M::ADDED + 8 * stage, parity);
+        }
+        hopper_pass(p.turn + at.y, at.z);
+    }
+}
+
+/* ---- the warpgroups ---- */
+
+/* 64 keys of one warpgroup, everything it holds in registers. MASKS: causal or a window. */
+template <class T, int D, bool MASKS> struct hopper_group {
+    typedef hopper_shape<D> M;
+    const hopper_keys_args &p;
+    const uint32_t memory;
+    const int w, thread, lane, warp;
+    float s[32], d[32], dk[D / 2], dv[D / 2];
+    uint32_t probability[16], ds[16]; /* P^T and dS^T as left operands */
+    int ts = 0, tp = 0, qs = 0, qp = 0;
+    bool first, held; /* no block before in this tile; q and dout of the block before are still being read */
+
+    __device__ __forceinline__ hopper_group(const hopper_keys_args &args, uint32_t at)
+        : p(args), memory(at), w(__shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0)), thread(threadIdx.x % 128),
+          lane(threadIdx.x % 32), warp(threadIdx.x % 128 / 32)
+    {
+    }
+    __device__ __forceinline__ int before() const { return qs == 0 ? M::STAGES - 1 : qs - 1; }
+    __device__ __forceinline__ void advance()
+    {
+        if (++qs == M::STAGES) qs = 0, qp ^= 1;
+        first = false;
+    }
+    __device__ __forceinline__ void arrive(uint32_t barrier) const
+    {
+        if (lane == 0) hopper_arrive(memory + barrier);
+    }
+
+    /* x = rows of k or v times rows of q or dout */
+    __device__ __forceinline__ void scores(float (&x)[32], uint32_t keys, uint32_t rows)
+    {
+        const uint32_t a = hopper_operand(keys + w * M::PANEL, 16), b = hopper_operand(rows, 16);
+        hopper_product_fence();
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+            hopper_product<T, 0>(x, hopper_descriptor(a, (i / 4) * M::GROUPS * M::PANEL + i % 4 * 32),
+                                 hopper_descriptor(b, (i / 4) * M::PANEL + i % 4 * 32), i > 0);
+        hopper_product_commit();
+    }
+    /* x += left operand (64 keys x 64 rows) times rows of q or dout */
+    __device__ __forceinline__ void weighted(float (&x)[D / 2], const uint32_t (&left)[16], uint32_t rows)
+    {
+        const uint32_t b = hopper_operand(rows, M::PANEL);
+        hopper_product_fence();
+#pragma unroll
+        for (int i = 0; i < 4; i++) hopper_product_from<T>(x, left + 4 * i, hopper_descriptor(b, i * 2048));
+        hopper_product_commit();
+    }
+    /* s = dS times k, over all the tile's keys */
+    __device__ __forceinline__ void query_sums(int stage)
+    {
+        const uint32_t a = hopper_operand(memory + M::S + stage * M::DS, 16);
+        const uint32_t b = hopper_operand(memory + M::K + ts * M::TILE + (D == 64 ? 0 : w * M::GROUPS * M::PANEL), 16);
+        hopper_product_fence();
+#pragma unroll
+        for (int g = 0; g < M::GROUPS; g++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                hopper_product<T, 1>(s, hopper_descriptor(a, g * M::PANEL + i * 32),
+                                     hopper_descriptor(b, g * M::PANEL + i * 2048), g + i > 0);
+        hopper_product_commit();
+    }
+
+    /* this warpgroup's panel of dS: 64 rows of queries, 64 keys wide; ZERO: nothing to add */
+    template <bool ZERO> __device__ __forceinline__ void put_ds()
+    {
+        const uint32_t to = memory + M::S + qs * M::DS + w * M::PANEL;
+        hopper_wait(memory + M::DS_FREE + 8 * qs, qp ^ 1);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const int row = k * 16 + lane % 8 + lane / 16 * 8, chunk = (warp * 2 + lane / 8 % 2) ^ row % 8;
+            if constexpr (ZERO) hopper_put<true>(to + row * 128 + chunk * 16, 0, 0, 0, 0);
+            else hopper_put<true>(to + row * 128 + chunk * 16, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3]);
+        }
+        hopper_shared_fence();
+        __syncwarp();
+        arrive(M::DS_FULL + 8 * qs);
+    }
+
+    /* dq of the block before, if it is this warpgroup's to do */
+    __device__ __forceinline__ void add_dq()
+    {
+        const int stage = before(), parity = qs == 0 ? qp ^ 1 : qp;
+        if (D == 64 && stage != w) return;
+        hopper_wait(memory + M::DS_FULL + 8 * stage, parity);
+        hopper_pin(s);
+        query_sums(stage);
+        hopper_product_wait<0>();
+        hopper_pin(s);
+        if constexpr (D == 64) { /* to the carrier, in the stage that has just been read by all four warps */
+            const uint32_t to = memory + M::S + stage * M::DS + thread * 16;
+            hopper_sync(1 + w, 128);
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + i * 2048), "f"(s[4 * i]),
+                             "f"(s[4 * i + 1]), "f"(s[4 * i + 2]), "f"(s[4 * i + 3])
+                             : "memory");
+            hopper_shared_fence();
+        } else { /* no room in shared memory: straight from the registers */
+            arrive(M::DS_FREE + 8 * stage);
+            hopper_wait(memory + M::TURN + 8 * stage, parity);
+            const int4 at = hopper_four(memory + M::STEP + 16 * (stage + M::STAGES * parity));
+            float *to = p.dq + ((size_t)at.y * M::PANELS + w) * 4096 + thread * 4;
+            if (at.w)
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    *(float4 *)(to + i * 512) = make_float4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]);
+            else
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + i * 512),
+                                 "f"(s[4 * i]), "f"(s[4 * i + 1]), "f"(s[4 * i + 2]), "f"(s[4 * i + 3])
+                                 : "memory");
+        }
+        __syncwarp();
+        arrive(M::ADDED + 8 * stage);
+    }
+
+    /* a block without visible pairs for this warpgroup: keeps the barriers going */
+    __device__ __forceinline__ void pass_block()
+    {
+        hopper_wait(memory + M::Q_FULL + 8 * qs, qp);
+        hopper_wait(memory + M::G_FULL + 8 * qs, qp);
+        __syncwarp();
+        arrive(M::BLOCK_FREE + 8 * qs);
+        put_ds<true>(); /* dq always sums over all the panels */
+        if (!first) add_dq();
+        advance();
+    }
+
+    /* masked scores; from: first key minus first query of this warpgroup and block, left: keys before the end */
+    __device__ __forceinline__ void mask(int from, int left)
+    {
+        const int key = warp * 16 + lane / 4, ahead = from + key - 2 * (lane % 4);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int more = e / 2 * 8, further = ahead + more - 8 * i - e % 2;
+                if (key + more >= left || (MASKS && (further > p.after || further < -p.before)))
+                    s[4 * i + e] = p.masked;
+            }
+    }
+
+    /* P and dS of a block from S and dP */
+    __device__ __forceinline__ void probabilities(uint32_t stats)
+    {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float2 lse = hopper_pair(stats + i * 32);
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                s[4 * i + e] = attn_ex2(fmaf(s[4 * i + e], p.log2_scale, e % 2 ? -lse.y : -lse.x));
+        }
+    }
+    __device__ __forceinline__ void differences(uint32_t stats)
+    {
+        const float weight = p.weight;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float2 delta = hopper_pair(stats + 256 + i * 32);
+            const float *x = s + 4 * i, *y = d + 4 * i;
+            probability[2 * i] = hopper_pack<T>(x[0], x[1]); /* here, not earlier: the registers are all taken */
+            probability[2 * i + 1] = hopper_pack<T>(x[2], x[3]);
+            ds[2 * i] = hopper_pack<T>(x[0] * fmaf(y[0], weight, -delta.x), x[1] * fmaf(y[1], weight, -delta.y));
+            ds[2 * i + 1] = hopper_pack<T>(x[2] * fmaf(y[2], weight, -delta.x), x[3] * fmaf(y[3], weight, -delta.y));
+        }
+    }
+
+    __device__ __forceinline__ void settle()
+    {
+        hopper_pin(dv);
+        hopper_pin(dk);
+        hopper_pin(probability);
+        hopper_pin(ds);
+        if (held) arrive(M::BLOCK_FREE + 8 * before());
+    }
+    __device__ __forceinline__ void add_dv()
+    {
+        hopper_pin(dv);
+        hopper_pin(probability);
+        weighted(dv, probability, memory + M::G + qs * M::BLOCK);
+    }
+    /* one block; from, left: see mask() */
+    __device__ __forceinline__ void block(int from, int left)
+    {
+        hopper_wait(memory + M::Q_FULL + 8 * qs, qp);
+        hopper_pin(s);
+        scores(s, memory + M::K + ts * M::TILE, memory + M::Q + qs * M::BLOCK);
+        hopper_product_wait<1>();
+        settle();
+        held = true;
+        hopper_wait(memory + M::G_FULL + 8 * qs, qp);
+        hopper_pin(d);
+        scores(d, memory + M::V + ts * M::TILE, memory + M::G + qs * M::BLOCK);
+        hopper_product_wait<1>();
+        hopper_pin(s);
+        if constexpr (MASKS) from -= 64 * hopper_four(memory + M::STEP + 16 * (qs + M::STAGES * qp)).x;
+        if (left < 64 || (MASKS && (from + 63 > p.after || from - 63 < -p.before))) mask(from, left);
+        const uint32_t stats = memory + M::STATS + qs * 512 + lane % 4 * 8;
+        probabilities(stats);
+        hopper_product_wait<0>();
+        hopper_pin(d);
+        differences(stats);
+        /* with three warpgroups another one waits for dS, with two the tensor cores wait for dV */
+        if constexpr (D == 128) add_dv();
+        put_ds<false>();
+        if constexpr (D == 64) add_dv();
+        hopper_pin(dk);
+        hopper_pin(ds);
+        weighted(dk, ds, memory + M::Q + qs * M::BLOCK);
+        if (!first) add_dq();
+        advance();
+    }
+
+    /* x times `by`, staged in this warpgroup's own rows of v, which nobody else reads, and stored through the map */
+    __device__ __forceinline__ void store(const float (&x)[D / 2], float by, const CUtensorMap *map, int step,
+                                          const volatile hopper_tile &t)
+    {
+        const uint32_t to = memory + M::V + ts * M::TILE + w * M::PANEL;
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) {
+            const int row = warp * 16 + lane % 16, chunk = (k % 4 * 2 + lane / 16) ^ row % 8;
+            const float *y = x + 8 * k;
+            hopper_put<false>(to + k / 4 * M::GROUPS * M::PANEL + row * 128 + chunk * 16,
+                              hopper_pack<T>(y[0] * by, y[1] * by), hopper_pack<T>(y[2] * by, y[3] * by),
+                              hopper_pack<T>(y[4] * by, y[5] * by), hopper_pack<T>(y[6] * by, y[7] * by));
+        }
+        hopper_shared_fence();
+        hopper_sync(1 + w, 128);
+        if (thread != 0) return;
+        const int row = HOPPER_WRAP - t.keys + (t.first + w) * 64;
+#pragma unroll
+        for (int c = 0; c < M::PANELS; c++)
+            hopper_store(map, to + c * M::GROUPS * M::PANEL, 64 * c, row, t.batch * step + t.key0 + t.keys * p.dilation,
+                         t.kv_head);
+        hopper_bulk_commit();
+        hopper_bulk_read();
+    }
+    /* the same where branches meet: sums of earlier branches are added, those for later ones stay in f32 */
+    __device__ __forceinline__ void merge(const volatile hopper_tile &t)
+    {
+        attn_tile mine;
+        mine.g = p.branch, mine.h = t.kv_head * p.heads_each;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = (t.first + w) * 64 + warp * 16 + lane / 4 + 8 * i;
+            if (row >= t.keys) continue;
+            const int64_t position = t.key0 + (int64_t)row * p.dilation;
+            const int64_t at = ((int64_t)t.batch * p.a.m + position) * p.a.kv_heads + t.kv_head;
+            const int others = attn_others<true>(p.a, mine, (unsigned)position);
+            const float old = others & 1 ? 1.f : 0.f;
+#pragma unroll
+            for (int e = 0; e < D / 8; e++) {
+                const int column = 8 * e + lane % 4 * 2;
+                attn_put2<T>(p.a, p.a.out, p.a.acc, at, column, dk[4 * e + 2 * i] * p.scale,
+                             dk[4 * e + 2 * i + 1] * p.scale, old, !(others & 2));
+                attn_put2<T>(p.a, p.a.out2, p.a.acc2, at, column, dv[4 * e + 2 * i] * p.weight,
+                             dv[4 * e + 2 * i + 1] * p.weight, old, !(others & 2));
+            }
+        }
+    }
+    __device__ __forceinline__ void finish(const volatile hopper_tile &t, bool busy)
+    {
+        if (busy && p.masks) {
+            float probe = 0;
+#pragma unroll
+            for (int i = 0; i < D / 2; i++) probe += dk[i] * 0 + dv[i] * 0;
+            if (probe != 0) *p.spoilt = 1;
+        }
+        hopper_sync(1 + w, 128); /* every warp is past its last product with v, and with k */
+        if (busy && p.meets) merge(t);
+        else if (busy) {
+            store(dv, p.weight, &p.dv, p.batch_step[5], t);
+            hopper_sync(1 + w, 128);
+            store(dk, p.scale, &p.dk, p.batch_step[4], t);
+        }
+        if (thread == 0) hopper_arrive(memory + M::TILE_FREE + 8 * ts);
+    }
+
+    /* the keys of one tile */
+    __device__ __forceinline__ void tile(const volatile hopper_tile &t)
+    {
+        const bool busy = w < __shfl_sync(~0u, t.width, 0);
+        first = true;
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) dk[i] = dv[i] = 0;
+#pragma unroll
+        for (int i = 0; i < 16; i++) probability[i] = ds[i] = 0;
+        if (busy) hopper_wait(memory + M::V_FULL + 8 * ts, tp);
+#pragma unroll 1
+        for (int heads = __popc(t.heads); heads > 0; heads--) {
+            const int from = (t.first + w) * 64 - t.query0, left = t.live - (t.first + w) * 64;
+            int blocks = __shfl_sync(~0u, t.high - t.low, 0);
+            int idle = 0; /* blocks whose rows are all too early to see these keys */
+            if (MASKS && from > p.after) idle = (from - p.after) / 64 - t.low;
+            idle = __shfl_sync(~0u, !busy || left <= 0 || idle > blocks ? blocks : idle < 0 ? 0 : idle, 0);
+            blocks -= idle;
+            held = false;
+#pragma unroll 1
+            for (; idle > 0; idle--) pass_block();
+#pragma unroll 1
+            for (; blocks > 0; blocks--) block(from, left);
+            hopper_product_wait<0>();
+            settle();
+        }
+        if (!first) add_dq();
+        finish(t, busy);
+        if (++ts == M::TILES) ts = 0, tp ^= 1;
+    }
+    __device__ __forceinline__ void run()
+    {
+        for (;;) {
+            hopper_wait(memory + M::K_FULL + 8 * ts, tp);
+            const volatile hopper_tile &t =
+                *(const hopper_tile *)__cvta_shared_to_generic(memory + M::TILE_INFO + ts * 64);
+            if (__shfl_sync(~0u, t.width, 0) == HOPPER_STOP) break;
+            tile(t);
+        }
+        if (thread == 0) hopper_bulk_done();
+    }
+};
+
+template <class T, int D, bool MASKS>
+__global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
+    attn_hopper_keys_kernel(const __grid_constant__ hopper_keys_args p)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    typedef hopper_shape<D> M;
+    extern __shared__ __align__(1024) uint8_t bytes[]; /* nothing else is shared: addresses are constants and stages */
+    const uint32_t memory = attn_shared(bytes);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < M::TILES; i++) {
+            hopper_barrier(memory + M::K_FULL + 8 * i, 1);
+            hopper_barrier(memory + M::V_FULL + 8 * i, 1);
+            hopper_barrier(memory + M::TILE_FREE + 8 * i, M::GROUPS);
+        }
+        for (int i = 0; i < M::STAGES; i++) {
+            hopper_barrier(memory + M::Q_FULL + 8 * i, 1);
+            hopper_barrier(memory + M::G_FULL + 8 * i, 1);
+            hopper_barrier(memory + M::BLOCK_FREE + 8 * i, 4 * M::GROUPS + 1); /* every warp, and the carrier */
+            hopper_barrier(memory + M::DS_FULL + 8 * i, 4 * M::GROUPS);
+            hopper_barrier(memory + M::DS_FREE + 8 * i, D == 64 ? 1 : 4 * M::GROUPS);
+            hopper_barrier(memory + M::TURN + 8 * i, 1);
+            hopper_barrier(memory + M::ADDED + 8 * i, D == 64 ? 4 : 4 * M::GROUPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        hopper_fewer<M::LOADER_REGISTERS>();
+        const int warp = threadIdx.x / 32;
+        if (threadIdx.x % 32 != 0) return;
+        if (warp == 0) hopper_loader<D>(p, memory);
+        else if (warp <= M::STAGES) hopper_carrier<D>(p, memory, warp - 1);
+    } else {
+        hopper_more<M::GROUP_REGISTERS>();
+        hopper_group<T, D, MASKS>(p, memory).run();
+    }
+#endif
+}
+
+/* ---- the host's side ---- */
+
+static int maps_of(hopper_keys_args &p, const lac_a_attend_bwd *w, int64_t r)
+{
+    const lac_view *view[] = {&w->forward.q, &w->forward.k, &w->forward.v, &w->dout, &w->dk, &w->dv};
+    CUtensorMap *map[] = {&p.q, &p.k, &p.v, &p.g, &p.dk, &p.dv};
+    for (int i = 0; i < 6; i++) {
+        LAC_TRY(hopper_map(map[i], view[i], r, HOPPER_ROWS));
+        p.batch_step[i] = hopper_batch_step(view[i]);
+    }
+    return 0;
+}
+
+template <class T, int D, bool MASKS> static int launch(const hopper_keys_args &p)
+{
+    auto kernel = attn_hopper_keys_kernel<T, D, MASKS>;
+    const int memory = hopper_shape<D>::MEMORY, blocks = p.tiles < lac_cuda_processors ? p.tiles : lac_cuda_processors;
+    if (p.tiles == 0) return 0;
+    CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
+    kernel<<<blocks, hopper_shape<D>::THREADS_, memory, lac_cuda_stream>>>(p);
+    return lac_cuda_launched("attention");
+}
+
+int attn_hopper_keys(const attn_args &a, const hopper_args &h, const lac_a_attend_bwd *w, int g)
+{
+    hopper_keys_args p = {};
+    const hopper_branch &b = h.branch[g];
+    const bool masks = a.causal || a.window >= 0;
+    const int r = a.branch[g].dilation;
+    LAC_TRY(maps_of(p, w, r));
+    p.a = a;
+    p.tile = h.tile + b.first_tile, p.tiles = b.tiles * b.segments * a.branch[g].heads * a.batch;
+    p.stats = h.stats, p.dq = h.dq, p.turn = h.turn, p.counter = h.counter + g, p.spoilt = h.spoilt;
+    p.branch = g, p.blocks = b.blocks, p.dilation = r, p.heads_each = a.group;
+    p.before = a.window < 0 ? 1 << 30 : a.window / r;
+    p.after = a.causal ? 0 : p.before;
+    p.meets = a.ranks > 1, p.masks = masks || a.lengths;
+    p.log2_scale = a.log2_scale, p.masked = a.scale > 0 ? -INFINITY : INFINITY;
+    p.weight = (float)a.gscale, p.scale = (float)a.scale;
+    const bool half = w->forward.q.dtype == LAC_F16;
+    if (a.head_dim == 64)
+        return half    ? masks ? launch<f16, 64, true>(p) : launch<f16, 64, false>(p)
+                  : masks ? launch<bf16, 64, true>(p)
+                       : launch<bf16, 64, false>(p);
+    return half    ? masks ? launch<f16, 128, true>(p) : launch<f16, 128, false>(p)
+              : masks ? launch<bf16, 128, true>(p)
+                   : launch<bf16, 128, false>(p);
+}
+
+bool attn_hopper_keys_exist(void) { return hopper_compiled((const void *)attn_hopper_keys_kernel<bf16, 64, true>); }

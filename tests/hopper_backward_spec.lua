@@ -1,0 +1,172 @@
+--- The backward of attention on Hopper: against the oracle, the CPU, and itself.
+--
+-- Random configurations have what these kernels take: head dimensions 64 and 128, f16 and bf16, any pattern,
+-- causal, windows, lengths, grouped heads, all merges, negative scales. attn_random says how they are made
+-- and poisoned. The CPU in f64 stands in for the oracle past a few tiles; attend_spec holds it against the
+-- oracle.
+
+local it = os.getenv "LACUNA_GPU" == "1" and it or pending
+
+local direct = require "support.attn_direct"
+local oracle = require "support.oracle"
+local attn = require "support.attn_random"
+local lac = require "lacuna"
+local C = direct.C
+local NAN = 0 / 0
+local random, pick = attn.random, attn.pick
+local GRADIENTS = { "dq", "dk", "dv" }
+
+-- rows of a segment's lattice
+local function rows(c, g) return math.floor((math.min(c.segments[g], c.N) - 1) / c.dilations[g]) + 1 end
+
+local function hopper_config(options)
+  while true do
+    options.D = pick { 64, 128 }
+    local c = attn.random_config(options)
+    local fits = true
+    for g = 1, #c.segments do fits = fits and rows(c, g) >= (options.rows or 32) end
+    if fits then
+      c.dropout, c.dedup, c.padding = 0, false, nil
+      return c
+    end
+  end
+end
+
+local function gradients(r)
+  local x = attn.together(r)
+  return x.gradients
+end
+
+local function largest(list)
+  local most = 0
+  for _, x in ipairs(list) do most = math.max(most, x == x and math.abs(x) or 0) end
+  return most
+end
+
+describe("the backward of attention on Hopper #gpu", function()
+  local errors
+  setup(function()
+    if os.getenv "LACUNA_GPU" == "1" then lac.zeros({ 1 }, { device = "cuda" }) end -- loads the plug-in
+    C.lac_memory_guard(1)
+    errors = C.lac_memory_guard_errors()
+  end)
+  teardown(function()
+    direct.device = 0
+    C.lac_memory_guard(0)
+  end)
+
+  local function holds(c, seed, dtype, exact_of)
+    local lists = { attn.inputs(c, seed, dtype) }
+    if attn.chance(0.5) then lists[5] = nil end
+    if attn.chance(0.2) then -- peaked: nearly one key a row
+      for i, x in ipairs(lists[1]) do lists[1][i] = direct.round[dtype](8 * x) end
+    end
+    attn.poison(c, unpack(lists, 1, 4))
+    attn.poison_pool(c)
+    local layout = pick { false, "heads" } or nil
+    local got = gradients(attn.run(C.LAC_CUDA, dtype, c, lists, layout))
+    local exact, naive = exact_of(c, dtype, lists)
+    attn.complain(dtype, "gradients", got, exact, naive, ("seed %d, layout %s: %s"):format(
+      seed, tostring(layout), attn.text(c)))
+  end
+  local function by_cpu(c, dtype, lists)
+    return gradients(attn.run(0, "f64", c, lists)), gradients(attn.run(0, dtype, c, lists))
+  end
+  local function by_oracle(c, dtype, lists)
+    local q, k, v, dout, dlse = unpack(lists, 1, 5)
+    local exact = oracle.run(c, q, k, v, dout, dlse)
+    local naive = oracle.run(c, q, k, v, dout, dlse,
+                             { rounding = { result = direct.round[dtype], sum = direct.round.f32 } })
+    return gradients(exact), gradients(attn.worse(exact, naive, attn.run(0, dtype, c, lists)))
+  end
+
+  it("equals the oracle in 6 random configurations", function()
+    local seed = attn.fresh()
+    attn.seed(seed)
+    for trial = 1, 6 do
+      local c = hopper_config { most = 90, segment = 90, heads = 1 }
+      holds(c, seed + trial, pick { "bf16", "f16" }, by_oracle)
+    end
+  end)
+
+  it("equals the CPU across tiles in 30 random configurations", function()
+    local seed = attn.fresh() + 1
+    attn.seed(seed)
+    for trial = 1, 30 do
+      local most = trial % 10 == 0 and 1500 or 400
+      local c = hopper_config { most = most, segment = most, heads = 2 }
+      holds(c, seed + trial, pick { "bf16", "f16" }, by_cpu)
+    end
+  end)
+
+  it("gives the same bits twice", function()
+    attn.seed(12)
+    for trial = 1, 4 do
+      local dtype = pick { "bf16", "f16" }
+      local c = hopper_config { most = 1200, segment = 1200, heads = 1 }
+      local lists = { attn.inputs(c, 3, dtype) }
+      local first = attn.run(C.LAC_CUDA, dtype, c, lists)
+      for _ = 1, 3 do
+        local again = attn.run(C.LAC_CUDA, dtype, c, lists)
+        for _, name in ipairs(GRADIENTS) do
+          local most = direct.max_diff(again[name], first[name])
+          assert.are.equal(0, most, ("%s, trial %d: %s"):format(name, trial, attn.text(c)))
+        end
+      end
+    end
+  end)
+
+  -- One value that is not finite, in one key or one row of batch item 0: nothing that does not see it may
+  -- change.
+  it("keeps NaN and infinity of masked keys and other rows away, in 12 random configurations", function()
+    local seed = attn.fresh() + 2
+    attn.seed(seed)
+    for trial = 1, 12 do
+      local c = hopper_config { most = trial % 6 == 0 and 150 or 80, segment = 80, heads = 1 }
+      local lists = { attn.inputs(c, seed + trial, "bf16") }
+      lists[5] = nil
+      local want = attn.run(C.LAC_CUDA, "bf16", c, lists)
+      local which, bad = random(4), pick { NAN, math.huge, -math.huge }
+      local key = which == 2 or which == 3
+      local position, hit = random(key and c.M or c.N) - 1, lists[which]
+      local width = #hit / c.B / (key and c.M or c.N)
+      for e = 1, width do hit[position * width + e] = bad end
+      local got, most = attn.run(C.LAC_CUDA, "bf16", c, lists), {}
+      for _, name in ipairs(GRADIENTS) do most[name] = 2 ^ -6 * (1 + largest(want[name])) end
+      local function same(name, b, count, row, heads, h)
+        for e = 1, c.D do
+          local at = ((b * count + row) * heads + h) * c.D + e
+          local x, y = got[name][at], want[name][at]
+          assert.is_true(x == y or math.abs(x - y) <= most[name],
+            ("%s[%d,%d,%d] is %g, was %g before input %d at %d was %g: trial %d of seed %d: %s"):format(
+              name, b, row, h, x, y, which, position, bad, trial, seed, attn.text(c)))
+        end
+      end
+      for b = 0, c.B - 1 do for h = 0, c.H - 1 do
+        local reached = {}
+        local function sees(n, j)
+          for g = 1, #c.segments do if oracle.attends(c, g, b, h, n, j) then return true end end
+          return false
+        end
+        for n = 0, c.N - 1 do
+          local touched = b == 0 and (key and sees(n, position) or not key and n == position)
+          for j = 0, c.M - 1 do if touched and sees(n, j) then reached[j] = true end end
+          if not touched then same("dq", b, c.N, n, c.H, h) end
+        end
+        for j = 0, c.H == c.Hk and c.M - 1 or -1 do
+          if not reached[j] then
+            same("dk", b, c.M, j, c.Hk, h)
+            same("dv", b, c.M, j, c.Hk, h)
+          end
+        end
+      end end
+    end
+  end)
+
+  it("wrote over no guard bytes", function()
+    collectgarbage()
+    collectgarbage()
+    lac.trim()
+    assert.are.equal(errors, C.lac_memory_guard_errors())
+  end)
+end)
