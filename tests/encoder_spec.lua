@@ -243,6 +243,7 @@ describe("nn.LongNetEncoderDecoder", function()
     assert.error_matches(function() model:loss(x, tokens, ids{ { 0 } }) end, "the same shape")
     assert.error_matches(function() model:given(x):generate({ 0 }, 2) end, "1 prompts for 2 sources")
     assert.error_matches(function() tiny{ cross_segments = { 4 } } end, "come together")
+    assert.error_matches(function() model:given(x)(tokens, { last = true }) end, "unknown option 'last'")
     assert.error_matches(function() tiny{ cross_segments = { 4 }, cross_dilations = { 1 } }:given(x) end,
       "each reads the whole memory")
     assert.error_matches(function() model.layers[1](lac.ones{ 1, 2, 8, dtype = "f64" }) end, "needs a memory")

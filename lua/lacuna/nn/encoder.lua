@@ -21,7 +21,6 @@ local grad = require "lacuna.grad"
 local attention = require "lacuna.attention"
 local base = require "lacuna.nn.module"
 local layers = require "lacuna.nn.layers"
-local attn = require "lacuna.nn.attention"
 local longnet = require "lacuna.nn.longnet"
 local cache = require "lacuna.nn.cache"
 local generate = require "lacuna.nn.generate"
@@ -29,47 +28,12 @@ local generate = require "lacuna.nn.generate"
 local ops, passed, transient = operators.fn, operators.passed, operators.transient
 local fail, show = schema.fail, schema.show
 local Block, LongNetLM = longnet.Block, longnet.LongNetLM
+local spec, self_attention, wanted_rows = LongNetLM.spec, LongNetLM.self_attention, LongNetLM.wanted_rows
 
 local EVERYWHERE = 2 ^ 40 -- a segment longer than any sequence
 local PADDING = { key_padding = { type = "tensor" }, key_lengths = { type = "tensor" } }
 
 -- ---- options ----------------------------------------------------------------------------------------------
-
--- what encoders and decoders have in common
-local COMMON = {
-  size = { one_of = LongNetLM.sizes },
-  width = { type = "integer", min = 1, default = 768 },
-  heads = { type = "integer", min = 1, default = 12 },
-  kv_heads = { type = "integer", min = 1 },
-  ffn = { type = "integer", min = 1 },
-  context = { type = "integer", min = 1, required = true },
-  positions = { one_of = { "xpos", "rope", "none" }, default = "xpos" },
-  fused = { type = "boolean", default = false },
-  dropout = { type = "number", min = 0, below = 1, default = 0 },
-  attention_dropout = { type = "number", min = 0, below = 1, default = 0 },
-  checkpoint_activations = { type = "boolean", default = false },
-  dtype = { type = "string" }, device = { type = "string" },
-}
-for name, rule in pairs(attn.PATTERN) do
-  if name ~= "causal" then COMMON[name] = rule end
-end
-
-local function spec(more)
-  local all = {}
-  for name, rule in pairs(COMMON) do all[name] = rule end
-  for name, rule in pairs(more) do all[name] = rule end
-  return all
-end
-
--- options of a block's own attention; XPOS wants positions around 0
-local function self_attention(o, causal, context)
-  local pattern = { causal = causal, heads = o.heads, kv_heads = o.kv_heads, fused = o.fused,
-    dropout = o.attention_dropout, positions = o.positions, origin = -math.floor(context / 2) }
-  for name in pairs(attn.PATTERN) do
-    if name ~= "causal" then pattern[name] = o[name] end
-  end
-  return pattern
-end
 
 local function make_blocks(o, count, gamma, pattern, cross)
   local list = {}
@@ -110,7 +74,6 @@ local Encoder = base.define("LongNetEncoder")
 
 local ENCODER = spec{
   vocab = { type = "integer", min = 1 },
-  layers = { type = "integer", min = 1, default = 12 },
   gamma = { type = "number", above = 0 },
 }
 
@@ -124,7 +87,7 @@ function Encoder:init(options)
   if o.vocab then self.embedding = embedding(o, o.vocab) end
   self.dropout = layers.Dropout(o.dropout)
   self.layers = make_blocks(o, o.layers, o.gamma or longnet.magneto_gain(o.layers),
-    self_attention(o, false, o.context))
+    self_attention(o, false))
   self.norm = layers.LayerNorm(o.width, { dtype = o.dtype, device = o.device })
 end
 
@@ -235,7 +198,6 @@ local BOTH = spec{
   vocab = { type = "integer", min = 1, default = 256 },
   source_vocab = { type = "integer", min = 1 },
   source_context = { type = "integer", min = 1 },
-  layers = { type = "integer", min = 1, default = 12 },
   encoder_layers = { type = "integer", min = 1 },
   tied = { type = "boolean", default = true },
   cross_segments = { type = "integers", min = 1 },
@@ -255,16 +217,15 @@ function EncoderDecoder:init(options)
   self.options, self.vocab, self.context = o, o.vocab, o.context
   local inner = { vocab = o.source_vocab, context = o.source_context, layers = o.encoder_layers,
     gamma = math.sqrt(math.log(3 * o.layers) * math.log(2 * o.encoder_layers) / 3) }
-  for name in pairs(COMMON) do
-    if name ~= "context" and name ~= "size" then inner[name] = o[name] end
+  for name in pairs(spec{}) do
+    if inner[name] == nil and name ~= "size" then inner[name] = o[name] end
   end
   self.encoder = Encoder(inner)
   self.embedding = embedding(o, o.vocab)
   self.dropout = layers.Dropout(o.dropout)
   local cross = { heads = o.heads, kv_heads = o.kv_heads, dropout = o.attention_dropout, layer_norm = false,
     segments = o.cross_segments or { EVERYWHERE }, dilations = o.cross_dilations or { 1 } }
-  self.layers = make_blocks(o, o.layers, math.sqrt(math.log(3 * o.layers)),
-    self_attention(o, true, o.context), cross)
+  self.layers = make_blocks(o, o.layers, math.sqrt(math.log(3 * o.layers)), self_attention(o, true), cross)
   self.norm = layers.LayerNorm(o.width, { dtype = o.dtype, device = o.device })
   if not o.tied then
     self.head = layers.Linear(o.width, o.vocab, { bias = false, dtype = o.dtype, device = o.device })
@@ -399,13 +360,6 @@ function Given:cache(options)
   return State(cache.ModelCache(list), self.memory)
 end
 
-local function last_rows(x, counts)
-  if not counts then return x:narrow(2, x:size(2), 1) end
-  local rows = {}
-  for b = 1, x:size(1) do rows[b] = x:narrow(1, b, 1):narrow(2, math.max(counts[b], 1), 1) end
-  return ops.cat(rows, 1)
-end
-
 local function decode(self, tokens, state, o)
   local model = self.model
   local x = model.embedding(tokens) * math.sqrt(model.options.width)
@@ -415,13 +369,12 @@ local function decode(self, tokens, state, o)
     x = x + attend_memory(block.cross, block.norm_cross(x), state.memory.list[i], state.memory.options)
     x = x + block.ffn(block.norm2(x))
   end
-  if o.logits == "last" then x = last_rows(x, o.counts) end
-  return (ops.linear(model.norm(x), output_weight(model)))
+  return (ops.linear(model.norm(wanted_rows(x, o)), output_weight(model)))
 end
 
 --- Logits after tokens [B, n] that follow those in the state, as LongNetLM.decode.
 function Given:decode(tokens, state, options)
-  local o = options or {}
+  local o = schema.options(ED .. ".decode", options, LongNetLM.LOGITS)
   check_tokens(ED .. ".decode", tokens, self.context)
   local training = self.model.training
   self.model:eval()

@@ -194,9 +194,9 @@ local function sized(op, options)
   return o
 end
 
-local OPTIONS = {
+-- what all models of such blocks take
+local COMMON = {
   size = { one_of = SIZE_NAMES },
-  vocab = { type = "integer", min = 1, default = 256 },
   layers = { type = "integer", min = 1, default = 12 },
   width = { type = "integer", min = 1, default = 768 },
   heads = { type = "integer", min = 1, default = 12 },
@@ -204,7 +204,6 @@ local OPTIONS = {
   ffn = { type = "integer", min = 1 },
   context = { type = "integer", min = 1, required = true },
   positions = { one_of = { "xpos", "rope", "none" }, default = "xpos" },
-  tied = { type = "boolean", default = true },
   fused = { type = "boolean", default = false },
   dropout = { type = "number", min = 0, below = 1, default = 0 },
   attention_dropout = { type = "number", min = 0, below = 1, default = 0 },
@@ -212,8 +211,31 @@ local OPTIONS = {
   dtype = { type = "string" }, device = { type = "string" },
 }
 for name, rule in pairs(attn.PATTERN) do
-  if name ~= "causal" then OPTIONS[name] = rule end
+  if name ~= "causal" then COMMON[name] = rule end
 end
+
+-- a schema: these options and `more`
+local function spec(more)
+  local all = {}
+  for name, rule in pairs(COMMON) do all[name] = rule end
+  for name, rule in pairs(more) do all[name] = rule end
+  return all
+end
+
+-- options of a block's own attention; XPOS wants positions around 0
+local function self_attention(o, causal)
+  local pattern = { causal = causal, heads = o.heads, kv_heads = o.kv_heads, fused = o.fused,
+    dropout = o.attention_dropout, positions = o.positions, origin = -math.floor(o.context / 2) }
+  for name in pairs(attn.PATTERN) do
+    if name ~= "causal" then pattern[name] = o[name] end
+  end
+  return pattern
+end
+
+local OPTIONS = spec{
+  vocab = { type = "integer", min = 1, default = 256 },
+  tied = { type = "boolean", default = true },
+}
 
 --- @tparam table options context, segments, dilations; size = "125M" | "350M" | "760M" | "2.7B" (the paper's
 --   layers, width, heads, segments and dilations, and vocab = 50304; other options given win); vocab = 256,
@@ -227,12 +249,7 @@ function LongNetLM:init(options)
   o.ffn = o.ffn or 4 * o.width
   self.options, self.vocab, self.context = o, o.vocab, o.context
   local gamma = magneto_gain(o.layers)
-  local pattern = { causal = true, heads = o.heads, kv_heads = o.kv_heads, fused = o.fused,
-    dropout = o.attention_dropout,
-    positions = o.positions, origin = -math.floor(o.context / 2) }
-  for name in pairs(attn.PATTERN) do
-    if name ~= "causal" then pattern[name] = o[name] end
-  end
+  local pattern = self_attention(o, true)
   self.embedding = layers.Embedding(o.vocab, o.width, { dtype = o.dtype, device = o.device })
   self.dropout = layers.Dropout(o.dropout)
   local blocks = {}
@@ -444,6 +461,8 @@ function LongNetLM:extra()
     o.tied and "tied" or "untied", self:parameter_count())
 end
 
-LongNetLM.sizes, LongNetLM.sized = SIZE_NAMES, sized
+-- for the other models of these blocks (encoder.lua)
+LongNetLM.sized, LongNetLM.spec, LongNetLM.self_attention = sized, spec, self_attention
+LongNetLM.wanted_rows, LongNetLM.LOGITS = wanted_rows, LOGITS
 
 return { FeedForward = FeedForward, Block = Block, LongNetLM = LongNetLM, magneto_gain = magneto_gain }
