@@ -57,9 +57,9 @@ all: $(LIBRARY) $(COMMAND) cuda ## build the engine, the command and, where nvcc
 
 # ---- engine ----
 
-$(BUILD)/ffi.h: c/lacuna.h
+$(BUILD)/ffi.h: c/lacuna.h c/lacuna_queue.h
 	@mkdir -p $(@D)
-	$(Q)sed -n '/^\/\* <ffi> \*\//,/^\/\* <\/ffi> \*\//p' $< > $@
+	$(Q)sed -n '/^\/\* <ffi> \*\//,/^\/\* <\/ffi> \*\//p' $^ > $@
 
 $(BUILD)/obj/abi.o: $(BUILD)/ffi.h
 
@@ -263,7 +263,7 @@ install: all ## install under PREFIX (default /usr/local)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/lacuna
 	install -m 755 $(COMMAND) $(DESTDIR)$(PREFIX)/bin/
 	install -m 644 $(wildcard $(BUILD)/lib/*.so) $(DESTDIR)$(PREFIX)/lib/
-	install -m 644 c/lacuna.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 c/lacuna.h c/lacuna_queue.h $(DESTDIR)$(PREFIX)/include/
 	cp -r lua experiments $(DESTDIR)$(PREFIX)/share/lacuna/
 
 .PHONY: clean help

@@ -6,7 +6,7 @@
  * `lac_backend_v1`; its first fields are the ABI, so a stale plug-in is refused with what to rebuild. Nothing ever
  * moves to another device by itself.
  */
-#include "backend.h"
+#include "device.h"
 #include <cblas.h>
 #include <dlfcn.h>
 #include <omp.h>
@@ -20,6 +20,7 @@ extern const lac_backend lac_cpu_avx2_backend, lac_cpu_avx512_backend;
 #endif
 
 static const lac_backend *cpu_backend, *cuda_backend;
+static const lac_device *cuda_device;
 static char cuda_reason[512] = "the CUDA plug-in is not loaded";
 
 #ifdef LAC_HAVE_AVX
@@ -79,6 +80,8 @@ const char *lac_isa(const char *name)
     return cpu_backend->detail;
 }
 
+const lac_device *lac_device_table(void) { return cuda_device; }
+
 const lac_backend *lac_backend_for(int device) { return device == LAC_CPU ? cpu_backend : cuda_backend; }
 
 int lac_backend_missing(const char *op, int device)
@@ -127,7 +130,15 @@ int lac_backend_load(const char *path)
         dlclose(library);
         return plug_in_refuse(why);
     }
+    lac_device_entry *device;
+    *(void **)&device = dlsym(library, "lac_device_v1");
+    const lac_device *queue = device ? device() : NULL;
+    if (!queue || queue->abi != LAC_ABI || queue->bytes != (int32_t)sizeof(lac_device)) {
+        dlclose(library);
+        return plug_in_refuse("the engine and the plug-in were built from different sources: run `make` again");
+    }
     cuda_backend = table;
+    cuda_device = queue;
     snprintf(cuda_reason, sizeof cuda_reason, "%s", table->detail);
     return 0;
 }

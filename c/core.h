@@ -22,8 +22,8 @@ struct lac_storage {
     size_t block; /* as taken from the pool; 0 for a mapped file */
     void *owner;  /* the pool's header of it */
     /* for reports only: the tensor that it was made for, what made it, what the host says of it */
-    int32_t dtype, ndim, role, site;
-    int64_t shape[LAC_MAX_DIMS];
+    int32_t dtype, ndim, role, site, pinned;
+    int64_t shape[LAC_MAX_DIMS], copying;
     const char *op;
 };
 #endif

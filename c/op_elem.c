@@ -438,6 +438,8 @@ static int copy_across(const lac_tensor *src, lac_view x, const lac_tensor *dst,
     if (!status)
         status =
             runtime->transfer(to.data, from.data, (size_t)lac_view_numel(&from) * lac_dtype_size(dst->dtype), to_host);
+    /* page-locked memory is not staged: the device reads it after this call, and the caller may write to it */
+    if (!status && !to_host && !sent.storage && src->storage->pinned) status = runtime->synchronize();
     if (!status && !direct) {
         lac_view_expand(&to, out->ndim, out->shape);
         status = copy_on(dst->device, &to, out);

@@ -20,15 +20,20 @@
  * Large blocks start at a huge page and ask for such pages: an array then crosses a page of 4 KB, at which the
  * processor's prefetching stops, 512 times less often (a copy ran 1.3 times as fast, first writes five times).
  *
- * Heaps. There is one for the host and one for the process's CUDA device, with the same lists, limits and statistics.
- * A device cannot read headers, so its blocks are described by headers on the host. Work on the device runs in one
- * order, so a block may be handed out again while a kernel that was queued before still uses it; only giving memory
- * back to the driver waits.
+ * Heaps. There is one for the host, one for the process's CUDA device and one for page-locked host memory, which that
+ * device copies from and to by itself; they have the same lists, limits and statistics. A device cannot read headers,
+ * and page-locked memory comes in pages, so blocks of these two are described by headers elsewhere.
+ *
+ * Streams. Operators on the device run in one order, so a block may be handed out again while a kernel that was queued
+ * before still uses it. Asynchronous copies run beside them (copies.c) and leave the number of the copy in the blocks
+ * at both ends. What takes such a block again comes after that copy: operators on the device by an order among streams,
+ * the host by taking another block. A block also remembers how many operators had been queued when it was given back,
+ * so that a copy into it need not wait for later ones. Memory goes back to the driver only when nothing is queued.
  *
  * Guard mode puts a pattern before and after every new block and checks it when the block is freed; tests use it
  * to catch kernels that write outside their tensors.
  */
-#include "backend.h"
+#include "device.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <malloc.h>
@@ -55,13 +60,15 @@ typedef struct block {
 } block;
 _Static_assert(sizeof(block) == ALIGNMENT, "a block header keeps its data aligned");
 
-/* a block of device memory */
+/* a block of device or of page-locked memory */
 typedef struct {
     block head;
     void *data;
-} device_block;
+    int64_t given; /* operators queued on the device when it was last given back */
+    int64_t copy;  /* number of the last asynchronous copy from or to it, 0: none */
+} remote_block;
 
-enum { HOST, DEVICE, HEAPS };
+enum { HOST, DEVICE, PINNED, HEAPS };
 typedef struct {
     block *free_lists[CLASSES], *in_use; /* in_use: the newest */
     lac_memory_stats stats;
@@ -98,19 +105,25 @@ static size_t system_available(void)
     return kib ? (size_t)kib * 1024 : SIZE_MAX;
 }
 
-static heap *heap_for(int device) { return &heaps[device == LAC_CPU ? HOST : DEVICE]; }
+static int heap_number(int device) { return device == LAC_CPU ? HOST : device == LAC_PINNED ? PINNED : DEVICE; }
+static heap *heap_for(int device) { return &heaps[heap_number(device)]; }
 static const lac_runtime *runtime(void) { return lac_backend_for(LAC_CUDA)->runtime; }
+static const lac_device *queue(void) { return lac_device_table(); }
 
-static void *block_data(block *b) { return b->heap == HOST ? b + 1 : ((device_block *)b)->data; }
+static remote_block *remote(block *b) { return (remote_block *)b; }
+static void *block_data(block *b) { return b->heap == HOST ? b + 1 : remote(b)->data; }
 
 static void trim_locked(heap *h)
 {
+    if (h->stats.cached == 0) return;
+    if (h != &heaps[HOST]) queue()->idle();
     for (int i = 0; i < CLASSES; i++)
         while (h->free_lists[i]) {
             block *b = h->free_lists[i];
             h->free_lists[i] = b->next;
             h->stats.cached -= (int64_t)class_bytes(i);
             if (b->heap == DEVICE) runtime()->release(block_data(b));
+            if (b->heap == PINNED) queue()->release_host(block_data(b));
             free(b);
         }
 }
@@ -119,8 +132,11 @@ static void refuse(const heap *h, size_t bytes, const char *why)
 {
     const lac_memory_stats *s = &h->stats;
     lac_fail(LAC_E_MEMORY, "out of memory%s: %zu bytes asked for, %s (live %lld, cached %lld, peak %lld, limit %lld)",
-             h == &heaps[DEVICE] ? " on cuda" : "", bytes, why, (long long)s->live, (long long)s->cached,
-             (long long)s->peak, (long long)(s->limit ? s->limit : s->soft));
+             h == &heaps[DEVICE]   ? " on cuda"
+             : h == &heaps[PINNED] ? " (page-locked)"
+                                   : "",
+             bytes, why, (long long)s->live, (long long)s->cached, (long long)s->peak,
+             (long long)(s->limit ? s->limit : s->soft));
 }
 
 /* size bytes from the system or the device's driver; a NULL block if there are none */
@@ -134,8 +150,12 @@ static block *raw_block(const heap *h, size_t size)
 #endif
         return raw;
     }
-    if (posix_memalign(&raw, ALIGNMENT, (sizeof(device_block) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT)) return NULL;
-    if (!runtime()->allocate(size, &((device_block *)raw)->data)) return raw;
+    remote_block *b;
+    if (posix_memalign(&raw, ALIGNMENT, (sizeof(remote_block) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT)) return NULL;
+    b = raw;
+    b->given = b->copy = 0;
+    int status = h == &heaps[PINNED] ? queue()->allocate_host(size, &b->data) : runtime()->allocate(size, &b->data);
+    if (!status) return raw;
     free(raw);
     return NULL;
 }
@@ -157,7 +177,7 @@ static block *fresh_block(heap *h, int index, size_t bytes)
         b = raw_block(h, size);
     }
     if (!b) {
-        refuse(h, bytes, h == &heaps[HOST] ? "the system refused" : "the device refused");
+        refuse(h, bytes, h == &heaps[DEVICE] ? "the device refused" : "the system refused");
         return NULL;
     }
     b->class_index = (int16_t)index;
@@ -173,7 +193,7 @@ static void guard_set(block *b)
     unsigned char pattern[GUARD], *tail = (unsigned char *)block_data(b) + b->asked;
     memset(b->guard, GUARD_BYTE, sizeof b->guard);
     memset(pattern, GUARD_BYTE, sizeof pattern);
-    if (b->heap == HOST) memcpy(tail, pattern, sizeof pattern);
+    if (b->heap != DEVICE) memcpy(tail, pattern, sizeof pattern);
     else runtime()->transfer(tail, pattern, sizeof pattern, false);
 }
 
@@ -182,7 +202,7 @@ static void guard_check(block *b)
     if (!b->guarded) return;
     unsigned char found[GUARD], *tail = (unsigned char *)block_data(b) + b->asked;
     int bad = 0;
-    if (b->heap == HOST) memcpy(found, tail, sizeof found);
+    if (b->heap != DEVICE) memcpy(found, tail, sizeof found);
     else if (runtime()->transfer(found, tail, sizeof found, true)) return; /* the device failed: not a broken guard */
     for (size_t i = 0; i < sizeof b->guard; i++) bad |= b->guard[i] != GUARD_BYTE;
     for (int i = 0; i < GUARD; i++) bad |= found[i] != GUARD_BYTE;
@@ -223,13 +243,26 @@ static bool within_limits(const heap *h, int64_t size, size_t bytes)
     return !why;
 }
 
+/* May a cached block be used now? An asynchronous copy may be under way: operators on the device are told to wait for
+ * it, the host, which will not wait for them, is given another block. */
+static bool block_ready(block *b)
+{
+    if (b->heap == HOST || !remote(b)->copy) return true;
+    if (b->heap == PINNED && !queue()->copy_done(remote(b)->copy)) return false;
+    if (b->heap == DEVICE && queue()->after_copy(remote(b)->copy)) return false;
+    remote(b)->copy = 0;
+    return true;
+}
+
 /* a block from the cache or the system, not yet accounted for, or NULL with the message set; the lock is held */
 static block *block_find(heap *h, int index, int64_t size, size_t bytes)
 {
     if (!within_limits(h, size, bytes)) return NULL;
-    block *b = h->free_lists[index];
+    block **at = &h->free_lists[index], *b;
+    while (*at && !block_ready(*at)) at = &(*at)->next;
+    b = *at;
     if (b) {
-        h->free_lists[index] = b->next;
+        *at = b->next;
         h->stats.cached -= size;
         h->stats.reused++;
         return b;
@@ -280,6 +313,7 @@ static void block_give(block *b)
     h->stats.live_blocks--;
     h->stats.cached += size;
     if (h->stats.live < h->stats.soft - h->stats.soft / 8) h->soft_now = h->stats.soft;
+    if (b->heap == DEVICE) remote(b)->given = queue()->queued();
     b->next = h->free_lists[b->class_index];
     h->free_lists[b->class_index] = b;
     pthread_mutex_unlock(&lock);
@@ -288,14 +322,16 @@ static void block_give(block *b)
 int lac_storage_new(const char *op, int device, int dtype, int ndim, const int64_t *shape, size_t bytes,
                     lac_storage **out)
 {
-    if (device != LAC_CPU && !lac_backend_for(device)) return lac_backend_missing(op, device);
-    if (device != LAC_CPU && device != LAC_CUDA)
+    if (device != LAC_CPU && !lac_backend_for(LAC_CUDA)) return lac_backend_missing(op, LAC_CUDA);
+    if (device != LAC_CPU && device != LAC_CUDA && device != LAC_PINNED)
         LAC_FAIL(DEVICE, "%s: a process has one CUDA device, cuda:0 (choose it by CUDA_VISIBLE_DEVICES), not cuda:%d",
                  op, device - LAC_CUDA);
     lac_storage *s = malloc(sizeof *s);
     block *b;
     if (!s) LAC_FAIL(MEMORY, "out of memory for a storage header");
-    *s = (lac_storage){.references = 1, .device = device, .bytes = bytes, .dtype = dtype, .ndim = ndim, .op = op};
+    *s = (lac_storage){.references = 1, .bytes = bytes, .dtype = dtype, .ndim = ndim, .op = op};
+    s->device = device == LAC_PINNED ? LAC_CPU : device;
+    s->pinned = device == LAC_PINNED;
     for (int i = 0; i < ndim; i++) s->shape[i] = shape[i];
     int status = block_take(heap_for(device), op, s, bytes, &b);
     if (status) {
@@ -319,13 +355,22 @@ static void storage_free_bytes(lac_storage *s)
     else if (s->bytes) munmap(data, s->bytes);
 }
 
+void lac_storage_copied(lac_storage *s, int64_t copy)
+{
+    pthread_mutex_lock(&lock);
+    remote(s->owner)->copy = copy;
+    pthread_mutex_unlock(&lock);
+}
+
+int64_t lac_storage_given(const lac_storage *s) { return remote(s->owner)->given; }
+
 void lac_storage_retain(lac_storage *s) { atomic_fetch_add(&s->references, 1); }
 
 void lac_storage_drop(lac_storage *s)
 {
     if (!s || atomic_fetch_sub(&s->references, 1) != 1) return;
     storage_free_bytes(s);
-    __atomic_sub_fetch(&storages[s->device == LAC_CPU ? HOST : DEVICE], 1, __ATOMIC_RELAXED);
+    __atomic_sub_fetch(&storages[s->pinned ? PINNED : heap_number(s->device)], 1, __ATOMIC_RELAXED);
     free(s);
 }
 
@@ -367,7 +412,7 @@ int lac_memory(int device, lac_memory_stats *out)
     pthread_mutex_lock(&lock);
     *out = heap_for(device)->stats;
     pthread_mutex_unlock(&lock);
-    out->storages = __atomic_load_n(&storages[device == LAC_CPU ? HOST : DEVICE], __ATOMIC_RELAXED);
+    out->storages = __atomic_load_n(&storages[heap_number(device)], __ATOMIC_RELAXED);
     return 0;
 }
 
@@ -416,6 +461,15 @@ int lac_memory_trim(void)
     for (heap *h = heaps; h < heaps + HEAPS; h++) trim_locked(h);
     pthread_mutex_unlock(&lock);
     malloc_trim(0);
+    return 0;
+}
+
+int lac_memory_empty(int device)
+{
+    pthread_mutex_lock(&lock);
+    trim_locked(heap_for(device));
+    pthread_mutex_unlock(&lock);
+    if (device == LAC_CPU) malloc_trim(0);
     return 0;
 }
 

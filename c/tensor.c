@@ -5,7 +5,7 @@
  * that shape and stride can reach lies inside the storage. It runs once per argument and call, so it has no
  * branches that a well-formed tensor does not need, and formats text only on failure.
  */
-#include "backend.h"
+#include "device.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -91,6 +91,7 @@ int lac_view_get(const char *op, const char *name, const lac_tensor *t, lac_view
     for (int i = 0; i < t->ndim; i++)
         if (t->shape[i] < 0)
             LAC_FAIL(SHAPE, "%s: %s has a negative size: %s", op, name, lac_shape_text(t->shape, t->ndim));
+    if (__builtin_expect(t->storage->copying != 0, 0)) LAC_TRY(lac_copy_settle(t->storage));
     if (!inside_storage(t))
         LAC_FAIL(SHAPE, "%s: %s %s reaches outside its storage of %zu bytes", op, name, lac_describe(t),
                  t->storage->bytes);
@@ -148,7 +149,7 @@ int lac_tensor_new(const char *op, int dtype, int device, int ndim, const int64_
     LAC_TRY(lac_storage_new(op, device, dtype, ndim, shape, (size_t)bytes, &storage));
     t->offset = 0;
     t->dtype = dtype;
-    t->device = device;
+    t->device = device == LAC_PINNED ? LAC_CPU : device;
     t->ndim = ndim;
     t->reserved = 0;
     for (int i = 0; i < ndim; i++) {

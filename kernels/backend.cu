@@ -9,10 +9,11 @@
  *
  * Kernels run behind the script's back. An error of a launch is reported at once. An index outside its axis is
  * found by the kernel, which leaves a note in host memory; the next launch or wait turns it into the same message that
- * the CPU gives. A fault of the hardware (a broken kernel) surfaces at the next wait with the names of the operators
- * queued since the last one; with LACUNA_CUDA_SYNC=1 every operator waits, and the name is exact.
+ * the CPU gives. A fault of the hardware (a broken kernel) surfaces at the next launch or wait, with the names of the
+ * operators queued since the last wait, and stays: the driver accepts nothing more from this process, so every later
+ * call gives that first message again. With LACUNA_CUDA_SYNC=1 every operator waits, and the name is exact.
  */
-#include "common.cuh"
+#include "streams.cuh"
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -37,9 +38,10 @@ extern "C" int lac_fail(int status, const char *format, ...)
 
 /* ---- errors ---- */
 
-enum { RECENT = 8, FAULT_NAMES = 32 };
+enum { RECENT = 16, FAULT_NAMES = 32 };
 static const char *recent[RECENT]; /* operators queued since the last wait, newest at (queued - 1) % RECENT */
 static int queued;
+static char broken[768]; /* the message of the fault that ended the use of the device */
 static lac_cuda_fault *fault;
 static int *fault_claimed;
 static const char *fault_names[FAULT_NAMES];
@@ -64,36 +66,72 @@ static int fault_report(void)
              f.value, f.size - 1);
 }
 
+/* did an earlier kernel fail, so that the driver refuses everything from now on? */
+static bool is_fault(cudaError_t error)
+{
+    switch (error) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorHardwareStackError:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorECCUncorrectable:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* the first time with the operators that may have done it */
+static int report_broken(const char *op, cudaError_t error)
+{
+    if (!broken[0]) {
+        int n = queued < RECENT ? queued : RECENT, at = 0;
+        char names[400] = "";
+        const char *last = NULL;
+        for (int i = 0; i < n && at < (int)sizeof names - 40; i++) { /* runs of one name once */
+            const char *name = recent[(queued - n + i) % RECENT];
+            if (last && strcmp(last, name) == 0) continue;
+            at += snprintf(names + at, sizeof names - (size_t)at, "%s%s", last ? ", " : "", name);
+            last = name;
+        }
+        snprintf(broken, sizeof broken, "%s: %s in %s%s%s. The device cannot be used any more by this process", op,
+                 cudaGetErrorString(error),
+                 synchronous ? "operator " : "one of the operators queued since the last wait: ",
+                 names[0] ? (synchronous ? last : names) : "none is known",
+                 synchronous ? "" : " (LACUNA_CUDA_SYNC=1 waits for each and says which)");
+    }
+    LAC_FAIL(INTERNAL, "%s", broken);
+}
+
 int lac_cuda_check(const char *op, cudaError_t error)
 {
     if (error == cudaSuccess) return 0;
     cudaGetLastError();
-    if (error == cudaErrorMemoryAllocation) LAC_FAIL(MEMORY, "%s: out of device memory", op);
+    if (broken[0] || is_fault(error)) return report_broken(op, error);
+    if (error == cudaErrorMemoryAllocation) LAC_FAIL(MEMORY, "%s: out of memory on cuda", op);
     LAC_FAIL(INTERNAL, "%s: %s: %s", op, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
 static int wait(const char *op)
 {
-    cudaError_t error = cudaStreamSynchronize(lac_cuda_stream);
-    int n = queued < RECENT ? queued : RECENT, at = 0;
-    char names[256] = "";
-    for (int i = 0; error && i < n; i++)
-        at += snprintf(names + at, sizeof names - (size_t)at, "%s%s", i ? ", " : "", recent[(queued - n + i) % RECENT]);
+    LAC_TRY(lac_cuda_check(op, cudaStreamSynchronize(lac_cuda_stream)));
     queued = 0;
-    if (error) {
-        cudaGetLastError();
-        LAC_FAIL(INTERNAL,
-                 "%s: %s; one of the operators queued before it failed on the device: %s (run with "
-                 "LACUNA_CUDA_SYNC=1 to know which). The device cannot be used any more by this process",
-                 op, cudaGetErrorString(error), names[0] ? names : "none is known");
-    }
     return fault_report();
 }
 
 int lac_cuda_launched(const char *op)
 {
-    recent[queued++ % RECENT] = op;
-    LAC_TRY(lac_cuda_check(op, cudaGetLastError()));
+    recent[queued % RECENT] = op;
+    queued = queued == 2 * RECENT - 1 ? RECENT : queued + 1; /* more than RECENT: only the place counts */
+    cudaError_t error = cudaGetLastError();
+    if (broken[0] && !error) error = cudaErrorLaunchFailure;
+    LAC_TRY(lac_cuda_check(op, error));
+    lac_cuda_mark();
     return synchronous ? wait(op) : fault_report();
 }
 
@@ -109,14 +147,14 @@ static int runtime_allocate(size_t bytes, void **out)
     return lac_cuda_check("allocate", error);
 }
 
-static int runtime_release(void *p) { return lac_cuda_check("release", cudaFree(p)); /* waits for the device */ }
+static int runtime_release(void *p) { return lac_cuda_check("release", cudaFree(p)); }
 
 static int runtime_transfer(void *to, const void *from, size_t bytes, bool to_host)
 {
     if (bytes == 0) return to_host ? wait("copy") : 0;
     CUDA_TRY("copy", cudaMemcpyAsync(to, from, bytes, to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice,
                                      lac_cuda_stream));
-    recent[queued++ % RECENT] = "copy";
+    LAC_TRY(lac_cuda_launched("copy"));
     /* from pageable memory the call returns when the bytes are staged, so the caller may reuse them at once */
     return to_host ? wait("copy") : 0;
 }
@@ -127,7 +165,11 @@ int lac_cuda_read(const char *op, void *to, const void *from, size_t bytes)
     return wait(op);
 }
 
-static int runtime_synchronize(void) { return wait("synchronize"); }
+static int runtime_synchronize(void)
+{
+    LAC_TRY(wait("synchronize"));
+    return lac_cuda_check("synchronize", lac_cuda_copies_wait());
+}
 
 static int runtime_memory(size_t *available, size_t *total)
 {
@@ -280,6 +322,7 @@ static const char *open_device(void)
         return text;
     }
     error = cudaStreamCreateWithFlags(&lac_cuda_stream, cudaStreamNonBlocking);
+    if (!error) error = (cudaError_t)lac_cuda_streams_open();
     if (!error) error = cudaHostAlloc((void **)&fault, sizeof *fault, cudaHostAllocMapped);
     if (!error) error = cudaMalloc((void **)&fault_claimed, sizeof *fault_claimed);
     if (!error) error = cudaMemset(fault_claimed, 0, sizeof *fault_claimed);

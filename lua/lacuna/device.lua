@@ -56,8 +56,13 @@ end
 -- The CUDA plug-in sits next to the engine and is loaded when a script first names a CUDA device. Gives nil,
 -- or the reason why there is none.
 local function cuda_missing()
-  if C.lac_backend_load(lib.path:match("^(.*/)") .. "liblacuna_cuda.so") == 0 then return nil end
-  return ffi.string(C.lac_last_error())
+  if lib.has_cuda then return nil end
+  if C.lac_backend_load(lib.path:match("^(.*/)") .. "liblacuna_cuda.so") ~= 0 then
+    return ffi.string(C.lac_last_error())
+  end
+  lib.has_cuda = true
+  lib.pace(C.LAC_CUDA)
+  lib.pace(C.LAC_PINNED)
 end
 
 local default_code -- nil until somebody asks: a wrong LACUNA_DEVICE is an error of the first tensor
@@ -153,29 +158,40 @@ function device.supports(name, slot)
   return has == 1
 end
 
+--- Code of a pool's name: a device's, or "pinned": page-locked host memory, which the CUDA device copies from
+-- and to by itself.
+function device.pool(op, name)
+  if name ~= "pinned" then return device.code(op, name) end
+  device.code(op, "cuda") -- it is the plug-in that has it
+  return C.LAC_PINNED
+end
+
 --- Memory statistics of a device.
--- @tparam[opt] string name "cpu" (the default)
+-- @tparam[opt] string name "cpu" (the default), "cuda", or "pinned" for page-locked host memory
 -- @treturn table {live, cached, peak, limit, live_blocks, allocations, reused, storages, soft}; bytes and
 --   counts
 function device.memory(name)
-  return lib.memory_stats(device.code("memory", name or "cpu"))
+  return lib.memory_stats(device.pool("memory", name or "cpu"))
 end
 
-local LIMIT = { soft = { type = "integer", min = 0, default = 0 } }
+local LIMIT = { soft = { type = "integer", min = 0, default = 0 },
+                device = { type = "string", default = "cpu" } }
 
---- Limits of the pool in bytes; 0 removes one. Over the hard limit an operator fails, after garbage was
+--- Limits of a pool in bytes; 0 removes one. Over the hard limit an operator fails, after garbage was
 -- collected and the pool trimmed. Over the soft limit the same is done first, but what is still needed then
 -- may pass it: garbage never takes the pool over it.
 -- @tparam integer bytes hard limit on live bytes
--- @tparam[opt] table options soft = 0: soft limit, not above the hard one
+-- @tparam[opt] table options soft = 0: soft limit, not above the hard one; device = "cpu": whose pool, as for
+--   lac.memory
 function device.memory_limit(bytes, options)
   schema.check("memory_limit", "bytes", bytes, { type = "integer", min = 0 })
-  local soft = schema.options("memory_limit", options, LIMIT).soft
-  if bytes > 0 and soft > bytes then
-    fail("memory_limit", "the soft limit must not be above the hard one: %.0f > %.0f bytes", soft, bytes)
+  local o = schema.options("memory_limit", options, LIMIT)
+  if bytes > 0 and o.soft > bytes then
+    fail("memory_limit", "the soft limit must not be above the hard one: %.0f > %.0f bytes", o.soft, bytes)
   end
-  lib.check(C.lac_memory_limit(C.LAC_CPU, bytes))
-  lib.soft_limit(soft)
+  local pool = device.pool("memory_limit", o.device)
+  lib.check(C.lac_memory_limit(pool, bytes))
+  lib.soft_limit(o.soft, pool)
 end
 
 --- Start the peak statistic afresh from what is live now.
@@ -187,5 +203,53 @@ function device.trim()
   collectgarbage()
   lib.check(C.lac_memory_trim())
 end
+
+--- Give the pools' cached blocks back to the system and the device, without collecting garbage first
+-- (lac.trim does). Memory of the device goes back when nothing is queued there: this waits.
+-- @tparam[opt] string name only that pool: "cpu", "cuda" or "pinned"
+function device.empty_cache(name)
+  if name == nil then return lib.check(C.lac_memory_trim()) end
+  lib.check(C.lac_memory_empty(device.pool("empty_cache", name)))
+end
+
+-- ---- events -------------------------------------------------------------------------------------
+
+local Event = {}
+Event.__index = Event
+local event_slot = ffi.new("lac_event *[1]")
+local done_slot, ms_slot = ffi.new("int[1]"), ffi.new("double[1]")
+
+--- A place in the queue of a device, recorded now. On the CPU, where operators finish before they return, it
+-- is always done.
+-- @tparam[opt] string name the device; the default device unless given
+-- @treturn Event record() moves it here; done() asks, wait() waits; from:elapsed(to) gives milliseconds
+function device.event(name)
+  lib.check(C.lac_event_new(device.code("event", name), event_slot))
+  local e = setmetatable({ c = ffi.gc(event_slot[0], C.lac_event_drop) }, Event)
+  return e:record()
+end
+
+function Event:record()
+  lib.check(C.lac_event_record(self.c))
+  return self
+end
+
+function Event:done()
+  lib.check(C.lac_event_done(self.c, done_slot))
+  return done_slot[0] ~= 0
+end
+
+function Event:wait()
+  lib.check(C.lac_event_wait(self.c))
+  return self
+end
+
+function Event:elapsed(to)
+  if getmetatable(to) ~= Event then fail("event", "elapsed needs a second event, got %s", schema.show(to)) end
+  lib.check(C.lac_event_elapsed(self.c, to.c, ms_slot))
+  return ms_slot[0]
+end
+
+function Event:__tostring() return self:done() and "Event(done)" or "Event(queued)" end
 
 return device

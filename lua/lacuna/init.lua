@@ -32,7 +32,7 @@ local function export(from, names)
 end
 
 export(device, [[default_dtype default_device devices threads version synchronize memory memory_limit
-  reset_peak trim use_tf32]])
+  reset_peak trim empty_cache event use_tf32]])
 export(create,
        [[tensor from_string zeros ones full empty rand randn randint randperm bernoulli arange linspace eye
   zeros_like ones_like empty_like full_like rand_like randn_like manual_seed rng_state set_rng_state]])

@@ -214,12 +214,15 @@ end
 --- What holds most of the pool, as text for the error of a full one; memory.lua sets it while it tracks.
 lib.memory_detail = nil
 
-local function pool_report()
-  local m = lib.memory_stats()
+-- of the pool that the message is about
+local function pool_report(message)
+  local pool = message:find("out of memory on cuda", 1, true) and C.LAC_CUDA
+    or message:find("out of memory (page-locked)", 1, true) and C.LAC_PINNED or C.LAC_CPU
+  local m = lib.memory_stats(pool)
   return ("; pool: live %s in %d blocks, cached %s, peak %s, limit %s (after collecting and trimming)")
     :format(lib.bytes_text(m.live), m.live_blocks, lib.bytes_text(m.cached), lib.bytes_text(m.peak),
             m.limit > 0 and lib.bytes_text(m.limit) or "none")
-    .. (lib.memory_detail and lib.memory_detail() or "")
+    .. (lib.memory_detail and lib.memory_detail(pool) or "")
 end
 
 --- Collect garbage to the end.
@@ -233,7 +236,8 @@ local collect = lib.collect
 
 local MEMORY, INTERRUPTED = lib.status.memory, lib.status.interrupted
 local flags = lib.flags
-local tracer, excused, soft = nil, false, 0
+local tracer, excused = nil, false
+local soft, softs = 0, {} -- softs: by device; soft: their sum
 
 --- Call f() after every engine call that succeeded, until lib.trace(nil).
 function lib.trace(f)
@@ -241,10 +245,12 @@ function lib.trace(f)
   flags.attention = 1
 end
 
---- Soft limit of the pool in bytes, 0 for none: a request over it first collects garbage and trims the pool.
-function lib.soft_limit(bytes)
-  lib.check(C.lac_memory_soft_limit(C.LAC_CPU, bytes))
-  soft = bytes
+--- Soft limit of a device's pool in bytes, 0 for none: a request over it first collects garbage and trims the
+-- pool.
+function lib.soft_limit(bytes, device)
+  lib.check(C.lac_memory_soft_limit(device, bytes))
+  soft = soft + bytes - (softs[device] or 0)
+  softs[device] = bytes
 end
 
 --- After a failed call: can trying again help? Only for status "memory", after a collection and a trim.
@@ -270,7 +276,7 @@ function lib.raise(status)
   if lib.watcher then lib.watcher() end -- the sentence is its own if it was the watch that refused
   local message = ffi.string(C.lac_last_error())
   if message == "" then message = "lacuna: status " .. ffi.string(C.lac_status_name(status)) end
-  if status == MEMORY then message = message .. pool_report() end
+  if status == MEMORY then message = message .. pool_report(message) end
   error(message .. lib.where(), 0)
 end
 
@@ -279,6 +285,13 @@ local function stop_if_asked()
     C.lac_interrupt(0)
     error("interrupted", 0)
   end
+end
+
+--- Let a pool raise flags.pressure when twice what is live in it now is.
+function lib.pace(device)
+  C.lac_memory(device, stats)
+  local pace = 2 * tonumber(stats.live)
+  C.lac_memory_pace(device, pace > MIN_PACE and pace or MIN_PACE)
 end
 
 --- Answer the engine's flags, when flags.attention is set: trace, collect under memory pressure. A Ctrl-C
@@ -295,9 +308,11 @@ function lib.attend()
   if flags.pressure ~= 0 then
     flags.pressure = 0
     collect()
-    C.lac_memory(C.LAC_CPU, stats)
-    local pace = 2 * tonumber(stats.live)
-    C.lac_memory_pace(C.LAC_CPU, pace > MIN_PACE and pace or MIN_PACE)
+    lib.pace(C.LAC_CPU)
+    if lib.has_cuda then
+      lib.pace(C.LAC_CUDA)
+      lib.pace(C.LAC_PINNED)
+    end
   end
   local watcher = lib.watcher -- watch.lua, while it is on
   if watcher then watcher() end
@@ -325,7 +340,8 @@ function lib.call(f, ...)
   if flags.attention ~= 0 then attend() end
 end
 
-C.lac_memory_pace(C.LAC_CPU, MIN_PACE)
+lib.pace(C.LAC_CPU)
+lib.has_cuda = false -- device.lua, once the plug-in is loaded
 
 -- inside the `lacuna` command Ctrl-C also asks long operators to stop; a plain luajit has no such function
 pcall(ffi.cdef, "void lac_host_engine(void (*interrupt)(int on));")

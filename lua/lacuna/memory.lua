@@ -50,12 +50,14 @@ function memory.block(raw)
 end
 
 --- Every block in use, newest first.
+-- @tparam[opt] number pool its code; the CPU's unless given
 -- @treturn table list of tables as of memory.block
-function memory.blocks()
-  local n = tonumber(C.lac_memory_blocks(C.LAC_CPU, nil, 0))
+function memory.blocks(pool)
+  pool = pool or C.LAC_CPU
+  local n = tonumber(C.lac_memory_blocks(pool, nil, 0))
   local raw = ffi.new("lac_block_info[?]", math.max(n, 1))
   -- between the calls the collector may have run
-  n = math.min(n, tonumber(C.lac_memory_blocks(C.LAC_CPU, raw, n)))
+  n = math.min(n, tonumber(C.lac_memory_blocks(pool, raw, n)))
   local list = {}
   for i = 1, n do list[i] = memory.block(raw[i - 1]) end
   return list
@@ -159,11 +161,13 @@ local REPORT = {
   by = { one_of = { "use", "scope", "shape", "line" } },
   top = { type = "integer", min = 1, default = 10 },
   collect = { type = "boolean", default = false },
+  device = { type = "string", default = "cpu" },
 }
 
 --- What is alive: bytes and blocks by use, by scope, by dtype and shape, and by script line.
 -- @tparam[opt] table options by = "use", "scope", "shape" or "line": only that (default: all; lines only if
---   tracking is on); top = 10 rows of each; collect = false: collect garbage first
+--   tracking is on); top = 10 rows of each; collect = false: collect garbage first; device = "cpu": whose
+--   pool, as for lac.memory
 -- @treturn table print it; fields stats (as of lac.memory()), bytes, tracked, and use, scope, shape, line:
 --   lists of { name, bytes, count }, largest first, each of which adds up to `bytes`
 function memory.report(options)
@@ -173,8 +177,9 @@ function memory.report(options)
       .. "are made, or set LACUNA_MEMORY=trace")
   end
   if o.collect then lib.collect() end
-  local blocks = memory.blocks()
-  local report = setmetatable({ stats = lib.memory_stats(), bytes = 0, top = o.top,
+  local pool = device.pool("memory_report", o.device)
+  local blocks = memory.blocks(pool)
+  local report = setmetatable({ stats = lib.memory_stats(pool), bytes = 0, top = o.top,
                                 tracked = sites.tracked() }, Report)
   for _, b in ipairs(blocks) do report.bytes = report.bytes + b.bytes end
   for _, by in ipairs(ORDER) do
@@ -189,9 +194,9 @@ end
 local tracking = false
 
 -- for the error of a full pool
-local function detail()
+local function detail(pool)
   local parts = {}
-  for i, g in ipairs(group(memory.blocks(), KEYS.line)) do
+  for i, g in ipairs(group(memory.blocks(pool), KEYS.line)) do
     if i > 5 then break end
     parts[i] = ("\n  %12s in %5d blocks  %s"):format(bytes_text(g.bytes), g.count, g.name)
   end

@@ -27,7 +27,8 @@ local zeros_like, reshape_like, define = internal.zeros_like, internal.reshape_l
 
 -- ---- casts and copies ---------------------------------------------------------------------------
 
-local TO = { dtype = { type = "string" }, device = { type = "string" } }
+local TO = { dtype = { type = "string" }, device = { type = "string" },
+             async = { type = "boolean", default = false } }
 
 local function move(t, dtype, dev)
   local c = ctensor()
@@ -39,9 +40,27 @@ local function move(t, dtype, dev)
   return out
 end
 
+local function move_async(t, dtype, dev)
+  if dtype ~= t.c.dtype then
+    fail("to", "async = true copies bytes as they are: cast before or after, %s to %s", show(t),
+      device.dtype_name[dtype])
+  end
+  if t.c.device == C.LAC_CPU and C.lac_tensor_pinned(t.c) == 0 then
+    fail("to", "async = true needs page-locked memory on the cpu: %s:pin() first", show(t))
+  end
+  local c = ctensor()
+  c.device = dev
+  call(C.lac_copy_async, t.c, c)
+  return adopt(c)
+end
+
 local to_op = { name = "to" }
 --- The same values in another dtype or on another device; x itself if nothing changes.
--- @tparam Tensor x @tparam table|string options {dtype =, device =}, or just the name of one
+-- @tparam Tensor x @tparam table|string options {dtype =, device =}, or just the name of one; async = true:
+--   returns at once, while the device copies a pinned, contiguous tensor (t:pin()) or one of its own.
+--   Whatever uses either tensor next comes after the copy by itself: operators on the device without holding
+--   up the script, reading or writing on the CPU by waiting. Only a pointer taken before (t:data()) is the
+--   script's own affair.
 function to_op.forward(x, options)
   receiver("to", x)
   if type(options) == "string" then
@@ -51,13 +70,30 @@ function to_op.forward(x, options)
   local dtype = options.dtype and device.dtype("to", options.dtype) or x.c.dtype
   local dev = options.device and device.code("to", options.device) or x.c.device
   if dtype == x.c.dtype and dev == x.c.device then return x end
-  local out = move(x, dtype, dev)
+  local out = (options.async and dev ~= x.c.device and move_async or move)(x, dtype, dev)
   -- a cast to integers has no gradient; the result is a constant
   if wants(x) and device.is_float(dtype) then record1(to_op, out, x) end
   return out
 end
 function to_op.backward(node, g) return move(g, node.a.c.dtype, node.a.c.device) end
 define(to_op)
+
+--- A contiguous copy of a CPU tensor in page-locked memory, from which the CUDA device copies by itself
+-- (t:to{ device = "cuda", async = true }); t itself if it is that already. Page-locked memory is scarce: keep
+-- it for what crosses.
+function tensor.methods.pin(t)
+  receiver("pin", t)
+  device.code("pin", "cuda")
+  if t.c.device ~= C.LAC_CPU then fail("pin", "only a tensor on the cpu can be pinned, got %s", show(t)) end
+  if C.lac_tensor_pinned(t.c) == 1 and tensor.is_contiguous(t) then return t end
+  return move(t, t.c.dtype, C.LAC_PINNED)
+end
+
+--- Is the tensor in page-locked memory?
+function tensor.methods.is_pinned(t)
+  receiver("is_pinned", t)
+  return C.lac_tensor_pinned(t.c) == 1
+end
 
 local function define_cast(name, dtype)
   define { name = name, composite = true, forward = function(x)

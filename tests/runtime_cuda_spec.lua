@@ -1,0 +1,200 @@
+--- runtime_cuda_spec.lua: the queue of the device: copies beside operators, events, memory, late errors.
+--
+-- Tagged #gpu: `make test-gpu` runs them. A copy is held against the values that it must bring, while
+-- something slow is queued before it and everything that could spoil it is done right after it: the ends are
+-- overwritten, released and their memory taken again. Faults of the device end its use by a process, so they
+-- happen in children.
+
+local it = os.getenv "LACUNA_GPU" == "1" and it or pending
+
+local lac = require "lacuna"
+local lib = require "lacuna.lib"
+local sys = require "lacuna.sys"
+
+local CUDA = { device = "cuda" }
+
+-- some milliseconds of work on the device
+local function busy(x)
+  for _ = 1, 20 do x = x:matmul(x) * 1e-3 end
+  return x
+end
+
+-- runs Lua code in a child; what it wrote to standard output and error
+local function child(code, environment)
+  local path = sys.temporary(".lua")
+  local f = assert(io.open(path, "w"))
+  f:write(code)
+  f:close()
+  local _, out, err = sys.run(([[%s LUA_PATH="lua/?.lua;lua/?/init.lua;$LUA_PATH;;" luajit %s]])
+    :format(environment or "", sys.quote(path)))
+  os.remove(path)
+  return out .. err
+end
+
+-- a tensor whose bytes are where there are none
+local BAD = [[
+local lac = require "lacuna"
+local ffi = require("lacuna.lib").ffi
+local x, bad = lac.randn{ 1000, device = "cuda" }, lac.randn{ 1000, device = "cuda" }
+ffi.cast("void **", ffi.cast("char *", bad.c.storage) + 8)[0] = ffi.cast("void *", 0x1000)
+]]
+
+describe("the queue of the device #gpu", function()
+  local slow
+  setup(function() slow = lac.randn { 2048, 2048, device = "cuda" } * 0.02 end)
+
+  describe("asynchronous copies", function()
+    it("bring what they should, whatever happens to both ends meanwhile", function()
+      local host = lac.randint { 100000, high = 1000 }:pin()
+      assert.is_true(host:is_pinned())
+      local expected = host:clone()
+      for _ = 1, 20 do
+        busy(slow)
+        local there = host:to { device = "cuda", async = true }
+        local plus = there + 1
+        host:fill_(7) -- waits for the copy
+        there:release()
+        lac.full({ 100000 }, 3, { dtype = "i64", device = "cuda" }):release()
+        assert.is_true(lac.equal(expected + 1, plus:to "cpu"))
+        host:copy_(expected)
+      end
+    end)
+
+    it("come back to pinned memory, after all that was queued and before all that follows", function()
+      for round = 1, 20 do
+        local x = busy(slow) * 0 + round
+        local back = x:to { device = "cpu", async = true }
+        x:fill_(-1) -- ordered after the copy
+        x:release()
+        lac.full({ 2048, 2048 }, -2, CUDA):release()
+        assert.is_true(back:is_pinned())
+        assert.are.equal(round, back:min():item())
+        assert.are.equal(round, back:max():item())
+      end
+    end)
+
+    it("do not make the script wait, nor reuse a pinned block too early", function()
+      local host = lac.randn { 2 ^ 22 }:pin()
+      local sum = host:sum():item()
+      lac.synchronize()
+      busy(slow)
+      local e = lac.event("cuda")
+      local there = host:to { device = "cuda", async = true }
+      host:release()
+      assert.is_false(e:done()) -- the work before is still queued
+      local other = lac.full({ 2 ^ 22 }, 5):pin()
+      assert.is_true(math.abs(there:sum():item() - sum) <= 1e-3 * math.abs(sum) + 1)
+      assert.are.equal(5, other:min():item())
+      assert.is_true(e:done())
+    end)
+
+    it("copy whole pinned tensors safely in the plain way, too", function()
+      local host = lac.ones { 2 ^ 20 }:pin()
+      local there = host:to(CUDA)
+      host:fill_(2)
+      assert.are.equal(1, there:max():item())
+    end)
+
+    it("say what they need", function()
+      local ok, message = pcall(lac.to, lac.zeros { 3 }, { device = "cuda", async = true })
+      assert.is_false(ok)
+      assert.matches("to: async = true needs page%-locked memory on the cpu: .*:pin%(%) first", message)
+      ok, message = pcall(lac.to, lac.zeros({ 3 }, CUDA), { device = "cpu", dtype = "f16", async = true })
+      assert.is_false(ok)
+      assert.matches("copies bytes as they are", message)
+      ok, message = pcall(lac.to, lac.zeros({ 4, 3 }, CUDA):t(), { device = "cpu", async = true })
+      assert.is_false(ok)
+      assert.matches("needs a contiguous tensor", message)
+      assert.has_error(function() lac.zeros({ 3 }, CUDA):pin() end)
+    end)
+
+    it("are counted in a pool of their own", function()
+      lib.collect()
+      local before = lac.memory("pinned").live
+      local t = lac.zeros { 1000, 1000 }:pin()
+      assert.is_true(lac.memory("pinned").live >= before + 4e6)
+      t:release()
+      assert.are.equal(before, lac.memory("pinned").live)
+      lac.empty_cache("pinned")
+      assert.are.equal(0, lac.memory("pinned").cached)
+    end)
+  end)
+
+  it("has events that are timed", function()
+    lac.synchronize()
+    local from = lac.event("cuda")
+    busy(slow)
+    local to = lac.event("cuda")
+    assert.is_false(to:done())
+    assert.are.equal("Event(queued)", tostring(to))
+    assert.is_true(from:elapsed(to) > 0.1)
+    assert.is_true(to:done())
+  end)
+
+  describe("memory", function()
+    it("is collected, trimmed and asked for again before it is refused, with the pool's report", function()
+      lib.collect()
+      lac.trim()
+      local room = lac.memory("cuda").live + 64 * 2 ^ 20
+      lac.memory_limit(room, CUDA)
+      for _ = 1, 40 do lac.empty({ 2 ^ 22 }, CUDA) end -- 16 MiB each: garbage
+      local ok, message = pcall(lac.empty, { 2 ^ 26 }, CUDA)
+      lac.memory_limit(0, CUDA)
+      assert.is_false(ok)
+      assert.matches("out of memory on cuda: 268435456 bytes asked for, over the limit", message)
+      assert.matches("; pool: live .*after collecting and trimming", message)
+      assert.are.equal(3, (lac.zeros({ 3 }, CUDA) + 1):sum():item())
+      assert.matches("^memory: .* live in %d+ blocks", tostring(lac.memory_report { device = "cuda" }))
+    end)
+
+    it("is kept flat over dead tensors that the collector cannot feel", function()
+      lib.collect()
+      lib.pace(lib.C.LAC_CUDA)
+      local base = lac.memory("cuda").live
+      lac.reset_peak()
+      for _ = 1, 500 do lac.empty({ 2 ^ 21 }, CUDA) end -- 8 MiB each
+      assert.is_true(lac.memory("cuda").peak - base < 2 * base + 512 * 2 ^ 20)
+    end)
+
+    it("goes back while operators are queued without harm", function()
+      local x = lac.randn({ 2048, 2048 }, CUDA)
+      local expected = (x * 2):sum():item()
+      for _ = 1, 5 do
+        busy(slow)
+        local y = x * 2
+        lac.empty_cache("cuda")
+        assert.are.equal(expected, y:sum():item())
+      end
+    end)
+  end)
+
+  describe("a fault of the device", function()
+    it("names the operators that may have done it, and stays", function()
+      local said = child(BAD .. [[
+        local y = x:tanh()
+        local z = bad:exp() + 1
+        for _ = 1, 2 do
+          local ok, message = pcall(lac.synchronize)
+          print(ok, message)
+        end
+        print(pcall(function() return x * 2 end))
+      ]])
+      assert.matches("synchronize: [^\n]*one of the operators queued since the last wait: [^\n]*map1, map2",
+        said)
+      assert.matches("LACUNA_CUDA_SYNC=1", said)
+      local _, times = said:gsub("cannot be used any more by this process", "")
+      assert.are.equal(3, times, said)
+    end)
+
+    it("is the operator's own with LACUNA_CUDA_SYNC=1, at the line of its call", function()
+      local said = child(BAD .. [[
+        local y = x:tanh()
+        print(pcall(function()
+          local z = bad:exp()
+          return z
+        end))
+      ]], "LACUNA_CUDA_SYNC=1")
+      assert.matches("false\tmap1: [^\n]* in operator map1%. [^\n]*%.lua:7%]", said)
+    end)
+  end)
+end)
