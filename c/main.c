@@ -35,7 +35,7 @@ typedef struct lac_command {
     char **argv;
     int script; /* index of the script, argc if there is none */
     int chunks; /* number of -e */
-    int interactive, version, devices, help, profile;
+    int interactive, version, devices, variants, help, profile;
     int status;
 } lac_command;
 
@@ -48,6 +48,7 @@ static const char usage[] =
     "  lacuna -e 'code'            run code; may be repeated, and followed by a script\n"
     "  lacuna profile script.lua   run a script, then print where its time went\n"
     "  lacuna devices              list devices and what runs on them\n"
+    "  lacuna variants             try every option with every variant of attention\n"
     "  lacuna --version            versions of Lacuna and LuaJIT\n"
     "  lacuna --help               this text\n"
     "\n"
@@ -83,7 +84,7 @@ static size_t edit_distance(const char *a, const char *b)
 /* The nearest of the words that this program knows, or NULL if none is near. */
 static const char *nearest(const char *word)
 {
-    static const char *const known[] = {"--help", "--version", "devices", "profile", "-e", "-i", NULL};
+    static const char *const known[] = {"--help", "--version", "devices", "variants", "profile", "-e", "-i", NULL};
     const char *best = NULL;
     size_t least = strlen(word) <= 3 ? 2 : 4; /* distances below this are near */
     for (int i = 0; known[i]; i++) {
@@ -132,7 +133,9 @@ static int parse(lac_command *c)
     c->profile = i < c->argc && strcmp(c->argv[i], "profile") == 0;
     if (c->profile && ++i == c->argc) return usage_error("'profile' needs a script to run", NULL);
     c->devices = i < c->argc && !c->profile && strcmp(c->argv[i], "devices") == 0;
+    c->variants = i < c->argc && !c->profile && strcmp(c->argv[i], "variants") == 0;
     if (c->devices && i + 1 < c->argc) return usage_error("'devices' takes no argument, got", c->argv[i + 1]);
+    if (c->variants && i + 1 < c->argc) return usage_error("'variants' takes no argument, got", c->argv[i + 1]);
     c->script = i;
     return 0;
 }
@@ -334,6 +337,7 @@ static int run(lua_State *L, const lac_command *c)
         return run_own(L, "print(('lacuna %s (%s, %s %s)'):format(require 'lacuna'.version(),"
                           "jit.version, jit.arch, jit.os))");
     if (c->devices) return run_own(L, "print((require 'lacuna'.devices()))");
+    if (c->variants) return run_own(L, "print(require 'lacuna'.attention.matrix())");
     for (int i = 1; i < c->script && status == 0; i++)
         if (strcmp(c->argv[i], "-e") == 0) status = run_chunk(L, c->argv[++i]);
     if (status != 0) return status;

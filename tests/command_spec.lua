@@ -240,7 +240,7 @@ describe("lacuna, the command", function()
 
   it("prints its usage, on standard output", function()
     local text, status = run { "--help" }
-    for _, option in ipairs { "-i", "-e", "devices", "--version", "LACUNA_TRACE" } do
+    for _, option in ipairs { "-i", "-e", "devices", "variants", "--version", "LACUNA_TRACE" } do
       assert.truthy(text:find(option, 1, true), option)
     end
     assert.equal(0, status)
@@ -256,6 +256,7 @@ describe("lacuna, the command", function()
       { { "/nowhere/x.lua" }, "cannot open /nowhere/x.lua: No such file or directory\n" },
       { { "/tmp" }, "cannot read /tmp: Is a directory\n" },
       { { "devices", "cuda" }, "'devices' takes no argument, got 'cuda'" },
+      { { "variants", "ring" }, "'variants' takes no argument, got 'ring'" },
     }
     for _, case in ipairs(cases) do
       local text, status = run(case[1])

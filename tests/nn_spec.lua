@@ -344,7 +344,7 @@ describe("nn.MultiheadDilatedAttention", function()
     try("dedup counts every key once", { merge = "mean", dedup = true })
     local m = nn.MultiheadDilatedAttention{ embed_dim = 8, heads = 2, segments = { 4 }, dilations = { 1 } }
     assert.error_matches(function() m(lac.ones{ 2, 3 }) end,
-      "query must be %[batch x positions x 8%], got Tensor f32 %[2 x 3%]")
+      "query must be %[batch x positions x 8%], got Tensor f32 %[1 x 2 x 3%]")
     assert.error_matches(function() m(3) end, "query must be a tensor")
     assert.error_matches(function() m(lac.ones{ 1, 3, 8 }, nil, nil, { mask = 1 }) end,
       "unknown option 'mask'")

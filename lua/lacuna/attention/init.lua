@@ -367,6 +367,12 @@ local core = {
 local Attention = require "lacuna.attention.module"(core)
 require "lacuna.attention.variants"(attention.variants, require "lacuna.attention.ring"(core))
 
+attention.matrix = require "lacuna.attention.matrix"(attention)
+
+--- The options that a variant has of its own (with those of what it wraps): { name = rule }.
+-- @tparam string variant @tparam table given options of the user (`of` chooses what is wrapped)
+function attention.options_of(variant, given) return (core.options_of(variant, given)) end
+
 return setmetatable(attention, {
   __call = function(_, options) return Attention(options) end,
   __index = function(_, name)

@@ -180,11 +180,12 @@ function Attention:__tostring()
     p.window and (", window %d"):format(p.window) or "")
 end
 
---- @tparam table c the core
+--- @tparam table c the core; gets options_of
 -- @treturn table the class
 return function(c)
   core = c
   make_rules()
+  core.options_of = own_rules
   config.define("attention", function(options) return (configure(options)) end)
   return Attention
 end

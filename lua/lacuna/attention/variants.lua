@@ -9,7 +9,8 @@
 -- A record has doc (one line), build(options, fail) -> pattern and, where there was a choice, a sentence that
 -- says why; it may have `options`, a schema for options of its own, and run(module, q, k, v, run) -> out, lse
 -- if one engine call is not what it does. A variant with an option `of` wraps another one, whose options it
--- takes too.
+-- takes too. `bare` says that it needs no segments, `example` has options without which
+-- it cannot be made: both for the table of `lacuna variants`, which tries every option.
 
 local schema = require "lacuna.schema"
 local device = require "lacuna.device"
@@ -96,12 +97,15 @@ end
 
 return function(registry, ring)
   registry:add("dense", {
-    doc = "every position attends to every other (one branch over the whole sequence)",
+    doc = "every position attends to every other (one branch over the whole sequence)", bare = true,
     build = function(o)
       for _, key in ipairs { "segments", "dilations", "offset", "merge" } do
         if o[key] ~= nil then
           schema.fail("attention", "variant 'dense' takes no %s, got %s", key, schema.show(o[key]))
         end
+      end
+      if o.dedup then
+        schema.fail("attention", "variant 'dense' has one branch: there is nothing for dedup to count twice")
       end
       -- a segment longer than any sequence is one segment
       return { segments = { 2 ^ 40 }, dilations = { 1 }, heads = "all", offset = "mod", merge = "lse" }
@@ -140,6 +144,7 @@ return function(registry, ring)
 
   registry:add("auto", {
     doc = "dense or LongNet, by device, longest sequence and density; explain() says why",
+    example = { length = 12 },
     options = { length = { type = "integer", min = 1, required = true }, device = { type = "string" },
                 density = { type = "number", above = 0, max = 1 } },
     build = function(o)

@@ -10,15 +10,19 @@
 --
 -- XPOS multiplies queries and keys by zeta^(+-p / scale_base), which leaves the range of a float long before
 -- position 10^5; only differences of positions matter, so `origin` shifts p to be small where the data is.
--- `decode` is forward for rows that come one by one: it keeps keys and values in a KVCache (cache.lua).
--- Attention options are checked here once and passed on by name; nothing is accepted that lac.attend would
--- ignore. Rejected: a separate class per variant (the variants are options of one formula).
+-- `decode` is forward for rows that come one by one: it keeps keys and values in a KVCache (cache.lua). The
+-- attention itself is a lac.attention of any variant, made with the module; its options are taken here by
+-- their names and passed on. Calls have the interface of torch.nn.MultiheadAttention, with its meaning of
+-- masks (true = ignore); key_padding, ours, is true = keep. The modules that the published code names are
+-- this one with other defaults. Rejected: a class with code of its own per variant (they are options of one
+-- formula).
 
 local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
 local operators = require "lacuna.ops"
 local attention = require "lacuna.attention"
+local config = require "lacuna.config"
 local grad = require "lacuna.grad"
 local base = require "lacuna.nn.module"
 local layers = require "lacuna.nn.layers"
@@ -30,9 +34,10 @@ local OP = "MultiheadDilatedAttention"
 
 --- Options that go to the attention as they are; models that contain this module accept them too.
 local PATTERN = {
-  segments = { type = "integers", min = 1, required = true },
-  dilations = { type = "integers", min = 1, required = true },
-  scheme = { one_of = { "split", "all" }, default = "all" },
+  variant = { type = "string", default = "custom" },
+  segments = { type = "integers", min = 1 },
+  dilations = { type = "integers", min = 1 },
+  scheme = { one_of = { "split", "all" } },
   offset = { one_of = { "branch", "mod", "block" } },
   merge = { one_of = { "mean", "sum", "lse", "lse_detach" } },
   dedup = { type = "boolean", default = false },
@@ -44,6 +49,8 @@ local OPTIONS = {
   embed_dim = { type = "integer", min = 1, required = true },
   heads = { type = "integer", min = 1, required = true },
   kv_heads = { type = "integer", min = 1 },
+  kdim = { type = "integer", min = 1 }, vdim = { type = "integer", min = 1 },
+  batch_first = { type = "boolean", default = true },
   scale = { type = "number", above = 0 },
   dropout = { type = "number", min = 0, below = 1, default = 0 },
   bias = { type = "boolean", default = true },
@@ -61,7 +68,7 @@ for name, rule in pairs(PATTERN) do OPTIONS[name] = rule end
 
 local Attention = base.define(OP)
 
-local function check_heads(o)
+local function check_sizes(o)
   if o.embed_dim % o.heads ~= 0 then
     fail(OP, "embed_dim %d is not divisible by heads %d", o.embed_dim, o.heads)
   end
@@ -72,35 +79,44 @@ local function check_heads(o)
     fail(OP, "positions '%s' rotate pairs: the head dimension must be even, got %d", o.positions,
       o.embed_dim / o.heads)
   end
-  if #o.segments ~= #o.dilations then
-    fail(OP, "segments and dilations must have the same length: %d != %d", #o.segments, #o.dilations)
+  if o.fused and (o.kdim ~= o.embed_dim or o.vdim ~= o.embed_dim) then
+    fail(OP, "a fused projection has one input: kdim %d and vdim %d must be embed_dim %d", o.kdim, o.vdim,
+      o.embed_dim)
   end
 end
 
---- The published defaults of a scheme: split heads are averaged with the offset of their branch (fkodom), all
--- heads are merged by their softmax weights with the offset of their head (LongNet).
-local function pattern_options(o)
-  local split = o.scheme == "split"
-  return { segments = o.segments, dilations = o.dilations, heads = o.scheme,
-    offset = o.offset or (split and "branch" or "mod"), merge = o.merge or (split and "mean" or "lse"),
-    dedup = o.dedup, causal = o.causal, window = o.window, scale = o.scale }
+-- options of the user -> complete options, and the attention that they describe
+local function configure(options)
+  local rules, own = {}, {}
+  local variant = type(options) == "table" and options.variant or PATTERN.variant.default
+  for name, rule in pairs(attention.options_of(variant, options or {})) do
+    rules[name], own[name] = rule, true
+  end
+  for name, rule in pairs(OPTIONS) do rules[name] = rules[name] or rule end
+  local o = schema.options(OP, options, rules)
+  o.kv_heads, o.kdim, o.vdim = o.kv_heads or o.heads, o.kdim or o.embed_dim, o.vdim or o.embed_dim
+  check_sizes(o)
+  local inner = { heads = o.heads, kv_heads = o.kv_heads, scale = o.scale, dropout = o.dropout }
+  for name in pairs(own) do inner[name] = o[name] end
+  for name in pairs(PATTERN) do inner[name] = o[name] end
+  return o, attention(inner)
 end
+config.define("multihead", function(options) return (configure(options)) end)
 
 --- Make the module.
--- @tparam table options embed_dim E, heads H, segments, dilations; kv_heads = heads; scheme = "all" |
---   "split"; offset, merge (default: the scheme's), dedup, causal, window, scale; dropout = 0 (on the
---   attention weights, in training); bias = true; fused = false; layer_norm = true; gamma = 1; positions =
---   "none" | "rope" | "xpos", rope_base, xpos_base, origin (position of the first row); dtype, device
+-- @tparam table options embed_dim E, heads H; variant = "custom" (any of lac.attention's) and what it takes:
+--   segments, dilations, for "custom" scheme = "all" | "split"; offset, merge (default: the variant's),
+--   dedup, causal, window, scale; kv_heads = heads; kdim, vdim = E (widths of key and value); dropout = 0 (on
+--   the attention weights, in training); bias = true; fused = false; layer_norm = true; gamma = 1; positions
+--   = "none" | "rope" | "xpos", rope_base, xpos_base, origin (position of the first row); batch_first = true;
+--   dtype, device
 function Attention:init(options)
-  local o = schema.options(OP, options, OPTIONS)
-  o.kv_heads = o.kv_heads or o.heads
-  check_heads(o)
+  local o, inner = configure(options)
   local E, D = o.embed_dim, o.embed_dim / o.heads
   local Ek = o.kv_heads * D
-  self.options, self.embed_dim, self.heads, self.kv_heads, self.head_dim = o, E, o.heads, o.kv_heads, D
-  self.pattern = pattern_options(o)
-  -- what depends on heads and offsets is the plan's to refuse, and now rather than at the first batch
-  attention.plan_info(self.pattern, { n = 1, heads = o.heads, kv_heads = o.kv_heads, head_dim = D })
+  self.options = config.wrap("multihead", o)
+  self.embed_dim, self.heads, self.kv_heads, self.head_dim = E, o.heads, o.kv_heads, D
+  self.attention, self.pattern, self.causal_form = inner, inner.pattern, o.causal and inner
   local function linear(inputs, outputs, gain, parts)
     return layers.Linear(inputs, outputs, { gain = gain, parts = parts, bias = o.bias, dtype = o.dtype,
       device = o.device })
@@ -109,8 +125,8 @@ function Attention:init(options)
     self.qkv = linear(E, E + 2 * Ek, { 1, 1, o.gamma }, { E, Ek, Ek })
   else
     self.q = linear(E, E, 1) -- one by one: a multiple assignment would register them from the right
-    self.k = linear(E, Ek, 1)
-    self.v = linear(E, Ek, o.gamma)
+    self.k = linear(o.kdim, Ek, 1)
+    self.v = linear(o.vdim, Ek, o.gamma)
   end
   if o.layer_norm then self.norm = layers.LayerNorm(E, { eps = o.eps, dtype = o.dtype,
     device = o.device }) end
@@ -172,36 +188,105 @@ local function finish(self, out)
   return result
 end
 
-local function check_input(self, name, x)
+local function check_input(name, x, width)
   tensor.expect(OP, name, x)
-  if x:dim() ~= 3 or x:size(3) ~= self.embed_dim then
-    fail(OP, "%s must be [batch x positions x %d], got %s", name, self.embed_dim, show(x))
+  if x:dim() ~= 3 or x:size(3) ~= width then
+    fail(OP, "%s must be [batch x positions x %d], got %s", name, width, show(x))
   end
 end
 
---- @tparam Tensor query [B, N, E]
--- @tparam[opt] Tensor key [B, M, E], default query
--- @tparam[opt] Tensor value [B, M, E], default key
--- @tparam[opt] table options key_padding [B, M] bool (true = keep), key_lengths [B]
--- @treturn Tensor [B, N, E]
-function Attention:forward(query, key, value, options)
-  local o = schema.options(OP, options, { key_padding = { type = "tensor" },
-    key_lengths = { type = "tensor" } })
-  key = key or query
-  value = value or key
-  check_input(self, "query", query)
-  check_input(self, "key", key)
-  check_input(self, "value", value)
+-- ---- one call ---------------------------------------------------------------------------------------------
+
+local FORWARD = {
+  key_padding = { type = "tensor" }, key_padding_mask = { type = "tensor" },
+  key_lengths = { type = "tensor" },
+  attn_mask = { type = "tensor" }, is_causal = { type = "boolean" },
+  need_weights = { type = "boolean", default = false },
+  average_attn_weights = { type = "boolean", default = true },
+}
+
+-- true = ignore, as torch has it -> true = keep
+local function kept(name, mask)
+  if mask:dtype() ~= "bool" then
+    fail(OP, "%s must be bool (true = %s), got %s", name, "ignore this key", show(mask))
+  end
+  return ops.logical_not(mask)
+end
+
+-- torch's attn_mask: bool (true = not allowed) or a number that is added; [N, M] or [B H, N, M]
+local function pair_mask(self, call, mask, batch)
+  if mask:dim() == 3 then mask = mask:view(batch, self.heads, mask:size(2), mask:size(3)) end
+  if mask:dtype() == "bool" then
+    call.mask = ops.logical_not(mask)
+  else
+    call.bias = mask
+  end
+end
+
+-- the attention of this call; is_causal may ask for the causal form of a module that is not
+local function form(self, o)
+  if o.is_causal == nil or o.is_causal == self.options.causal then return self.attention end
+  if not o.is_causal then fail(OP, "the module is causal: is_causal = false cannot take that back") end
+  if not self.causal_form then
+    self.causal_form = attention(self.attention.options:with{ causal = true })
+  end
+  return self.causal_form
+end
+
+local function attend(self, query, key, value, o)
+  check_input("query", query, self.embed_dim)
+  check_input("key", key, self.options.kdim)
+  check_input("value", value, self.options.vdim)
+  if o.key_padding and o.key_padding_mask then
+    fail(OP, "key_padding (true = keep) and key_padding_mask (true = ignore) say the same: give one")
+  end
   local q, k, v, projected = heads_at(self, query, key, value, 0)
-  local call = { dropout = self.training and self.options.dropout or 0, key_padding = o.key_padding,
-    key_lengths = o.key_lengths, return_lse = false }
-  for name, setting in pairs(self.pattern) do call[name] = setting end
-  local out = attention.attend(q, k, v, call)
+  local call = { key_lengths = o.key_lengths, need_weights = o.need_weights, return_lse = false,
+    training = self.training,
+    key_padding = o.key_padding_mask and kept("key_padding_mask", o.key_padding_mask) or o.key_padding }
+  if o.attn_mask then pair_mask(self, call, o.attn_mask, query:size(1)) end
+  local out, weights = form(self, o)(q, k, v, call)
   transient(q, out, query)
   transient(k, out, key)
   transient(projected, out, value)
-  return finish(self, out)
+  if weights and o.average_attn_weights then weights = weights:mean(2) end
+  return finish(self, out), weights
 end
+
+--- The interface of torch.nn.MultiheadAttention.
+-- @tparam Tensor query [B, N, E] ([N, B, E] with batch_first = false; [N, E] for one item)
+-- @tparam[opt] Tensor key [B, M, kdim], default query
+-- @tparam[opt] Tensor value [B, M, vdim], default key
+-- @tparam[opt] table options key_padding_mask [B, M] bool (true = ignore) or key_padding (true = keep),
+--   key_lengths [B]; attn_mask [N, M] or [B H, N, M], bool (true = not allowed) or added to the scores;
+--   is_causal; need_weights = false, average_attn_weights = true
+-- @treturn Tensor like query
+-- @treturn ?Tensor weights [B, N, M], or [B, H, N, M] with average_attn_weights = false
+function Attention:forward(query, key, value, options)
+  local o = schema.options(OP, options, FORWARD)
+  key = key or query
+  value = value or key
+  if tensor.is(query) and query:dim() == 2 then return self:forward_one(query, key, value, o) end
+  if self.options.batch_first then return attend(self, query, key, value, o) end
+  local function turn(x) return tensor.is(x) and x:dim() == 3 and x:transpose(1, 2) or x end
+  local q = turn(query)
+  local k = key == query and q or turn(key)
+  local out, weights = attend(self, q, k, value == key and k or turn(value), o)
+  return turn(out), weights
+end
+
+--- forward for one item without a batch dimension.
+function Attention:forward_one(query, key, value, o)
+  local function lift(x) return tensor.is(x) and x:unsqueeze(1) or x end
+  local q, call = lift(query), {}
+  local k = key == query and q or lift(key)
+  for name, setting in pairs(o) do call[name] = setting end
+  call.key_padding, call.key_padding_mask = lift(o.key_padding), lift(o.key_padding_mask)
+  local out, weights = attend(self, q, k, value == key and k or lift(value), call)
+  return out:squeeze(1), weights and weights:squeeze(1)
+end
+
+-- ---- decoding ---------------------------------------------------------------------------------------------
 
 local CACHE = { batch = { type = "integer", min = 1, default = 1 },
   keep = { type = "integer", min = 0, default = 0 }, rows = { type = "integer", min = 1 } }
@@ -216,8 +301,7 @@ function Attention:cache(options)
     fail(OP .. ".cache",
       "only causal attention can be decoded row by row; make the module with causal = true")
   end
-  local sizes = { heads = self.heads, kv_heads = self.kv_heads, head_dim = self.head_dim }
-  return KVCache{ decoder = attention.decoder(self.pattern, sizes), batch = o.batch, keep = o.keep,
+  return KVCache{ decoder = self.attention:decoder(self.head_dim), batch = o.batch, keep = o.keep,
     rows = o.rows, heads = self.kv_heads, head_dim = self.head_dim,
     dtype = self.out.weight:dtype(), device = self.out.weight:device() }
 end
@@ -239,7 +323,7 @@ end
 -- @tparam[opt] table counts new rows of each item where they differ (the rest of x is padding)
 -- @treturn Tensor [B, n, E]
 function Attention:decode(x, cache, counts)
-  check_input(self, "x", x)
+  check_input("x", x, self.embed_dim)
   if getmetatable(cache) ~= KVCache then
     fail(OP .. ".decode", "expected a cache made by self:cache{}, got %s", show(cache))
   end
@@ -257,12 +341,42 @@ base.entry_point(Attention.decode)
 function Attention:extra()
   local p, o = self.pattern, self.options
   local kv = self.kv_heads ~= self.heads and ("/%d"):format(self.kv_heads) or ""
-  local text = ("%d, %d%s heads, segments {%s}, dilations {%s}, %s, offset %s, merge %s"):format(
-    self.embed_dim, self.heads, kv, table.concat(p.segments, ", "), table.concat(p.dilations, ", "), p.heads,
-    p.offset, p.merge)
+  local text = ("%d, %d%s heads, "):format(self.embed_dim, self.heads, kv)
+  if o.variant ~= "custom" then text = text .. o.variant .. ", " end
+  if o.segments then
+    text = ("%ssegments {%s}, dilations {%s}, "):format(text, table.concat(p.segments, ", "),
+      table.concat(p.dilations, ", "))
+  end
+  text = ("%s%s, offset %s, merge %s"):format(text, p.heads, p.offset, p.merge)
   if p.causal then text = text .. ", causal" end
   if p.window then text = ("%s, window %d"):format(text, p.window) end
   return o.positions == "none" and text or text .. ", " .. o.positions
 end
 
-return { MultiheadDilatedAttention = Attention, PATTERN = PATTERN }
+-- ---- the named modules ------------------------------------------------------------------------------------
+
+-- the module with other defaults, under the name that the published code gives it
+local function named(name, defaults)
+  local Named = base.define(name, Attention)
+  function Named:init(options)
+    local o = {}
+    for key, value in pairs(defaults) do o[key] = value end
+    for key, value in pairs(type(options) == "table" and options or {}) do o[key] = value end
+    if o.variant ~= defaults.variant then
+      fail(name, "variant is '%s', got %s; MultiheadDilatedAttention takes any", defaults.variant,
+        show(o.variant))
+    end
+    Attention.init(self, o)
+  end
+  return Named
+end
+
+return {
+  PATTERN = PATTERN,
+  MultiheadDilatedAttention = Attention,
+  ImprovedMultiheadDilatedAttention = named("ImprovedMultiheadDilatedAttention",
+    { variant = "improved", fused = true }),
+  RingMultiheadDilatedAttention = named("RingMultiheadDilatedAttention", { variant = "ring" }),
+  DistributedImprovedMultiheadDilatedAttention = named("DistributedImprovedMultiheadDilatedAttention",
+    { variant = "distributed", of = "improved", fused = true }),
+}

@@ -210,6 +210,7 @@ local COMMON = {
   checkpoint_activations = { type = "boolean", default = false },
   dtype = { type = "string" }, device = { type = "string" },
 }
+COMMON.attention = { type = "table" }
 for name, rule in pairs(attn.PATTERN) do
   if name ~= "causal" then COMMON[name] = rule end
 end
@@ -229,6 +230,7 @@ local function self_attention(o, causal)
   for name in pairs(attn.PATTERN) do
     if name ~= "causal" then pattern[name] = o[name] end
   end
+  for name, value in pairs(o.attention or {}) do pattern[name] = value end
   return pattern
 end
 

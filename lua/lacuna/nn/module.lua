@@ -293,6 +293,37 @@ function Module:to(options)
   return self
 end
 
+-- a copy of anything that a module can hold; `seen` keeps sharing as it is
+local function copy_of(value, seen)
+  if type(value) ~= "table" then return value end
+  if seen[value] then return seen[value] end
+  if tensor.is(value) then
+    seen[value] = value:detach():clone():requires_grad_(value.requires_grad)
+    return seen[value]
+  end
+  local mt = getmetatable(value)
+  if mt and not is_module(value) then
+    seen[value] = type(value.clone) == "function" and value:clone() or value -- a value that does not change
+    return seen[value]
+  end
+  local copy = setmetatable({}, mt)
+  seen[value] = copy
+  for key, field in next, value do rawset(copy, key, copy_of(field, seen)) end
+  return copy
+end
+
+--- A deep copy: tensors of its own with the same values (no gradients), the same mode, sharing kept.
+-- @treturn Module
+function Module:clone()
+  local copy = grad.no_grad(copy_of, self, {})
+  for _, m in ipairs(copy:modules()) do
+    for name, kind in pairs(m.module._kinds) do
+      if kind then C.lac_tensor_role(rawget(m.module, name).c, C.LAC_ROLE_PARAMETER) end
+    end
+  end
+  return copy
+end
+
 -- ---- state ------------------------------------------------------------------------------------------------
 
 --- All parameters and buffers by dotted name: the tensors themselves, detached views of them. A shared tensor

@@ -1,0 +1,68 @@
+--- The table of options and variants: each cell either acts or is refused, and `lacuna variants` prints it.
+--
+-- The table is made by trying (attention/matrix.lua), so this spec pins down two things: that no option is
+-- ignored by any variant, and which options are refused, cell by cell, so that support cannot be lost
+-- unnoticed. That the judge can say "ignored" is tested with a variant that drops an option on purpose.
+
+local lac = require "lacuna"
+
+-- what is refused; everything else must act
+local REFUSED = {
+  segments = "dense", dilations = "dense",
+  scheme = "auto dense dilated distributed improved longnet ring",
+  offset = "auto dense dilated distributed improved",
+  ["merge = lse_detach"] = "auto dense dilated distributed improved",
+  ["merge = sum"] = "auto dense dilated distributed improved longnet ring",
+  dedup = "dense dilated distributed improved ring",
+  dropout = "distributed ring",
+  mask = "*", bias = "*", alibi = "*", block_mask = "*", ["cu_seqlens (packed)"] = "*",
+}
+
+local NAMES = { "auto", "custom", "dense", "dilated", "distributed", "improved", "longnet", "ring" }
+
+describe("every option of every variant", function()
+  local matrix = lac.attention.matrix(NAMES)
+
+  it("is in the table with every variant of the library", function()
+    local all = {}
+    for _, name in ipairs(lac.attention.variants:names()) do
+      if not name:find "^test_" then all[#all + 1] = name end
+    end
+    assert.are.same(NAMES, all)
+  end)
+
+  for _, option in ipairs(matrix.options) do
+    it("acts or is refused: " .. option, function()
+      for _, variant in ipairs(NAMES) do
+        local refused = REFUSED[option] or ""
+        local expected = (refused == "*" or (" " .. refused .. " "):find(" " .. variant .. " ", 1, true))
+          and "refused" or "acts"
+        local c = matrix.cells[option][variant]
+        assert.are.equal(expected, c.outcome, variant .. ": " .. tostring(c.reason))
+        if c.reason then assert.is_true(#c.reason > 20) end
+      end
+    end)
+  end
+
+  it("would be called ignored if it were", function()
+    lac.attention.variants:add("test_deaf", { doc = "drops a window", build = function(o)
+      o.window = nil
+      return { segments = o.segments, dilations = o.dilations }
+    end })
+    local deaf = lac.attention.matrix { "test_deaf" }
+    assert.are.equal("ignored", deaf.cells.window.test_deaf.outcome)
+    assert.are.equal("acts", deaf.cells.causal.test_deaf.outcome)
+    assert.matches("window +IGNORED", tostring(deaf))
+  end)
+
+  it("prints as a table with the words of each refusal", function()
+    local text = tostring(matrix)
+    assert.matches("^option +auto +custom +dense", text)
+    assert.matches("\ncausal +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+\n", text)
+    assert.matches("dense, dedup: variant 'dense' has one branch", text)
+    local p = assert(io.popen "build/bin/lacuna variants")
+    local printed = p:read "*a"
+    p:close()
+    assert.are.equal(text .. "\n", printed)
+  end)
+end)
