@@ -35,7 +35,7 @@ local LUA = {
   "grad",
   "recompute watch",
   "gradcheck",
-  "attention.shard",
+  "attention.shard attention.coverage",
   "attention.variants attention.masks attention.explain attention.decode",
   "attention.weights attention.ring attention.matrix",
   "attention.module",

@@ -367,4 +367,31 @@ function plot.heatmap(spec)
   return run_gnuplot(table.concat(lines, "\n") .. "\nunset output\n", spec, kind)
 end
 
+-- ---- attention ------------------------------------------------------------------------------------------
+
+local COVERAGE = { output = { type = "string" }, title = { type = "string" },
+                   size = { type = "integers", min = 1 } }
+
+--- The share of pairs that attention attends to, over their distance; several configurations in one plot.
+-- @tparam table list attention objects (lac.attention, or modules with explain), by label or in order
+-- @tparam integer n positions @tparam[opt] table spec title, size, output
+-- @treturn string as plot.lines
+function plot.coverage(list, n, spec)
+  local o = schema.options("plot.coverage", spec, COVERAGE)
+  local series = {}
+  if list.explain then list = { list } end
+  for key, attn in pairs(list) do
+    local x, y = {}, {}
+    for _, g in ipairs(attn:explain(n, { as = "table" }).coverage) do
+      x[#x + 1], y[#y + 1] = math.max(g.from, 0.5), 100 * g.share -- distance 0 beside 1 on a logarithmic axis
+    end
+    local label = type(key) == "string" and key or attn.variant or tostring(key)
+    series[#series + 1] = { label = label, x = x, y = y, style = "linespoints" }
+  end
+  table.sort(series, function(a, b) return a.label < b.label end)
+  return plot.lines{ title = o.title or ("pairs attended to at N = %d"):format(n), xlabel = "distance",
+    ylabel = "share of pairs [%]", logx = true, yrange = { 0, 102 }, series = series, size = o.size,
+    output = o.output }
+end
+
 return plot

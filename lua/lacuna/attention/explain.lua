@@ -1,4 +1,4 @@
---- The text of attn:explain(n): what a plan does at a length, for people.
+--- What attn:explain(n) says: what a plan does at a length, as a table and as text.
 --
 -- Strips first, then what they amount to: how much of the sequence they touch, how many (query, key) pairs
 -- are computed and which part of dense attention that is, the arithmetic, the memory traffic and the working
@@ -8,9 +8,10 @@
 --
 -- Counts that a reader may want to check by hand are printed in full, with separators; FLOPs and bytes in
 -- units. Positions in strips are 0-based as in the mathematics, branches and heads 1-based as everywhere in
--- Lua. Rejected: a table of numbers as the result (attention.plan_info is that).
+-- Lua. The picture of distances is in coverage.lua, its plot in plot.lua (lac.plot.coverage).
 
 local lib = require "lacuna.lib"
+local coverage = require "lacuna.attention.coverage"
 
 -- 3810304 -> "3,810,304"
 local function grouped(n)
@@ -68,32 +69,81 @@ local function traffic_line(label, flops, bytes)
     :format(label, flops_text(flops), lib.bytes_text(bytes), flops / bytes)
 end
 
---- @tparam string title the first line
--- @tparam table info as attention.plan_info gives it
--- @tparam table pattern causal, align
--- @tparam table z sizes: batch, n, m, heads, kv_heads, head_dim, element (bytes of one), lse (bytes of one)
--- @treturn string
-return function(title, info, pattern, z)
-  local head = ("  %-7s %9s %9s %7s  %s"):format("branch", "segment", "dilation", "offset", "heads")
-  local lines = { title, head }
-  for _, line in ipairs(strip_lines(info.strips, math.max(z.n, z.m))) do lines[#lines + 1] = line end
+-- ---- as a table -----------------------------------------------------------------------------------------
+
+local explain = {}
+
+--- @tparam table info as attention.plan_info gives it
+-- @tparam table pattern causal, align, window
+-- @tparam table z sizes: batch, n, m, heads, kv_heads, head_dim, element (bytes of one), lse (bytes of one),
+--   softmaxes (that the backward keeps beside the merged one)
+-- @treturn table info's fields and dense_pairs, share, covered, bytes_forward, bytes_backward, workspace in
+--   bytes of the dtype, saved (bytes that the backward keeps beside q, k, v), coverage
+function explain.table(info, pattern, z)
+  local t = {}
+  for name, value in pairs(info) do t[name] = value end
+  for name, value in pairs(z) do t[name] = value end
   local queries = z.batch * z.n * z.heads * z.head_dim * z.element        -- q, out, dout, dq
   local keys = z.batch * z.m * z.kv_heads * z.head_dim * z.element        -- k, v, dk, dv
   local lse = z.batch * z.n * z.heads * z.lse
-  local dense = z.heads * dense_pairs(pattern, z.n, z.m)
-  local share = dense > 0 and 100 * info.pairs / dense or 0
-  local covered = 100 * info.rows / (z.n * z.heads)
-  lines[#lines + 1] = ("  rows covered   %.1f%% of (position, head)"):format(covered)
-  lines[#lines + 1] = ("  pairs          %s per batch item, %.2f%% of dense%s"):format(
-    grouped(info.pairs), share, pattern.causal and " causal" or "")
-  lines[#lines + 1] = traffic_line("forward", info.flops_forward, 2 * queries + 2 * keys + lse)
-  lines[#lines + 1] = traffic_line("backward", info.flops_backward, 4 * queries + 4 * keys + lse)
+  t.dense_pairs = z.heads * dense_pairs(pattern, z.n, z.m)
+  t.share = t.dense_pairs > 0 and info.pairs / t.dense_pairs or 0
+  t.covered = info.rows / (z.n * z.heads)
+  t.bytes_forward, t.bytes_backward = 2 * queries + 2 * keys + lse, 4 * queries + 4 * keys + lse
+  t.saved = queries + lse * (1 + z.softmaxes)
   local width = z.element == 8 and 2 or 1 -- tiles are f32, in f64 twice as wide
-  lines[#lines + 1] = ("  workspace      forward %s, backward %s a CPU thread"):format(
-    lib.bytes_text(width * info.workspace_forward), lib.bytes_text(width * info.workspace_backward))
-  if z.element == 2 then
-    lines[#lines + 1] = ("  f32 sums       forward %s, backward %s"):format(
-      lib.bytes_text(info.accumulate_forward), lib.bytes_text(info.accumulate_backward))
+  t.workspace_forward, t.workspace_backward = width * info.workspace_forward, width * info.workspace_backward
+  t.coverage = coverage(info.strips, pattern, z)
+  return t
+end
+
+-- ---- as text --------------------------------------------------------------------------------------------
+
+local BAR = 24
+
+local function coverage_lines(lines, groups)
+  lines[#lines + 1] = "  distance       pairs that some branch attends to"
+  for _, g in ipairs(groups) do
+    local range = g.from == g.to and tostring(g.from) or ("%d to %d"):format(g.from, g.to)
+    local bar = ("#"):rep(math.ceil(g.share * BAR - 1e-9))
+    lines[#lines + 1] = (("    %-17s %6.2f%% %s"):format(range, 100 * g.share, bar):gsub(" $", ""))
   end
+end
+
+local function ring_lines(lines, r)
+  lines[#lines + 1] = ("  ranks          %d, %s, %d to %d rows each, schedule %s"):format(r.ranks,
+    r.layout, r.least, r.most, r.schedule)
+  lines[#lines + 1] = ("  traffic        ring %s, all-gather %s forward, K and V"):format(
+    lib.bytes_text(r.bytes_ring), lib.bytes_text(r.bytes_allgather))
+  lines[#lines + 1] = ("  visiting rows  ring %s, all-gather %s at most at a rank"):format(
+    lib.bytes_text(r.held_ring), lib.bytes_text(r.held_allgather))
+end
+
+--- @tparam string title the first line @tparam table t of explain.table, with causal, kernel, reason, ring
+-- @treturn string
+function explain.text(title, t)
+  local head = ("  %-7s %9s %9s %7s  %s"):format("branch", "segment", "dilation", "offset", "heads")
+  local lines = { title }
+  if t.reason then lines[2] = "  chosen         " .. t.reason end
+  lines[#lines + 1] = head
+  for _, line in ipairs(strip_lines(t.strips, math.max(t.n, t.m))) do lines[#lines + 1] = line end
+  lines[#lines + 1] = ("  rows covered   %.1f%% of (position, head)"):format(100 * t.covered)
+  lines[#lines + 1] = ("  pairs          %s per batch item, %.2f%% of dense%s"):format(
+    grouped(t.pairs), 100 * t.share, t.causal and " causal" or "")
+  coverage_lines(lines, t.coverage)
+  lines[#lines + 1] = "  kernel         " .. t.kernel
+  lines[#lines + 1] = traffic_line("forward", t.flops_forward, t.bytes_forward)
+  lines[#lines + 1] = traffic_line("backward", t.flops_backward, t.bytes_backward)
+  lines[#lines + 1] = ("  workspace      forward %s, backward %s a CPU thread"):format(
+    lib.bytes_text(t.workspace_forward), lib.bytes_text(t.workspace_backward))
+  lines[#lines + 1] = ("  kept           %s for the backward, beside q, k and v"):format(
+    lib.bytes_text(t.saved))
+  if t.element == 2 then
+    lines[#lines + 1] = ("  f32 sums       forward %s, backward %s"):format(
+      lib.bytes_text(t.accumulate_forward), lib.bytes_text(t.accumulate_backward))
+  end
+  if t.ring then ring_lines(lines, t.ring) end
   return table.concat(lines, "\n")
 end
+
+return explain

@@ -146,27 +146,67 @@ function Attention:decoder(head_dim)
   return core.decoder(pattern, { heads = o.heads, kv_heads = o.kv_heads, head_dim = head_dim })
 end
 
---- What the plan does at a length: strips, coverage, pairs, FLOPs, bytes moved, working memory.
+local CPU = "tiles in %s, %s sums, %d threads"
+
+-- which arithmetic runs for this dtype; a GPU may be asked about where there is none
+local function kernel_of(name, dtype)
+  if (name or device.default_device()):find "^cuda" then
+    if device.dtype_size[dtype] == 2 then return "cuda: tensor cores, f32 sums" end
+    return "cuda: arithmetic of " .. device.dtype_name[dtype]
+  end
+  device.code(OP, name) -- refuses what is no device
+  local isa = tostring(device.devices()):match("cpu: ([^\n]*)") or "cpu"
+  return "cpu: " .. CPU:format(isa, dtype == C.LAC_F64 and "f64" or "f32", device.threads())
+end
+
+-- ranks and bytes of K and V that travel, for a variant in shards
+local function ring_of(self, n, m, row)
+  if not self.record.sharding then return nil end
+  local o, plan = self.options, self.record.sharding(self, n, m)
+  local t = { ranks = o.ranks, layout = o.layout, schedule = plan.schedule, least = n, most = 0 }
+  for _, pieces in ipairs(plan.queries) do
+    local rows = 0
+    for _, piece in ipairs(pieces) do rows = rows + piece.count end
+    t.least, t.most = math.min(t.least, rows), math.max(t.most, rows)
+  end
+  t.bytes_ring, t.bytes_allgather = plan.traffic.ring * row, plan.traffic.allgather * row
+  t.held_ring, t.held_allgather = plan.traffic.ring_held * row, plan.traffic.allgather_held * row
+  return t
+end
+
+local EXPLAIN -- made at the first call: the core is not there yet
+
+--- What the plan does at a length: strips, coverage by distance, pairs, FLOPs, bytes moved, memory, kernel
+-- and, for variants in shards, traffic. lac.plot.coverage draws it.
 -- @tparam integer n positions
--- @tparam[opt] table sizes batch (1), m (n), head_dim (64), dtype (the default dtype)
--- @treturn string
+-- @tparam[opt] table sizes batch (1), m (n), head_dim (64), dtype and device (the defaults); as = "text" |
+--   "table"
+-- @treturn string|table
 function Attention:explain(n, sizes)
   schema.check(OP, "n", n == nil and false or n, core.sizes.n)
-  local z = schema.options(OP, sizes, { batch = core.sizes.batch, m = core.sizes.m,
-                                        head_dim = core.sizes.head_dim, dtype = { type = "string" } })
+  EXPLAIN = EXPLAIN or { batch = core.sizes.batch, m = core.sizes.m, head_dim = core.sizes.head_dim,
+    dtype = { type = "string" }, device = { type = "string" }, as = { one_of = { "text", "table" },
+    default = "text" } }
+  local z = schema.options(OP, sizes, EXPLAIN)
   local dtype = device.dtype(OP, z.dtype)
   if not device.is_float(dtype) then
     fail(OP, "dtype must be f64, f32, f16 or bf16, got '%s'", z.dtype)
   end
-  local o, m = self.options, z.m or n
-  local plan = core.plan_for(self.pattern, self.key, z.batch, n, m, o.heads, o.kv_heads, z.head_dim)
-  local title = ("%s at N = %d%s, batch %d, head_dim %d, %s"):format(
-    tostring(self), n, m ~= n and (", M = %d"):format(m) or "", z.batch, z.head_dim,
-    device.dtype_name[dtype])
-  return explain(title, core.info_of(plan), self.pattern, {
+  local o, p, m = self.options, self.pattern, z.m or n
+  local info = core.info_of(core.plan_for(p, self.key, z.batch, n, m, o.heads, o.kv_heads, z.head_dim))
+  local element = device.dtype_size[dtype]
+  local branches = p.heads == "all" and (p.merge == "mean" or p.merge == "sum") and #p.segments or 1
+  local t = explain.table(info, p, {
     batch = z.batch, n = n, m = m, heads = o.heads, kv_heads = o.kv_heads, head_dim = z.head_dim,
-    element = device.dtype_size[dtype], lse = dtype == C.LAC_F64 and 8 or 4,
+    element = element, lse = dtype == C.LAC_F64 and 8 or 4, softmaxes = branches > 1 and branches or 0,
   })
+  t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
+  t.kernel = kernel_of(z.device, dtype)
+  t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
+  if z.as == "table" then return t end
+  return explain.text(("%s at N = %d%s, batch %d, head_dim %d, %s"):format(
+    tostring(self), n, m ~= n and (", M = %d"):format(m) or "", z.batch, z.head_dim,
+    device.dtype_name[dtype]), t)
 end
 
 function Attention:__tostring()

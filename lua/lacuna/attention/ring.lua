@@ -274,7 +274,7 @@ function ring.plan(module, n, m)
   local made = { queries = shard.pieces(n, o.ranks, o.layout), keys = shard.pieces(m, o.ranks, o.layout) }
   made.tasks = shard.tasks(info.strips, made.queries, made.keys,
                            { causal = p.causal, window = p.window, shift = p.align == "end" and m - n or 0 })
-  made.traffic = shard.traffic(made.tasks)
+  made.traffic = shard.traffic(made.tasks, o.heads / o.kv_heads)
   made.schedule = o.schedule
   if o.schedule == "auto" then
     made.schedule = made.traffic.allgather < made.traffic.ring and "allgather" or "ring"

@@ -122,14 +122,17 @@ function shard.tasks(strips, queries, keys, o)
   return all
 end
 
--- rows x heads of keys that rank j's shard must give to rank i: each (strip, segment, piece) once
-local function rows_needed(list)
+-- rows x key heads that rank j's shard must give to rank i: each (branch, lattice, segment, piece, head) once
+local function rows_needed(list, group)
   local seen, rows = {}, 0
   for _, task in ipairs(list) do
-    local key = ("%d/%d/%s/%s"):format(task.k_piece.first, task.segment, tostring(task.strip), task.k.first)
-    if not seen[key] then
-      seen[key] = true
-      rows = rows + task.k.count * task.strip.heads
+    local s = task.strip
+    for h = floor(s.head0 / group), floor((s.head0 + s.heads - 1) / group) do
+      local key = ("%d/%d/%d/%d/%d"):format(s.branch, task.k.first, task.segment, task.k_piece.first, h)
+      if not seen[key] then
+        seen[key] = true
+        rows = rows + task.k.count
+      end
     end
   end
   return rows
@@ -138,15 +141,16 @@ end
 --- What the two schedules send: only kept rows travel, and only to ranks that use them. A ring passes a shard
 -- from neighbour to neighbour as far as it is needed, an all-gather sends it to each of them at once and
 -- holds everything that was gathered.
--- @tparam table tasks of shard.tasks
+-- @tparam table tasks of shard.tasks @tparam[opt=1] integer group query heads that share a key head
 -- @treturn table ring, allgather: rows x heads sent; ring_held, allgather_held: most that a rank holds of
 --   others
-function shard.traffic(tasks)
+function shard.traffic(tasks, group)
+  group = group or 1
   local P, t = #tasks, { ring = 0, allgather = 0, ring_held = 0, allgather_held = 0 }
   for j = 1, P do
     local farthest, most = 0, 0
     for hop = 1, P - 1 do
-      local rows = rows_needed(tasks[(j + hop - 1) % P + 1][j])
+      local rows = rows_needed(tasks[(j + hop - 1) % P + 1][j], group)
       if rows > 0 then farthest, most = hop, max(most, rows) end
       t.allgather = t.allgather + rows
     end
@@ -154,7 +158,7 @@ function shard.traffic(tasks)
   end
   for i = 1, P do
     local held = 0
-    for j = 1, P do held = held + (j ~= i and rows_needed(tasks[i][j]) or 0) end
+    for j = 1, P do held = held + (j ~= i and rows_needed(tasks[i][j], group) or 0) end
     t.allgather_held = max(t.allgather_held, held)
   end
   return t

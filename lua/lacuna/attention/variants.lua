@@ -7,10 +7,11 @@
 -- lac.attend takes every combination.
 --
 -- A record has doc (one line), build(options, fail) -> pattern and, where there was a choice, a sentence that
--- says why; it may have `options`, a schema for options of its own, and run(module, q, k, v, run) -> out, lse
--- if one engine call is not what it does. A variant with an option `of` wraps another one, whose options it
--- takes too. `bare` says that it needs no segments, `example` has options without which
--- it cannot be made: both for the table of `lacuna variants`, which tries every option.
+-- says why; it may have `options`, a schema for options of its own, run(module, q, k, v, run) -> out, lse if
+-- one engine call is not what it does, and sharding(module, n, m) if rows are cut over ranks (for explain). A
+-- variant with an option `of` wraps another one, whose options it takes too. `bare` says that it needs no
+-- segments, `example` has options without which it cannot be made: both for the table of `lacuna variants`,
+-- which tries every option.
 
 local schema = require "lacuna.schema"
 local device = require "lacuna.device"
@@ -53,12 +54,14 @@ local function ring_options(ring, of, ranks, schedule)
 end
 
 local function sharded(registry, ring, name, doc, options)
-  registry:add(name, { doc = doc, options = options, run = ring.run, build = function(o, fail)
+  local record = { doc = doc, options = options, run = ring.run, sharding = ring.plan }
+  function record.build(o, fail)
     local inner = registry:get(o.of)
     if inner.run then fail("attention", "variant '%s' cannot wrap '%s': it runs itself", name, o.of) end
     ring.check(o, name)
     return inner.build(o, fail)
-  end })
+  end
+  registry:add(name, record)
 end
 
 -- ---- the choice by length --------------------------------------------------------------------------------

@@ -338,6 +338,14 @@ function Attention:decode(x, cache, counts)
 end
 base.entry_point(Attention.decode)
 
+--- What the attention does at a length (see lac.attention): strips, coverage, costs.
+-- @tparam integer n @tparam[opt] table sizes as there; head_dim, dtype and device are the module's
+function Attention:explain(n, sizes)
+  local z = { head_dim = self.head_dim, dtype = self.out.weight:dtype(), device = self.out.weight:device() }
+  for name, value in pairs(sizes or {}) do z[name] = value end
+  return self.attention:explain(n, z)
+end
+
 function Attention:extra()
   local p, o = self.pattern, self.options
   local kv = self.kv_heads ~= self.heads and ("/%d"):format(self.kv_heads) or ""

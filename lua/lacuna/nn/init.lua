@@ -11,7 +11,8 @@ local base = require "lacuna.nn.module"
 
 local nn = { module = base.define, Module = base.Module, is_module = base.is_module }
 
-for _, file in ipairs{ "layers", "conv", "losses", "cache", "sampling", "attention", "longnet", "encoder" } do
+for _, file in ipairs{ "layers", "conv", "losses", "cache", "sampling", "attention", "longnet", "encoder",
+  "foreign" } do
   for name, value in pairs(require("lacuna.nn." .. file)) do
     if name ~= "PATTERN" and name ~= "SAMPLING" then nn[name] = value end
   end

