@@ -31,6 +31,22 @@ describe("lac.config", function()
     assert.is_true(again == attn.options)
   end)
 
+  it("composes: shards onto an attention, a pool onto the process", function()
+    local ring = lac.config.ring { ranks = 3 }
+    assert.are.equal("ring{layout = 'contiguous', of = 'longnet', ranks = 3, schedule = 'ring'}",
+      tostring(ring))
+    assert.are.equal("distributed{layout = 'contiguous', of = 'improved', ranks = 1, schedule = 'auto'}",
+      tostring(lac.config.distributed()))
+    local o = lac.config.attention(given):with { variant = "ring" }:with(ring)
+    assert.are.equal(3, lac.attention(o).options.ranks)
+    assert.error_matches(function() lac.config.ring { rank = 3 } end, "did you mean 'ranks'")
+    local pool = lac.config.pool { limit = 2 ^ 40, soft = 2 ^ 39 }
+    assert.matches("^pool{device = 'cpu', limit = 1099511627776, soft = ", tostring(pool))
+    lac.memory_limit(pool)
+    lac.memory_limit(lac.config.pool())
+    assert.error_matches(function() pool:with { limit = 5 } end, "the soft limit must not be above the hard")
+  end)
+
   it("refuses what its owner refuses", function()
     assert.error_matches(function() return lac.config.atention end, "did you mean 'attention'")
     assert.error_matches(function() lac.config.attention(given):with { casual = true } end,

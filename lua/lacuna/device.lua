@@ -177,18 +177,34 @@ end
 local LIMIT = { soft = { type = "integer", min = 0, default = 0 },
                 device = { type = "string", default = "cpu" } }
 
+local function check_limits(op, hard, soft)
+  if hard > 0 and soft > hard then
+    fail(op, "the soft limit must not be above the hard one: %.0f > %.0f bytes", soft, hard)
+  end
+end
+
+--- The options of a pool as one table, complete: limit (hard), soft, device. For lac.config.pool.
+function device.pool_options(options)
+  local o = schema.options("pool", options, { limit = { type = "integer", min = 0, default = 0 },
+                                              soft = LIMIT.soft, device = LIMIT.device })
+  check_limits("pool", o.limit, o.soft)
+  return o
+end
+
 --- Limits of a pool in bytes; 0 removes one. Over the hard limit an operator fails, after garbage was
 -- collected and the pool trimmed. Over the soft limit the same is done first, but what is still needed then
 -- may pass it: garbage never takes the pool over it.
--- @tparam integer bytes hard limit on live bytes
+-- @tparam integer|table bytes hard limit on live bytes, or a lac.config.pool with all of it
 -- @tparam[opt] table options soft = 0: soft limit, not above the hard one; device = "cpu": whose pool, as for
 --   lac.memory
 function device.memory_limit(bytes, options)
+  if type(bytes) == "table" then
+    options = { soft = bytes.soft, device = bytes.device }
+    bytes = bytes.limit
+  end
   schema.check("memory_limit", "bytes", bytes, { type = "integer", min = 0 })
   local o = schema.options("memory_limit", options, LIMIT)
-  if bytes > 0 and o.soft > bytes then
-    fail("memory_limit", "the soft limit must not be above the hard one: %.0f > %.0f bytes", o.soft, bytes)
-  end
+  check_limits("memory_limit", bytes, o.soft)
   local pool = device.pool("memory_limit", o.device)
   lib.check(C.lac_memory_limit(pool, bytes))
   lib.soft_limit(o.soft, pool)

@@ -62,7 +62,7 @@ for name in pairs(FUNCTIONS) do lazy[name] = true end
 local function load_lazy(name)
   if name == "config" then -- the owners of the kinds register them
     lac.config = require "lacuna.config"
-    for _, owner in ipairs { "attention", "nn" } do require("lacuna." .. owner) end
+    for _, owner in ipairs { "attention", "nn", "memory" } do require("lacuna." .. owner) end
     return lac.config
   end
   if name == "attend" or name == "attention" then

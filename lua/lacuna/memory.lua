@@ -19,10 +19,12 @@ local schema = require "lacuna.schema"
 local device = require "lacuna.device"
 local scope = require "lacuna.scope"
 local sites = require "lacuna.sites"
+local config = require "lacuna.config"
 
 local ffi, C = lib.ffi, lib.C
 local bytes_text = lib.bytes_text
 local memory = {}
+config.define("pool", device.pool_options)
 
 local USES = { [0] = "other", "parameters", "gradients", "optimizer", "workspace" }
 memory.uses = USES

@@ -29,7 +29,7 @@ local fail = schema.fail
 local OP = "attention"
 local WHOLE = 2 ^ 40 -- a segment longer than any sequence
 
-local ring = { SCHEDULES = { "ring", "allgather", "auto" }, LAYOUTS = shard.LAYOUTS }
+local ring = { SCHEDULES = { "ring", "allgather", "auto" } }
 
 local core
 
@@ -254,6 +254,17 @@ local function refuse(o, run, name)
       fail(OP, "variant '%s' does not honour option '%s' on shards; use the variant '%s'", name, key, o.of)
     end
   end
+end
+
+--- What cuts a sequence: the options of a variant in shards, with the defaults of this one.
+-- @tparam string of the variant inside @tparam integer ranks @tparam string schedule
+function ring.options(of, ranks, schedule)
+  return {
+    of = { type = "string", default = of },
+    ranks = { type = "integer", min = 1, max = 4096, default = ranks },
+    layout = { one_of = shard.LAYOUTS, default = "contiguous" },
+    schedule = { one_of = ring.SCHEDULES, default = schedule },
+  }
 end
 
 --- Complaints about a configuration; for variants.lua. @tparam table o options with the variant's own

@@ -15,6 +15,7 @@
 
 local schema = require "lacuna.schema"
 local device = require "lacuna.device"
+local config = require "lacuna.config"
 
 -- the setting that a variant fixes: absent or equal
 local function fixed(name, o, settings)
@@ -44,16 +45,8 @@ end
 
 -- ---- the sequence in shards ------------------------------------------------------------------------------
 
-local function ring_options(ring, of, ranks, schedule)
-  return {
-    of = { type = "string", default = of },
-    ranks = { type = "integer", min = 1, max = 4096, default = ranks },
-    layout = { one_of = ring.LAYOUTS, default = "contiguous" },
-    schedule = { one_of = ring.SCHEDULES, default = schedule },
-  }
-end
-
 local function sharded(registry, ring, name, doc, options)
+  config.define(name, function(given) return schema.options(name, given, options) end)
   local record = { doc = doc, options = options, run = ring.run, sharding = ring.plan }
   function record.build(o, fail)
     local inner = registry:get(o.of)
@@ -163,7 +156,7 @@ return function(registry, ring)
   })
 
   sharded(registry, ring, "ring", "another variant (of), its sequence in shards over a ring of virtual ranks",
-          ring_options(ring, "longnet", 2, "ring"))
+          ring.options("longnet", 2, "ring"))
   sharded(registry, ring, "distributed", "'improved' in shards, the schedule chosen by what it sends",
-          ring_options(ring, "improved", 1, "auto"))
+          ring.options("improved", 1, "auto"))
 end
