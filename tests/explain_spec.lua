@@ -118,5 +118,13 @@ describe("attn:explain", function()
     local t = m:explain(16, { as = "table" })
     assert.are.equal(16, t.head_dim)
     assert.matches("^attention longnet%(2 heads", m:explain(16))
+    local model = lac.nn.LongNetLM { vocab = 11, layers = 3, width = 8, heads = 2, context = 16,
+                                     segments = { 4, 16 }, dilations = { 1, 2 } }
+    assert.matches("^layers%.1%.attention and 2 more like it:\nattention custom%(2 heads", model:explain(16))
+    local all = model:explain(16, { as = "table" })
+    assert.are.equal(1, #all)
+    assert.are.equal("layers.3.attention", all[1].paths[3])
+    assert.are.equal(t.n, all[1].explained.n)
+    assert.error_matches(function() lac.nn.Linear(2, 2):explain(4) end, "Linear: there is no attention in it")
   end)
 end)

@@ -242,7 +242,7 @@ local ring_op = grad.custom_op {
 -- ---- the variant --------------------------------------------------------------------------------------
 
 local HONOURED = { scale = true, training = true, return_lse = true, need_weights = true, key_padding = true,
-                   key_lengths = true }
+                   key_lengths = true, block = true } -- without a block_mask, its size says nothing
 
 -- options that shards cannot honour, at configuration and at a call
 local function refuse(o, run, name)

@@ -407,6 +407,34 @@ function Module:load_state_dict(state, options)
   return self
 end
 
+-- ---- attention of a model ---------------------------------------------------------------------------------
+
+--- What every attention of the model does at n positions; equal ones are explained once.
+-- @tparam integer n @tparam[opt] table sizes as in the explain of lac.attention: batch, m, as = "text" |
+--   "table"
+-- @treturn string|table as a table a list of { paths =, explained = the table of lac.attention }
+function Module:explain(n, sizes)
+  local list, by_text = {}, {}
+  for _, m in ipairs(self:modules()) do
+    if m.module.explain ~= Module.explain then
+      local text = tostring(m.module)
+      if not by_text[text] then
+        by_text[text] = { paths = {}, explained = m.module:explain(n, sizes) }
+        list[#list + 1] = by_text[text]
+      end
+      table.insert(by_text[text].paths, m.path)
+    end
+  end
+  if #list == 0 then fail(class_name(self), "there is no attention in it to explain") end
+  if sizes and sizes.as == "table" then return list end
+  local texts = {}
+  for i, one in ipairs(list) do
+    local more = #one.paths > 1 and (" and %d more like it"):format(#one.paths - 1) or ""
+    texts[i] = ("%s%s:\n%s"):format(one.paths[1], more, one.explained)
+  end
+  return table.concat(texts, "\n")
+end
+
 -- ---- printing ---------------------------------------------------------------------------------------------
 
 --- What stands between the parentheses of the printed name, e.g. "10 -> 5".
