@@ -7,16 +7,19 @@
 #include "elem.cuh"
 
 // clang-format off
-SELECT(map1, hot_map1)
+SELECT(map1)
 #define MAP1(name, domain, value, gradient) CASE(M1_##name, domain, value)
 #define CMP1(name, value) CASE(M1_##name, ANY, value)
 #define LOGIC1(name, text, value) CASE(M1_##name, BOOL, value)
 #define INT1(name, value) CASE(M1_##name, INT, value)
 #include "maps.def"
-CASE(M1_gelu_short, FLOAT, x < -1e3f ? 0 : x * short_cdf((float)x))
+CASE(M1_exp_short, FLOAT, short_exp((float)x))
+CASE(M1_sigmoid_short, FLOAT, short_sigmoid((float)x))
+CASE(M1_silu_short, FLOAT, x * short_sigmoid((float)x))
+CASE(M1_gelu_short, FLOAT, short_gelu((float)x))
 SELECT_END
 
-SELECT(map2, hot_map2)
+SELECT(map2)
 #define MAP2(name, domain, value, d_x, d_y) CASE(M2_##name, domain, value)
 #define CMP2(name, value) CASE(M2_##name, ANY, value)
 #define LOGIC2(name, text, value) CASE(M2_##name, BOOL, value)
@@ -24,18 +27,18 @@ SELECT(map2, hot_map2)
 #include "maps.def"
 SELECT_END
 
-SELECT(mapp, hot_none)
+SELECT(mapp)
 #define MAPP(name, domain, count, value, gradient) CASE(MP_##name, domain, value)
 #include "maps.def"
 SELECT_END
 
-SELECT(map3, hot_none)
+SELECT(map3)
 #define MAP3(name, value, d_x, d_y, d_z) CASE(M3_##name, FLOAT, value)
 #include "maps.def"
 SELECT_END
 
 /* 1: dst = alpha x + dst (inputs x, alpha, dst); 0: alpha dst */
-SELECT(axpy, hot_none)
+SELECT(axpy)
 CASE(1, ANY, F_add(F_mul(y, x), z))
 CASE(0, ANY, F_mul(y, z))
 SELECT_END
@@ -46,6 +49,8 @@ KERNELS(map2, 2)
 KERNELS(mapp, 1)
 KERNELS(map3, 3)
 KERNELS(axpy, 3)
+QUICK_KERNELS(map1, 1, quick_map1_list)
+QUICK_KERNELS(map2, 2, quick_map2_list)
 
 /* ---- launching ---- */
 
@@ -63,7 +68,7 @@ static bool dense_fits(const nest &n, const operands &o, map_args *a)
     return fits;
 }
 
-int elem_launch(const char *op, const operands &o, int fn, bool hot, map_kernel *dense, map_kernel *floats,
+int elem_launch(const char *op, const operands &o, int fn, map_kernel *quick, map_kernel *dense, map_kernel *floats,
                 map_kernel *doubles, map_kernel *integers)
 {
     nest n = nest_make(o.inputs + 1, o.view);
@@ -79,9 +84,11 @@ int elem_launch(const char *op, const operands &o, int fn, bool hot, map_kernel 
     a.out = n.data[0];
     for (int k = 0; k < o.inputs; k++) a.in[k] = n.data[k + 1];
     if (dense_fits(n, o, &a)) {
-        int64_t vectors = hot || o.inputs > 2 ? 2 : 4; /* dense_vectors */
+        if (n.total == 1) quick = NULL;                                    /* where one element is a scalar too */
+        int64_t vectors = o.inputs > 2 || (quick && o.inputs > 1) ? 2 : 4; /* quick_vectors, dense_vectors */
         int64_t per_turn = THREADS * vectors * (16 / dtype_bytes(a.dtype));
-        dense<<<blocks_for(n.total, per_turn), THREADS, 0, lac_cuda_stream>>>(a);
+        map_kernel *kernel = quick ? quick : dense;
+        kernel<<<blocks_for(n.total, per_turn), THREADS, 0, lac_cuda_stream>>>(a);
         return lac_cuda_launched(op);
     }
     a.small = n.small;
@@ -96,8 +103,8 @@ extern "C" int lac_cuda_map1(const lac_a_map1 *a)
 {
     operands o = {{&a->out, &a->x}, 1, -1};
     bool half = a->x.dtype == LAC_F16 || a->x.dtype == LAC_BF16;
-    int fn = half && a->fn == M1_gelu ? M1_gelu_short : a->fn;
-    return LAUNCH_ANY("map1", map1, fn, hot_map1(fn), o);
+    int fn = half ? short_of(a->fn) : a->fn;
+    return LAUNCH_ANY("map1", map1, fn, map1_quick(fn, a->x.dtype), o);
 }
 
 /* the view that stands in for a number is x's; it is never read */
@@ -106,7 +113,7 @@ extern "C" int lac_cuda_map2(const lac_a_map2 *a)
     bool number = !a->y.data;
     const lac_view *x = &a->x, *y = number ? &a->x : &a->y;
     operands o = {{&a->out, a->swapped ? y : x, a->swapped ? x : y}, 2, number ? (a->swapped ? 0 : 1) : -1, a->scalar};
-    return LAUNCH_ANY("map2", map2, a->fn, hot_map2(a->fn), o);
+    return LAUNCH_ANY("map2", map2, a->fn, map2_quick(a->fn, x->dtype), o);
 }
 
 int elem_mapp_bwd(const lac_a_mapp *a);
@@ -117,19 +124,19 @@ extern "C" int lac_cuda_mapp(const lac_a_mapp *a)
     const double *c = a->constants;
     if (a->g.data) return elem_mapp_bwd(a);
     operands o = {{&a->out, &a->x}, 1, -1, 0, {c[0], c[1], c[2]}};
-    return LAUNCH_ANY("mapp", mapp, a->fn, false, o);
+    return LAUNCH_ANY("mapp", mapp, a->fn, NULL, o);
 }
 
 extern "C" int lac_cuda_map3(const lac_a_map3 *a)
 {
     if (a->g.data) return elem_map3_bwd(a);
     operands o = {{&a->out, &a->x, &a->y, &a->z}, 3, -1, 0, {a->constant, 0, 0}};
-    return LAUNCH_FLOAT("map3", map3, a->fn, false, o);
+    return LAUNCH_FLOAT("map3", map3, a->fn, NULL, o);
 }
 
 extern "C" int lac_cuda_axpy(const lac_a_axpy *a)
 {
     const lac_view *x = a->x.data ? &a->x : &a->dst;
     operands o = {{&a->dst, x, x, &a->dst}, 3, 1, a->alpha};
-    return LAUNCH_ANY("axpy", axpy, a->x.data != NULL, false, o);
+    return LAUNCH_ANY("axpy", axpy, a->x.data != NULL, NULL, o);
 }

@@ -2,17 +2,19 @@
  *
  * The definitions are those of c/cpu/loss.c: with class weights w and smoothing e a row's target is
  * q_c = w_c ((1 - e) t_c + e / V), Q its sum; the loss is Q lse - sum q_c x_c and the gradient (Q softmax_c - q_c) g. A
- * block owns a row and reads it twice, the second time from the cache.
+ * block owns a row. Dense rows with classes as targets, which language models have, are read once, 16 bytes at a time,
+ * with a maximum and a sum that are rescaled as the maximum grows; others twice, the second time from the cache.
  *
- * The fused form computes logits a chunk of rows at a time (64 MB of f32), so that R x V logits never exist. In the
- * backward a chunk's gradient is rounded to the dtype of x before it is multiplied into dx and dw, which is what runs
- * on tensor cores; dw adds up in f32. f16 has no range for gradients divided by a batch, so there both products run in
- * f32. A target outside [0, V) leaves a note (backend.cu) and the row a loss of 0.
+ * The fused form computes logits a chunk of rows at a time (512 MB of f32), so that R x V logits never exist. dw is
+ * read and written once for each chunk, which in chunks of 64 MB was 32 GB for 32,768 rows and 50,304 classes. In the
+ * backward a chunk's gradient is rounded to the dtype of x before it is multiplied into dx and dw, which is what
+ * runs on tensor cores; dw adds up in f32. f16 has no range for gradients divided by a batch, so there both products
+ * run in f32. A target outside [0, V) leaves a note (backend.cu) and the row a loss of 0.
  */
 #include "gemm.cuh"
 #include "rows.cuh"
 
-enum { LOSS_THREADS = 512, CHUNK_ELEMENTS = 1 << 24 };
+enum { LOSS_THREADS = 512, CHUNK_ELEMENTS = 1 << 27 };
 
 static int64_t numel(const lac_view *v)
 {
@@ -145,6 +147,136 @@ __global__ void __launch_bounds__(LOSS_THREADS)
     }
 }
 
+/* ---- the same for dense rows and classes as targets, without smoothing ---- */
+
+enum { LOSS_GROUP = 8 }; /* neighbours that a thread takes at once */
+template <class T> struct alignas(16) loss_group {
+    T at[LOSS_GROUP];
+};
+
+/* of a half type the result is rounded a thousand times more coarsely than ex2 is wrong */
+template <class T> static __device__ __forceinline__ float loss_exp(float x)
+{
+    if constexpr (std::is_same_v<T, float>) {
+        return expf(x);
+    } else {
+        float y;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+        return y;
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(LOSS_THREADS, 2)
+    loss_dense(loss_rows<T> a, loss_target<float> t, lac_cuda_reporter bad)
+{
+    constexpr int FLIGHT = 2;
+    __shared__ float space[LOSS_THREADS / 32];
+    __shared__ double wide_space[LOSS_THREADS / 32];
+    for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+        const loss_group<T> *x = (const loss_group<T> *)(a.logits + r * a.row_stride);
+        int groups = (int)(a.n / LOSS_GROUP);
+        float most = -INFINITY;
+        double sum = 0;
+        for (int c = threadIdx.x; c < groups; c += FLIGHT * LOSS_THREADS) {
+            loss_group<T> raw[FLIGHT];
+            float v[FLIGHT][LOSS_GROUP], top = most, part = 0;
+#pragma unroll
+            for (int u = 0; u < FLIGHT; u++)
+                if (c + u * LOSS_THREADS < groups) raw[u] = x[c + u * LOSS_THREADS];
+#pragma unroll
+            for (int u = 0; u < FLIGHT; u++)
+#pragma unroll
+                for (int i = 0; i < LOSS_GROUP; i++) {
+                    v[u][i] = c + u * LOSS_THREADS < groups ? to_compute(raw[u].at[i]) : -INFINITY;
+                    top = fmaxf(top, v[u][i]);
+                }
+            float shift = top > -INFINITY ? top : 0;
+            if (top > most) sum *= (double)expf(most - shift);
+            most = top;
+#pragma unroll
+            for (int u = 0; u < FLIGHT; u++)
+#pragma unroll
+                for (int i = 0; i < LOSS_GROUP; i++) part += loss_exp<T>(v[u][i] - shift);
+            sum += (double)part;
+        }
+        float all = block_max(most, space);
+        if (most < all) sum *= (double)expf(most - all);
+        sum = block_sum(sum, wide_space);
+        if (threadIdx.x) continue;
+        int64_t row = a.first + r, k = t.at(row);
+        double lse = (double)all + log(sum), loss = 0;
+        bool outside = k < 0 || k >= a.n;
+        if (k != t.ignore && outside) bad.report(row, k);
+        if (k != t.ignore && !outside)
+            loss = (t.weight ? (double)t.weight[k] : 1) * (lse - (double)to_compute(a.logits[r * a.row_stride + k]));
+        a.lse[row] = (float)lse, a.out[row] = (float)loss;
+    }
+}
+
+template <class T, class U>
+__global__ void __launch_bounds__(LOSS_THREADS)
+    gradient_dense(loss_rows<T> a, loss_target<float> t, U *y, lac_cuda_reporter bad)
+{
+    for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+        const loss_group<T> *x = (const loss_group<T> *)(a.logits + r * a.row_stride);
+        loss_group<U> *out = (loss_group<U> *)(y + r * a.n);
+        int64_t row = a.first + r, k = t.at(row);
+        bool outside = k < 0 || k >= a.n, dead = k == t.ignore || outside;
+        if (outside && k != t.ignore && threadIdx.x == 0) bad.report(row, k);
+        float lse = a.lse[row], scale = dead ? 0 : a.g[row * a.g_stride] * (t.weight ? t.weight[k] : 1);
+        int groups = (int)(a.n / LOSS_GROUP), hit = dead ? -1 : (int)(k / LOSS_GROUP), at = (int)(k % LOSS_GROUP);
+#pragma unroll 2
+        for (int c = threadIdx.x; c < groups; c += LOSS_THREADS) {
+            loss_group<T> raw = x[c];
+            loss_group<U> result;
+#pragma unroll
+            for (int i = 0; i < LOSS_GROUP; i++) {
+                float p = loss_exp<U>(to_compute(raw.at[i]) - lse);
+                if (c == hit && i == at) p -= 1;
+                result.at[i] = from_compute<U>(dead ? 0 : p * scale);
+            }
+            out[c] = result;
+        }
+    }
+}
+
+/* may those run? */
+template <class T> static bool loss_is_dense(const loss_rows<T> &a, const loss_target<compute_t<T>> &t)
+{
+    return sizeof(T) < 8 && t.hard && !(t.smoothing > 0) && a.stride == 1 && a.row_stride % LOSS_GROUP == 0 &&
+           a.n % LOSS_GROUP == 0 && a.n < INT32_MAX && (uintptr_t)a.logits % 16 == 0;
+}
+
+static unsigned row_blocks_of(int64_t rows) { return blocks_filling(rows, 1, 16); }
+
+template <class T, class S>
+static int run_loss(const char *op, const loss_rows<T> &r, const loss_target<compute_t<T>> &t, lac_cuda_reporter bad)
+{
+    unsigned blocks = row_blocks_of(r.rows);
+    if constexpr (sizeof(T) < 8)
+        if (loss_is_dense(r, t)) {
+            loss_dense<T><<<blocks, LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, bad);
+            return lac_cuda_launched(op);
+        }
+    loss_kernel<T, S><<<blocks, LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, bad);
+    return lac_cuda_launched(op);
+}
+
+template <class T, class S, class U>
+static int run_gradient(const char *op, const loss_rows<T> &r, const loss_target<compute_t<T>> &t, U *y,
+                        lac_cuda_reporter bad)
+{
+    unsigned blocks = row_blocks_of(r.rows);
+    if constexpr (sizeof(T) < 8)
+        if (loss_is_dense(r, t) && (uintptr_t)y % 16 == 0) {
+            gradient_dense<T, U><<<blocks, LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, y, bad);
+            return lac_cuda_launched(op);
+        }
+    gradient_kernel<T, S, U><<<blocks, LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, y, bad);
+    return lac_cuda_launched(op);
+}
+
 /* ---- arguments ---- */
 
 /* class weights in the compute type and their sum, as scratch */
@@ -193,8 +325,6 @@ static int target_of(const char *op, const lac_loss *loss, const lac_view *targe
     return lac_cuda_launched(op);
 }
 
-static unsigned row_blocks(int64_t rows) { return blocks_filling(rows, 1, 16); }
-
 /* ---- from logits ---- */
 
 template <class T> static loss_rows<T> rows_of(const lac_view *x)
@@ -222,8 +352,7 @@ extern "C" int lac_cuda_cross_entropy(const lac_a_cross_entropy *a)
         loss_rows<T> r = rows_of<T>(&a->logits);
         r.out = (C *)a->out.data;
         r.lse = (C *)a->lse.data;
-        loss_kernel<T, T><<<row_blocks(r.rows), LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, bad);
-        return lac_cuda_launched(op);
+        return run_loss<T, T>(op, r, t, bad);
     });
 }
 
@@ -242,8 +371,7 @@ extern "C" int lac_cuda_cross_entropy_bwd(const lac_a_cross_entropy_bwd *a)
         r.lse = (C *)a->lse.data;
         r.g = (const C *)a->g.data;
         r.g_stride = a->g.stride[0];
-        gradient_kernel<T, T, T><<<row_blocks(r.rows), LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, (T *)a->out.data, bad);
-        return lac_cuda_launched(op);
+        return run_gradient<T, T>(op, r, t, (T *)a->out.data, bad);
     });
 }
 
@@ -288,8 +416,8 @@ static int projection_make(projection *p, const char *op, const lac_view *x, con
     p->classes = w->shape[0];
     p->plain = x->dtype == LAC_F64 ? LAC_F64 : LAC_F32;
     p->dtype = backward && x->dtype == LAC_F16 ? LAC_F32 : x->dtype;
-    p->chunk = chunk > 0 ? chunk : CHUNK_ELEMENTS / p->classes / 64 * 64;
-    if (p->chunk < 64 && chunk <= 0) p->chunk = 64;
+    p->chunk = chunk > 0 ? chunk : CHUNK_ELEMENTS / p->classes / 128 * 128;
+    if (p->chunk < 128 && chunk <= 0) p->chunk = 128;
     if (p->chunk > p->rows) p->chunk = p->rows;
     LAC_TRY(dense_of(op, x, p->dtype, &p->space[0], &p->x));
     LAC_TRY(dense_of(op, w, p->dtype, &p->space[1], &p->w));
@@ -355,8 +483,7 @@ extern "C" int lac_cuda_linear_cross_entropy(const lac_a_linear_ce *a)
             loss_rows<C> r = chunk_of<C>(&p, at, m);
             r.out = (C *)a->out.data;
             r.lse = (C *)a->lse.data;
-            loss_kernel<C, S><<<row_blocks(m), LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, bad);
-            LAC_TRY(lac_cuda_launched(op));
+            LAC_TRY((run_loss<C, S>(op, r, t, bad)));
         }
         return 0;
     });
@@ -442,8 +569,7 @@ extern "C" int lac_cuda_linear_cross_entropy_bwd(const lac_a_linear_ce_bwd *a)
                     r.lse = (C *)a->lse.data;
                     r.g = (const C *)a->g.data;
                     r.g_stride = a->g.stride[0];
-                    gradient_kernel<C, S, U><<<row_blocks(m), LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, to, bad);
-                    LAC_TRY(lac_cuda_launched(op));
+                    LAC_TRY((run_gradient<C, S>(op, r, t, to, bad)));
                     LAC_TRY(chunk_products(&p, to, at, m, dx_to, cast_dx ? p.dtype : a->dx.dtype, dw_to));
                     if (!a->dbias.data) continue;
                     bias_kernel<U><<<blocks_for(p.classes, THREADS), THREADS, 0, lac_cuda_stream>>>(

@@ -128,10 +128,11 @@ template <class T> MAP_FN T F_gelu_tanh(T x)
 {
     return x * F_sigmoid(T(1.59576912160573071175) * (x + T(0.044715) * x * x * x));
 }
+/* s (1 - s) from the exponential itself: 1 - s would cancel, and its error is multiplied by x^3 */
 template <class T> MAP_FN T F_gelu_tanh_grad(T x)
 {
-    T s = F_sigmoid(T(1.59576912160573071175) * (x + T(0.044715) * x * x * x));
-    return s + x * s * (T(1) - s) * (T(1.59576912160573071175) * (T(1) + T(3 * 0.044715) * x * x));
+    T u = T(1.59576912160573071175) * (x + T(0.044715) * x * x * x), e = F_exp(-F_abs(u)), d = T(1) / (T(1) + e);
+    return (u > T(0) ? d : e * d) + x * (e * d * d) * (T(1.59576912160573071175) * (T(1) + T(3 * 0.044715) * x * x));
 }
 MAP_LONG float F_pow_dx(float x, float y) { return y == 0 ? 0.0f : y * powf(x, y - 1); }
 MAP_LONG double F_pow_dx(double x, double y) { return y == 0 ? 0.0 : y * pow(x, y - 1); }

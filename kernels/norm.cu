@@ -4,8 +4,9 @@
  * last gives each thread one line and neighbouring threads neighbouring lines, in two passes (maximum and sum together,
  * rescaling as the maximum grows).
  * layernorm centres before it squares, as on the CPU: the sum of squares loses everything when the mean is large. Its
- * backward lets a block take every gridDim-th row and keep its columns' shares of dgamma and dbeta in registers; the
- * blocks' shares are added in order by a second kernel. No atomics. rmsnorm is layernorm with a mean of 0.
+ * backward has as many blocks as the device holds, each takes every gridDim-th row and keeps its columns' shares of
+ * dgamma and dbeta in registers; the blocks' shares are added in order by a second kernel. No atomics. rmsnorm is
+ * layernorm with a mean of 0.
  */
 #include "lists.cuh"
 #include "rows.cuh"
@@ -14,6 +15,8 @@ static __device__ __forceinline__ float exponential(float x) { return expf(x); }
 static __device__ __forceinline__ double exponential(double x) { return exp(x); }
 static __device__ __forceinline__ float logarithm_of(float x) { return logf(x); }
 static __device__ __forceinline__ double logarithm_of(double x) { return log(x); }
+static __device__ __forceinline__ float root(float x) { return sqrtf(x); }
+static __device__ __forceinline__ double root(double x) { return sqrt(x); }
 template <class C> __device__ __forceinline__ C infinity() { return (C)INFINITY; }
 
 /* the rows of this thread; every thread of a block has as many, because blocks hold one row or rows of one warp each */
@@ -29,8 +32,13 @@ struct softmax_args {
     bool logarithm;
 };
 
+/* registers that a thread needs beside its elements */
+enum { ROW_REGISTERS = 42 };
+template <class T, int KEEP> inline constexpr int forward_registers = KEEP *(int)sizeof(T) / 4 + ROW_REGISTERS;
+
 template <class T, int ROW, int N, int KEEP>
-__global__ void __launch_bounds__(row_threads<ROW>) softmax_rows(softmax_args a, const T *x, T *out)
+__global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(KEEP + ROW_REGISTERS + 14) : 1)
+    softmax_rows(softmax_args a, const T *x, T *out)
 {
     typedef compute_t<T> C;
     __shared__ C space[ROW_LONG / 32];
@@ -42,13 +50,10 @@ __global__ void __launch_bounds__(row_threads<ROW>) softmax_rows(softmax_args a,
         most = row_max<ROW>(most, space);
         if constexpr (KEEP > 0) {
             if (!a.logarithm) { /* every exponential once */
-                v.change([&](C e) {
-                    e = exponential(e - most);
-                    sum += e;
-                    return e;
-                });
+                C e[KEEP];
+                v.each([&](C x, int64_t, int k) { sum += e[k] = exponential(x - most); });
                 C scale = C(1) / row_sum<ROW>(sum, space);
-                v.store(out + r * a.n, [&](C e, int64_t, int) { return e * scale; });
+                v.store(out + r * a.n, [&](C, int64_t, int k) { return e[k] * scale; });
                 continue;
             }
         }
@@ -65,21 +70,27 @@ __global__ void __launch_bounds__(row_threads<ROW>) softmax_rows(softmax_args a,
 }
 
 template <class T, int ROW, int N, int KEEP>
-__global__ void __launch_bounds__(row_threads<ROW>) softmax_bwd_rows(softmax_args a, const T *y, const T *g, T *out)
+__global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(2 * forward_registers<T, KEEP>) : 1)
+    softmax_bwd_rows(softmax_args a, const T *y, const T *g, T *out)
 {
     typedef compute_t<T> C;
     __shared__ C space[ROW_LONG / 32];
     NEXT_ROWS(ROW, a.rows)
     {
-        const T *g_row = g + a.g.offset(r);
-        row<T, ROW, N, KEEP> v(y + a.x.offset(r), a.n, a.x_stride), w(g_row, a.n, a.g_stride);
+        row<T, ROW, N, KEEP> v(y + a.x.offset(r), a.n, a.x_stride), w(g + a.g.offset(r), a.n, a.g_stride);
         C sum = 0;
-        auto g_at = [&](int64_t i, int k) { return KEEP ? w.kept[k] : to_compute(g_row[i * a.g_stride]); };
-        v.each([&](C e, int64_t i, int k) { sum += a.logarithm ? g_at(i, k) : e * g_at(i, k); });
+        v.groups([&](C(&e)[N], int64_t first, int k) {
+            C d[N];
+            w.group(first, k, d);
+#pragma unroll
+            for (int i = 0; i < N; i++) sum += a.logarithm ? d[i] : e[i] * d[i];
+        });
         sum = row_sum<ROW>(sum, space);
-        v.store(out + r * a.n, [&](C e, int64_t i, int k) {
-            C d = g_at(i, k);
-            return a.logarithm ? d - exponential(e) * sum : e * (d - sum);
+        v.store_groups(out + r * a.n, [&](C(&e)[N], int64_t first, int k) {
+            C d[N];
+            w.group(first, k, d);
+#pragma unroll
+            for (int i = 0; i < N; i++) e[i] = a.logarithm ? d[i] - exponential(e[i]) * sum : e[i] * (d[i] - sum);
         });
     }
 }
@@ -173,14 +184,14 @@ static int softmax_run(const char *op, const lac_view *x, const lac_view *g, con
         constexpr int64_t V = 16 / sizeof(T);
         bool dense = rows_dense(x, V) && rows_dense(second, V) && rows_dense(out, V);
         if (g)
-            with_rows<T, false>(n, dense, [&](auto rt, auto nt, auto kt) {
+            with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
                 constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
                 softmax_bwd_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
                     <<<blocks_filling(a.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(
                         a, (const T *)x->data, (const T *)g->data, (T *)out->data);
             });
         else
-            with_rows<T, true>(n, dense, [&](auto rt, auto nt, auto kt) {
+            with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
                 constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
                 softmax_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
                     <<<blocks_filling(a.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(a, (const T *)x->data,
@@ -211,7 +222,7 @@ struct norm_args {
 
 /* S: dtype of the statistics, float or double, which is the compute type */
 template <class T, int ROW, int N, int KEEP>
-__global__ void __launch_bounds__(row_threads<ROW>)
+__global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(forward_registers<T, KEEP>) : 1)
     layernorm_rows(norm_args a, const T *x, const T *gamma, const T *beta, T *out, compute_t<T> *mean,
                    compute_t<T> *rstd)
 {
@@ -225,8 +236,8 @@ __global__ void __launch_bounds__(row_threads<ROW>)
         v.each([&](C e, int64_t, int) { sum += e; });
         C m = row_sum<ROW>(sum, space) * share_of_mean;
         v.each([&](C e, int64_t, int) { square += (e - m) * (e - m); });
-        C s = C(1) / (C)sqrt((double)(row_sum<ROW>(square, space) / (C)a.n) + a.eps);
-        v.store_groups(out + r * a.n, [&](C(&e)[N], int64_t first) {
+        C s = C(1) / root(row_sum<ROW>(square, space) / (C)a.n + (C)a.eps);
+        v.store_groups(out + r * a.n, [&](C(&e)[N], int64_t first, int) {
             C p[N];
 #pragma unroll
             for (int i = 0; i < N; i++) e[i] = (e[i] - m) * s;
@@ -274,7 +285,7 @@ static int norm_run(const char *op, const lac_a_layernorm *a)
         constexpr int64_t V = 16 / sizeof(T);
         bool dense =
             rows_dense(&a->x, V) && rows_dense(&a->out, V) && parameters_dense(&a->gamma) && parameters_dense(&a->beta);
-        with_rows<T, true>(n, dense, [&](auto rt, auto nt, auto kt) {
+        with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
             constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
             layernorm_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
                 <<<blocks_filling(j.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(
@@ -294,58 +305,85 @@ extern "C" int lac_cuda_rmsnorm(const lac_a_rmsnorm *a)
     return norm_run("rmsnorm", &l);
 }
 
+/* registers of a thread: its shares of dgamma and dbeta, x, g and gamma as they are stored */
+template <class T, int KEEP>
+inline constexpr int backward_registers = 2 * KEEP + 3 * KEEP *(int)sizeof(T) / 4 + ROW_REGISTERS;
+template <class T, int ROW, int KEEP>
+inline constexpr int backward_blocks = KEEP ? row_blocks<ROW>(backward_registers<T, KEEP>) : 1;
+
+/* share[i], n apart: the block's sums of v over its rows' threads that have the same columns */
+template <int ROW, int N, int KEEP, class C>
+__device__ __forceinline__ void store_share(C (&v)[KEEP], C *share, int64_t n, C *space)
+{
+    constexpr int TEAMS = row_threads<ROW> / ROW;
+    int team = threadIdx.x / ROW, lane = threadIdx.x % ROW;
+    for (int t = TEAMS - 1; t >= 0; t--) { /* each adds those after it; the first has all */
+        if (team == t) {
+#pragma unroll
+            for (int k = 0; k < KEEP; k++) {
+                if (t < TEAMS - 1) v[k] += space[k * ROW + lane];
+                int i = (k / N * ROW + lane) * N + k % N;
+                if (t > 0) space[k * ROW + lane] = v[k];
+                else if (i < (int)n) share[i] = v[k];
+            }
+        }
+        if (TEAMS > 1) __syncthreads();
+    }
+}
+
 /* dx, and for KEEP the block's shares of dgamma and dbeta: share[block][2][n] */
 template <class T, int ROW, int N, int KEEP>
-__global__ void __launch_bounds__(row_threads<ROW>)
+__global__ void __launch_bounds__(row_threads<ROW>, backward_blocks<T, ROW, KEEP>)
     layernorm_bwd_rows(norm_args a, const T *x, const T *gamma, const compute_t<T> *mean, const compute_t<T> *rstd,
                        const T *g, T *dx, compute_t<T> *share)
 {
     typedef compute_t<T> C;
-    __shared__ C space[ROW_LONG / 32];
+    __shared__ C space[ROW == 32 && KEEP ? KEEP * ROW : 2 * ROW_LONG / 32];
     C dgamma[KEEP ? KEEP : 1] = {}, dbeta[KEEP ? KEEP : 1] = {}, share_of_mean = a.centred ? C(1) / (C)a.n : C(0);
-    C fixed[KEEP ? KEEP : 1]; /* gamma of the thread's columns */
+    row<T, ROW, N, KEEP> fixed(gamma, gamma ? a.n : 0, a.gamma_stride); /* gamma of the thread's columns */
+    /* p = g gamma, of N columns */
+    auto product = [&](const C(&d)[N], int64_t first, int k, C(&p)[N]) {
 #pragma unroll
-    for (int k = 0; k < KEEP; k++) {
-        int64_t i = (int64_t)(k / N * ROW + threadIdx.x % ROW) * N + k % N;
-        fixed[k] = gamma && i < a.n ? to_compute(gamma[i * a.gamma_stride]) : C(1);
-    }
-    auto gamma_at = [&](int64_t i, int k) {
-        return KEEP ? fixed[k] : gamma ? to_compute(gamma[i * a.gamma_stride]) : C(1);
+        for (int i = 0; i < N; i++) p[i] = 1;
+        if (gamma) fixed.group(first, k, p);
+#pragma unroll
+        for (int i = 0; i < N; i++) p[i] *= d[i];
     };
     NEXT_ROWS(ROW, a.rows)
     {
-        const T *g_row = g + a.g.offset(r);
-        row<T, ROW, N, KEEP> v(x + a.x.offset(r), a.n, a.x_stride), w(g_row, a.n, a.g_stride);
+        row<T, ROW, N, KEEP> v(x + a.x.offset(r), a.n, a.x_stride), w(g + a.g.offset(r), a.n, a.g_stride);
         C m = a.centred ? mean[r] : C(0), s = rstd[r], sum = 0, dot = 0;
-        auto g_at = [&](int64_t i, int k) { return KEEP ? w.kept[k] : to_compute(g_row[i * a.g_stride]); };
-        v.each([&](C e, int64_t i, int k) {
-            C h = (e - m) * s, d = g_at(i, k), p = d * gamma_at(i, k);
-            sum += p;
-            dot += p * h;
-            if constexpr (KEEP) {
-                dgamma[k] += d * h;
-                dbeta[k] += d;
+        v.groups([&](C(&e)[N], int64_t first, int k) {
+            C d[N], p[N];
+            w.group(first, k, d);
+            product(d, first, k, p);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                C h = (e[i] - m) * s;
+                sum += p[i];
+                dot += p[i] * h;
+                if constexpr (KEEP) {
+                    dgamma[k + i] += d[i] * h;
+                    dbeta[k + i] += d[i];
+                }
             }
         });
-        sum = row_sum<ROW>(sum, space) * share_of_mean;
-        dot = row_sum<ROW>(dot, space) / (C)a.n;
-        v.store(dx + r * a.n, [&](C e, int64_t i, int k) {
-            C h = (e - m) * s, d = g_at(i, k), p = d * gamma_at(i, k);
-            return s * (p - sum - h * dot);
+        row_sums<ROW>(&sum, &dot, space);
+        sum *= share_of_mean;
+        dot /= (C)a.n;
+        v.store_groups(dx + r * a.n, [&](C(&e)[N], int64_t first, int k) {
+            C d[N], p[N];
+            w.group(first, k, d);
+            product(d, first, k, p);
+#pragma unroll
+            for (int i = 0; i < N; i++) e[i] = s * (p[i] - sum - (e[i] - m) * s * dot);
         });
     }
     if constexpr (KEEP) {
         if (!share) return;
-        int64_t part = (int64_t)blockIdx.x * (row_threads<ROW> / ROW) + threadIdx.x / ROW;
-        int lane = threadIdx.x % ROW;
-#pragma unroll
-        for (int k = 0; k < KEEP; k++) {
-            int64_t i = (int64_t)(k / N * ROW + lane) * N + k % N;
-            if (i < a.n) {
-                share[part * 2 * a.n + i] = dgamma[k];
-                share[part * 2 * a.n + a.n + i] = dbeta[k];
-            }
-        }
+        __syncthreads();
+        store_share<ROW, N, KEEP>(dgamma, share + (int64_t)blockIdx.x * 2 * a.n, a.n, space);
+        store_share<ROW, N, KEEP>(dbeta, share + (int64_t)blockIdx.x * 2 * a.n + a.n, a.n, space);
     }
 }
 
@@ -368,23 +406,27 @@ __global__ void __launch_bounds__(THREADS) layernorm_shares(norm_args a, const T
     }
 }
 
-/* 32 columns a block, 8 threads deep */
+/* 32 columns a block, 32 threads deep */
+enum { COMBINE = 1024 };
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(COMBINE)
     layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share, T *dgamma, T *dbeta)
 {
-    __shared__ double space[THREADS / 32][32];
+    __shared__ double space[COMBINE / 32][32];
     int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
     int64_t i = (int64_t)blockIdx.x * 32 + tx;
     const compute_t<T> *from = share + (blockIdx.y ? n : 0);
     T *out = blockIdx.y ? dbeta : dgamma;
     if (!out) return;
     double s = 0;
-    for (int64_t p = ty; p < parts && i < n; p += THREADS / 32) s += (double)from[p * 2 * n + i];
+#pragma unroll 8
+    for (int64_t p = ty; p < parts; p += COMBINE / 32)
+        if (i < n) s += (double)from[p * 2 * n + i];
     space[ty][tx] = s;
     __syncthreads();
     if (ty || i >= n) return;
-    for (int w = 1; w < THREADS / 32; w++) s += space[w][tx];
+#pragma unroll
+    for (int w = 1; w < COMBINE / 32; w++) s += space[w][tx];
     out[i] = from_compute<T>((compute_t<T>)s);
 }
 
@@ -411,15 +453,18 @@ static int norm_bwd_run(const char *op, const lac_a_layernorm_bwd *a)
         bool dense =
             rows_dense(&a->x, V) && rows_dense(&a->g, V) && rows_dense(&a->dx, V) && parameters_dense(&a->gamma);
         bool keep = dense && sizeof(T) < 8 && n % V == 0 && n <= ROW_KEPT;
-        int64_t per_block = n <= 512 && keep ? THREADS / 32 : 1;
-        unsigned blocks = blocks_filling(j.rows, per_block, keep ? (n <= 512 ? 4 : n <= 2048 ? 8 : 2) : 16);
-        int64_t parts = !shares ? 0 : keep ? blocks * per_block : j.rows < 64 ? (j.rows ? j.rows : 1) : 64;
+        unsigned blocks = 1;
+        with_rows<T>(n, dense, [&](auto rt, auto, auto kt) {
+            constexpr int ROW = decltype(rt)::value, KEPT = decltype(kt)::value;
+            blocks = blocks_filling(j.rows, row_threads<ROW> / ROW, KEPT ? backward_blocks<T, ROW, KEPT> : 16);
+        });
+        int64_t parts = !shares ? 0 : keep ? blocks : j.rows < 64 ? (j.rows ? j.rows : 1) : 64;
         lac_scratch share(op, parts ? (size_t)(parts * 2 * n) * sizeof(C) : 1);
         if (!share.data) return (int)LAC_E_MEMORY;
         C *to = shares ? (C *)share.data : NULL;
         const T *x = (const T *)a->x.data, *g = (const T *)a->g.data;
         const C *mean = (const C *)a->mean.data, *rstd = (const C *)a->rstd.data;
-        with_rows<T, false>(n, dense, [&](auto rt, auto nt, auto kt) {
+        with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
             constexpr int ROW = decltype(rt)::value;
             layernorm_bwd_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
                 <<<blocks, row_threads<ROW>, 0, lac_cuda_stream>>>(j, x, (const T *)a->gamma.data, mean, rstd, g,
@@ -430,7 +475,7 @@ static int norm_bwd_run(const char *op, const lac_a_layernorm_bwd *a)
         if (!keep)
             layernorm_shares<T><<<dim3(blocks_for(n, THREADS), (unsigned)parts), THREADS, 0, lac_cuda_stream>>>(
                 j, x, mean, rstd, g, to);
-        layernorm_combine<T><<<dim3(blocks_for(n, 32), 2), THREADS, 0, lac_cuda_stream>>>(
+        layernorm_combine<T><<<dim3(blocks_for(n, 32), 2), COMBINE, 0, lac_cuda_stream>>>(
             n, parts, to, (T *)a->dgamma.data, (T *)a->dbeta.data);
         return lac_cuda_launched(op);
     });

@@ -68,6 +68,19 @@ __device__ __forceinline__ void update(const optim_args &a, const optim_item &it
     }
 }
 
+/* four neighbours of f64, f32 or a half type */
+template <class T> struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) four {
+    T at[4];
+};
+template <class T> static __device__ __forceinline__ four<T> four_at(const void *p, int64_t i)
+{
+    return p ? *(const four<T> *)((const T *)p + i) : four<T>{};
+}
+template <class T> static __device__ __forceinline__ bool aligned_four(const void *p)
+{
+    return (uintptr_t)p % alignof(four<T>) == 0;
+}
+
 template <class T>
 __device__ __forceinline__ void update_chunk(const optim_args &a, const optim_item &item, int64_t chunk)
 {
@@ -75,9 +88,31 @@ __device__ __forceinline__ void update_chunk(const optim_args &a, const optim_it
     T *p = (T *)item.p;
     const T *g = (const T *)item.g;
     C *m = (C *)item.m, *v = (C *)item.v, *master = (C *)item.master;
-    int64_t begin = chunk * CHUNK, end = begin + CHUNK < item.n ? begin + CHUNK : item.n;
-#pragma unroll 4
-    for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) {
+    int64_t begin = chunk * CHUNK, end = begin + CHUNK < item.n ? begin + CHUNK : item.n, rest = begin;
+    if (aligned_four<T>(p) && aligned_four<T>(g) && aligned_four<C>(m) && aligned_four<C>(v) &&
+        aligned_four<C>(master)) {
+        rest = begin + (end - begin) / 4 * 4;
+#pragma unroll 2
+        for (int64_t i = begin + 4 * threadIdx.x; i < rest; i += 4 * THREADS) {
+            four<C> value = four_at<C>(master, i), mi = four_at<C>(m, i), vi = four_at<C>(v, i);
+            four<T> gi = four_at<T>(g, i), pi;
+            if (!master) {
+                pi = four_at<T>(p, i);
+#pragma unroll
+                for (int k = 0; k < 4; k++) value.at[k] = to_compute(pi.at[k]);
+            }
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                update(a, item, (C)to_compute(gi.at[k]), value.at[k], mi.at[k], vi.at[k]);
+                pi.at[k] = from_compute<T>(value.at[k]);
+            }
+            if (m) *(four<C> *)(m + i) = mi;
+            if (v) *(four<C> *)(v + i) = vi;
+            if (master) *(four<C> *)(master + i) = value;
+            *(four<T> *)(p + i) = pi;
+        }
+    }
+    for (int64_t i = rest + threadIdx.x; i < end; i += THREADS) {
         C value = master ? master[i] : to_compute(p[i]), mi = m ? m[i] : C(0), vi = v ? v[i] : C(0);
         update(a, item, (C)to_compute(g[i]), value, mi, vi);
         if (m) m[i] = mi;

@@ -13,9 +13,10 @@
  *
  * What is accumulated is a type, one per compute type (float, double, int64_t); storage types are told apart when
  * values are loaded, and functions that share an accumulator when one is added or finished. A kernel for each function
- * and dtype would be four times as many.
+ * and dtype would be four times as many. Sums of dense rows, columns and tensors, which models take most, are sum.cu's.
  */
 #include "elem.cuh"
+#include "sum.cuh"
 
 struct reduce_job {
     int fn, dtype, out_dtype, kept, reduced;
@@ -505,6 +506,24 @@ template <class C> static int run_as(const reduce_job &j)
     LAC_FAIL(INTERNAL, "reduce: function %d of integers", j.fn);
 }
 
+/* is this one of sum.cu's? fills its job */
+static bool plain_sum(const reduce_job *j, sum_job *s)
+{
+    if (j->reduced != 1 || j->kept > 1 || (j->kept && j->ko[0] != 1)) return false;
+    s->along_rows = j->rx[0] == 1;
+    if (!s->along_rows && !(j->kept && j->kx[0] == 1)) return false;
+    s->x = j->x;
+    s->out = j->out;
+    s->dtype = j->dtype;
+    s->out_dtype = j->out_dtype;
+    s->out_bytes = (int)dtype_bytes(j->out_dtype);
+    s->mean = j->fn == LAC_MEAN;
+    s->outputs = j->outputs;
+    s->count = j->count;
+    s->step = (s->along_rows ? (j->kept ? j->kx[0] : 0) : j->rx[0]) * j->bytes;
+    return lac_cuda_sum_fits(s);
+}
+
 extern "C" int lac_cuda_reduce(const lac_a_reduce *a)
 {
     reduce_job j = {};
@@ -519,6 +538,8 @@ extern "C" int lac_cuda_reduce(const lac_a_reduce *a)
     for (int d = 0; d < a->x.ndim; d++) (a->dims >> d & 1 ? j.count : j.outputs) *= a->x.shape[d];
     if (j.outputs == 0) return 0;
     split_axes(a, &j);
+    sum_job sum = {};
+    if ((j.fn == LAC_SUM || j.fn == LAC_MEAN) && plain_sum(&j, &sum)) return lac_cuda_sum(&sum);
     if (j.dtype == LAC_F64) return run_as<double>(j);
     return j.dtype <= LAC_BF16 ? run_as<float>(j) : run_as<int64_t>(j);
 }

@@ -1,138 +1,144 @@
-/* rows.cuh: rows that a warp or a block normalises: softmax, layer norms, cross-entropy.
+/* rows.cuh: rows that a warp or a block normalises: softmax, layer norms.
  *
- * A dense, aligned row of f32, f16 or bf16 is moved 16 bytes at a time, and read once: forward, one of at most 1,024
- * elements belongs to a warp, which needs no barrier and keeps 32 a thread; backward, where four such sets live in
- * registers, to a warp up to 512 and to 128 threads with 8 each up to 1,024. Up to 2,048 a block of 128 threads keeps
- * 16, up to 8,192 one of 512. Longer rows, rows with strides, and f64, are read again in every pass, mostly from the
- * second-level cache. `row` hides which: each(f) visits the thread's own elements, store(out, f) writes them.
+ * A dense, aligned row of f32, f16 or bf16 is moved 16 bytes at a time, and read once: it stays in registers as it is
+ * stored, so that a half type needs half of them, and a thread has 8, 16, 24 or 32 elements, whatever fits the row
+ * best. A row of at most 1,024 elements belongs to a warp, which needs no barrier; up to 4,096 to 128 threads and up to
+ * 8,192 to 256. What hides the latency of memory is the number of rows that a multiprocessor has on the way, so few
+ * threads a row are better than many: with 512 threads a row of 3,072 moved at a third of a copy's bandwidth. Longer
+ * rows, rows with strides, and f64, are read again in every pass, mostly from the second-level cache. `row` hides
+ * which: each(f) visits the thread's own elements, store(out, f) writes them.
  */
 #ifndef LAC_CUDA_ROWS_CUH
 #define LAC_CUDA_ROWS_CUH
 #include "common.cuh"
 
-enum { ROW_LONG = 512, ROW_KEPT = ROW_LONG * 16 };
+enum { ROW_LONG = 256, ROW_KEPT = ROW_LONG * 32 };
 /* threads of a block whose rows have ROW threads each */
-template <int ROW> inline constexpr int row_threads = ROW == 32 ? THREADS : ROW;
+template <int ROW> inline constexpr int row_threads = ROW == 32 ? 128 : ROW;
+/* blocks that a multiprocessor must hold, of threads with `registers` each */
+template <int ROW> constexpr int row_blocks(int registers)
+{
+    int blocks = 65536 / (row_threads<ROW> * registers);
+    return blocks < 1 ? 1 : blocks > 2048 / row_threads<ROW> ? 2048 / row_threads<ROW> : blocks;
+}
+
+/* N neighbours, moved at once: 16 bytes, or one. Half types are kept as words: the compiler gives elements of 16 bits a
+ * register each. */
+template <class T, int N> struct row_access {
+    uint4 word;
+};
+template <class T> struct row_access<T, 1> {
+    T word;
+};
+template <class T, int N> __device__ __forceinline__ void row_unpack(const row_access<T, N> &a, compute_t<T> (&v)[N])
+{
+    if constexpr (N == 1) {
+        v[0] = to_compute(a.word);
+    } else {
+        const uint32_t word[4] = {a.word.x, a.word.y, a.word.z, a.word.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if constexpr (std::is_same_v<T, float>) {
+                v[i] = __uint_as_float(word[i]);
+            } else if constexpr (std::is_same_v<T, bf16>) {
+                v[2 * i] = __uint_as_float(word[i] << 16), v[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+            } else {
+                float2 pair = __half22float2(*(const __half2 *)&word[i]);
+                v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+            }
+        }
+    }
+}
+template <class T, int N> __device__ __forceinline__ row_access<T, N> row_pack(const compute_t<T> (&v)[N])
+{
+    row_access<T, N> a;
+    if constexpr (N == 1) {
+        a.word = from_compute<T>(v[0]);
+    } else {
+        uint32_t word[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if constexpr (std::is_same_v<T, float>) word[i] = __float_as_uint(v[i]);
+            else if constexpr (std::is_same_v<T, bf16>)
+                *(__nv_bfloat162 *)&word[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+            else *(__half2 *)&word[i] = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+        }
+        a.word = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+    return a;
+}
 
 /* T: storage; ROW: threads of a row; N: elements of an access; KEEP: how many a thread keeps in registers, or 0 */
 template <class T, int ROW, int N, int KEEP> struct row {
     typedef compute_t<T> C;
     enum { PER = KEEP ? KEEP / N : 1 };
-    struct alignas(N * sizeof(T)) access {
-        T at[N];
-    };
     const T *x;
     int64_t n, stride; /* stride in elements; 1 if N > 1 */
     int lane;
-    C kept[KEEP ? KEEP : 1];
+    row_access<T, N> kept[PER];
 
-    __device__ __forceinline__ void read(int64_t first, C *to) const
+    __device__ __forceinline__ row_access<T, N> read(int64_t first) const
     {
-        if constexpr (N > 1) {
-            access a = *(const access *)(x + first);
-#pragma unroll
-            for (int i = 0; i < N; i++) to[i] = to_compute(a.at[i]);
-        } else {
-            to[0] = to_compute(x[first * stride]);
-        }
+        return *(const row_access<T, N> *)(x + (N > 1 ? first : first * stride));
     }
     __device__ __forceinline__ row(const T *x_, int64_t n_, int64_t stride_) : x(x_), n(n_), stride(stride_)
     {
         lane = threadIdx.x % ROW;
         if constexpr (KEEP) {
 #pragma unroll
-            for (int k = 0; k < PER; k++) {
-                int64_t first = (int64_t)(k * ROW + lane) * N;
-                if (first < n) read(first, kept + k * N);
-            }
+            for (int k = 0; k < PER; k++)
+                if ((k * ROW + lane) * N < (int)n) kept[k] = read((k * ROW + lane) * N);
         }
     }
-    /* out[first ..] = values after f(values, first): N neighbours at a time */
-    template <class U, class F> __device__ __forceinline__ void store_groups(U *out, F f) const
+    /* the N elements from position `first` on, of which the first kept has number k */
+    __device__ __forceinline__ void group(int64_t first, int k, C (&v)[N]) const
     {
-        struct alignas(N * sizeof(U)) result {
-            U at[N];
-        };
-        auto group = [&](C(&v)[N], int64_t first) {
-            result r;
-            f(v, first);
-#pragma unroll
-            for (int i = 0; i < N; i++) r.at[i] = from_compute<U>(v[i]);
-            *(result *)(out + first) = r;
-        };
+        row_unpack<T, N>(KEEP ? kept[k / N] : read(first), v);
+    }
+    /* f(values, position of the first, number of the first among the kept): N neighbours at a time */
+    template <class F> __device__ __forceinline__ void groups(F f) const
+    {
         if constexpr (KEEP) {
 #pragma unroll
             for (int k = 0; k < PER; k++) {
+                int first = (k * ROW + lane) * N;
+                if (first >= (int)n) break;
                 C v[N];
-                if ((int64_t)(k * ROW + lane) * N >= n) break;
-#pragma unroll
-                for (int i = 0; i < N; i++) v[i] = kept[k * N + i];
-                group(v, (int64_t)(k * ROW + lane) * N);
+                row_unpack<T, N>(kept[k], v);
+                f(v, (int64_t)first, k * N);
             }
         } else {
             for (int64_t first = (int64_t)lane * N; first < n; first += ROW * N) {
+                row_access<T, N> a = read(first);
                 C v[N];
-                read(first, v);
-                group(v, first);
+                row_unpack<T, N>(a, v);
+                f(v, first, 0);
             }
-        }
-    }
-    /* the kept elements become f(value) */
-    template <class F> __device__ __forceinline__ void change(F f)
-    {
-#pragma unroll
-        for (int k = 0; k < PER; k++) {
-            if ((int64_t)(k * ROW + lane) * N >= n) break;
-#pragma unroll
-            for (int i = 0; i < N; i++) kept[k * N + i] = f(kept[k * N + i]);
         }
     }
     /* f(value, position, k): k numbers the kept elements */
     template <class F> __device__ __forceinline__ void each(F f) const
     {
-        if constexpr (KEEP) {
+        groups([&](C(&v)[N], int64_t first, int k) {
 #pragma unroll
-            for (int k = 0; k < PER; k++) {
-                int64_t first = (int64_t)(k * ROW + lane) * N;
-                if (first >= n) break;
-#pragma unroll
-                for (int i = 0; i < N; i++) f(kept[k * N + i], first + i, k * N + i);
-            }
-        } else {
-            for (int64_t first = (int64_t)lane * N; first < n; first += ROW * N) {
-                C v[N];
-                read(first, v);
-#pragma unroll
-                for (int i = 0; i < N; i++) f(v[i], first + i, 0);
-            }
-        }
+            for (int i = 0; i < N; i++) f(v[i], first + i, k + i);
+        });
     }
-    /* out[position] = f(value, position), out dense; U its storage type */
+    /* out[first ..] = values after f(values, first, k); U: storage type of out, which is dense */
+    template <class U, class F> __device__ __forceinline__ void store_groups(U *out, F f) const
+    {
+        groups([&](C(&v)[N], int64_t first, int k) {
+            f(v, first, k);
+            *(row_access<U, N> *)(out + first) = row_pack<U, N>(v);
+        });
+    }
+    /* out[position] = f(value, position, k) */
     template <class U, class F> __device__ __forceinline__ void store(U *out, F f) const
     {
-        struct alignas(N * sizeof(U)) result {
-            U at[N];
-        };
-        if constexpr (KEEP) {
+        store_groups(out, [&](C(&v)[N], int64_t first, int k) {
 #pragma unroll
-            for (int k = 0; k < PER; k++) {
-                int64_t first = (int64_t)(k * ROW + lane) * N;
-                if (first >= n) break;
-                result r;
-#pragma unroll
-                for (int i = 0; i < N; i++) r.at[i] = from_compute<U>(f(kept[k * N + i], first + i, k * N + i));
-                *(result *)(out + first) = r;
-            }
-        } else {
-            for (int64_t first = (int64_t)lane * N; first < n; first += ROW * N) {
-                C v[N];
-                result r;
-                read(first, v);
-#pragma unroll
-                for (int i = 0; i < N; i++) r.at[i] = from_compute<U>(f(v[i], first + i, 0));
-                *(result *)(out + first) = r;
-            }
-        }
+            for (int i = 0; i < N; i++) v[i] = f(v[i], first + i, k + i);
+        });
     }
 };
 
@@ -140,50 +146,73 @@ template <class T, int ROW, int N, int KEEP> struct row {
 template <int N, class T>
 __device__ __forceinline__ void load_run(const T *p, int64_t first, int64_t stride, compute_t<T> (&v)[N])
 {
-    struct alignas(N * sizeof(T)) access {
-        T at[N];
-    };
-    if constexpr (N > 1) {
-        access a = *(const access *)(p + first);
-#pragma unroll
-        for (int i = 0; i < N; i++) v[i] = to_compute(a.at[i]);
-    } else {
-        v[0] = to_compute(p[first * stride]);
-    }
+    row_unpack<T, N>(*(const row_access<T, N> *)(p + (N > 1 ? first : first * stride)), v);
 }
 
-template <int ROW, class C> __device__ __forceinline__ C row_sum(C x, void *space)
+/* sums over a row's threads of ROW / 32 warps; `space` has as many values and may be reused after the call */
+template <int ROW, class C> __device__ __forceinline__ C row_sum(C x, C *space)
 {
-    if constexpr (ROW == 32) return warp_sum(x);
-    else return block_sum(x, (C *)space);
+    x = warp_sum(x);
+    if constexpr (ROW > 32) {
+        if (threadIdx.x % 32 == 0) space[threadIdx.x / 32] = x;
+        __syncthreads();
+        x = space[0];
+#pragma unroll
+        for (int w = 1; w < ROW / 32; w++) x += space[w];
+        __syncthreads();
+    }
+    return x;
 }
-template <int ROW, class C> __device__ __forceinline__ C row_max(C x, void *space)
+/* two at once; `space` has twice as many */
+template <int ROW, class C> __device__ __forceinline__ void row_sums(C *x, C *y, C *space)
 {
-    if constexpr (ROW == 32) return warp_max(x);
-    else return block_max(x, (C *)space);
+    *x = warp_sum(*x);
+    *y = warp_sum(*y);
+    if constexpr (ROW > 32) {
+        if (threadIdx.x % 32 == 0) space[threadIdx.x / 32] = *x, space[ROW / 32 + threadIdx.x / 32] = *y;
+        __syncthreads();
+        *x = space[0];
+        *y = space[ROW / 32];
+#pragma unroll
+        for (int w = 1; w < ROW / 32; w++) *x += space[w], *y += space[ROW / 32 + w];
+        __syncthreads();
+    }
+}
+template <int ROW, class C> __device__ __forceinline__ C row_max(C x, C *space)
+{
+    x = warp_max(x);
+    if constexpr (ROW > 32) {
+        if (threadIdx.x % 32 == 0) space[threadIdx.x / 32] = x;
+        __syncthreads();
+        x = space[0];
+#pragma unroll
+        for (int w = 1; w < ROW / 32; w++) x = space[w] > x ? space[w] : x;
+        __syncthreads();
+    }
+    return x;
 }
 
 /* calls f(ROW, N, KEEP as constants) with how rows of length n are run */
-template <class T, bool FORWARD, class F> void with_rows(int64_t n, bool dense, F f)
+template <class T, class F> void with_rows(int64_t n, bool dense, F f)
 {
     constexpr int N = 16 / sizeof(T);
     std::integral_constant<int, 0> again;
-    std::integral_constant<int, 8> keep8;
-    std::integral_constant<int, 16> keep16;
     std::integral_constant<int, 32> warp, keep32;
+    std::integral_constant<int, 16> keep16;
+    std::integral_constant<int, 24> keep24;
     std::integral_constant<int, 128> middle;
     std::integral_constant<int, ROW_LONG> longest;
-    std::integral_constant<int, N> vector;
     if constexpr (sizeof(T) < 8) {
+        std::integral_constant<int, N> vector;
         if (dense && n % N == 0) {
-            if constexpr (FORWARD) {
-                if (n <= 1024) return f(warp, vector, keep32);
-            } else {
-                if (n <= 512) return f(warp, vector, keep16);
-                if (n <= 1024) return f(middle, vector, keep8);
-            }
+            if (n <= 256) return f(warp, vector, std::integral_constant<int, 8>());
+            if (n <= 512) return f(warp, vector, keep16);
+            if (n <= 768) return f(warp, vector, keep24);
+            if (n <= 1024) return f(warp, vector, keep32);
             if (n <= 2048) return f(middle, vector, keep16);
-            if (n <= ROW_KEPT) return f(longest, vector, keep16);
+            if (n <= 3072) return f(middle, vector, keep24);
+            if (n <= 4096) return f(middle, vector, keep32);
+            if (n <= ROW_KEPT) return f(longest, vector, keep32);
             return f(longest, vector, again);
         }
     }

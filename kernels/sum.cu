@@ -1,0 +1,214 @@
+/* sum.cu: sums and means of dense rows, columns and whole tensors of f32, f16 and bf16 on CUDA: the shapes that models
+ * sum, at the speed of memory. Everything else is reduce.cu's.
+ *
+ * What it takes: loads of 16 bytes of which a thread has four or more on the way, types known when compiled, and few
+ * partial results, because a tensor of 50 MB is read in 12 us and a second kernel costs two. Rows: a warp adds four
+ * rows at a time. Columns: a lane has the columns of one vector, a block of 16 warps takes a run of rows, and a second
+ * kernel adds the blocks' shares. All: the last block to finish adds the others' shares, in order.
+ *
+ * Sums are in double, as in reduce.cu; up to eight numbers of a half type, whose sum fits a float but for rounding far
+ * below the result's, are added in float first. No atomics but the ticket of the last block: same shape, same bits.
+ */
+#include "elem.cuh"
+#include "sum.cuh"
+
+enum { LANES = 32, TILE = 4, COLUMN_THREADS = 512, COLUMN_WARPS = COLUMN_THREADS / 32, SHARE_THREADS = 1024 };
+
+template <int DTYPE> inline constexpr int vector_of = DTYPE == LAC_F32 ? 4 : 8;
+
+static __device__ __forceinline__ void store_sum(const sum_job &j, int64_t at, double s)
+{
+    if (j.mean) s /= (double)j.count;
+    store_element<float>(j.out_dtype, (char *)j.out + at * j.out_bytes, (float)s);
+}
+
+/* the sum of a vector's elements */
+template <int DTYPE> static __device__ __forceinline__ double add_up(const uint4 &raw)
+{
+    float v[8];
+    unpack(DTYPE, raw, v);
+    if (DTYPE == LAC_F32) return ((double)v[0] + (double)v[1]) + ((double)v[2] + (double)v[3]);
+    return (double)(((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));
+}
+
+/* ---- rows ---- */
+
+template <int DTYPE> __global__ void __launch_bounds__(THREADS) sum_rows(sum_job j)
+{
+    int lane = threadIdx.x % LANES;
+    int64_t first = ((int64_t)blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES) * TILE;
+    int vectors = (int)(j.count / vector_of<DTYPE>);
+    const uint4 *x[TILE];
+    double s[TILE] = {};
+    if (first >= j.outputs) return;
+#pragma unroll
+    for (int t = 0; t < TILE; t++) { /* rows past the end are the last once more */
+        int64_t r = first + t < j.outputs ? first + t : j.outputs - 1;
+        x[t] = (const uint4 *)(j.x + r * j.step);
+    }
+#pragma unroll 2
+    for (int i = lane; i < vectors; i += LANES) {
+        uint4 raw[TILE];
+#pragma unroll
+        for (int t = 0; t < TILE; t++) raw[t] = x[t][i];
+#pragma unroll
+        for (int t = 0; t < TILE; t++) s[t] += add_up<DTYPE>(raw[t]);
+    }
+#pragma unroll
+    for (int t = 0; t < TILE; t++) s[t] = warp_sum(s[t]);
+#pragma unroll
+    for (int t = 0; t < TILE; t++)
+        if (lane == t && first + t < j.outputs) store_sum(j, first + t, s[t]);
+}
+
+/* ---- columns ---- */
+
+/* shares[part][column]; blockIdx.x: 32 vectors of columns, blockIdx.y: part */
+template <int DTYPE> __global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_columns(sum_job j, double *shares)
+{
+    constexpr int N = vector_of<DTYPE>, FLIGHT = 4;
+    __shared__ double space[COLUMN_WARPS / 2][N][LANES];
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    int64_t column = ((int64_t)blockIdx.x * LANES + lane) * N;
+    int64_t begin = blockIdx.y * j.share, end = begin + j.share < j.count ? begin + j.share : j.count;
+    bool inside = column < j.outputs;
+    const char *x = j.x + column * (16 / N);
+    double s[N] = {};
+    int64_t r = begin + warp;
+    for (; inside && r + (FLIGHT - 1) * COLUMN_WARPS < end; r += FLIGHT * COLUMN_WARPS) {
+        uint4 raw[FLIGHT];
+        float v[FLIGHT][8];
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) raw[u] = *(const uint4 *)(x + (r + u * COLUMN_WARPS) * j.step);
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) unpack(DTYPE, raw[u], v[u]);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (DTYPE == LAC_F32) s[i] += ((double)v[0][i] + (double)v[1][i]) + ((double)v[2][i] + (double)v[3][i]);
+            else s[i] += (double)((v[0][i] + v[1][i]) + (v[2][i] + v[3][i]));
+        }
+    }
+    for (; inside && r < end; r += COLUMN_WARPS) {
+        float v[8];
+        unpack(DTYPE, *(const uint4 *)(x + r * j.step), v);
+#pragma unroll
+        for (int i = 0; i < N; i++) s[i] += (double)v[i];
+    }
+#pragma unroll
+    for (int half = COLUMN_WARPS / 2; half; half /= 2) {
+        if (warp >= half && warp < 2 * half) {
+#pragma unroll
+            for (int i = 0; i < N; i++) space[warp - half][i][lane] = s[i];
+        }
+        __syncthreads();
+        if (warp < half) {
+#pragma unroll
+            for (int i = 0; i < N; i++) s[i] += space[warp][i][lane];
+        }
+        __syncthreads();
+    }
+    if (warp || !inside) return;
+#pragma unroll
+    for (int i = 0; i < N; i++) shares[blockIdx.y * j.outputs + column + i] = s[i];
+}
+
+/* 32 columns a block, 32 threads deep */
+__global__ void __launch_bounds__(SHARE_THREADS) add_shares(sum_job j, const double *shares, int64_t parts)
+{
+    __shared__ double space[SHARE_THREADS / LANES][LANES];
+    int lane = threadIdx.x % LANES, deep = threadIdx.x / LANES;
+    int64_t column = (int64_t)blockIdx.x * LANES + lane;
+    double s = 0;
+#pragma unroll 4
+    for (int64_t p = deep; p < parts; p += SHARE_THREADS / LANES)
+        if (column < j.outputs) s += shares[p * j.outputs + column];
+    space[deep][lane] = s;
+    __syncthreads();
+    if (deep || column >= j.outputs) return;
+#pragma unroll
+    for (int w = 1; w < SHARE_THREADS / LANES; w++) s += space[w][lane];
+    store_sum(j, column, s);
+}
+
+/* ---- everything ---- */
+
+static __device__ unsigned finished; /* blocks of the call that runs; 0 between calls */
+
+template <int DTYPE> __global__ void __launch_bounds__(THREADS) sum_all(sum_job j, double *shares)
+{
+    __shared__ double space[THREADS / 32];
+    __shared__ bool last;
+    constexpr int N = vector_of<DTYPE>, FLIGHT = 4;
+    int64_t vectors = j.count / N, step = (int64_t)gridDim.x * THREADS, i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    const uint4 *x = (const uint4 *)j.x;
+    double s = 0;
+    for (; i + (FLIGHT - 1) * step < vectors; i += FLIGHT * step) {
+        uint4 raw[FLIGHT];
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) raw[u] = x[i + u * step];
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) s += add_up<DTYPE>(raw[u]);
+    }
+    for (; i < vectors; i += step) s += add_up<DTYPE>(x[i]);
+    s = block_sum(s, space);
+    if (threadIdx.x == 0) {
+        shares[blockIdx.x] = s;
+        __threadfence();
+        last = atomicAdd(&finished, 1) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    s = 0;
+    for (int b = threadIdx.x; b < (int)gridDim.x; b += THREADS) s += shares[b];
+    s = block_sum(s, space);
+    if (threadIdx.x) return;
+    finished = 0;
+    store_sum(j, 0, s);
+}
+
+/* ---- launching ---- */
+
+template <int DTYPE> static int sum_run(sum_job j)
+{
+    constexpr int N = vector_of<DTYPE>;
+    if (j.outputs == 1) {
+        unsigned blocks = blocks_filling(j.count / N, THREADS * 4, 8);
+        lac_scratch shares("reduce", blocks * sizeof(double));
+        if (!shares.data) return LAC_E_MEMORY;
+        sum_all<DTYPE><<<blocks, THREADS, 0, lac_cuda_stream>>>(j, (double *)shares.data);
+        return lac_cuda_launched("reduce");
+    }
+    if (j.along_rows) {
+        sum_rows<DTYPE><<<blocks_for(j.outputs, THREADS / LANES * TILE), THREADS, 0, lac_cuda_stream>>>(j);
+        return lac_cuda_launched("reduce");
+    }
+    int64_t groups = (j.outputs / N + LANES - 1) / LANES, parts = 2 * (int64_t)lac_cuda_processors / groups;
+    int64_t most = (j.count + COLUMN_WARPS - 1) / COLUMN_WARPS;
+    parts = parts < 1 ? 1 : parts > most ? most : parts;
+    j.share = (j.count + parts - 1) / parts;
+    lac_scratch shares("reduce", (size_t)(parts * j.outputs) * sizeof(double));
+    if (!shares.data) return LAC_E_MEMORY;
+    sum_columns<DTYPE>
+        <<<dim3((unsigned)groups, (unsigned)parts), COLUMN_THREADS, 0, lac_cuda_stream>>>(j, (double *)shares.data);
+    LAC_TRY(lac_cuda_launched("reduce"));
+    add_shares<<<blocks_for(j.outputs, LANES), SHARE_THREADS, 0, lac_cuda_stream>>>(j, (const double *)shares.data,
+                                                                                    parts);
+    return lac_cuda_launched("reduce");
+}
+
+bool lac_cuda_sum_fits(const sum_job *j)
+{
+    int64_t n = j->dtype == LAC_F32 ? 4 : 8, run = j->along_rows || j->outputs == 1 ? j->count : j->outputs;
+    bool fits = j->dtype >= LAC_F32 && j->dtype <= LAC_BF16 && j->out_dtype >= LAC_F32 && j->out_dtype <= LAC_BF16;
+    fits = fits && run % n == 0 && (uintptr_t)j->x % 16 == 0 && j->step % 16 == 0 && j->step >= 0;
+    if (j->outputs == 1) return fits && j->count >= 1 << 14;
+    if (j->along_rows) return fits && j->outputs >= 1024 && j->count >= 4 * n && j->count < INT32_MAX;
+    return fits && j->outputs >= 64 && j->outputs <= 1 << 16 && j->count >= 256;
+}
+
+int lac_cuda_sum(const sum_job *j)
+{
+    if (j->dtype == LAC_F32) return sum_run<LAC_F32>(*j);
+    return j->dtype == LAC_F16 ? sum_run<LAC_F16>(*j) : sum_run<LAC_BF16>(*j);
+}

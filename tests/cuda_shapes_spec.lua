@@ -1,0 +1,195 @@
+--- cuda_shapes_spec.lua: operators on CUDA at sizes where their kernels change.
+--
+-- The cases of tests/support/cases.lua are small; on a GPU long rows, many rows, aligned runs and several
+-- chunks have kernels of their own. Each is run here in every float type and held against the CPU in f64
+-- under the suite's rule: the largest error is at most twice that of the CPU's program in the same type, and
+-- two units in the last place of the largest number. Forward, and gradients from a random one. Tagged #gpu.
+
+local it = os.getenv "LACUNA_GPU" == "1" and it or pending
+
+local lac = require "lacuna"
+local cases = require "support.cases"
+
+-- { result, gradients ... } of f(inputs) on a device in a type, as f64 on the CPU; arrays: f64 on the CPU
+local function results(f, arrays, dtype, device)
+  local inputs = {}
+  for i, array in ipairs(arrays) do
+    local floating = array:dtype() == "f64"
+    inputs[i] = array:to{ dtype = floating and dtype or nil, device = device }
+    if floating then inputs[i] = inputs[i]:detach():requires_grad_(true) end
+  end
+  local out = f(unpack(inputs))
+  local list = { out }
+  if out.requires_grad then
+    lac.manual_seed(9)
+    local seed = lac.randn(out:size(), { dtype = "f64", device = "cpu" })
+    seed = seed:to{ dtype = out:dtype(), device = device }
+    local leaves = {}
+    for _, x in ipairs(inputs) do
+      if x.requires_grad then leaves[#leaves + 1] = x end
+    end
+    for _, g in ipairs(lac.grad(out, leaves, { grad_outputs = { seed } })) do list[#list + 1] = g end
+  end
+  for i, x in ipairs(list) do list[i] = x:detach():to{ dtype = "f64", device = "cpu" } end
+  return list
+end
+
+local function distance(a, b)
+  local worst = (a - b):abs():max():item()
+  assert.equal(worst, worst, "a result is NaN")
+  return worst
+end
+
+local function compare(f, arrays, dtype)
+  for i, array in ipairs(arrays) do -- rounded first, so that all three start from the same numbers
+    if array:dtype() == "f64" then arrays[i] = array:to{ dtype = dtype }:to{ dtype = "f64" } end
+  end
+  local exact = results(f, arrays, "f64", "cpu")
+  local naive, got = results(f, arrays, dtype, "cpu"), results(f, arrays, dtype, "cuda")
+  assert.equal(#exact, #got)
+  for i, e in ipairs(exact) do
+    local allowed = 2 * distance(naive[i], e) + 2 * cases.epsilon(dtype) * e:abs():max():item()
+    local worst = distance(got[i], e)
+    assert.is_true(worst <= allowed, ("%s, %s: error %.3g, allowed %.3g"):format(dtype,
+      i == 1 and "result" or "gradient " .. i - 1, worst, allowed))
+  end
+end
+
+local function normal(...) return lac.randn({ ... }, { dtype = "f64", device = "cpu" }) end
+local function classes(n, high) return lac.randint{ n, high = high, dtype = "i64", device = "cpu" } end
+
+local LIST = {}
+local function case(name, f, make) LIST[#LIST + 1] = { name = name, f = f, make = make } end
+
+for _, width in ipairs{ 8, 248, 512, 768, 1000, 1024, 2048, 3072, 4096, 8192, 8200, 771 } do
+  local rows = width > 1024 and 37 or 1301
+  case("layernorm of " .. width, function(x, gain, bias) return lac.layernorm(x, gain, bias) end,
+    function() return { normal(rows, width) + 3, normal(width), normal(width) } end)
+  case("rmsnorm of " .. width, function(x, gain) return lac.rmsnorm(x, gain) end,
+    function() return { normal(rows, width), normal(width) } end)
+  case("softmax of " .. width, function(x) return lac.softmax(x, 2) end,
+    function() return { normal(rows, width) * 4 } end)
+  case("log_softmax of " .. width, function(x) return lac.log_softmax(x, 2) end,
+    function() return { normal(rows, width) * 4 } end)
+end
+case("layernorm without gain", function(x) return lac.layernorm(x) end,
+  function() return { normal(700, 768) } end)
+for _, sizes in ipairs{ { 1024, 32 }, { 2051, 768 }, { 1100, 776 }, { 4099, 72 }, { 300, 3072 },
+  { 33000, 64 } } do
+  local text = (" of [%d, %d]"):format(sizes[1], sizes[2])
+  local function make() return { normal(sizes[1], sizes[2]) } end
+  case("sum over 1" .. text, function(x) return x:sum(1) end, make)
+  case("sum over 2" .. text, function(x) return x:sum(2) end, make)
+  case("mean over 1" .. text, function(x) return x:mean(1) end, make)
+  case("sum of all" .. text, function(x) return x:sum() end, make)
+  case("sum over 1, a slice," .. text, function(x) return x:narrow(2, 9, sizes[2] - 8):sum(1) end, make)
+  case("sum over 2, a slice," .. text, function(x) return x:narrow(2, 9, sizes[2] - 8):sum(2) end, make)
+end
+for _, n in ipairs{ 2, 7, 4096, 16384, 100003 } do
+  for _, name in ipairs{ "neg", "abs", "square", "relu", "tanh", "gelu_tanh", "exp", "sigmoid", "silu",
+    "gelu" } do
+    case(("%s of %d"):format(name, n), function(x) return lac[name](x) end,
+      function() return { normal(n) * 3 } end)
+  end
+  case(("sqrt of %d"):format(n), function(x) return lac.sqrt(x) end,
+    function() return { normal(n):abs() + 0.1 } end)
+  for _, name in ipairs{ "add", "sub", "mul", "div" } do
+    local function make() return { normal(n), normal(n):abs() + 0.5 } end
+    case(("%s of %d"):format(name, n), function(x, y) return lac[name](x, y) end, make)
+    case(("%s of %d and a number"):format(name, n), function(x) return lac[name](x, 1.75) end, make)
+    case(("%s of a number and %d"):format(name, n), function(x, y) return lac[name](1.75, y) + 0 * x end,
+      make)
+  end
+end
+for _, sizes in ipairs{ { 50, 4096 }, { 9, 50304 }, { 300, 8 }, { 20, 1003 } } do
+  local rows, n = sizes[1], sizes[2]
+  local function make() return { normal(rows, n) * 3, classes(rows, n) } end
+  local text = (" of [%d, %d]"):format(rows, n)
+  case("cross_entropy" .. text, function(x, t) return lac.cross_entropy(x, t) end, make)
+  case("cross_entropy" .. text .. " with ignored rows",
+    function(x, t) return lac.cross_entropy(x, t, { ignore_index = t[1]:item(), reduction = "none" }) end,
+    make)
+  case("cross_entropy" .. text .. " with weights",
+    function(x, t) return lac.cross_entropy(x, t, { weight = lac.linspace(0.5, 2, n, { dtype = x:dtype(),
+      device = x:device() }) }) end, make)
+end
+case("linear_cross_entropy in chunks",
+  function(x, w, t) return lac.linear_cross_entropy(x, w, nil, t, { chunk = 96 }) end,
+  function() return { normal(400, 64), normal(1000, 64) * 0.3, classes(400, 1000) } end)
+for _, o in ipairs{ { 96, 4, 64 }, { 33, 3, 16 }, { 10, 2, 6 }, { 2000, 1, 128 } } do
+  local text = (" of [2, %d, %d, %d]"):format(unpack(o))
+  local function make() return { normal(2, unpack(o)) } end
+  case("rope" .. text, function(x) return lac.rope(x, { start = 1000 }) end, make)
+  case("xpos" .. text, function(x) return lac.rope(x, { start = -500, scale_base = 512, sign = -1 }) end,
+    make)
+  case("interleaved rope" .. text, function(x) return lac.rope(x, { interleaved = true }) end, make)
+end
+
+describe("cuda at size #gpu", function()
+  for _, c in ipairs(LIST) do
+    it(c.name, function()
+      for _, dtype in ipairs{ "f32", "bf16", "f16" } do
+        lac.scope(function()
+          lac.manual_seed(4)
+          compare(c.f, c.make(), dtype)
+        end)
+      end
+    end)
+  end
+
+  it("bf16, and f16 with a scaler, train as f32 does", function()
+    local function last_loss(dtype)
+      lac.manual_seed(2)
+      local model = lac.nn.LongNetLM{ vocab = 64, layers = 2, width = 64, heads = 4, context = 128,
+        segments = { 32, 128 }, dilations = { 1, 4 }, dtype = dtype, device = "cuda" }
+      local optimizer = lac.optim.adamw(model, { lr = 3e-3, master = dtype ~= "f32" })
+      local scaler = dtype == "f16" and lac.optim.loss_scaler() or nil
+      local mean = 0
+      for step = 1, 120 do
+        lac.scope(function()
+          local start = lac.randint({ 8, 1 }, { high = 64, device = "cuda", dtype = "i64" })
+          local tokens = (start + lac.arange({ 129 }, { device = "cuda", dtype = "i64" }) * 5) % 64
+          local x, y = tokens:narrow(2, 1, 128):contiguous(), tokens:narrow(2, 2, 128):contiguous()
+          local loss = model:loss(x, y);
+          (scaler and scaler:scale(loss) or loss):backward()
+          optimizer:step{ clip = 1, scaler = scaler }
+          optimizer:zero_grad()
+          if step > 100 then mean = mean + loss:item() / 20 end
+        end)
+      end
+      return mean
+    end
+    local exact = last_loss "f32"
+    assert.is_true(exact < 2, tostring(exact)) -- from log 64 = 4.2
+    for _, dtype in ipairs{ "bf16", "f16" } do
+      local loss = last_loss(dtype)
+      assert.is_true(math.abs(loss - exact) < 0.05, ("%s: %g, f32: %g"):format(dtype, loss, exact))
+    end
+  end)
+
+  it("AdamW with and without masters, of sizes that fill vectors and of others", function()
+    for _, dtype in ipairs{ "f32", "bf16", "f16" } do
+      local function run(device)
+        lac.manual_seed(6)
+        local list = {}
+        for i, n in ipairs{ 1, 7, 8192, 8193, 30001, 768 * 64 } do
+          list[i] = lac.randn({ n }, { device = "cpu" }):to{ dtype = dtype, device = device }
+          list[i]:requires_grad_(true)
+        end
+        local optimizer = lac.optim.adamw(list, { lr = 1e-2, master = dtype ~= "f32" })
+        for _ = 1, 3 do
+          for _, p in ipairs(list) do
+            p.grad = lac.randn(p:size(), { device = "cpu" }):to{ dtype = dtype, device = device }
+          end
+          optimizer:step()
+        end
+        return list
+      end
+      local cpu, cuda = run "cpu", run "cuda"
+      for i, p in ipairs(cpu) do
+        local a, b = p:detach():to{ dtype = "f64" }, cuda[i]:detach():to{ dtype = "f64", device = "cpu" }
+        assert.is_true(distance(a, b) <= 4 * cases.epsilon(dtype) * a:abs():max():item(), dtype .. " " .. i)
+      end
+    end
+  end)
+end)
