@@ -8,6 +8,7 @@
 -- in the cache. "both" is forward and backward; its bytes are those of the two.
 
 local lac = require "lacuna"
+local bench = require "lacuna.bench"
 
 local SHARE, BEYOND = 0.85, 2 ^ 29 -- bytes that one call moves at least
 
@@ -119,6 +120,21 @@ local function losses(b, dtype)
   end
 end
 
+-- the fused form beside the product and the loss apart: time, and memory beyond x, w and their gradients
+local function projected(b)
+  local rows, width, classes = b:size(32768, 16), b:size(768, 8), b:size(50304, 64)
+  local x, w = draw({ rows, width }, "bf16", true), draw({ classes, width }, "bf16", true)
+  local target = lac.randint{ rows, low = 0, high = classes }
+  local function run() return lac.grad(lac.linear_cross_entropy(x, w, nil, target), { x, w }) end
+  local what = ("linear_cross_entropy, both [%d, %d] x %d bf16"):format(rows, width, classes)
+  b:row{ what = what, ours = run, work = 6 * rows * width * classes, unit = "FLOP/s", at_least = 1,
+    peer = { script = "large", case = "projected_loss", arguments = { rows = rows, width = width,
+      classes = classes } } }
+  local extra = bench.peak(function() lac.scope(run) end) - 2 * (x:numel() + w:numel())
+  b:value{ what = "  its memory, of one copy of all logits", value = 100 * extra / (2 * rows * classes),
+    unit = "%", at_most = 50 }
+end
+
 -- the parameters of LongNet-125M; PyTorch has no f32 masters, so both dtypes stand beside its f32
 local function parameter_sizes(b)
   local width, list = b:size(768, 8), {}
@@ -170,5 +186,6 @@ return {
       losses(b, dtype)
       optimizer(b, dtype)
     end
+    lac.scope(projected, b)
   end,
 }

@@ -106,6 +106,13 @@ def cross_entropy(rows, classes, dtype, copies, gradient):
 
 
 @peer.case
+def projected_loss(rows, width, classes):
+    x, w = _draw((rows, width), "bf16", True), _draw((classes, width), "bf16", True)
+    target = torch.randint(0, classes, (rows,))
+    return lambda: torch.autograd.grad(F.cross_entropy((x @ w.t()).float(), target), [x, w])
+
+
+@peer.case
 def adamw(sizes):
     parameters = [torch.nn.Parameter(torch.randn(*s)) for s in sizes]
     for p in parameters:
