@@ -2,7 +2,8 @@
  *
  * The forward is one launch, the backward three: lse and delta of every row in base 2 (this file), dq
  * (attn_queries.cu), dk and dv (attn_keys.cu); merges that need a delta per branch add a pass over the queries. Rows
- * that no branch keeps are cleared beforehand, unless a branch without dilation reaches every row.
+ * that no branch keeps are cleared beforehand, unless a branch without dilation reaches every row. On Hopper, what
+ * attn_hopper_backward_fits() accepts takes dq, dk and dv from one pass over the keys (attn_hopper_backward.cu).
  *
  * Memory beside tensors: f32 sums of f16 and bf16 results where branches meet in a row (one copy of the result, none
  * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters. f64 and, unless

@@ -70,9 +70,9 @@ HOPPER_FN int hopper_turn(const int *turn, int order)
     while ((seen & ~HOPPER_FRESH) != order);
     return seen & HOPPER_FRESH;
 }
+/* what this thread did, and what it knows that others did, comes before */
 HOPPER_FN void hopper_pass(int *turn, int order)
 {
-    __threadfence();
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(order + 1) : "memory");
 }
 
