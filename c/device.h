@@ -9,6 +9,20 @@
 #include "backend.h"
 #include "lacuna_queue.h"
 
+/* the numbers that random operators draw from while a graph is captured: the seed, offsets offset .. offset + count - 1
+ */
+typedef struct lac_draws {
+    uint64_t seed, offset;
+    int64_t count;
+} lac_draws;
+/* one capture at a time; between begin and end nothing may wait for the device */
+typedef struct lac_device_graphs {
+    int (*begin)(void);
+    int (*end)(bool keep, const lac_draws *draws, void **graph, int64_t *nodes);
+    int (*launch)(void *graph, uint64_t seed, uint64_t offset); /* the numbers that this run draws from */
+    void (*drop)(void *graph);
+} lac_device_graphs;
+
 typedef struct lac_device {
     int32_t abi, bytes;
     int (*allocate_host)(size_t bytes, void **out); /* page-locked; fails with status "memory" */
@@ -25,12 +39,29 @@ typedef struct lac_device {
     int (*event_done)(void *event, int *done);
     int (*event_wait)(void *event);
     int (*event_elapsed)(void *from, void *to, double *ms);
+    const lac_device_graphs *graphs;
 } lac_device;
 
 typedef const lac_device *lac_device_entry(void); /* "lac_device_v1" of a plug-in */
 
 /* the loaded plug-in's; NULL if there is none (backend.c) */
 const lac_device *lac_device_table(void);
+
+/* pool.c: device memory that is taken from now on belongs to a graph, also when it is given back; NULL ends that */
+void lac_pool_capture(lac_graph *graph);
+bool lac_pool_captured(const lac_storage *s, const lac_graph *graph); /* is its block of that graph? */
+/* the tensors of a graph's block are released; a new reference to its storage, which is made for one like t if need be
+ */
+void lac_pool_end(void *block);
+int lac_pool_revive(void *block, const lac_tensor *t, lac_storage **out);
+int64_t lac_pool_reserved(const lac_graph *graph); /* bytes */
+void lac_pool_uncapture(const lac_graph *graph);   /* its blocks are as others again */
+/* graph.c: while a graph is captured, what front ends read and make, and what back ends have run; does a graph need s?
+ */
+extern lac_graph *lac_graph_now;
+void lac_graph_view(const char *op, const char *name, const lac_tensor *t);
+int lac_graph_check(const char *op, int slot);
+bool lac_graph_holds(const lac_storage *s);
 
 /* pool.c: notes the asynchronous copy that reads or writes a block of device or page-locked memory */
 void lac_storage_copied(lac_storage *s, int64_t copy);

@@ -32,6 +32,22 @@ int lac_event_done(const lac_event *e, int *done); /* one that was never recorde
 int lac_event_wait(const lac_event *e);
 int lac_event_elapsed(const lac_event *from, const lac_event *to, double *ms); /* both recorded; waits for them */
 
+/* ---- graphs: a step that is captured once and launched as a whole (c/graph.c) ---- */
+typedef struct lac_graph lac_graph;
+/* Operators on cuda are captured from now on, not run. The host draws random numbers from the given seed and offset on
+ * until the end, in its usual way, so that the graph can draw others. */
+int lac_graph_begin(lac_graph **out, uint64_t *seed, uint64_t *offset);
+/* `draws`: how many numbers of the stream were used; keep 0: the capture is given up. On failure the graph is dropped. */
+int lac_graph_end(lac_graph *g, int keep, int64_t draws);
+int lac_graph_result(lac_graph *g, const lac_tensor *t, int *number); /* before the end: t is wanted after every launch */
+int lac_graph_launch(lac_graph *g, uint64_t seed, uint64_t offset);
+int lac_graph_take(lac_graph *g, int number, lac_tensor *out); /* a result of the last launch; the next one releases it */
+/* is t the very memory that the graph has as a result? 1 or 0 */
+int lac_graph_same(const lac_graph *g, int number, const lac_tensor *t);
+int64_t lac_graph_nodes(const lac_graph *g);
+int64_t lac_graph_bytes(const lac_graph *g); /* device memory that is reserved for it */
+void lac_graph_drop(lac_graph *g);
+
 /* </ffi> */
 /* clang-format on */
 

@@ -30,6 +30,10 @@
  * the host by taking another block. A block also remembers how many operators had been queued when it was given back,
  * so that a copy into it need not wait for later ones. Memory goes back to the driver only when nothing is queued.
  *
+ * Graphs. A captured graph runs with the addresses that it was captured with. Blocks that are taken meanwhile belong to
+ * it until it is dropped: what is given back may be taken again by the same capture, whose order is that of its runs,
+ * and by nobody else; they count as live all the time.
+ *
  * Guard mode puts a pattern before and after every new block and checks it when the block is freed; tests use it
  * to catch kernels that write outside their tensors.
  */
@@ -61,11 +65,14 @@ typedef struct block {
 _Static_assert(sizeof(block) == ALIGNMENT, "a block header keeps its data aligned");
 
 /* a block of device or of page-locked memory */
-typedef struct {
+typedef struct remote_block {
     block head;
     void *data;
-    int64_t given; /* operators queued on the device when it was last given back */
-    int64_t copy;  /* number of the last asynchronous copy from or to it, 0: none */
+    int64_t given;             /* operators queued on the device when it was last given back */
+    int64_t copy;              /* number of the last asynchronous copy from or to it, 0: none */
+    const lac_graph *graph;    /* it is reserved for a captured graph */
+    struct remote_block *idle; /* the next one of its class that the graph being captured may take again */
+    bool unused;               /* of a graph: in nobody's hands */
 } remote_block;
 
 enum { HOST, DEVICE, PINNED, HEAPS };
@@ -79,6 +86,8 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static heap heaps[HEAPS];
 static int64_t storages[HEAPS]; /* headers alive; atomic, because a header is counted without the lock */
 static int guarding, guard_errors, recording;
+static const lac_graph *capture;    /* that takes device memory now */
+static remote_block *idle[CLASSES]; /* what it has given back */
 static lac_records events = {.size = sizeof(lac_block_info)};
 
 static size_t class_bytes(int index) { return ((size_t)(4 + (index & 3)) << (index >> 2)) * 16; }
@@ -115,7 +124,7 @@ static void *block_data(block *b) { return b->heap == HOST ? b + 1 : remote(b)->
 
 static void trim_locked(heap *h)
 {
-    if (h->stats.cached == 0) return;
+    if (h->stats.cached == 0 || (capture && h != &heaps[HOST])) return;
     if (h != &heaps[HOST]) queue()->idle();
     for (int i = 0; i < CLASSES; i++)
         while (h->free_lists[i]) {
@@ -154,6 +163,7 @@ static block *raw_block(const heap *h, size_t size)
     if (posix_memalign(&raw, ALIGNMENT, (sizeof(remote_block) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT)) return NULL;
     b = raw;
     b->given = b->copy = 0;
+    b->graph = NULL;
     int status = h == &heaps[PINNED] ? queue()->allocate_host(size, &b->data) : runtime()->allocate(size, &b->data);
     if (!status) return raw;
     free(raw);
@@ -188,8 +198,8 @@ static block *fresh_block(heap *h, int index, size_t bytes)
 /* the bytes behind a block of device memory are reached by transfers: guard mode is slow there */
 static void guard_set(block *b)
 {
-    b->guarded = guarding;
-    if (!guarding) return;
+    b->guarded = guarding && !capture;
+    if (!b->guarded) return;
     unsigned char pattern[GUARD], *tail = (unsigned char *)block_data(b) + b->asked;
     memset(b->guard, GUARD_BYTE, sizeof b->guard);
     memset(pattern, GUARD_BYTE, sizeof pattern);
@@ -272,14 +282,34 @@ static block *block_find(heap *h, int index, int64_t size, size_t bytes)
     return fresh_block(h, index, bytes);
 }
 
+/* a block that the graph being captured has given back; it is accounted for already */
+static block *block_again(int index, lac_storage *storage, size_t bytes)
+{
+    remote_block *b = idle[index];
+    if (!b) return NULL;
+    idle[index] = b->idle;
+    b->unused = false;
+    b->head.asked = bytes;
+    b->head.storage = storage;
+    return &b->head;
+}
+
 static int block_take(heap *h, const char *op, lac_storage *storage, size_t bytes, block **out)
 {
     if (bytes > (size_t)1 << 46) LAC_FAIL(MEMORY, "out of memory: %zu bytes asked for", bytes);
     pthread_mutex_lock(&lock);
     int index = class_of(bytes + (guarding ? GUARD : 0));
     int64_t size = (int64_t)class_bytes(index);
-    block *b = block_find(h, index, size, bytes);
+    bool captured = capture && h == &heaps[DEVICE];
+    block *b = captured ? block_again(index, storage, bytes) : NULL;
     if (b) {
+        *out = b;
+        pthread_mutex_unlock(&lock);
+        return 0;
+    }
+    b = block_find(h, index, size, bytes);
+    if (b) {
+        if (captured) remote(b)->graph = capture, remote(b)->unused = false;
         b->asked = bytes;
         b->storage = storage;
         guard_set(b);
@@ -299,9 +329,8 @@ static int block_take(heap *h, const char *op, lac_storage *storage, size_t byte
     return b ? 0 : LAC_E_MEMORY;
 }
 
-static void block_give(block *b)
+static void give_locked(block *b)
 {
-    pthread_mutex_lock(&lock);
     heap *h = &heaps[b->heap];
     guard_check(b);
     if (recording) block_record(b, LAC_BLOCK_GIVEN, b->storage ? b->storage->op : NULL);
@@ -316,6 +345,19 @@ static void block_give(block *b)
     if (b->heap == DEVICE) remote(b)->given = queue()->queued();
     b->next = h->free_lists[b->class_index];
     h->free_lists[b->class_index] = b;
+}
+
+static void block_give(block *b)
+{
+    pthread_mutex_lock(&lock);
+    remote_block *r = b->heap == DEVICE ? remote(b) : NULL;
+    if (r && r->graph) {
+        b->storage = NULL;
+        r->unused = true;
+        if (r->graph == capture) r->idle = idle[b->class_index], idle[b->class_index] = r;
+    } else {
+        give_locked(b);
+    }
     pthread_mutex_unlock(&lock);
 }
 
@@ -353,6 +395,85 @@ static void storage_free_bytes(lac_storage *s)
     if (!data) return;
     if (s->block) block_give(s->owner);
     else if (s->bytes) munmap(data, s->bytes);
+}
+
+/* ---- graphs ---- */
+
+void lac_pool_capture(lac_graph *graph)
+{
+    pthread_mutex_lock(&lock);
+    capture = graph;
+    memset(idle, 0, sizeof idle);
+    pthread_mutex_unlock(&lock);
+}
+
+static bool of_graph(const void *owner, const lac_graph *graph)
+{
+    const remote_block *b = owner;
+    return b && b->head.heap == DEVICE && b->graph == graph;
+}
+
+bool lac_pool_captured(const lac_storage *s, const lac_graph *graph) { return s->block && of_graph(s->owner, graph); }
+
+void lac_pool_end(void *owner)
+{
+    block *b = owner;
+    pthread_mutex_lock(&lock);
+    if (b->storage) b->storage->data = NULL;
+    b->storage = NULL;
+    remote(b)->unused = true;
+    pthread_mutex_unlock(&lock);
+}
+
+int lac_pool_revive(void *owner, const lac_tensor *t, lac_storage **out)
+{
+    block *b = owner;
+    if (b->storage) {
+        lac_storage_retain(b->storage);
+        *out = b->storage;
+        return 0;
+    }
+    lac_storage *s = calloc(1, sizeof *s);
+    if (!s) LAC_FAIL(MEMORY, "out of memory for a storage header");
+    *s = (lac_storage){.references = 1,
+                       .device = LAC_CUDA,
+                       .bytes = b->asked,
+                       .dtype = t->dtype,
+                       .ndim = t->ndim,
+                       .op = "graph",
+                       .data = block_data(b),
+                       .owner = b,
+                       .block = class_bytes(b->class_index)};
+    for (int i = 0; i < t->ndim; i++) s->shape[i] = t->shape[i];
+    pthread_mutex_lock(&lock);
+    b->storage = s;
+    remote(b)->unused = false;
+    pthread_mutex_unlock(&lock);
+    __atomic_add_fetch(&storages[DEVICE], 1, __ATOMIC_RELAXED);
+    *out = s;
+    return 0;
+}
+
+int64_t lac_pool_reserved(const lac_graph *graph)
+{
+    int64_t bytes = 0;
+    pthread_mutex_lock(&lock);
+    for (const block *b = heaps[DEVICE].in_use; b; b = b->next)
+        if (of_graph(b, graph)) bytes += (int64_t)class_bytes(b->class_index);
+    pthread_mutex_unlock(&lock);
+    return bytes;
+}
+
+void lac_pool_uncapture(const lac_graph *graph)
+{
+    pthread_mutex_lock(&lock);
+    for (block *b = heaps[DEVICE].in_use, *next; b; b = next) {
+        next = b->next;
+        if (!of_graph(b, graph)) continue;
+        remote(b)->graph = NULL;
+        if (remote(b)->unused) give_locked(b);
+    }
+    pthread_mutex_unlock(&lock);
 }
 
 void lac_storage_copied(lac_storage *s, int64_t copy)
@@ -553,6 +674,7 @@ int lac_memory_guard_errors(void)
 int lac_tensor_release(lac_tensor *t)
 {
     if (!t || !t->storage) LAC_FAIL(RELEASED, "release: the tensor has no storage");
+    if (lac_graph_holds(t->storage)) return 0; /* a graph reads or writes it: the bytes go with the last of them */
     storage_free_bytes(t->storage);
     return 0;
 }

@@ -15,6 +15,7 @@
  * whether all is finite, and only come here to be counted when something is not; so the watch makes every operator
  * wait.
  */
+#include "device.h"
 #include "op_front.h"
 #include <string.h>
 
@@ -35,6 +36,10 @@ static lac_watch_info found;
 
 void lac_watch_view(const char *op, const char *name, const lac_tensor *t, const lac_view *v, bool output)
 {
+    if (lac_graph_now) {
+        lac_graph_view(op, name, t);
+        return;
+    }
     if (!lac_dtype_is_float(v->dtype)) return;
     /* lac_tensor_new has noted its output through lac_view_get already: say better what it is */
     if (output && ring[(next + NOTED - 1) % NOTED].view.data == v->data) next += NOTED - 1;
@@ -218,6 +223,7 @@ static bool is_stale(const noted *n, noted *const *list, int count)
 
 int lac_watch_check(const char *name, int slot, const void *args, size_t bytes)
 {
+    if (lac_graph_now) return lac_graph_check(name, slot);
     enum { MOST = 8 };
     noted *inputs[MOST];
     made outputs[MOST];

@@ -62,6 +62,7 @@ local SPEC = {
   help = "batches whose gradients make one step" },
   { name = "checkpoint_activations", type = "boolean",
   help = "less memory, a third more time: compute blocks again in the backward pass" },
+  { name = "graph", type = "boolean", help = "on cuda: forward and backward as one captured graph" },
   { name = "nan_watch", type = "boolean", help = "stop at the first NaN or infinity and name its operator" },
   { name = "profile", type = "integer", min = 1,
   help = "profile so many steps, print the table, write trace.json beside the log" },
@@ -94,7 +95,7 @@ local QUICK = { segments = { 16, 32 }, dilations = { 1, 2 }, layers = 2, width =
 local QUICK_TEXT = 200000
 local PEEK = 16384 -- bytes of the evaluations during training
 -- what may differ between the sessions of one run, because the numbers do not depend on it
-local FREE = { checkpoint_activations = true, nan_watch = true, minutes = true, profile = true,
+local FREE = { checkpoint_activations = true, nan_watch = true, minutes = true, profile = true, graph = true,
   sample = true, prompt = true, temperature = true, top_k = true, out = true,
   threads = true, resume = true, checkpoint_every = true, keep = true, evaluate = true, generate = true }
 
@@ -224,7 +225,7 @@ local function train_model(o, model, train, held, log)
     evaluate = function(m) return { bits_per_byte = lac.train.bits_per_byte(m, peek) } end,
     eval_every = o.eval_every,
     scaler = o.precision == "f16" and lac.optim.loss_scaler() or nil,
-    accumulate = o.accumulate, nan_watch = o.nan_watch, profile = o.profile,
+    accumulate = o.accumulate, nan_watch = o.nan_watch, profile = o.profile, graph = o.graph,
     log = log, checkpoint = log:path("checkpoint.safetensors"), config = config,
     checkpoint_every = o.checkpoint_every, keep = o.keep, resume = o.resume,
   }

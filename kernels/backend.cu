@@ -112,6 +112,8 @@ int lac_cuda_check(const char *op, cudaError_t error)
 {
     if (error == cudaSuccess) return 0;
     cudaGetLastError();
+    if (error >= cudaErrorStreamCaptureUnsupported && error <= cudaErrorCapturedEvent)
+        LAC_FAIL(ARGUMENT, "%s: cannot be captured in a graph: it waits for the device or copies from the host", op);
     if (broken[0] || is_fault(error)) return report_broken(op, error);
     if (error == cudaErrorMemoryAllocation) LAC_FAIL(MEMORY, "%s: out of memory on cuda", op);
     LAC_FAIL(INTERNAL, "%s: %s: %s", op, cudaGetErrorName(error), cudaGetErrorString(error));
@@ -119,6 +121,9 @@ int lac_cuda_check(const char *op, cudaError_t error)
 
 static int wait(const char *op)
 {
+    if (lac_cuda_capturing)
+        LAC_FAIL(ARGUMENT, "%s: the host waits for a result here, and a graph runs later: do it outside of the graph",
+                 op);
     LAC_TRY(lac_cuda_check(op, cudaStreamSynchronize(lac_cuda_stream)));
     queued = 0;
     return fault_report();
@@ -151,7 +156,11 @@ static int runtime_release(void *p) { return lac_cuda_check("release", cudaFree(
 
 static int runtime_transfer(void *to, const void *from, size_t bytes, bool to_host)
 {
-    if (bytes == 0) return to_host ? wait("copy") : 0;
+    if (lac_cuda_capturing && !to_host)
+        LAC_FAIL(ARGUMENT,
+                 "copy: a graph would repeat the bytes that the cpu has now: bring the tensor over before, or "
+                 "give it to the graph as an argument");
+    if (lac_cuda_capturing || bytes == 0) return to_host ? wait("copy") : 0;
     CUDA_TRY("copy", cudaMemcpyAsync(to, from, bytes, to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice,
                                      lac_cuda_stream));
     LAC_TRY(lac_cuda_launched("copy"));
@@ -161,6 +170,7 @@ static int runtime_transfer(void *to, const void *from, size_t bytes, bool to_ho
 
 int lac_cuda_read(const char *op, void *to, const void *from, size_t bytes)
 {
+    if (lac_cuda_capturing) return wait(op);
     CUDA_TRY(op, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, lac_cuda_stream));
     return wait(op);
 }
@@ -169,6 +179,12 @@ static int runtime_synchronize(void)
 {
     LAC_TRY(wait("synchronize"));
     return lac_cuda_check("synchronize", lac_cuda_copies_wait());
+}
+
+int lac_cuda_idle(const char *op)
+{
+    if (synchronous) LAC_FAIL(ARGUMENT, "%s: LACUNA_CUDA_SYNC waits for every operator, a graph cannot", op);
+    return runtime_synchronize();
 }
 
 static int runtime_memory(size_t *available, size_t *total)

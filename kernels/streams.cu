@@ -28,7 +28,7 @@ int lac_cuda_streams_open(void)
 
 void lac_cuda_mark(void)
 {
-    if (++launches % MARK_EVERY) return;
+    if (lac_cuda_capturing || ++launches % MARK_EVERY) return;
     marked = launches / MARK_EVERY;
     cudaEventRecord(marks[marked % RING], lac_cuda_stream); /* what may be wrong is reported by the next wait */
 }
@@ -127,8 +127,9 @@ static void idle(void)
     cudaStreamSynchronize(copies);
 }
 
-static const lac_device table = {LAC_ABI,      sizeof(lac_device), allocate_host, release_host, idle,      queued,
-                                 copy,         copy_done,          copy_wait,     after_copy,   event_new, event_drop,
-                                 event_record, event_done,         event_wait,    event_elapsed};
+static const lac_device table = {
+    LAC_ABI,    sizeof(lac_device), allocate_host,   release_host, idle,       queued,       copy,
+    copy_done,  copy_wait,          after_copy,      event_new,    event_drop, event_record, event_done,
+    event_wait, event_elapsed,      &lac_cuda_graphs};
 
 extern "C" __attribute__((visibility("default"))) const lac_device *lac_device_v1(void) { return &table; }

@@ -33,7 +33,7 @@ local LUA = {
   "pretty create",
   "ops*",
   "grad",
-  "recompute watch",
+  "recompute watch graph",
   "gradcheck",
   "attention.shard attention.coverage",
   "attention.variants attention.masks attention.explain attention.decode",
@@ -100,7 +100,7 @@ end
 local C_LAYERS = {
   "lacuna.h lacuna_queue.h status.h status.c rng.h lru.h", "core.h maps.def ops.def",
   "backend.h device.h op_front.h", "plan.h comm.h ring.h", "cpu/*",
-  "pool.c tensor.c copies.c abi.c backend.c crc.c", "op_*.c", "plan.c", "comm*.c",
+  "pool.c tensor.c copies.c graph.c abi.c backend.c crc.c", "op_*.c", "plan.c", "comm*.c",
   "profile.c watch.c", "ring*.c", "interrupt.h", "interrupt.c main.c",
 }
 

@@ -12,6 +12,8 @@ local lib = require "lacuna.lib"
 local sys = require "lacuna.sys"
 
 local CUDA = { device = "cuda" }
+local fake = os.getenv "LACUNA_FAKE" == "1" -- the CPU pretends (queue_spec.lua): it has no faults to report
+local SIDE = fake and 32 or 2048 -- of matrices that keep a device busy
 
 -- some milliseconds of work on the device
 local function busy(x)
@@ -41,7 +43,7 @@ ffi.cast("void **", ffi.cast("char *", bad.c.storage) + 8)[0] = ffi.cast("void *
 
 describe("the queue of the device #gpu", function()
   local slow
-  setup(function() slow = lac.randn { 2048, 2048, device = "cuda" } * 0.02 end)
+  setup(function() slow = lac.randn { SIDE, SIDE, device = "cuda" } * 0.02 end)
 
   describe("asynchronous copies", function()
     it("bring what they should, whatever happens to both ends meanwhile", function()
@@ -66,7 +68,7 @@ describe("the queue of the device #gpu", function()
         local back = x:to { device = "cpu", async = true }
         x:fill_(-1) -- ordered after the copy
         x:release()
-        lac.full({ 2048, 2048 }, -2, CUDA):release()
+        lac.full({ SIDE, SIDE }, -2, CUDA):release()
         assert.is_true(back:is_pinned())
         assert.are.equal(round, back:min():item())
         assert.are.equal(round, back:max():item())
@@ -127,7 +129,7 @@ describe("the queue of the device #gpu", function()
     local to = lac.event("cuda")
     assert.is_false(to:done())
     assert.are.equal("Event(queued)", tostring(to))
-    assert.is_true(from:elapsed(to) > 0.1)
+    assert.is_true(from:elapsed(to) > (fake and 0 or 0.1))
     assert.is_true(to:done())
   end)
 
@@ -157,7 +159,7 @@ describe("the queue of the device #gpu", function()
     end)
 
     it("goes back while operators are queued without harm", function()
-      local x = lac.randn({ 2048, 2048 }, CUDA)
+      local x = lac.randn({ SIDE, SIDE }, CUDA)
       local expected = (x * 2):sum():item()
       for _ = 1, 5 do
         busy(slow)
@@ -169,7 +171,8 @@ describe("the queue of the device #gpu", function()
   end)
 
   describe("a fault of the device", function()
-    it("names the operators that may have done it, and stays", function()
+    local real = fake and pending or it
+    real("names the operators that may have done it, and stays", function()
       local said = child(BAD .. [[
         local y = x:tanh()
         local z = bad:exp() + 1
@@ -186,7 +189,7 @@ describe("the queue of the device #gpu", function()
       assert.are.equal(3, times, said)
     end)
 
-    it("is the operator's own with LACUNA_CUDA_SYNC=1, at the line of its call", function()
+    real("is the operator's own with LACUNA_CUDA_SYNC=1, at the line of its call", function()
       local said = child(BAD .. [[
         local y = x:tanh()
         print(pcall(function()

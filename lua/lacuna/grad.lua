@@ -118,9 +118,22 @@ local function run_hooks(t, g)
   return g
 end
 
+local noted -- [leaf] = its gradient before, false if there was none; while somebody asks (graph.lua)
+
+--- Note in `into` which tensors get gradients from now on, and what they had before; nil: no longer.
+function grad.note_leaves(into) noted = into end
+
+--- Give a leaf a gradient that nobody else holds.
+function grad.put(t, g)
+  rawset(t, "grad", g)
+  C.lac_tensor_role(t.c, C.LAC_ROLE_PARAMETER)
+  scope.follow(g, t, C.LAC_ROLE_GRADIENT)
+end
+
 -- Add g to the .grad of a tensor. `fresh`: nobody else holds g.
 local function accumulate(t, g, fresh)
   local old = rawget(t, "grad")
+  if noted and noted[t] == nil then noted[t] = old or false end
   if old then
     if old.root == g.root then g = tensor.cast(g, g.c.dtype) end
     call(C.lac_axpy, 1, g.c, old.c)
@@ -128,9 +141,7 @@ local function accumulate(t, g, fresh)
     return
   end
   if not fresh or g.root ~= g or not tensor.is_contiguous(g) then g = tensor.cast(g, g.c.dtype) end
-  rawset(t, "grad", g)
-  C.lac_tensor_role(t.c, C.LAC_ROLE_PARAMETER)
-  scope.follow(g, t, C.LAC_ROLE_GRADIENT)
+  grad.put(t, g)
 end
 
 -- ---- the walk -----------------------------------------------------------------------------------

@@ -18,11 +18,13 @@
 -- Checkpoints are in train/checkpoint.lua, the bar in train/progress.lua.
 
 local schema = require "lacuna.schema"
+local device = require "lacuna.device"
 local scope = require "lacuna.scope"
 local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
 local grad = require "lacuna.grad"
 local watch = require "lacuna.watch"
+local graph = require "lacuna.graph"
 local sys = require "lacuna.sys"
 local profile = require "lacuna.profile"
 local checkpoint = require "lacuna.train.checkpoint"
@@ -114,31 +116,84 @@ local function count_tokens(batch)
   return tensor.is(batch[1]) and batch[1]:numel() or 0
 end
 
+-- the loss as a number, which must be finite
+local function checked_value(s, loss)
+  local value = loss:item()
+  if value ~= value or value == math.huge or value == -math.huge then
+    fail("train", "the loss is %s at step %d (learning rate %g; last finite loss %s). Try a lower "
+      .. "learning rate, a longer warm-up or clipping; nan_watch = true finds the operator", show(value),
+      s.step, s.lr, s.loss and ("%.4f at step %d"):format(s.loss, s.step - 1) or "none")
+  end
+  return value
+end
+
+local function loss_of(o, ...)
+  local loss = o.loss(o.model, ...)
+  if not tensor.is(loss) or loss:numel() ~= 1 then
+    fail("train", "loss must return a tensor with one element, got %s", show(loss))
+  end
+  return loss
+end
+
+local function backward(o, loss)
+  if o.accumulate > 1 then loss = loss * (1 / o.accumulate) end
+  if o.scaler then loss = o.scaler:scale(loss) end
+  loss:backward()
+end
+
 -- forward and backward of one micro-batch; its loss as a number
 local function accumulate(o, s, number_of_batch)
   return scope.run(function()
     local batch = { o.batch(number_of_batch) }
     s.tokens = s.tokens + count_tokens(batch)
-    local loss = o.loss(o.model, unpack(batch))
-    if not tensor.is(loss) or loss:numel() ~= 1 then
-      fail("train", "loss must return a tensor with one element, got %s", show(loss))
-    end
-    local value = loss:item()
-    if value ~= value or value == math.huge or value == -math.huge then
-      fail("train", "the loss is %s at step %d (learning rate %g; last finite loss %s). Try a lower "
-        .. "learning rate, a longer warm-up or clipping; nan_watch = true finds the operator", show(value),
-        s.step, s.lr, s.loss and ("%.4f at step %d"):format(s.loss, s.step - 1) or "none")
-    end
-    if o.accumulate > 1 then loss = loss * (1 / o.accumulate) end
-    if o.scaler then loss = o.scaler:scale(loss) end
-    loss:backward()
+    local loss = loss_of(o, unpack(batch))
+    local value = checked_value(s, loss)
+    backward(o, loss)
     return value
   end)
 end
 
+-- The micro-batches of a step as one captured graph, each of `width` tensors. The scale of the loss is a
+-- number in it: another one needs another graph.
+local function graph_of(o, s, width)
+  if s.graph and (not o.scaler or s.graph_scale == o.scaler.value) then return s.graph end
+  if s.graph then s.graph:release() end
+  s.graph_scale = o.scaler and o.scaler.value
+  s.graph = graph.new(function(...)
+    local all, losses = { ... }, {}
+    for i = 1, o.accumulate do
+      losses[i] = scope.run(function()
+        local loss = loss_of(o, unpack(all, (i - 1) * width + 1, i * width))
+        local value = loss:detach():clone()
+        backward(o, loss)
+        return value
+      end)
+    end
+    return unpack(losses)
+  end)
+  return s.graph
+end
+
+-- forward and backward of all micro-batches by one launch; the sum of their losses
+local function launch(o, s)
+  return scope.run(function()
+    local all, width, total = {}, 0, 0
+    for i = 1, o.accumulate do
+      local batch = { o.batch((s.step - 1) * o.accumulate + i) }
+      s.tokens, width = s.tokens + count_tokens(batch), #batch
+      for _, t in ipairs(batch) do all[#all + 1] = t end
+    end
+    local losses = { graph_of(o, s, width)(unpack(all)) }
+    for _, loss in ipairs(losses) do total = total + checked_value(s, loss) end
+    return total
+  end)
+end
+
 local function one_step(o, s)
-  local total = 0
-  for i = 1, o.accumulate do total = total + accumulate(o, s, (s.step - 1) * o.accumulate + i) end
+  local total = o.graph and launch(o, s) or 0
+  for i = 1, o.graph and 0 or o.accumulate do
+    total = total + accumulate(o, s, (s.step - 1) * o.accumulate + i)
+  end
   -- everything that the new boundary holds is made before the update, which draws no random numbers
   local loss, sum = total / o.accumulate, s.sum
   s.sum, s.weight = SMOOTH * sum + (1 - SMOOTH) * loss, SMOOTH * s.weight + (1 - SMOOTH)
@@ -280,6 +335,7 @@ local FIT = {
   scaler = { type = "table" },
   nan_watch = { type = "boolean", default = false },
   profile = { type = "integer", min = 0, default = 0 },
+  graph = { type = "boolean", default = false },
   evaluate = { type = "function" },
   eval_every = { type = "integer", min = 0, default = 0 },
   log = { type = "table" },
@@ -299,6 +355,11 @@ local function check(o)
   if o.nan_watch and o.profile > 0 then
     fail("train.fit", "nan_watch and profile exclude each other: what the watch costs would be measured")
   end
+  if o.graph and (o.nan_watch or o.profile > 0) then
+    fail("train.fit", "graph excludes %s, which waits for every operator: a graph is launched as a whole",
+      o.nan_watch and "nan_watch" or "profile")
+  end
+  if o.graph then device.code("train.fit: graph", "cuda") end
   if o.first_step > o.steps then
     fail("train.fit", "first_step %d is after the last step %d: nothing is left to train", o.first_step,
       o.steps)
@@ -355,6 +416,10 @@ end
 --   nan_watch = true: the first operator that makes a NaN or an infinity stops the run and is named (slow);
 --   profile = N: N steps after the third are profiled by operator, module and line, the table is printed and
 --   the trace goes to trace.json in the log's folder;
+--
+--   graph = true: from the second step on forward and backward are one launch of a captured CUDA graph
+--   (lac.graph says what can be captured), with the same numbers; data and model on cuda, batches of one
+--   shape;
 --
 --   evaluate = function(model, step) -> table of numbers, run in evaluation mode without gradients at the end
 --   and every eval_every steps (0: only at the end); log = a Log, log_every = 10 steps;
