@@ -143,6 +143,13 @@ test: deps ## build and run the whole test suite
 test-gpu: all ## the specs that need a CUDA device
 	LACUNA_GPU=1 $(BUSTED) --tags=gpu
 
+# Kernels run many times slower under these tools, so not the whole suite: SANITIZE_GPU="--filter ..." takes fewer cases.
+SANITIZE_GPU ?=
+.PHONY: sanitize-gpu
+sanitize-gpu: all ## the attention specs of the device under compute-sanitizer: memcheck, racecheck, synccheck
+	@for tool in memcheck racecheck synccheck; do echo "  $$tool"; LACUNA_GPU=1 compute-sanitizer --tool $$tool \
+	  --target-processes all --error-exitcode 3 $(BUSTED) --tags=gpu -o TAP tests/attend_cuda_spec.lua $(SANITIZE_GPU) || exit 1; done
+
 PEER ?= python3
 .PHONY: bench
 bench: all ## measure against PyTorch (PEER=/path/to/python with torch) and the machine's floors: ratios in one run
@@ -271,4 +278,4 @@ clean: ## remove everything that was built
 	rm -rf $(BUILD)
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '!seen[$$1]++ { printf "  make %-9s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '!seen[$$1]++ { printf "  make %-12s %s\n", $$1, $$2 }'

@@ -41,6 +41,8 @@ extern "C" int lac_fail(int status, const char *format, ...)
 enum { RECENT = 16, FAULT_NAMES = 32 };
 static const char *recent[RECENT]; /* operators queued since the last wait, newest at (queued - 1) % RECENT */
 static int queued;
+enum { MOST_SHARED = 227 << 10 }; /* what the largest kernels ask for */
+static int shared_most = MOST_SHARED;
 static char broken[768]; /* the message of the fault that ended the use of the device */
 static lac_cuda_fault *fault;
 static int *fault_claimed;
@@ -116,6 +118,11 @@ int lac_cuda_check(const char *op, cudaError_t error)
         LAC_FAIL(ARGUMENT, "%s: cannot be captured in a graph: it waits for the device or copies from the host", op);
     if (broken[0] || is_fault(error)) return report_broken(op, error);
     if (error == cudaErrorMemoryAllocation) LAC_FAIL(MEMORY, "%s: out of memory on cuda", op);
+    if (error == cudaErrorInvalidValue && strcmp(op, "attention") == 0 && shared_most < MOST_SHARED)
+        LAC_FAIL(DEVICE,
+                 "attention: this device gives a block %d KB of shared memory, and the kernel for this head_dim and "
+                 "dtype needs more (up to %d KB): use a smaller head_dim",
+                 shared_most >> 10, MOST_SHARED >> 10);
     LAC_FAIL(INTERNAL, "%s: %s: %s", op, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
@@ -348,6 +355,7 @@ static const char *open_device(void)
     }
     memset(fault, 0, sizeof *fault);
     lac_cuda_processors = device.multiProcessorCount;
+    shared_most = (int)device.sharedMemPerBlockOptin;
     snprintf(text, sizeof text, "cuda:0 %s, compute capability %d.%d, %.1f GiB, %d multiprocessors", device.name,
              device.major, device.minor, (double)device.totalGlobalMem / (1 << 30), device.multiProcessorCount);
     return NULL;
