@@ -13,28 +13,53 @@
 
 enum { BLOCK = 256 };
 
-int LAC_CPU(indices)(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore,
-                     int64_t **out)
+/* Is every index in [0, size)? Compared as unsigned numbers, so that one comparison does. */
+static bool all_inside(const int64_t *list, int64_t n, int64_t size)
+{
+    uint64_t outside = 0;
+#pragma omp simd reduction(| : outside)
+    for (int64_t i = 0; i < n; i++) outside |= (uint64_t)list[i] >= (uint64_t)size;
+    return !outside;
+}
+
+/* The indices as int64_t in row-major order: the tensor itself if it is that and no `copy` is asked for (by whoever
+ * writes to memory that may be the tensor's), else *own, which is NULL otherwise. */
+static int index_list(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore,
+                      bool copy, const int64_t **out, int64_t **own)
 {
     int64_t n = lac_view_numel(index);
-    int64_t *list = lac_workspace_get(op, (size_t)n * 8 + 8);
-    if (!list) return LAC_E_MEMORY;
+    bool there = !copy && index->dtype == LAC_I64 && lac_view_contiguous(index);
+    const int64_t *list = index->data;
+    *own = NULL;
+    if (!there) {
+        *own = lac_workspace_get(op, (size_t)n * 8 + 8);
+        if (!*own) return LAC_E_MEMORY;
+        list = *own;
+    }
     for (int64_t at = 0; at < n; at += BLOCK) {
-        int64_t m = n - at < BLOCK ? n - at : BLOCK, bad = 0;
-        const void *from = LAC_CPU(load_linear)(index, at, m, list + at);
-        if (from != list + at) memcpy(list + at, from, (size_t)m * 8);
-        for (int64_t i = at; i < at + m; i++)
-            bad += (list[i] < 0 || list[i] >= size) && !(ignore && list[i] == *ignore);
-        if (!bad) continue;
-        int64_t i = at;
-        while ((list[i] >= 0 && list[i] < size) || (ignore && list[i] == *ignore)) i++;
+        int64_t m = n - at < BLOCK ? n - at : BLOCK, i = at;
+        if (!there) {
+            const void *from = LAC_CPU(load_linear)(index, at, m, *own + at);
+            if (from != list + at) memcpy(*own + at, from, (size_t)m * 8);
+        }
+        if (all_inside(list + at, m, size)) continue;
+        while (i < at + m && ((list[i] >= 0 && list[i] < size) || (ignore && list[i] == *ignore))) i++;
+        if (i == at + m) continue;
         int64_t value = list[i];
-        lac_workspace_put(list);
+        lac_workspace_put(*own);
+        *own = NULL;
         LAC_FAIL(INDEX, "%s: %s number %lld is %lld (counted from 0), outside 0..%lld", op, what, (long long)(i + 1),
                  (long long)value, (long long)(size - 1));
     }
     *out = list;
     return 0;
+}
+
+int LAC_CPU(indices)(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore,
+                     int64_t **out)
+{
+    const int64_t *list;
+    return index_list(op, what, index, size, ignore, true, &list, out);
 }
 
 /* axes [first, last) of v as a view of their own */
@@ -127,14 +152,10 @@ static void select_task(void *context, int64_t begin, int64_t end, int thread)
 
 int LAC_CPU(index_select)(const lac_a_index *a)
 {
-    int64_t *index;
-    if (lac_view_numel(&a->out) == 0) {
-        /* nothing to copy, but a bad index is still an error */
-        LAC_TRY(LAC_CPU(indices)("index_select", "index", &a->index, a->x.shape[a->dim], NULL, &index));
-        lac_workspace_put(index);
-        return 0;
-    }
-    LAC_TRY(LAC_CPU(indices)("index_select", "index", &a->index, a->x.shape[a->dim], NULL, &index));
+    const int64_t *index;
+    int64_t *own;
+    LAC_TRY(index_list("index_select", "index", &a->index, a->x.shape[a->dim], NULL, false, &index, &own));
+    if (lac_view_numel(&a->out) == 0) return lac_workspace_put(own), 0; /* but a bad index is still an error */
     select_job job = {.x_outer = axes_of(&a->x, 0, a->dim),
                       .x_inner = axes_of(&a->x, a->dim + 1, a->x.ndim),
                       .index = index,
@@ -156,7 +177,7 @@ int LAC_CPU(index_select)(const lac_a_index *a)
     job.inner_rows = span / job.inner.shape[job.inner.ndim - 1];
     int64_t tasks = lac_view_numel(&job.x_outer) * job.n;
     int status = LAC_CPU(parallel)("index_select", tasks, tasks * span, select_task, &job);
-    lac_workspace_put(index);
+    lac_workspace_put(own);
     return status;
 }
 
@@ -247,8 +268,11 @@ typedef struct {
 } gather_job;
 
 #define PICK_LINE(T)                                                                                                   \
-    for (int64_t j = 0; j < job->length; j++)                                                                          \
-    ((T *)(void *)to)[j] = ((const T *)(const void *)from)[j * along + index[j] * step]
+    if (along == 0 && step == 1)                                                                                       \
+        for (int64_t j = 0; j < job->length; j++) ((T *)(void *)to)[j] = ((const T *)(const void *)from)[index[j]];    \
+    else                                                                                                               \
+        for (int64_t j = 0; j < job->length; j++)                                                                      \
+        ((T *)(void *)to)[j] = ((const T *)(const void *)from)[j * along + index[j] * step]
 static void gather_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const gather_job *job = context;
@@ -284,8 +308,9 @@ static void gather_task(void *context, int64_t begin, int64_t end, int thread)
 
 int LAC_CPU(gather)(const lac_a_index *a)
 {
-    int64_t *index;
-    LAC_TRY(LAC_CPU(indices)("gather", "index", &a->index, a->x.shape[a->dim], NULL, &index));
+    const int64_t *index;
+    int64_t *own;
+    LAC_TRY(index_list("gather", "index", &a->index, a->x.shape[a->dim], NULL, false, &index, &own));
     int64_t numel = lac_view_numel(&a->out);
     gather_job job = {.x = &a->x,
                       .out = &a->out,
@@ -294,7 +319,7 @@ int LAC_CPU(gather)(const lac_a_index *a)
                       .bytes = lac_bytes_of(a->x.dtype),
                       .length = a->out.shape[a->out.ndim - 1]};
     int status = numel ? LAC_CPU(parallel)("gather", numel / job.length, numel * 2, gather_task, &job) : 0;
-    lac_workspace_put(index);
+    lac_workspace_put(own);
     return status;
 }
 
