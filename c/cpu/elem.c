@@ -3,10 +3,11 @@
  * c/maps.def is included once per compute type and turns every line into a kernel over a strip of a row. A kernel goes
  * tile by tile: 64 elements of each input are used in place if they are a contiguous array of the compute type, else
  * converted or gathered into a buffer that never leaves the first-level cache; the results are stored in place, or
- * converted, or written past the caches. Loading, arithmetic and storing of one tile are close enough for the
- * processor to overlap them. So there are about 400 kernels instead of 400 x dtypes x strides, a broadcast or a
- * scalar is one tile that is used again, and contiguous f32 data costs no copy at all. Gradients towards both arguments
- * of a binary function come from one kernel with two outputs: five arrays move instead of eight.
+ * converted, or written past the caches. Dense f16 and bf16 are converted on their way between memory and registers,
+ * a chunk at a time. Loading, arithmetic and storing of one tile are close enough for the processor to overlap them.
+ * So there are about 400 kernels instead of 400 x dtypes x strides, a broadcast or a scalar is one tile that is used
+ * again, and contiguous f32 data costs no copy at all. Gradients towards both arguments of a binary function come from
+ * one kernel with two outputs: five arrays move instead of eight.
  * Strips and tiles start at fixed places, so the vector and the remainder code see the same elements whatever the
  * number of threads. What a kernel reads is read off the text of its expression, so that a line of maps.def needs no
  * more than the mathematics.
@@ -24,6 +25,7 @@ typedef struct {
     const char *x;
     int64_t stride; /* bytes between elements; 0 with direct: one tile serves all */
     int dtype;
+    int half;    /* dense f16 (1) or bf16 (2): converted chunk by chunk in registers */
     bool direct; /* an array of the compute type */
     bool ahead;  /* dense, to be converted and beyond the caches: fetch early */
 } elem_in;
@@ -31,6 +33,7 @@ typedef struct {
     char *x;
     int64_t stride;
     int dtype;
+    int half;    /* as of an input */
     bool direct; /* an array of what the kernel makes */
     bool stream; /* write past the caches; x is then at the start of a cache line */
     bool raw;    /* the kernel makes the output's dtype itself (bool) */
@@ -40,10 +43,12 @@ typedef void lac_kernel(int64_t n, const elem_in *in, const elem_out *to, const 
 /* ---- tiles ---- */
 
 /* elements [at, at + m) of an input in the compute type, in `space` if they have to be converted or gathered, or are
- * fewer than a chunk, the unit of the kernels' loops */
-LAC_INLINE const void *tile_in(const elem_in *in, int64_t at, int64_t m, void *space, int64_t chunk)
+ * fewer than a chunk, the unit of the kernels' loops; *half: as they are, and what they are */
+LAC_INLINE const void *tile_in(const elem_in *in, int64_t at, int64_t m, void *space, int64_t chunk, int *half)
 {
     const char *x = in->x + at * in->stride;
+    *half = m >= chunk ? in->half : 0;
+    if (*half) return x;
     if (in->direct && (m >= chunk || in->stride == 0)) return x;
     if (in->ahead) v_prefetch(x + AHEAD, m * in->stride);
     if (m < chunk) memset(space, 0, V_LINE);
@@ -73,7 +78,26 @@ static __attribute__((noinline)) void tile_out(const elem_out *to, int64_t at, i
 #define TILES for (int64_t at_ = 0, m_; m_ = tile_size(n - at_, CHUNK), m_ > 0; at_ += m_)
 #define CHUNKS for (int64_t i = 0; i < m_; i += CHUNK)
 #define LANES _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)
-#define IN(k) const T *in##k = tile_in(&in[k], at_, m_, space_[k], CHUNK)
+#define HALF(k) (V_HALVES && sizeof(T) == sizeof(float) && half##k)
+#define IN(k)                                                                                                          \
+    int half##k;                                                                                                       \
+    const char *from##k = tile_in(&in[k], at_, m_, space_[k], CHUNK, &half##k);                                        \
+    const int64_t size##k = HALF(k) ? 2 : (int64_t)sizeof(T)
+/* chunk i of an input as an array in##k, which never is in memory */
+#define TAKE(k)                                                                                                        \
+    T in##k[CHUNK];                                                                                                    \
+    if (HALF(k)) v_take_half(half##k, from##k + i * size##k, (float *)in##k);                                          \
+    else v_take_line(from##k + i * size##k, in##k)
+#define TAKE1 TAKE(0)
+#define TAKE2                                                                                                          \
+    TAKE1;                                                                                                             \
+    TAKE(1)
+#define TAKE3                                                                                                          \
+    TAKE2;                                                                                                             \
+    TAKE(2)
+#define TAKE4                                                                                                          \
+    TAKE3;                                                                                                             \
+    TAKE(3)
 #define IN1 IN(0)
 #define IN2                                                                                                            \
     IN1;                                                                                                               \
@@ -84,22 +108,26 @@ static __attribute__((noinline)) void tile_out(const elem_out *to, int64_t at, i
 #define IN4                                                                                                            \
     IN3;                                                                                                               \
     IN(3)
-#define AHEAD1 __builtin_prefetch((const char *)(in0 + i) + AHEAD)
+#define AHEAD1 __builtin_prefetch(from0 + i * size0 + AHEAD)
 #define AHEAD2                                                                                                         \
     AHEAD1;                                                                                                            \
-    __builtin_prefetch((const char *)(in1 + i) + AHEAD)
+    __builtin_prefetch(from1 + i * size1 + AHEAD)
 #define AHEAD3                                                                                                         \
     AHEAD2;                                                                                                            \
-    __builtin_prefetch((const char *)(in2 + i) + AHEAD)
+    __builtin_prefetch(from2 + i * size2 + AHEAD)
 #define AHEAD4                                                                                                         \
     AHEAD3;                                                                                                            \
-    __builtin_prefetch((const char *)(in3 + i) + AHEAD)
+    __builtin_prefetch(from3 + i * size3 + AHEAD)
 #define OUT(k)                                                                                                         \
     T result##k[TILE];                                                                                                 \
-    const bool whole##k = to[k].direct && m_ >= CHUNK, past##k = whole##k && to[k].stream;                             \
+    const int into##k = V_HALVES && sizeof(T) == sizeof(float) && m_ >= CHUNK ? to[k].half : 0;                        \
+    const bool whole##k = to[k].direct && m_ >= CHUNK, past##k = (whole##k || into##k) && to[k].stream;                \
     T *out##k = whole##k ? (T *)to[k].x + at_ : result##k
+#define PUT_LINE(k, line)                                                                                              \
+    if (into##k) v_put_half(into##k, to[k].x + (at_ + i) * 2, (const float *)(line), past##k);                         \
+    else v_put_line(out##k + i, line, past##k)
 #define PUT(k)                                                                                                         \
-    if (!whole##k) tile_out(&to[k], at_, m_, result##k)
+    if (!whole##k && !into##k) tile_out(&to[k], at_, m_, result##k)
 
 static inline int64_t tile_size(int64_t left, int64_t chunk)
 {
@@ -122,12 +150,13 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
                 if (past0) {                                                                                           \
                     AHEAD##count;                                                                                      \
                 }                                                                                                      \
+                TAKE##count;                                                                                           \
                 LANES                                                                                                  \
                 {                                                                                                      \
                     __VA_ARGS__;                                                                                       \
                     line[k] = (expression);                                                                            \
                 }                                                                                                      \
-                v_put_line(out0 + i, line, past0);                                                                     \
+                PUT_LINE(0, line);                                                                                     \
             }                                                                                                          \
             PUT(0);                                                                                                    \
         }                                                                                                              \
@@ -153,10 +182,14 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
         {                                                                                                              \
             IN##count;                                                                                                 \
             uint8_t truth[TILE], *out = to->direct && !to->stream && m_ >= CHUNK ? (uint8_t *)to->x + at_ : truth;     \
-            CHUNKS LANES                                                                                               \
+            CHUNKS                                                                                                     \
             {                                                                                                          \
-                declare;                                                                                               \
-                out[i + k] = (expression);                                                                             \
+                TAKE##count;                                                                                           \
+                LANES                                                                                                  \
+                {                                                                                                      \
+                    declare;                                                                                           \
+                    out[i + k] = (expression);                                                                         \
+                }                                                                                                      \
             }                                                                                                          \
             if (out == truth) tile_out(to, at_, m_, truth);                                                            \
         }                                                                                                              \
@@ -177,6 +210,7 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
                 if (past0) {                                                                                           \
                     AHEAD3;                                                                                            \
                 }                                                                                                      \
+                TAKE3;                                                                                                 \
                 LANES                                                                                                  \
                 {                                                                                                      \
                     X3;                                                                                                \
@@ -184,18 +218,18 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
                     line0[k] = g * (first);                                                                            \
                     line1[k] = g * (second);                                                                           \
                 }                                                                                                      \
-                v_put_line(out0 + i, line0, past0);                                                                    \
-                v_put_line(out1 + i, line1, past1);                                                                    \
+                PUT_LINE(0, line0);                                                                                    \
+                PUT_LINE(1, line1);                                                                                    \
             }                                                                                                          \
             PUT(0);                                                                                                    \
             PUT(1);                                                                                                    \
         }                                                                                                              \
     }
-#define X1 T x = in0[i + k]
-#define X2 T x = in0[i + k], y = in1[i + k]
-#define X3 T x = in0[i + k], y = in1[i + k], g = in2[i + k]
-#define XYZ T x = in0[i + k], y = in1[i + k], z = in2[i + k]
-#define XYZG T x = in0[i + k], y = in1[i + k], z = in2[i + k], g = in3[i + k]
+#define X1 T x = in0[k]
+#define X2 T x = in0[k], y = in1[k]
+#define X3 T x = in0[k], y = in1[k], g = in2[k]
+#define XYZ T x = in0[k], y = in1[k], z = in2[k]
+#define XYZG T x = in0[k], y = in1[k], z = in2[k], g = in3[k]
 #define BACKWARD1(name, f) KERNEL(name, 3, X3; (void)x; (void)y, g * (f))
 #define BACKWARD3(name, f) KERNEL_P(name, 4, XYZG; (void)x; (void)y; (void)z, g * (f))
 
@@ -213,6 +247,10 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
     BACKWARD3(b3x_f32_##name, dx) BACKWARD3(b3y_f32_##name, dy) BACKWARD3(b3z_f32_##name, dz)
 #include "../maps.def"
 KERNEL(axpy_f32, 3, X3, x *y + g)
+KERNEL(near_f32_sin, 1, X1, f_sin_near(x))
+KERNEL(near_f32_cos, 1, X1, f_cos_near(x))
+BACKWARD1(near_b1_f32_sin, f_cos_near(x))
+BACKWARD1(near_b1_f32_cos, -f_sin_near(x))
 #undef T
 #define T double
 #define MAP1(name, domain, value, gradient) KERNEL(m1_f64_##name, 1, X1, value) BACKWARD1(b1_f64_##name, gradient)
@@ -322,8 +360,8 @@ static bool mentions(const char *text, char variable)
 /* ---- the driver ---- */
 
 typedef struct {
-    lac_nest nest; /* the first `outputs` views are the outputs */
-    lac_kernel *kernel;
+    lac_nest nest;             /* the first `outputs` views are the outputs */
+    lac_kernel *kernel, *near; /* near: for strips whose first input is small everywhere, or NULL */
     const void *constants;
     int32_t dtype[LAC_NEST_VIEWS];
     int outputs;
@@ -339,6 +377,8 @@ typedef struct {
     const void *repeated[LAC_NEST_VIEWS];
 } elem_space;
 
+static inline int half_of(int dtype) { return !V_HALVES ? 0 : dtype == LAC_F16 ? 1 : dtype == LAC_BF16 ? 2 : 0; }
+
 /* view v of a strip that starts at x, as an input */
 static elem_in input_of(const elem_job *job, elem_space *space, int v, const char *x)
 {
@@ -352,9 +392,13 @@ static elem_in input_of(const elem_job *job, elem_space *space, int v, const cha
         space->repeated[v] = x;
         return (elem_in){.x = (char *)space->tile[v], .direct = true};
     }
-    bool direct = stride == bytes && lac_is_native(dtype);
-    return (elem_in){
-        .x = x, .stride = stride, .dtype = dtype, .direct = direct, .ahead = job->stream && !direct && stride == bytes};
+    bool dense = stride == bytes, direct = dense && lac_is_native(dtype);
+    return (elem_in){.x = x,
+                     .stride = stride,
+                     .dtype = dtype,
+                     .half = dense ? half_of(dtype) : 0,
+                     .direct = direct,
+                     .ahead = job->stream && !direct && dense};
 }
 
 static elem_out output_of(const elem_job *job, int v, char *x)
@@ -364,9 +408,28 @@ static elem_out output_of(const elem_job *job, int v, char *x)
     return (elem_out){.x = x,
                       .stride = stride,
                       .dtype = dtype,
+                      .half = stride == lac_bytes_of(dtype) && !job->raw ? half_of(dtype) : 0,
                       .direct = stride == lac_bytes_of(dtype) && (job->raw || lac_is_native(dtype)),
                       .raw = job->raw,
                       .stream = job->stream && ((uintptr_t)x & (V_LINE - 1)) == 0};
+}
+
+/* is the input within F_NEAR, where sines need no long reduction? Elements give the same bits either way. */
+static bool strip_is_near(const elem_in *in, int64_t n)
+{
+    float space[TILE];
+    if (in->dtype == LAC_F16) return true; /* all of them are; NOLINT: in is set, there is an input */
+    if (in->direct && in->stride == 0) n = 1;
+    for (int64_t at = 0; at < n; at += TILE) {
+        int64_t m = n - at < TILE ? n - at : TILE;
+        const char *from = in->x + at * in->stride;
+        const float *x = in->direct ? (const void *)from : LAC_CPU(load)(in->dtype, from, in->stride, m, space);
+        int far = 0;
+#pragma omp simd reduction(| : far)
+        for (int64_t i = 0; i < m; i++) far |= fabsf(x[i]) > F_NEAR;
+        if (far) return false;
+    }
+    return true;
 }
 
 static void elem_task(void *context, int64_t begin, int64_t end, int thread)
@@ -390,7 +453,7 @@ static void elem_task(void *context, int64_t begin, int64_t end, int thread)
             if (v < job->outputs) out[v] = output_of(job, v, x);
             else in[v - job->outputs] = input_of(job, &space, v, x);
         }
-        job->kernel(n, in, out, job->constants);
+        (job->near && strip_is_near(in, n) ? job->near : job->kernel)(n, in, out, job->constants);
         if (++strip == job->strips) {
             strip = 0;
             lac_cursor_next(nest, &c);
@@ -448,11 +511,21 @@ static void scalar_view(double value, int dtype, const lac_view *like, scalar *s
 
 /* ---- operators ---- */
 
+static lac_kernel *near_of(int fn, int dtype, bool gradient)
+{
+    if (lac_compute_type(dtype) != C_F32 || (fn != M1_sin && fn != M1_cos)) return NULL;
+    if (gradient) return fn == M1_sin ? near_b1_f32_sin : near_b1_f32_cos;
+    return fn == M1_sin ? near_f32_sin : near_f32_cos;
+}
+
 int LAC_CPU(map1)(const lac_a_map1 *a)
 {
     const lac_view *views[] = {&a->out, &a->x};
     const lac_map *map = &maps1[a->fn];
-    elem_job job = {.kernel = map->value[lac_compute_type(a->x.dtype)], .outputs = 1, .raw = map->to_bool};
+    elem_job job = {.kernel = map->value[lac_compute_type(a->x.dtype)],
+                    .near = near_of(a->fn, a->x.dtype, false),
+                    .outputs = 1,
+                    .raw = map->to_bool};
     return elem_run("map1", &job, 2, views, map->text, "x");
 }
 
@@ -460,7 +533,9 @@ int LAC_CPU(map1_bwd)(const lac_a_map1_bwd *a)
 {
     const lac_view *views[] = {&a->out, &a->x, &a->y, &a->g};
     const lac_map *map = &maps1[a->fn];
-    elem_job job = {.kernel = map->gradient[0][lac_compute_type(a->x.dtype)], .outputs = 1};
+    elem_job job = {.kernel = map->gradient[0][lac_compute_type(a->x.dtype)],
+                    .near = near_of(a->fn, a->x.dtype, true),
+                    .outputs = 1};
     return elem_run("map1_bwd", &job, 4, views, map->slope[0], "xyg");
 }
 

@@ -2,9 +2,9 @@
  *
  * maps.def writes an expression once for all compute types; the macros F_name(x) below pick the function by the type of
  * x: f_name or v_namef for float, libm or d_name for double, i_name for int64_t. What models call on whole activations
- * is vector code in float (simd.h); rarer functions of floats are computed in double and rounded once; sin, cos, tan,
- * atan2, fmod and sinc are libm's, one element at a time, because a reduction of any argument by pi is not worth
- * its code here. Integers wrap, and neither divide by zero nor trap.
+ * is vector code in float (simd.h); rarer functions of floats are computed in double and rounded once; so are sin and
+ * cos of arguments up to F_NEAR. Beyond, and for tan, atan2, fmod and sinc, it is libm, one element at a time, because
+ * a reduction of any argument by pi is not worth its code here. Integers wrap, and neither divide by zero nor trap.
  * Rejected: one function per expression and type by hand (150 names for what the generic macros say in 60 lines).
  */
 #ifndef LAC_CPU_MAPS_H
@@ -122,6 +122,21 @@ LAC_INLINE float f_gelu_tanh_grad(float x)
 }
 
 /* rarer functions: f32 in double inside, rounded once */
+#define F_NEAR 524288.0f
+LAC_INLINE float f_sin_near(float x)
+{
+    double s, c;
+    v_sincos_d((double)x, &s, &c);
+    return x == 0 ? x : (float)s; /* the zero's sign */
+}
+LAC_INLINE float f_cos_near(float x)
+{
+    double s, c;
+    v_sincos_d((double)x, &s, &c);
+    return (float)c;
+}
+LAC_INLINE float f_sin(float x) { return fabsf(x) > F_NEAR ? sinf(x) : f_sin_near(x); }
+LAC_INLINE float f_cos(float x) { return fabsf(x) > F_NEAR ? cosf(x) : f_cos_near(x); }
 LAC_INLINE float f_erfc(float x)
 {
     double e = v_erfc_d(fabs((double)x));
@@ -243,8 +258,8 @@ LAC_INLINE double d_logaddexp(double x, double y) { return d_max(x, y) + log1p(e
 #define F_log(x) GENERIC2(x, v_logf, log)(x)
 #define F_log1p(x) GENERIC2(x, v_log1pf, log1p)(x)
 #define F_sqrt(x) GENERIC2(x, sqrtf, sqrt)(x)
-#define F_sin(x) GENERIC2(x, sinf, sin)(x)
-#define F_cos(x) GENERIC2(x, cosf, cos)(x)
+#define F_sin(x) GENERIC2(x, f_sin, sin)(x)
+#define F_cos(x) GENERIC2(x, f_cos, cos)(x)
 #define F_tanh(x) GENERIC2(x, v_tanhf, tanh)(x)
 #define F_erf(x) GENERIC2(x, v_erff, erf)(x)
 #define F_sigmoid(x) GENERIC2(x, v_sigmoidf, d_sigmoid)(x)

@@ -581,6 +581,56 @@ LAC_INLINE void v_put_line(void *out, const void *r, bool stream)
     memcpy(out, r, V_LINE);
 #endif
 }
+/* The same for what is read, and for 16 values on their way from or to f16 (half = 1) or bf16 (2), so that they are
+ * converted in registers between loading and storing. */
+/* a cache line into registers: memcpy would go by 16 bytes, which a wider load has to wait for */
+LAC_INLINE void v_take_line(const void *x, void *line)
+{
+#pragma GCC unroll 4
+    for (int k = 0; k < V_LINE / V_WIDTH; k++) *((v_floats *)line + k) = *((const v_floats *)x + k);
+}
+#ifdef __AVX2__
+enum { V_HALVES = 1 };
+LAC_INLINE void v_take_half(int half, const void *x, float *line)
+{
+#if defined(__AVX512F__)
+    __m256i h = _mm256_loadu_si256(x);
+    __m512 f = half == 1 ? _mm512_cvtph_ps(h) : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+    _mm512_storeu_ps(line, f);
+#else
+    for (int k = 0; k < 2; k++) {
+        __m128i h = _mm_loadu_si128((const __m128i *)x + k);
+        __m256 f = half == 1 ? _mm256_cvtph_ps(h) : (__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+        _mm256_storeu_ps(line + 8 * k, f);
+    }
+#endif
+}
+LAC_INLINE void v_put_half(int half, void *out, const float *line, bool stream)
+{
+    uint16_t r[16];
+    __m256i h;
+    if (half == 2) {
+        v_store_bf16(line, r, 16);
+        h = _mm256_loadu_si256((const __m256i *)r);
+    } else {
+#if defined(__AVX512F__)
+        h = _mm512_cvtps_ph(_mm512_loadu_ps(line), 0);
+#else
+        __m128i low = _mm256_cvtps_ph(_mm256_loadu_ps(line), 0), high = _mm256_cvtps_ph(_mm256_loadu_ps(line + 8), 0);
+        h = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+#endif
+    }
+    if (stream) _mm256_stream_si256(out, h);
+    else _mm256_storeu_si256(out, h);
+}
+#else
+enum { V_HALVES = 0 }; /* conversions are long there: by tiles, in one place */
+LAC_INLINE void v_take_half(int half, const void *x, float *line) { (void)half, (void)x, (void)line; }
+LAC_INLINE void v_put_half(int half, void *out, const float *line, bool stream)
+{
+    (void)half, (void)out, (void)line, (void)stream;
+}
+#endif
 LAC_INLINE void v_stream_end(void)
 {
 #ifdef __SSE2__
