@@ -114,11 +114,19 @@ cuda: $(PLUGIN)
 KERNELS := $(patsubst kernels/%.cu,$(BUILD)/obj/cuda/%.o,$(wildcard kernels/*.cu))
 CUDA_LIB := $(abspath $(dir $(NVCC))../lib64)
 
+# Attention kernels may neither spill registers nor have their products serialised: ptxas.awk reads what ptxas says.
+compile_cuda = $(NVCC) -O3 -std=c++17 --extended-lambda $(1) -Ic -Xcompiler -fPIC,-Wall,-fvisibility=hidden -MMD -MP
+
+$(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk
+	@mkdir -p $(@D)
+	$(call say,NVCC,$<)
+	$(Q)$(call compile_cuda,$(GENCODE)) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
+	$(Q)awk -f kernels/ptxas.awk $@.log || { rm $@; exit 1; }
+
 $(BUILD)/obj/cuda/%.o: kernels/%.cu
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
-	$(Q)$(NVCC) -O3 -std=c++17 --extended-lambda $(if $(filter attn%,$*),$(GENCODE),$(PLAIN_CODE)) -Ic \
-	  -Xcompiler -fPIC,-Wall,-fvisibility=hidden -MMD -MP -c $< -o $@
+	$(Q)$(call compile_cuda,$(PLAIN_CODE)) -c $< -o $@
 
 $(PLUGIN): $(KERNELS)
 	@mkdir -p $(@D)

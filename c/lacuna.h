@@ -320,6 +320,7 @@ uint32_t lac_crc32c(uint32_t crc, const void *data, int64_t bytes);
 enum { LAC_HEADS_SPLIT = 0, LAC_HEADS_ALL = 1 };
 enum { LAC_OFFSET_BRANCH = 0, LAC_OFFSET_MOD = 1, LAC_OFFSET_BLOCK = 2 };
 enum { LAC_MERGE_MEAN = 0, LAC_MERGE_SUM = 1, LAC_MERGE_LSE = 2, LAC_MERGE_LSE_DETACH = 3 };
+enum { LAC_KERNEL_AUTO = 0, LAC_KERNEL_PORTABLE = 1, LAC_KERNEL_HOPPER = 2 };
 /* What a plan is keyed by. Zero the struct first; entries past `branches` are ignored. window -1: none, else |p - j| <= window.
  * align_end: the last query sits at the last key (else the first at the first). Any offset rule may go with any scheme;
  * MOD and BLOCK count heads over all of them. A query before position 0 (align_end with n > m) has no keys. */
@@ -356,11 +357,15 @@ typedef struct lac_attn_args {
     /* of the dropout's Philox stream: the pair (b, h, n, j) has the bits of element [b, h, n, j] of lac_dropout on a
      * dense f32 [B, H, N, M] tensor, in every branch */
     uint64_t seed, offset;
+    int32_t kernel; /* LAC_KERNEL_*; auto: the fastest that can do the call; hopper: it or an error */
 } lac_attn_args;
 int lac_plan_get(const lac_attn_desc *desc, lac_plan **out); /* from the cache or new; one reference for the caller */
 void lac_plan_drop(lac_plan *plan);
 int lac_plan_describe(const lac_plan *plan, lac_plan_info *out);
 int lac_plan_strip(const lac_plan *plan, int32_t index, lac_strip *out);
+/* NULL: on a Hopper GPU, choice `kernel` (auto or hopper) runs kernel 'hopper' for this plan and dtype, unless a call has
+ * dropout, key padding, a negative scale or rows that are not aligned; else the reason why not */
+const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel);
 typedef struct lac_cache_stats { int64_t size, capacity, hits, misses, evictions; } lac_cache_stats;
 int lac_plan_cache(lac_cache_stats *out);
 int lac_plan_cache_resize(int64_t capacity); /* 0 empties it and keeps nothing */

@@ -43,6 +43,14 @@ static int get_optional(const lac_plan *p, const lac_attn_args *args, lac_a_atte
     if (!isfinite(args->scale)) LAC_FAIL(ARGUMENT, "attention: scale must be finite, got %g", args->scale);
     if (!(args->dropout >= 0 && args->dropout < 1))
         LAC_FAIL(ARGUMENT, "attention: dropout must be in [0, 1), got %g", args->dropout);
+    if (args->kernel < LAC_KERNEL_AUTO || args->kernel > LAC_KERNEL_HOPPER)
+        LAC_FAIL(ARGUMENT, "attention: kernel must be from 0 to %d, got %d", LAC_KERNEL_HOPPER, args->kernel);
+    if (args->kernel == LAC_KERNEL_HOPPER && args->q->device < LAC_CUDA)
+        LAC_FAIL(DEVICE,
+                 "attention: kernel 'hopper' is for cuda, q is %s; move q, k and v there or leave the choice to "
+                 "kernel 'auto'",
+                 lac_describe(args->q));
+    a->kernel = args->kernel;
     a->scale = args->scale != 0 ? args->scale : 1 / sqrt((double)d->head_dim);
     a->dropout = args->dropout;
     a->seed = args->seed;

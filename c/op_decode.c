@@ -20,8 +20,8 @@ static int check_args(const lac_plan *p, const lac_attn_args *args, const int64_
     if (!args) LAC_FAIL(ARGUMENT, "%s: the arguments are a null pointer", op);
     if (!position || !key_start)
         LAC_FAIL(ARGUMENT, "%s: %s is a null pointer", op, position ? "key_start" : "position");
-    if (args->key_padding || args->key_lengths || args->dropout != 0)
-        LAC_FAIL(ARGUMENT, "%s: decoding takes no key padding, key lengths or dropout", op);
+    if (args->key_padding || args->key_lengths || args->dropout != 0 || args->kernel)
+        LAC_FAIL(ARGUMENT, "%s: decoding takes no key padding, key lengths, dropout or choice of kernel", op);
     if (!isfinite(args->scale)) LAC_FAIL(ARGUMENT, "%s: scale must be finite, got %g", op, args->scale);
     return 0;
 }

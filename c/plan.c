@@ -529,6 +529,15 @@ int lac_plan_strip(const lac_plan *plan, int32_t index, lac_strip *out)
     return 0;
 }
 
+const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel)
+{
+    if (!plan) return "there is no plan";
+    const char *why = lac_plan_no_hopper(plan, dtype);
+    if (!why && kernel != LAC_KERNEL_HOPPER && !lac_plan_hopper_pays(plan))
+        why = "a branch has fewer than 64 rows a segment";
+    return why;
+}
+
 int lac_plan_reach(const lac_plan *plan, int64_t position, int64_t *first)
 {
     LAC_NONNULL(plan, "the plan");

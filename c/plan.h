@@ -89,6 +89,28 @@ static inline bool lac_plan_branch_delta(const lac_plan *p)
     return lac_plan_branch_softmax(p) || (lac_plan_many(p) && p->desc.merge == LAC_MERGE_LSE_DETACH);
 }
 
+/* Kernels for Hopper (sm_90a) do a part of all plans: NULL, or what of plan and dtype they cannot do. The rest depends
+ * on the call (attn_hopper_forward_fits). Pays: no branch has so few rows a segment that tiles would be mostly empty.
+ */
+enum { LAC_HOPPER_BRANCHES = 16, LAC_HOPPER_ROWS = 64 };
+static inline const char *lac_plan_no_hopper(const lac_plan *p, int dtype)
+{
+    const lac_attn_desc *d = &p->desc;
+    if (dtype != LAC_BF16 && dtype != LAC_F16) return "tensors are neither f16 nor bf16";
+    if (d->head_dim != 64 && d->head_dim != 128) return "head_dim is neither 64 nor 128";
+    if (d->dedup) return "pairs that several branches keep are to be counted once";
+    if (d->branches > LAC_HOPPER_BRANCHES) return "there are more than 16 branches";
+    return NULL;
+}
+static inline bool lac_plan_hopper_pays(const lac_plan *p)
+{
+    for (int g = 0; g < p->desc.branches; g++) {
+        int64_t w = p->segment[g] < p->desc.n ? p->segment[g] : p->desc.n;
+        if ((w - 1) / p->desc.dilation[g] + 1 < LAC_HOPPER_ROWS) return false;
+    }
+    return true;
+}
+
 /* offset of the lattice that head `head` keeps in branch `branch` */
 int64_t lac_plan_offset(const lac_attn_desc *d, int32_t branch, int32_t head);
 
@@ -149,6 +171,7 @@ struct lac_a_attend {
     double scale;     /* finite, not 0 */
     double dropout;   /* [0, 1) */
     uint64_t seed, offset;
+    int32_t kernel;      /* LAC_KERNEL_* */
     lac_view out;        /* [B, N, H, D] contiguous, of q's dtype */
     lac_view lse;        /* [B, N, H] contiguous, f32 (f64 for f64): of the merged softmax */
     lac_view branch_lse; /* [G, B, N, H] contiguous; only if lac_plan_branch_softmax() */

@@ -250,11 +250,25 @@ static size_t acc_bytes(const lac_view *v, int phases)
     return phases > 1 && dtype_bytes(v->dtype) == 2 ? (size_t)lac_view_numel(v) * sizeof(float) : 0;
 }
 
+/* Which kernel runs: the script's choice, else Hopper's where it can do the call (`why` NULL) and pays. */
+static int choose(const lac_a_attend *f, const char *why, bool pays, bool *hopper)
+{
+    *hopper = false;
+    if (f->kernel == LAC_KERNEL_PORTABLE || (f->kernel == LAC_KERNEL_AUTO && !pays)) return 0;
+    if (why && f->kernel == LAC_KERNEL_HOPPER)
+        LAC_FAIL(ARGUMENT, "attention: kernel 'hopper' cannot do this call: %s; leave the choice to kernel 'auto'",
+                 why);
+    *hopper = !why;
+    return 0;
+}
+
 extern "C" int lac_cuda_attend(const lac_a_attend *f)
 {
     attn_args a;
+    bool hopper;
     const lac_plan *p = f->plan;
     LAC_TRY(args_of(a, f));
+    LAC_TRY(choose(f, attn_hopper_forward_fits(f), lac_plan_hopper_pays(p), &hopper));
     if (!covered(p) || p->shift < 0) {
         LAC_TRY(clear(&f->out));
         LAC_TRY(fill_lse(&f->lse));
@@ -267,6 +281,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     a.acc = sums ? space.data : f->out.data;
     a.counter = (int *)((char *)space.data + sums);
     a.lse = f->lse.data, a.branch_lse = f->branch_lse.data;
+    if (hopper) return attn_hopper_forward(a, f);
     return (exact(f->q.dtype) ? attn_forward_exact : attn_forward_tensor)(a, p, f->q.dtype);
 }
 
@@ -298,7 +313,8 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     a.g = tensor_of(&w->dout);
     a.dlse = tensor_of(&w->dlse);
     a.per_branch = lac_plan_branch_delta(p);
-    const bool hopper = !attn_hopper_backward_fits(w) && attn_hopper_backward_pays(p);
+    bool hopper;
+    LAC_TRY(choose(f, attn_hopper_backward_fits(w), attn_hopper_backward_pays(p), &hopper));
     if (!hopper && (!covered(p) || p->shift < 0)) LAC_TRY(clear(&w->dq));
     if (!covered(p)) {
         LAC_TRY(clear(&w->dk));

@@ -89,7 +89,7 @@ __device__ __forceinline__ bool attn_runs(const attn_args &a, int g, int h)
 
 __device__ __forceinline__ int attn_count(int64_t base, int r, int64_t end)
 {
-    return end > base ? (int)((end - base - 1) / r) + 1 : 0;
+    return end > base ? (int)((unsigned)(end - base - 1) / (unsigned)r) + 1 : 0; /* at most a segment apart */
 }
 
 /* does branch g keep `position` for head h, in a segment that has tiles? */
@@ -499,6 +499,9 @@ int attn_queries_tensor(attn_args &a, const lac_plan *plan, int dtype);
 int attn_forward_exact(attn_args &a, const lac_plan *plan, int dtype);
 int attn_keys_exact(attn_args &a, const lac_plan *plan, int dtype);
 int attn_queries_exact(attn_args &a, const lac_plan *plan, int dtype);
+/* on Hopper: NULL, or why its kernel cannot do this; and the forward itself */
+const char *attn_hopper_forward_fits(const lac_a_attend *f);
+int attn_hopper_forward(attn_args &a, const lac_a_attend *f);
 /* numbers the tiles of `height` rows; gives their count in *tiles */
 int attn_number(attn_args &a, const lac_plan *plan, bool keys, int height, int64_t *tiles);
 

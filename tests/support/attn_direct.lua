@@ -178,6 +178,7 @@ end
 local HEADS = { split = 0, all = 1 }
 local OFFSET = { branch = 0, mod = 1, block = 2 }
 local MERGE = { mean = 0, sum = 1, lse = 2, lse_detach = 3 }
+local KERNEL = { auto = 0, portable = 1, hopper = 2 }
 
 --- A copy of a configuration with the defaults filled in.
 function direct.fill(cfg)
@@ -223,6 +224,7 @@ function direct.args(c, q, k, v)
   local a, keep = ffi.new("lac_attn_args"), { q, k, v }
   a.q, a.k, a.v = q, k, v
   a.scale, a.dropout, a.seed, a.offset = c.scale or 0, c.dropout or 0, c.seed or 0, c.rng_offset or 0
+  a.kernel = KERNEL[c.kernel or "auto"]
   if c.padding then -- flat [B * M] booleans
     local bytes = {}
     for i, keep_key in ipairs(c.padding) do bytes[i] = keep_key and 1 or 0 end

@@ -1,0 +1,151 @@
+/* attn_hopper_forward.cu: the forward of attention on Hopper: which calls it serves, its launch, and what is done
+ * again.
+ *
+ * One persistent launch serves all branches: a thread block for each multiprocessor, of one warpgroup whose threads
+ * feed the others (attn_hopper_forward.cuh) and two or three with 64 query rows each (attn_hopper_rows.cuh). Tiles are
+ * claimed from a counter, those of earlier phases first; branches that meet in a row are merged as attn.cuh says.
+ *
+ * Floor: 4 D products a pair at 4096 a clock and multiprocessor, and an exponential a pair at 16 a clock: for D = 64
+ * both take the same time, for D = 128 products decide. kernels/HOPPER.md has the record of what was measured.
+ */
+#include "attn_hopper_rows.cuh"
+#include "attn_slow.cuh"
+
+static __device__ int hopper_claims[2], hopper_spoilt; /* spoilt: the number of the last call that was */
+
+template <class T, int D, bool MEETS>
+__global__ void __launch_bounds__(hopper_forward_shape<D>::THREADS_, 1)
+    attn_hopper_forward_kernel(const __grid_constant__ hopper_forward_args p)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    typedef hopper_forward_shape<D> M;
+    extern __shared__ __align__(1024) uint8_t bytes[]; /* nothing else is shared: swizzled tiles begin at multiples */
+    const uint32_t memory = attn_shared(bytes);
+    if (threadIdx.x == 0) {
+        hopper_barrier(memory + M::FOUND_FULL, 1);
+        hopper_barrier(memory + M::FOUND_FREE, 1);
+        for (int i = 0; i < M::SLOTS; i++) {
+            hopper_barrier(memory + M::Q_FULL + 8 * i, 1);
+            hopper_barrier(memory + M::Q_FREE + 8 * i, M::GROUPS);
+        }
+        for (int i = 0; i < M::STAGES; i++) {
+            hopper_barrier(memory + M::K_FULL + 8 * i, 1);
+            hopper_barrier(memory + M::V_FULL + 8 * i, 1);
+            hopper_barrier(memory + M::K_FREE + 8 * i, 4 * M::GROUPS); /* every warp */
+            hopper_barrier(memory + M::V_FREE + 8 * i, 4 * M::GROUPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        hopper_fewer<M::FEEDER_REGISTERS>();
+        if (threadIdx.x == 0) hopper_feeder<D>(p, memory).run();
+        else if (threadIdx.x == 32) hopper_scout<D>(p, memory);
+    } else {
+        hopper_more<M::GROUP_REGISTERS>();
+        hopper_rows<T, D, MEETS>(p, memory).run();
+    }
+#endif
+}
+
+/* ---- values that are not finite ---- */
+
+/* A masked pair is a product with zero, and zero times NaN is NaN: rows that are not finite are computed again from the
+ * pairs that they see (attn_slow.cuh), branch after branch. All rows are looked at, but only if one is known to be
+ * spoilt. */
+template <class T>
+__global__ void __launch_bounds__(THREADS) attn_hopper_redo_kernel(const __grid_constant__ attn_args a, int call)
+{
+    if (hopper_spoilt != call) return;
+    const int64_t rows = (int64_t)a.batch * a.n * a.heads, warps = (int64_t)gridDim.x * (THREADS / 32);
+    for (int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; row < rows; row += warps) {
+        const int h = (int)(row % a.heads), n = (int)(row / a.heads % a.n), b = (int)(row / a.heads / a.n);
+        const T *out = (const T *)a.out + row * a.head_dim;
+        float probe = 0;
+        for (int d = threadIdx.x % 32; d < a.head_dim; d += 32) probe += to_compute(out[d]) * 0;
+        if (!__any_sync(~0u, probe != 0)) continue;
+        const int position = n + a.shift;
+        for (int rank = 0; rank < a.ranks; rank++)
+            for (int g = 0; g < a.branches; g++) {
+                attn_tile t;
+                if (a.branch[g].rank != rank || position < 0 || !attn_keeps(a, g, h, (unsigned)position)) continue;
+                attn_span(a, g, b, h, position / a.branch[g].segment, t);
+                attn_slow_forward<T>(a, t, (int)((position - t.base) / t.r));
+            }
+    }
+}
+
+/* ---- the host's side ---- */
+
+const char *attn_hopper_forward_fits(const lac_a_attend *f)
+{
+    const lac_view *read[] = {&f->q, &f->k, &f->v};
+    const char *why = lac_plan_no_hopper(f->plan, f->q.dtype);
+    if (why) return why;
+    if (f->dropout > 0) return "there is dropout";
+    if (f->padding.data) return "there is a padding mask";
+    if (f->scale < 0) return "the scale is negative";
+    for (int i = 0; i < 3; i++)
+        if (!hopper_readable(read[i], &why)) return why;
+    static int compiled = -1; /* unknown; asking takes microseconds */
+    if (compiled < 0) compiled = hopper_compiled((const void *)attn_hopper_forward_kernel<bf16, 64, false>);
+    if (!compiled) return "the device is not a Hopper, or the plug-in was not compiled for sm_90a";
+    return NULL;
+}
+
+/* Of a branch: segments, items and heads whose tiles are interleaved, so that heavy tiles come first. */
+static int interleaved(const attn_args &a, int64_t rows, int64_t items)
+{
+    enum { BYTES = 16 << 20 };
+    const int64_t n = a.causal ? BYTES / (rows * a.head_dim * 4) : 1;
+    return (int)(n < 1 ? 1 : n > items ? items : n);
+}
+
+template <class T, int D, bool MEETS> static int launch(const hopper_forward_args &p)
+{
+    auto kernel = attn_hopper_forward_kernel<T, D, MEETS>;
+    const int memory = hopper_forward_shape<D>::MEMORY, blocks = min(p.tiles, lac_cuda_processors);
+    CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
+    kernel<<<blocks, hopper_forward_shape<D>::THREADS_, memory, lac_cuda_stream>>>(p);
+    LAC_TRY(lac_cuda_launched("attention"));
+    if (!p.masks) return 0;
+    const int64_t rows = (int64_t)p.a.batch * p.a.n * p.a.heads;
+    attn_hopper_redo_kernel<T><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(p.a, p.call);
+    return lac_cuda_launched("attention");
+}
+
+template <class T> static int launch(const hopper_forward_args &p)
+{
+    if (p.a.ranks > 1) return p.a.head_dim == 64 ? launch<T, 64, true>(p) : launch<T, 128, true>(p);
+    return p.a.head_dim == 64 ? launch<T, 64, false>(p) : launch<T, 128, false>(p);
+}
+
+int attn_hopper_forward(attn_args &a, const lac_a_attend *f)
+{
+    static int calls;
+    hopper_forward_args p = {};
+    const lac_plan *plan = f->plan;
+    int64_t tiles;
+    LAC_TRY(attn_number(a, plan, false, a.head_dim == 64 ? 192 : 128, &tiles));
+    if (tiles == 0) return 0;
+    p.tiles = (int)tiles;
+    p.masks = a.causal || a.window >= 0;
+    p.call = ++calls;
+    for (int g = 0; g < a.branches; g++) {
+        const attn_branch &b = a.branch[g];
+        const int64_t rows = (min((int64_t)b.segment, plan->desc.m) - 1) / b.dilation + 1;
+        const int64_t items = (int64_t)a.batch * b.segments * b.heads;
+        p.items[g] = (int)items;
+        p.together[g] = interleaved(a, rows, items);
+        LAC_TRY(hopper_map(&p.map[g].q, &f->q, b.dilation, 64));
+        LAC_TRY(hopper_map(&p.map[g].k, &f->k, b.dilation, HOPPER_KEYS));
+        LAC_TRY(hopper_map(&p.map[g].v, &f->v, b.dilation, HOPPER_KEYS));
+        LAC_TRY(hopper_map(&p.map[g].out, &f->out, b.dilation, 64));
+    }
+    p.q_step = hopper_batch_step(&f->q), p.k_step = hopper_batch_step(&f->k), p.v_step = hopper_batch_step(&f->v);
+    p.out_step = hopper_batch_step(&f->out);
+    p.a = a;
+    CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.claims, hopper_claims));
+    CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.spoilt, hopper_spoilt));
+    return f->q.dtype == LAC_F16 ? launch<f16>(p) : launch<bf16>(p);
+}

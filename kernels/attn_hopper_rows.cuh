@@ -1,0 +1,546 @@
+/* attn_hopper_rows.cuh: what a warpgroup does with its 64 query rows: the products, the softmax, the merge of branches.
+ *
+ * One flat pipeline over all blocks of all tiles. For block j: S_j = Q K_j and O += P_(j-1) V_(j-1) are queued, then
+ * the softmax of S_j runs while the second product still does. The last P V of a tile is queued with the first Q K of
+ * the next, so the tensor cores do not run dry between tiles. Warpgroups take turns at queueing (named barriers), so
+ * that the exponentials of one run under the products of the others.
+ *
+ * The maximum of a row is taken once, in its first block. Later blocks keep that reference, because a softmax does not
+ * depend on it as long as nothing overflows, and the block's sums, which are needed anyway, prove that. Where a sum
+ * exceeds `most()`, the warp multiplies the block's scores again by plain instructions and takes a new reference. That
+ * saves 64 maxima, the shuffles and the rescaling of O a block; results are as exact as with a running maximum.
+ *
+ * A row that sees nothing of a block has the reference NOTHING there: masked scores, -inf, become 0, and the first
+ * score that is not masked exceeds every sum, if `settle` has not seen it before.
+ */
+#ifndef LAC_CUDA_ATTN_HOPPER_ROWS_CUH
+#define LAC_CUDA_ATTN_HOPPER_ROWS_CUH
+#include "attn_hopper_forward.cuh"
+#include "attn_mma.cuh"
+
+HOPPER_FN float hopper_log2(float x)
+{
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+/* A branch that is never taken, on a value of at least 0: what waits for products may not move above what made it. */
+HOPPER_FN void hopper_hold(float x)
+{
+    if (x < 0) asm volatile("trap;");
+}
+/* x plus two products of halves */
+template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
+{
+    if constexpr (std::is_same_v<T, bf16>) {
+        x = fmaf(__uint_as_float(a << 16), __uint_as_float(b << 16), x);
+        return fmaf(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u), x);
+    }
+    const float2 u = __half22float2(*(const __half2 *)&a), v = __half22float2(*(const __half2 *)&b);
+    return fmaf(u.y, v.y, fmaf(u.x, v.x, x));
+}
+
+/* MEETS: several branches meet in rows. */
+template <class T, int D, bool MEETS> struct hopper_rows {
+    typedef hopper_forward_shape<D> M;
+    enum { BN = HOPPER_KEYS, TURN = 1, OWN = 8 }; /* named barriers: the turn of warpgroup 0; of its own warps */
+    static constexpr float NOTHING = -1e38f;
+    const hopper_forward_args &p;
+    const uint32_t memory;
+    const int w, thread, lane, warp;
+    float s[BN / 2], o[D / 2], top0, top1, sum0, sum1; /* rows lane / 4 and lane / 4 + 8 of the warp's 16 */
+    uint32_t weights[BN / 4];
+    /* blocks of keys taken so far (values lag by one while a product is due), tiles, block of the product that is due
+     */
+    uint32_t block, tiles, due;
+    bool held, stored; /* the last tile's product and results are due; its results may not have left shared memory */
+
+    __device__ __forceinline__ hopper_rows(const hopper_forward_args &p, uint32_t memory)
+        : p(p), memory(memory), w(__shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0)), thread(threadIdx.x % 128),
+          lane(threadIdx.x % 32), warp(threadIdx.x % 128 / 32), block(0), tiles(0), due(0), held(false), stored(false)
+    {
+        top0 = top1 = sum0 = sum1 = 0;
+        clear();
+    }
+    __device__ __forceinline__ void clear()
+    {
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] = 0;
+    }
+    static __device__ __forceinline__ float most() { return std::is_same_v<T, f16> ? 32768.f : 1.15e18f; }
+    __device__ __forceinline__ const volatile hopper_forward_tile &tile(int slot) const
+    {
+        return *(const hopper_forward_tile *)__cvta_shared_to_generic(memory + M::TILE + 96 * slot);
+    }
+
+    /* ---- order ---- */
+
+    __device__ __forceinline__ void wait_keys(uint32_t c)
+    {
+        hopper_wait(memory + M::K_FULL + 8 * (c % M::STAGES), c / M::STAGES & 1);
+    }
+    __device__ __forceinline__ void wait_values(uint32_t c)
+    {
+        hopper_wait(memory + M::V_FULL + 8 * (c % M::STAGES), c / M::STAGES & 1);
+    }
+    __device__ __forceinline__ void free_keys(uint32_t c)
+    {
+        if (lane == 0) hopper_arrive(memory + M::K_FREE + 8 * (c % M::STAGES));
+    }
+    __device__ __forceinline__ void free_values(uint32_t c)
+    {
+        if (lane == 0) hopper_arrive(memory + M::V_FREE + 8 * (c % M::STAGES));
+    }
+    __device__ __forceinline__ void take_turn() { hopper_sync(TURN + w, 256); }
+    __device__ __forceinline__ void pass_turn() { hopper_meet(TURN + (w + 1) % M::GROUPS, 256); }
+    __device__ __forceinline__ void meet() { hopper_sync(OWN + w, 128); }
+    /* a block that this warpgroup has no use for */
+    __device__ __forceinline__ void skip()
+    {
+        take_turn();
+        pass_turn();
+        wait_keys(block);
+        free_keys(block);
+        wait_values(block);
+        free_values(block);
+        block++;
+    }
+    __device__ __forceinline__ void free_slot(int slot)
+    {
+        if (thread == 0) {
+            hopper_bulk_read();
+            hopper_arrive(memory + M::Q_FREE + 8 * slot);
+        }
+    }
+    __device__ __forceinline__ void free_stored() /* of the tile before this one */
+    {
+        if (stored) free_slot((tiles - 1) & 1);
+        stored = false;
+    }
+
+    /* ---- products ---- */
+
+    __device__ __forceinline__ void queue_scores(int slot) /* S = Q K^T */
+    {
+        const uint32_t q = hopper_operand(memory + M::Q + slot * M::QUERIES + w * M::PANEL, 16);
+        const uint32_t k = hopper_operand(memory + M::K + block % M::STAGES * M::BLOCK, 16);
+        hopper_pin(s);
+        hopper_product_fence();
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+            hopper_product<T, 0>(s, hopper_descriptor(q, (i >> 2) * M::GROUPS * M::PANEL + (i & 3) * 32),
+                                 hopper_descriptor(k, (i >> 2) * BN * 128 + (i & 3) * 32), i > 0);
+        hopper_product_commit();
+    }
+    __device__ __forceinline__ void queue_values(uint32_t c) /* O += P V */
+    {
+        const uint32_t v = hopper_operand(memory + M::V + c % M::STAGES * M::BLOCK, BN * 128);
+        hopper_pin(o);
+        hopper_pin(weights);
+        hopper_product_fence();
+#pragma unroll
+        for (int i = 0; i < BN / 16; i++) hopper_product_from<T>(o, weights + 4 * i, hopper_descriptor(v, i * 2048));
+        hopper_product_commit();
+    }
+    __device__ __forceinline__ void settle_values(uint32_t c)
+    {
+        hopper_product_wait<0>();
+        hopper_pin(o);
+        hopper_pin(weights);
+        free_values(c);
+    }
+
+    /* ---- softmax ---- */
+
+    __device__ __forceinline__ void exponentials(int i) /* of 8 columns */
+    {
+        s[4 * i] = attn_ex2(fmaf(s[4 * i], p.a.log2_scale, -top0));
+        s[4 * i + 1] = attn_ex2(fmaf(s[4 * i + 1], p.a.log2_scale, -top0));
+        s[4 * i + 2] = attn_ex2(fmaf(s[4 * i + 2], p.a.log2_scale, -top1));
+        s[4 * i + 3] = attn_ex2(fmaf(s[4 * i + 3], p.a.log2_scale, -top1));
+        sum0 += s[4 * i] + s[4 * i + 1];
+        sum1 += s[4 * i + 2] + s[4 * i + 3];
+    }
+    __device__ __forceinline__ void pack(int i)
+    {
+        weights[2 * i] = hopper_pack<T>(s[4 * i], s[4 * i + 1]);
+        weights[2 * i + 1] = hopper_pack<T>(s[4 * i + 2], s[4 * i + 3]);
+    }
+    __device__ __forceinline__ void maxima(float &most0, float &most1) /* of the block's scores, in base 2 */
+    {
+        most0 = fmaxf(s[0], s[1]), most1 = fmaxf(s[2], s[3]);
+#pragma unroll
+        for (int i = 1; i < BN / 8; i++) {
+            most0 = fmaxf(most0, fmaxf(s[4 * i], s[4 * i + 1]));
+            most1 = fmaxf(most1, fmaxf(s[4 * i + 2], s[4 * i + 3]));
+        }
+        most0 = fmaxf(quad_max(most0) * p.a.log2_scale, NOTHING);
+        most1 = fmaxf(quad_max(most1) * p.a.log2_scale, NOTHING);
+    }
+    /* `first`: the block's first key. What the mask needs is read again each time: registers are for the main loop. */
+    __device__ __forceinline__ void mask(int slot, int first)
+    {
+        const volatile attn_tile &t = tile(slot).t;
+        const int row = t.first + w * 64 + warp * 16 + lane / 4, at = first + lane % 4 * 2, live = t.live - at,
+                  high = row + t.after + 1 - at, low = row - t.before - at;
+        const int high0 = min(live, high), high1 = min(live, high + 8), low1 = low + 8;
+#pragma unroll
+        for (int i = 0; i < BN / 8; i++) {
+            if (8 * i >= high0 || 8 * i < low) s[4 * i] = -INFINITY;
+            if (8 * i + 1 >= high0 || 8 * i + 1 < low) s[4 * i + 1] = -INFINITY;
+            if (8 * i >= high1 || 8 * i < low1) s[4 * i + 2] = -INFINITY;
+            if (8 * i + 1 >= high1 || 8 * i + 1 < low1) s[4 * i + 3] = -INFINITY;
+        }
+    }
+    /* the scores of the current block once more; needs no other warp */
+    __device__ __forceinline__ void multiply_again(int slot)
+    {
+        const int row = warp * 16 + lane / 4;
+        const uint32_t q = memory + M::Q + slot * M::QUERIES + w * M::PANEL + row * 128;
+        const uint32_t k = memory + M::K + block % M::STAGES * M::BLOCK + lane % 4 * 256;
+#pragma unroll
+        for (int i = 0; i < BN / 2; i++) s[i] = 0;
+#pragma unroll 1
+        for (int d = 0; d < D / 8; d++) { /* a chunk of 8 columns */
+            const uint32_t from = q + (d >> 3) * M::GROUPS * M::PANEL + (((d & 7) ^ (row & 7)) << 4);
+            const int4 x = hopper_four(from), y = hopper_four(from + 1024);
+            const uint32_t u[4] = {(uint32_t)x.x, (uint32_t)x.y, (uint32_t)x.z, (uint32_t)x.w};
+            const uint32_t v[4] = {(uint32_t)y.x, (uint32_t)y.y, (uint32_t)y.z, (uint32_t)y.w};
+#pragma unroll
+            for (int i = 0; i < BN / 8; i++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int4 z = hopper_four(k + (d >> 3) * BN * 128 + (8 * i + e) * 128 +
+                                               (((d & 7) ^ (lane % 4 * 2 + e)) << 4));
+                    const uint32_t c[4] = {(uint32_t)z.x, (uint32_t)z.y, (uint32_t)z.z, (uint32_t)z.w};
+#pragma unroll
+                    for (int n = 0; n < 4; n++) {
+                        s[4 * i + e] = hopper_dot<T>(u[n], c[n], s[4 * i + e]);
+                        s[4 * i + 2 + e] = hopper_dot<T>(v[n], c[n], s[4 * i + 2 + e]);
+                    }
+                }
+        }
+    }
+    __device__ __forceinline__ void first_softmax()
+    {
+        maxima(top0, top1);
+        sum0 = sum1 = 0;
+#pragma unroll
+        for (int i = 0; i < BN / 8; i++) {
+            exponentials(i);
+            pack(i);
+        }
+    }
+
+    /* ---- results ---- */
+
+    /* Does any result hold NaN or infinity? A masked pair is a product with zero, and zero times NaN is NaN. */
+    __device__ __forceinline__ void look_for_spoilt()
+    {
+        if (!p.masks) return;
+        float probe = 0;
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) probe += o[i] * 0;
+        if (probe != 0) *p.spoilt = p.call; /* NaN is not 0 either */
+    }
+    __device__ __forceinline__ void store(int slot, float weight0, float weight1)
+    {
+        const uint32_t to = memory + M::Q + slot * M::QUERIES + w * M::PANEL;
+        const int row = warp * 16 + lane % 16;
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) {
+            const float *x = o + 8 * k;
+            hopper_put<false>(
+                to + (k >> 2) * M::GROUPS * M::PANEL + row * 128 + (((k & 3) * 2 + (lane >> 4)) ^ (row & 7)) * 16,
+                hopper_pack<T>(x[0] * weight0, x[1] * weight0), hopper_pack<T>(x[2] * weight1, x[3] * weight1),
+                hopper_pack<T>(x[4] * weight0, x[5] * weight0), hopper_pack<T>(x[6] * weight1, x[7] * weight1));
+        }
+        hopper_shared_fence();
+        meet();
+        if (thread != 0) return;
+        const volatile hopper_forward_tile &f = tile(slot);
+        const int rows = f.rows, row0 = HOPPER_WRAP - rows + f.t.first - f.t.q0 + w * 64, head = f.t.h,
+                  z = f.t.b * p.out_step + f.query + rows * f.t.r;
+        const CUtensorMap *map = &p.map[f.t.g].out;
+#pragma unroll
+        for (int c = 0; c < M::PANELS; c++) hopper_store(map, to + c * M::GROUPS * M::PANEL, 64 * c, row0, z, head);
+        hopper_bulk_commit();
+    }
+    /* (b N + n) H + h of row i of the tile's lattice */
+    __device__ __forceinline__ int64_t row_at(const volatile attn_tile &t, int i) const
+    {
+        return ((int64_t)t.b * p.a.n + (t.base + (int64_t)i * t.r - p.a.shift)) * p.a.heads + t.h;
+    }
+    /* natural lse of a row whose base-2 reference and sum are known */
+    static __device__ __forceinline__ float lse_of(float top, float sum)
+    {
+        return sum == 0 ? -INFINITY : (top + hopper_log2(sum)) * (float)ATTN_LN2;
+    }
+    __device__ __forceinline__ void put_branch_lse(const volatile attn_tile &t, int64_t at, float lse)
+    {
+        if (p.a.branch_lse) ((float *)p.a.branch_lse)[(int64_t)t.g * p.a.batch * p.a.n * p.a.heads + at] = lse;
+    }
+    __device__ __forceinline__ void put_lse(const volatile attn_tile &t, int i, float lse)
+    {
+        if (i >= t.end) return;
+        const int64_t at = row_at(t, i);
+        ((float *)p.a.lse)[at] = lse;
+        put_branch_lse(t, at, lse);
+    }
+    __device__ __forceinline__ void finish_alone(int slot, float total0, float total1)
+    {
+        const volatile attn_tile &t = tile(slot).t;
+        const int i = t.first + w * 64 + warp * 16 + lane / 4;
+        if (lane % 4 == 0) {
+            put_lse(t, i, lse_of(top0, total0));
+            put_lse(t, i + 8, lse_of(top1, total1));
+        }
+        const float weight = (float)p.a.gscale;
+        meet(); /* all warps are past their last use of the queries */
+        store(slot, total0 == 0 ? 0 : weight / total0, total1 == 0 ? 0 : weight / total1);
+    }
+
+    /* What becomes of a row where branches meet: result = own * O + before * sums so far. */
+    struct share {
+        float own, before;
+        int last;
+    };
+    __device__ __forceinline__ share merge(const attn_tile &t, int i, float top, float sum)
+    {
+        share x = {0, 0, 1};
+        if (i >= t.end) return x;
+        const int others = attn_others<false>(p.a, t, (unsigned)(t.base + (int64_t)i * t.r));
+        const int64_t at = row_at(t, i);
+        float *lse = (float *)p.a.lse + at, mine = lse_of(top, sum);
+        x.last = !(others & 2);
+        x.own = sum == 0 ? 0 : (float)p.a.gscale / sum;
+        if (p.a.sum) put_branch_lse(t, at, mine);
+        if (others & 1) {
+            const float old = __ldcg(lse), high = fmaxf(old, mine), low = fminf(old, mine);
+            const float all = high == -INFINITY ? high : high + log1pf(expf(low - high));
+            x.before = 1;
+            if (!p.a.sum) {
+                x.before = old == -INFINITY ? 0 : expf(old - all);
+                x.own = mine == -INFINITY ? 0 : expf(mine - all) / sum;
+            }
+            mine = all;
+        }
+        *lse = mine;
+        return x;
+    }
+    /* waits for the tiles of smaller rank of the same batch item and head; by one thread */
+    __device__ __forceinline__ void wait_for_others(const attn_tile &t)
+    {
+        const int rank = p.a.branch[t.g].rank;
+#pragma unroll 1
+        for (int g = 0; g < p.a.branches; g++) {
+            const attn_branch &br = p.a.branch[g];
+            if (br.rank >= rank || !attn_runs(p.a, g, t.h)) continue;
+            const int *at = attn_done<false>(p.a, t, g), expected = br.segments * br.blocks * M::GROUPS;
+            for (int seen;;) {
+                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
+                if (seen >= expected) break;
+                __nanosleep(40);
+            }
+        }
+    }
+    __device__ __forceinline__ void put_row(const share &x, int64_t row, int first)
+    {
+        float *acc = (float *)p.a.acc + row * D + lane % 4 * 2;
+        T *out = (T *)p.a.out + row * D + lane % 4 * 2;
+#pragma unroll
+        for (int e = 0; e < D / 8; e++) {
+            float2 v = {o[4 * e + first] * x.own, o[4 * e + first + 1] * x.own};
+            if (x.before != 0) {
+                const float2 old = __ldcg((const float2 *)(acc + 8 * e));
+                v.x += x.before * old.x, v.y += x.before * old.y;
+            }
+            if (x.last) *(uint32_t *)(out + 8 * e) = hopper_pack<T>(v.x, v.y);
+            else *(float2 *)(acc + 8 * e) = v;
+        }
+    }
+    __device__ __forceinline__ void finish_together(int slot, float total0, float total1)
+    {
+        const attn_tile &t = *(const attn_tile *)__cvta_shared_to_generic(memory + M::TILE + 96 * slot);
+        const int i = t.first + w * 64 + warp * 16, from = lane % 8 * 4;
+        if (thread == 0) wait_for_others(t);
+        meet();
+        /* lanes 0 .. 15 work out what becomes of the warp's rows */
+        const float up0 = __shfl_sync(~0u, top0, from), up1 = __shfl_sync(~0u, top1, from);
+        const float all0 = __shfl_sync(~0u, total0, from), all1 = __shfl_sync(~0u, total1, from);
+        share mine = {0, 0, 1};
+        if (lane < 16) mine = merge(t, i + lane, lane < 8 ? up0 : up1, lane < 8 ? all0 : all1);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int at = lane / 4 + 8 * e;
+            share x;
+            x.own = __shfl_sync(~0u, mine.own, at);
+            x.before = __shfl_sync(~0u, mine.before, at);
+            x.last = __shfl_sync(~0u, mine.last, at);
+            if (i + at < t.end) put_row(x, row_at(t, i + at), 2 * e);
+        }
+        __threadfence();
+        meet();
+    }
+    __device__ __forceinline__ void say_done(int slot)
+    {
+        hopper_say_done(p, *(const attn_tile *)__cvta_shared_to_generic(memory + M::TILE + 96 * slot), 1);
+    }
+    __device__ __forceinline__ void finish(int slot)
+    {
+        const float total0 = quad_sum(sum0), total1 = quad_sum(sum1);
+        look_for_spoilt();
+        if constexpr (MEETS) finish_together(slot, total0, total1);
+        else finish_alone(slot, total0, total1);
+        if (MEETS && thread == 0) say_done(slot);
+        stored = true;
+        clear();
+    }
+    /* the product and the results that are due, where no next tile hides them */
+    __device__ __forceinline__ void flush(int slot)
+    {
+        wait_values(due);
+        queue_values(due);
+        settle_values(due);
+        finish(slot);
+        held = false;
+    }
+
+    /* ---- a tile ---- */
+
+    /* two whole paths: a branch between two products makes the compiler wait for the first one */
+    __device__ __forceinline__ void first_block(int slot)
+    {
+        wait_keys(block);
+        take_turn();
+        if (held) {
+            queue_scores(slot);
+            wait_values(due);
+            queue_values(due);
+            pass_turn();
+            hopper_product_wait<0>();
+            hopper_pin(s);
+            hopper_pin(o);
+            hopper_pin(weights);
+            free_keys(block);
+            free_values(due);
+            finish(slot ^ 1);
+        } else {
+            queue_scores(slot);
+            pass_turn();
+            hopper_product_wait<0>();
+            hopper_pin(s);
+            free_keys(block);
+        }
+        block++;
+    }
+    /* `key`: the block's first key, if pairs are masked there; `fresh`: rows may have seen nothing yet */
+    __device__ __forceinline__ void later_block(int slot, bool masked, bool fresh, int key)
+    {
+        wait_keys(block);
+        take_turn();
+        queue_scores(slot);
+        wait_values(block - 1);
+        queue_values(block - 1);
+        pass_turn();
+        hopper_product_wait<1>();
+        hopper_pin(s);
+        if (masked) mask(slot, key);
+        if (fresh) {
+            float most0, most1;
+            maxima(most0, most1);
+            top0 = top0 <= NOTHING ? most0 : top0;
+            top1 = top1 <= NOTHING ? most1 : top1;
+        }
+        const float kept0 = sum0, kept1 = sum1;
+        sum0 = sum1 = 0;
+#pragma unroll
+        for (int i = 0; i < BN / 8; i++) {
+            exponentials(i);
+            if (i == M::LATE - 1) {
+                hopper_hold(sum0 + sum1);
+                settle_values(block - 1);
+#pragma unroll
+                for (int k = 0; k < M::LATE; k++) pack(k);
+            } else if (i >= M::LATE) pack(i);
+        }
+        float shrink0 = 1, shrink1 = 1;
+        if (__any_sync(~0u, !(sum0 < most() && sum1 < most()))) {
+            multiply_again(slot);
+            if (masked) mask(slot, key);
+            float most0, most1;
+            maxima(most0, most1);
+            most0 = fmaxf(most0, top0), most1 = fmaxf(most1, top1);
+            shrink0 = attn_ex2(top0 - most0), shrink1 = attn_ex2(top1 - most1);
+            top0 = most0, top1 = most1, sum0 = sum1 = 0;
+#pragma unroll
+            for (int i = 0; i < BN / 8; i++) {
+                exponentials(i);
+                pack(i);
+            }
+#pragma unroll
+            for (int i = 0; i < D / 8; i++) {
+                o[4 * i] *= shrink0, o[4 * i + 1] *= shrink0;
+                o[4 * i + 2] *= shrink1, o[4 * i + 3] *= shrink1;
+            }
+            __syncwarp(); /* all lanes have read the keys before lane 0 frees them */
+        }
+        free_keys(block);
+        sum0 = fmaf(kept0, shrink0, sum0), sum1 = fmaf(kept1, shrink1, sum1);
+    }
+    __device__ __forceinline__ void run()
+    {
+        if (w == 0) hopper_meet(TURN, 256); /* warpgroup 0 has the first turn */
+        for (;; tiles++) {
+            const int slot = tiles & 1;
+            hopper_wait(memory + M::Q_FULL + 8 * slot, tiles >> 1 & 1);
+            const volatile hopper_forward_tile &f = tile(slot);
+            const int g = __shfl_sync(~0u, f.t.g, 0), row = __shfl_sync(~0u, f.t.first, 0) + w * 64;
+            if (g == HOPPER_STOP) break;
+            const int low = __shfl_sync(~0u, f.low, 0), blocks = __shfl_sync(~0u, f.blocks, 0);
+            const int end = __shfl_sync(~0u, f.t.end, 0), live = __shfl_sync(~0u, f.t.live, 0);
+            const int after = __shfl_sync(~0u, f.t.after, 0), before = __shfl_sync(~0u, f.t.before, 0);
+            /* blocks [lead, stop) hold keys of these rows; [plain, full) hold no masked pair */
+            const int least = max(row - before - low, 0), highest = min(live, row + 64 + after) - low;
+            const int lead = min(least / BN, blocks);
+            int stop = highest > least && row < end ? min((highest + BN - 1) / BN, blocks) : lead;
+            const int plain = (max(row + 63 - before - low, 0) + BN - 1) / BN;
+            const int full = max(min(live, row + after + 1) - low, 0) / BN;
+            if (held && (lead > 0 || stop == lead)) flush(slot ^ 1);
+            for (int i = 0; i < lead; i++) skip();
+            if (stop > lead) {
+                const uint32_t start = block - lead;
+                first_block(slot);
+                if (lead < plain || lead >= full) mask(slot, low + lead * BN);
+                first_softmax();
+                /* the store of the last tile's results has read its memory by the end of the next block */
+                if (stop - lead == 1) free_stored();
+                const uint32_t ending = start + stop, from = start + plain, until = start + full, release = block;
+#pragma unroll 1
+                for (; block < ending; block++) {
+                    later_block(slot, block < from || block >= until, block <= from, low + (int)(block - start) * BN);
+                    if (block == release) free_stored();
+                }
+                held = true, due = block - 1;
+            } else {
+                free_stored();
+                if (row < end) { /* rows without a key */
+                    top0 = top1 = sum0 = sum1 = 0;
+                    finish(slot);
+                } else if (MEETS && thread == 0) say_done(slot);
+            }
+            /* the last product waits for the next tile only if the values that are skipped meanwhile find room */
+            if (held && blocks - stop >= M::STAGES) flush(slot);
+            for (int i = stop; i < blocks; i++) skip();
+            if (stop == lead) {
+                meet();
+                free_slot(slot);
+                stored = false;
+            }
+        }
+        if (held) flush((tiles - 1) & 1);
+        if (thread == 0) hopper_bulk_done();
+    }
+};
+
+#endif

@@ -1,0 +1,35 @@
+# ptxas.awk: reads what `ptxas -v` says of attention kernels and fails where one would be slow for a reason that shows
+# nowhere else: registers that are kept in memory (spills), and asynchronous products that the compiler made wait for
+# each other (C7500 to C7599). Kernels that may spill are named below, with the reason.
+
+BEGIN {
+    # a part of the entry function's mangled name and an architecture -> most bytes stored.
+    # The query pass of the backward for D = 64 keeps two words in memory on sm_80, stored before its main loop and
+    # loaded after it (SASS); fewer columns a step would cost more.
+    allowed["attn_queries_kernelI7op_bf16ILi64EE sm_80"] = 8
+    allowed["attn_queries_kernelI6op_f16ILi64EE sm_80"] = 8
+}
+/Compiling entry function/ {
+    split($0, part, "'")
+    kernel = part[2]
+    architecture = part[4]
+}
+/bytes spill stores/ {
+    match($0, /[0-9]+ bytes spill stores/)
+    bytes = substr($0, RSTART) + 0
+    most = 0
+    for (key in allowed) {
+        split(key, name, " ")
+        if (index(kernel, name[1]) && architecture == name[2]) most = allowed[key]
+    }
+    if (bytes > most) {
+        printf "%s for %s spills %d bytes\n", kernel, architecture, bytes
+        failed = 1
+    }
+}
+/\(C75[0-9][0-9]\)/ {
+    print
+    failed = 1
+}
+/error|warning/ && !/ptxas info/ { print }
+END { exit failed }
