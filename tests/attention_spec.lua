@@ -302,6 +302,32 @@ describe("lac.attention", function()
     refused("dtype must be f64, f32, f16 or bf16, got 'i64'", attn.explain, attn, 8, { dtype = "i64" })
   end)
 
+  it("lets the kernel be chosen, and says which one would run", function()
+    local function kernel(options, n, sizes)
+      options.variant, options.heads = "dense", 2
+      sizes.device, sizes.as = sizes.device or "cuda", "table"
+      return lac.attention(options):explain(n, sizes).kernel
+    end
+    local function half(head_dim) return { dtype = "bf16", head_dim = head_dim } end
+    assert.matches("; hopper on a Hopper GPU, with dropout or padding and on others portable$",
+      kernel({}, 64, half()))
+    assert.matches("; portable: a branch has fewer than 64 rows a segment$", kernel({}, 63, half()))
+    assert.matches("; portable: tensors are neither f16 nor bf16$", kernel({}, 64, { dtype = "f32" }))
+    assert.matches("; portable: head_dim is neither 64 nor 128$", kernel({}, 64, half(32)))
+    assert.matches("; portable %(chosen%)$", kernel({ kernel = "portable" }, 64, half()))
+    assert.matches("; hopper %(chosen%), an error on other GPUs$", kernel({ kernel = "hopper" }, 63, half()))
+    assert.matches("; hopper %(chosen%) fails: head_dim is", kernel({ kernel = "hopper" }, 64, half(32)))
+    assert.matches("^cpu: kernel 'hopper' %(chosen%) fails",
+      kernel({ kernel = "hopper" }, 64, { device = "cpu" }))
+    local x = lac.randn{ 1, 4, 1, 2 }
+    local o = { segments = { 4 }, dilations = { 1 }, kernel = "hopper" }
+    refused("kernel 'hopper' is for cuda", lac.attend, x, x, x, o)
+    o.kernel = "fast"
+    refused("unknown kernel .fast.; valid: auto, hopper, portable", lac.attend, x, x, x, o)
+    o.kernel = "portable"
+    assert.are.same({ 1, 4, 1, 2 }, lac.attend(x, x, x, o):size())
+  end)
+
   it("counts what a pattern costs", function()
     local info = lac.attention.plan_info({ segments = { 4 }, dilations = { 2 }, heads = "all" },
                                          { n = 8, heads = 2 })

@@ -75,7 +75,7 @@ describe("attn:explain", function()
     assert.are.equal(4 * q + 4 * k + lse, t.bytes_backward)
     assert.are.equal(q + 3 * lse, t.saved) -- out, merged lse, one for each branch
     assert.matches("^cpu: tiles in %w+, f32 sums, %d+ threads$", t.kernel)
-    assert.are.equal("cuda: tensor cores, f32 sums",
+    assert.are.equal("cuda: tensor cores, f32 sums; portable: a branch has fewer than 64 rows a segment",
       attn:explain(16, { as = "table", dtype = "bf16", device = "cuda" }).kernel)
     assert.is_nil(t.ring)
     assert.error_matches(function() attn:explain(16, { as = "tabel" }) end,

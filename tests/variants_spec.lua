@@ -14,7 +14,7 @@ local REFUSED = {
   ["merge = lse_detach"] = "auto dense dilated distributed improved",
   ["merge = sum"] = "auto dense dilated distributed improved longnet ring",
   dedup = "dense dilated distributed improved ring",
-  dropout = "distributed ring",
+  dropout = "distributed ring", ["kernel = hopper"] = "*",
   mask = "*", bias = "*", alibi = "*", block_mask = "*", ["cu_seqlens (packed)"] = "*",
 }
 

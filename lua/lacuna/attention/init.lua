@@ -30,6 +30,7 @@ local SCHEME = { split = C.LAC_HEADS_SPLIT, all = C.LAC_HEADS_ALL }
 local OFFSET = { branch = C.LAC_OFFSET_BRANCH, mod = C.LAC_OFFSET_MOD, block = C.LAC_OFFSET_BLOCK }
 local MERGE = { mean = C.LAC_MERGE_MEAN, sum = C.LAC_MERGE_SUM, lse = C.LAC_MERGE_LSE,
                 lse_detach = C.LAC_MERGE_LSE_DETACH }
+local KERNEL = { auto = C.LAC_KERNEL_AUTO, portable = C.LAC_KERNEL_PORTABLE, hopper = C.LAC_KERNEL_HOPPER }
 local MAX_BRANCHES = tonumber(C.LAC_MAX_BRANCHES)
 
 local attention = {}
@@ -59,6 +60,7 @@ local RUN = {
   end, default = 0 },
   training = { type = "boolean", default = true },
   key_padding = { type = "tensor" }, key_lengths = { type = "tensor" },
+  kernel = { one_of = { "auto", "portable", "hopper" }, default = "auto" },
   return_lse = { type = "boolean", default = true }, need_weights = { type = "boolean", default = false },
 }
 
@@ -154,6 +156,7 @@ local function fill_args(q, k, v, o)
   if o.key_padding then args.key_padding = o.key_padding.c end
   if o.key_lengths then args.key_lengths = o.key_lengths.c end
   args.scale, args.dropout, args.seed, args.offset = o.scale or 0, o.p, o.seed, o.at
+  args.kernel = KERNEL[o.kernel or "auto"]
   return args
 end
 
@@ -173,7 +176,7 @@ local function backward_raw(plan, q, k, v, run, out, lse, branch, g, dlse)
   return adopt(dq), adopt(dk), adopt(dv)
 end
 
--- run: {scale, p, seed, at, key_padding, key_lengths}
+-- run: {scale, p, seed, at, kernel, key_padding, key_lengths}
 local function attend(plan, q, k, v, run)
   local out, lse, branch = forward_raw(plan, q, k, v, run)
   if ops.wants(q, k, v) then
@@ -235,7 +238,7 @@ local function run_options(o)
   local p = o.training and o.dropout or 0
   local seed, at = 0, 0
   if p > 0 then seed, at = create.draw() end
-  return { scale = o.scale, p = p, seed = seed, at = at, key_padding = o.key_padding,
+  return { scale = o.scale, p = p, seed = seed, at = at, kernel = o.kernel, key_padding = o.key_padding,
            key_lengths = o.key_lengths }
 end
 
@@ -262,7 +265,8 @@ end
 -- @tparam table options segments, dilations (lists of one length); heads "all" or "split"; offset "branch",
 --   "mod" or "block"; merge "mean", "sum", "lse" or "lse_detach"; causal, dedup (false); align "start" or
 --   "end"; window; scale (1/sqrt(D)); dropout (0), training (true); key_padding [B, M] bool, true = keep;
---   key_lengths [B]; return_lse (true); need_weights (false)
+--   key_lengths [B]; return_lse (true); need_weights (false); kernel on a GPU: "auto",
+--   "portable" or "hopper", an error where that one cannot do the call
 -- @treturn Tensor out [B, N, H, D]; rows without a key are 0
 -- @treturn Tensor lse [B, N, H] f32 (f64 for f64), natural logarithm; -inf for rows without a key; absent
 --   with return_lse = false
@@ -289,6 +293,12 @@ local SIZES = {
   kv_heads = { type = "integer", min = 1 },
   head_dim = { type = "integer", min = 1, default = 64 },
 }
+
+-- nil if this choice of kernel runs the one for Hopper there, else why not
+local function hopper_refusal(plan, dtype, kernel)
+  local why = C.lac_plan_hopper(plan, dtype, KERNEL[kernel])
+  return why ~= nil and ffi.string(why) or nil
+end
 
 local function info_of(plan)
   local raw = ffi.new("lac_plan_info")
@@ -361,8 +371,8 @@ attention.variants = Registry("attention", "variant")
 local core = {
   variants = attention.variants, pattern_spec = PATTERN, run_spec = RUN, merged_spec = merged_spec,
   sizes = SIZES, complete = complete, pattern_key = pattern_key, plan_for = plan_for,
-  refuse_unknown = refuse_unknown, apply = apply, info_of = info_of, decoder = attention.decoder,
-  forward_raw = forward_raw, backward_raw = backward_raw,
+  refuse_unknown = refuse_unknown, apply = apply, info_of = info_of, hopper_refusal = hopper_refusal,
+  decoder = attention.decoder, forward_raw = forward_raw, backward_raw = backward_raw,
 }
 local Attention = require "lacuna.attention.module"(core)
 require "lacuna.attention.variants"(attention.variants, require "lacuna.attention.ring"(core))

@@ -49,6 +49,7 @@ local PROBES = {
   { "align", base = { causal = true }, make = { align = "end" }, sizes = { n = 7 }, both = true },
   { "key_padding", call = { key_padding = function() return flags({ 1, N }, 5) end } },
   { "key_lengths", call = { key_lengths = function() return create.tensor({ 7 }, { dtype = "i64" }) end } },
+  { "kernel = hopper", make = { kernel = "hopper" } }, -- never for f64, so it must be refused
   { "mask", call = { mask = function() return flags({ N, N }, 3) end } },
   { "bias", call = { bias = function() return values({ N, N }, 9) end } },
   { "alibi", call = { alibi = function() return true end } },

@@ -148,13 +148,25 @@ end
 
 local CPU = "tiles in %s, %s sums, %d threads"
 
--- which arithmetic runs for this dtype; a GPU may be asked about where there is none
-local function kernel_of(name, dtype)
+-- the kernel of a GPU, as far as it does not depend on the call; refusal: why it is not the one for Hopper
+local function choice_of(kernel, refusal)
+  if kernel == "portable" then return "portable (chosen)" end
+  if kernel == "hopper" then
+    return refusal and "hopper (chosen) fails: " .. refusal or "hopper (chosen), an error on other GPUs"
+  end
+  if refusal then return "portable: " .. refusal end
+  return "hopper on a Hopper GPU, with dropout or padding and on others portable"
+end
+
+-- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none
+local function kernel_of(name, dtype, kernel, refusal)
   if (name or device.default_device()):find "^cuda" then
-    if device.dtype_size[dtype] == 2 then return "cuda: tensor cores, f32 sums" end
-    return "cuda: arithmetic of " .. device.dtype_name[dtype]
+    local half, choice = device.dtype_size[dtype] == 2, choice_of(kernel, refusal)
+    if half then return "cuda: tensor cores, f32 sums; " .. choice end
+    return ("cuda: arithmetic of %s; %s"):format(device.dtype_name[dtype], choice)
   end
   device.code(OP, name) -- refuses what is no device
+  if kernel == "hopper" then return "cpu: kernel 'hopper' (chosen) fails: it is for cuda" end
   local isa = tostring(device.devices()):match("cpu: ([^\n]*)") or "cpu"
   return "cpu: " .. CPU:format(isa, dtype == C.LAC_F64 and "f64" or "f32", device.threads())
 end
@@ -193,7 +205,8 @@ function Attention:explain(n, sizes)
     fail(OP, "dtype must be f64, f32, f16 or bf16, got '%s'", z.dtype)
   end
   local o, p, m = self.options, self.pattern, z.m or n
-  local info = core.info_of(core.plan_for(p, self.key, z.batch, n, m, o.heads, o.kv_heads, z.head_dim))
+  local plan = core.plan_for(p, self.key, z.batch, n, m, o.heads, o.kv_heads, z.head_dim)
+  local info = core.info_of(plan)
   local element = device.dtype_size[dtype]
   local branches = p.heads == "all" and (p.merge == "mean" or p.merge == "sum") and #p.segments or 1
   local t = explain.table(info, p, {
@@ -201,7 +214,7 @@ function Attention:explain(n, sizes)
     element = element, lse = dtype == C.LAC_F64 and 8 or 4, softmaxes = branches > 1 and branches or 0,
   })
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
-  t.kernel = kernel_of(z.device, dtype)
+  t.kernel = kernel_of(z.device, dtype, o.kernel, core.hopper_refusal(plan, dtype, o.kernel))
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
   return explain.text(("%s at N = %d%s, batch %d, head_dim %d, %s"):format(

@@ -116,7 +116,7 @@ local function each_call(x, task, f)
                    branch = task.strip.branch + 1,
                    q = padded(queries(x.q), a.before), k = padded(keys(x.k), a.keys_before),
                    v = padded(keys(x.v), a.keys_before),
-                   run = { scale = x.scale, p = 0, seed = 0, at = 0, key_padding = mask } }
+                   run = { scale = x.scale, p = 0, seed = 0, at = 0, kernel = x.kernel, key_padding = mask } }
     call.plan = dense(a, call.q:size(1), call.q:size(2), call.k:size(2), run[2], run[4], call.q:size(4))
     f(call)
   end
@@ -242,7 +242,8 @@ local ring_op = grad.custom_op {
 -- ---- the variant --------------------------------------------------------------------------------------
 
 local HONOURED = { scale = true, training = true, return_lse = true, need_weights = true, key_padding = true,
-                   key_lengths = true, block = true } -- without a block_mask, its size says nothing
+                   key_lengths = true, kernel = true,
+                   block = true } -- without a block_mask, its size says nothing
 
 -- options that shards cannot honour, at configuration and at a call
 local function refuse(o, run, name)
@@ -323,7 +324,7 @@ function ring.run(module, q, k, v, run)
   return ring_op(q, k, v, {
     tasks = plan.tasks, schedule = plan.schedule, causal = p.causal, window = p.window, merge = p.merge,
     separate = separate, branches = #p.segments, gscale = p.merge == "mean" and 1 / #p.segments or 1,
-    group = o.heads / o.kv_heads, scale = run.scale, padding = padding_of(run, k),
+    group = o.heads / o.kv_heads, scale = run.scale, kernel = run.kernel, padding = padding_of(run, k),
   })
 end
 
