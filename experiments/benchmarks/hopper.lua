@@ -1,0 +1,136 @@
+--- hopper.lua: the forward of attention on Hopper beside PyTorch's cuDNN and FlashAttention-2.
+--
+-- 32768 kept rows in all, heads times head_dim 2048, bf16. The peers' inputs are gathered and contiguous; the
+-- faster one counts. A turn is some idle time, one call that is not timed, and one that is: several forwards
+-- in a row. The sides take turns in a new order each round, because the order alone moves results by several
+-- percent; times are medians over the rounds. The portable kernel is a side as well. Dilation is measured at
+-- equal rows, and several branches in one launch against the sum of their own times. kernels/HOPPER.md has
+-- the record: floors, expectations, what was tried.
+
+local lac = require "lacuna"
+local bench = require "lacuna.bench"
+local device = require "lacuna.device"
+local sys = require "lacuna.sys"
+
+local ROUNDS, IDLE = 13, 0.03
+local ROWS, WIDTH = 32768, 2048
+
+-- a side: `times` forwards in a row and a wait
+local function forwards(o, times)
+  local heads = WIDTH / o.head_dim
+  local x = {}
+  for i = 1, 3 do x[i] = lac.randn({ 1, o.n, heads, o.head_dim }, { dtype = "bf16", device = "cuda" }) end
+  local options = { segments = o.segments, dilations = o.dilations, offset = "mod", causal = o.causal,
+    kernel = o.kernel or "hopper" }
+  local function body()
+    for _ = 1, times do lac.attend(x[1], x[2], x[3], options) end
+    lac.synchronize()
+  end
+  return function()
+    lac.no_grad(lac.scope, body)
+    local start = sys.time()
+    lac.no_grad(lac.scope, body)
+    return sys.time() - start
+  end
+end
+
+-- medians of the sides' times; every side is a function that gives the time of one turn
+local function medians(b, sides)
+  local times, order = {}, {}
+  for i = 1, #sides do times[i], order[i] = {}, i end
+  for round = 1, b:size(ROUNDS, 1) do
+    for i = #order, 2, -1 do
+      local j = math.random(i)
+      order[i], order[j] = order[j], order[i]
+    end
+    for _, i in ipairs(order) do
+      local idle = sys.time() + IDLE
+      repeat until sys.time() >= idle
+      times[i][round] = sides[i]()
+    end
+  end
+  for i = 1, #sides do times[i] = bench.median(times[i]) end
+  return times
+end
+
+local function against_peers(b, n, head_dim, causal, target)
+  local what = ("D %d, %d rows%s"):format(head_dim, n, causal and ", causal" or "")
+  local count, times, sides, dropped = b:size(ROWS / n, 1), n > 8192 and 1 or 5, {}, {}
+  for i, kernel in ipairs{ "hopper", "portable" } do
+    sides[i] = forwards({ n = count * n, segments = { n }, dilations = { 1 }, head_dim = head_dim,
+      causal = causal, kernel = kernel }, times)
+  end
+  for _, backend in ipairs{ "cudnn", "flash" } do
+    local side, problem = b:case("hopper", "forward", { segments = count, rows = n, heads = WIDTH / head_dim,
+      head_dim = head_dim, causal = causal, backend = backend, times = times })
+    if not side then return b:value{ what = what, problem = problem } end
+    dropped[#dropped + 1] = side
+    sides[#sides + 1] = function() return side:turn(1e-9) end
+  end
+  local t = medians(b, sides)
+  for _, side in ipairs(dropped) do side:drop() end
+  local work = 4 * n ^ 2 * WIDTH * count / (causal and 2 or 1) * times / 1e12
+  b:value{ what = ("%s: %.0f TFLOP/s, portable %.0f, cuDNN %.0f, FA2 %.0f"):format(what, work / t[1],
+    work / t[2], work / t[3], work / t[4]), value = math.min(t[3], t[4]) / t[1], unit = "x",
+    at_least = target }
+end
+
+-- at 1024 rows, and from 2048 on
+local TARGET = { [64] = { 1.1, 1.2 }, [128] = { 1.05, 1.12 } }
+
+local function rows(b)
+  for _, head_dim in ipairs{ 64, 128 } do
+    for _, causal in ipairs{ false, true } do
+      for _, n in ipairs(b:size({ 1024, 2048, 4096, 8192, 32768 }, { 1024 })) do
+        lac.scope(against_peers, b, n, head_dim, causal, TARGET[head_dim][n > 1024 and 2 or 1])
+      end
+    end
+  end
+end
+
+local function dilated(b, head_dim, causal)
+  local list, sides = b:size({ 1, 2, 4, 8, 16 }, { 1, 2 }), {}
+  for i, r in ipairs(list) do
+    sides[i] = forwards({ n = b:size(16, 1) * 2048 * r, segments = { 2048 * r }, dilations = { r },
+      head_dim = head_dim, causal = causal }, 3)
+  end
+  local t = medians(b, sides)
+  for i = 2, #list do
+    b:value{ what = ("D %d%s, time at r = %d against r = 1"):format(head_dim, causal and " causal" or "",
+      list[i]), value = t[i] / t[1], unit = "x", at_most = 1.02 }
+  end
+end
+
+-- all branches in one launch against launches of their own, which do not merge
+local function together(b, n, causal)
+  local segments, dilations = { 2048, 4096, 8192, 16384, 32768 }, { 1, 2, 4, 6, 12 }
+  local o = { n = b:size(n, 2048), head_dim = 64, causal = causal }
+  local function side(s, r)
+    o.segments, o.dilations = s, r
+    return forwards(o, 3)
+  end
+  local sides = { side(segments, dilations) }
+  for i = 1, #segments do sides[i + 1] = side({ segments[i] }, { dilations[i] }) end
+  local t = medians(b, sides)
+  local sum = 0
+  for i = 2, #t do sum = sum + t[i] end
+  b:value{ what = ("D 64%s, %d positions, five branches: sum of the branches alone / together"):format(
+    causal and " causal" or "", o.n), value = sum / t[1], unit = "x" }
+end
+
+return {
+  name = "hopper",
+  about = "attention's forward on Hopper: cuDNN and FlashAttention-2, dilation, several branches",
+  device = "cuda",
+  once = true,
+  run = function(b)
+    if not pcall(device.supports, "cuda", "attend") then -- it throws where there is no device
+      return b:value{ what = "attention's forward on Hopper", problem = "no CUDA device" }
+    end
+    rows(b)
+    for _, head_dim in ipairs{ 64, 128 } do
+      for _, causal in ipairs{ false, true } do lac.scope(dilated, b, head_dim, causal) end
+    end
+    for _, causal in ipairs{ false, true } do lac.scope(together, b, 32768, causal) end
+  end,
+}
