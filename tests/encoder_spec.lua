@@ -261,7 +261,7 @@ describe("the sizes of the paper", function()
         end)
         return n
       end
-      local full = nn.LongNetLM.sized("test", { size = name })
+      local full = nn.LongNetLM._parts.sized("test", { size = name })
       assert.equal(50304, full.vocab)
       local one = count(1)
       local total = one + (full.layers - 1) * (count(2) - one) + (full.vocab - 16) * full.width

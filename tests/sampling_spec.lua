@@ -98,6 +98,7 @@ describe("a sampler", function()
   end)
 
   it("agrees with the reference on many tokens", function()
+    lac.manual_seed(8) -- how many tokens a filter leaves depends on the draw
     local n, many = 3000, {}
     local values = lac.randn({ n }, { dtype = "f64" })
     for i, x in ipairs(values:totable()) do many[i] = 4 * x end

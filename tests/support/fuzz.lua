@@ -44,7 +44,7 @@ local EXCLUDED = {
   bench = "measures for seconds, and starts other programs",
   registry = "an internal table of names",
 }
-local CALLED = { io = true, optim = true, nn = true, attention = true }
+local CALLED = { io = true, optim = true, nn = true, attention = true, config = true }
 for name in pairs(getmetatable(lac).__names) do
   local _ = pcall(function() return lac[name] end) -- loads it; some are not in every installation
 end
@@ -477,6 +477,26 @@ local function heads_tensor(dtype, b, n, h, d)
   return t
 end
 
+-- kinds of configurations, which are values: made, compared, changed, printed
+local CONFIGS = {}
+for name, value in pairs(lac.config) do
+  if type(value) == "function" and name ~= "define" and name ~= "wrap" and name ~= "is" then
+    CONFIGS[#CONFIGS + 1] = name
+  end
+end
+table.sort(CONFIGS)
+
+local function call_config(pattern)
+  local kind = one_of(CONFIGS)
+  local made = call("config." .. kind, lac.config[kind], chance(60) and pattern or option_table())
+  call("config.is", lac.config.is, made or argument(), chance(50) and kind or argument())
+  if made then
+    call("config:with", made.with, made, option_table())
+    call("tostring(config)", tostring, made)
+    local _ = made == call("config." .. kind, lac.config[kind], pattern)
+  end
+end
+
 local function call_attention()
   local dtype, b, n, h, d = one_of(FLOATS), random(2), random(12), random(3), random(6)
   local m, kv = chance(70) and n or random(12), chance(70) and h or 1
@@ -499,6 +519,7 @@ local function call_attention()
   else
     o.heads, o.variant = h, one_of { "dense", "dilated", "improved", "longnet" }
     o.kv_heads = kv
+    if chance(15) then call_config(o) end
     if o.variant == "dense" then o.segments, o.dilations, o.merge, o.offset = nil, nil, nil, nil end
     local attn = call("lac.attention", lac.attention, chance(90) and o or argument())
     if attn then

@@ -253,6 +253,17 @@ local function attend(self, query, key, value, o)
   return finish(self, out), weights
 end
 
+-- forward for one item without a batch dimension
+local function attend_one(self, query, key, value, o)
+  local function lift(x) return tensor.is(x) and x:unsqueeze(1) or x end
+  local q, call = lift(query), {}
+  local k = key == query and q or lift(key)
+  for name, setting in pairs(o) do call[name] = setting end
+  call.key_padding, call.key_padding_mask = lift(o.key_padding), lift(o.key_padding_mask)
+  local out, weights = attend(self, q, k, value == key and k or lift(value), call)
+  return out:squeeze(1), weights and weights:squeeze(1)
+end
+
 --- The interface of torch.nn.MultiheadAttention.
 -- @tparam Tensor query [B, N, E] ([N, B, E] with batch_first = false; [N, E] for one item)
 -- @tparam[opt] Tensor key [B, M, kdim], default query
@@ -266,24 +277,13 @@ function Attention:forward(query, key, value, options)
   local o = schema.options(OP, options, FORWARD)
   key = key or query
   value = value or key
-  if tensor.is(query) and query:dim() == 2 then return self:forward_one(query, key, value, o) end
+  if tensor.is(query) and query:dim() == 2 then return attend_one(self, query, key, value, o) end
   if self.options.batch_first then return attend(self, query, key, value, o) end
   local function turn(x) return tensor.is(x) and x:dim() == 3 and x:transpose(1, 2) or x end
   local q = turn(query)
   local k = key == query and q or turn(key)
   local out, weights = attend(self, q, k, value == key and k or turn(value), o)
   return turn(out), weights
-end
-
---- forward for one item without a batch dimension.
-function Attention:forward_one(query, key, value, o)
-  local function lift(x) return tensor.is(x) and x:unsqueeze(1) or x end
-  local q, call = lift(query), {}
-  local k = key == query and q or lift(key)
-  for name, setting in pairs(o) do call[name] = setting end
-  call.key_padding, call.key_padding_mask = lift(o.key_padding), lift(o.key_padding_mask)
-  local out, weights = attend(self, q, k, value == key and k or lift(value), call)
-  return out:squeeze(1), weights and weights:squeeze(1)
 end
 
 -- ---- decoding ---------------------------------------------------------------------------------------------
@@ -341,6 +341,7 @@ base.entry_point(Attention.decode)
 --- What the attention does at a length (see lac.attention): strips, coverage, costs.
 -- @tparam integer n @tparam[opt] table sizes as there; head_dim, dtype and device are the module's
 function Attention:explain(n, sizes)
+  if sizes ~= nil then schema.check(OP .. ".explain", "sizes", sizes, { type = "table" }) end
   local z = { head_dim = self.head_dim, dtype = self.out.weight:dtype(), device = self.out.weight:device() }
   for name, value in pairs(sizes or {}) do z[name] = value end
   return self.attention:explain(n, z)

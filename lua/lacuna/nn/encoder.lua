@@ -27,8 +27,8 @@ local generate = require "lacuna.nn.generate"
 
 local ops, passed, transient = operators.fn, operators.passed, operators.transient
 local fail, show = schema.fail, schema.show
-local Block, LongNetLM = longnet.Block, longnet.LongNetLM
-local spec, self_attention, wanted_rows = LongNetLM.spec, LongNetLM.self_attention, LongNetLM.wanted_rows
+local Block, parts = longnet.Block, longnet.LongNetLM._parts
+local spec, self_attention, wanted_rows = parts.spec, parts.self_attention, parts.wanted_rows
 
 local EVERYWHERE = 2 ^ 40 -- a segment longer than any sequence
 local PADDING = { key_padding = { type = "tensor" }, key_lengths = { type = "tensor" } }
@@ -82,7 +82,7 @@ local ENCODER = spec{
 --   dedup, window, positions = "xpos", fused, dropout, attention_dropout, checkpoint_activations, dtype,
 --   device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
 function Encoder:init(options)
-  local o = schema.options("LongNetEncoder", LongNetLM.sized("LongNetEncoder", options), ENCODER)
+  local o = schema.options("LongNetEncoder", parts.sized("LongNetEncoder", options), ENCODER)
   self.options, self.context, self.has_vocab = o, o.context, o.vocab ~= nil
   if o.vocab then self.embedding = embedding(o, o.vocab) end
   self.dropout = layers.Dropout(o.dropout)
@@ -208,7 +208,7 @@ local BOTH = spec{
 --   context, encoder_layers = layers; cross_segments, cross_dilations (default: every row reads the whole
 --   memory)
 function EncoderDecoder:init(options)
-  local o = schema.options(ED, LongNetLM.sized(ED, options), BOTH)
+  local o = schema.options(ED, parts.sized(ED, options), BOTH)
   if (o.cross_segments == nil) ~= (o.cross_dilations == nil) then
     fail(ED, "cross_segments and cross_dilations come together")
   end
@@ -374,7 +374,7 @@ end
 
 --- Logits after tokens [B, n] that follow those in the state, as LongNetLM.decode.
 function Given:decode(tokens, state, options)
-  local o = schema.options(ED .. ".decode", options, LongNetLM.LOGITS)
+  local o = schema.options(ED .. ".decode", options, parts.LOGITS)
   check_tokens(ED .. ".decode", tokens, self.context)
   local training = self.model.training
   self.model:eval()

@@ -464,7 +464,7 @@ function LongNetLM:extra()
 end
 
 -- for the other models of these blocks (encoder.lua)
-LongNetLM.sized, LongNetLM.spec, LongNetLM.self_attention = sized, spec, self_attention
-LongNetLM.wanted_rows, LongNetLM.LOGITS = wanted_rows, LOGITS
+LongNetLM._parts = { sized = sized, spec = spec, self_attention = self_attention, wanted_rows = wanted_rows,
+  LOGITS = LOGITS }
 
 return { FeedForward = FeedForward, Block = Block, LongNetLM = LongNetLM, magneto_gain = magneto_gain }
