@@ -1,4 +1,4 @@
---- The backward of attention on Hopper: against the oracle, the CPU, and itself.
+--- The backward of attention on Hopper: against the oracle, the CPU, the portable kernel, and itself.
 --
 -- Random configurations have what these kernels take: head dimensions 64 and 128, f16 and bf16, any pattern,
 -- causal, windows, lengths, grouped heads, all merges, negative scales. attn_random says how they are made
@@ -37,6 +37,15 @@ local function gradients(r)
   return x.gradients
 end
 
+-- the kernel is forced where the forward, which wants a positive scale, can be forced too
+local function on_hopper(dtype, c, lists, layout)
+  c.kernel = (c.scale or 0) >= 0 and "hopper" or nil
+  local ok, r = pcall(attn.run, C.LAC_CUDA, dtype, c, lists, layout)
+  c.kernel = nil
+  if not ok then error(r, 0) end
+  return r
+end
+
 local function largest(list)
   local most = 0
   for _, x in ipairs(list) do most = math.max(most, x == x and math.abs(x) or 0) end
@@ -64,7 +73,7 @@ describe("the backward of attention on Hopper #gpu", function()
     attn.poison(c, unpack(lists, 1, 4))
     attn.poison_pool(c)
     local layout = pick { false, "heads" } or nil
-    local got = gradients(attn.run(C.LAC_CUDA, dtype, c, lists, layout))
+    local got = gradients(on_hopper(dtype, c, lists, layout))
     local exact, naive = exact_of(c, dtype, lists)
     attn.complain(dtype, "gradients", got, exact, naive, ("seed %d, layout %s: %s"):format(
       seed, tostring(layout), attn.text(c)))
@@ -105,13 +114,28 @@ describe("the backward of attention on Hopper #gpu", function()
       local dtype = pick { "bf16", "f16" }
       local c = hopper_config { most = 1200, segment = 1200, heads = 1 }
       local lists = { attn.inputs(c, 3, dtype) }
-      local first = attn.run(C.LAC_CUDA, dtype, c, lists)
+      local first = on_hopper(dtype, c, lists)
       for _ = 1, 3 do
-        local again = attn.run(C.LAC_CUDA, dtype, c, lists)
+        local again = on_hopper(dtype, c, lists)
         for _, name in ipairs(GRADIENTS) do
           local most = direct.max_diff(again[name], first[name])
           assert.are.equal(0, most, ("%s, trial %d: %s"):format(name, trial, attn.text(c)))
         end
+      end
+    end
+  end)
+
+  it("agrees with the portable kernel to the rounding of results", function()
+    attn.seed(31)
+    for trial = 1, 4 do
+      local c = hopper_config { most = 400, segment = 400, heads = 1 }
+      local lists = { attn.inputs(c, trial, "bf16") }
+      local mine = on_hopper("bf16", c, lists)
+      c.kernel = "portable"
+      local other = attn.run(C.LAC_CUDA, "bf16", c, lists)
+      for _, name in ipairs(GRADIENTS) do
+        local most = 2 ^ -6 * (1 + largest(other[name]))
+        assert.is_true(direct.max_diff(mine[name], other[name]) <= most, name .. " in " .. attn.text(c))
       end
     end
   end)
