@@ -4,10 +4,12 @@
 
 BEGIN {
     # a part of the entry function's mangled name and an architecture -> most bytes stored.
-    # The query pass of the backward for D = 64 keeps two words in memory on sm_80, stored before its main loop and
-    # loaded after it (SASS); fewer columns a step would cost more.
-    allowed["attn_queries_kernelI7op_bf16ILi64EE sm_80"] = 8
-    allowed["attn_queries_kernelI6op_f16ILi64EE sm_80"] = 8
+    # The query pass of the backward for D = 64 keeps two words in memory, stored before its main loop and loaded after
+    # it (SASS of sm_80); fewer columns a step would cost more.
+    for (i = split("sm_80 sm_90a", name, " "); i > 0; i--) {
+        allowed["attn_queries_kernelI7op_bf16ILi64EE " name[i]] = 8
+        allowed["attn_queries_kernelI6op_f16ILi64EE " name[i]] = 8
+    }
 }
 /Compiling entry function/ {
     split($0, part, "'")
