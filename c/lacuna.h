@@ -358,6 +358,20 @@ typedef struct lac_attn_args {
      * dense f32 [B, H, N, M] tensor, in every branch */
     uint64_t seed, offset;
     int32_t kernel; /* LAC_KERNEL_*; auto: the fastest that can do the call; hopper: it or an error */
+    /* Options of single pairs. The matrices are [N, M], [H or 1, N, M] or [B or 1, H or 1, N, M] and count tensor rows;
+     * they only ever take pairs away from those that the plan attends to, or change their scores. */
+    const lac_tensor *mask;          /* bool, true = attend */
+    const lac_tensor *bias;          /* of q's dtype (or f32 for f16 and bf16), added to scaled scores; -inf: do not attend */
+    const lac_tensor *alibi;         /* [H] f32 (f64 for f64): scores -= slope |position of the query - of the key| */
+    /* bool [ceil(N / block), ceil(M / block)], with axes in front like a mask: which blocks of pairs are active. Costs
+     * nothing for those that are not. */
+    const lac_tensor *block_mask;
+    int64_t block;                   /* at least 16 */
+    /* Packed sequences, in host memory: batch item 0, the only one, holds sequence s in rows [starts[s], starts[s + 1]),
+     * from 0 to N = M. Each has positions from 0 and is what a call of its own would make of it (with dropout bits of its
+     * own). A mask or a bias is that of all rows. No key_lengths, no block_mask. */
+    const int64_t *starts;
+    int64_t sequences;               /* 0: not packed */
 } lac_attn_args;
 int lac_plan_get(const lac_attn_desc *desc, lac_plan **out); /* from the cache or new; one reference for the caller */
 void lac_plan_drop(lac_plan *plan);
@@ -374,15 +388,16 @@ int lac_plan_cache_resize(int64_t capacity); /* 0 empties it and keeps nothing *
  * softmax over all branches of the row's head, whatever the merge; a row without keys has out 0 and lse -inf. */
 int lac_attend(lac_plan *plan, const lac_attn_args *args, lac_tensor *out, lac_tensor *lse, lac_tensor *branch_lse);
 /* dlse [B, N, H] may be NULL (gradient towards the returned lse; exact for every merge). dq, dk, dv are made by the call.
- * branch_lse is needed exactly where the forward makes it. */
+ * branch_lse is needed exactly where the forward makes it. dbias, of args->bias' shape and dtype, may be NULL: not wanted.
+ * It is summed over what bias is expanded to in a dense [B, H, N, M] tensor. */
 int lac_attend_bwd(lac_plan *plan, const lac_attn_args *args, const lac_tensor *out, const lac_tensor *lse,
                    const lac_tensor *branch_lse, const lac_tensor *dout, const lac_tensor *dlse,
-                   lac_tensor *dq, lac_tensor *dk, lac_tensor *dv);
+                   lac_tensor *dq, lac_tensor *dk, lac_tensor *dv, lac_tensor *dbias);
 /* Decoding. Query i of item b is at position position[b] + i; row j of k and v [B, R, Hk, D] holds the key at position
  * key_start[b] + j. Keys before key_start must be out of reach of all queries (status "index" otherwise); keys past
  * the rows do not exist. Of the plan only heads, head_dim, the pattern and m, the end of all positions, count: made with
  * align_end and n = 1, one plan serves every token of a decoding. A call costs what the rows in reach cost, whatever
- * the position. No dropout, padding or gradient: other fields of args than q, k, v and scale must be 0. */
+ * the position. No dropout, padding or gradient: other fields of args than q, k, v, scale and alibi must be 0. */
 int lac_attend_at(const lac_plan *plan, const lac_attn_args *args, const int64_t *position, const int64_t *key_start,
                   lac_tensor *out, lac_tensor *lse);
 /* the smallest position that a query at `position` or later may attend to: what lies before it may be forgotten */

@@ -7,7 +7,7 @@
  *
  * Results are made before the back end runs and dropped if it fails, so a failing call leaves nothing behind.
  */
-#include "plan.h"
+#include "op_attn.h"
 #include <math.h>
 
 typedef struct {
@@ -55,7 +55,8 @@ static int get_optional(const lac_plan *p, const lac_attn_args *args, lac_a_atte
     a->dropout = args->dropout;
     a->seed = args->seed;
     a->offset = args->offset;
-    return 0;
+    LAC_TRY(lac_attn_pairs(p, args, a));
+    return args->sequences ? lac_packed_check(p, args) : 0;
 }
 
 static int get_inputs(lac_plan *p, const lac_attn_args *args, lac_a_attend *a)
@@ -81,17 +82,17 @@ static int get_inputs(lac_plan *p, const lac_attn_args *args, lac_a_attend *a)
 /* lse of f64 inputs is f64, of all others f32 */
 static int lse_dtype(int dtype) { return dtype == LAC_F64 ? LAC_F64 : LAC_F32; }
 
-static int attend(lac_a_attend *a, int device, lac_tensor *out, lac_tensor *lse, lac_tensor *branch_lse)
+static int attend(lac_a_attend *a, const lac_attn_args *args, lac_tensor *out, lac_tensor *lse, lac_tensor *branch_lse)
 {
     const lac_attn_desc *d = &a->plan->desc;
+    int device = args->q->device;
     const int64_t shape[] = {d->batch, d->n, d->heads, d->head_dim};
     const int64_t branches[] = {d->branches, d->batch, d->n, d->heads};
     LAC_TRY(lac_tensor_new("attention", a->q.dtype, device, 4, shape, out, &a->out));
     LAC_TRY(lac_tensor_new("attention", lse_dtype(a->q.dtype), device, 3, shape, lse, &a->lse));
     if (branch_lse && lac_plan_branch_softmax(a->plan))
         LAC_TRY(lac_tensor_new("attention", lse_dtype(a->q.dtype), device, 4, branches, branch_lse, &a->branch_lse));
-    LAC_RUN(attend, device, a);
-    return 0;
+    return lac_packed_attend(a, args);
 }
 
 int lac_attend(lac_plan *plan, const lac_attn_args *args, lac_tensor *out, lac_tensor *lse, lac_tensor *branch_lse)
@@ -102,7 +103,7 @@ int lac_attend(lac_plan *plan, const lac_attn_args *args, lac_tensor *out, lac_t
     out->storage = lse->storage = NULL;
     if (branch_lse) branch_lse->storage = NULL;
     LAC_TRY(get_inputs(plan, args, &a));
-    int status = attend(&a, args->q->device, out, lse, branch_lse);
+    int status = attend(&a, args, out, lse, branch_lse);
     if (status) {
         lac_tensor_drop(out);
         lac_tensor_drop(lse);
@@ -133,26 +134,31 @@ static int get_saved(lac_a_attend_bwd *a, const lac_attn_args *args, const lac_t
     return get_view("branch_lse", branch_lse, 4, bs, stats, args->q, &a->forward.branch_lse);
 }
 
-static int attend_bwd(lac_a_attend_bwd *a, int device, lac_tensor *dq, lac_tensor *dk, lac_tensor *dv)
+static int attend_bwd(lac_a_attend_bwd *a, const lac_attn_args *args, lac_tensor *dq, lac_tensor *dk, lac_tensor *dv)
 {
     const lac_a_attend *f = &a->forward;
+    int device = args->q->device;
     LAC_TRY(lac_tensor_new("attention", f->q.dtype, device, 4, f->q.shape, dq, &a->dq));
     LAC_TRY(lac_tensor_new("attention", f->q.dtype, device, 4, f->k.shape, dk, &a->dk));
     LAC_TRY(lac_tensor_new("attention", f->q.dtype, device, 4, f->v.shape, dv, &a->dv));
-    LAC_RUN(attend_bwd, device, a);
-    return 0;
+    return lac_packed_attend_bwd(a, args);
 }
 
 int lac_attend_bwd(lac_plan *plan, const lac_attn_args *args, const lac_tensor *out, const lac_tensor *lse,
                    const lac_tensor *branch_lse, const lac_tensor *dout, const lac_tensor *dlse, lac_tensor *dq,
-                   lac_tensor *dk, lac_tensor *dv)
+                   lac_tensor *dk, lac_tensor *dv, lac_tensor *dbias)
 {
     lac_a_attend_bwd a = {0};
+    lac_tensor pairs = {0}; /* one gradient a pair, before it is summed to bias' shape */
     if (!dq || !dk || !dv) LAC_FAIL(ARGUMENT, "attention: there is no tensor for %s", !dq ? "dq" : !dk ? "dk" : "dv");
     dq->storage = dk->storage = dv->storage = NULL;
+    if (dbias) dbias->storage = NULL;
     LAC_TRY(get_inputs(plan, args, &a.forward));
     LAC_TRY(get_saved(&a, args, out, lse, branch_lse, dout, dlse));
-    int status = attend_bwd(&a, args->q->device, dq, dk, dv);
+    int status = dbias ? lac_attn_bias_begin(&a, args, &pairs) : 0;
+    if (!status) status = attend_bwd(&a, args, dq, dk, dv);
+    if (!status && dbias) status = lac_attn_bias_end(args, &pairs, dbias);
+    lac_tensor_drop(&pairs);
     if (status) {
         lac_tensor_drop(dq);
         lac_tensor_drop(dk);

@@ -10,7 +10,7 @@
  * length) run one after the other. Each is then exactly the computation that it would be alone. Rejected: padding on
  * the left, which moves the segments' borders and so computes something else, and copying kept rows together.
  */
-#include "plan.h"
+#include "op_attn.h"
 #include "op_front.h"
 
 static int check_args(const lac_plan *p, const lac_attn_args *args, const int64_t *position, const int64_t *key_start)
@@ -20,8 +20,12 @@ static int check_args(const lac_plan *p, const lac_attn_args *args, const int64_
     if (!args) LAC_FAIL(ARGUMENT, "%s: the arguments are a null pointer", op);
     if (!position || !key_start)
         LAC_FAIL(ARGUMENT, "%s: %s is a null pointer", op, position ? "key_start" : "position");
-    if (args->key_padding || args->key_lengths || args->dropout != 0 || args->kernel)
-        LAC_FAIL(ARGUMENT, "%s: decoding takes no key padding, key lengths, dropout or choice of kernel", op);
+    if (args->key_padding || args->key_lengths || args->dropout != 0 || args->mask || args->bias || args->block_mask ||
+        args->sequences || args->kernel)
+        LAC_FAIL(ARGUMENT,
+                 "%s: decoding takes no key padding, key lengths, mask, bias, block_mask, packed sequences, dropout or "
+                 "choice of kernel",
+                 op);
     if (!isfinite(args->scale)) LAC_FAIL(ARGUMENT, "%s: scale must be finite, got %g", op, args->scale);
     return 0;
 }
@@ -107,6 +111,7 @@ int lac_attend_at(const lac_plan *plan, const lac_attn_args *args, const int64_t
     if (args->k->shape[1] != args->v->shape[1])
         LAC_FAIL(SHAPE, "attention: k has %lld rows, v has %lld", (long long)args->k->shape[1],
                  (long long)args->v->shape[1]);
+    LAC_TRY(lac_attn_pairs(plan, args, &a));
     for (int64_t b = 0; b < a.q.shape[0]; b++)
         LAC_TRY(check_place(plan, a.q.shape[1], a.k.shape[1], position[b], key_start[b]));
     a.scale = args->scale != 0 ? args->scale : 1 / sqrt((double)plan->desc.head_dim);

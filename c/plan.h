@@ -12,9 +12,14 @@
  * the order of the branches, because a merge reads what the earlier branches left. The backward has phases of its
  * own: with grouped heads two strips can also meet in the rows of dk and dv.
  *
- * Dropout of the pair (b, h, query row n, key row j) is draw ((b H + h) N + n) M + j of the stream (seed, offset) in
- * the mapping of rng.h for 32-bit draws: exactly what lac_dropout does to a dense f32 [B, H, N, M] tensor. It does
- * not depend on the branch: a pair that several branches keep is dropped in all of them or in none.
+ * Dropout of the pair (b, h, query row n, key row j) is draw `draw` + ((b H + h) N + n) M + j of the stream (seed,
+ * offset) in the mapping of rng.h for 32-bit draws: exactly what lac_dropout does to a dense f32 [B, H, N, M] tensor.
+ * It does not depend on the branch: a pair that several branches keep is dropped in all of them or in none.
+ *
+ * Options of single pairs (mask, bias, slopes) are tensors of the call, not of the plan. They are indexed by tensor
+ * rows, whatever the lattice, and apply in every branch alike: a branch's pair is visible if the plan and the mask
+ * say so, and its score is scale q.k + bias - slope |p - j|. Blocks are a mask too, of squares of tensor rows, but
+ * tiles without an active block are not computed at all: a block of a strided lattice is what the lattice keeps of it.
  */
 #ifndef LAC_PLAN_H
 #define LAC_PLAN_H
@@ -37,6 +42,7 @@ enum {
     LAC_ATTN_BQUERIES = 768,      /* most query rows that a backward task holds */
     LAC_ATTN_BKEYS = 128,         /* keys and query rows of one backward tile */
     LAC_ATTN_BROWS = 96,
+    LAC_ATTN_BLOCK = 16,       /* least rows of a block of a block mask */
     LAC_ATTN_THREAD_TASKS = 4, /* tasks of a thread, if there is work enough */
     LAC_ATTN_TASKS = 16        /* backward chunks of a phase, if there is work enough */
 };
@@ -168,19 +174,26 @@ struct lac_a_attend {
     lac_view q, k, v; /* [B, N, H, D], [B, M, Hk, D]; one float dtype, any strides */
     lac_view padding; /* [B, M] bool, true = keep */
     lac_view lengths; /* [B] i64 or i32 */
+    lac_view mask;    /* [B, H, N, M] bool, expanded; true = attend */
+    lac_view bias;    /* [B, H, N, M], expanded, of q's dtype or f32 (f16, bf16): -inf hides the pair */
+    lac_view slopes;  /* [H], f32 (f64 for f64) */
+    lac_view blocks;  /* [B, H, blocks of queries, blocks of keys] bool, expanded: which pairs there are at all */
+    int64_t block;    /* rows and keys of a block */
     double scale;     /* finite, not 0 */
     double dropout;   /* [0, 1) */
     uint64_t seed, offset;
     int32_t kernel;      /* LAC_KERNEL_* */
+    uint64_t draw;       /* added to a pair's number: sequences of one packed call have draws of their own */
     lac_view out;        /* [B, N, H, D] contiguous, of q's dtype */
     lac_view lse;        /* [B, N, H] contiguous, f32 (f64 for f64): of the merged softmax */
-    lac_view branch_lse; /* [G, B, N, H] contiguous; only if lac_plan_branch_softmax() */
+    lac_view branch_lse; /* [G, B, N, H], contiguous but for the first axis; only if lac_plan_branch_softmax() */
 };
 
 struct lac_a_attend_bwd {
     lac_a_attend forward; /* out, lse and branch_lse as the forward left them, any strides */
     lac_view dout, dlse;  /* [B, N, H, D], [B, N, H]; any strides; dlse of lse's dtype */
     lac_view dq, dk, dv;  /* contiguous, shapes and dtype of q, k, v */
+    lac_view dbias;       /* [B, H, N, M] f32 (f64 for f64), any strides, zeros on entry: one gradient a pair */
 };
 
 #endif

@@ -161,9 +161,11 @@ COST(dropout, lac_a_dropout, .flops = all(&a->out), .bytes = BYTES(&a->x, &a->ou
 COST(optim_many, lac_a_optim, .flops = optim_flops(a), .bytes = optim_bytes(a), .function = a->name)
 COST(norm_many, lac_a_norm, .flops = 2.0 * norm_sum(a, all), .bytes = norm_sum(a, bytes_of))
 COST(attend, lac_a_attend, .flops = a->plan->info.flops_forward,
-     .bytes = BYTES(&a->q, &a->k, &a->v, &a->padding, &a->lengths, &a->out, &a->lse, &a->branch_lse))
+     .bytes = BYTES(&a->q, &a->k, &a->v, &a->padding, &a->lengths, &a->mask, &a->bias, &a->out, &a->lse,
+                    &a->branch_lse))
 COST(attend_bwd, lac_a_attend_bwd, .flops = a->forward.plan->info.flops_backward,
      .bytes = BYTES(&a->forward.q, &a->forward.k, &a->forward.v, &a->forward.padding, &a->forward.lengths,
+                    &a->forward.mask, &a->forward.bias, &a->dbias,
                     &a->forward.out, &a->forward.lse, &a->forward.branch_lse, &a->dout, &a->dlse, &a->dq, &a->dk,
                     &a->dv))
 /* clang-format on */

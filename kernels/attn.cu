@@ -37,6 +37,12 @@ static int args_of(attn_args &a, const lac_a_attend *f)
     if (d->n > limit / 2 || d->m > limit / 2 || d->batch * d->heads > limit / 2)
         LAC_FAIL(ARGUMENT, "attention: %lld queries, %lld keys, batch %lld x %d heads: cuda counts each below 2^30",
                  (long long)d->n, (long long)d->m, (long long)d->batch, d->heads);
+    const char *option = f->mask.data     ? "mask"
+                         : f->bias.data   ? "bias"
+                         : f->slopes.data ? "alibi"
+                         : f->blocks.data ? "block_mask"
+                                          : NULL;
+    if (option) LAC_FAIL(ARGUMENT, "attention: %s is not supported on cuda yet; run it on the cpu", option);
     a = {};
     a.branches = d->branches;
     a.batch = (int)d->batch, a.n = (int)d->n, a.m = (int)d->m, a.shift = (int)p->shift;
@@ -51,8 +57,8 @@ static int args_of(attn_args &a, const lac_a_attend *f)
     a.p = (float)f->dropout;
     a.scale = f->scale, a.gscale = lac_plan_gscale(p), a.keep_scale = 1 / (1 - f->dropout);
     a.log2_scale = (float)(a.scale * ATTN_LOG2E), a.log2_magnitude = fabsf(a.log2_scale);
-    a.seed = f->seed, a.offset = f->offset;
-    for (int g = 0; g < d->branches; g++) {
+    a.seed = f->seed, a.offset = f->offset, a.draw = f->draw;
+    for (int g = 0; g < p->desc.branches; g++) {
         a.branch[g].segment = (int)p->segment[g];
         a.branch[g].dilation =
             least(d->dilation[g], limit); /* above the segment it only tells one offset from another */
@@ -273,7 +279,12 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
         LAC_TRY(clear(&f->out));
         LAC_TRY(fill_lse(&f->lse));
     }
-    LAC_TRY(fill_lse(&f->branch_lse));
+    for (int64_t g = 0; f->branch_lse.data && g < p->desc.branches; g++) {
+        lac_view one = f->branch_lse; /* contiguous by itself */
+        one.data = (char *)one.data + g * one.stride[0] * dtype_bytes(one.dtype);
+        one.shape[0] = 1;
+        LAC_TRY(fill_lse(&one));
+    }
     size_t sums = acc_bytes(&f->out, p->forward_phases);
     lac_scratch space("attention", sums + counters(a));
     if (!space.data) return LAC_E_MEMORY;
@@ -281,6 +292,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     a.acc = sums ? space.data : f->out.data;
     a.counter = (int *)((char *)space.data + sums);
     a.lse = f->lse.data, a.branch_lse = f->branch_lse.data;
+    a.branch_stride = f->branch_lse.stride[0];
     if (hopper) return attn_hopper_forward(a, f);
     return (exact(f->q.dtype) ? attn_forward_exact : attn_forward_tensor)(a, p, f->q.dtype);
 }

@@ -569,7 +569,7 @@ describe("attention in C", function()
     assert.is_true(C.lac_attend(r.plan, nil, t, t, nil) ~= 0)
     assert.is_true(C.lac_attend(r.plan, r.args, nil, t, nil) ~= 0)
     assert.is_true(C.lac_attend(r.plan, r.args, t, nil, nil) ~= 0)
-    assert.is_true(C.lac_attend_bwd(r.plan, r.args, nil, nil, nil, nil, nil, nil, nil, nil) ~= 0)
+    assert.is_true(C.lac_attend_bwd(r.plan, r.args, nil, nil, nil, nil, nil, nil, nil, nil, nil) ~= 0)
     r.dtype = "f64"
     local ok, message = pcall(direct.backward, r, dout)
     assert.is_false(ok)

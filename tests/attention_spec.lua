@@ -230,8 +230,8 @@ describe("errors of lac.attend", function()
       { segments = { 1, 1, 1 }, dilations = { 1, 1, 1 }, heads = "split" })
   bad("branch 1 keeps nothing for head 2: its offset 1 is not below the segment 1",
       { segments = { 1 }, dilations = { 2 } })
-  bad("option 'mask' is not supported by this engine yet", { segments = one, dilations = one, mask = v })
-  bad("option 'alibi' is not supported by this engine yet",
+  bad("option 'rope' is not supported by this engine yet", { segments = one, dilations = one, rope = true })
+  bad("alibi must have a slope for each of the 2 heads, got f64 [1]",
       { segments = one, dilations = one, alibi = { 1 } })
   bad("causal must be true or false, got 1", { segments = one, dilations = one, causal = 1 })
 
@@ -354,7 +354,7 @@ describe("lac.attention", function()
             lac.attention, { variant = "dense", heads = 3, kv_heads = 2 })
     refused("unknown option 'drop', did you mean 'dropout'",
             lac.attention, { variant = "dense", heads = 1, drop = 1 })
-    refused("is not supported by this engine yet",
+    refused("unknown option 'bias'",
             lac.attention, { variant = "dense", heads = 1, bias = true })
   end)
 

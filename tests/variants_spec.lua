@@ -15,7 +15,8 @@ local REFUSED = {
   ["merge = sum"] = "auto dense dilated distributed improved longnet ring",
   dedup = "dense dilated distributed improved ring",
   dropout = "distributed ring", ["kernel = hopper"] = "*",
-  mask = "*", bias = "*", alibi = "*", block_mask = "*", ["cu_seqlens (packed)"] = "*",
+  mask = "distributed ring", bias = "distributed ring", alibi = "distributed ring",
+  block_mask = "distributed ring", ["cu_seqlens (packed)"] = "distributed ring",
 }
 
 local NAMES = { "auto", "custom", "dense", "dilated", "distributed", "improved", "longnet", "ring" }

@@ -145,6 +145,7 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #define IREAL int32_t
 #define REAL_EXP2 exp2f
 #define REAL_FMA fmaf
+#define REAL_FABS fabsf
 #define EXP2_MAGIC 12583039.0f /* 1.5 2^23 + 127 */
 #define EXP2_SHIFT 23
 #define EXP2_LOWEST -126
@@ -167,6 +168,7 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #undef IREAL
 #undef REAL_EXP2
 #undef REAL_FMA
+#undef REAL_FABS
 #undef EXP2_MAGIC
 #undef EXP2_SHIFT
 #undef EXP2_LOWEST
@@ -192,6 +194,7 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #define IREAL int64_t
 #define REAL_EXP2 exp2
 #define REAL_FMA fma
+#define REAL_FABS fabs
 #define EXP2_MAGIC 6755399441056767.0 /* 1.5 2^52 + 1023 */
 #define EXP2_SHIFT 52
 #define EXP2_LOWEST -1022
@@ -520,11 +523,20 @@ static int fill(void *data, size_t bytes, uint32_t word)
     return LAC_CPU(parallel)("attention", (f.bytes - 1) / ATTN_PIECE + 1, f.bytes / 4, fill_pieces, &f);
 }
 
-static int fill_lse(const lac_view *v)
+/* -inf for `n` numbers */
+static int fill_lse(const lac_view *v, void *data, int64_t n)
 {
-    int64_t n = v->data ? lac_view_numel(v) : 0;
-    if (v->dtype != LAC_F64) return n ? fill(v->data, (size_t)n * 4, 0xff800000u) : 0; /* -inf */
-    for (int64_t i = 0; i < n; i++) ((double *)v->data)[i] = -INFINITY;
+    if (v->dtype != LAC_F64) return fill(data, (size_t)n * 4, 0xff800000u);
+    for (int64_t i = 0; i < n; i++) ((double *)data)[i] = -INFINITY;
+    return 0;
+}
+
+/* the same for the lse of every branch: each is contiguous */
+static int fill_branch_lse(const lac_view *v)
+{
+    int64_t branches = v->data ? v->shape[0] : 0, n = branches ? lac_view_numel(v) / branches : 0;
+    for (int64_t g = 0; g < branches; g++)
+        LAC_TRY(fill_lse(v, (char *)v->data + g * v->stride[0] * lac_bytes_of(v->dtype), n));
     return 0;
 }
 
@@ -582,8 +594,8 @@ int LAC_CPU(attend)(const lac_a_attend *a)
     const lac_plan *p = a->plan;
     bool softmax_goes_on = lac_plan_many(p) && !lac_plan_branch_softmax(p), all = covered(p, p->forward_phases);
     attn_job job = {.a = a, .add = lac_plan_branch_softmax(p)};
-    if (!all || lac_plan_many(p)) LAC_TRY(fill_lse(&a->lse));
-    LAC_TRY(fill_lse(&a->branch_lse));
+    if (!all || lac_plan_many(p)) LAC_TRY(fill_lse(&a->lse, a->lse.data, lac_view_numel(&a->lse)));
+    LAC_TRY(fill_branch_lse(&a->branch_lse));
     if (!is_half(&a->out) || p->forward_phases > 1) LAC_TRY(accumulator(&a->out, all && !job.add, &job.acc_out));
     else if (!all) LAC_TRY(fill(a->out.data, (size_t)lac_view_numel(&a->out) * 2, 0));
     int status = items_get(&job);

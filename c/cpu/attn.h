@@ -111,6 +111,44 @@ static inline bool attn_key_dead(const lac_a_attend *a, int64_t b, int64_t lengt
     return a->padding.data && !((const uint8_t *)a->padding.data)[b * a->padding.stride[0] + j * a->padding.stride[1]];
 }
 
+/* Options of single pairs: do some add to scores, or hide pairs? */
+static inline bool attn_adds(const lac_a_attend *a) { return a->bias.data || a->slopes.data; }
+static inline bool attn_hides(const lac_a_attend *a) { return a->mask.data || a->bias.data; }
+
+static inline double attn_slope(const lac_a_attend *a, int32_t head)
+{
+    int64_t at = head * a->slopes.stride[0];
+    return a->slopes.dtype == LAC_F64 ? ((const double *)a->slopes.data)[at] : ((const float *)a->slopes.data)[at];
+}
+
+/* element (b, head, n, key) of a [B, H, N, M] view, in elements from its start */
+static inline int64_t attn_pair_at(const lac_view *v, int64_t b, int32_t head, int64_t n, int64_t key)
+{
+    return b * v->stride[0] + head * v->stride[1] + n * v->stride[2] + key * v->stride[3];
+}
+
+/* the lattice index, of positions base + i r, at which the block of index i ends */
+static inline int64_t attn_block_end(const lac_a_attend *a, int64_t base, int64_t r, int64_t i)
+{
+    return lac_lattice_count(base, r, ((base + i * r) / a->block + 1) * a->block);
+}
+
+/* Of the lattice indices [*from, *to), at positions base + i r, the first run of keys that lie in active blocks of
+ * query row n. Returns false if there is none; without blocks it is all of them. */
+static inline bool attn_run(const lac_a_attend *a, int64_t b, int32_t head, int64_t n, int64_t base, int64_t r,
+                            int64_t *from, int64_t *to)
+{
+    const lac_view *v = &a->blocks;
+    if (!v->data) return *from < *to;
+    const uint8_t *on = (const uint8_t *)v->data + attn_pair_at(v, b, head, n / a->block, 0);
+    int64_t i = *from, end = *to;
+    while (i < end && !on[(base + i * r) / a->block * v->stride[3]]) i = attn_block_end(a, base, r, i);
+    *from = i;
+    while (i < end && on[(base + i * r) / a->block * v->stride[3]]) i = attn_block_end(a, base, r, i);
+    *to = i < end ? i : end;
+    return *from < end;
+}
+
 /* which earlier branches keep position p for head h, one bit each: dedup leaves the pair to the first of them */
 static inline uint32_t attn_kept_before(const lac_plan *p, int32_t branch, int32_t h, int64_t position)
 {

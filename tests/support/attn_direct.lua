@@ -221,6 +221,7 @@ end
 
 --- The arguments struct; returns it and a list that keeps its tensors alive.
 function direct.args(c, q, k, v)
+  local dtype = NAME[q.dtype]
   local a, keep = ffi.new("lac_attn_args"), { q, k, v }
   a.q, a.k, a.v = q, k, v
   a.scale, a.dropout, a.seed, a.offset = c.scale or 0, c.dropout or 0, c.seed or 0, c.rng_offset or 0
@@ -234,6 +235,30 @@ function direct.args(c, q, k, v)
   if c.lengths then
     keep.lengths = direct.tensor(c.lengths_dtype or "i64", { c.B }, c.lengths)
     a.key_lengths = keep.lengths
+  end
+  if c.mask then
+    local bytes = {}
+    for i, on in ipairs(c.mask.data) do bytes[i] = on and 1 or 0 end
+    keep.mask = direct.tensor("bool", c.mask.shape, bytes, c.mask.layout)
+    a.mask = keep.mask
+  end
+  if c.blocks then
+    local bytes = {}
+    for i, on in ipairs(c.blocks.data) do bytes[i] = on and 1 or 0 end
+    keep.blocks = direct.tensor("bool", c.blocks.shape, bytes, c.blocks.layout)
+    a.block_mask, a.block = keep.blocks, c.block
+  end
+  if c.starts then -- from 0
+    keep.starts = ffi.new("int64_t[?]", #c.starts, c.starts)
+    a.starts, a.sequences = keep.starts, #c.starts - 1
+  end
+  if c.bias then
+    keep.bias = direct.tensor(c.bias.dtype or dtype, c.bias.shape, c.bias.data, c.bias.layout)
+    a.bias = keep.bias
+  end
+  if c.alibi then
+    keep.alibi = direct.tensor(dtype == "f64" and "f64" or "f32", { #c.alibi }, c.alibi)
+    a.alibi = keep.alibi
   end
   return a, keep
 end
@@ -253,15 +278,17 @@ function direct.forward(c, q, k, v, opts)
   return r
 end
 
---- Gradients for a forward's record: tensors dq, dk, dv. dout and dlse (or nil) are flat arrays.
+--- Gradients for a forward's record: tensors dq, dk, dv and (if there is a bias) dbias. dout and dlse (or
+-- nil) are flat arrays.
 function direct.backward(r, dout, dlse, opts)
   local c = r.c
   local stats = r.dtype == "f64" and "f64" or "f32"
   local g = direct.tensor(r.dtype, { c.B, c.N, c.H, c.D }, dout, opts and opts.layout)
   local gl = dlse and direct.tensor(stats, { c.B, c.N, c.H }, dlse)
   local dq, dk, dv = direct.blank(), direct.blank(), direct.blank()
-  check(C.lac_attend_bwd(r.plan, r.args, r.out, r.lse, r.branch_lse, g, gl, dq, dk, dv))
-  return dq, dk, dv
+  local dbias = c.bias and direct.blank() or nil
+  check(C.lac_attend_bwd(r.plan, r.args, r.out, r.lse, r.branch_lse, g, gl, dq, dk, dv, dbias))
+  return dq, dk, dv, dbias
 end
 
 --- Deterministic normal-like numbers in [-2, 2), n of them.

@@ -85,7 +85,8 @@ static void attention(work *w, int dtype)
         fail("plan", w->job);
     } else {
         if (lac_attend(plan, &args, &out, &lse, &branch)) fail("attend", w->job);
-        else if (lac_attend_bwd(plan, &args, &out, &lse, branch.storage ? &branch : NULL, &g, NULL, &dq, &dk, &dv))
+        else if (lac_attend_bwd(plan, &args, &out, &lse, branch.storage ? &branch : NULL, &g, NULL, &dq, &dk, &dv,
+                                NULL))
             fail("attend_bwd", w->job);
         lac_plan_drop(plan);
     }

@@ -42,6 +42,28 @@ oracle.runs = runs
 
 local function position(c, n) return c.align == "end" and n + c.M - c.N or n end
 
+--- Element (b, h, row, column) of { shape =, data = }: [rows, columns] with up to two axes in front, which
+-- may be 1 (for all).
+function oracle.at(x, b, h, row, column)
+  local s, at = x.shape, 0
+  local index = { b, h, row, column }
+  for i = 1, #s do
+    local here = index[4 - #s + i]
+    at = at * s[i] + (s[i] == 1 and 0 or here)
+  end
+  return x.data[at + 1], at + 1
+end
+
+-- do the options of single pairs let row n attend to key j?
+local function lets(c, b, h, n, j)
+  if c.mask and not oracle.at(c.mask, b, h, n, j) then return false end
+  if c.bias and oracle.at(c.bias, b, h, n, j) == -math.huge then return false end
+  if c.blocks then
+    return (oracle.at(c.blocks, b, h, math.floor(n / c.block), math.floor(j / c.block)))
+  end
+  return true
+end
+
 --- Does row n (from 0) attend to key j (from 0) in branch g, for head h of batch item b?
 function oracle.attends(c, g, b, h, n, j)
   local p = position(c, n)
@@ -53,7 +75,7 @@ function oracle.attends(c, g, b, h, n, j)
   if c.window and c.window >= 0 and math.abs(p - j) > c.window then return false end
   if c.padding and not c.padding[b * c.M + j + 1] then return false end
   if c.lengths and j >= c.lengths[b + 1] then return false end
-  return true
+  return lets(c, b, h, n, j)
 end
 
 --- Is row n kept by branch g for head h, whatever keys there are?
@@ -129,7 +151,8 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
   local ro, keep = opts.rounding or exact, opts.keep
   local B, N, M, H, Hk, D = c.B, c.N, c.M, c.H, c.Hk, c.D
   local scale = (c.scale and c.scale ~= 0) and c.scale or 1 / math.sqrt(D)
-  local res = { out = {}, lse = {}, dq = {}, dk = {}, dv = {} }
+  local res = { out = {}, lse = {}, dq = {}, dk = {}, dv = {}, dbias = c.bias and {} }
+  for i = 1, c.bias and #c.bias.data or 0 do res.dbias[i] = 0 end
   for i = 1, B * N * H * D do res.out[i], res.dq[i] = 0, 0 end
   for i = 1, B * M * Hk * D do res.dk[i], res.dv[i] = 0, 0 end
   local inverse = 1 / (1 - (c.dropout or 0))
@@ -142,6 +165,8 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
         local ka, dot = ((b * M + j) * Hk + hk) * D, 0
         for d = 1, D do dot = ro.sum(dot + q[qa + d] * k[ka + d]) end
         s[j + 1] = ro.result(ro.result(dot) * scale)
+        if c.bias then s[j + 1] = ro.result(s[j + 1] + oracle.at(c.bias, b, h, n, j)) end
+        if c.alibi then s[j + 1] = ro.result(s[j + 1] - c.alibi[h + 1] * math.abs(position(c, n) - j)) end
         z[j + 1] = not keep and 1 or keep(b, h, n, j) and inverse or 0
       end
       local parts, lse, merged = parts_of(c, s, b, h, n, ro)
@@ -189,6 +214,10 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
       for j = 0, dout and M - 1 or -1 do
         local ka = ((b * M + j) * Hk + hk) * D
         if ds[j + 1] ~= 0 then
+          if c.bias then
+            local _, at = oracle.at(c.bias, b, h, n, j)
+            res.dbias[at] = ro.sum(res.dbias[at] + ds[j + 1])
+          end
           for d = 1, D do
             res.dq[qa + d] = ro.sum(res.dq[qa + d] + scale * ds[j + 1] * k[ka + d])
             res.dk[ka + d] = ro.sum(res.dk[ka + d] + scale * ds[j + 1] * q[qa + d])
@@ -197,7 +226,7 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
       end
     end
   end end
-  for _, name in ipairs { "dq", "dk", "dv" } do
+  for _, name in ipairs { "dq", "dk", "dv", c.bias and "dbias" } do
     for i = 1, #res[name] do res[name][i] = ro.result(res[name][i]) end
   end
   return res

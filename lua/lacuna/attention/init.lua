@@ -11,7 +11,7 @@
 --
 -- Defaults follow the two published schemes: heads = "all" (LongNet: offset "mod", merge "lse") and heads =
 -- "split" (offset "branch", merge "mean"). Options that attention knows but this engine cannot honour yet
--- (mask, bias, block_mask, ...) are refused by name: an ignored mask is a silent wrong answer.
+-- (rope, xpos) are refused by name: an ignored option is a silent wrong answer.
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
@@ -20,6 +20,8 @@ local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
 local ops = require "lacuna.ops"
 local weights = require "lacuna.attention.weights"
+local alibi = require "lacuna.attention.alibi"
+local packed = require "lacuna.attention.packed"
 
 local ffi, C = lib.ffi, lib.C
 local fail, show = schema.fail, schema.show
@@ -61,14 +63,14 @@ local RUN = {
   training = { type = "boolean", default = true },
   key_padding = { type = "tensor" }, key_lengths = { type = "tensor" },
   kernel = { one_of = { "auto", "portable", "hopper" }, default = "auto" },
+  mask = { type = "tensor" }, bias = { type = "tensor" }, alibi = alibi.option,
+  block_mask = { type = "tensor" }, block = { type = "integer", min = 16, default = 128 },
+  cu_seqlens = packed.option,
   return_lse = { type = "boolean", default = true }, need_weights = { type = "boolean", default = false },
 }
 
 -- known to attention, not to this engine: refused by name, with what there is instead
 local NOT_YET = {
-  mask = "use key_padding, key_lengths, causal or window", bias = "only unbiased scores can be computed",
-  block_mask = "use segments, dilations and window", alibi = "use lac.rope on q and k for positions",
-  cu_seqlens = "use key_lengths",
   rope = "call lac.rope on q and k first", xpos = "call lac.rope{scale_base = 512} on q and k first",
 }
 
@@ -155,12 +157,17 @@ local function fill_args(q, k, v, o)
   args.q, args.k, args.v = q.c, k.c, v.c
   if o.key_padding then args.key_padding = o.key_padding.c end
   if o.key_lengths then args.key_lengths = o.key_lengths.c end
+  if o.mask then args.mask = o.mask.c end
+  if o.bias then args.bias = o.bias.c end
+  if o.alibi then args.alibi = o.alibi.c end
+  if o.block_mask then args.block_mask, args.block = o.block_mask.c, o.block end
+  if o.starts then args.starts, args.sequences = o.starts, o.sequences end
   args.scale, args.dropout, args.seed, args.offset = o.scale or 0, o.p, o.seed, o.at
   args.kernel = KERNEL[o.kernel or "auto"]
   return args
 end
 
-local attend_op = { name = "attend", saves = "abco", method = false }
+local attend_op = { name = "attend", saves = "abcdo", method = false }
 
 -- forward on the engine: out, lse, and lse of each branch where the backward needs it
 local function forward_raw(plan, q, k, v, run)
@@ -171,20 +178,24 @@ end
 
 local function backward_raw(plan, q, k, v, run, out, lse, branch, g, dlse)
   local dq, dk, dv = ctensor(), ctensor(), ctensor()
+  local dbias = run.bias and run.bias.requires_grad and ctensor() or nil
   lib.call(C.lac_attend_bwd, plan, fill_args(q, k, v, run), out.c, lse.c, branch and branch.c or nil, g.c,
-           dlse and dlse.c or nil, dq, dk, dv)
-  return adopt(dq), adopt(dk), adopt(dv)
+           dlse and dlse.c or nil, dq, dk, dv, dbias)
+  return adopt(dq), adopt(dk), adopt(dv), dbias and adopt(dbias)
 end
 
--- run: {scale, p, seed, at, kernel, key_padding, key_lengths}
+-- tensors of a call that have no gradient and that the backward reads again
+local CONSTANT = { "key_padding", "key_lengths", "mask", "alibi", "block_mask" }
+
+-- run: what run_options makes; the bias is the operator's fourth input
 local function attend(plan, q, k, v, run)
   local out, lse, branch = forward_raw(plan, q, k, v, run)
-  if ops.wants(q, k, v) then
-    local node = ops.record(attend_op, out, q, k, v)
+  if ops.wants(q, k, v, run.bias) then
+    local node = ops.record(attend_op, out, q, k, v, run.bias)
     lse.requires_grad, lse.node, lse.slot = true, node, 2
     node.outputs, node.plan, node.run, node.branch = { out, lse }, plan, run, branch
     node.saved, node.saved_versions = { lse }, { 0 }
-    for _, name in ipairs { "key_padding", "key_lengths" } do
+    for _, name in ipairs(CONSTANT) do
       local extra = run[name]
       if extra then
         node.saved[#node.saved + 1] = extra
@@ -234,12 +245,16 @@ local function check_inputs(q, k, v)
   for i = 0, 3 do check_same("v", v, i, "k", k) end
 end
 
-local function run_options(o)
+local function run_options(o, q)
   local p = o.training and o.dropout or 0
   local seed, at = 0, 0
   if p > 0 then seed, at = create.draw() end
+  local starts, sequences
+  if o.cu_seqlens then starts, sequences = packed.starts(o.cu_seqlens) end
   return { scale = o.scale, p = p, seed = seed, at = at, kernel = o.kernel, key_padding = o.key_padding,
-           key_lengths = o.key_lengths }
+           key_lengths = o.key_lengths, mask = o.mask, bias = o.bias,
+           alibi = o.alibi and alibi.tensor(o.alibi, q), block_mask = o.block_mask, block = o.block,
+           starts = starts, sequences = sequences }
 end
 
 -- module: an object whose variant executes itself, else nil
@@ -247,9 +262,14 @@ local function apply(o, key, q, k, v, run, module)
   check_inputs(q, k, v)
   local attend_with
   if module then
+    for _, name in ipairs { "mask", "bias", "alibi", "block_mask", "cu_seqlens" } do
+      if run[name] and not module.record[name] then
+        fail(OP, "variant '%s' cannot honour %s; lac.attend can", module.variant, name)
+      end
+    end
     attend_with = function(value) return module.record.run(module, q, k, value, run) end
   else
-    local qs, ks, made = q.c.shape, k.c.shape, run_options(run)
+    local qs, ks, made = q.c.shape, k.c.shape, run_options(run, q)
     local plan = plan_for(o, key, tonumber(qs[0]), tonumber(qs[1]), tonumber(ks[1]),
                           tonumber(qs[2]), tonumber(ks[2]), tonumber(qs[3]))
     attend_with = function(value) return attend(plan, q, k, value, made) end
@@ -265,8 +285,14 @@ end
 -- @tparam table options segments, dilations (lists of one length); heads "all" or "split"; offset "branch",
 --   "mod" or "block"; merge "mean", "sum", "lse" or "lse_detach"; causal, dedup (false); align "start" or
 --   "end"; window; scale (1/sqrt(D)); dropout (0), training (true); key_padding [B, M] bool, true = keep;
---   key_lengths [B]; return_lse (true); need_weights (false); kernel on a GPU: "auto",
---   "portable" or "hopper", an error where that one cannot do the call
+--   key_lengths [B]; mask bool, true = attend, and bias, added to the scaled scores (-inf: do not attend; its
+--   gradient takes B H N M numbers on the way), both [N, M], [H or 1, N, M] or [B or 1, H or 1, N, M];
+--   alibi: H slopes (list or tensor) or true for the usual ones, score - slope |p - j|; block_mask
+--   bool [ceil(N / block), ceil(M / block)] with axes in front like mask: active blocks of pairs, others cost
+--   nothing; block (128, at least 16); cu_seqlens, S + 1 numbers from 0 to N (list or tensor): packed
+--   sequences, each as if called alone; return_lse (true);
+--   need_weights (false); kernel on a GPU: "auto", "portable" or "hopper", an error where
+--   that one cannot do the call
 -- @treturn Tensor out [B, N, H, D]; rows without a key are 0
 -- @treturn Tensor lse [B, N, H] f32 (f64 for f64), natural logarithm; -inf for rows without a key; absent
 --   with return_lse = false

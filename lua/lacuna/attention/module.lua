@@ -34,7 +34,7 @@ local function make_rules()
   module_rules.segments = { type = "integers", min = 1 }
   module_rules.dilations = { type = "integers", min = 1 }
   for name, rule in pairs(core.run_spec) do -- tensors belong to a call
-    if rule.type == "tensor" then module_rules[name] = nil end
+    if rule.type == "tensor" or rule.of_a_call then module_rules[name] = nil end
   end
   module_rules.training = nil
 end
