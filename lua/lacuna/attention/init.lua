@@ -22,6 +22,7 @@ local ops = require "lacuna.ops"
 local weights = require "lacuna.attention.weights"
 local alibi = require "lacuna.attention.alibi"
 local packed = require "lacuna.attention.packed"
+local masks = require "lacuna.attention.masks"
 
 local ffi, C = lib.ffi, lib.C
 local fail, show = schema.fail, schema.show
@@ -35,7 +36,7 @@ local MERGE = { mean = C.LAC_MERGE_MEAN, sum = C.LAC_MERGE_SUM, lse = C.LAC_MERG
 local KERNEL = { auto = C.LAC_KERNEL_AUTO, portable = C.LAC_KERNEL_PORTABLE, hopper = C.LAC_KERNEL_HOPPER }
 local MAX_BRANCHES = tonumber(C.LAC_MAX_BRANCHES)
 
-local attention = {}
+local attention = { masks = masks }
 
 -- ---- options ---------------------------------------------------------------------------------------
 
@@ -64,7 +65,11 @@ local RUN = {
   key_padding = { type = "tensor" }, key_lengths = { type = "tensor" },
   kernel = { one_of = { "auto", "portable", "hopper" }, default = "auto" },
   mask = { type = "tensor" }, bias = { type = "tensor" }, alibi = alibi.option,
-  block_mask = { type = "tensor" }, block = { type = "integer", min = 16, default = 128 },
+  block_mask = { of_a_call = true, check = function(v)
+    if not tensor.is(v) and not masks.is(v) then
+      return "must be a bool tensor or a pattern of lac.attention.masks"
+    end
+  end }, block = { type = "integer", min = 16, default = 128 },
   cu_seqlens = packed.option,
   return_lse = { type = "boolean", default = true }, need_weights = { type = "boolean", default = false },
 }
@@ -245,7 +250,15 @@ local function check_inputs(q, k, v)
   for i = 0, 3 do check_same("v", v, i, "k", k) end
 end
 
-local function run_options(o, q)
+-- o: the pattern of the plan
+local function blocks_of(run, o, q, k)
+  local mask = run.block_mask
+  if not masks.is(mask) then return mask end
+  return mask:cached { n = q:size(2), m = k:size(2), heads = q:size(3), block = run.block, causal = o.causal,
+                       align = o.align, device = q:device() }
+end
+
+local function run_options(o, q, blocks)
   local p = o.training and o.dropout or 0
   local seed, at = 0, 0
   if p > 0 then seed, at = create.draw() end
@@ -253,7 +266,7 @@ local function run_options(o, q)
   if o.cu_seqlens then starts, sequences = packed.starts(o.cu_seqlens) end
   return { scale = o.scale, p = p, seed = seed, at = at, kernel = o.kernel, key_padding = o.key_padding,
            key_lengths = o.key_lengths, mask = o.mask, bias = o.bias,
-           alibi = o.alibi and alibi.tensor(o.alibi, q), block_mask = o.block_mask, block = o.block,
+           alibi = o.alibi and alibi.tensor(o.alibi, q), block_mask = blocks, block = o.block,
            starts = starts, sequences = sequences }
 end
 
@@ -269,7 +282,7 @@ local function apply(o, key, q, k, v, run, module)
     end
     attend_with = function(value) return module.record.run(module, q, k, value, run) end
   else
-    local qs, ks, made = q.c.shape, k.c.shape, run_options(run, q)
+    local qs, ks, made = q.c.shape, k.c.shape, run_options(run, q, blocks_of(run, o, q, k))
     local plan = plan_for(o, key, tonumber(qs[0]), tonumber(qs[1]), tonumber(ks[1]),
                           tonumber(qs[2]), tonumber(ks[2]), tonumber(qs[3]))
     attend_with = function(value) return attend(plan, q, k, value, made) end
@@ -289,8 +302,8 @@ end
 --   gradient takes B H N M numbers on the way), both [N, M], [H or 1, N, M] or [B or 1, H or 1, N, M];
 --   alibi: H slopes (list or tensor) or true for the usual ones, score - slope |p - j|; block_mask
 --   bool [ceil(N / block), ceil(M / block)] with axes in front like mask: active blocks of pairs, others cost
---   nothing; block (128, at least 16); cu_seqlens, S + 1 numbers from 0 to N (list or tensor): packed
---   sequences, each as if called alone; return_lse (true);
+--   nothing, or a pattern of attention.masks; block (128, at least 16); cu_seqlens, S + 1 numbers from 0 to N
+--   (list or tensor): packed sequences, each as if called alone; return_lse (true);
 --   need_weights (false); kernel on a GPU: "auto", "portable" or "hopper", an error where
 --   that one cannot do the call
 -- @treturn Tensor out [B, N, H, D]; rows without a key are 0

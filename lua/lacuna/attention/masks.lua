@@ -1,0 +1,384 @@
+--- Patterns of active blocks as values: masks.local_window(512) + masks.global_tokens(64).
+--
+-- A pattern is a rule over cells (query block i, key block j, head h), all from 0, and knows no sizes: made
+-- for a length, a block size and a number of heads it becomes the bool tensor that lac.attend takes as
+-- block_mask. `+` is the union of two patterns, `*` their intersection, `-` the difference; results are
+-- patterns again.
+-- lac.attend and modules take a pattern itself, which they make for the sizes of q and k, once per sizes.
+--
+-- With causal, cells above the diagonal are inactive; in cells on it the attention itself is triangular.
+-- Where there are fewer queries than keys, align = "end" puts the last query at the last key. `density` is
+-- the share of blocks kept, of those that causality leaves; everywhere the same word for the same thing.
+--
+-- A rule is a closure made once per head: rule(size) -> function(i, j), with `size` the sizes in blocks. So a
+-- composition costs one call a cell and pattern, a matrix of a million cells some ten milliseconds. Rejected:
+-- patterns as tensors, which have to be made again for every length and cannot be printed.
+
+local schema = require "lacuna.schema"
+local create = require "lacuna.create"
+local class = require "lacuna.class"
+local tensor = require "lacuna.tensor"
+
+local fail, show = schema.fail, schema.show
+local floor, ceil, min, max, abs = math.floor, math.ceil, math.min, math.max, math.abs
+local OP = "masks"
+
+local masks = {}
+
+-- ---- patterns ----------------------------------------------------------------------------------------
+
+--- text: how it is written; rule(size, h) -> function(i, j) -> active; by_head: do heads differ?
+local Pattern = class("Pattern", nil, true)
+
+function Pattern:init(text, by_head, rule, rank)
+  self.text, self.by_head, self.rule, self.rank = text, by_head, rule, rank or 2
+  self.made = setmetatable({}, { __mode = "v" })
+end
+
+function Pattern:__tostring() return self.text end
+
+local function is_pattern(x) return type(x) == "table" and getmetatable(x) == Pattern end
+masks.is = is_pattern
+
+local function operand(x, sign)
+  if not is_pattern(x) then fail(OP, "'%s' needs a pattern on both sides, got %s", sign, show(x)) end
+  return x
+end
+
+local function text_of(x, rank) return x.rank < rank and "(" .. x.text .. ")" or x.text end
+
+local function combine(sign, rank, both)
+  return function(a, b)
+    operand(a, sign)
+    operand(b, sign)
+    local text = ("%s %s %s"):format(text_of(a, rank), sign, text_of(b, sign == "-" and rank + 1 or rank))
+    return Pattern(text, a.by_head or b.by_head, function(size, h)
+      local x, y = a.rule(size, h), b.rule(size, h)
+      return function(i, j) return both(x(i, j), y(i, j)) end
+    end, rank)
+  end
+end
+
+Pattern.__add = combine("+", 0, function(x, y) return x or y end)
+Pattern.__sub = combine("-", 0, function(x, y) return x and not y end)
+Pattern.__mul = combine("*", 1, function(x, y) return x and y end)
+
+-- ---- sizes ---------------------------------------------------------------------------------------------
+
+local SIZES = {
+  n = { type = "integer", min = 1, required = true }, m = { type = "integer", min = 1 },
+  heads = { type = "integer", min = 1, default = 1 },
+  block = { type = "integer", min = 16, default = 128 },
+  causal = { type = "boolean", default = false },
+  align = { one_of = { "start", "end" }, default = "start" },
+}
+
+-- adds rows and columns in blocks, the shift of queries, and what causality leaves
+local function sized(options)
+  local z = schema.options(OP, options, SIZES)
+  z.m = z.m or z.n
+  z.rows, z.columns = ceil(z.n / z.block), ceil(z.m / z.block)
+  z.shift = z.align == "end" and z.m - z.n or 0
+  --- key block at the position of query block i's first row
+  function z.diagonal(i) return max(0, floor((i * z.block + z.shift) / z.block)) end
+  --- key blocks that query block i may have: 0 .. last - 1
+  function z.last(i)
+    if not z.causal then return z.columns end
+    local position = min((i + 1) * z.block, z.n) - 1 + z.shift
+    return max(0, min(z.columns, floor(position / z.block) + 1))
+  end
+  return z
+end
+
+--- Is a cell active? As nested lists of booleans [heads or 1][rows][columns].
+function Pattern:cells(options)
+  local z, all = sized(options), {}
+  for h = 1, self.by_head and z.heads or 1 do
+    local rule, rows = self.rule(z, h - 1), {}
+    for i = 0, z.rows - 1 do
+      local row, last = {}, z.last(i)
+      for j = 0, z.columns - 1 do row[j + 1] = j < last and rule(i, j) and true or false end
+      rows[i + 1] = row
+    end
+    all[h] = rows
+  end
+  return all, z
+end
+
+--- The tensor for lac.attend's block_mask.
+-- @tparam table options n; m (n), heads (1), block (128), causal (false), align ("start"), device
+-- @treturn Tensor bool [heads or 1, blocks of queries, blocks of keys]
+function Pattern:tensor(options)
+  local device = options.device
+  local plain = {}
+  for name, value in pairs(options) do if name ~= "device" then plain[name] = value end end
+  return create.tensor(self:cells(plain), { dtype = "bool", device = device })
+end
+
+--- The same, made once per sizes as long as somebody holds it.
+function Pattern:cached(options)
+  local z = { options.n, options.m, options.heads, options.block, tostring(options.causal), options.align,
+    options.device }
+  local key = table.concat(z, ",")
+  local found = self.made[key]
+  if found and found.c.storage ~= nil then return found end
+  found = self:tensor(options)
+  self.made[key] = found
+  return found
+end
+
+-- ---- the rules -------------------------------------------------------------------------------------
+
+local function count(name, value, least)
+  if not schema.is_integer(value) or value < (least or 0) then
+    fail(OP, "%s must be an integer of at least %d, got %s", name, least or 0, show(value))
+  end
+  return value
+end
+
+local function share(name, value)
+  if type(value) ~= "number" or not (value > 0 and value <= 1) then
+    fail(OP, "%s must be in (0, 1], got %s", name, show(value))
+  end
+  return value
+end
+
+--- Every cell.
+function masks.full() return Pattern("full()", false, function() return function() return true end end) end
+
+--- A query block and the key block at its position.
+function masks.diagonal()
+  return Pattern("diagonal()", false, function(z) return function(i, j) return j == z.diagonal(i) end end)
+end
+
+--- Key blocks within half a window: |i - j| <= (window / block) div 2.
+-- @tparam integer window positions
+function masks.local_window(window)
+  count("window", window, 1)
+  return Pattern(("local_window(%d)"):format(window), false, function(z)
+    local reach = floor(floor(window / z.block) / 2)
+    return function(i, j) return abs(z.diagonal(i) - j) <= reach end
+  end)
+end
+
+--- j = i and j = i +- r for every dilation r, in blocks.
+function masks.dilated_sparse(dilations)
+  if type(dilations) ~= "table" or #dilations == 0 then
+    fail(OP, "dilations must be a list of integers, got %s", show(dilations))
+  end
+  local steps = { [0] = true }
+  for _, r in ipairs(dilations) do steps[count("dilation", r, 1)] = true end
+  return Pattern(("dilated_sparse{%s}"):format(table.concat(dilations, ", ")), false, function(z)
+    return function(i, j) return steps[abs(z.diagonal(i) - j)] or false end
+  end)
+end
+
+--- The first tokens see everything and are seen by everything: ceil(tokens / block) columns and rows.
+function masks.global_tokens(tokens)
+  count("tokens", tokens, 0)
+  return Pattern(("global_tokens(%d)"):format(tokens), false, function(z)
+    local most = ceil(tokens / z.block)
+    return function(i, j) return j < most or z.diagonal(i) < most end
+  end)
+end
+
+--- Global tokens plus a local window.
+function masks.global_local(tokens, window)
+  return masks.global_tokens(tokens) + masks.local_window(window)
+end
+
+--- Strided: j = i, i +- 1, and every j with j mod stride = i mod stride, in blocks.
+function masks.axial(stride)
+  count("stride", stride, 1)
+  return Pattern(("axial(%d)"):format(stride), false, function(z)
+    return function(i, j)
+      local d = z.diagonal(i)
+      return abs(d - j) <= 1 or (d - j) % stride == 0
+    end
+  end)
+end
+
+-- a small generator of its own: a pattern must not disturb the global random stream
+local function generator(seed)
+  local x = (seed * 7919 + 104729) % 2147483646 + 1
+  for _ = 1, 8 do x = (x * 16807) % 2147483647 end
+  return function(n) -- 0 .. n - 1
+    x = (x * 16807) % 2147483647
+    return floor(x / 2147483647 * n)
+  end
+end
+
+-- the cells of a random choice: the diagonal, then as many others as `wanted` leaves, each with equal chance
+local function draw(z, density, next_of)
+  local on, rest, allowed, kept = {}, {}, 0, 0
+  for i = 0, z.rows - 1 do
+    for j = 0, z.last(i) - 1 do
+      allowed = allowed + 1
+      local at = i * z.columns + j
+      if j == z.diagonal(i) then
+        on[at], kept = true, kept + 1
+      else
+        rest[#rest + 1] = at
+      end
+    end
+  end
+  local wanted = min(#rest, max(0, floor(density * allowed + 0.5) - kept))
+  for e = 1, wanted do
+    local pick = e + next_of(#rest - e + 1)
+    rest[e], rest[pick] = rest[pick], rest[e]
+    on[rest[e]] = true
+  end
+  return on
+end
+
+--- A share of the cells, another choice for each head; the diagonal is always kept.
+-- @tparam number density @tparam[opt=0] integer seed
+function masks.random(density, seed)
+  share("density", density)
+  seed = count("seed", seed or 0)
+  return Pattern(("random(%g, %d)"):format(density, seed), true, function(z, h)
+    local on = draw(z, density, generator(seed * 65537 + h))
+    return function(i, j) return on[i * z.columns + j] or false end
+  end)
+end
+
+--- Levels of {stride =, window =} in positions: rows with i mod (stride / block) = 0 attend within the window
+-- (-1: to everything).
+function masks.hierarchical(levels)
+  if type(levels) ~= "table" or #levels == 0 then
+    fail(OP, "levels must be a list of { stride =, window = }, got %s", show(levels))
+  end
+  local texts = {}
+  for l, level in ipairs(levels) do
+    if type(level) ~= "table" then fail(OP, "levels[%d] must be a table, got %s", l, show(level)) end
+    count(("levels[%d].stride"):format(l), level.stride, 1)
+    count(("levels[%d].window"):format(l), level.window, -1)
+    texts[l] = ("{ stride = %d, window = %d }"):format(level.stride, level.window)
+  end
+  return Pattern(("hierarchical{ %s }"):format(table.concat(texts, ", ")), false, function(z)
+    local parts = {}
+    for l, level in ipairs(levels) do
+      parts[l] = { every = max(1, floor(level.stride / z.block)),
+        reach = level.window < 0 and math.huge or floor(level.window / z.block) }
+    end
+    return function(i, j)
+      for l = 1, #parts do
+        local part = parts[l]
+        local d = z.diagonal(i)
+        if d % part.every == 0 and abs(d - j) <= part.reach then return true end
+      end
+      return false
+    end
+  end)
+end
+
+--- A pattern for each head: heads are dealt out in turn.
+function masks.per_head(list)
+  if type(list) ~= "table" or #list == 0 then fail(OP, "per_head takes a list of patterns") end
+  local texts = {}
+  for h, p in ipairs(list) do texts[h] = operand(p, "per_head").text end
+  return Pattern(("per_head{ %s }"):format(table.concat(texts, ", ")), true, function(z, h)
+    return list[h % #list + 1].rule(z, h)
+  end)
+end
+
+--- A rule of one's own: f(i, j, h, size) in blocks from 0.
+function masks.rule(name, f)
+  if type(name) ~= "string" or type(f) ~= "function" then fail(OP, "rule takes a name and a function") end
+  return Pattern(name, true, function(z, h) return function(i, j) return f(i, j, h, z) end end)
+end
+
+-- ---- statistics ------------------------------------------------------------------------------------
+
+--- What a pattern amounts to at given sizes.
+-- @tparam table options those of tensor(); head_dim (64); probability: a tensor [heads, n, m] of dense
+--   attention's weights, for coverage
+-- @treturn table active, cells, allowed (of one head, mean), density (active / allowed), pairs (of tokens,
+--   all heads), flops_forward, flops_backward, empty_rows, and coverage: the share of the dense attention's
+--   mass that falls into active blocks
+function Pattern:statistics(options)
+  local plain = {}
+  for name, value in pairs(options) do
+    if name ~= "head_dim" and name ~= "probability" then plain[name] = value end
+  end
+  local all, z = self:cells(plain)
+  local active, allowed, tokens, empty = 0, 0, 0, 0
+  for h = 1, #all do
+    for i = 0, z.rows - 1 do
+      local any = false
+      if h == 1 then allowed = allowed + z.last(i) end
+      for j = 0, z.columns - 1 do
+        if all[h][i + 1][j + 1] then
+          active, any = active + 1, true
+          tokens = tokens + masks.pairs_in(z, i, j)
+        end
+      end
+      if not any then empty = empty + 1 end
+    end
+  end
+  local each = z.heads / #all
+  local s = { active = active / #all, cells = z.rows * z.columns, allowed = allowed,
+    empty_rows = empty / #all, density = allowed > 0 and active / #all / allowed or 0, pairs = tokens * each }
+  local d = options.head_dim or 64
+  s.flops_forward, s.flops_backward = 4 * d * s.pairs, 10 * d * s.pairs
+  if options.probability then s.coverage = masks.coverage_of(all, z, options.probability) end
+  return s
+end
+
+--- Token pairs of a cell: ends are ragged and the diagonal is triangular.
+function masks.pairs_in(z, i, j)
+  local r0, r1 = i * z.block, min((i + 1) * z.block, z.n)
+  local c0, c1 = j * z.block, min((j + 1) * z.block, z.m)
+  if not z.causal or r0 + z.shift >= c1 - 1 then return (r1 - r0) * (c1 - c0) end
+  local sum = 0
+  for r = r0, r1 - 1 do sum = sum + max(0, min(c1, r + z.shift + 1) - c0) end
+  return sum
+end
+
+function masks.coverage_of(all, z, probability)
+  if not tensor.is(probability) or probability:dim() ~= 3 or probability:size(1) ~= z.heads
+    or probability:size(2) ~= z.n or probability:size(3) ~= z.m then
+    fail(OP, "probability must be [%d, %d, %d], got %s", z.heads, z.n, z.m, show(probability))
+  end
+  local inside, total = 0, 0
+  local p = probability:totable()
+  for h = 1, z.heads do
+    local cells = all[#all == 1 and 1 or h]
+    for n = 1, z.n do
+      local row, weights = cells[floor((n - 1) / z.block) + 1], p[h][n]
+      for j = 1, z.m do
+        total = total + weights[j]
+        if row[floor((j - 1) / z.block) + 1] then inside = inside + weights[j] end
+      end
+    end
+  end
+  return total > 0 and inside / total or 0
+end
+
+--- What a picture shows: 1 where a block is active, 0 where not; the mean over heads.
+-- @tparam table options those of tensor(); output: a .png or .svg path (else it becomes text); title; head
+-- @treturn table what lac.plot.heatmap draws
+function Pattern:picture(options)
+  local plain = {}
+  for name, value in pairs(options) do
+    if name ~= "output" and name ~= "title" and name ~= "head" then plain[name] = value end
+  end
+  local all, z = self:cells(plain)
+  local picked = options.head and { all[#all == 1 and 1 or options.head] } or all
+  if #picked == 0 then fail(OP, "there is no head %s", show(options.head)) end
+  local rows = {}
+  for i = 1, z.rows do
+    rows[i] = {}
+    for j = 1, z.columns do
+      local sum = 0
+      for h = 1, #picked do sum = sum + (picked[h][i][j] and 1 or 0) end
+      rows[i][j] = sum / #picked
+    end
+  end
+  return { z = rows, title = options.title or self.text, xlabel = "key block",
+    ylabel = "query block", zlabel = "active", zrange = { 0, 1 }, output = options.output }
+end
+
+return setmetatable(masks, { __index = function(_, name)
+  fail(OP, "there is no masks.%s%s", tostring(name), schema.hint(name, schema.keys(masks)))
+end })
