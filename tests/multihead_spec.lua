@@ -17,11 +17,13 @@ local VARIANTS = {
   dense = {}, custom = { scheme = "split" }, dilated = {}, improved = {}, longnet = {},
   auto = { length = 16, segments = { 4, 16 }, dilations = { 1, 2 } },
   ring = { ranks = 3 }, distributed = { ranks = 2, layout = "zigzag" },
+  block_sparse = { pattern = "local_window(32)", block = 16 },
+  hierarchical = { levels = { { stride = 16, window = 16 } }, block = 16 },
 }
 
 local function options_of(variant, more)
   local o = { embed_dim = E, heads = H, variant = variant, dtype = "f64" }
-  if variant ~= "dense" then o.segments, o.dilations = { 4, 16 }, { 1, 2 } end
+  if not lac.attention.variants:get(variant).bare then o.segments, o.dilations = { 4, 16 }, { 1, 2 } end
   for _, from in ipairs { VARIANTS[variant], more or {} } do
     for name, value in pairs(from) do o[name] = value end
   end
@@ -97,6 +99,10 @@ describe("every variant", function()
       for _, kv_heads in ipairs { H, 2 } do
         local m = make(variant, { causal = true, positions = "xpos", kv_heads = kv_heads }):eval()
         local x = data(2, 21)
+        if lac.attention.variants:get(variant).blocks then
+          assert.error_matches(function() m:cache {} end, "cannot be decoded row by row")
+          return
+        end
         local full, cache, at = m(x), m:cache { batch = 2 }, 1
         for _, n in ipairs { 5, 1, 1, 6, 1, 7 } do
           local part = m:decode(x:narrow(2, at, n):contiguous(), cache)
@@ -141,6 +147,18 @@ describe("the interface of nn.MultiheadAttention", function()
       "give one")
     assert.error_matches(function() m(q, k, k, { key_padding_mask = lac.ones { 2, 9 } }) end,
       "key_padding_mask must be bool %(true = ignore this key%)")
+  end)
+
+  it("takes attn_mask: true = not allowed, or a number that is added", function()
+    local m, x = make("dense", o), data(2, 6)
+    local later = lac.causal_mask(6):logical_not()
+    local causal = m(x, x, x, { is_causal = true })
+    assert.is_true(far(causal, m(x, x, x, { attn_mask = later })) < 1e-14)
+    local added = lac.where(later, -math.huge, lac.zeros { 6, 6, dtype = "f64" })
+    assert.is_true(far(causal, m(x, x, x, { attn_mask = added })) < 1e-14)
+    local each = later:view(1, 6, 6):expand(2 * H, 6, 6):contiguous()
+    assert.is_true(far(causal, m(x, x, x, { attn_mask = each })) < 1e-14)
+    assert.error_matches(function() make("ring", o)(x, x, x, { attn_mask = later }) end, "cannot honour mask")
   end)
 
   it("takes is_causal for one call", function()

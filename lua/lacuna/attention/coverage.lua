@@ -16,7 +16,7 @@ local STEPS = 2e6
 local floor, max, min, ceil = math.floor, math.max, math.min, math.ceil
 
 -- lists of strips that at least one head has, with how many heads have them
-local function kinds_of(strips, heads)
+local function kinds_of(strips, heads, cells)
   local kinds, by_name = {}, {}
   for h = 0, heads - 1 do
     local mine, name = {}, {}
@@ -25,10 +25,10 @@ local function kinds_of(strips, heads)
         mine[#mine + 1], name[#name + 1] = s, i
       end
     end
-    name = table.concat(name, " ")
+    name = table.concat(name, " ") .. (cells and #cells > 1 and "/" .. h or "") -- blocks may differ by head
     local kind = by_name[name]
     if not kind then
-      kind = { strips = mine, heads = 0 }
+      kind = { strips = mine, heads = 0, cells = cells and (cells[h + 1] or cells[1]) }
       by_name[name], kinds[#kinds + 1] = kind, kind
     end
     kind.heads = kind.heads + 1
@@ -40,17 +40,18 @@ end
 local function group_of(d) return d == 0 and 1 or select(2, math.frexp(d)) + 1 end
 
 -- counts the keys k <= p, k < m, p - k <= reach that the strips keep for p, each once
-local function mark(strips, p, m, reach, seen, stamp, hits, heads)
-  for i = 1, #strips do
-    local s = strips[i]
+-- row: the active blocks of the query, or nil; block: rows of one
+local function mark(kind, p, m, reach, seen, stamp, hits, row, block)
+  for i = 1, #kind.strips do
+    local s = kind.strips[i]
     local base = floor(p / s.segment) * s.segment + s.offset
     if p >= base and (p - base) % s.dilation == 0 then
       local first = base + max(0, ceil((p - reach - base) / s.dilation)) * s.dilation
       for k = first, min(p, m - 1), s.dilation do
-        if seen[k] ~= stamp then
+        if seen[k] ~= stamp and (not row or row[floor(k / block) + 1]) then
           seen[k] = stamp
           local g = group_of(p - k)
-          hits[g] = (hits[g] or 0) + heads
+          hits[g] = (hits[g] or 0) + kind.heads
         end
       end
     end
@@ -75,17 +76,19 @@ local function samples(kinds, n)
   return max(min(n, LEAST), min(n, QUERIES, floor(STEPS / max(keys, 1))))
 end
 
---- @tparam table strips of a plan @tparam table pattern window, align @tparam table z n, m, heads
+--- @tparam table strips of a plan @tparam table pattern window, align
+-- @tparam table z n, m, heads; cells [heads or 1][i][j] and block if only active blocks count
 -- @treturn table list of {from, to, share}: distances from .. to, share of their pairs in [0, 1]
 return function(strips, pattern, z)
   local shift = pattern.align == "end" and z.m - z.n or 0
-  local kinds, seen, stamp, hits, all = kinds_of(strips, z.heads), {}, 0, {}, {}
+  local kinds, seen, stamp, hits, all = kinds_of(strips, z.heads, z.cells), {}, 0, {}, {}
   local count = samples(kinds, z.n)
   for i = 0, count - 1 do
     local p = shift + floor((i + 0.5) * z.n / count)
     for _, kind in ipairs(p >= 0 and kinds or {}) do
       stamp = stamp + 1
-      mark(kind.strips, p, z.m, pattern.window or p, seen, stamp, hits, kind.heads)
+      local row = kind.cells and kind.cells[floor((p - shift) / z.block) + 1]
+      mark(kind, p, z.m, pattern.window or p, seen, stamp, hits, row, z.block)
       count_all(p, z.m, kind.heads, all)
     end
   end

@@ -142,6 +142,10 @@ function explain.text(title, t)
     lines[#lines + 1] = ("  f32 sums       forward %s, backward %s"):format(
       lib.bytes_text(t.accumulate_forward), lib.bytes_text(t.accumulate_backward))
   end
+  if t.blocks then
+    lines[#lines + 1] = ("  blocks         %s of %s a head active, density %.4f of those allowed"):format(
+      grouped(t.blocks.active), grouped(t.blocks.cells), t.blocks.density)
+  end
   if t.ring then ring_lines(lines, t.ring) end
   return table.concat(lines, "\n")
 end

@@ -20,9 +20,9 @@ local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
 local ops = require "lacuna.ops"
 local weights = require "lacuna.attention.weights"
+local masks = require "lacuna.attention.masks"
 local alibi = require "lacuna.attention.alibi"
 local packed = require "lacuna.attention.packed"
-local masks = require "lacuna.attention.masks"
 
 local ffi, C = lib.ffi, lib.C
 local fail, show = schema.fail, schema.show
@@ -414,7 +414,8 @@ local core = {
   decoder = attention.decoder, forward_raw = forward_raw, backward_raw = backward_raw,
 }
 local Attention = require "lacuna.attention.module"(core)
-require "lacuna.attention.variants"(attention.variants, require "lacuna.attention.ring"(core))
+require "lacuna.attention.variants"(attention.variants, require "lacuna.attention.ring"(core),
+                                    require "lacuna.attention.sparse"(core), masks)
 
 attention.matrix = require "lacuna.attention.matrix"(attention)
 

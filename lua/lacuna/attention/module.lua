@@ -140,6 +140,9 @@ function Attention:decoder(head_dim)
   if not self.pattern.causal then
     fail(OP, "only causal attention can be decoded row by row; make %s with causal = true", self.variant)
   end
+  if self.record.blocks then
+    fail(OP, "variant '%s' cannot be decoded row by row: blocks are a whole sequence's", self.variant)
+  end
   local pattern = { scale = self.options.scale }
   for name, value in pairs(self.pattern) do pattern[name] = value end
   local o = self.options
@@ -209,10 +212,21 @@ function Attention:explain(n, sizes)
   local info = core.info_of(plan)
   local element = device.dtype_size[dtype]
   local branches = p.heads == "all" and (p.merge == "mean" or p.merge == "sum") and #p.segments or 1
+  local blocks, cells
+  if self.record.blocks then
+    blocks, cells = self.record.blocks(self, n, m, z.head_dim)
+    if self.options.of == "dense" then -- else the strips' counts are an upper bound
+      info.pairs = blocks.pairs
+      info.flops_forward = z.batch * blocks.flops_forward
+      info.flops_backward = z.batch * blocks.flops_backward
+    end
+  end
   local t = explain.table(info, p, {
     batch = z.batch, n = n, m = m, heads = o.heads, kv_heads = o.kv_heads, head_dim = z.head_dim,
     element = element, lse = dtype == C.LAC_F64 and 8 or 4, softmaxes = branches > 1 and branches or 0,
+    cells = cells, block = o.block,
   })
+  if self.record.blocks then t.blocks = blocks end
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
   t.kernel = kernel_of(z.device, dtype, o.kernel, core.hopper_refusal(plan, dtype, o.kernel))
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)

@@ -91,7 +91,22 @@ local function choose(o)
     "longnet: " .. why
 end
 
-return function(registry, ring)
+-- ---- active blocks only ----------------------------------------------------------------------------------
+
+-- a wrapped variant under a block pattern; settle(o) makes the pattern
+local function blocked(registry, sparse, name, record, settle)
+  record.run, record.blocks, record.bare = sparse.run, sparse.statistics, true
+  record.mask, record.bias, record.alibi = true, true, true
+  function record.build(o, fail)
+    local inner = registry:get(o.of)
+    if inner.run then fail("attention", "variant '%s' cannot wrap '%s': it runs itself", name, o.of) end
+    sparse.settle(o, settle(o))
+    return inner.build(o, fail)
+  end
+  registry:add(name, record)
+end
+
+return function(registry, ring, sparse, masks)
   registry:add("dense", {
     doc = "every position attends to every other (one branch over the whole sequence)", bare = true,
     build = function(o)
@@ -159,4 +174,21 @@ return function(registry, ring)
           ring.options("longnet", 2, "ring"))
   sharded(registry, ring, "distributed", "'improved' in shards, the schedule chosen by what it sends",
           ring.options("improved", 1, "auto"))
+
+  blocked(registry, sparse, "block_sparse", {
+    doc = "another variant (of) in active blocks only: pattern = masks.local_window(512) + ..., or its text",
+    options = sparse.options, example = { pattern = "random(0.5)", block = 16 },
+  }, function(o) return o.pattern end)
+
+  blocked(registry, sparse, "hierarchical", {
+    doc = "block_sparse over levels of {stride =, window =}: rows at the stride see the window (-1: all)",
+    options = { of = sparse.options.of, block = sparse.options.block, pattern = { type = "string" },
+                levels = { type = "table" } },
+    example = { levels = { { stride = 16, window = 16 } }, block = 16 },
+  }, function(o)
+    if not o.levels and not o.pattern then
+      schema.fail("attention", "levels is required by variant 'hierarchical'")
+    end
+    return o.levels and masks.hierarchical(o.levels) or o.pattern
+  end)
 end
