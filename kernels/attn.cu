@@ -57,8 +57,8 @@ static int args_of(attn_args &a, const lac_a_attend *f)
     a.p = (float)f->dropout;
     a.scale = f->scale, a.gscale = lac_plan_gscale(p), a.keep_scale = 1 / (1 - f->dropout);
     a.log2_scale = (float)(a.scale * ATTN_LOG2E), a.log2_magnitude = fabsf(a.log2_scale);
-    a.seed = f->seed, a.offset = f->offset, a.draw = f->draw;
-    for (int g = 0; g < p->desc.branches; g++) {
+    a.seed = f->seed, a.offset = f->offset;
+    for (int g = 0; g < d->branches; g++) {
         a.branch[g].segment = (int)p->segment[g];
         a.branch[g].dilation =
             least(d->dilation[g], limit); /* above the segment it only tells one offset from another */
@@ -279,12 +279,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
         LAC_TRY(clear(&f->out));
         LAC_TRY(fill_lse(&f->lse));
     }
-    for (int64_t g = 0; f->branch_lse.data && g < p->desc.branches; g++) {
-        lac_view one = f->branch_lse; /* contiguous by itself */
-        one.data = (char *)one.data + g * one.stride[0] * dtype_bytes(one.dtype);
-        one.shape[0] = 1;
-        LAC_TRY(fill_lse(&one));
-    }
+    LAC_TRY(fill_lse(&f->branch_lse));
     size_t sums = acc_bytes(&f->out, p->forward_phases);
     lac_scratch space("attention", sums + counters(a));
     if (!space.data) return LAC_E_MEMORY;
@@ -292,7 +287,6 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     a.acc = sums ? space.data : f->out.data;
     a.counter = (int *)((char *)space.data + sums);
     a.lse = f->lse.data, a.branch_lse = f->branch_lse.data;
-    a.branch_stride = f->branch_lse.stride[0];
     if (hopper) return attn_hopper_forward(a, f);
     return (exact(f->q.dtype) ? attn_forward_exact : attn_forward_tensor)(a, p, f->q.dtype);
 }

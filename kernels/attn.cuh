@@ -53,11 +53,10 @@ struct attn_args {
     float p; /* dropout */
     double scale, gscale, keep_scale;
     float log2_scale, log2_magnitude; /* scale log2 e, and its magnitude */
-    uint64_t seed, offset, draw;
+    uint64_t seed, offset;
     void *out, *acc;   /* result and its sums between branches (the result itself, or f32): forward out, backward dq */
     void *out2, *acc2; /* backward: dv (out and acc: dk) */
     void *lse, *branch_lse;
-    int64_t branch_stride;                     /* of branch_lse between branches */
     void *lse2, *lse2_low, *delta, *delta_low; /* backward, compute type: [B, N, H], per branch if `per_branch` */
     int per_branch;
     attn_tensor dlse;      /* data NULL: none */
@@ -302,7 +301,7 @@ __device__ __forceinline__ uint64_t attn_kept(const attn_args &a, const attn_til
     for (int j = 0; j < 64; j++) {
         int64_t query = t.base + (int64_t)(KEYS ? first + j : i) * t.r - a.shift;
         int64_t key = t.base + (int64_t)(KEYS ? i : first + j) * t.r;
-        uint64_t at = a.draw + (head * (uint64_t)a.n + (uint64_t)query) * (uint64_t)a.m + (uint64_t)key;
+        uint64_t at = (head * (uint64_t)a.n + (uint64_t)query) * (uint64_t)a.m + (uint64_t)key;
         if (at >> 2 != block) lac_philox(a.seed, a.offset, block = at >> 2, word);
         uint32_t w = at & 2 ? (at & 1 ? word[3] : word[2]) : (at & 1 ? word[1] : word[0]);
         kept |= (uint64_t)lac_rng_keep(w, a.p) << j;
@@ -349,7 +348,7 @@ __device__ __forceinline__ attn_row<C> attn_finish(const attn_args &a, const att
     row.last = !(others & 2);
     row.own = sum == 0 ? C(0) : (C)a.gscale / sum;
     row.before = 0;
-    if (a.sum && a.branch_lse) ((C *)a.branch_lse)[t.g * a.branch_stride + row.at] = (C)mine;
+    if (a.sum && a.branch_lse) ((C *)a.branch_lse)[(int64_t)t.g * a.batch * a.n * a.heads + row.at] = (C)mine;
     if (others & 1) {
         double old = (double)__ldcg(lse), all = attn_log_add(old, mine);
         row.before = 1;
