@@ -148,10 +148,13 @@ static void refuse(const heap *h, size_t bytes, const char *why)
              (long long)(s->limit ? s->limit : s->soft));
 }
 
+static int refusal; /* the status with which the last block was refused; the lock is held */
+
 /* size bytes from the system or the device's driver; a NULL block if there are none */
 static block *raw_block(const heap *h, size_t size)
 {
     void *raw;
+    refusal = LAC_E_MEMORY;
     if (h == &heaps[HOST]) {
         if (posix_memalign(&raw, size >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT, sizeof(block) + size)) return NULL;
 #ifdef MADV_HUGEPAGE
@@ -164,8 +167,8 @@ static block *raw_block(const heap *h, size_t size)
     b = raw;
     b->given = b->copy = 0;
     b->graph = NULL;
-    int status = h == &heaps[PINNED] ? queue()->allocate_host(size, &b->data) : runtime()->allocate(size, &b->data);
-    if (!status) return raw;
+    refusal = h == &heaps[PINNED] ? queue()->allocate_host(size, &b->data) : runtime()->allocate(size, &b->data);
+    if (!refusal) return raw;
     free(raw);
     return NULL;
 }
@@ -182,10 +185,11 @@ static block *fresh_block(heap *h, int index, size_t bytes)
         }
     }
     block *b = raw_block(h, size);
-    if (!b) {
+    if (!b && refusal == LAC_E_MEMORY) {
         trim_locked(h);
         b = raw_block(h, size);
     }
+    if (!b && refusal != LAC_E_MEMORY) return NULL; /* the device is broken, and has said so */
     if (!b) {
         refuse(h, bytes, h == &heaps[DEVICE] ? "the device refused" : "the system refused");
         return NULL;
@@ -307,6 +311,7 @@ static int block_take(heap *h, const char *op, lac_storage *storage, size_t byte
         pthread_mutex_unlock(&lock);
         return 0;
     }
+    refusal = LAC_E_MEMORY;
     b = block_find(h, index, size, bytes);
     if (b) {
         if (captured) remote(b)->graph = capture, remote(b)->unused = false;
@@ -325,8 +330,9 @@ static int block_take(heap *h, const char *op, lac_storage *storage, size_t byte
         if (recording) block_record(b, LAC_BLOCK_TAKEN, op);
         *out = b;
     }
+    int status = b ? 0 : refusal;
     pthread_mutex_unlock(&lock);
-    return b ? 0 : LAC_E_MEMORY;
+    return status;
 }
 
 static void give_locked(block *b)

@@ -96,7 +96,8 @@ for _, n in ipairs{ 2, 7, 4096, 16384, 100003 } do
   for _, name in ipairs{ "add", "sub", "mul", "div" } do
     local function make() return { normal(n), normal(n):abs() + 0.5 } end
     case(("%s of %d"):format(name, n), function(x, y) return lac[name](x, y) end, make)
-    case(("%s of %d and a number"):format(name, n), function(x) return lac[name](x, 1.75) end, make)
+    case(("%s of %d and a number"):format(name, n), function(x) return lac[name](x, 1.75) end,
+      function() return { normal(n) } end)
     case(("%s of a number and %d"):format(name, n), function(x, y) return lac[name](1.75, y) + 0 * x end,
       make)
   end

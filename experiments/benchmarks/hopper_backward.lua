@@ -118,6 +118,7 @@ end
 
 return {
   name = "hopper_backward",
+  device = "cuda",
   about = "attention's backward on Hopper: cuDNN and FlashAttention-2, dilation",
   once = true,
   run = function(b)
