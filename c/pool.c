@@ -330,7 +330,7 @@ static int block_take(heap *h, const char *op, lac_storage *storage, size_t byte
         if (recording) block_record(b, LAC_BLOCK_TAKEN, op);
         *out = b;
     }
-    int status = b ? 0 : refusal;
+    int status = b ? 0 : refusal ? refusal : LAC_E_MEMORY;
     pthread_mutex_unlock(&lock);
     return status;
 }
