@@ -110,6 +110,8 @@ describe("patterns of blocks", function()
       local sparse = lac.attend(q, k, v, options)
       local on = p:tensor { n = 75, block = 16, heads = 2 }
       options.block_mask = nil
+      assert.error_matches(function() lac.attend(q, k, v, options) end, "there is no block_mask")
+      options.block = nil
       options.mask = on:view(2, 5, 1, 5, 1):expand(2, 5, 16, 5, 16):reshape(2, 80, 80)
       options.mask = options.mask:narrow(2, 1, 75):narrow(3, 1, 75)
       assert.is_true((sparse - lac.attend(q, k, v, options)):abs():max():item() < 1e-5)

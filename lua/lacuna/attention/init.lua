@@ -34,6 +34,7 @@ local OFFSET = { branch = C.LAC_OFFSET_BRANCH, mod = C.LAC_OFFSET_MOD, block = C
 local MERGE = { mean = C.LAC_MERGE_MEAN, sum = C.LAC_MERGE_SUM, lse = C.LAC_MERGE_LSE,
                 lse_detach = C.LAC_MERGE_LSE_DETACH }
 local KERNEL = { auto = C.LAC_KERNEL_AUTO, portable = C.LAC_KERNEL_PORTABLE, hopper = C.LAC_KERNEL_HOPPER }
+local BLOCK = 128 -- rows of a block of block_mask unless a call says otherwise
 local MAX_BRANCHES = tonumber(C.LAC_MAX_BRANCHES)
 
 local attention = { masks = masks }
@@ -69,7 +70,7 @@ local RUN = {
     if not tensor.is(v) and not masks.is(v) then
       return "must be a bool tensor or a pattern of lac.attention.masks"
     end
-  end }, block = { type = "integer", min = 16, default = 128 },
+  end }, block = { type = "integer", min = 16, of_a_call = true },
   cu_seqlens = packed.option,
   return_lse = { type = "boolean", default = true }, need_weights = { type = "boolean", default = false },
 }
@@ -254,8 +255,8 @@ end
 local function blocks_of(run, o, q, k)
   local mask = run.block_mask
   if not masks.is(mask) then return mask end
-  return mask:cached { n = q:size(2), m = k:size(2), heads = q:size(3), block = run.block, causal = o.causal,
-                       align = o.align, device = q:device() }
+  return mask:cached { n = q:size(2), m = k:size(2), heads = q:size(3), block = run.block or BLOCK,
+                       causal = o.causal, align = o.align, device = q:device() }
 end
 
 local function run_options(o, q, blocks)
@@ -266,7 +267,7 @@ local function run_options(o, q, blocks)
   if o.cu_seqlens then starts, sequences = packed.starts(o.cu_seqlens) end
   return { scale = o.scale, p = p, seed = seed, at = at, kernel = o.kernel, key_padding = o.key_padding,
            key_lengths = o.key_lengths, mask = o.mask, bias = o.bias,
-           alibi = o.alibi and alibi.tensor(o.alibi, q), block_mask = blocks, block = o.block,
+           alibi = o.alibi and alibi.tensor(o.alibi, q), block_mask = blocks, block = o.block or BLOCK,
            starts = starts, sequences = sequences }
 end
 
@@ -317,6 +318,9 @@ function attention.attend(q, k, v, options)
   end
   refuse_unknown(options)
   local o = complete(schema.options(OP, options, FUNCTIONAL))
+  if o.block and not o.block_mask then
+    fail(OP, "block = %d is the size of block_mask's blocks, and there is no block_mask", o.block)
+  end
   return apply(o, pattern_key(o), q, k, v, o)
 end
 attend_op.forward = attention.attend
