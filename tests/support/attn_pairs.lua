@@ -7,20 +7,15 @@
 
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
+local choices = require "support.random"
 local bit = require "bit"
 local ffi = direct.ffi
 
 local pairs_of = {}
 
-local state = 1
-function pairs_of.seed(x) state = x end
-local function random(n) -- 1 .. n
-  state = (state * 1103515245 + 12345) % 2147483648
-  return math.floor(state / 65536) % n + 1
-end
-local function pick(list) return list[random(#list)] end
-local function chance(p) return random(1000) <= p * 1000 end
-pairs_of.random, pairs_of.pick, pairs_of.chance = random, pick, chance
+local generator = choices.generator()
+local random, pick, chance = generator.random, generator.pick, generator.chance
+pairs_of.seed, pairs_of.random, pairs_of.pick, pairs_of.chance = generator.seed, random, pick, chance
 
 -- the shape of an option over [rows, columns], with one of its forms of axes in front
 local function shape_of(c, rows, columns)
@@ -102,21 +97,7 @@ function pairs_of.config(options)
 end
 
 --- A configuration in words.
-function pairs_of.text(c)
-  local list = {}
-  for key, value in pairs(c) do
-    if type(value) == "table" and value.shape then
-      value = ("[%s]%s"):format(table.concat(value.shape, ","), value.layout or "")
-    elseif type(value) == "table" then
-      local items = {}
-      for i, x in ipairs(value) do items[i] = tostring(x) end
-      value = "{" .. table.concat(items, ",") .. "}"
-    end
-    list[#list + 1] = key .. "=" .. tostring(value)
-  end
-  table.sort(list)
-  return table.concat(list, " ")
-end
+pairs_of.text = choices.text
 
 --- q, k, v, dout, dlse as flat arrays, rounded to a dtype.
 function pairs_of.inputs(c, seed, dtype)

@@ -7,32 +7,16 @@
 
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
+local choices = require "support.random"
 local cases = require "support.cases"
 local lac = require "lacuna"
 local NAN = 0 / 0
 
-local state = 1
-local function random(n) -- 1 .. n
-  state = (state * 1103515245 + 12345) % 2147483648
-  return math.floor(state / 65536) % n + 1
-end
-local function pick(list) return list[random(#list)] end
-local function chance(p) return random(1000) <= p * 1000 end
-local function fresh() return tonumber(os.getenv "LACUNA_SEED") or os.time() % 1000000 end
+local generator = choices.generator()
+local random, pick, chance = generator.random, generator.pick, generator.chance
+local fresh = choices.fresh
 
-local function text(c)
-  local list = {}
-  for key, value in pairs(c) do
-    if type(value) == "table" then
-      local items = {}
-      for i, x in ipairs(value) do items[i] = tostring(x) end
-      value = "{" .. table.concat(items, ",") .. "}"
-    end
-    list[#list + 1] = key .. "=" .. tostring(value)
-  end
-  table.sort(list)
-  return table.concat(list, " ")
-end
+local text = choices.text
 
 -- any valid configuration
 local function random_config(options)
@@ -176,7 +160,7 @@ local function complain(dtype, name, got, exact, naive, what)
 end
 
 return {
-  seed = function(x) state = x end,
+  seed = generator.seed,
   random = random, pick = pick, chance = chance, fresh = fresh, text = text,
   random_config = random_config, inputs = inputs, poison = poison, poison_pool = poison_pool, run = run,
   together = together, worse = worse, complain = complain,
