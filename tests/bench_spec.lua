@@ -58,6 +58,23 @@ describe("bench", function()
   end)
   teardown(function() os.execute("rm -r " .. sys.quote(dir)) end)
 
+  it("lets sides take turns in new orders and gives the median of each", function()
+    local said, orders = { { 5, 1, 3 }, { 20, 40, 30 } }, {}
+    local calls, sides = { 0, 0 }, {}
+    for i = 1, 2 do
+      sides[i] = function()
+        calls[i] = calls[i] + 1
+        orders[#orders + 1] = i
+        return said[i][calls[i]]
+      end
+    end
+    assert.same({ 3, 30 }, bench.shuffled(sides, 3, 0))
+    for round = 0, 2 do assert.equal(3, orders[2 * round + 1] + orders[2 * round + 2]) end
+    local runs = 0
+    assert.is_true(bench.warm(function() runs = runs + 1 end) >= 0)
+    assert.equal(2, runs)
+  end)
+
   it("times a function: as many turns as asked, `before` at each", function()
     local before, calls = 0, 0
     local t = bench.time(function() calls = calls + 1 end,

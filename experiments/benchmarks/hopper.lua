@@ -10,7 +10,6 @@
 local lac = require "lacuna"
 local bench = require "lacuna.bench"
 local device = require "lacuna.device"
-local sys = require "lacuna.sys"
 
 local ROUNDS, IDLE = 13, 0.03
 local ROWS, WIDTH = 32768, 2048
@@ -26,32 +25,12 @@ local function forwards(o, times)
     for _ = 1, times do lac.attend(x[1], x[2], x[3], options) end
     lac.synchronize()
   end
-  return function()
-    lac.no_grad(lac.scope, body)
-    local start = sys.time()
-    lac.no_grad(lac.scope, body)
-    return sys.time() - start
-  end
+  local function once() lac.no_grad(lac.scope, body) end
+  return function() return bench.warm(once) end
 end
 
--- medians of the sides' times; every side is a function that gives the time of one turn
-local function medians(b, sides)
-  local times, order = {}, {}
-  for i = 1, #sides do times[i], order[i] = {}, i end
-  for round = 1, b:size(ROUNDS, 1) do
-    for i = #order, 2, -1 do
-      local j = math.random(i)
-      order[i], order[j] = order[j], order[i]
-    end
-    for _, i in ipairs(order) do
-      local idle = sys.time() + IDLE
-      repeat until sys.time() >= idle
-      times[i][round] = sides[i]()
-    end
-  end
-  for i = 1, #sides do times[i] = bench.median(times[i]) end
-  return times
-end
+-- median seconds of the sides
+local function medians(b, sides) return bench.shuffled(sides, b:size(ROUNDS, 1), IDLE) end
 
 local function against_peers(b, n, head_dim, causal, target)
   local what = ("D %d, %d rows%s"):format(head_dim, n, causal and ", causal" or "")

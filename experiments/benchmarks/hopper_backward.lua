@@ -9,7 +9,6 @@
 local lac = require "lacuna"
 local bench = require "lacuna.bench"
 local device = require "lacuna.device"
-local sys = require "lacuna.sys"
 
 local ROUNDS, IDLE = 13, 0.03
 local ROWS, WIDTH = 32768, 2048
@@ -33,35 +32,12 @@ local function ours(o)
   end
 end
 
-local function turn(fn)
-  fn()
-  local start = sys.time()
-  fn()
-  return sys.time() - start
-end
-
--- medians of the sides' times; every side is a function that gives the time of one turn
-local function medians(b, sides)
-  local times, order = {}, {}
-  for i = 1, #sides do times[i], order[i] = {}, i end
-  for round = 1, b:size(ROUNDS, 1) do
-    for i = #order, 2, -1 do
-      local j = math.random(i)
-      order[i], order[j] = order[j], order[i]
-    end
-    for _, i in ipairs(order) do
-      local idle = sys.time() + IDLE
-      repeat until sys.time() >= idle
-      times[i][round] = sides[i]()
-    end
-  end
-  for i = 1, #sides do times[i] = bench.median(times[i]) end
-  return times
-end
+-- median seconds of the sides
+local function medians(b, sides) return bench.shuffled(sides, b:size(ROUNDS, 1), IDLE) end
 
 local function against_peers(b, o, what, target)
   local fn = ours(o)
-  local sides, dropped = { function() return turn(fn) end }, {}
+  local sides, dropped = { function() return bench.warm(fn) end }, {}
   for _, backend in ipairs{ "cudnn", "flash" } do
     local side, problem = b:case("hopper_backward", "backward", { segments = o.segments, rows = o.rows,
       heads = WIDTH / o.head_dim, head_dim = o.head_dim, causal = o.causal or false, backend = backend,
@@ -100,7 +76,7 @@ local function dilations(b)
       local function side(r)
         local fn = ours{ rows = 2048, segments = b:size(16, 1), head_dim = head_dim, causal = causal,
           dilation = r }
-        return function() return turn(fn) end
+        return function() return bench.warm(fn) end
       end
       lac.scope(function()
         local list = b:size({ 1, 2, 4, 8, 16 }, { 1, 2 })

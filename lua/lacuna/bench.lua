@@ -230,6 +230,40 @@ function bench.compare(a, b, options)
   return compare(Local(a, o), Local(b, o), o)
 end
 
+--- Seconds of fn's second call: the first one is not timed.
+-- @tparam function fn
+-- @treturn number
+function bench.warm(fn)
+  fn()
+  local start = sys.time()
+  fn()
+  return sys.time() - start
+end
+
+--- Times of several sides that take turns in a new order each round, after some idle time: on a GPU the order
+-- alone, and what ran before, move results by several percent.
+-- @tparam table sides functions that give the seconds of one turn (bench.warm, or a peer's case:turn)
+-- @tparam integer rounds
+-- @tparam number idle seconds before every turn
+-- @treturn table median seconds of every side
+function bench.shuffled(sides, rounds, idle)
+  local times, order = {}, {}
+  for i = 1, #sides do times[i], order[i] = {}, i end
+  for round = 1, rounds do
+    for i = #order, 2, -1 do
+      local j = math.random(i)
+      order[i], order[j] = order[j], order[i]
+    end
+    for _, i in ipairs(order) do
+      local go = sys.time() + idle
+      repeat until sys.time() >= go
+      times[i][round] = sides[i]()
+    end
+  end
+  for i = 1, #sides do times[i] = bench.median(times[i]) end
+  return times
+end
+
 --- Bytes that a call needs at its peak beyond what was alive before it (the pool counts everything: tensors,
 -- workspaces of kernels, saved activations).
 -- @tparam function fn

@@ -1,8 +1,8 @@
 --- Random choices of the specs of attention, from seeds that a failure prints.
 --
--- A generator has its own state (the linear congruence of ANSI C's example, its high bits), so that a seed names a list
--- of configurations whatever else draws numbers. What is random is a matter of the specs; how a configuration
--- reads in a message is the same for all of them.
+-- A generator has its own state (the linear congruence of ANSI C's example, its high bits), so that a seed
+-- names a list of configurations whatever else draws numbers. What is random is a matter of the specs; how a
+-- configuration reads in a message is the same for all of them.
 
 local random = {}
 
