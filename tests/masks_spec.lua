@@ -120,6 +120,7 @@ describe("patterns of blocks", function()
     local v1 = lac.ones { 2, 75, 2, 4 } -- one softmax a row: V = 1 gives 1
     local out = module(q, k, v1, { block_mask = masks.axial(2), block = 16 })
     assert.is_true((out - 1):abs():max():item() < 1e-6)
+    assert.error_matches(function() module(q, k, v1, { block = 16 }) end, "there is no block_mask")
   end)
 
   it("refuse what makes no sense", function()

@@ -271,6 +271,13 @@ local function run_options(o, q, blocks)
            starts = starts, sequences = sequences }
 end
 
+-- options given with one call
+local function check_block(o)
+  if o.block and not o.block_mask then
+    fail(OP, "block = %d is the size of block_mask's blocks, and there is no block_mask", o.block)
+  end
+end
+
 -- module: an object whose variant executes itself, else nil
 local function apply(o, key, q, k, v, run, module)
   check_inputs(q, k, v)
@@ -318,9 +325,7 @@ function attention.attend(q, k, v, options)
   end
   refuse_unknown(options)
   local o = complete(schema.options(OP, options, FUNCTIONAL))
-  if o.block and not o.block_mask then
-    fail(OP, "block = %d is the size of block_mask's blocks, and there is no block_mask", o.block)
-  end
+  check_block(o)
   return apply(o, pattern_key(o), q, k, v, o)
 end
 attend_op.forward = attention.attend
@@ -414,7 +419,8 @@ attention.variants = Registry("attention", "variant")
 local core = {
   variants = attention.variants, pattern_spec = PATTERN, run_spec = RUN, merged_spec = merged_spec,
   sizes = SIZES, complete = complete, pattern_key = pattern_key, plan_for = plan_for,
-  refuse_unknown = refuse_unknown, apply = apply, info_of = info_of, hopper_refusal = hopper_refusal,
+  refuse_unknown = refuse_unknown, check_block = check_block, apply = apply, info_of = info_of,
+  hopper_refusal = hopper_refusal,
   decoder = attention.decoder, forward_raw = forward_raw, backward_raw = backward_raw,
 }
 local Attention = require "lacuna.attention.module"(core)

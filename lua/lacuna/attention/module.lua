@@ -125,6 +125,7 @@ function Attention:__call(q, k, v, options)
     if type(options) ~= "table" then fail(OP, "options must be a table, got %s", show(options)) end
     core.refuse_unknown(options)
     local given = schema.options(OP, options, call_rules)
+    core.check_block(given)
     for name in pairs(options) do run[name] = given[name] end
   end
   check_input_heads(o, q, k)
