@@ -10,13 +10,15 @@ BEGIN {
         allowed["attn_queries_kernelI7op_bf16ILi64EE " name[i]] = 8
         allowed["attn_queries_kernelI6op_f16ILi64EE " name[i]] = 8
     }
+    # The exact query pass in f32 for D above 128 has more sums than registers on sm_80; it waits for arithmetic.
+    allowed["attn_exact_queries_kernelI5exactIfLi256ELi2E sm_80"] = 120
 }
 /Compiling entry function/ {
     split($0, part, "'")
     kernel = part[2]
     architecture = part[4]
 }
-/bytes spill stores/ && kernel !~ /attn_exact/ { # the exact kernels wait for arithmetic, whatever they keep where
+/bytes spill stores/ {
     match($0, /[0-9]+ bytes spill stores/)
     bytes = substr($0, RSTART) + 0
     most = 0
