@@ -31,7 +31,7 @@ describe("lac.config", function()
     assert.is_true(again == attn.options)
   end)
 
-  it("composes: shards onto an attention, a pool onto the process", function()
+  it("composes: shards or blocks onto an attention, a pool onto the process", function()
     local ring = lac.config.ring { ranks = 3 }
     assert.are.equal("ring{layout = 'contiguous', of = 'longnet', ranks = 3, schedule = 'ring'}",
       tostring(ring))
@@ -40,6 +40,16 @@ describe("lac.config", function()
     local o = lac.config.attention(given):with { variant = "ring" }:with(ring)
     assert.are.equal(3, lac.attention(o).options.ranks)
     assert.error_matches(function() lac.config.ring { rank = 3 } end, "did you mean 'ranks'")
+    local sparse = lac.config.sparse { pattern = lac.attention.masks.local_window(64) }
+    assert.are.equal("sparse{block = 128, of = 'dense', pattern = 'local_window(64)'}", tostring(sparse))
+    assert.is_true(sparse == lac.config.sparse { pattern = "local_window(64)" })
+    assert.is_false(sparse == sparse:with { block = 64 })
+    assert.is_true(sparse == lac.config.sparse(json.decode(json.encode(sparse))))
+    local full = lac.config.attention { variant = "block_sparse", heads = 2, pattern = "full()" }
+    assert.are.equal("local_window(64)", lac.attention(full:with(sparse)).options.pattern)
+    assert.error_matches(function() lac.config.sparse() end, "pattern is required")
+    assert.error_matches(function() lac.config.sparse { pattern = "f()" } end,
+      "pattern must be an expression")
     local pool = lac.config.pool { limit = 2 ^ 40, soft = 2 ^ 39 }
     assert.matches("^pool{device = 'cpu', limit = 1099511627776, soft = ", tostring(pool))
     lac.memory_limit(pool)

@@ -179,7 +179,7 @@ describe("lac.attention over virtual ranks", function()
     refused("unknown schedule 'rings', did you mean 'ring'", make, { schedule = "rings" })
     refused("ranks must be positive, got 0", make, { ranks = 0 })
     refused("unknown variant 'lonnet', did you mean 'longnet'", make, { of = "lonnet" })
-    refused("cannot wrap 'distributed': it runs itself", make, { of = "distributed" })
+    refused("cannot wrap 'distributed', which wraps another one", make, { of = "distributed" })
     local x = lac.zeros { 1, 8, 4, 2 }
     refused("variant 'ring' has no dropout", make {}, x, x, x, { dropout = 0.5 })
     assert.matches("attention ring%(longnet over 2 ranks, contiguous, 4 heads", tostring(make {}))

@@ -8,20 +8,21 @@ local lac = require "lacuna"
 
 -- what is refused; everything else must act
 local REFUSED = {
-  segments = "block_sparse dense hierarchical", dilations = "block_sparse dense hierarchical",
-  scheme = "auto block_sparse dense dilated distributed hierarchical improved longnet ring",
-  offset = "auto block_sparse dense dilated distributed hierarchical improved",
-  ["merge = lse_detach"] = "auto block_sparse dense dilated distributed hierarchical improved",
-  ["merge = sum"] = "auto block_sparse dense dilated distributed hierarchical improved longnet ring",
-  dedup = "block_sparse dense dilated distributed hierarchical improved ring",
+  segments = "adaptive block_sparse dense hierarchical",
+  dilations = "adaptive block_sparse dense hierarchical",
+  scheme = "adaptive auto block_sparse dense dilated distributed hierarchical improved longnet ring",
+  offset = "adaptive auto block_sparse dense dilated distributed hierarchical improved",
+  ["merge = lse_detach"] = "adaptive auto block_sparse dense dilated distributed hierarchical improved",
+  ["merge = sum"] = "adaptive auto block_sparse dense dilated distributed hierarchical improved longnet ring",
+  dedup = "adaptive block_sparse dense dilated distributed hierarchical improved ring",
   dropout = "distributed ring", ["kernel = hopper"] = "*",
   mask = "distributed ring", bias = "distributed ring", alibi = "distributed ring",
-  block_mask = "block_sparse distributed hierarchical ring",
-  ["cu_seqlens (packed)"] = "block_sparse distributed hierarchical ring",
+  block_mask = "adaptive block_sparse distributed hierarchical ring",
+  ["cu_seqlens (packed)"] = "adaptive block_sparse distributed hierarchical ring",
 }
 
-local NAMES = { "auto", "block_sparse", "custom", "dense", "dilated", "distributed", "hierarchical",
-                "improved", "longnet", "ring" }
+local NAMES = { "adaptive", "auto", "block_sparse", "custom", "dense", "dilated", "distributed",
+                "hierarchical", "improved", "longnet", "ring" }
 
 describe("every option of every variant", function()
   local matrix = lac.attention.matrix(NAMES)
@@ -60,8 +61,8 @@ describe("every option of every variant", function()
 
   it("prints as a table with the words of each refusal", function()
     local text = tostring(matrix)
-    assert.matches("^option +auto +block_sparse +custom +dense", text)
-    assert.matches("\ncausal +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+\n", text)
+    assert.matches("^option +adaptive +auto +block_sparse +custom +dense", text)
+    assert.matches("\ncausal +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+\n", text)
     assert.matches("dedup: variant 'dense' has one branch", text)
     local p = assert(io.popen "build/bin/lacuna variants")
     local printed = p:read "*a"

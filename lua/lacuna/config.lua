@@ -1,7 +1,7 @@
 --- config.lua: configurations as values: validated, with defaults filled in, printable, comparable, saved as
 -- JSON.
 --
--- lac.config.attention{ ... }, multihead, ring, distributed and pool each check a table by the rules of
+-- lac.config.attention{ ... }, multihead, ring, sparse, distributed and pool check a table by the rules of
 -- whoever reads it (the owner registers its rules here, so that there is one set of them) and return a table
 -- of the same fields that prints itself in a fixed order, equals another with the same content, and makes a
 -- changed copy with `with`, which is checked again. Everything that takes options takes such an object too;

@@ -69,6 +69,7 @@ local function load_lazy(name)
   if name == "attend" or name == "attention" then
     local attention = require "lacuna.attention"
     lac.attend, lac.attention = attention.attend, attention
+    require "lacuna.nn.masks" -- the scorer of "adaptive"
     return lac[name]
   end
   local from = FUNCTIONS[name]

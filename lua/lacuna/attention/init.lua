@@ -278,7 +278,7 @@ local function check_block(o)
   end
 end
 
--- module: an object whose variant executes itself, else nil
+-- module: an object whose variant executes itself or prepares a call, else nil
 local function apply(o, key, q, k, v, run, module)
   check_inputs(q, k, v)
   local attend_with
@@ -288,6 +288,9 @@ local function apply(o, key, q, k, v, run, module)
         fail(OP, "variant '%s' cannot honour %s; lac.attend can", module.variant, name)
       end
     end
+    if module.record.prepare then run = module.record.prepare(module, q, k, run) end
+  end
+  if module and module.record.run then
     attend_with = function(value) return module.record.run(module, q, k, value, run) end
   else
     local qs, ks, made = q.c.shape, k.c.shape, run_options(run, q, blocks_of(run, o, q, k))
@@ -425,7 +428,7 @@ local core = {
 }
 local Attention = require "lacuna.attention.module"(core)
 require "lacuna.attention.variants"(attention.variants, require "lacuna.attention.ring"(core),
-                                    require "lacuna.attention.sparse"(core), masks)
+                                    require "lacuna.attention.sparse", masks)
 
 attention.matrix = require "lacuna.attention.matrix"(attention)
 

@@ -100,8 +100,10 @@ end
 
 local function cell(attention, base, probe)
   local plain = merged(base, probe.base)
+  local seed, offset = create.rng_state() -- dropout may draw, a scorer begins at random: nobody should notice
+  create.manual_seed(1)
   local without = signature(attention, plain, probe.both and probe.sizes or {}, nil)
-  local seed, offset = create.rng_state() -- dropout may draw: nobody else should notice
+  create.manual_seed(1)
   local ok, with = pcall(signature, attention, merged(plain, probe.make), probe.sizes or {}, probe.call)
   create.set_rng_state(seed, offset)
   if not ok then return { outcome = "refused", reason = reason(with) } end

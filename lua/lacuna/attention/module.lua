@@ -80,12 +80,17 @@ function Attention:init(options)
   self.options = config.wrap("attention", o)
   self.key = core.pattern_key(pattern)
   self.training = true
+  if variant.scorer then self.scorer = variant.scorer(o) end
   -- every mistake in the configuration is found now, not at the first call
   core.plan_for(pattern, self.key, 1, 1, 1, o.heads, o.kv_heads, 1)
 end
 
---- Another object of the same configuration and mode.
-function Attention:clone() return Attention(self.options):train(self.training) end
+--- Another object of the same configuration and mode, with a copy of the scorer if there is one.
+function Attention:clone()
+  local copy = Attention(self.options):train(self.training)
+  if self.record.scorer then copy.scorer = self.scorer:clone() end
+  return copy
+end
 
 --- Switch dropout on (default) or off; returns self.
 function Attention:train(on)
@@ -129,7 +134,8 @@ function Attention:__call(q, k, v, options)
     for name in pairs(options) do run[name] = given[name] end
   end
   check_input_heads(o, q, k)
-  return core.apply(self.pattern, self.key, q, k, v, run, self.record.run and self or nil)
+  local record = self.record
+  return core.apply(self.pattern, self.key, q, k, v, run, (record.run or record.prepare) and self or nil)
 end
 lib.frame_name(Attention.__call, function(self)
   return "attention(" .. tostring(rawget(self, "variant")) .. ")"

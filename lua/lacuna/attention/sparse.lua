@@ -5,6 +5,10 @@
 -- any other. Text is an expression of the pattern constructors and of nothing else; it cannot call, loop or
 -- read anything. A pattern of one's own (masks.rule) has no such text: make a variant of it with build and
 -- run as here.
+--
+-- "adaptive" has no pattern but a scorer that reads q and k (nn.AdaptiveBlocks) and says for every call which
+-- blocks are active. It is `scorer` of the object; a module that contains the attention has the scorer as a
+-- child, which trains, copies and saves it.
 
 local schema = require "lacuna.schema"
 local device = require "lacuna.device"
@@ -40,10 +44,21 @@ sparse.options = {
 }
 
 --- What a record's build does with the pattern: checks it and leaves its text in the options.
-function sparse.settle(o, pattern)
-  o.pattern = tostring(pattern)
+function sparse.settle(o)
+  o.pattern = tostring(o.pattern)
   sparse.parse(o.pattern)
+  return o
 end
+
+sparse.adaptive_options = {
+  of = sparse.options.of, block = sparse.options.block,
+  keep = { type = "integer", min = 1, default = 4 },
+  head_dim = { type = "integer", min = 1, required = true },
+  hidden = { type = "integer", min = 1, default = 32 }, rank = { type = "integer", min = 1, default = 16 },
+  temperature = { type = "number", above = 0, default = 1 },
+  noise = { type = "boolean", default = false }, soft = { type = "boolean", default = false },
+  dtype = { type = "string" }, device = { type = "string" },
+}
 
 -- the pattern of a module, made once
 local function pattern_of(module)
@@ -69,18 +84,43 @@ function sparse.statistics(module, n, m, head_dim)
   return pattern_of(module):statistics(z), cells
 end
 
---- @tparam table core of attention
--- @treturn table sparse, with run
-return function(core)
-  --- out, lse of the active blocks (record.run of the variant).
-  function sparse.run(module, q, k, v, run)
-    local call = {}
-    for name, value in pairs(run) do call[name] = value end
-    local z = sparse.sizes(module, q:size(2), k:size(2))
-    z.device = device.name(q.c.device)
-    call.block_mask, call.block = pattern_of(module):cached(z), module.options.block
-    call.return_lse, call.need_weights = true, false
-    return core.apply(module.pattern, module.key, q, k, v, call)
+--- The most that "adaptive" keeps, whatever the contents; for explain.
+function sparse.most(module, n, m, head_dim)
+  local full, z = masks.full(), sparse.sizes(module, n, m)
+  local s, keep = full:statistics(z), 0
+  for _, row in ipairs(full:cells(z)[1]) do
+    local open = 0
+    for _, on in ipairs(row) do open = open + (on and 1 or 0) end
+    keep = keep + math.min(module.options.keep, open)
   end
-  return sparse
+  local share = s.active > 0 and keep / s.active or 0
+  s.active, s.density, s.pairs = keep, share * s.density, math.ceil(share * s.pairs)
+  s.flops_forward, s.flops_backward = 4 * head_dim * s.pairs, 10 * head_dim * s.pairs
+  return s
 end
+
+local function copy_of(run)
+  local call = {}
+  for name, value in pairs(run) do call[name] = value end
+  return call
+end
+
+--- The options of a call with the active blocks of the pattern (record.prepare).
+function sparse.prepare(module, q, k, run)
+  local call, z = copy_of(run), sparse.sizes(module, q:size(2), k:size(2))
+  z.device = device.name(q.c.device)
+  call.block_mask, call.block = pattern_of(module):cached(z), module.options.block
+  return call
+end
+
+--- The options of a call with the blocks that the scorer keeps, and with its bias where scores have to train.
+function sparse.prepare_adaptive(module, q, k, run)
+  local call, p = copy_of(run), module.pattern
+  local chosen = module.scorer:choose(q, k, { causal = p.causal, align = p.align, training = run.training,
+    key_padding = run.key_padding, key_lengths = run.key_lengths })
+  call.block_mask, call.block = chosen.block_mask, module.options.block
+  if chosen.bias then call.bias = run.bias and run.bias + chosen.bias or chosen.bias end
+  return call
+end
+
+return sparse

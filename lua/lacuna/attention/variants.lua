@@ -8,10 +8,12 @@
 --
 -- A record has doc (one line), build(options, fail) -> pattern and, where there was a choice, a sentence that
 -- says why; it may have `options`, a schema for options of its own, run(module, q, k, v, run) -> out, lse if
--- one engine call is not what it does, and sharding(module, n, m) if rows are cut over ranks (for explain). A
+-- one engine call is not what it does, prepare(module, q, k, run) -> run if the call has options that depend
+-- on q and k (blocks), and sharding(module, n, m) if rows are cut over ranks (for explain). A
 -- variant with an option `of` wraps another one, whose options it takes too. `bare` says that it needs no
 -- segments, `example` has options without which it cannot be made: both for the table of `lacuna variants`,
--- which tries every option.
+-- which tries every option. A record whose blocks are chosen by content has scorer(options) -> module, which
+-- the layer above supplies (nn/masks.lua): attention itself knows no modules.
 
 local schema = require "lacuna.schema"
 local device = require "lacuna.device"
@@ -43,14 +45,22 @@ local function split(name)
   end
 end
 
+-- the record of the variant that another one wraps
+local function inside(registry, name, o, fail)
+  local inner = registry:get(o.of)
+  if inner.run or inner.prepare then
+    fail("attention", "variant '%s' cannot wrap '%s', which wraps another one itself", name, o.of)
+  end
+  return inner
+end
+
 -- ---- the sequence in shards ------------------------------------------------------------------------------
 
 local function sharded(registry, ring, name, doc, options)
   config.define(name, function(given) return schema.options(name, given, options) end)
   local record = { doc = doc, options = options, run = ring.run, sharding = ring.plan }
   function record.build(o, fail)
-    local inner = registry:get(o.of)
-    if inner.run then fail("attention", "variant '%s' cannot wrap '%s': it runs itself", name, o.of) end
+    local inner = inside(registry, name, o, fail)
     ring.check(o, name)
     return inner.build(o, fail)
   end
@@ -93,14 +103,12 @@ end
 
 -- ---- active blocks only ----------------------------------------------------------------------------------
 
--- a wrapped variant under a block pattern; settle(o) makes the pattern
-local function blocked(registry, sparse, name, record, settle)
-  record.run, record.blocks, record.bare = sparse.run, sparse.statistics, true
-  record.mask, record.bias, record.alibi = true, true, true
+-- a wrapped variant under a block pattern; settle(o) checks and completes what the blocks are chosen by
+local function blocked(registry, name, record, settle)
+  record.bare, record.mask, record.bias, record.alibi = true, true, true, true
   function record.build(o, fail)
-    local inner = registry:get(o.of)
-    if inner.run then fail("attention", "variant '%s' cannot wrap '%s': it runs itself", name, o.of) end
-    sparse.settle(o, settle(o))
+    local inner = inside(registry, name, o, fail)
+    if settle then settle(o) end
     return inner.build(o, fail)
   end
   registry:add(name, record)
@@ -175,20 +183,37 @@ return function(registry, ring, sparse, masks)
   sharded(registry, ring, "distributed", "'improved' in shards, the schedule chosen by what it sends",
           ring.options("improved", 1, "auto"))
 
-  blocked(registry, sparse, "block_sparse", {
+  blocked(registry, "block_sparse", {
     doc = "another variant (of) in active blocks only: pattern = masks.local_window(512) + ..., or its text",
     options = sparse.options, example = { pattern = "random(0.5)", block = 16 },
-  }, function(o) return o.pattern end)
+    prepare = sparse.prepare, blocks = sparse.statistics,
+  }, sparse.settle)
+  config.define("sparse", function(given)
+    return sparse.settle(schema.options("sparse", given, sparse.options))
+  end)
 
-  blocked(registry, sparse, "hierarchical", {
+  blocked(registry, "hierarchical", {
     doc = "block_sparse over levels of {stride =, window =}: rows at the stride see the window (-1: all)",
     options = { of = sparse.options.of, block = sparse.options.block, pattern = { type = "string" },
                 levels = { type = "table" } },
     example = { levels = { { stride = 16, window = 16 } }, block = 16 },
+    prepare = sparse.prepare, blocks = sparse.statistics,
   }, function(o)
     if not o.levels and not o.pattern then
       schema.fail("attention", "levels is required by variant 'hierarchical'")
     end
-    return o.levels and masks.hierarchical(o.levels) or o.pattern
+    if o.levels then o.pattern = masks.hierarchical(o.levels) end
+    sparse.settle(o)
+  end)
+
+  local adaptive = {
+    doc = "another variant (of) in the blocks that a trained scorer keeps for their contents, `keep` a row",
+    options = sparse.adaptive_options, example = { keep = 1, block = 16, head_dim = 2, dtype = "f64" },
+    prepare = sparse.prepare_adaptive, blocks = sparse.most,
+  }
+  blocked(registry, "adaptive", adaptive, function()
+    if not adaptive.scorer then
+      schema.fail("attention", "variant 'adaptive' has its scorer from lacuna.nn: require that first")
+    end
   end)
 end

@@ -79,6 +79,9 @@ local function check_sizes(o)
     fail(OP, "positions '%s' rotate pairs: the head dimension must be even, got %d", o.positions,
       o.embed_dim / o.heads)
   end
+  if o.head_dim and o.head_dim ~= o.embed_dim / o.heads then
+    fail(OP, "head_dim is embed_dim / heads = %d, got %d", o.embed_dim / o.heads, o.head_dim)
+  end
   if o.fused and (o.kdim ~= o.embed_dim or o.vdim ~= o.embed_dim) then
     fail(OP, "a fused projection has one input: kdim %d and vdim %d must be embed_dim %d", o.kdim, o.vdim,
       o.embed_dim)
@@ -93,10 +96,12 @@ local function configure(options)
     rules[name], own[name] = rule, true
   end
   for name, rule in pairs(OPTIONS) do rules[name] = rules[name] or rule end
+  if own.head_dim then rules.head_dim = { type = "integer", min = 1 } end
   local o = schema.options(OP, options, rules)
   o.kv_heads, o.kdim, o.vdim = o.kv_heads or o.heads, o.kdim or o.embed_dim, o.vdim or o.embed_dim
   check_sizes(o)
   local inner = { heads = o.heads, kv_heads = o.kv_heads, scale = o.scale, dropout = o.dropout }
+  if own.head_dim then o.head_dim = o.embed_dim / o.heads end
   for name in pairs(own) do inner[name] = o[name] end
   for name in pairs(PATTERN) do inner[name] = o[name] end
   return o, attention(inner)
@@ -128,6 +133,7 @@ function Attention:init(options)
     self.k = linear(o.kdim, Ek, 1)
     self.v = linear(o.vdim, Ek, o.gamma)
   end
+  if inner.record.scorer then self.scorer = inner.scorer end
   if o.layer_norm then self.norm = layers.LayerNorm(E, { eps = o.eps, dtype = o.dtype,
     device = o.device }) end
   self.out = linear(E, E, o.gamma)
@@ -225,12 +231,14 @@ end
 
 -- the attention of this call; is_causal may ask for the causal form of a module that is not
 local function form(self, o)
-  if o.is_causal == nil or o.is_causal == self.options.causal then return self.attention end
-  if not o.is_causal then fail(OP, "the module is causal: is_causal = false cannot take that back") end
-  if not self.causal_form then
-    self.causal_form = attention(self.attention.options:with{ causal = true })
+  local inner = self.attention
+  if o.is_causal ~= nil and o.is_causal ~= self.options.causal then
+    if not o.is_causal then fail(OP, "the module is causal: is_causal = false cannot take that back") end
+    self.causal_form = self.causal_form or attention(inner.options:with{ causal = true })
+    inner = self.causal_form
   end
-  return self.causal_form
+  if inner.record.scorer then inner.scorer = self.scorer end -- the one that is trained, saved and copied
+  return inner
 end
 
 local function attend(self, query, key, value, o)

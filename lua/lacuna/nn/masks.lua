@@ -12,10 +12,17 @@
 --
 -- The bias has a number a token pair: learned patterns are trained at lengths where that fits, the mask that
 -- they end in costs what it keeps. Batch items of an adaptive pattern never meet: each has its own mask.
+--
+-- A causal choice must not know what comes later. The means of a block do, for its own first rows. So a row
+-- of blocks is judged by the queries of the row before it, looks at the contents of blocks that are complete
+-- before it begins, and always keeps those that it stands in itself, with a score of 0. Keys that padding
+-- hides do not count in a mean, blocks of nothing else are left out. The variant "adaptive" of lac.attention
+-- has its scorer from here.
 
 local schema = require "lacuna.schema"
 local create = require "lacuna.create"
 local ops = require "lacuna.ops"
+local attention = require "lacuna.attention"
 local base = require "lacuna.nn.module"
 local layers = require "lacuna.nn.layers"
 
@@ -58,27 +65,31 @@ local function spread(x, block, n, m)
   return x:view(shape):expand(wide):reshape(flat):narrow(front + 1, 1, n):narrow(front + 2, 1, m)
 end
 
--- scores [..., rows, columns] -> options of lac.attend
-local function choose(self, scores, n, m)
-  local last, open = scores:dim(), nil
-  if self.causal then
-    open = allowed(scores:size(last - 1), scores:size(last), scores:device())
-    scores = scores:masked_fill(fn.logical_not(open), -math.huge)
-  end
-  local weights = fn.log_softmax(scores * (1 / self.temperature), last)
-  local judged = scores:detach()
-  if self.training and self.noise then
+-- which of `scores` each row keeps: bool like scores. open: blocks that it may have (nil: all), present:
+-- those that it always has (nil: none)
+local function kept(self, scores, open, present, explore)
+  local judged, last = scores:detach(), scores:dim()
+  if explore then
     local u = create.rand(judged:size(), { dtype = judged:dtype(), device = judged:device() })
     judged = judged - fn.log(-fn.log(u + 1e-9) + 1e-9) * self.temperature
   end
-  local keep = math.min(self.keep, scores:size(last))
-  local _, index = fn.topk(judged, keep, last)
+  if present then judged = judged:masked_fill(present, math.huge) end
+  local _, index = fn.topk(judged, math.min(self.keep, scores:size(last)), last)
   local typed = { dtype = judged:dtype(), device = judged:device() }
   local zeros, ones = create.zeros(judged:size(), typed), create.ones(index:size(), typed)
   local on = fn.scatter(zeros, last, index, ones):gt(0)
-  if open then on = fn.logical_and(on, open) end
+  if present then on = fn.logical_or(on, present) end
+  return open and fn.logical_and(on, open) or on
+end
+
+-- scores [..., rows, columns] -> options of lac.attend
+local function choose(self, scores, n, m, open, present, training)
+  if present then scores = scores:masked_fill(present, 0) end
+  if open then scores = scores:masked_fill(fn.logical_not(open), -math.huge) end
+  local on = kept(self, scores, open, present, training and self.noise)
   local options = { block_mask = on, block = self.block }
-  if self.soft or self.training then
+  if self.soft or training then
+    local weights = fn.log_softmax(scores * (1 / self.temperature), scores:dim())
     local finite = weights:masked_fill(fn.logical_not(on), 0) -- of blocks that are not kept nothing is read
     options.bias = spread(self.soft and finite or finite - finite:detach(), self.block, n, m)
   end
@@ -104,7 +115,10 @@ function LearnedBlocks:init(options)
 end
 
 --- @treturn table options of lac.attend
-function LearnedBlocks:forward() return choose(self, self.scores, self.n, self.m) end
+function LearnedBlocks:forward()
+  local open = self.causal and allowed(self.scores:size(2), self.scores:size(3), self.scores:device()) or nil
+  return choose(self, self.scores, self.n, self.m, open, nil, self.training)
+end
 
 function LearnedBlocks:extra()
   return ("%d x %d, blocks of %d, %d a row"):format(self.n, self.m, self.block, self.keep)
@@ -132,35 +146,105 @@ function AdaptiveBlocks:init(options)
   end
 end
 
--- [B, N, H, D] -> [B, H, blocks, D]
-local function block_means(x, block)
+-- [B, N, H, D] -> [B, H, blocks, D]; keep [B, N] bool: rows that count (nil: all)
+local function block_means(x, block, keep)
   local B, N, H, D = x:size(1), x:size(2), x:size(3), x:size(4)
-  local rows = math.ceil(N / block)
+  local rows, typed = math.ceil(N / block), { dtype = x:dtype(), device = x:device() }
+  local count = keep and keep:to(x:dtype()):view(B, N, 1, 1) or create.ones({ 1, N, 1, 1 }, typed)
+  if keep then x = x:masked_fill(fn.logical_not(keep):view(B, N, 1, 1), 0) end
   local missing = rows * block - N
   if missing > 0 then
-    x = fn.cat({ x, create.zeros({ B, missing, H, D }, { dtype = x:dtype(), device = x:device() }) }, 2)
+    x = fn.cat({ x, create.zeros({ B, missing, H, D }, typed) }, 2)
+    count = fn.cat({ count, create.zeros({ count:size(1), missing, 1, 1 }, typed) }, 2)
   end
-  local sum = x:reshape(B, rows, block, H, D):sum(3)
-  local counts = {}
-  for i = 1, rows do counts[i] = 1 / math.min(block, N - (i - 1) * block) end
-  local share = create.tensor(counts, { dtype = x:dtype(), device = x:device() })
-  return (sum * share:view(1, rows, 1, 1)):transpose(2, 3)
+  local counts = count:view(count:size(1), rows, block, 1, 1):sum(3):clamp(1, N)
+  return (x:reshape(B, rows, block, H, D):sum(3) / counts):transpose(2, 3)
 end
 
---- @tparam Tensor q [B, N, H, D] @tparam Tensor k [B, M, Hk, D]
+-- bool [B, M] of keys that are not padding, or nil
+local function not_padding(o, k)
+  local keep = o.key_padding
+  if o.key_lengths then
+    local rows = create.arange { k:size(2), dtype = "i64", device = k:device() }
+    local within = fn.lt(fn.unsqueeze(rows, 1), fn.unsqueeze(o.key_lengths:to("i64"), 2))
+    keep = keep and fn.logical_and(keep, within) or within
+  end
+  return keep
+end
+
+-- blocks that have a key: bool [B, 1, 1, columns]; all of them for an item that has none
+local function not_empty(keep, block)
+  local B, M = keep:size(1), keep:size(2)
+  local columns = math.ceil(M / block)
+  local rows = create.zeros({ B, columns * block }, { device = keep:device() })
+  rows:narrow(2, 1, M):copy_(keep:to("f32"))
+  local full = rows:view(B, columns, block):sum(3):gt(0)
+  return fn.logical_or(full, keep:to("f32"):sum(2):eq(0):view(B, 1)):view(B, 1, 1, columns)
+end
+
+-- which blocks a causal row may have, and which it stands in: bool [rows, columns]. Row i begins at position
+-- i * block + shift.
+local function causal_blocks(block, n, m, shift, device)
+  local rows, columns = math.ceil(n / block), math.ceil(m / block)
+  local open, present = {}, {}
+  for i = 0, rows - 1 do
+    local first = math.floor((i * block + shift) / block)
+    local last = math.floor((math.min((i + 1) * block, n) - 1 + shift) / block)
+    open[i + 1], present[i + 1] = {}, {}
+    for j = 0, columns - 1 do
+      open[i + 1][j + 1] = j <= last
+      present[i + 1][j + 1] = j >= first and j <= last
+    end
+  end
+  local typed = { dtype = "bool", device = device }
+  return create.tensor(open, typed), create.tensor(present, typed)
+end
+
+-- row i is judged by the queries of row i - 1, the first one by none
+local function one_later(x)
+  local B, H, rows, width = x:size(1), x:size(2), x:size(3), x:size(4)
+  local none = create.zeros({ B, H, 1, width }, { dtype = x:dtype(), device = x:device() })
+  return rows == 1 and none or fn.cat({ none, x:narrow(3, 1, rows - 1) }, 3)
+end
+
+--- Which blocks attention of q to k keeps.
+-- @tparam Tensor q [B, N, H, D] @tparam Tensor k [B, M, Hk, D]
+-- @tparam table o causal, align, training; key_padding, key_lengths as lac.attend has them
 -- @treturn table options of lac.attend; block_mask [B, H, blocks of queries, blocks of keys]
-function AdaptiveBlocks:forward(q, k)
+function AdaptiveBlocks:choose(q, k, o)
   if q:size(4) ~= self.head_dim then
     fail("AdaptiveBlocks", "q has %d head dimensions, the scorer %d", q:size(4), self.head_dim)
   end
-  local group = q:size(3) / k:size(3)
-  if group > 1 then k = fn.repeat_interleave(k, group, 3) end
-  local x = self.query_out(fn.gelu(self.query_in(block_means(q, self.block))))
-  local y = self.key_out(fn.gelu(self.key_in(block_means(k, self.block))))
+  local n, m, group = q:size(2), k:size(2), q:size(3) / k:size(3)
+  local keep = not_padding(o, k)
+  local queries, keys = block_means(q, self.block), block_means(k, self.block, keep)
+  if group > 1 then keys = fn.repeat_interleave(keys, group, 2) end
+  local open, present
+  if o.causal then
+    queries = one_later(queries)
+    open, present = causal_blocks(self.block, n, m, o.align == "end" and m - n or 0, q:device())
+  end
+  if keep then
+    local some = not_empty(keep, self.block)
+    open = open and fn.logical_and(open, some) or some
+  end
+  local x = self.query_out(fn.gelu(self.query_in(queries)))
+  local y = self.key_out(fn.gelu(self.key_in(keys)))
   local scores = fn.matmul(x, y:transpose(3, 4)) * (1 / math.sqrt(self.rank))
-  return choose(self, scores, q:size(2), k:size(2))
+  return choose(self, scores, n, m, open, present, o.training)
+end
+
+--- The same with the module's own mode. @tparam Tensor q @tparam Tensor k
+function AdaptiveBlocks:forward(q, k)
+  return self:choose(q, k, { causal = self.causal, training = self.training })
 end
 
 function AdaptiveBlocks:extra() return ("blocks of %d, %d a row"):format(self.block, self.keep) end
+
+attention.variants:get("adaptive").scorer = function(o)
+  local own = {}
+  for name in pairs(ADAPTIVE) do own[name] = o[name] end
+  return AdaptiveBlocks(own)
+end
 
 return { LearnedBlocks = LearnedBlocks, AdaptiveBlocks = AdaptiveBlocks }
