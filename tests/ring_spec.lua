@@ -101,7 +101,7 @@ describe("lac.attention over virtual ranks", function()
   local function leaf(...) return lac.randn({ ... }, { dtype = "f64", grad = true }) end
   local function far(a, b) return lac.where(a:eq(b), 0, a - b):abs():max():item() end
 
-  local function compare(c, m, layout, ranks, kv_heads)
+  local function compare(c, m, layout, ranks, kv_heads, extra)
     local M = c.M or c.N
     local q = lac.randn({ 2, c.N, 4, 3 }, { dtype = "f64", grad = true })
     local k = lac.randn({ 2, M, kv_heads, 3 }, { dtype = "f64", grad = true })
@@ -114,15 +114,17 @@ describe("lac.attention over virtual ranks", function()
     o.schedule = ranks % 2 == 0 and "allgather" or "ring"
     local many = lac.attention(o)
     local call = { key_lengths = lac.tensor({ M, math.ceil(M / 2) }, { dtype = "i64" }) }
+    for name, value in pairs(extra and extra(c.N, M) or {}) do call[name] = value end
     local out1, lse1 = one(q, k, v, call)
     local out2, lse2 = many(q, k, v, call)
     assert.is_true(far(out1, out2) < 1e-12)
     assert.is_true(far(lse1, lse2) < 1e-12)
     local g = { lac.randn({ 2, c.N, 4, 3 }, { dtype = "f64" }),
                 lac.where(lse1:eq(-math.huge), 0, lac.randn({ 2, c.N, 4 }, { dtype = "f64" })):detach() }
-    local first = lac.grad({ out1, lse1 }, { q, k, v }, { grad_outputs = g })
-    local second = lac.grad({ out2, lse2 }, { q, k, v }, { grad_outputs = g })
-    for i = 1, 3 do assert.is_true(far(first[i], second[i]) < 1e-11, "gradient " .. i) end
+    local inputs = { q, k, v, call.bias }
+    local first = lac.grad({ out1, lse1 }, inputs, { grad_outputs = g })
+    local second = lac.grad({ out2, lse2 }, inputs, { grad_outputs = g })
+    for i = 1, #inputs do assert.is_true(far(first[i], second[i]) < 1e-11, "gradient " .. i) end
   end
 
   for name, c in pairs(SEQUENCES) do
@@ -139,6 +141,61 @@ describe("lac.attention over virtual ranks", function()
       end
     end)
   end
+
+  -- options of pairs, in the shapes that are allowed; lengths stay in the way
+  local PAIRS = {
+    mask = function(N, M) return { mask = lac.rand({ N, M }):lt(0.7) } end,
+    bias = function(N, M) return { bias = leaf(N, M) } end,
+    alibi = function() return { alibi = { 0.5, 0.25, 0.125, 0.7 } } end,
+    everything = function(N, M)
+      return { mask = lac.rand({ 2, 1, N, M }):lt(0.8), bias = leaf(2, 4, N, M), alibi = true }
+    end,
+    ["by head"] = function(N, M) return { mask = lac.rand({ 4, N, M }):lt(0.8), bias = leaf(1, N, M) } end,
+  }
+  for option, extra in pairs(PAIRS) do
+    it("cuts what is said of pairs: " .. option, function()
+      lac.manual_seed(3)
+      local turn = 0
+      for _, c in pairs(SEQUENCES) do
+        for _, m in ipairs(MERGES) do
+          for _, layout in ipairs(shard.LAYOUTS) do
+            turn = turn + 1
+            local lopsided = layout == "striped" and (c.window or not c.causal)
+            if turn % 4 == 0 and not lopsided then
+              compare(c, m, layout, turn % 8 < 4 and 2 or 3, turn % 16 < 8 and 2 or 4, extra)
+            end
+          end
+        end
+      end
+    end)
+  end
+
+  it("takes packed sequences, each as if alone", function()
+    lac.manual_seed(4)
+    for _, layout in ipairs(shard.LAYOUTS) do
+      for _, m in ipairs { { merge = "lse" }, { merge = "mean" }, { scheme = "split" } } do
+        local q, k, v, bias = leaf(1, 29, 4, 3), leaf(1, 29, 2, 3), leaf(1, 29, 2, 3), leaf(29, 29)
+        local o = { variant = "custom", heads = 4, kv_heads = 2, segments = { 4, 9, 16 },
+                    dilations = { 1, 2, 4 }, causal = true }
+        for name, value in pairs(m) do o[name] = value end
+        local one = lac.attention(o)
+        o.variant, o.of, o.ranks, o.layout = "ring", "custom", 3, layout
+        local many, starts = lac.attention(o), { 0, 5, 5, 21, 29 }
+        local call = { cu_seqlens = starts, bias = bias, alibi = true }
+        local out1, lse1 = one(q, k, v, call)
+        local out2, lse2 = many(q, k, v, call)
+        assert.is_true(far(out1, out2) < 1e-12)
+        assert.is_true(far(lse1, lse2) < 1e-12)
+        local g = { lac.randn({ 1, 29, 4, 3 }, { dtype = "f64" }) }
+        local a = lac.grad({ out1 }, { q, k, v, bias }, { grad_outputs = g })
+        local b = lac.grad({ out2 }, { q, k, v, bias }, { grad_outputs = g })
+        for i = 1, 4 do assert.is_true(far(a[i], b[i]) < 1e-11, "gradient " .. i) end
+        local third = many(q:narrow(2, 6, 16), k:narrow(2, 6, 16), v:narrow(2, 6, 16),
+          { bias = bias:narrow(1, 6, 16):narrow(2, 6, 16), alibi = true })
+        assert.is_true(far(third, out2:narrow(2, 6, 16)) < 1e-12)
+      end
+    end
+  end)
 
   it("has the gradients of what it computes, and again at another length", function()
     local attn = lac.attention { variant = "ring", heads = 2, ranks = 3, segments = { 4, 8 },
@@ -182,6 +239,24 @@ describe("lac.attention over virtual ranks", function()
     refused("cannot wrap 'distributed', which wraps another one", make, { of = "distributed" })
     local x = lac.zeros { 1, 8, 4, 2 }
     refused("variant 'ring' has no dropout", make {}, x, x, x, { dropout = 0.5 })
+    refused("variant 'ring' cannot honour block_mask", make {}, x, x, x,
+            { block_mask = lac.ones({ 1, 1 }, { dtype = "bool" }) })
+    refused("no alibi with layout 'striped' unless causal", make { layout = "striped" }, x, x, x,
+            { alibi = true })
+    refused("no alibi with layout 'striped' unless causal", make, { layout = "striped", alibi = true })
+    local function call(options) return function() make {}(x, x, x, options) end end
+    refused("mask has 7 keys, the call has 8", call { mask = lac.ones({ 8, 7 }, { dtype = "bool" }) })
+    refused("bias has 3 heads, the call has 4", call { bias = lac.zeros { 3, 8, 8 } })
+    refused("a float mask is a bias", call { mask = lac.zeros { 8, 8 } })
+    refused("bias must be %[N, M%]", call { bias = lac.zeros { 8 } })
+    refused("must run from 0 to the 8 rows of q, got 0 to 7", call { cu_seqlens = { 0, 7 } })
+    refused("cu_seqlens must not fall", call { cu_seqlens = { 0, 5, 3, 8 } })
+    refused("does not go with key_lengths", call { cu_seqlens = { 0, 8 },
+            key_lengths = lac.tensor({ 8 }, { dtype = "i64" }) })
+    local two = lac.zeros { 2, 8, 4, 2 }
+    refused("lie in one batch item, q has 2", make {}, two, two, two, { cu_seqlens = { 0, 8 } })
+    refused("as many keys as queries, got 5 != 8", make {}, x, x:narrow(2, 1, 5), x:narrow(2, 1, 5),
+            { cu_seqlens = { 0, 8 } })
     assert.matches("attention ring%(longnet over 2 ranks, contiguous, 4 heads", tostring(make {}))
   end)
 

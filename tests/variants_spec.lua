@@ -16,9 +16,8 @@ local REFUSED = {
   ["merge = sum"] = "adaptive auto block_sparse dense dilated distributed hierarchical improved longnet ring",
   dedup = "adaptive block_sparse dense dilated distributed hierarchical improved ring",
   dropout = "distributed ring", ["kernel = hopper"] = "*",
-  mask = "distributed ring", bias = "distributed ring", alibi = "distributed ring",
   block_mask = "adaptive block_sparse distributed hierarchical ring",
-  ["cu_seqlens (packed)"] = "adaptive block_sparse distributed hierarchical ring",
+  ["cu_seqlens (packed)"] = "adaptive block_sparse hierarchical",
 }
 
 local NAMES = { "adaptive", "auto", "block_sparse", "custom", "dense", "dilated", "distributed",

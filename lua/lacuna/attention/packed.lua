@@ -33,4 +33,27 @@ function packed.starts(value)
   return ffi.new("int64_t[?]", #list, list), #list - 1
 end
 
+--- The same as a list of numbers, for who runs the sequences without the engine's front end, and checked as
+-- that would.
+-- @tparam table run cu_seqlens, key_lengths @tparam Tensor q @tparam Tensor k
+function packed.list(run, q, k)
+  local value, n = run.cu_seqlens, q:size(2)
+  local list = tensor.is(value) and value:totable() or value
+  local function fail(...) schema.fail("attention", ...) end
+  if q:size(1) ~= 1 then fail("packed sequences lie in one batch item, q has %d", q:size(1)) end
+  if n ~= k:size(2) then
+    fail("packed sequences need as many keys as queries, got %d != %d", k:size(2), n)
+  end
+  if run.key_lengths then fail("cu_seqlens does not go with key_lengths (shorten the sequences)") end
+  if list[1] ~= 0 or list[#list] ~= n then
+    fail("cu_seqlens must run from 0 to the %d rows of q, got %d to %d", n, list[1], list[#list])
+  end
+  for s = 1, #list - 1 do
+    if list[s] > list[s + 1] then
+      fail("cu_seqlens must not fall: [%d] is %d, [%d] is %d", s, list[s], s + 1, list[s + 1])
+    end
+  end
+  return list
+end
+
 return packed

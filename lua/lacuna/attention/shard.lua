@@ -14,6 +14,9 @@
 --
 -- Rejected: index lists per rank (memory of the sequence, and a gather per call), and one engine plan per
 -- pair of shards (its segments would have to begin in the middle).
+--
+-- A piece's rows are rows of the tensor with the numbers of their positions, unless it says otherwise: `at`
+-- is the tensor's row of the piece's first (packed sequences count positions from their own start).
 
 local schema = require "lacuna.schema"
 
@@ -45,6 +48,23 @@ function shard.pieces(n, ranks, layout)
     list[i + 1] = {}
     for _, piece in ipairs(pieces) do
       if piece.count > 0 then table.insert(list[i + 1], piece) end
+    end
+  end
+  return list
+end
+
+--- The rows [from, to) of every rank, with positions counted from `from`: one of several packed sequences.
+function shard.within(pieces, from, to)
+  local list = {}
+  for i, own in ipairs(pieces) do
+    list[i] = {}
+    for _, piece in ipairs(own) do
+      local u = max(0, ceil((from - piece.first) / piece.step))
+      local at = piece.first + u * piece.step
+      local count = min(piece.count - u, ceil((to - at) / piece.step))
+      if count > 0 then
+        table.insert(list[i], { first = at - from, count = count, step = piece.step, at = at })
+      end
     end
   end
   return list
@@ -128,7 +148,8 @@ local function rows_needed(list, group)
   for _, task in ipairs(list) do
     local s = task.strip
     for h = floor(s.head0 / group), floor((s.head0 + s.heads - 1) / group) do
-      local key = ("%d/%d/%d/%d/%d"):format(s.branch, task.k.first, task.segment, task.k_piece.first, h)
+      local piece = task.k_piece
+      local key = ("%d/%d/%d/%d/%d"):format(s.branch, task.k.first, task.segment, piece.at or piece.first, h)
       if not seen[key] then
         seen[key] = true
         rows = rows + task.k.count

@@ -58,7 +58,8 @@ end
 
 local function sharded(registry, ring, name, doc, options)
   config.define(name, function(given) return schema.options(name, given, options) end)
-  local record = { doc = doc, options = options, run = ring.run, sharding = ring.plan }
+  local record = { doc = doc, options = options, run = ring.run, sharding = ring.plan, mask = true,
+                   bias = true, alibi = true, cu_seqlens = true }
   function record.build(o, fail)
     local inner = inside(registry, name, o, fail)
     ring.check(o, name)
