@@ -9,8 +9,10 @@
 #include "backend.h"
 #include "lacuna_queue.h"
 
-/* the numbers that random operators draw from while a graph is captured: the seed, offsets offset .. offset + count - 1
+/* The numbers that random operators draw from while a graph is captured: the seed, offsets offset + i step, i < count.
+ * No flag is their lowest byte, 0 or 1: what a stack held before is found in a structure's padding, beside its flags.
  */
+enum { LAC_DRAW_STEP = 256 };
 typedef struct lac_draws {
     uint64_t seed, offset;
     int64_t count;

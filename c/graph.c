@@ -37,12 +37,12 @@ static lac_graph *graphs; /* that are alive */
 static const lac_device_graphs *device(void) { return lac_device_table()->graphs; }
 
 /* numbers that no argument of a kernel has by chance: not addresses, not sizes, as doubles next to nothing */
-static const uint64_t SEED = 0x0015a17c93e4d26b, OFFSET = 0x0009c3b5e7000000;
+static const uint64_t SEED = 0x0015a17c93e4d26b, OFFSET = 0x0009c3b000000080;
 enum { MOST_DRAWS = 1 << 24 };
 
-int lac_graph_begin(lac_graph **out, uint64_t *seed, uint64_t *offset)
+int lac_graph_begin(lac_graph **out, uint64_t *seed, uint64_t *offset, int *step)
 {
-    if (!out || !seed || !offset) LAC_FAIL(ARGUMENT, "graph: nowhere to put it");
+    if (!out || !seed || !offset || !step) LAC_FAIL(ARGUMENT, "graph: nowhere to put it");
     *out = NULL;
     if (!lac_device_table()) return lac_backend_missing("graph", LAC_CUDA);
     if (lac_graph_now) LAC_FAIL(ARGUMENT, "graph: another one is being captured");
@@ -55,7 +55,7 @@ int lac_graph_begin(lac_graph **out, uint64_t *seed, uint64_t *offset)
         free(g);
         return status;
     }
-    *seed = SEED, *offset = OFFSET;
+    *seed = SEED, *offset = OFFSET, *step = LAC_DRAW_STEP;
     g->draws = (lac_draws){SEED, OFFSET, 0};
     g->next = graphs;
     *out = graphs = lac_graph_now = g;

@@ -34,9 +34,9 @@ int lac_event_elapsed(const lac_event *from, const lac_event *to, double *ms); /
 
 /* ---- graphs: a step that is captured once and launched as a whole (c/graph.c) ---- */
 typedef struct lac_graph lac_graph;
-/* Operators on cuda are captured from now on, not run. The host draws random numbers from the given seed and offset on
- * until the end, in its usual way, so that the graph can draw others. */
-int lac_graph_begin(lac_graph **out, uint64_t *seed, uint64_t *offset);
+/* Operators on cuda are captured from now on, not run. The host draws random numbers from the given seed and offset on,
+ * `step` apart, until the end, so that the graph can draw others. */
+int lac_graph_begin(lac_graph **out, uint64_t *seed, uint64_t *offset, int *step);
 /* `draws`: how many numbers of the stream were used; keep 0: the capture is given up. On failure the graph is dropped. */
 int lac_graph_end(lac_graph *g, int keep, int64_t draws);
 int lac_graph_result(lac_graph *g, const lac_tensor *t, int *number); /* before the end: t is wanted after every launch */

@@ -81,7 +81,8 @@ void search(node_patches *n, const lac_draws *d, std::vector<char> *seen)
         for (size_t at = 0; at + 8 <= n->bytes[a].size(); at += 4) {
             uint64_t word;
             memcpy(&word, n->bytes[a].data() + at, 8);
-            int64_t draw = (int64_t)(word - d->offset);
+            uint64_t beyond = word - d->offset;
+            int64_t draw = beyond % LAC_DRAW_STEP ? -1 : (int64_t)(beyond / LAC_DRAW_STEP);
             if (word == d->seed) n->patches.push_back({(int)a, (int)at, -1});
             else if (draw >= 0 && draw < d->count) {
                 n->patches.push_back({(int)a, (int)at, draw});

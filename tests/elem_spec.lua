@@ -22,13 +22,21 @@ local function pointer(t, kind)
   return ffi.cast(kind, p[0])
 end
 
+-- A NaN whose bits LuaJIT uses for its own values must not be loaded as a number: bits are looked at first.
+local function load_f32(p, i)
+  return bit.band(ffi.cast("uint32_t *", p)[i], 0x7fffffff) > 0x7f800000 and 0 / 0 or p[i]
+end
+local function load_f64(p, i)
+  return bit.band(ffi.cast("uint32_t *", p)[2 * i + 1], 0x7fffffff) >= 0x7ff80000 and 0 / 0 or p[i]
+end
+
 -- largest error in units of the last place, where, and the number of values that are NaN or infinite on one
 -- side only
 local rounded = ffi.new("float[1]")
 local function worst_ulp(got, exact, n, flush)
   local worst, at, wrong = 0, -1, 0
   for i = 0, n - 1 do
-    local y, r = got[i], exact[i]
+    local y, r = load_f32(got, i), load_f64(exact, i)
     rounded[0] = r
     local single = rounded[0]
     if r ~= r or single == math.huge or single == -math.huge then
@@ -76,7 +84,7 @@ describe("elementwise", function()
         local y, r = lac[f](x), lac[f](wide)
         local worst, at, wrong = worst_ulp(pointer(y, "float *"), pointer(r, "double *"), PATTERNS,
                                             f == "silu" and 2 ^ -119 or 2 ^ -126)
-        local argument = pointer(x, "float *")[math.max(at, 0)]
+        local argument = load_f32(pointer(x, "float *"), math.max(at, 0))
         assert.is_true(wrong == 0, ("%s: %d values are NaN or infinite on one side, one at %g")
           :format(f, wrong, argument))
         assert.is_true(worst <= promise, ("%s: %.3f ulp at %.9g"):format(f, worst, argument))

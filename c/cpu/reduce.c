@@ -725,7 +725,8 @@ static void split_axes(reduce_job *job)
 {
     const lac_view *x = &job->a->x, *out = &job->a->out;
     int64_t xb = lac_bytes_of(x->dtype), ob = lac_bytes_of(out->dtype);
-    if (!lac_view_numel(x)) xb = 0; /* the strides of an empty view are never followed and may be anything */
+    if (!lac_view_numel(x)) xb = 0; /* the strides of an empty view are never followed and may be anything, */
+    if (!lac_view_numel(out)) ob = 0;
     for (int d = 0; d < x->ndim; d++) {
         int64_t n = x->shape[d], sx = x->stride[d] * xb, so = out->stride[d] * ob;
         if (n == 1) continue;

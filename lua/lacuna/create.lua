@@ -22,14 +22,14 @@ local ffi, C = lib.ffi, lib.C
 local fail, show, is_integer = schema.fail, schema.show, schema.is_integer
 local create = {}
 
-local stream = { seed = 0, offset = 0 }
+local stream = { seed = 0, offset = 0, step = 1 }
 local MAX_SEED = 2 ^ 53
 
 --- Take the next place of the global random stream.
 -- @treturn number seed, number offset
 function create.draw()
   local offset = stream.offset
-  stream.offset = offset + 1
+  stream.offset = offset + stream.step
   return stream.seed, offset
 end
 
@@ -50,6 +50,9 @@ function create.set_rng_state(seed, offset)
   schema.check("set_rng_state", "offset", offset, { type = "integer", min = 0, max = MAX_SEED })
   stream.seed, stream.offset = seed, offset
 end
+
+-- distance of the offsets of neighbouring draws: 1, but while a graph is captured
+function create.set_draw_step(step) stream.step = step end
 
 -- ---- options ------------------------------------------------------------------------------------
 

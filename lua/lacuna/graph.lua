@@ -33,6 +33,7 @@ local fail, show, is = schema.fail, schema.show, tensor.is
 
 local graph_slot, seed_slot, offset_slot = ffi.new("lac_graph *[1]"), ffi.new("uint64_t[1]"),
   ffi.new("uint64_t[1]")
+local step_slot = ffi.new("int[1]")
 local number_slot = ffi.new("int[1]")
 
 local Graph = class("Graph", nil, true)
@@ -149,13 +150,15 @@ end
 
 local function capture(self)
   local seed, offset = create.rng_state()
-  lib.check(C.lac_graph_begin(graph_slot, seed_slot, offset_slot))
+  lib.check(C.lac_graph_begin(graph_slot, seed_slot, offset_slot, step_slot))
   local g = graph_slot[0]
   create.set_rng_state(tonumber(seed_slot[0]), tonumber(offset_slot[0]))
+  create.set_draw_step(step_slot[0])
   local results, gradients, message = record(self, g)
   local _, after = create.rng_state()
-  local draws = after - tonumber(offset_slot[0])
+  local draws = (after - tonumber(offset_slot[0])) / step_slot[0]
   create.set_rng_state(seed, offset)
+  create.set_draw_step(1)
   local status = C.lac_graph_end(g, results and 1 or 0, draws)
   if not results then
     if message == "interrupted" then error(message, 0) end

@@ -183,7 +183,8 @@ static void put_draws(const graph *g, record *r, uint64_t seed, uint64_t offset,
     for (size_t at = 0; at + 8 <= r->bytes; at += 4) {
         uint64_t word;
         memcpy(&word, r->args + at, 8);
-        int64_t draw = (int64_t)(word - g->draws.offset);
+        uint64_t beyond = word - g->draws.offset;
+        int64_t draw = beyond % LAC_DRAW_STEP ? -1 : (int64_t)(beyond / LAC_DRAW_STEP);
         if (word == g->draws.seed) word = seed;
         else if (draw >= 0 && draw < g->draws.count) word = offset + (uint64_t)draw, seen[draw] = 1;
         else continue;
