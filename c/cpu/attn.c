@@ -254,7 +254,8 @@ static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most
     item.segments = last - first;
     item.group = rows < target ? target / rows : 1;
     item.chunks = (rows - 1) / target + 1;
-    item.chunk = round_up((rows - 1) / item.chunks + 1, grain); /* even pieces */
+    while (keys && item.chunks & (item.chunks - 1)) item.chunks++; /* a power of two: as many for every thread */
+    item.chunk = round_up((rows - 1) / item.chunks + 1, grain);    /* even pieces */
     item.chunks = (rows - 1) / item.chunk + 1;
     item.bunch = most < item.chunk ? 1 : most / item.chunk < item.chunks ? most / item.chunk : item.chunks;
     item.pieces = (item.chunks - 1) / item.bunch + 1;
@@ -285,15 +286,35 @@ static int64_t phase_rows(const attn_job *job, const int32_t *phase, int32_t whi
     return all * p->desc.batch;
 }
 
+/* the most query rows of one segment of a phase */
+static int64_t longest_rows(const attn_job *job, const int32_t *phase, int32_t which)
+{
+    const lac_plan *p = job->a->plan;
+    int64_t longest = 1;
+    for (int g = 0; g < p->desc.branches; g++)
+        if (phase[g] == which && span_most(p, g, p->desc.n) > longest) longest = span_most(p, g, p->desc.n);
+    return longest;
+}
+
+/* At least `tasks` tasks, as many for every thread, out of lattices of `longest` rows that are cut alike: three heads
+ * on two threads are cut into 4 pieces each and not into 3, where one thread would have 5 to do and the other 4. */
+static int64_t even_tasks(int64_t all, int64_t longest, int64_t tasks, int threads)
+{
+    int64_t lattices = all > longest ? (all - 1) / longest + 1 : 1, each = (tasks - 1) / lattices + 1;
+    while (lattices * each % threads && each < 2 * tasks) each++;
+    return lattices < tasks ? lattices * each : tasks;
+}
+
 /* How many query rows (backward: keys) a chunk should have, out of `all`: enough chunks for all threads, but rows
  * enough to pay for packing. A row's sums do not depend on how the rows are cut; dq's do depend on how the keys are
  * cut, so the backward may not look at the number of threads here: it does where it puts chunks together. */
-static int64_t chunk_rows(const attn_job *job, int64_t all)
+static int64_t chunk_rows(const attn_job *job, int64_t all, int64_t longest)
 {
     bool keys = owns_keys(job);
     int64_t least = keys ? LAC_ATTN_KEY_RUN_LEAST : LAC_ATTN_QUERIES_LEAST;
     int64_t most = keys ? LAC_ATTN_KEY_RUN : job->new_delta ? LAC_ATTN_BQUERIES : LAC_ATTN_QUERIES;
     int64_t tasks = keys ? LAC_ATTN_TASKS : job->threads > 1 ? job->threads * LAC_ATTN_THREAD_TASKS : 1;
+    if (!keys && job->threads > 1) tasks = even_tasks(all, longest, tasks, job->threads);
     int64_t target = round_up(all / tasks, keys ? LAC_ATTN_BKEYS : LAC_ATTN_ROWS);
     return target < least ? least : target > most ? most : target;
 }
@@ -344,7 +365,8 @@ static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
 {
     const lac_plan *p = job->a->plan;
     uint32_t done = 0;
-    int64_t all = phase_rows(job, phase, which), target = chunk_rows(job, all), most = task_keys(job, all);
+    int64_t all = phase_rows(job, phase, which), longest = longest_rows(job, phase, which);
+    int64_t target = chunk_rows(job, all, longest), most = task_keys(job, all);
     job->item_count = job->tasks = job->turn_count = job->rows = job->keys = 0;
     for (;;) {
         int best = -1;
@@ -374,12 +396,7 @@ static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
         }
         number_tasks(job, first);
     }
-    if (job->bwd) {
-        int64_t longest = 0;
-        for (int g = 0; g < p->desc.branches; g++)
-            if (phase[g] == which && span_most(p, g, p->desc.n) > longest) longest = span_most(p, g, p->desc.n);
-        job->rows = round_up(longest < LAC_ATTN_BQUERIES ? longest : LAC_ATTN_BQUERIES, LAC_ATTN_BROWS);
-    }
+    if (job->bwd) job->rows = round_up(longest < LAC_ATTN_BQUERIES ? longest : LAC_ATTN_BQUERIES, LAC_ATTN_BROWS);
 }
 
 static attn_task decode(const attn_job *job, int64_t number)

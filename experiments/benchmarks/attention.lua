@@ -17,6 +17,9 @@
 --     instead of 256: forward -3% at D = 64, -7% at D = 32, -1% at D = 128 (which keeps 256).
 --   * The backward's first runs of keys of all heads before their second ones, so that nobody waits for a
 --     turn: two threads on 8 causal heads 1.38x -> 1.94x.
+--   * Few heads on two threads: as many forward tasks for each (three heads: 12 instead of 9, of which one
+--     thread had 5), and a power of two of runs of keys (one head of 2048: 8 alike instead of 5 and a short
+--     one). Counted, not timed: the busier thread had 0.56 of the rows, now it has half.
 --   * Few queries: the keys of all heads at one position read together: 4.3 -> 10.7 GB/s of 17 that a bare
 --     loop reads. The copy into the caches is what is left; reading in place is not done.
 --
@@ -86,6 +89,29 @@ local function dilations(b)
   end
 end
 
+-- all threads against one: few heads are the hard case, because a head has to be cut
+local function threads(b)
+  local n = b.threads
+  local function on(count, fn)
+    return function()
+      lac.threads(count)
+      return fn()
+    end
+  end
+  for _, heads in ipairs{ 1, 3, 8 } do
+    for _, causal in ipairs{ false, true } do
+      local o = { rows = b:size(1024, 64), heads = heads, width = 64, causal = causal }
+      local text = ("%%s %d heads%s, %d threads against 1"):format(heads, causal and " causal" or "", n)
+      local f, g = forward(o), backward(o)
+      b:row{ what = text:format("forward"), ours = on(n, f), floor = on(1, f), against = "1 thread",
+        as = "speedup", at_least = n == 2 and 1.8 or nil }
+      b:row{ what = text:format("backward"), ours = on(n, g), floor = on(1, g), against = "1 thread",
+        as = "speedup", at_least = n == 2 and 1.8 or nil }
+    end
+  end
+  lac.threads(n)
+end
+
 local function peers(b)
   for _, width in ipairs{ 32, 64, 128 } do
     for _, rows in ipairs(b:size({ 512, 2048, 8192 }, { 64 })) do
@@ -141,10 +167,11 @@ end
 
 return {
   name = "attention",
-  about = "attention's kernels: sgemm, dilation, PyTorch's SDPA, half precision, decoding, memory",
+  about = "attention's kernels: sgemm, dilation, threads, PyTorch's SDPA, half precision, decoding, memory",
   run = function(b)
     kernels(b)
     dilations(b)
+    if b.threads > 1 then threads(b) end
     peers(b)
     others(b)
     if b.threads == 1 or b.quick then memory(b) end
