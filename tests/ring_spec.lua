@@ -197,6 +197,19 @@ describe("lac.attention over virtual ranks", function()
     end
   end)
 
+  it("passes on the gradient of the log-sum-exp alone", function()
+    local o = { variant = "longnet", heads = 2, segments = { 4, 8 }, dilations = { 1, 2 }, causal = true }
+    local one = lac.attention(o)
+    local many = lac.attention(one.options:with { variant = "ring", ranks = 3 })
+    local q, k, v = leaf(1, 9, 2, 2), leaf(1, 9, 2, 2), leaf(1, 9, 2, 2)
+    local results = {}
+    for i, attn in ipairs { one, many } do
+      local _, lse = attn(q, k, v)
+      results[i] = lac.grad(lac.where(lse:eq(-math.huge), 0, lse):sum(), { q, k }, { allow_unused = true })
+    end
+    for i = 1, 2 do assert.is_true(far(results[1][i], results[2][i]) < 1e-12) end
+  end)
+
   it("has the gradients of what it computes, and again at another length", function()
     local attn = lac.attention { variant = "ring", heads = 2, ranks = 3, segments = { 4, 8 },
                                  dilations = { 1, 2 }, causal = true }

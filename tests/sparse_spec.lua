@@ -85,9 +85,6 @@ describe("the variant 'block_sparse'", function()
       lac.attention { variant = "block_sparse", of = "ring", pattern = "full()", heads = 2 }
     end, "cannot wrap 'ring'")
     assert.error_matches(function() a:clone():train(false):decoder(4) end, "only causal attention")
-    assert.error_matches(function()
-      lac.attention { variant = "block_sparse", pattern = "full()", heads = 2, causal = true }:decoder(4)
-    end, "cannot be decoded row by row")
   end)
 
   it("says how many blocks, pairs and FLOPs there are", function()

@@ -14,6 +14,7 @@ local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 local class = require "lacuna.class"
 local tensor = require "lacuna.tensor"
+local alibi = require "lacuna.attention.alibi"
 
 local ffi, C = lib.ffi, lib.C
 local fail = schema.fail
@@ -25,9 +26,9 @@ local POSITIONS = 2 ^ 31 -- positions are below this
 local Decoder = class("Decoder", nil, true)
 
 --- @tparam cdata plan made for one query at the end of POSITIONS keys
--- @tparam[opt] number scale
-function Decoder:init(plan, scale)
-  self.plan, self.scale = plan, scale or 0
+-- @tparam[opt] number scale @tparam[opt] boolean|table|Tensor slopes as the option alibi has them
+function Decoder:init(plan, scale, slopes)
+  self.plan, self.scale, self.slopes = plan, scale or 0, slopes or false
   self.found, self.args = ffi.new("int64_t[1]"), ffi.new("lac_attn_args")
 end
 
@@ -50,10 +51,13 @@ end
 --- attend without checks in Lua, on the engine's structs, for a cache that knows its tensors.
 -- @tparam cdata q lac_tensor @tparam cdata k @tparam cdata v
 -- @tparam cdata position int64_t[B] @tparam cdata key_start int64_t[B]
+-- @tparam[opt] Tensor slopes [H] of this call instead of the decoder's
 -- @treturn Tensor out @treturn Tensor lse
-function Decoder:attend_raw(q, k, v, position, key_start)
+function Decoder:attend_raw(q, k, v, position, key_start, slopes)
   local args, out, lse = self.args, ctensor(), ctensor()
   args.q, args.k, args.v, args.scale = q, k, v, self.scale
+  slopes = slopes or self.slopes and alibi.tensor(self.slopes, { c = q })
+  args.alibi = slopes and slopes.c or nil
   lib.call(C.lac_attend_at, self.plan, args, position, key_start, out, lse)
   return adopt(out), adopt(lse)
 end
@@ -91,10 +95,11 @@ return function(plan_of)
   local SIZES = { heads = { type = "integer", min = 1, required = true },
     kv_heads = { type = "integer", min = 1 }, head_dim = { type = "integer", min = 1, required = true } }
   --- A decoder for a configuration.
-  -- @tparam table pattern options of lac.attend that shape a plan, and scale
+  -- @tparam table pattern options of lac.attend that shape a plan, scale and alibi
   -- @tparam table sizes heads, head_dim; kv_heads (heads)
   return function(pattern, sizes)
     local z = schema.options(OP, sizes, SIZES)
-    return Decoder(plan_of(pattern, POSITIONS, z.heads, z.kv_heads or z.heads, z.head_dim), pattern.scale)
+    return Decoder(plan_of(pattern, POSITIONS, z.heads, z.kv_heads or z.heads, z.head_dim), pattern.scale,
+                   pattern.alibi)
   end
 end

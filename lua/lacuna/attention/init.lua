@@ -428,7 +428,8 @@ local core = {
 }
 local Attention = require "lacuna.attention.module"(core)
 require "lacuna.attention.variants"(attention.variants, require "lacuna.attention.ring"(core),
-                                    require "lacuna.attention.sparse", masks)
+                                    require "lacuna.attention.sparse"(
+                                      require "lacuna.attention.decode_blocks"(core)), masks)
 
 attention.matrix = require "lacuna.attention.matrix"(attention)
 

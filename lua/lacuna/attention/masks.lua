@@ -10,6 +10,10 @@
 -- Where there are fewer queries than keys, align = "end" puts the last query at the last key. `density` is
 -- the share of blocks kept, of those that causality leaves; everywhere the same word for the same thing.
 --
+-- For decoding a pattern also says which key blocks some row of blocks from i on will still have (`later`, a
+-- rule like the other; of an intersection or a difference it says rather too much), and whether it is known
+-- before the length is (`open`): a random choice is drawn for a length.
+--
 -- A rule is a closure made once per head: rule(size) -> function(i, j), with `size` the sizes in blocks. So a
 -- composition costs one call a cell and pattern, a matrix of a million cells some ten milliseconds. Rejected:
 -- patterns as tensors, which have to be made again for every length and cannot be printed.
@@ -27,11 +31,17 @@ local masks = {}
 
 -- ---- patterns ----------------------------------------------------------------------------------------
 
---- text: how it is written; rule(size, h) -> function(i, j) -> active; by_head: do heads differ?
+--- text: how it is written; rule(size, h) -> function(i, j) -> active; by_head: do heads differ? later: like
+-- rule, for causal rows of blocks from i on (nil: every block may be needed); open: is the rule the same for
+-- every length?
 local Pattern = class("Pattern", nil, true)
 
-function Pattern:init(text, by_head, rule, rank)
-  self.text, self.by_head, self.rule, self.rank = text, by_head, rule, rank or 2
+local function always() return function() return true end end
+
+function Pattern:init(text, by_head, rule, o)
+  o = o or {}
+  self.text, self.by_head, self.rule, self.rank = text, by_head, rule, o.rank or 2
+  self.later, self.open = o.later or always, o.open ~= false
   self.made = setmetatable({}, { __mode = "v" })
 end
 
@@ -47,7 +57,8 @@ end
 
 local function text_of(x, rank) return x.rank < rank and "(" .. x.text .. ")" or x.text end
 
-local function combine(sign, rank, both)
+-- later: of the two, what to say of a block
+local function combine(sign, rank, both, later)
   return function(a, b)
     operand(a, sign)
     operand(b, sign)
@@ -55,13 +66,19 @@ local function combine(sign, rank, both)
     return Pattern(text, a.by_head or b.by_head, function(size, h)
       local x, y = a.rule(size, h), b.rule(size, h)
       return function(i, j) return both(x(i, j), y(i, j)) end
-    end, rank)
+    end, { rank = rank, open = a.open and b.open, later = function(size, h)
+      local x, y = a.later(size, h), b.later(size, h)
+      return function(i, j) return later(x(i, j), y(i, j)) end
+    end })
   end
 end
 
-Pattern.__add = combine("+", 0, function(x, y) return x or y end)
-Pattern.__sub = combine("-", 0, function(x, y) return x and not y end)
-Pattern.__mul = combine("*", 1, function(x, y) return x and y end)
+local function either(x, y) return x or y end
+local function both(x, y) return x and y end
+
+Pattern.__add = combine("+", 0, either, either)
+Pattern.__sub = combine("-", 0, function(x, y) return x and not y end, function(x) return x end)
+Pattern.__mul = combine("*", 1, both, both)
 
 -- ---- sizes ---------------------------------------------------------------------------------------------
 
@@ -103,6 +120,20 @@ function Pattern:cells(options)
     all[h] = rows
   end
   return all, z
+end
+
+--- The pattern of causal attention whose end is not known, for decoding: row by row, in blocks from 0.
+-- @tparam table options heads, block
+-- @treturn table active(h, i, j), later(h, i, j): will a row from i on have block j? heads: how many differ
+function Pattern:endless(options)
+  if not self.open then
+    fail(OP, "%s is drawn for a length, so rows cannot be decoded before that is known", self.text)
+  end
+  local z = sized { n = 1, heads = options.heads, block = options.block, causal = true }
+  local active, later, n = {}, {}, self.by_head and z.heads or 1
+  for h = 1, n do active[h], later[h] = self.rule(z, h - 1), self.later(z, h - 1) end
+  return { heads = n, active = function(h, i, j) return j <= i and active[h](i, j) end,
+           later = function(h, i, j) return later[h](i, j) end }
 end
 
 --- The tensor for lac.attend's block_mask.
@@ -148,7 +179,8 @@ function masks.full() return Pattern("full()", false, function() return function
 
 --- A query block and the key block at its position.
 function masks.diagonal()
-  return Pattern("diagonal()", false, function(z) return function(i, j) return j == z.diagonal(i) end end)
+  return Pattern("diagonal()", false, function(z) return function(i, j) return j == z.diagonal(i) end end,
+    { later = function() return function(i, j) return j >= i end end })
 end
 
 --- Key blocks within half a window: |i - j| <= (window / block) div 2.
@@ -158,7 +190,10 @@ function masks.local_window(window)
   return Pattern(("local_window(%d)"):format(window), false, function(z)
     local reach = floor(floor(window / z.block) / 2)
     return function(i, j) return abs(z.diagonal(i) - j) <= reach end
-  end)
+  end, { later = function(z)
+    local reach = floor(floor(window / z.block) / 2)
+    return function(i, j) return j >= i - reach end
+  end })
 end
 
 --- j = i and j = i +- r for every dilation r, in blocks.
@@ -166,11 +201,14 @@ function masks.dilated_sparse(dilations)
   if type(dilations) ~= "table" or #dilations == 0 then
     fail(OP, "dilations must be a list of integers, got %s", show(dilations))
   end
-  local steps = { [0] = true }
-  for _, r in ipairs(dilations) do steps[count("dilation", r, 1)] = true end
+  local steps, most = { [0] = true }, 0
+  for _, r in ipairs(dilations) do
+    steps[count("dilation", r, 1)] = true
+    most = max(most, r)
+  end
   return Pattern(("dilated_sparse{%s}"):format(table.concat(dilations, ", ")), false, function(z)
     return function(i, j) return steps[abs(z.diagonal(i) - j)] or false end
-  end)
+  end, { later = function() return function(i, j) return j >= i - most end end })
 end
 
 --- The first tokens see everything and are seen by everything: ceil(tokens / block) columns and rows.
@@ -179,7 +217,10 @@ function masks.global_tokens(tokens)
   return Pattern(("global_tokens(%d)"):format(tokens), false, function(z)
     local most = ceil(tokens / z.block)
     return function(i, j) return j < most or z.diagonal(i) < most end
-  end)
+  end, { later = function(z)
+    local most = ceil(tokens / z.block)
+    return function(i, j) return j < most or i < most end
+  end })
 end
 
 --- Global tokens plus a local window.
@@ -239,7 +280,7 @@ function masks.random(density, seed)
   return Pattern(("random(%g, %d)"):format(density, seed), true, function(z, h)
     local on = draw(z, density, generator(seed * 65537 + h))
     return function(i, j) return on[i * z.columns + j] or false end
-  end)
+  end, { open = false })
 end
 
 --- Levels of {stride =, window =} in positions: rows with i mod (stride / block) = 0 attend within the window
@@ -255,12 +296,16 @@ function masks.hierarchical(levels)
     count(("levels[%d].window"):format(l), level.window, -1)
     texts[l] = ("{ stride = %d, window = %d }"):format(level.stride, level.window)
   end
-  return Pattern(("hierarchical{ %s }"):format(table.concat(texts, ", ")), false, function(z)
+  local function in_blocks(z)
     local parts = {}
     for l, level in ipairs(levels) do
       parts[l] = { every = max(1, floor(level.stride / z.block)),
         reach = level.window < 0 and math.huge or floor(level.window / z.block) }
     end
+    return parts
+  end
+  local function rule(z)
+    local parts = in_blocks(z)
     return function(i, j)
       for l = 1, #parts do
         local part = parts[l]
@@ -269,23 +314,38 @@ function masks.hierarchical(levels)
       end
       return false
     end
-  end)
+  end
+  local function later(z)
+    local parts = in_blocks(z)
+    return function(i, j)
+      for l = 1, #parts do
+        local part = parts[l]
+        if ceil(i / part.every) * part.every - j <= part.reach then return true end -- the next such row
+      end
+      return false
+    end
+  end
+  return Pattern(("hierarchical{ %s }"):format(table.concat(texts, ", ")), false, rule, { later = later })
 end
 
 --- A pattern for each head: heads are dealt out in turn.
 function masks.per_head(list)
   if type(list) ~= "table" or #list == 0 then fail(OP, "per_head takes a list of patterns") end
-  local texts = {}
-  for h, p in ipairs(list) do texts[h] = operand(p, "per_head").text end
-  return Pattern(("per_head{ %s }"):format(table.concat(texts, ", ")), true, function(z, h)
-    return list[h % #list + 1].rule(z, h)
-  end)
+  local texts, open = {}, true
+  for h, p in ipairs(list) do
+    texts[h] = operand(p, "per_head").text
+    open = open and p.open
+  end
+  local function of(name) return function(z, h) return list[h % #list + 1][name](z, h) end end
+  return Pattern(("per_head{ %s }"):format(table.concat(texts, ", ")), true, of "rule",
+    { later = of "later", open = open })
 end
 
 --- A rule of one's own: f(i, j, h, size) in blocks from 0.
 function masks.rule(name, f)
   if type(name) ~= "string" or type(f) ~= "function" then fail(OP, "rule takes a name and a function") end
-  return Pattern(name, true, function(z, h) return function(i, j) return f(i, j, h, z) end end)
+  return Pattern(name, true, function(z, h) return function(i, j) return f(i, j, h, z) end end,
+    { open = false }) -- it may look at the sizes
 end
 
 -- ---- statistics ------------------------------------------------------------------------------------

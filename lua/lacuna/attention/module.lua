@@ -141,18 +141,25 @@ lib.frame_name(Attention.__call, function(self)
   return "attention(" .. tostring(rawget(self, "variant")) .. ")"
 end)
 
---- What decodes row by row what this computes at once: see lac.attention.decoder.
+--- What decodes row by row what this computes at once: see lac.attention.decoder; with active blocks see
+-- decode_blocks.lua.
 -- @tparam integer head_dim
 function Attention:decoder(head_dim)
+  local o, record = self.options, self.record
   if not self.pattern.causal then
     fail(OP, "only causal attention can be decoded row by row; make %s with causal = true", self.variant)
   end
-  if self.record.blocks then
-    fail(OP, "variant '%s' cannot be decoded row by row: blocks are a whole sequence's", self.variant)
+  if record.blocks and not record.decoder then
+    fail(OP, "variant '%s' cannot be decoded row by row: which blocks it keeps depends on all of them",
+         self.variant)
   end
-  local pattern = { scale = self.options.scale }
+  if o.kernel ~= "auto" then
+    fail(OP, "decoding has one kernel: kernel = '%s' cannot be honoured", o.kernel)
+  end
+  if record.decoder then return record.decoder(self, head_dim) end
+  local pattern = {}
   for name, value in pairs(self.pattern) do pattern[name] = value end
-  local o = self.options
+  pattern.scale, pattern.alibi = o.scale, o.alibi
   return core.decoder(pattern, { heads = o.heads, kv_heads = o.kv_heads, head_dim = head_dim })
 end
 

@@ -187,7 +187,7 @@ local ring_op = grad.custom_op {
     return out, lse
   end,
   backward = function(ctx, g, dlse)
-    return backward(ctx.x, g or fn.zeros_like(ctx.x.q), dlse)
+    return backward(ctx.x, g or create.zeros_like(ctx.x.q), dlse)
   end,
 }
 

@@ -123,4 +123,10 @@ function sparse.prepare_adaptive(module, q, k, run)
   return call
 end
 
-return sparse
+--- @tparam function decoder of decode_blocks.lua
+-- @treturn table sparse
+return function(decoder)
+  --- What decodes a module row by row (record.decoder).
+  function sparse.decoder(module, head_dim) return decoder(module, pattern_of(module), head_dim) end
+  return sparse
+end

@@ -187,7 +187,7 @@ return function(registry, ring, sparse, masks)
   blocked(registry, "block_sparse", {
     doc = "another variant (of) in active blocks only: pattern = masks.local_window(512) + ..., or its text",
     options = sparse.options, example = { pattern = "random(0.5)", block = 16 },
-    prepare = sparse.prepare, blocks = sparse.statistics,
+    prepare = sparse.prepare, blocks = sparse.statistics, decoder = sparse.decoder,
   }, sparse.settle)
   config.define("sparse", function(given)
     return sparse.settle(schema.options("sparse", given, sparse.options))
@@ -198,7 +198,7 @@ return function(registry, ring, sparse, masks)
     options = { of = sparse.options.of, block = sparse.options.block, pattern = { type = "string" },
                 levels = { type = "table" } },
     example = { levels = { { stride = 16, window = 16 } }, block = 16 },
-    prepare = sparse.prepare, blocks = sparse.statistics,
+    prepare = sparse.prepare, blocks = sparse.statistics, decoder = sparse.decoder,
   }, function(o)
     if not o.levels and not o.pattern then
       schema.fail("attention", "levels is required by variant 'hierarchical'")

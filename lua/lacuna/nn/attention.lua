@@ -27,6 +27,7 @@ local grad = require "lacuna.grad"
 local base = require "lacuna.nn.module"
 local layers = require "lacuna.nn.layers"
 local KVCache = require("lacuna.nn.cache").KVCache
+local BlockCache = require("lacuna.nn.block_cache").BlockCache
 
 local ops, passed, transient = operators.fn, operators.passed, operators.transient
 local fail, show = schema.fail, schema.show
@@ -309,7 +310,8 @@ function Attention:cache(options)
     fail(OP .. ".cache",
       "only causal attention can be decoded row by row; make the module with causal = true")
   end
-  return KVCache{ decoder = self.attention:decoder(self.head_dim), batch = o.batch, keep = o.keep,
+  local kind = self.attention.record.blocks and BlockCache or KVCache
+  return kind{ decoder = self.attention:decoder(self.head_dim), batch = o.batch, keep = o.keep,
     rows = o.rows, heads = self.kv_heads, head_dim = self.head_dim,
     dtype = self.out.weight:dtype(), device = self.out.weight:device() }
 end
@@ -332,7 +334,7 @@ end
 -- @treturn Tensor [B, n, E]
 function Attention:decode(x, cache, counts)
   check_input("x", x, self.embed_dim)
-  if getmetatable(cache) ~= KVCache then
+  if not KVCache.is(cache) then
     fail(OP .. ".decode", "expected a cache made by self:cache{}, got %s", show(cache))
   end
   if x:size(1) ~= cache.batch then

@@ -191,6 +191,18 @@ local function check_new(self, q, k, v)
   end
 end
 
+--- Complaints about what attend is given.
+function Cache:check(q, k, v, counts)
+  check_new(self, q, k, v)
+  check_counts(self, counts, tonumber(k.c.shape[1]))
+end
+
+--- Is this a cache of one layer?
+function Cache.is(x)
+  local mt = type(x) == "table" and getmetatable(x)
+  return mt and (mt == Cache or rawget(mt, "__parent") == Cache) or false
+end
+
 local function advance(self, n, counts)
   local positions = {}
   for b = 1, self.batch do positions[b] = self.positions[b] + (counts and counts[b] or n) end
@@ -227,9 +239,8 @@ end
 --   results have no meaning
 -- @treturn Tensor out [B, n, H, D] @treturn Tensor lse [B, n, H]
 function Cache:attend(q, k, v, counts)
-  check_new(self, q, k, v)
+  self:check(q, k, v, counts)
   local n = tonumber(k.c.shape[1])
-  check_counts(self, counts, n)
   if nothing_in_reach(self) then return attend_directly(self, q, k, v, counts) end
   make_room(self, n)
   local rows, whole = 0, alike(self.positions, self.starts)
@@ -303,8 +314,9 @@ local function position_text(positions)
 end
 
 function Cache:__tostring()
-  return ("KVCache(%d x %d heads x %d, %s, %s, %s)"):format(self.batch, self.heads, self.head_dim,
-    device.dtype_name[self.dtype], position_text(self.positions), lib.bytes_text(self:bytes()))
+  return ("%s(%d x %d heads x %d, %s, %s, %s)"):format(getmetatable(self).__name, self.batch, self.heads,
+    self.head_dim, device.dtype_name[self.dtype], position_text(self.positions),
+    lib.bytes_text(self:bytes()))
 end
 
 -- ---- all layers of a model --------------------------------------------------------------------------------
@@ -314,7 +326,7 @@ local Model = class("ModelCache", nil, true)
 --- @tparam table layers a KVCache for each layer, of one batch size
 function Model:init(layers)
   for i, layer in ipairs(type(layers) == "table" and layers or {}) do
-    if getmetatable(layer) ~= Cache or layer.batch ~= layers[1].batch then
+    if not Cache.is(layer) or layer.batch ~= layers[1].batch then
       fail("ModelCache", "item %d must be a KVCache of the batch size of the first, got %s", i, show(layer))
     end
   end
