@@ -212,7 +212,7 @@ TSAN_ENV = LD_PRELOAD=$(call runtime,libtsan.so):$(dir $(LLVM_OMP))libomp.so.5 O
            TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66 LACUNA_LIBRARY=$(CURDIR)/$(BUILD)/tsan/lib/liblacuna.so \
            LACUNA_CHILDREN=plain LACUNA_SLOWNESS=10 OMP_NUM_THREADS=4 \
            LACUNA_STRESS_FLAGS=-fsanitize=thread$(,)-Xlinker$(,)--no-as-needed$(,)$(dir $(LLVM_OMP))libomp.so.5
-TSAN_SPECS = $(filter-out $(addprefix tests/,$(addsuffix _spec.lua,command experiments readme layers plot fuzz bench)),$(SPECS))
+TSAN_SPECS = $(filter-out $(addprefix tests/,$(addsuffix _spec.lua,command experiments readme layers plot fuzz bench queue)),$(SPECS))
 .PHONY: tsan
 tsan: all ## the suite and stress programs under ThreadSanitizer, four threads
 	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) libomp-dev"

@@ -14,7 +14,7 @@ local sys = require "lacuna.sys"
 
 local CUDA = { device = "cuda" }
 local fake = os.getenv "LACUNA_FAKE" == "1" -- the CPU pretends (queue_spec.lua): it has no faults to report
-local SIDE = fake and 32 or 2048 -- of matrices that keep a device busy
+local SIDE = fake and 32 or 4096 -- of matrices that keep a device busy
 
 -- some milliseconds of work on the device
 local function busy(x)
