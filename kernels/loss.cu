@@ -150,8 +150,19 @@ __global__ void __launch_bounds__(LOSS_THREADS)
 /* ---- the same for dense rows and classes as targets, without smoothing ---- */
 
 enum { LOSS_GROUP = 8 }; /* neighbours that a thread takes at once */
-template <class T> struct alignas(16) loss_group {
-    T at[LOSS_GROUP];
+template <class T> struct loss_group {
+    enum { N = 16 / sizeof(T) };
+    row_access<T, N> part[LOSS_GROUP / N];
+    __device__ __forceinline__ void get(float (&v)[LOSS_GROUP]) const
+    {
+#pragma unroll
+        for (int p = 0; p < LOSS_GROUP / N; p++) row_unpack<T, N>(part[p], *(float(*)[N])(v + p * N));
+    }
+    __device__ __forceinline__ void put(const float (&v)[LOSS_GROUP])
+    {
+#pragma unroll
+        for (int p = 0; p < LOSS_GROUP / N; p++) part[p] = row_pack<T, N>(*(const float(*)[N])(v + p * N));
+    }
 };
 
 /* of a half type the result is rounded a thousand times more coarsely than ex2 is wrong */
@@ -170,7 +181,7 @@ template <class T>
 __global__ void __launch_bounds__(LOSS_THREADS, 2)
     loss_dense(loss_rows<T> a, loss_target<float> t, lac_cuda_reporter bad)
 {
-    constexpr int FLIGHT = 2;
+    constexpr int FLIGHT = sizeof(T) == 2 ? 4 : 2;
     __shared__ float space[LOSS_THREADS / 32];
     __shared__ double wide_space[LOSS_THREADS / 32];
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
@@ -185,12 +196,14 @@ __global__ void __launch_bounds__(LOSS_THREADS, 2)
             for (int u = 0; u < FLIGHT; u++)
                 if (c + u * LOSS_THREADS < groups) raw[u] = x[c + u * LOSS_THREADS];
 #pragma unroll
-            for (int u = 0; u < FLIGHT; u++)
+            for (int u = 0; u < FLIGHT; u++) {
+                raw[u].get(v[u]);
 #pragma unroll
                 for (int i = 0; i < LOSS_GROUP; i++) {
-                    v[u][i] = c + u * LOSS_THREADS < groups ? to_compute(raw[u].at[i]) : -INFINITY;
+                    v[u][i] = c + u * LOSS_THREADS < groups ? v[u][i] : -INFINITY;
                     top = fmaxf(top, v[u][i]);
                 }
+            }
             float shift = top > -INFINITY ? top : 0;
             if (top > most) sum *= (double)expf(most - shift);
             most = top;
@@ -218,6 +231,7 @@ template <class T, class U>
 __global__ void __launch_bounds__(LOSS_THREADS)
     gradient_dense(loss_rows<T> a, loss_target<float> t, U *y, lac_cuda_reporter bad)
 {
+    constexpr int FLIGHT = 2;
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
         const loss_group<T> *x = (const loss_group<T> *)(a.logits + r * a.row_stride);
         loss_group<U> *out = (loss_group<U> *)(y + r * a.n);
@@ -226,17 +240,27 @@ __global__ void __launch_bounds__(LOSS_THREADS)
         if (outside && k != t.ignore && threadIdx.x == 0) bad.report(row, k);
         float lse = a.lse[row], scale = dead ? 0 : a.g[row * a.g_stride] * (t.weight ? t.weight[k] : 1);
         int groups = (int)(a.n / LOSS_GROUP), hit = dead ? -1 : (int)(k / LOSS_GROUP), at = (int)(k % LOSS_GROUP);
-#pragma unroll 2
-        for (int c = threadIdx.x; c < groups; c += LOSS_THREADS) {
-            loss_group<T> raw = x[c];
-            loss_group<U> result;
+        for (int c = threadIdx.x; c < groups; c += FLIGHT * LOSS_THREADS) {
+            loss_group<T> raw[FLIGHT];
 #pragma unroll
-            for (int i = 0; i < LOSS_GROUP; i++) {
-                float p = loss_exp<U>(to_compute(raw.at[i]) - lse);
-                if (c == hit && i == at) p -= 1;
-                result.at[i] = from_compute<U>(dead ? 0 : p * scale);
+            for (int u = 0; u < FLIGHT; u++)
+                if (c + u * LOSS_THREADS < groups) raw[u] = x[c + u * LOSS_THREADS];
+#pragma unroll
+            for (int u = 0; u < FLIGHT; u++) {
+                int group = c + u * LOSS_THREADS;
+                float v[LOSS_GROUP];
+                loss_group<U> result;
+                if (group >= groups) break;
+                raw[u].get(v);
+#pragma unroll
+                for (int i = 0; i < LOSS_GROUP; i++) {
+                    v[i] = loss_exp<U>(v[i] - lse);
+                    if (group == hit && i == at) v[i] -= 1;
+                    v[i] = dead ? 0 : v[i] * scale;
+                }
+                result.put(v);
+                out[group] = result;
             }
-            out[c] = result;
         }
     }
 }

@@ -8,21 +8,13 @@
  * dgamma and dbeta in registers; the blocks' shares are added in order by a second kernel. No atomics. rmsnorm is
  * layernorm with a mean of 0.
  */
-#include "lists.cuh"
-#include "rows.cuh"
+#include "norm.cuh"
 
 static __device__ __forceinline__ float exponential(float x) { return expf(x); }
 static __device__ __forceinline__ double exponential(double x) { return exp(x); }
 static __device__ __forceinline__ float logarithm_of(float x) { return logf(x); }
 static __device__ __forceinline__ double logarithm_of(double x) { return log(x); }
-static __device__ __forceinline__ float root(float x) { return sqrtf(x); }
-static __device__ __forceinline__ double root(double x) { return sqrt(x); }
 template <class C> __device__ __forceinline__ C infinity() { return (C)INFINITY; }
-
-/* the rows of this thread; every thread of a block has as many, because blocks hold one row or rows of one warp each */
-#define NEXT_ROWS(ROW, rows)                                                                                           \
-    for (int64_t r = (int64_t)blockIdx.x * (row_threads<ROW> / ROW) + threadIdx.x / ROW; r < rows;                     \
-         r += (int64_t)gridDim.x * (row_threads<ROW> / ROW))
 
 /* ---- softmax along the last axis ---- */
 
@@ -31,10 +23,6 @@ struct softmax_args {
     int64_t rows, n, x_stride, g_stride;
     bool logarithm;
 };
-
-/* registers that a thread needs beside its elements */
-enum { ROW_REGISTERS = 42 };
-template <class T, int KEEP> inline constexpr int forward_registers = KEEP *(int)sizeof(T) / 4 + ROW_REGISTERS;
 
 template <class T, int ROW, int N, int KEEP>
 __global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(KEEP + ROW_REGISTERS + 14) : 1)
@@ -187,14 +175,14 @@ static int softmax_run(const char *op, const lac_view *x, const lac_view *g, con
             with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
                 constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
                 softmax_bwd_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
-                    <<<blocks_filling(a.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(
+                    <<<blocks_filling(a.rows, threads / ROW, 64), threads, 0, lac_cuda_stream>>>(
                         a, (const T *)x->data, (const T *)g->data, (T *)out->data);
             });
         else
             with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
                 constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
                 softmax_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
-                    <<<blocks_filling(a.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(a, (const T *)x->data,
+                    <<<blocks_filling(a.rows, threads / ROW, 64), threads, 0, lac_cuda_stream>>>(a, (const T *)x->data,
                                                                                                  (T *)out->data);
             });
         return lac_cuda_launched(op);
@@ -258,12 +246,6 @@ __global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(forwa
     }
 }
 
-/* absent, or readable 16 bytes at a time */
-static bool parameters_dense(const lac_view *v)
-{
-    return !v->data || (v->stride[0] == 1 && (uintptr_t)v->data % 16 == 0);
-}
-
 static int norm_run(const char *op, const lac_a_layernorm *a)
 {
     int last = a->x.ndim - 1;
@@ -288,7 +270,7 @@ static int norm_run(const char *op, const lac_a_layernorm *a)
         with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
             constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
             layernorm_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
-                <<<blocks_filling(j.rows, threads / ROW, 32), threads, 0, lac_cuda_stream>>>(
+                <<<blocks_filling(j.rows, threads / ROW, 64), threads, 0, lac_cuda_stream>>>(
                     j, (const T *)a->x.data, (const T *)a->gamma.data, (const T *)a->beta.data, (T *)a->out.data,
                     (C *)a->mean.data, (C *)a->rstd.data);
         });
@@ -303,32 +285,6 @@ extern "C" int lac_cuda_rmsnorm(const lac_a_rmsnorm *a)
     lac_a_layernorm l = {};
     l.x = a->x, l.gamma = a->gamma, l.out = a->out, l.rstd = a->rstd, l.eps = a->eps;
     return norm_run("rmsnorm", &l);
-}
-
-/* registers of a thread: its shares of dgamma and dbeta, x, g and gamma as they are stored */
-template <class T, int KEEP>
-inline constexpr int backward_registers = 2 * KEEP + 3 * KEEP *(int)sizeof(T) / 4 + ROW_REGISTERS;
-template <class T, int ROW, int KEEP>
-inline constexpr int backward_blocks = KEEP ? row_blocks<ROW>(backward_registers<T, KEEP>) : 1;
-
-/* share[i], n apart: the block's sums of v over its rows' threads that have the same columns */
-template <int ROW, int N, int KEEP, class C>
-__device__ __forceinline__ void store_share(C (&v)[KEEP], C *share, int64_t n, C *space)
-{
-    constexpr int TEAMS = row_threads<ROW> / ROW;
-    int team = threadIdx.x / ROW, lane = threadIdx.x % ROW;
-    for (int t = TEAMS - 1; t >= 0; t--) { /* each adds those after it; the first has all */
-        if (team == t) {
-#pragma unroll
-            for (int k = 0; k < KEEP; k++) {
-                if (t < TEAMS - 1) v[k] += space[k * ROW + lane];
-                int i = (k / N * ROW + lane) * N + k % N;
-                if (t > 0) space[k * ROW + lane] = v[k];
-                else if (i < (int)n) share[i] = v[k];
-            }
-        }
-        if (TEAMS > 1) __syncthreads();
-    }
 }
 
 /* dx, and for KEEP the block's shares of dgamma and dbeta: share[block][2][n] */
@@ -349,9 +305,19 @@ __global__ void __launch_bounds__(row_threads<ROW>, backward_blocks<T, ROW, KEEP
 #pragma unroll
         for (int i = 0; i < N; i++) p[i] *= d[i];
     };
-    NEXT_ROWS(ROW, a.rows)
-    {
-        row<T, ROW, N, KEEP> v(x + a.x.offset(r), a.n, a.x_stride), w(g + a.g.offset(r), a.n, a.g_stride);
+    typedef row<T, ROW, N, KEEP> values;
+    /* of a half type the next row is on its way while this one is worked on: there are too few warps to hide it */
+    constexpr bool AHEAD = KEEP > 0 && sizeof(T) == 2;
+    auto at = [&](int64_t r, const T *from, const view_walk &walk, int64_t stride) {
+        return values(r < a.rows ? from + walk.offset(r) : from, r < a.rows ? a.n : 0, stride);
+    };
+    int64_t start = (int64_t)blockIdx.x * (row_threads<ROW> / ROW) + threadIdx.x / ROW;
+    int64_t step = (int64_t)gridDim.x * (row_threads<ROW> / ROW);
+    values next_x = at(AHEAD ? start : a.rows, x, a.x, a.x_stride),
+           next_g = at(AHEAD ? start : a.rows, g, a.g, a.g_stride);
+    for (int64_t r = start; r < a.rows; r += step) {
+        values v = AHEAD ? next_x : at(r, x, a.x, a.x_stride), w = AHEAD ? next_g : at(r, g, a.g, a.g_stride);
+        if (AHEAD) next_x = at(r + step, x, a.x, a.x_stride), next_g = at(r + step, g, a.g, a.g_stride);
         C m = a.centred ? mean[r] : C(0), s = rstd[r], sum = 0, dot = 0;
         v.groups([&](C(&e)[N], int64_t first, int k) {
             C d[N], p[N];
@@ -404,30 +370,6 @@ __global__ void __launch_bounds__(THREADS) layernorm_shares(norm_args a, const T
         share[blockIdx.y * 2 * a.n + i] = dgamma;
         share[blockIdx.y * 2 * a.n + a.n + i] = dbeta;
     }
-}
-
-/* 32 columns a block, 32 threads deep */
-enum { COMBINE = 1024 };
-template <class T>
-__global__ void __launch_bounds__(COMBINE)
-    layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share, T *dgamma, T *dbeta)
-{
-    __shared__ double space[COMBINE / 32][32];
-    int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
-    int64_t i = (int64_t)blockIdx.x * 32 + tx;
-    const compute_t<T> *from = share + (blockIdx.y ? n : 0);
-    T *out = blockIdx.y ? dbeta : dgamma;
-    if (!out) return;
-    double s = 0;
-#pragma unroll 8
-    for (int64_t p = ty; p < parts; p += COMBINE / 32)
-        if (i < n) s += (double)from[p * 2 * n + i];
-    space[ty][tx] = s;
-    __syncthreads();
-    if (ty || i >= n) return;
-#pragma unroll
-    for (int w = 1; w < COMBINE / 32; w++) s += space[w][tx];
-    out[i] = from_compute<T>((compute_t<T>)s);
 }
 
 static int norm_bwd_run(const char *op, const lac_a_layernorm_bwd *a)

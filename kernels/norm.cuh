@@ -1,0 +1,76 @@
+/* norm.cuh: registers and blocks of normalisations, and sums of their parameters' gradients over rows (norm.cu). */
+#ifndef LAC_CUDA_NORM_CUH
+#define LAC_CUDA_NORM_CUH
+#include "lists.cuh"
+#include "rows.cuh"
+
+static __device__ __forceinline__ float root(float x) { return sqrtf(x); }
+static __device__ __forceinline__ double root(double x) { return sqrt(x); }
+/* the rows of this thread; every thread of a block has as many, because blocks hold one row or rows of one warp each */
+#define NEXT_ROWS(ROW, rows)                                                                                           \
+    for (int64_t r = (int64_t)blockIdx.x * (row_threads<ROW> / ROW) + threadIdx.x / ROW; r < rows;                     \
+         r += (int64_t)gridDim.x * (row_threads<ROW> / ROW))
+
+/* registers that a thread needs beside its elements */
+enum { ROW_REGISTERS = 42 };
+template <class T, int KEEP> inline constexpr int forward_registers = KEEP *(int)sizeof(T) / 4 + ROW_REGISTERS;
+
+/* registers of a thread: its shares of dgamma and dbeta, x, g and gamma as they are stored; of a half type x and g of
+ * the next row too */
+template <class T, int KEEP>
+inline constexpr int backward_registers = 2 * KEEP +
+                                          (sizeof(T) == 2 ? 5 : 3) * KEEP *(int)sizeof(T) / 4 + ROW_REGISTERS;
+template <class T, int ROW, int KEEP>
+inline constexpr int backward_blocks = KEEP ? row_blocks<ROW>(backward_registers<T, KEEP>) : 1;
+
+/* share[i], n apart: the block's sums of v over its rows' threads that have the same columns */
+template <int ROW, int N, int KEEP, class C>
+__device__ __forceinline__ void store_share(C (&v)[KEEP], C *share, int64_t n, C *space)
+{
+    constexpr int TEAMS = row_threads<ROW> / ROW;
+    int team = threadIdx.x / ROW, lane = threadIdx.x % ROW;
+    for (int t = TEAMS - 1; t >= 0; t--) { /* each adds those after it; the first has all */
+        if (team == t) {
+#pragma unroll
+            for (int k = 0; k < KEEP; k++) {
+                if (t < TEAMS - 1) v[k] += space[k * ROW + lane];
+                int i = (k / N * ROW + lane) * N + k % N;
+                if (t > 0) space[k * ROW + lane] = v[k];
+                else if (i < (int)n) share[i] = v[k];
+            }
+        }
+        if (TEAMS > 1) __syncthreads();
+    }
+}
+
+/* 32 columns a block, 32 threads deep */
+enum { COMBINE = 1024 };
+template <class T>
+__global__ void __launch_bounds__(COMBINE)
+    layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share, T *dgamma, T *dbeta)
+{
+    __shared__ double space[COMBINE / 32][32];
+    int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
+    int64_t i = (int64_t)blockIdx.x * 32 + tx;
+    const compute_t<T> *from = share + (blockIdx.y ? n : 0);
+    T *out = blockIdx.y ? dbeta : dgamma;
+    if (!out) return;
+    double s = 0;
+#pragma unroll 8
+    for (int64_t p = ty; p < parts; p += COMBINE / 32)
+        if (i < n) s += (double)from[p * 2 * n + i];
+    space[ty][tx] = s;
+    __syncthreads();
+    if (ty || i >= n) return;
+#pragma unroll
+    for (int w = 1; w < COMBINE / 32; w++) s += space[w][tx];
+    out[i] = from_compute<T>((compute_t<T>)s);
+}
+
+/* absent, or readable 16 bytes at a time */
+static inline bool parameters_dense(const lac_view *v)
+{
+    return !v->data || (v->stride[0] == 1 && (uintptr_t)v->data % 16 == 0);
+}
+
+#endif
