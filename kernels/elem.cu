@@ -44,6 +44,8 @@ CASE(0, ANY, F_mul(y, z))
 SELECT_END
 // clang-format on
 
+static constexpr quick_entry quick_axpy_list[] = {{1, QUICK_BOTH}};
+
 KERNELS(map1, 1)
 KERNELS(map2, 2)
 KERNELS(mapp, 1)
@@ -51,6 +53,7 @@ KERNELS(map3, 3)
 KERNELS(axpy, 3)
 QUICK_KERNELS(map1, 1, quick_map1_list)
 QUICK_KERNELS(map2, 2, quick_map2_list)
+QUICK_KERNELS(axpy, 3, quick_axpy_list)
 
 /* ---- launching ---- */
 
@@ -84,8 +87,8 @@ int elem_launch(const char *op, const operands &o, int fn, map_kernel *quick, ma
     a.out = n.data[0];
     for (int k = 0; k < o.inputs; k++) a.in[k] = n.data[k + 1];
     if (dense_fits(n, o, &a)) {
-        if (n.total == 1) quick = NULL;                                    /* where one element is a scalar too */
-        int64_t vectors = o.inputs > 2 || (quick && o.inputs > 1) ? 2 : 4; /* quick_vectors, dense_vectors */
+        if (n.total == 1) quick = NULL;                                 /* where one element is a scalar too */
+        int64_t vectors = quick ? QUICK_VECTORS : o.inputs > 2 ? 2 : 4; /* dense_vectors */
         int64_t per_turn = THREADS * vectors * (16 / dtype_bytes(a.dtype));
         map_kernel *kernel = quick ? quick : dense;
         kernel<<<blocks_for(n.total, per_turn), THREADS, 0, lac_cuda_stream>>>(a);
@@ -138,5 +141,6 @@ extern "C" int lac_cuda_axpy(const lac_a_axpy *a)
 {
     const lac_view *x = a->x.data ? &a->x : &a->dst;
     operands o = {{&a->dst, x, x, &a->dst}, 3, 1, a->alpha};
-    return LAUNCH_ANY("axpy", axpy, a->x.data != NULL, NULL, o);
+    int fn = a->x.data != NULL;
+    return LAUNCH_ANY("axpy", axpy, fn, axpy_quick(fn, a->dst.dtype), o);
 }

@@ -25,7 +25,7 @@ enum { INPUTS = 4, GROUP = 8 /* elements that a thread computes at once */ };
  * of either hides more latency, and both cost registers */
 template <int I> inline constexpr int dense_vectors = I > 2 ? 2 : 4;
 template <int I> inline constexpr int dense_blocks = I > 2 ? 3 : 4;
-template <int I> inline constexpr int quick_vectors = I > 1 ? 2 : 4; /* of the kernels of one function */
+enum { QUICK_VECTORS = 2 }; /* of the kernels of one function */
 
 struct map_args;
 typedef void map_kernel(map_args);
@@ -200,7 +200,7 @@ template <int I, int VECTORS, class S> __device__ __forceinline__ void dense_loo
  * whether an input is a repeated scalar. */
 template <int DTYPE, int I, class S> __device__ __forceinline__ void quick_loop(const map_args &a, S select)
 {
-    constexpr int PER = DTYPE == LAC_F32 ? 4 : 8, BYTES = 16 / PER, VECTORS = quick_vectors<I>;
+    constexpr int PER = DTYPE == LAC_F32 ? 4 : 8, BYTES = 16 / PER, VECTORS = QUICK_VECTORS;
     int64_t begin = (int64_t)blockIdx.x * (THREADS * VECTORS), first = begin + threadIdx.x;
     float fixed[I], v[INPUTS][PER] = {}, y[GROUP] = {};
 #pragma unroll
