@@ -36,6 +36,12 @@ typedef struct { int fn, dim; lac_view x, y, g, dx; } lac_a_scan_bwd;
 typedef struct { lac_view a, b, bias, out; } lac_a_matmul; /* batch axes expanded; bias.data may be NULL */
 typedef struct { lac_view x, gamma, beta, out, mean, rstd; double eps; } lac_a_layernorm;
 typedef struct { lac_view x, gamma, mean, rstd, g, dx, dgamma, dbeta; } lac_a_layernorm_bwd;
+typedef struct { lac_view x, h, gamma, beta, sum, out, mean, rstd; double eps, p; uint64_t seed, offset; } lac_a_residual_norm;
+typedef struct { /* g_sum.data NULL: 0; dh.data NULL: dx (p is 0) */
+    lac_view sum, gamma, mean, rstd, g, g_sum, dx, dh, dgamma, dbeta;
+    double p;
+    uint64_t seed, offset;
+} lac_a_residual_norm_bwd;
 typedef struct { lac_view x, gamma, out, rstd; double eps; } lac_a_rmsnorm;
 typedef struct { lac_view x, gamma, rstd, g, dx, dgamma; } lac_a_rmsnorm_bwd;
 typedef struct { lac_view x, w, bias, out; int64_t stride, dilation, before; } lac_a_conv1d; /* bias.data may be NULL */

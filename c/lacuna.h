@@ -203,6 +203,16 @@ int lac_layernorm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor
 int lac_layernorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *mean, const lac_tensor *rstd,
                       const lac_tensor *g, lac_tensor *dx, lac_tensor *dgamma, lac_tensor *dbeta);
 
+/* sum = x + dropout(h), out = layernorm(sum), in one pass where the device has a kernel for it; the dropout's bits are
+ * those of lac_dropout. p 0: no dropout. The sum is saved for the backward. */
+int lac_residual_norm(const lac_tensor *x, const lac_tensor *h, const lac_tensor *gamma, const lac_tensor *beta,
+                      double eps, double p, uint64_t seed, uint64_t offset, lac_tensor *sum, lac_tensor *out,
+                      lac_tensor *mean, lac_tensor *rstd);
+/* g: gradient of out; g_sum: of sum, or NULL; dh may be NULL if p is 0, it is dx then; dgamma and dbeta may be NULL */
+int lac_residual_norm_bwd(const lac_tensor *sum, const lac_tensor *gamma, const lac_tensor *mean, const lac_tensor *rstd,
+                          const lac_tensor *g, const lac_tensor *g_sum, double p, uint64_t seed, uint64_t offset,
+                          lac_tensor *dx, lac_tensor *dh, lac_tensor *dgamma, lac_tensor *dbeta);
+
 /* x / sqrt(mean(x^2) + eps) gamma over the last axis; gamma [E] may be NULL; rstd [rows] is saved; dgamma may be NULL */
 int lac_rmsnorm(const lac_tensor *x, const lac_tensor *gamma, double eps, lac_tensor *out, lac_tensor *rstd);
 int lac_rmsnorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *rstd, const lac_tensor *g, lac_tensor *dx,

@@ -126,6 +126,78 @@ int lac_layernorm_bwd(const lac_tensor *x, const lac_tensor *gamma, const lac_te
     return 0;
 }
 
+/* t has x's shape, dtype and device */
+static int like_get(const char *op, const char *x_name, const lac_tensor *x, const char *name, const lac_tensor *t,
+                    lac_view *v)
+{
+    LAC_TRY(lac_view_get(op, name, t, v));
+    LAC_TRY(lac_same_dtype(op, x_name, x, name, t));
+    LAC_TRY(lac_same_device(op, x_name, x, name, t));
+    return lac_same_shape(op, x_name, x, name, t);
+}
+
+static int probability_check(const char *op, double p)
+{
+    if (!(p >= 0 && p < 1)) LAC_FAIL(ARGUMENT, "%s: the probability must be in [0, 1), got %g", op, p);
+    return 0;
+}
+
+int lac_residual_norm(const lac_tensor *x, const lac_tensor *h, const lac_tensor *gamma, const lac_tensor *beta,
+                      double eps, double p, uint64_t seed, uint64_t offset, lac_tensor *sum, lac_tensor *out,
+                      lac_tensor *mean, lac_tensor *rstd)
+{
+    const char *op = "residual_norm";
+    lac_a_residual_norm a = {.eps = eps, .p = p, .seed = seed, .offset = offset};
+    int64_t rows;
+    LAC_OUT(op, "sum", sum);
+    LAC_OUT(op, "out", out);
+    LAC_OUT(op, "mean", mean);
+    LAC_OUT(op, "rstd", rstd);
+    LAC_TRY(rows_get(op, x, &a.x, &rows));
+    LAC_TRY(like_get(op, "x", x, "h", h, &a.h));
+    LAC_TRY(vector_get(op, "gamma", gamma, x, &a.gamma));
+    LAC_TRY(vector_get(op, "beta", beta, x, &a.beta));
+    LAC_TRY(probability_check(op, p));
+    if (!(eps > 0 && isfinite(eps))) LAC_FAIL(ARGUMENT, "%s: eps must be positive and finite, got %g", op, eps);
+    int stat = lac_front_stat_dtype(x->dtype);
+    LAC_TRY(lac_tensor_new(op, x->dtype, x->device, x->ndim, x->shape, sum, &a.sum));
+    LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, x->ndim, x->shape, out, &a.out), sum);
+    LAC_TRY_OUT(lac_tensor_new(op, stat, x->device, 1, &rows, mean, &a.mean), sum, out);
+    LAC_TRY_OUT(lac_tensor_new(op, stat, x->device, 1, &rows, rstd, &a.rstd), sum, out, mean);
+    LAC_RUN_OUT(residual_norm, x->device, &a, sum, out, mean, rstd);
+    return 0;
+}
+
+int lac_residual_norm_bwd(const lac_tensor *sum, const lac_tensor *gamma, const lac_tensor *mean,
+                          const lac_tensor *rstd, const lac_tensor *g, const lac_tensor *g_sum, double p, uint64_t seed,
+                          uint64_t offset, lac_tensor *dx, lac_tensor *dh, lac_tensor *dgamma, lac_tensor *dbeta)
+{
+    const char *op = "residual_norm_bwd";
+    lac_a_residual_norm_bwd a = {.p = p, .seed = seed, .offset = offset};
+    int64_t rows;
+    LAC_OUT(op, "dx", dx);
+    if (dh) dh->storage = NULL;
+    if (dgamma) dgamma->storage = NULL;
+    if (dbeta) dbeta->storage = NULL;
+    LAC_TRY(rows_get(op, sum, &a.sum, &rows));
+    LAC_TRY(vector_get(op, "gamma", gamma, sum, &a.gamma));
+    LAC_TRY(stat_get(op, "mean", mean, sum, rows, &a.mean));
+    LAC_TRY(stat_get(op, "rstd", rstd, sum, rows, &a.rstd));
+    LAC_TRY(like_get(op, "sum", sum, "g", g, &a.g));
+    if (g_sum) LAC_TRY(like_get(op, "sum", sum, "g_sum", g_sum, &a.g_sum));
+    LAC_TRY(probability_check(op, p));
+    if ((p > 0) != (dh != NULL))
+        LAC_FAIL(ARGUMENT, "%s: dh is a tensor of its own if and only if there is dropout, p is %g", op, p);
+    if (dgamma && !gamma) LAC_FAIL(ARGUMENT, "%s: dgamma was asked for, but there is no gamma", op);
+    const int64_t *width = &sum->shape[sum->ndim - 1];
+    LAC_TRY(lac_tensor_new(op, sum->dtype, sum->device, sum->ndim, sum->shape, dx, &a.dx));
+    if (dh) LAC_TRY_OUT(lac_tensor_new(op, sum->dtype, sum->device, sum->ndim, sum->shape, dh, &a.dh), dx);
+    if (dgamma) LAC_TRY_OUT(lac_tensor_new(op, sum->dtype, sum->device, 1, width, dgamma, &a.dgamma), dx, dh);
+    if (dbeta) LAC_TRY_OUT(lac_tensor_new(op, sum->dtype, sum->device, 1, width, dbeta, &a.dbeta), dx, dh, dgamma);
+    LAC_RUN_OUT(residual_norm_bwd, sum->device, &a, dx, dh, dgamma, dbeta);
+    return 0;
+}
+
 int lac_rmsnorm(const lac_tensor *x, const lac_tensor *gamma, double eps, lac_tensor *out, lac_tensor *rstd)
 {
     lac_a_rmsnorm a = {.eps = eps};

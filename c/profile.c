@@ -120,6 +120,10 @@ COST(layernorm, lac_a_layernorm, .flops = 8.0 * all(&a->out),
      .bytes = BYTES(&a->x, &a->gamma, &a->beta, &a->out, &a->mean, &a->rstd))
 COST(layernorm_bwd, lac_a_layernorm_bwd, .flops = 13.0 * all(&a->x),
      .bytes = BYTES(&a->x, &a->gamma, &a->mean, &a->rstd, &a->g, &a->dx, &a->dgamma, &a->dbeta))
+COST(residual_norm, lac_a_residual_norm, .flops = 10.0 * all(&a->out),
+     .bytes = BYTES(&a->x, &a->h, &a->gamma, &a->beta, &a->sum, &a->out, &a->mean, &a->rstd))
+COST(residual_norm_bwd, lac_a_residual_norm_bwd, .flops = 15.0 * all(&a->dx),
+     .bytes = BYTES(&a->sum, &a->gamma, &a->mean, &a->rstd, &a->g, &a->g_sum, &a->dx, &a->dh, &a->dgamma, &a->dbeta))
 COST(rmsnorm, lac_a_rmsnorm, .flops = 5.0 * all(&a->out), .bytes = BYTES(&a->x, &a->gamma, &a->out, &a->rstd))
 COST(rmsnorm_bwd, lac_a_rmsnorm_bwd, .flops = 10.0 * all(&a->x),
      .bytes = BYTES(&a->x, &a->gamma, &a->rstd, &a->g, &a->dx, &a->dgamma))

@@ -138,6 +138,45 @@ describe("cuda at size #gpu", function()
     end)
   end
 
+  it("residual_norm gives the numbers, dropout and gradients of its three parts, to the bit", function()
+    for _, width in ipairs{ 8, 248, 768, 1024, 3072, 8192, 8200, 771 } do
+      for _, dtype in ipairs{ "f64", "f32", "bf16", "f16" } do
+        for _, p in ipairs{ 0, 0.3 } do
+          local function run(joined)
+            lac.manual_seed(3)
+            local function draw(...)
+              return lac.randn({ ... }, { dtype = dtype, device = "cuda", grad = true })
+            end
+            local x, h, gain, bias = draw(301, width), draw(301, width), draw(width), draw(width)
+            local a, b = draw(301, width):detach(), draw(301, width):detach()
+            local sum, out
+            if joined then
+              sum, out = lac.residual_norm(x, h, gain, bias, { p = p })
+            else
+              sum = x + lac.dropout(h, p)
+              out = lac.layernorm(sum, gain, bias)
+            end
+            local list = lac.grad({ sum, out }, { x, h, gain, bias }, { grad_outputs = { a, b } })
+            list[5], list[6] = sum:detach(), out:detach()
+            return list
+          end
+          lac.scope(function()
+            local apart, joined = run(false), run(true)
+            for i, t in ipairs(apart) do
+              local same = lac.equal(t, joined[i])
+              if i == 3 or i == 4 then -- sums over rows: another number of blocks, another order
+                local scale = t:to{ dtype = "f64" }:abs():max():item()
+                local far = (t:to{ dtype = "f64" } - joined[i]:to{ dtype = "f64" }):abs():max():item()
+                same = far <= 2 * cases.epsilon(dtype) * scale
+              end
+              assert.is_true(same, ("width %d, %s, p %g, %d"):format(width, dtype, p, i))
+            end
+          end)
+        end
+      end
+    end
+  end)
+
   it("bf16, and f16 with a scaler, train as f32 does", function()
     local function last_loss(dtype)
       lac.manual_seed(2)

@@ -70,6 +70,39 @@ describe("nn modules", function()
       tostring(net))
   end)
 
+  it("has a residual norm with the numbers, dropout and gradients of its three parts", function()
+    for _, p in ipairs{ 0, 0.3 } do
+      for _, dtype in ipairs{ "f64", "f32", "bf16" } do
+        local function run(joined)
+          lac.manual_seed(3)
+          local function draw(...) return lac.randn({ ... }, { dtype = dtype, grad = true }) end
+          local x, h, gain, bias = draw(5, 3, 8), draw(5, 3, 8), draw(8), draw(8)
+          local a, b = draw(5, 3, 8):detach(), draw(5, 3, 8):detach()
+          local sum, out
+          if joined then
+            sum, out = lac.residual_norm(x, h, gain, bias, { p = p })
+          else
+            sum = x + lac.dropout(h, p)
+            out = lac.layernorm(sum, gain, bias)
+          end
+          local list = lac.grad({ sum, out }, { x, h, gain, bias }, { grad_outputs = { a, b } })
+          list[5], list[6] = sum:detach(), out:detach()
+          return list
+        end
+        local apart, joined = run(false), run(true)
+        for i = 1, #apart do
+          assert.is_true(lac.equal(apart[i], joined[i]), ("p %g, %s, %d"):format(p, dtype, i))
+        end
+      end
+    end
+    local x = lac.randn{ 4, 6, grad = true }
+    local sum, out = lac.residual_norm(x, x * 2, nil, nil, { p = 0.5, training = false, eps = 1e-3 })
+    assert.is_true(lac.equal(sum, x * 3))
+    assert.is_true(lac.equal(out, lac.layernorm(sum, nil, nil, 1e-3)))
+    sum:sum():backward() -- the norm was not used
+    assert.is_true(lac.equal(x.grad, lac.full({ 4, 6 }, 3)))
+  end)
+
   it("compute their formulas", function()
     local m = nn.Linear(3, 2, { dtype = "f64" })
     local x = { { 1, 2, 3 }, { -1, 0.5, 0 } }

@@ -99,6 +99,7 @@ local function arrive(node, slot, g, fresh)
       more = {}
       node.more = more
     end
+    more.own = more[slot] ~= nil or (fresh and g.root == g)
     more[slot] = more[slot] and sum(more[slot], g) or g
   end
 end
@@ -232,6 +233,12 @@ local function settle_output(o, g)
   return g
 end
 
+-- the gradient of a second output, after a rule that hands on that of the first at most
+local function release_second(node, more)
+  local o = node.outputs[2]
+  if more and more.own and not (o.hooks or o.retains or walk.capture) then C.lac_tensor_release(more[2].c) end
+end
+
 -- Gradients of one node's outputs are complete: run its rule.
 local function process(node, retain, ready, top)
   local op, g, more, own, o = node.op, node.g, node.more, node.own, node.o
@@ -250,6 +257,7 @@ local function process(node, retain, ready, top)
     ga, gb, gc, gd = op.backward(node, g, more)
     -- dead now, unless somebody was shown it or the rule handed it on
     if own and not (op.alias or o.hooks or o.retains or walk.capture) then C.lac_tensor_release(g.c) end
+    if op.spends then release_second(node, more) end
   end
   if not retain then
     node.op, node.a, node.b = FREED, false, false
@@ -257,6 +265,8 @@ local function process(node, retain, ready, top)
     node.list, node.saved, node.ctx = nil, nil, nil
     -- every rule that could read this value has run; nobody else knows it (ops.transient)
     if node.transient and not (o.hooks or o.retains) then C.lac_tensor_release(o.c) end
+    local second = node.fleeting
+    if second and not (second.hooks or second.retains) then C.lac_tensor_release(second.c) end
   end
   if list then
     for i = 1, #list do top = deliver(op, list[i], ga and ga[i], ready, top) end

@@ -10,12 +10,13 @@
 -- chunk at a time, in both directions, which is what allows long sequences with a large vocabulary. `forward`
 -- gives logits when they are wanted. What an operator of a block has read and nobody else can see is given
 -- back at once or by the backward (ops.transient). Rejected after measuring a step of the demo's model on one
--- thread: gelu in the product's epilogue (1.0 ns an element from memory as from cache: nothing to save),
--- residual sums inside the norm that follows (all sums together are 0.8% of a step), one product for q, k and
--- v by default (`fused`: 3% slower, because each slice's gradient is a whole tensor). Costs are derived, not
--- guessed: attention from the plan's own count of (query, key) pairs, products from the shapes of the
--- parameters. decode() is forward for tokens that come a few at a time; keys and values of the earlier ones
--- are in a cache (cache.lua). generate() is in generate.lua, for every model that has cache and decode.
+-- thread: gelu in the product's epilogue (1.0 ns an element from memory as from cache: nothing to save), one
+-- pass for a residual sum and the norm that follows (the sums are 0.8% of a step; on CUDA it is one, see
+-- kernels/residual.cu), one product for q, k and v by default (`fused`: 3% slower, because each slice's
+-- gradient is a whole tensor). Costs are derived, not guessed: attention from the plan's own count of (query,
+-- key) pairs, products from the shapes of the parameters. decode() is forward for tokens that come a few at a
+-- time; keys and values of the earlier ones are in a cache (cache.lua). generate() is in generate.lua, for
+-- every model that has cache and decode.
 
 local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
@@ -116,16 +117,14 @@ function Block:init(options)
   self.dropout = layers.Dropout(o.dropout)
 end
 
--- x + dropout(part(norm(x))); of what lies between, only the rules know
-local function residual(self, x, norm, part, ...)
-  local normed = norm(x)
+-- x + dropout(part(normed)) and its norm, which the next part reads; what lies between, only the rules know
+local function join(self, x, normed, norm, part, ...)
   local out = part(normed, ...)
-  local dropped = self.dropout(out)
-  local sum = x + dropped
+  local sum, following = ops.residual_norm(x, out, norm.weight, norm.bias,
+    { p = self.dropout.p, training = self.dropout.training, eps = norm.eps })
   transient(normed, out, x)
-  passed(out, dropped, x)
-  passed(dropped, sum, x)
-  return sum
+  passed(out, sum, x)
+  return sum, following
 end
 
 --- @tparam Tensor x [B, N, E]
@@ -138,13 +137,19 @@ function Block:forward(x, options, memory, memory_options)
     fail("Block", self.has_cross and "the block has cross-attention and needs a memory [batch x rows x width]"
       or "the block has no cross-attention, but a memory was given")
   end
-  local y = residual(self, x, self.norm1, self.attention, nil, nil, options)
+  local second = memory and self.norm_cross or self.norm2
+  local y, normed = join(self, x, self.norm1(x), second, self.attention, nil, nil, options)
   if memory then
-    local crossed = residual(self, y, self.norm_cross, self.cross, memory, nil, memory_options)
+    local crossed, after = join(self, y, normed, self.norm2, self.cross, memory, nil, memory_options)
     transient(y, crossed, x)
-    y = crossed
+    y, normed = crossed, after
   end
-  local z = residual(self, y, self.norm2, self.ffn)
+  local out = self.ffn(normed)
+  local dropped = self.dropout(out)
+  local z = y + dropped
+  transient(normed, out, x)
+  passed(out, dropped, x)
+  passed(dropped, z, x)
   transient(y, z, x)
   return z
 end

@@ -4,7 +4,8 @@
 -- and as x:name(...). `backward(node, g)` returns the gradients of the inputs node.a, node.b, node.c, node.d
 -- (or a list, for node.list). `saves` names by letters which of them the rule reads ("abo": a, b and the
 -- output o); grad.lua refuses a backward whose saved tensors were changed in place. `alias = true` marks
--- rules that may return g itself or a view of it, so that grad.lua copies before it writes. A composite (no
+-- rules that may return g itself or a view of it, so that grad.lua copies before it writes; `spends = true`
+-- those of two outputs that never return the second one's gradient. A composite (no
 -- backward) is written with other operators and inherits their rules.
 --
 -- ops.internal is for the files of this package: helpers without gradients, and what one file of operators
@@ -81,7 +82,12 @@ function ops.transient(t, by, input)
   if t.root ~= t or by.root == t or (input and input.root == t) then return end
   local node = t.node
   if node then
-    if node.o == t and tape.enabled then node.transient = true end
+    if not tape.enabled then return end
+    if node.o == t then
+      node.transient = true
+    elseif node.outputs and node.outputs[t.slot] == t then
+      node.fleeting = t
+    end
   elseif not t.requires_grad and not by.requires_grad then
     C.lac_tensor_release(t.c)
   end

@@ -1,0 +1,240 @@
+/* residual.cu: a residual connection, its dropout and the layer norm that follows, in one pass over memory on CUDA.
+ *
+ * sum = x + dropout(h) and out = layernorm(sum) read two tensors and write two; the three operators apart read four and
+ * write three. The backward reads the sum and both gradients and writes that of x (and, with dropout, of h): three
+ * reads and a write or two instead of five and three. Values are rounded where the operators would round them, so
+ * results and gradients are theirs bit for bit (tests/cuda_shapes_spec.lua). Rows that rows.cuh keeps in registers have
+ * the kernel; f64, strides and longer rows run the operators in turn.
+ */
+#include "norm.cuh"
+#include "rng.h"
+
+struct residual_args {
+    int64_t rows, n;
+    float eps, p, scale;
+    uint64_t seed, offset;
+};
+
+/* what dropout makes of N neighbours, the first of which has number `at`; rounded to T */
+template <class T, int N> static __device__ __forceinline__ void drop(const residual_args &a, int64_t at, float (&v)[N])
+{
+#pragma unroll
+    for (int b = 0; b < N; b += 4) {
+        uint32_t word[4];
+        lac_philox(a.seed, a.offset, (uint64_t)(at + b) / 4, word);
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[b + i] = lac_rng_keep(word[i], a.p) ? v[b + i] * a.scale : 0;
+    }
+    row_unpack<T, N>(row_pack<T, N>(v), v);
+}
+
+template <class T, int ROW, int N, int KEEP>
+__global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(2 * forward_registers<T, KEEP> - ROW_REGISTERS))
+    residual_rows(residual_args a, const T *x, const T *h, const T *gamma, const T *beta, T *sum, T *out, float *mean,
+                  float *rstd)
+{
+    __shared__ float space[ROW_LONG / 32];
+    NEXT_ROWS(ROW, a.rows)
+    {
+        row<T, ROW, N, KEEP> v(x + r * a.n, a.n, 1), w(h + r * a.n, a.n, 1);
+        float total = 0, square = 0;
+#pragma unroll
+        for (int k = 0; k < KEEP / N; k++) {
+            int first = (k * ROW + v.lane) * N;
+            if (first >= (int)a.n) break;
+            float e[N], d[N];
+            row_unpack<T, N>(v.kept[k], e);
+            row_unpack<T, N>(w.kept[k], d);
+            if (a.p > 0) drop<T, N>(a, r * a.n + first, d);
+#pragma unroll
+            for (int i = 0; i < N; i++) e[i] += d[i];
+            v.kept[k] = row_pack<T, N>(e);
+            *(row_access<T, N> *)(sum + r * a.n + first) = v.kept[k];
+        }
+        v.each([&](float e, int64_t, int) { total += e; });
+        float m = row_sum<ROW>(total, space) * (1.0f / (float)a.n);
+        v.each([&](float e, int64_t, int) { square += (e - m) * (e - m); });
+        float s = 1.0f / root(row_sum<ROW>(square, space) / (float)a.n + a.eps);
+        v.store_groups(out + r * a.n, [&](float(&e)[N], int64_t first, int) {
+            float p[N];
+#pragma unroll
+            for (int i = 0; i < N; i++) e[i] = (e[i] - m) * s;
+            if (gamma) {
+                load_run<N>(gamma, first, 1, p);
+#pragma unroll
+                for (int i = 0; i < N; i++) e[i] *= p[i];
+            }
+            if (beta) {
+                load_run<N>(beta, first, 1, p);
+#pragma unroll
+                for (int i = 0; i < N; i++) e[i] += p[i];
+            }
+        });
+        if (threadIdx.x % ROW) continue;
+        mean[r] = m;
+        rstd[r] = s;
+    }
+}
+
+template <class T, int ROW, int KEEP>
+inline constexpr int residual_blocks = row_blocks<ROW>(backward_registers<T, KEEP> + (sizeof(T) == 2 ? 0 : KEEP));
+
+template <class T, int ROW, int N, int KEEP>
+__global__ void __launch_bounds__(row_threads<ROW>, residual_blocks<T, ROW, KEEP>)
+    residual_bwd_rows(residual_args a, const T *sum, const T *gamma, const float *mean, const float *rstd, const T *g,
+                      const T *g_sum, T *dx, T *dh, float *share)
+{
+    __shared__ float space[ROW == 32 ? KEEP * ROW : 2 * ROW_LONG / 32];
+    float dgamma[KEEP] = {}, dbeta[KEEP] = {}, share_of_mean = 1.0f / (float)a.n;
+    row<T, ROW, N, KEEP> fixed(gamma, gamma ? a.n : 0, 1);
+    auto product = [&](const float(&d)[N], int k, float(&p)[N]) {
+        for (int i = 0; i < N; i++) p[i] = 1;
+        if (gamma) fixed.group(0, k, p);
+        for (int i = 0; i < N; i++) p[i] *= d[i]; /* g gamma */
+    };
+    NEXT_ROWS(ROW, a.rows)
+    {
+        row<T, ROW, N, KEEP> v(sum + r * a.n, a.n, 1), w(g + r * a.n, a.n, 1), u(g_sum + r * a.n, g_sum ? a.n : 0, 1);
+        float m = mean[r], s = rstd[r], total = 0, dot = 0;
+        v.groups([&](float(&e)[N], int64_t first, int k) {
+            float d[N], p[N];
+            w.group(first, k, d);
+            product(d, k, p);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                float z = (e[i] - m) * s;
+                total += p[i];
+                dot += p[i] * z;
+                dgamma[k + i] += d[i] * z;
+                dbeta[k + i] += d[i];
+            }
+        });
+        row_sums<ROW>(&total, &dot, space);
+        total *= share_of_mean;
+        dot /= (float)a.n;
+        v.groups([&](float(&e)[N], int64_t first, int k) {
+            float d[N], p[N];
+            w.group(first, k, d);
+            product(d, k, p);
+#pragma unroll
+            for (int i = 0; i < N; i++) e[i] = s * (p[i] - total - (e[i] - m) * s * dot);
+            row_access<T, N> result = row_pack<T, N>(e);
+            if (g_sum) {
+                row_unpack<T, N>(result, e);
+                u.group(first, k, d);
+#pragma unroll
+                for (int i = 0; i < N; i++) e[i] += d[i];
+                result = row_pack<T, N>(e);
+            }
+            *(row_access<T, N> *)(dx + r * a.n + first) = result;
+            if (!dh) return;
+            row_unpack<T, N>(result, e);
+            drop<T, N>(a, r * a.n + first, e);
+            *(row_access<T, N> *)(dh + r * a.n + first) = row_pack<T, N>(e);
+        });
+    }
+    if (!share) return;
+    __syncthreads();
+    store_share<ROW, N, KEEP>(dgamma, share + (int64_t)blockIdx.x * 2 * a.n, a.n, space);
+    store_share<ROW, N, KEEP>(dbeta, share + (int64_t)blockIdx.x * 2 * a.n + a.n, a.n, space);
+}
+
+/* ---- launching ---- */
+
+static residual_args args_of(const lac_view *v, double eps, double p, uint64_t seed, uint64_t offset)
+{
+    int64_t n = v->shape[v->ndim - 1];
+    return {n ? numel(v) / n : 0, n, (float)eps, (float)p, (float)(1.0 / (1.0 - p)), seed, offset};
+}
+
+/* may the kernel run on these tensors (absent ones fit)? */
+static bool fits(const lac_view *const *list, int count, const lac_view *gamma, const lac_view *beta)
+{
+    const lac_view *first = list[0];
+    int64_t vector = 16 / dtype_bytes(first->dtype), n = first->shape[first->ndim - 1];
+    bool ok = first->dtype != LAC_F64 && n % vector == 0 && n <= ROW_KEPT && parameters_dense(gamma);
+    if (beta) ok = ok && parameters_dense(beta);
+    for (int i = 0; i < count; i++)
+        ok = ok && (!list[i]->data || (view_contiguous(list[i]) && (uintptr_t)list[i]->data % 16 == 0));
+    return ok;
+}
+
+/* the operators in turn; as c/cpu/norm.c */
+static int in_turn(const lac_a_residual_norm *a)
+{
+    lac_a_dropout drop = {a->h, a->sum, a->p, a->seed, a->offset};
+    lac_a_copy copy = {a->h, a->sum};
+    lac_a_axpy add = {1, a->x, a->sum};
+    lac_a_layernorm norm = {a->sum, a->gamma, a->beta, a->out, a->mean, a->rstd, a->eps};
+    LAC_TRY(a->p > 0 ? lac_cuda_dropout(&drop) : lac_cuda_copy(&copy));
+    LAC_TRY(lac_cuda_axpy(&add));
+    return lac_cuda_layernorm(&norm);
+}
+
+static int in_turn(const lac_a_residual_norm_bwd *a)
+{
+    lac_a_layernorm_bwd norm = {a->sum, a->gamma, a->mean, a->rstd, a->g, a->dx, a->dgamma, a->dbeta};
+    lac_a_axpy add = {1, a->g_sum, a->dx};
+    lac_a_dropout drop = {a->dx, a->dh, a->p, a->seed, a->offset};
+    LAC_TRY(lac_cuda_layernorm_bwd(&norm));
+    if (a->g_sum.data) LAC_TRY(lac_cuda_axpy(&add));
+    return a->dh.data ? lac_cuda_dropout(&drop) : 0;
+}
+
+extern "C" int lac_cuda_residual_norm(const lac_a_residual_norm *a)
+{
+    const lac_view *list[] = {&a->x, &a->h, &a->sum, &a->out};
+    residual_args j = args_of(&a->x, a->eps, a->p, a->seed, a->offset);
+    if (j.rows * j.n == 0) return 0;
+    if (!fits(list, 4, &a->gamma, &a->beta)) return in_turn(a);
+    return dispatch_float(a->x.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        if constexpr (sizeof(T) < 8)
+            with_rows<T>(j.n, true, [&](auto rt, auto nt, auto kt) {
+                constexpr int ROW = decltype(rt)::value, N = decltype(nt)::value, KEEP = decltype(kt)::value;
+                if constexpr (KEEP > 0)
+                    residual_rows<T, ROW, N, KEEP>
+                        <<<blocks_filling(j.rows, row_threads<ROW> / ROW, 64), row_threads<ROW>, 0, lac_cuda_stream>>>(
+                            j, (const T *)a->x.data, (const T *)a->h.data, (const T *)a->gamma.data,
+                            (const T *)a->beta.data, (T *)a->sum.data, (T *)a->out.data, (float *)a->mean.data,
+                            (float *)a->rstd.data);
+            });
+        return lac_cuda_launched("residual_norm");
+    });
+}
+
+extern "C" int lac_cuda_residual_norm_bwd(const lac_a_residual_norm_bwd *a)
+{
+    const char *op = "residual_norm_bwd";
+    const lac_view *list[] = {&a->sum, &a->g, &a->g_sum, &a->dx, &a->dh};
+    residual_args j = args_of(&a->sum, 0, a->p, a->seed, a->offset);
+    if (j.rows * j.n == 0 || !fits(list, 5, &a->gamma, NULL)) return in_turn(a);
+    return dispatch_float(a->sum.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        bool shares = a->dgamma.data || a->dbeta.data;
+        int status = 0;
+        if constexpr (sizeof(T) < 8)
+            with_rows<T>(j.n, true, [&](auto rt, auto nt, auto kt) {
+                constexpr int ROW = decltype(rt)::value, N = decltype(nt)::value, KEEP = decltype(kt)::value;
+                if constexpr (KEEP > 0) {
+                    unsigned blocks = blocks_filling(j.rows, row_threads<ROW> / ROW, residual_blocks<T, ROW, KEEP>);
+                    lac_scratch share(op, shares ? (size_t)(blocks * 2 * j.n) * sizeof(float) : 1);
+                    float *to = shares ? (float *)share.data : NULL;
+                    if (!share.data) {
+                        status = LAC_E_MEMORY;
+                        return;
+                    }
+                    residual_bwd_rows<T, ROW, N, KEEP><<<blocks, row_threads<ROW>, 0, lac_cuda_stream>>>(
+                        j, (const T *)a->sum.data, (const T *)a->gamma.data, (const float *)a->mean.data,
+                        (const float *)a->rstd.data, (const T *)a->g.data, (const T *)a->g_sum.data, (T *)a->dx.data,
+                        (T *)a->dh.data, to);
+                    status = lac_cuda_launched(op);
+                    if (status || !shares) return;
+                    layernorm_combine<T><<<dim3(blocks_for(j.n, 32), 2), COMBINE, 0, lac_cuda_stream>>>(
+                        j.n, (int64_t)blocks, to, (T *)a->dgamma.data, (T *)a->dbeta.data);
+                    status = lac_cuda_launched(op);
+                }
+            });
+        return status;
+    });
+}
