@@ -162,15 +162,16 @@ local function half_even(x)
   if d > 0.5 or (d == 0.5 and f % 2 == 1) then f = f + 1 end
   return f
 end
--- erf by the series whose terms have one sign, so that nothing cancels; past 1 by the continued fraction of
--- erfc, whose error is small against 1
+-- erfc of z > 0.4, without cancelling, by its continued fraction
+local function erfc(z)
+  local k = z
+  for n = 2000, 1, -1 do k = z + n / 2 / k end
+  return math.exp(-z * z) / (math.sqrt(math.pi) * k)
+end
+-- erf by the series whose terms have one sign, so that nothing cancels; past 1 by erfc, whose error is small
+-- against 1
 local function erf(x)
-  if math.abs(x) > 1 then
-    local z = math.abs(x)
-    local k = z
-    for n = 400, 1, -1 do k = z + n / 2 / k end
-    return (x > 0 and 1 or -1) * (1 - math.exp(-z * z) / (math.sqrt(math.pi) * k))
-  end
+  if math.abs(x) > 1 then return (x > 0 and 1 or -1) * (1 - erfc(math.abs(x))) end
   local term, sum, n = x, x, 0
   repeat
     n = n + 1
@@ -178,6 +179,11 @@ local function erf(x)
     sum = sum + term
   until math.abs(term) <= 1e-18 * math.abs(sum)
   return 2 / math.sqrt(math.pi) * math.exp(-x * x) * sum
+end
+-- the normal distribution function
+local function phi(x)
+  if x < -0.6 then return 0.5 * erfc(-x / math.sqrt(2)) end
+  return 0.5 * (1 + erf(x / math.sqrt(2)))
 end
 local function expm1(x)
   if math.abs(x) > 0.1 then return math.exp(x) - 1 end
@@ -214,7 +220,7 @@ map1("cos", math.cos)
 map1("tanh", math.tanh)
 map1("sigmoid", sigmoid)
 map1("silu", function(x) return x * sigmoid(x) end)
-map1("gelu", function(x) return 0.5 * x * (1 + erf(x / math.sqrt(2))) end)
+map1("gelu", function(x) return x * phi(x) end)
 map1("gelu_tanh", function(x)
   return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ^ 3)))
 end)
@@ -764,7 +770,7 @@ case { name = "attend", inputs = { { 1, 6, 2, 3 }, { 1, 6, 1, 3 }, { 1, 6, 1, 3 
 cases.helpers = {
   case = case, map1 = map1, map2 = map2, reduction = reduction, broadcast = broadcast, with = with,
   without = without, insert = insert, fold = fold, along = along, dot = dot, total = total, same = same,
-  softmax_of = softmax_of, row_loss = row_loss, linear = linear, erf = erf, mean = mean,
+  softmax_of = softmax_of, row_loss = row_loss, linear = linear, erf = erf, phi = phi, mean = mean,
 }
 for _, part in ipairs { "index", "elem", "scan" } do require("support.cases_" .. part)(cases) end
 

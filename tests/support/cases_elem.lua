@@ -110,7 +110,6 @@ return function(cases)
     local m = math.max(x, y)
     return m + math.log(math.exp(x - m) + math.exp(y - m))
   end
-  local function phi(x) return 0.5 * (1 + h.erf(x / math.sqrt(2))) end
   map2("fmod", fmod, { kinds = { "positive", "positive" } })
   map2("floor_divide", function(x, y) return math.floor(x / y) end, { kinds = { "positive", "positive" } })
   map2("atan2", math.atan2, { kinds = { "away", "away" } })
@@ -120,7 +119,7 @@ return function(cases)
   map2("logaddexp", logaddexp)
   map2("xlogy", function(x, y) return x == 0 and 0 or x * math.log(y) end, { kinds = { "away", "positive" } })
   map2("swiglu", function(x, y) return x * sigmoid(x) * y end)
-  map2("geglu", function(x, y) return x * phi(x) * y end)
+  map2("geglu", function(x, y) return x * h.phi(x) * y end)
 
   local bit = require "bit"
   local INTS = { { 3, 4, kind = "index", high = 16 }, { 4, kind = "index", high = 5 } }
