@@ -664,6 +664,6 @@ describe("nn.LongNetLM", function()
     assert.error_matches(function() nn.LongNetLM{ segments = { 4 }, dilations = { 1 } } end,
       "context is required")
     assert.error_matches(function() tiny{ causal = false } end, "unknown option 'causal'")
-    assert.error_matches(function() tiny{ positions = "alibi" } end, "positions")
+    assert.error_matches(function() tiny{ positions = "learned" } end, "positions")
   end)
 end)

@@ -12,20 +12,23 @@
 -- position 10^5; only differences of positions matter, so `origin` shifts p to be small where the data is.
 -- `decode` is forward for rows that come one by one: it keeps keys and values in a KVCache (cache.lua). The
 -- attention itself is a lac.attention of any variant, made with the module; its options are taken here by
--- their names and passed on. Calls have the interface of torch.nn.MultiheadAttention, with its meaning of
--- masks (true = ignore); key_padding, ours, is true = keep. The modules that the published code names are
+-- their names and passed on. ALiBi is an option of the attention, not of q and k. Calls have the interface of
+-- torch.nn.MultiheadAttention, with its meaning of masks (true = ignore, numbers are added); key_padding,
+-- ours, is true = keep. The modules that the published code names are
 -- this one with other defaults. Rejected: a class with code of its own per variant (they are options of one
 -- formula).
 
 local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
+local is_float = require("lacuna.device").is_float
 local operators = require "lacuna.ops"
 local attention = require "lacuna.attention"
 local config = require "lacuna.config"
 local grad = require "lacuna.grad"
 local base = require "lacuna.nn.module"
 local layers = require "lacuna.nn.layers"
+local extra_keys = require "lacuna.nn.extra_keys"
 local KVCache = require("lacuna.nn.cache").KVCache
 local BlockCache = require("lacuna.nn.block_cache").BlockCache
 
@@ -55,17 +58,20 @@ local OPTIONS = {
   scale = { type = "number", above = 0 },
   dropout = { type = "number", min = 0, below = 1, default = 0 },
   bias = { type = "boolean", default = true },
+  add_bias_kv = { type = "boolean", default = false }, add_zero_attn = { type = "boolean", default = false },
   fused = { type = "boolean", default = false },
   layer_norm = { type = "boolean", default = true },
   eps = { type = "number", above = 0, default = 1e-5 },
   gamma = { type = "number", above = 0, default = 1 },
-  positions = { one_of = { "none", "rope", "xpos" }, default = "none" },
+  positions = { one_of = { "none", "rope", "xpos", "alibi" }, default = "none" },
   rope_base = { type = "number", above = 1, default = 10000 },
   xpos_base = { type = "number", above = 0, default = 512 },
   origin = { type = "integer", default = 0 },
   dtype = { type = "string" }, device = { type = "string" },
 }
 for name, rule in pairs(PATTERN) do OPTIONS[name] = rule end
+
+local ROTATES = { rope = true, xpos = true }
 
 local Attention = base.define(OP)
 
@@ -76,7 +82,7 @@ local function check_sizes(o)
   if o.heads % o.kv_heads ~= 0 then
     fail(OP, "heads %d is not divisible by kv_heads %d", o.heads, o.kv_heads)
   end
-  if o.positions ~= "none" and o.embed_dim / o.heads % 2 ~= 0 then
+  if ROTATES[o.positions] and o.embed_dim / o.heads % 2 ~= 0 then
     fail(OP, "positions '%s' rotate pairs: the head dimension must be even, got %d", o.positions,
       o.embed_dim / o.heads)
   end
@@ -103,9 +109,12 @@ local function configure(options)
   check_sizes(o)
   local inner = { heads = o.heads, kv_heads = o.kv_heads, scale = o.scale, dropout = o.dropout }
   if own.head_dim then o.head_dim = o.embed_dim / o.heads end
+  if o.positions == "alibi" then inner.alibi = true end
   for name in pairs(own) do inner[name] = o[name] end
   for name in pairs(PATTERN) do inner[name] = o[name] end
-  return o, attention(inner)
+  local made = attention(inner)
+  extra_keys.check(OP, o, made.pattern)
+  return o, made
 end
 config.define("multihead", function(options) return (configure(options)) end)
 
@@ -114,8 +123,9 @@ config.define("multihead", function(options) return (configure(options)) end)
 --   segments, dilations, for "custom" scheme = "all" | "split"; offset, merge (default: the variant's),
 --   dedup, causal, window, scale; kv_heads = heads; kdim, vdim = E (widths of key and value); dropout = 0 (on
 --   the attention weights, in training); bias = true; fused = false; layer_norm = true; gamma = 1; positions
---   = "none" | "rope" | "xpos", rope_base, xpos_base, origin (position of the first row); batch_first = true;
---   dtype, device
+--   = "none" | "rope" | "xpos" | "alibi", rope_base, xpos_base, origin (position of the first row);
+--   add_bias_kv, add_zero_attn = false (a learned key and value, a key and value of zeros, that every query
+--   has too); batch_first = true; dtype, device
 function Attention:init(options)
   local o, inner = configure(options)
   local E, D = o.embed_dim, o.embed_dim / o.heads
@@ -135,6 +145,12 @@ function Attention:init(options)
     self.v = linear(o.vdim, Ek, o.gamma)
   end
   if inner.record.scorer then self.scorer = inner.scorer end
+  if o.add_bias_kv then
+    local typed = { std = 1 / math.sqrt(Ek), dtype = o.dtype, device = o.device }
+    self:param("bias_k", create.randn({ 1, 1, Ek }, typed), "bias")
+    typed.std = o.gamma * typed.std
+    self:param("bias_v", create.randn({ 1, 1, Ek }, typed), "bias")
+  end
   if o.layer_norm then self.norm = layers.LayerNorm(E, { eps = o.eps, dtype = o.dtype,
     device = o.device }) end
   self.out = linear(E, E, o.gamma)
@@ -169,7 +185,7 @@ end
 -- start: position of row 1 from 0, one for the whole batch or a list of one per item
 local function rotate(self, x, sign, start)
   local o = self.options
-  if o.positions == "none" then return x end
+  if not ROTATES[o.positions] then return x end
   local single = type(start) == "number"
   return ops.rope(x, { base = o.rope_base, sign = sign, start = o.origin + (single and start or 0),
     scale_base = o.positions == "xpos" and o.xpos_base or nil,
@@ -212,21 +228,39 @@ local FORWARD = {
   average_attn_weights = { type = "boolean", default = true },
 }
 
--- true = ignore, as torch has it -> true = keep
-local function kept(name, mask)
-  if mask:dtype() ~= "bool" then
-    fail(OP, "%s must be bool (true = %s), got %s", name, "ignore this key", show(mask))
+local function check_mask(name, mask)
+  local dtype = mask:dtype()
+  if dtype ~= "bool" and not is_float(mask.c.dtype) then
+    fail(OP, "%s must be bool (true = ignore) or a number that is added, got %s", name, show(mask))
   end
-  return ops.logical_not(mask)
+  return dtype == "bool"
+end
+
+-- torch's key_padding_mask [B, M]: bool (true = ignore) or a number that is added to the scores of a key
+local function key_mask(call, mask, batch, n)
+  if check_mask("key_padding_mask", mask) then
+    call.key_padding = ops.logical_not(mask)
+  elseif mask:dim() ~= 2 or mask:size(1) ~= batch then
+    fail(OP, "key_padding_mask must be [%d x keys], got %s", batch, show(mask))
+  else
+    call.bias = mask:view(batch, 1, 1, mask:size(2)):expand(batch, 1, n, mask:size(2))
+  end
 end
 
 -- torch's attn_mask: bool (true = not allowed) or a number that is added; [N, M] or [B H, N, M]
 local function pair_mask(self, call, mask, batch)
-  if mask:dim() == 3 then mask = mask:view(batch, self.heads, mask:size(2), mask:size(3)) end
-  if mask:dtype() == "bool" then
+  local bool = check_mask("attn_mask", mask)
+  if mask:dim() == 3 then
+    if mask:size(1) ~= batch * self.heads then
+      fail(OP, "attn_mask must be [N, M] or [%d x N x M] for %d items and %d heads, got %s",
+        batch * self.heads, batch, self.heads, show(mask))
+    end
+    mask = mask:view(batch, self.heads, mask:size(2), mask:size(3))
+  end
+  if bool then
     call.mask = ops.logical_not(mask)
   else
-    call.bias = mask
+    call.bias = call.bias and call.bias + mask or mask
   end
 end
 
@@ -250,11 +284,13 @@ local function attend(self, query, key, value, o)
     fail(OP, "key_padding (true = keep) and key_padding_mask (true = ignore) say the same: give one")
   end
   local q, k, v, projected = heads_at(self, query, key, value, 0)
-  local call = { key_lengths = o.key_lengths, need_weights = o.need_weights, return_lse = false,
-    training = self.training,
-    key_padding = o.key_padding_mask and kept("key_padding_mask", o.key_padding_mask) or o.key_padding }
+  local joined = self.options.add_bias_kv or self.options.add_zero_attn
+  local call = { key_lengths = o.key_lengths, need_weights = o.need_weights, return_lse = true,
+    training = self.training, key_padding = o.key_padding }
+  if o.key_padding_mask then key_mask(call, o.key_padding_mask, query:size(1), query:size(2)) end
   if o.attn_mask then pair_mask(self, call, o.attn_mask, query:size(1)) end
-  local out, weights = form(self, o)(q, k, v, call)
+  local out, lse, weights = form(self, o)(q, k, v, call)
+  if joined then out, weights = extra_keys.join(self, q, out, lse, weights) end
   transient(q, out, query)
   transient(k, out, key)
   transient(projected, out, value)
@@ -278,10 +314,11 @@ end
 -- @tparam[opt] Tensor key [B, M, kdim], default query
 -- @tparam[opt] Tensor value [B, M, vdim], default key
 -- @tparam[opt] table options key_padding_mask [B, M] bool (true = ignore) or key_padding (true = keep),
---   key_lengths [B]; attn_mask [N, M] or [B H, N, M], bool (true = not allowed) or added to the scores;
---   is_causal; need_weights = false, average_attn_weights = true
+--   key_lengths [B]; attn_mask [N, M] or [B H, N, M], bool (true = not allowed) or added to the scores (a
+--   key_padding_mask may be numbers, too); is_causal; need_weights = false, average_attn_weights = true
 -- @treturn Tensor like query
--- @treturn ?Tensor weights [B, N, M], or [B, H, N, M] with average_attn_weights = false
+-- @treturn ?Tensor weights [B, N, M], or [B, H, N, M] with average_attn_weights = false; extra keys are the
+--   last columns
 function Attention:forward(query, key, value, options)
   local o = schema.options(OP, options, FORWARD)
   key = key or query
@@ -323,7 +360,11 @@ local function decode(self, x, cache, counts)
     if start[b] ~= same then same = nil end
   end
   local q, k, v = heads_at(self, x, x, x, same or start)
-  return finish(self, (cache:attend(q, k, v, counts)))
+  local out, lse = cache:attend(q, k, v, counts)
+  if self.options.add_bias_kv or self.options.add_zero_attn then
+    out = extra_keys.join(self, q, out, lse)
+  end
+  return finish(self, out)
 end
 
 --- The rows that follow those in the cache: equal to these rows of forward over the whole sequence, at the

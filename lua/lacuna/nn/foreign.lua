@@ -41,7 +41,8 @@ local DIALECTS = {
   torchscale = { parts = TORCHSCALE, interleaved = true, models = true, ignored = "xpos%.scale$" },
   darcstar = { parts = { { "qkv_proj.", "qkv." }, { "q_proj.", "q." }, { "k_proj.", "k." },
     { "v_proj.", "v." }, { "out_proj.", "out." } } },
-  torch = { parts = { { "in_proj_", "qkv." }, { "out_proj.", "out." } } },
+  torch = { parts = { { "in_proj_", "qkv." }, { "out_proj.", "out." }, { "q_proj_", "q." },
+    { "k_proj_", "k." }, { "v_proj_", "v." } } },
 }
 
 local function dialect_of(name)
@@ -71,7 +72,7 @@ local function rotating(model)
   local list = {}
   for _, m in ipairs(model:modules()) do
     local o = rawget(m.module, "options")
-    if rawget(m.module, "head_dim") and o.positions ~= "none" then
+    if rawget(m.module, "head_dim") and (o.positions == "rope" or o.positions == "xpos") then
       list[m.path == "" and "" or m.path .. "."] = m.module
     end
   end

@@ -208,7 +208,7 @@ local COMMON = {
   kv_heads = { type = "integer", min = 1 },
   ffn = { type = "integer", min = 1 },
   context = { type = "integer", min = 1, required = true },
-  positions = { one_of = { "xpos", "rope", "none" }, default = "xpos" },
+  positions = { one_of = { "xpos", "rope", "alibi", "none" }, default = "xpos" },
   fused = { type = "boolean", default = false },
   dropout = { type = "number", min = 0, below = 1, default = 0 },
   attention_dropout = { type = "number", min = 0, below = 1, default = 0 },
@@ -247,8 +247,8 @@ local OPTIONS = spec{
 --- @tparam table options context, segments, dilations; size = "125M" | "350M" | "760M" | "2.7B" (the paper's
 --   layers, width, heads, segments and dilations, and vocab = 50304; other options given win); vocab = 256,
 --   layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width; scheme, offset, merge, dedup, window as
---   in MultiheadDilatedAttention (always causal); positions = "xpos" | "rope" | "none"; tied = true (output
---   layer shares the embedding); fused = false (projections); dropout, attention_dropout = 0;
+--   in MultiheadDilatedAttention (always causal); positions = "xpos" | "rope" | "alibi" | "none"; tied = true
+--   (output layer shares the embedding); fused = false (projections); dropout, attention_dropout = 0;
 --   checkpoint_activations = false (true: a block keeps only its input for the backward pass and is computed
 --   again there); dtype, device
 function LongNetLM:init(options)
