@@ -1,9 +1,9 @@
 /* attn_hopper_backward.cu: the backward of attention on Hopper: which calls it serves, its work list, and what happens
  * before and after the tiles (attn_hopper_keys.cu).
  *
- * Launches: the list (tiles, turns, statistics block by block), the tiles of one branch after the other, dq from the
- * sums of all branches, and, where masks can meet NaN, a look at whether anything has to be done again. Nothing is
- * cleared beforehand: dq's last pass writes every row, also those that no branch keeps.
+ * Launches: the list (tiles, turns, statistics block by block), the tiles of all branches, dq from the sums of all
+ * branches, and, where masks can meet NaN, a look at whether anything has to be done again. Nothing is cleared
+ * beforehand: dq's last pass writes every row, also those that no branch keeps.
  *
  * The list is made on the device by arithmetic, so nothing is uploaded. Tiles of several items are interleaved in it:
  * heavy tiles come early, and neighbours in the list, which run at the same time, add to different blocks.
@@ -39,12 +39,15 @@ static int interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, int6
 struct hopper_sizes {
     int64_t blocks, tiles;
 };
-/* the branches of the list; their segments are those with keys */
+/* The branches of the list; their segments are those with keys. Tiles are claimed in the order of ranks: where branches
+ * meet, a tile adds its keys' gradients to those of smaller rank. */
 static hopper_sizes list_branches(hopper_args &h, const lac_plan *p)
 {
     const lac_attn_desc *d = &p->desc;
     hopper_sizes all = {};
-    for (int g = 0; g < d->branches; g++) {
+    for (int i = 0, rank = 0; i < d->branches * p->backward_phases; i++, rank = i / d->branches) {
+        const int g = i % d->branches;
+        if (p->backward_phase[g] != p->backward_phases - 1 - rank) continue;
         hopper_branch &b = h.branch[g];
         int64_t rows = lattice_rows(p, g, d->n), items;
         b.segments = (int)((d->m - 1) / p->segment[g]) + 1;
@@ -96,6 +99,7 @@ static __device__ hopper_tile make_tile(const attn_args &a, const hopper_args &p
     const int item = part * br.group + rest % members, h = a.branch[g].head0 + item % heads;
     const int s = item / heads % br.segments, b = item / heads / br.segments;
     hopper_tile x = {};
+    x.branch = g;
     attn_tile t;
     attn_span(a, g, b, h, s, t);
     if (t.keys == 0 || !attn_leads(a, g, h)) return x;
@@ -295,6 +299,7 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
     if (f->padding.data) return "there is a padding mask";
     if (d->dedup) return "pairs that several branches keep are to be counted once";
     if (d->heads / d->kv_heads > 32) return "more than 32 query heads share a key/value head";
+    if (d->branches > LAC_HOPPER_BRANCHES) return "there are more than 16 branches";
     for (int i = 0; i < 4; i++)
         if (!hopper_readable(read[i], &why)) return why;
     for (int g = 0; g < d->branches; g++)
@@ -323,14 +328,15 @@ static size_t carve(hopper_args &h, const lac_plan *p, char *space)
     const hopper_sizes n = list_branches(h, p);
     const size_t blocks = (size_t)n.blocks, dq = blocks * HOPPER_ROWS * (size_t)p->desc.head_dim * sizeof(float);
     const size_t stats = blocks * 2 * HOPPER_ROWS * sizeof(float), tiles = (size_t)n.tiles * sizeof(hopper_tile);
-    const size_t turns = rounded(blocks * sizeof(int));
+    const size_t turns = rounded(blocks * sizeof(int)), counters = (size_t)(p->backward_phases + 2) * sizeof(int);
     h.dq = (float *)space;
     h.stats = (float *)(space + dq);
     h.tile = (hopper_tile *)(space + dq + stats);
     h.turn = (int *)(space + dq + stats + rounded(tiles));
     h.counter = (int *)(space + dq + stats + rounded(tiles) + turns);
-    h.spoilt = h.counter + p->desc.branches;
-    return dq + stats + rounded(tiles) + turns + (size_t)(p->desc.branches + 1) * sizeof(int);
+    h.spoilt = h.counter + 1, h.ready = h.counter + 2;
+    h.tiles = (int)n.tiles;
+    return dq + stats + rounded(tiles) + turns + counters;
 }
 
 size_t attn_hopper_backward_bytes(const lac_plan *plan)
@@ -368,13 +374,11 @@ int attn_hopper_backward(attn_args &a, const lac_a_attend_bwd *w, void *space, v
         a.branch[g].segment0 = 0, a.branch[g].segments = b.segments;
         if (items * b.blocks > most) most = items * b.blocks;
     }
-    CUDA_TRY("attention", cudaMemsetAsync(h.counter, 0, (size_t)(a.branches + 1) * sizeof(int), lac_cuda_stream));
+    CUDA_TRY("attention", cudaMemsetAsync(h.counter, 0, (size_t)(a.ranks + 2) * sizeof(int), lac_cuda_stream));
     const dim3 grid(blocks_filling(most, LIST_BLOCKS), (unsigned)a.branches);
     hopper_list_kernel<<<grid, THREADS, 0, lac_cuda_stream>>>(a, h, attn_hopper_groups(a.head_dim));
     LAC_TRY(lac_cuda_launched("attention"));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
-    for (int rank = 0; rank < a.ranks; rank++)
-        for (int g = 0; g < a.branches; g++)
-            if (a.branch[g].rank == rank) LAC_TRY(attn_hopper_keys(a, h, w, g));
+    LAC_TRY(attn_hopper_keys(a, h, w));
     return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w) : finish<bf16>(a, h, w);
 }

@@ -36,7 +36,7 @@ struct alignas(64) hopper_tile {
     int first, width;       /* the tile's groups of 64 keys; width 0: no keys, not a tile */
     int low, high;          /* blocks [low, high) of every head see its keys */
     int block;              /* number of the group's first head's first block */
-    int order, spare;
+    int order, branch;
 };
 struct hopper_args {
     hopper_branch branch[LAC_MAX_BRANCHES];
@@ -44,12 +44,14 @@ struct hopper_args {
     float *stats; /* [blocks][2][64]: lse, delta */
     float *dq;    /* [blocks][64 D], in the order of the products' registers */
     int *turn;    /* [blocks] */
-    int *counter; /* [branches]: tiles claimed beyond the first of every thread block */
+    int tiles;    /* entries of the list */
+    int *counter; /* tiles claimed beyond the first of every thread block */
+    int *ready;   /* [ranks]: warpgroups that are done with a tile of that rank, where branches meet */
     int *spoilt;  /* does any gradient hold NaN or infinity? */
 };
 
-/* the tiles of branch g (attn_hopper_keys.cu) */
-int attn_hopper_keys(const attn_args &a, const hopper_args &p, const lac_a_attend_bwd *w, int g);
+/* the tiles of all branches (attn_hopper_keys.cu) */
+int attn_hopper_keys(const attn_args &a, const hopper_args &p, const lac_a_attend_bwd *w);
 /* groups of 64 keys of a tile */
 inline int attn_hopper_groups(int head_dim) { return head_dim == 64 ? 3 : 2; }
 /* can this process's device run its kernels, and were they compiled for it? */
@@ -69,6 +71,13 @@ HOPPER_FN int hopper_turn(const int *turn, int order)
     do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(turn) : "memory");
     while ((seen & ~HOPPER_FRESH) != order);
     return seen & HOPPER_FRESH;
+}
+/* waits until `count` have been counted */
+HOPPER_FN void hopper_counted(const int *counted, int count)
+{
+    int seen;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counted) : "memory");
+    while (seen < count);
 }
 /* what this thread did, and what it knows that others did, comes before */
 HOPPER_FN void hopper_pass(int *turn, int order)

@@ -1,5 +1,5 @@
 /* attn_hopper_keys.cu: the backward of attention on Hopper, head dimensions 64 and 128: dk, dv, and what every tile of
- * keys adds to dq. One launch a branch.
+ * keys adds to dq. One launch for all branches.
  *
  * A thread block owns a tile of keys, one warpgroup 64 of them, and walks over blocks of 64 query rows. Scores come out
  * transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are, in the registers where they are made, the left
@@ -21,15 +21,20 @@
 #include "attn_hopper_backward.cuh"
 #include "attn_mma.cuh"
 
-struct hopper_keys_args {
+struct hopper_keys_branch {
     CUtensorMap q, k, v, g, dk, dv;
+    int blocks, dilation, after, before;
+    int rank, meets, needs; /* meets: others may reach its keys; needs: warpgroups of the rank before */
+};
+struct hopper_keys_args {
+    hopper_keys_branch branch[LAC_HOPPER_BRANCHES];
     attn_args a;
     const hopper_tile *tile;
     float *stats, *dq;
-    int *turn, *counter, *spoilt;
-    int branch, tiles, blocks, dilation;
+    int *turn, *counter, *ready, *spoilt;
+    int tiles;
     int batch_step[6]; /* tokens from one batch item to the next, in the order of the maps */
-    int heads_each, after, before, meets, masks;
+    int heads_each, masks;
     float log2_scale, masked, weight, scale; /* masked: the score of a masked pair; weight: what dout is times */
 };
 
@@ -88,10 +93,14 @@ template <int D> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_
         for (int i = 0; i < 4; i++) hopper_put_four(info + 16 * i, __ldg(from + i));
         const hopper_tile *t = (const hopper_tile *)__cvta_shared_to_generic(info);
         const volatile hopper_tile &at = *t;
-        if (at.width == 0) continue;
+        const hopper_keys_branch &branch = p.branch[at.branch];
+        if (at.width == 0) {
+            if (branch.meets) atomicAdd(p.ready + branch.rank, M::GROUPS);
+            continue;
+        }
         {
             const int row = HOPPER_WRAP - at.live + at.first * 64, head = at.kv_head,
-                      token = at.key0 + at.live * p.dilation;
+                      token = at.key0 + at.live * branch.dilation;
             const uint32_t full = memory + M::K_FULL + 8 * ts, k = memory + M::K + ts * M::TILE;
             int z = at.batch * p.batch_step[1] + token;
             hopper_expect(full, M::TILE); /* all groups: dq multiplies those of other tiles with zeros */
@@ -99,35 +108,36 @@ template <int D> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_
             for (int g = 0; g < M::GROUPS; g++)
 #pragma unroll
                 for (int c = 0; c < M::PANELS; c++)
-                    hopper_load(k + (c * M::GROUPS + g) * M::PANEL, &p.k, full, 64 * c, row + 64 * g, z, head);
+                    hopper_load(k + (c * M::GROUPS + g) * M::PANEL, &branch.k, full, 64 * c, row + 64 * g, z, head);
             z = at.batch * p.batch_step[2] + token;
             hopper_expect(full + 8 * M::TILES, at.width * M::BLOCK);
 #pragma unroll 1
             for (int g = 0; g < at.width; g++)
 #pragma unroll
                 for (int c = 0; c < M::PANELS; c++)
-                    hopper_load(k + M::V - M::K + (c * M::GROUPS + g) * M::PANEL, &p.v, full + 8 * M::TILES, 64 * c,
-                                row + 64 * g, z, head);
+                    hopper_load(k + M::V - M::K + (c * M::GROUPS + g) * M::PANEL, &branch.v, full + 8 * M::TILES,
+                                64 * c, row + 64 * g, z, head);
         }
 #pragma unroll 1
         for (unsigned heads = at.heads; heads; heads &= heads - 1) {
             const int member = __ffs((int)heads) - 1, high = at.high;
 #pragma unroll 1
             for (int m = at.low; m < high; m++) {
-                const int row = HOPPER_WRAP - at.rows + 64 * m, token = at.row0 + at.rows * p.dilation;
-                const int head = at.kv_head * p.heads_each + member, block = at.block + member * p.blocks + m;
+                const int row = HOPPER_WRAP - at.rows + 64 * m, token = at.row0 + at.rows * branch.dilation;
+                const int head = at.kv_head * p.heads_each + member, block = at.block + member * branch.blocks + m;
                 const uint32_t full = memory + M::Q_FULL + 8 * qs, q = memory + M::Q + qs * M::BLOCK;
                 hopper_wait(full + M::BLOCK_FREE - M::Q_FULL, qp);
                 hopper_put_four(memory + M::STEP + 16 * (qs + M::STAGES * (qp ^ 1)), make_int4(m, block, at.order, 0));
                 hopper_expect(full, M::BLOCK + 512);
 #pragma unroll
                 for (int c = 0; c < M::PANELS; c++)
-                    hopper_load(q + c * M::PANEL, &p.q, full, 64 * c, row, at.batch * p.batch_step[0] + token, head);
+                    hopper_load(q + c * M::PANEL, &branch.q, full, 64 * c, row, at.batch * p.batch_step[0] + token,
+                                head);
                 hopper_load_flat(memory + M::STATS + 512 * qs, p.stats + (size_t)block * 128, 512, full);
                 hopper_expect(full + 8 * M::STAGES, M::BLOCK);
 #pragma unroll
                 for (int c = 0; c < M::PANELS; c++)
-                    hopper_load(q + M::G - M::Q + c * M::PANEL, &p.g, full + 8 * M::STAGES, 64 * c, row,
+                    hopper_load(q + M::G - M::Q + c * M::PANEL, &branch.g, full + 8 * M::STAGES, 64 * c, row,
                                 at.batch * p.batch_step[3] + token, head);
                 if (++qs == M::STAGES) qs = 0, qp ^= 1;
             }
@@ -190,14 +200,15 @@ template <class T, int D, bool MASKS> struct hopper_group {
     float s[32], d[32], dk[D / 2], dv[D / 2];
     uint32_t probability[16], ds[16]; /* P^T and dS^T as left operands */
     int ts = 0, tp = 0, qs = 0, qp = 0;
-    bool first, held; /* no block before in this tile; q and dout of the block before are still being read */
+    int after, before; /* MASKS: of the tile's branch, lattice rows that a row may see */
+    bool first, held;  /* no block before in this tile; q and dout of the block before are still being read */
 
     __device__ __forceinline__ hopper_group(const hopper_keys_args &args, uint32_t at)
         : p(args), memory(at), w(__shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0)), thread(threadIdx.x % 128),
           lane(threadIdx.x % 32), warp(threadIdx.x % 128 / 32)
     {
     }
-    __device__ __forceinline__ int before() const { return qs == 0 ? M::STAGES - 1 : qs - 1; }
+    __device__ __forceinline__ int previous() const { return qs == 0 ? M::STAGES - 1 : qs - 1; }
     __device__ __forceinline__ void advance()
     {
         if (++qs == M::STAGES) qs = 0, qp ^= 1;
@@ -262,7 +273,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
     /* dq of the block before, if it is this warpgroup's to do */
     __device__ __forceinline__ void add_dq()
     {
-        const int stage = before(), parity = qs == 0 ? qp ^ 1 : qp;
+        const int stage = previous(), parity = qs == 0 ? qp ^ 1 : qp;
         if (D == 64 && stage != w) return;
         hopper_wait(memory + M::DS_FULL + 8 * stage, parity);
         hopper_pin(s);
@@ -319,8 +330,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int more = e / 2 * 8, further = ahead + more - 8 * i - e % 2;
-                if (key + more >= left || (MASKS && (further > p.after || further < -p.before)))
-                    s[4 * i + e] = p.masked;
+                if (key + more >= left || (MASKS && (further > after || further < -before))) s[4 * i + e] = p.masked;
             }
     }
 
@@ -355,7 +365,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
         hopper_pin(dk);
         hopper_pin(probability);
         hopper_pin(ds);
-        if (held) arrive(M::BLOCK_FREE + 8 * before());
+        if (held) arrive(M::BLOCK_FREE + 8 * previous());
     }
     __device__ __forceinline__ void add_dv()
     {
@@ -378,7 +388,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
         hopper_product_wait<1>();
         hopper_pin(s);
         if constexpr (MASKS) from -= 64 * hopper_four(memory + M::STEP + 16 * (qs + M::STAGES * qp)).x;
-        if (left < 64 || (MASKS && (from + 63 > p.after || from - 63 < -p.before))) mask(from, left);
+        if (left < 64 || (MASKS && (from + 63 > after || from - 63 < -before))) mask(from, left);
         const uint32_t stats = memory + M::STATS + qs * 512 + lane % 4 * 8;
         probabilities(stats);
         hopper_product_wait<0>();
@@ -397,7 +407,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
 
     /* x times `by`, staged in this warpgroup's own rows of v, which nobody else reads, and stored through the map */
     __device__ __forceinline__ void store(const float (&x)[D / 2], float by, const CUtensorMap *map, int step,
-                                          const volatile hopper_tile &t)
+                                          int dilation, const volatile hopper_tile &t)
     {
         const uint32_t to = memory + M::V + ts * M::TILE + w * M::PANEL;
 #pragma unroll
@@ -414,35 +424,56 @@ template <class T, int D, bool MASKS> struct hopper_group {
         const int row = HOPPER_WRAP - t.keys + (t.first + w) * 64;
 #pragma unroll
         for (int c = 0; c < M::PANELS; c++)
-            hopper_store(map, to + c * M::GROUPS * M::PANEL, 64 * c, row, t.batch * step + t.key0 + t.keys * p.dilation,
+            hopper_store(map, to + c * M::GROUPS * M::PANEL, 64 * c, row, t.batch * step + t.key0 + t.keys * dilation,
                          t.kv_head);
         hopper_bulk_commit();
         hopper_bulk_read();
     }
-    /* the same where branches meet: sums of earlier branches are added, those for later ones stay in f32 */
-    __device__ __forceinline__ void merge(const volatile hopper_tile &t)
+    /* One row of x times `by` where branches meet: sums of earlier branches are added, those for later ones stay in
+     * f32. All are read before the first is written: one wait. */
+    __device__ __forceinline__ void merge_row(const float (&x)[D / 2], int i, float by, void *out, void *acc,
+                                              int64_t at, int others)
+    {
+        const int64_t from = at * D + lane % 4 * 2;
+        float2 sum[D / 8];
+#pragma unroll
+        for (int e = 0; e < D / 8; e++)
+            sum[e] = others & 1 ? __ldcg((const float2 *)((const float *)acc + from) + 4 * e) : make_float2(0, 0);
+#pragma unroll
+        for (int e = 0; e < D / 8; e++) {
+            sum[e].x += x[4 * e + 2 * i] * by, sum[e].y += x[4 * e + 2 * i + 1] * by;
+            if (others & 2) *((float2 *)((float *)acc + from) + 4 * e) = sum[e];
+            else *((uint32_t *)((T *)out + from) + 4 * e) = hopper_pack<T>(sum[e].x, sum[e].y);
+        }
+    }
+    __device__ __forceinline__ void merge(const volatile hopper_tile &t, const hopper_keys_branch &branch)
     {
         attn_tile mine;
-        mine.g = p.branch, mine.h = t.kv_head * p.heads_each;
+        mine.g = t.branch, mine.h = t.kv_head * p.heads_each;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int row = (t.first + w) * 64 + warp * 16 + lane / 4 + 8 * i;
             if (row >= t.keys) continue;
-            const int64_t position = t.key0 + (int64_t)row * p.dilation;
+            const int64_t position = t.key0 + (int64_t)row * branch.dilation;
             const int64_t at = ((int64_t)t.batch * p.a.m + position) * p.a.kv_heads + t.kv_head;
             const int others = attn_others<true>(p.a, mine, (unsigned)position);
-            const float old = others & 1 ? 1.f : 0.f;
-#pragma unroll
-            for (int e = 0; e < D / 8; e++) {
-                const int column = 8 * e + lane % 4 * 2;
-                attn_put2<T>(p.a, p.a.out, p.a.acc, at, column, dk[4 * e + 2 * i] * p.scale,
-                             dk[4 * e + 2 * i + 1] * p.scale, old, !(others & 2));
-                attn_put2<T>(p.a, p.a.out2, p.a.acc2, at, column, dv[4 * e + 2 * i] * p.weight,
-                             dv[4 * e + 2 * i + 1] * p.weight, old, !(others & 2));
-            }
+            merge_row(dk, i, p.scale, p.a.out, p.a.acc, at, others);
+            merge_row(dv, i, p.weight, p.a.out2, p.a.acc2, at, others);
         }
     }
-    __device__ __forceinline__ void finish(const volatile hopper_tile &t, bool busy)
+    /* the rank before has been added by all (they were claimed earlier, so this seldom waits); this tile has */
+    __device__ __forceinline__ void meet(const volatile hopper_tile &t, const hopper_keys_branch &branch, bool busy)
+    {
+        if (busy && branch.rank > 0) {
+            if (thread == 0) hopper_counted(p.ready + branch.rank - 1, branch.needs);
+            hopper_sync(1 + w, 128);
+        }
+        if (busy) merge(t, branch);
+        __threadfence();
+        hopper_sync(1 + w, 128);
+        if (thread == 0) atomicAdd(p.ready + branch.rank, 1);
+    }
+    __device__ __forceinline__ void finish(const volatile hopper_tile &t, const hopper_keys_branch &branch, bool busy)
     {
         if (busy && p.masks) {
             float probe = 0;
@@ -451,11 +482,11 @@ template <class T, int D, bool MASKS> struct hopper_group {
             if (probe != 0) *p.spoilt = 1;
         }
         hopper_sync(1 + w, 128); /* every warp is past its last product with v, and with k */
-        if (busy && p.meets) merge(t);
+        if (branch.meets) meet(t, branch, busy);
         else if (busy) {
-            store(dv, p.weight, &p.dv, p.batch_step[5], t);
+            store(dv, p.weight, &branch.dv, p.batch_step[5], branch.dilation, t);
             hopper_sync(1 + w, 128);
-            store(dk, p.scale, &p.dk, p.batch_step[4], t);
+            store(dk, p.scale, &branch.dk, p.batch_step[4], branch.dilation, t);
         }
         if (thread == 0) hopper_arrive(memory + M::TILE_FREE + 8 * ts);
     }
@@ -464,6 +495,8 @@ template <class T, int D, bool MASKS> struct hopper_group {
     __device__ __forceinline__ void tile(const volatile hopper_tile &t)
     {
         const bool busy = w < __shfl_sync(~0u, t.width, 0);
+        const hopper_keys_branch &branch = p.branch[__shfl_sync(~0u, t.branch, 0)];
+        if (MASKS) after = branch.after, before = branch.before;
         first = true;
 #pragma unroll
         for (int i = 0; i < D / 2; i++) dk[i] = dv[i] = 0;
@@ -475,7 +508,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
             const int from = (t.first + w) * 64 - t.query0, left = t.live - (t.first + w) * 64;
             int blocks = __shfl_sync(~0u, t.high - t.low, 0);
             int idle = 0; /* blocks whose rows are all too early to see these keys */
-            if (MASKS && from > p.after) idle = (from - p.after) / 64 - t.low;
+            if (MASKS && from > after) idle = (from - after) / 64 - t.low;
             idle = __shfl_sync(~0u, !busy || left <= 0 || idle > blocks ? blocks : idle < 0 ? 0 : idle, 0);
             blocks -= idle;
             held = false;
@@ -487,7 +520,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
             settle();
         }
         if (!first) add_dq();
-        finish(t, busy);
+        finish(t, branch, busy);
         if (++ts == M::TILES) ts = 0, tp ^= 1;
     }
     __device__ __forceinline__ void run()
@@ -544,14 +577,21 @@ __global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
 
 /* ---- the host's side ---- */
 
-static int maps_of(hopper_keys_args &p, const lac_a_attend_bwd *w, int64_t r)
+static int make_branch(hopper_keys_branch &b, const attn_args &a, const hopper_args &h, const lac_a_attend_bwd *w,
+                       int g)
 {
     const lac_view *view[] = {&w->forward.q, &w->forward.k, &w->forward.v, &w->dout, &w->dk, &w->dv};
-    CUtensorMap *map[] = {&p.q, &p.k, &p.v, &p.g, &p.dk, &p.dv};
-    for (int i = 0; i < 6; i++) {
-        LAC_TRY(hopper_map(map[i], view[i], r, HOPPER_ROWS));
-        p.batch_step[i] = hopper_batch_step(view[i]);
-    }
+    CUtensorMap *map[] = {&b.q, &b.k, &b.v, &b.g, &b.dk, &b.dv};
+    const int r = a.branch[g].dilation;
+    for (int i = 0; i < 6; i++) LAC_TRY(hopper_map(map[i], view[i], r, HOPPER_ROWS));
+    b.blocks = h.branch[g].blocks, b.dilation = r;
+    b.before = a.window < 0 ? 1 << 30 : a.window / r;
+    b.after = a.causal ? 0 : b.before;
+    b.rank = a.branch[g].rank, b.meets = a.ranks > 1;
+    for (int e = 0; e < a.branches; e++)
+        if (a.branch[e].rank == b.rank - 1)
+            b.needs +=
+                a.batch * h.branch[e].segments * a.branch[e].heads * h.branch[e].tiles * attn_hopper_groups(a.head_dim);
     return 0;
 }
 
@@ -565,20 +605,18 @@ template <class T, int D, bool MASKS> static int launch(const hopper_keys_args &
     return lac_cuda_launched("attention");
 }
 
-int attn_hopper_keys(const attn_args &a, const hopper_args &h, const lac_a_attend_bwd *w, int g)
+int attn_hopper_keys(const attn_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
     hopper_keys_args p = {};
-    const hopper_branch &b = h.branch[g];
+    const lac_view *view[] = {&w->forward.q, &w->forward.k, &w->forward.v, &w->dout, &w->dk, &w->dv};
     const bool masks = a.causal || a.window >= 0;
-    const int r = a.branch[g].dilation;
-    LAC_TRY(maps_of(p, w, r));
+    for (int g = 0; g < a.branches; g++) LAC_TRY(make_branch(p.branch[g], a, h, w, g));
+    for (int i = 0; i < 6; i++) p.batch_step[i] = hopper_batch_step(view[i]);
     p.a = a;
-    p.tile = h.tile + b.first_tile, p.tiles = b.tiles * b.segments * a.branch[g].heads * a.batch;
-    p.stats = h.stats, p.dq = h.dq, p.turn = h.turn, p.counter = h.counter + g, p.spoilt = h.spoilt;
-    p.branch = g, p.blocks = b.blocks, p.dilation = r, p.heads_each = a.group;
-    p.before = a.window < 0 ? 1 << 30 : a.window / r;
-    p.after = a.causal ? 0 : p.before;
-    p.meets = a.ranks > 1, p.masks = masks || a.lengths;
+    p.tile = h.tile, p.tiles = h.tiles;
+    p.stats = h.stats, p.dq = h.dq, p.turn = h.turn, p.counter = h.counter, p.ready = h.ready, p.spoilt = h.spoilt;
+    p.heads_each = a.group;
+    p.masks = masks || a.lengths;
     p.log2_scale = a.log2_scale, p.masked = a.scale > 0 ? -INFINITY : INFINITY;
     p.weight = (float)a.gscale, p.scale = (float)a.scale;
     const bool half = w->forward.q.dtype == LAC_F16;
