@@ -190,6 +190,24 @@ describe("the interface of nn.MultiheadAttention", function()
     assert.is_true(one:equal((first(x:select(1, 2), y:select(1, 2), nil, { key_padding_mask = mask }))))
   end)
 
+  it("refuses positions that XPOS cannot scale by", function()
+    local function make_at(origin, dtype)
+      return nn.MultiheadDilatedAttention { embed_dim = E, heads = H, variant = "dense", positions = "xpos",
+        causal = true, origin = origin, dtype = dtype }
+    end
+    local x = lac.randn { 1, 10, E }
+    assert.is_true(make_at(-34000)(x):abs():max():item() < 1e3)
+    assert.is_true(make_at(34000)(x):abs():max():item() < 1e3)
+    for _, origin in ipairs { -40000, 40000 } do
+      assert.error_matches(function() make_at(origin)(x) end,
+        "positions 'xpos' scale by 3.5^%(p / 512%), which leaves the range of f32 at p = 4000")
+    end
+    assert.error_matches(function() make_at(4000, "f16")(x:to { dtype = "f16" }) end, "the range of f16")
+    make_at(40000, "f64")(x:to { dtype = "f64" })
+    local m = make_at(-40000)
+    assert.error_matches(function() m:decode(x, m:cache {}) end, "leaves the range of f32")
+  end)
+
   it("takes keys and values of other widths", function()
     local m = make("longnet", { kdim = 3, vdim = 5 })
     assert.are.same({ 2, 6, E }, { unpack(m(data(2, 6), data(2, 7, 3), data(2, 7, 5)):size()) })

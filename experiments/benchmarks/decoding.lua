@@ -7,17 +7,18 @@
 -- hundred launches, whose time hides the keys. On the CPU, with a small model, keys are what a token costs,
 -- and the first row says so without a target. Prompts are really computed, in pieces of the longest segment;
 -- the token that is timed is taken back by rewind. The space of a cache doubles when it is full, so twice as
--- much is as much. The floor of a token is to read all weights once.
+-- much is as much. The floor of a token is to read all weights once. Positions are RoPE's: a million of them
+-- are beyond what XPOS can scale by.
 
 local lac = require "lacuna"
 
 local LARGE = { size = "125M", vocab = 50304, context = 1048576, dtype = "bf16",
-  positions = { 1024, 32767, 1048575 } }
+  positions = "rope", at = { 1024, 32767, 1048575 } }
 local SMALL = { vocab = 256, layers = 2, width = 256, heads = 4, context = 65536,
   segments = { 256, 512, 1024, 2048, 4096 }, dilations = { 1, 2, 4, 6, 12 },
-  positions = { 128, 4095, 65535 } }
+  positions = "rope", at = { 128, 4095, 65535 } }
 local QUICK = { vocab = 64, layers = 1, width = 32, heads = 4, context = 256, segments = { 16, 64 },
-  dilations = { 1, 2 }, positions = { 16, 63, 255 } }
+  dilations = { 1, 2 }, at = { 16, 63, 255 } }
 
 -- a cache that has taken `count` tokens
 local function filled(model, count, piece)
@@ -35,8 +36,8 @@ local function run(b)
   local cuda = lac.default_device():find "^cuda" ~= nil
   local o = {}
   for name, value in pairs(b:size(cuda and LARGE or SMALL, QUICK)) do o[name] = value end
-  local positions = o.positions
-  o.positions = nil
+  local positions = o.at
+  o.at = nil
   local model = lac.nn.LongNetLM(o):eval()
   local longest = o.segments and o.segments[#o.segments] or 32768
   local token, sides, bytes = lac.zeros{ 1, 1, dtype = "i32" }, {}, {}

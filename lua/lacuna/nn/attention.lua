@@ -9,7 +9,8 @@
 -- and value may come from another sequence (cross-attention) and may have fewer heads (grouped queries).
 --
 -- XPOS multiplies queries and keys by zeta^(+-p / scale_base), which leaves the range of a float long before
--- position 10^5; only differences of positions matter, so `origin` shifts p to be small where the data is.
+-- position 10^5, an error here; only differences of positions matter, so `origin` shifts p to be small where
+-- the data is.
 -- `decode` is forward for rows that come one by one: it keeps keys and values in a KVCache (cache.lua). The
 -- attention itself is a lac.attention of any variant, made with the module; its options are taken here by
 -- their names and passed on. ALiBi is an option of the attention, not of q and k. Calls have the interface of
@@ -182,10 +183,26 @@ local function positions_from(start, n, device)
   return first:view(#start, 1) + create.arange{ n, dtype = "i64", device = device }
 end
 
+-- XPOS scales by up to 3.5^(p / xpos_base): natural logarithms that leave room for the numbers themselves
+local XPOS_MOST = { f16 = 9, bf16 = 84, f32 = 84, f64 = 690 }
+
+local function check_xpos(o, x, start)
+  local n, dtype = x:size(2), x:dtype()
+  for b = 1, type(start) == "table" and #start or 1 do
+    local first = o.origin + (type(start) == "table" and start[b] or start)
+    local farthest = math.max(math.abs(first), math.abs(first + n - 1))
+    if farthest / o.xpos_base * math.log(3.5) > XPOS_MOST[dtype] then
+      fail(OP, "positions 'xpos' scale by 3.5^(p / %g), which leaves the range of %s at p = %d; take 'rope', "
+        .. "a larger xpos_base, or an origin such that positions are around 0", o.xpos_base, dtype, farthest)
+    end
+  end
+end
+
 -- start: position of row 1 from 0, one for the whole batch or a list of one per item
 local function rotate(self, x, sign, start)
   local o = self.options
   if not ROTATES[o.positions] then return x end
+  if o.positions == "xpos" then check_xpos(o, x, start) end
   local single = type(start) == "number"
   return ops.rope(x, { base = o.rope_base, sign = sign, start = o.origin + (single and start or 0),
     scale_base = o.positions == "xpos" and o.xpos_base or nil,
