@@ -119,6 +119,11 @@ describe("the variant 'adaptive'", function()
     local expected = lac.attention { variant = "dense", heads = H, kv_heads = 2 }(q, k, v,
       { mask = spelled(chosen.block_mask, 50, 50), bias = bias + chosen.bias })
     assert.is_true(far(out, expected) < 1e-13)
+    local half = make { soft = true, dtype = "bf16" }:eval()
+    local function low(t) return t:detach():to { dtype = "bf16" } end
+    local exact = half(low(q), low(k), low(v), { bias = low(bias):float() })
+    local mixed = half(low(q), low(k), low(v), { bias = low(bias) })
+    assert.is_true((exact:float() - mixed:float()):abs():max():item() == 0)
   end)
 
   it("has a scorer that a module trains, copies and saves", function()

@@ -233,6 +233,16 @@ describe("lac.attention over virtual ranks", function()
     assert.are.equal("f32", lb:dtype())
     assert.is_true((a:float() - b:float()):abs():max():item() < 0.02)
     assert.is_true((la - lb):abs():max():item() < 1e-5)
+    for _, dtype in ipairs { "bf16", "f32" } do
+      local bias = lac.randn({ 32, 32 }, { dtype = dtype, grad = true })
+      local g = {}
+      for i, attn in ipairs { one, many } do
+        local y = attn(x, x, x, { bias = bias, alibi = true })
+        g[i] = lac.grad(y:float():square():sum(), { bias })[1]
+        assert.are.equal(dtype, g[i]:dtype())
+      end
+      assert.is_true((g[1]:float() - g[2]:float()):abs():max():item() < 0.05)
+    end
   end)
 
   it("refuses what shards cannot honour", function()

@@ -86,7 +86,7 @@ local function cut(x, task, q, a, run, call)
     local slopes = x.alibi:narrow(1, run[1] + 1, run[2])
     if a.apart then
       local own, lowered = slopes_apart(slopes, task, q)
-      bias, call.lowered = bias and bias + own or own, lowered
+      bias, call.lowered = bias and bias:to(own:dtype()) + own or own, lowered
     else
       call.run.alibi = slopes * task.q.step
       local rest = task.q.first - task.k.first - a.delta * task.q.step

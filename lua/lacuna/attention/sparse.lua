@@ -119,7 +119,10 @@ function sparse.prepare_adaptive(module, q, k, run)
   local chosen = module.scorer:choose(q, k, { causal = p.causal, align = p.align, training = run.training,
     key_padding = run.key_padding, key_lengths = run.key_lengths })
   call.block_mask, call.block = chosen.block_mask, module.options.block
-  if chosen.bias then call.bias = run.bias and run.bias + chosen.bias or chosen.bias end
+  if chosen.bias then
+    local sums = q:dtype() == "f64" and "f64" or "f32" -- a bias may be of either
+    call.bias = run.bias and run.bias:to(sums) + chosen.bias:to(sums) or chosen.bias
+  end
   return call
 end
 
