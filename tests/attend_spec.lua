@@ -263,9 +263,14 @@ describe("attention in C", function()
       { N = 1300, H = 1, D = 4, segments = { 1300, 64 }, dilations = { 3, 1 }, window = 90, merge = "lse" },
       { N = 50, M = 600, H = 1, D = 8, segments = { 600, 90 }, dilations = { 1, 2 }, align = "end",
         causal = true },
+      -- a delta per branch: made with the gradients where one task has all keys of a segment, else by itself
+      { N = 330, H = 2, Hk = 1, D = 8, segments = { 330, 100 }, dilations = { 1, 3 }, merge = "lse_detach",
+        causal = true, lengths = { 290 }, lengths_dtype = "i32" },
+      { N = 900, H = 1, D = 4, segments = { 900, 128 }, dilations = { 1, 1 }, merge = "sum", window = 150 },
     } do
       local c = direct.fill(case)
       local q, k, v, dout, dlse = inputs(c, 8)
+      if c.merge == "lse_detach" then dlse = nil end
       local r = direct.forward(c, q, k, v)
       local got = results(r, direct.backward(r, dout, dlse))
       local want = oracle.run(c, q, k, v, dout, dlse)
@@ -283,6 +288,7 @@ describe("attention in C", function()
       -- several runs of keys that add to the same rows of dq, and several blocks of rows
       { N = 1700, H = 2, Hk = 1, D = 8, segments = { 1700 }, dilations = { 1 }, causal = true, window = 900 },
       { N = 1800, H = 2, D = 4, segments = { 1800, 900 }, dilations = { 2, 1 }, merge = "lse_detach" },
+      { N = 700, H = 3, D = 8, segments = { 350, 100 }, dilations = { 1, 1 }, merge = "mean" },
       { N = 3, M = 900, H = 4, Hk = 2, D = 16, segments = { 900 }, dilations = { 1 }, align = "end" },
     } do
       local c = direct.fill(case)

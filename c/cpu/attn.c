@@ -364,7 +364,7 @@ static int32_t join_units(const attn_job *job, attn_item *item, int32_t first, i
 static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
 {
     const lac_plan *p = job->a->plan;
-    uint32_t done = 0;
+    uint32_t done = job->new_delta ? job->whole : 0;
     int64_t all = phase_rows(job, phase, which), longest = longest_rows(job, phase, which);
     int64_t target = chunk_rows(job, all, longest), most = task_keys(job, all);
     job->item_count = job->tasks = job->turn_count = job->rows = job->keys = 0;
@@ -457,7 +457,7 @@ static int run_phase(attn_job *job, const int32_t *phase, int32_t which)
     job->stop = &stop;
     job->threads = work < LAC_PARALLEL_WORK || omp_in_parallel() ? 1 : omp_get_max_threads();
     add_phase(job, phase, which);
-    size_t bytes = job->bwd ? (wide ? attn_f64_backward_bytes : attn_f32_backward_bytes)(p, job->rows, job->keys)
+    size_t bytes = job->bwd ? (wide ? attn_f64_backward_bytes : attn_f32_backward_bytes)(job, job->rows, job->keys)
                             : (wide ? attn_f64_forward_bytes : attn_f32_forward_bytes)(p, job->rows);
     bytes = (bytes + 4095) / 4096 * 4096;
     int threads = job->threads < job->tasks ? job->threads : (int)job->tasks;
@@ -475,11 +475,22 @@ static int run_phase(attn_job *job, const int32_t *phase, int32_t which)
     return 0;
 }
 
-/* The deltas of a phase's branches (see attn_backward.inc). */
+/* The deltas of a phase's branches (see attn_backward.inc), but for those whose tasks own whole segments. */
 static int run_deltas(attn_job *job, int32_t which)
 {
     const lac_plan *p = job->a->plan;
+    const int32_t *phase = p->backward_phase;
     if (!lac_plan_branch_delta(p)) return 0;
+    int64_t target = chunk_rows(job, phase_rows(job, phase, which), longest_rows(job, phase, which));
+    bool rest = false;
+    job->whole = 0;
+    for (int g = 0; g < p->desc.branches; g++) {
+        if (phase[g] != which) continue;
+        bool whole = !job->a->blocks.data && span_most(p, g, p->desc.m) <= target;
+        job->whole |= (uint32_t)whole << g;
+        rest |= !whole;
+    }
+    if (!rest) return 0;
     job->new_delta = job->delta;
     job->delta = NULL;
     int status = run_phase(job, p->backward_phase, which);

@@ -40,7 +40,8 @@ typedef struct attn_job {
      * where a task stores straight into an f16 or bf16 tensor */
     void *acc_out, *acc_dq, *acc_dk, *acc_dv;
     void *delta, *new_delta; /* [B, N, H]: deltas of the phase's branches; where they are made, while they are */
-    int32_t *turns;          /* backward: how many tasks have added to a block of rows of dq */
+    uint32_t whole; /* backward: branches (bits) whose tasks own whole segments and make the deltas themselves */
+    int32_t *turns; /* backward: how many tasks have added to a block of rows of dq */
     int64_t turn_count;
     int *stop; /* set by whoever notices an interrupt */
 } attn_job;
