@@ -152,6 +152,50 @@ describe("the variant 'adaptive'", function()
     assert.is_true(twin.scorer ~= attn.scorer and twin.options == attn.options)
   end)
 
+  it("is decoded as it is computed, items at places of their own and taken back", function()
+    for _, keep in ipairs { 1, 2, 4 } do
+      local attn = make { causal = true, keep = keep }:eval()
+      local q, k, v = randn(2, 150, H, D), randn(2, 150, 2, D), randn(2, 150, 2, D)
+      q, k, v = q:detach(), k:detach(), v:detach()
+      local out, lse = attn(q, k, v)
+      local function cache_of()
+        return nn.BlockCache { decoder = attn:decoder(D), batch = 2, heads = 2, head_dim = D, dtype = "f64",
+          rows = 5 }
+      end
+      local function step(cache, at, n, counts)
+        local function rows(t)
+          local function item(b) return t[{ { b }, { at[b] + 1, at[b] + n } }] end
+          return lac.cat({ item(1), item(2) }, 1)
+        end
+        local a, b = cache:attend(rows(q), rows(k), rows(v), counts)
+        for i = 1, 2 do
+          local count = counts and counts[i] or n
+          local function own(t) return t:narrow(1, i, 1):narrow(2, 1, count) end
+          local function whole(t) return t:narrow(1, i, 1):narrow(2, at[i] + 1, count) end
+          assert.is_true(far(own(a), whole(out)) < 1e-12, ("keep %d, item %d at %d"):format(keep, i, at[i]))
+          assert.is_true(far(own(b), whole(lse)) < 1e-12)
+        end
+      end
+      for _, steps in ipairs { { 40, 1, 1, 7, 30, 1, 20, 50 }, { 1, 1, 30, 5, 60, 53 } } do
+        local cache, at = cache_of(), 0
+        for _, n in ipairs(steps) do
+          lac.scope(function() step(cache, { at, at }, n) end)
+          at = at + n
+        end
+        cache:rewind(77)
+        step(cache, { 77, 77 }, 40)
+      end
+      local cache = cache_of()
+      step(cache, { 0, 0 }, 60, { 60, 21 })
+      step(cache, { 60, 21 }, 30, { 5, 30 })
+      cache:select { 2, 1 }
+      assert.same({ 51, 65 }, cache.positions)
+      cache:select { 2, 1 }
+      step(cache, { 65, 51 }, 40)
+      assert.equal(8 * D * (H + 4) * (cache.stores[1].capacity + cache.stores[2].capacity), cache:bytes())
+    end
+  end)
+
   it("names what is wrong", function()
     assert.error_matches(function() lac.attention { variant = "adaptive", heads = 2 } end,
       "head_dim is required")
@@ -162,6 +206,13 @@ describe("the variant 'adaptive'", function()
     end, "head_dim is embed_dim / heads = 4, got 5")
     assert.error_matches(function() make()(randn(1, 8, H, 6), randn(1, 8, 2, 6), randn(1, 8, 2, 6)) end,
       "q has 6 head dimensions, the scorer 4")
-    assert.error_matches(function() make { causal = true }:decoder(4) end, "cannot be decoded row by row")
+    for text, o in pairs { ["a window"] = { window = 9 }, alibi = { alibi = true },
+      ["soft weights"] = { soft = true },
+      ["of = 'longnet'"] = { of = "longnet", segments = { 8 }, dilations = { 1 } } } do
+      o.causal = true
+      assert.error_matches(function() make(o):decoder(D) end,
+        "'adaptive' cannot be decoded row by row with " .. text)
+    end
+    assert.error_matches(function() make():decoder(D) end, "only causal attention can be decoded")
   end)
 end)

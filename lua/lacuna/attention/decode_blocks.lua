@@ -6,8 +6,13 @@
 -- a call of a plain decoder (decode.lua), so there is one plan for all positions and the cost of a token is
 -- that of its active rows. Heads with the same blocks go together.
 --
--- Refused: patterns that are drawn for a length (masks.lua, `open`), dedup, which compares the branches of a
--- row, and "adaptive", whose choice needs all keys there ever were.
+-- Refused: patterns that are drawn for a length (masks.lua, `open`), and dedup, which compares the branches
+-- of a row.
+--
+-- "adaptive" chooses blocks for each item and head when a block of queries begins (its choice is causal). The
+-- cache copies them side by side, once for all rows of that block (nn/adaptive_cache.lua), and here a row
+-- meets them and the rows of its own block: two calls. That is written for "dense" inside only, since copied
+-- rows have no positions: segments, windows and slopes are refused, and soft weights, which are biases.
 
 local schema = require "lacuna.schema"
 local class = require "lacuna.class"
@@ -210,9 +215,43 @@ function BlockDecoder:attend(q, position, k, v, kept, memo)
   return out:to(q:dtype()), lse
 end
 
+-- ---- blocks chosen by content ----------------------------------------------------------------------------
+
+local AdaptiveDecoder = class("AdaptiveDecoder", nil, true)
+
+--- @tparam Attention module adaptive, causal @tparam integer head_dim
+function AdaptiveDecoder:init(module, head_dim)
+  local o = module.options
+  local refused = o.of ~= "dense" and "of = '" .. o.of .. "'" or o.window and "a window"
+    or o.alibi and "alibi" or o.soft and "soft weights"
+  if refused then
+    fail(OP, "variant 'adaptive' cannot be decoded row by row with %s: chosen blocks are copied together",
+         refused)
+  end
+  self.module, self.blocks, self.adaptive = module, true, true
+  self.block, self.keep, self.group = o.block, o.keep, o.heads / o.kv_heads
+  local pattern = { segments = { WHOLE }, dilations = { 1 }, causal = true, scale = o.scale }
+  self.own = core.decoder(pattern, { heads = o.heads, kv_heads = o.kv_heads, head_dim = head_dim })
+  self.chosen = core.decoder(pattern, { heads = o.heads, head_dim = head_dim })
+end
+
+--- Attend with rows of one block of queries to the rows of that block so far and to chosen ones before.
+-- @tparam Tensor q [B, n, H, D] @tparam integer at place of its first row in the block, from 0
+-- @tparam Tensor k [B, at + n, Hk, D] @tparam Tensor v like k
+-- @tparam[opt] Tensor old_k [B, R, H, D] @tparam[opt] Tensor old_v
+-- @treturn Tensor out @treturn Tensor lse
+function AdaptiveDecoder:attend(q, at, k, v, old_k, old_v)
+  local out, lse = self.own:attend(q, k, v, at)
+  if not old_k then return out, lse end
+  local sum = partial.begin(q, 1)
+  partial.merge(sum.out[1], sum.lse[1], out, lse)
+  partial.merge(sum.out[1], sum.lse[1], self.chosen:attend(q, old_k, old_v, old_k:size(2)))
+  return sum.out[1]:to(q:dtype()), sum.lse[1]
+end
+
 --- @tparam table c the core of attention
--- @treturn function (module, pattern of blocks, head_dim) -> BlockDecoder
+-- @treturn table blocks(module, pattern of blocks, head_dim), adaptive(module, head_dim): decoders
 return function(c)
   core = c
-  return BlockDecoder
+  return { blocks = BlockDecoder, adaptive = AdaptiveDecoder }
 end

@@ -126,10 +126,10 @@ function sparse.prepare_adaptive(module, q, k, run)
   return call
 end
 
---- @tparam function decoder of decode_blocks.lua
--- @treturn table sparse
-return function(decoder)
-  --- What decodes a module row by row (record.decoder).
-  function sparse.decoder(module, head_dim) return decoder(module, pattern_of(module), head_dim) end
+--- @tparam table decoders of decode_blocks.lua
+-- @treturn table sparse, with what decodes a module row by row (record.decoder)
+return function(decoders)
+  function sparse.decoder(module, head_dim) return decoders.blocks(module, pattern_of(module), head_dim) end
+  sparse.adaptive_decoder = decoders.adaptive
   return sparse
 end

@@ -210,7 +210,7 @@ return function(registry, ring, sparse, masks)
   local adaptive = {
     doc = "another variant (of) in the blocks that a trained scorer keeps for their contents, `keep` a row",
     options = sparse.adaptive_options, example = { keep = 1, block = 16, head_dim = 2, dtype = "f64" },
-    prepare = sparse.prepare_adaptive, blocks = sparse.most,
+    prepare = sparse.prepare_adaptive, blocks = sparse.most, decoder = sparse.adaptive_decoder,
   }
   blocked(registry, "adaptive", adaptive, function()
     if not adaptive.scorer then

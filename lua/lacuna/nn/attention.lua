@@ -365,6 +365,7 @@ function Attention:cache(options)
       "only causal attention can be decoded row by row; make the module with causal = true")
   end
   local kind = self.attention.record.blocks and BlockCache or KVCache
+  form(self, {})
   return kind{ decoder = self.attention:decoder(self.head_dim), batch = o.batch, keep = o.keep,
     rows = o.rows, heads = self.kv_heads, head_dim = self.head_dim,
     dtype = self.out.weight:dtype(), device = self.out.weight:device() }
@@ -377,6 +378,7 @@ local function decode(self, x, cache, counts)
     if start[b] ~= same then same = nil end
   end
   local q, k, v = heads_at(self, x, x, x, same or start)
+  form(self, {})
   local out, lse = cache:attend(q, k, v, counts)
   if self.options.add_bias_kv or self.options.add_zero_attn then
     out = extra_keys.join(self, q, out, lse)

@@ -9,7 +9,8 @@
 -- Which blocks those are, and attention to them, is the decoder's answer (attention/decode_blocks.lua). All
 -- new rows of one call to it lie in one block of queries, so a prompt comes in pieces of a block, and into an
 -- empty cache as one call of the attention itself. Items of a batch share a store while they stand at the
--- same position; from the first call whose items take different numbers of rows on, each has its own.
+-- same position; from the first call whose items take different numbers of rows on, each has its own. Where
+-- blocks are chosen by content a store is another one (adaptive_cache.lua).
 
 local schema = require "lacuna.schema"
 local class = require "lacuna.class"
@@ -19,6 +20,7 @@ local scope = require "lacuna.scope"
 local device = require "lacuna.device"
 local ops = require "lacuna.ops"
 local KVCache = require("lacuna.nn.cache").KVCache
+local AdaptiveStore = require "lacuna.nn.adaptive_cache"
 
 local fn = ops.fn
 local fail = schema.fail
@@ -150,6 +152,9 @@ function Store:select(items)
   return other
 end
 
+--- Numbers of K and V together.
+function Store:numbers() return self.k:numel() + self.v:numel() end
+
 function Store:release()
   self.k:release()
   self.v:release()
@@ -178,7 +183,8 @@ function Cache:init(options)
   self.batch, self.heads, self.head_dim = o.batch, o.heads, o.head_dim
   self.dtype, self.device = device.dtype("BlockCache", o.dtype), device.code("BlockCache", o.device)
   self.anchor = tensor.empty(self.dtype, self.device, { 1 }, 1) -- as long-lived as the cache
-  self.stores = { Store(self, o.batch) }
+  self.kind = rawget(o.decoder, "adaptive") and AdaptiveStore or Store
+  self.stores = { self.kind(self, o.batch) }
   self:settle()
 end
 
@@ -205,7 +211,7 @@ end
 
 --- Forget everything. @treturn BlockCache self
 function Cache:reset()
-  replace(self, { Store(self, self.batch) })
+  replace(self, { self.kind(self, self.batch) })
   return self:settle()
 end
 
@@ -282,11 +288,11 @@ function Cache:select(items)
   return self:settle()
 end
 
---- Bytes of K and V together.
+--- Bytes of all that is kept.
 function Cache:bytes()
-  local rows = 0
-  for _, store in ipairs(self.stores) do rows = rows + store.batch * store.capacity end
-  return 2 * rows * self.heads * self.head_dim * device.dtype_size[self.dtype]
+  local numbers = 0
+  for _, store in ipairs(self.stores) do numbers = numbers + store:numbers() end
+  return numbers * device.dtype_size[self.dtype]
 end
 
 Cache.__tostring = KVCache.__tostring

@@ -215,10 +215,9 @@ function AdaptiveBlocks:choose(q, k, o)
   if q:size(4) ~= self.head_dim then
     fail("AdaptiveBlocks", "q has %d head dimensions, the scorer %d", q:size(4), self.head_dim)
   end
-  local n, m, group = q:size(2), k:size(2), q:size(3) / k:size(3)
+  local n, m = q:size(2), k:size(2)
   local keep = not_padding(o, k)
   local queries, keys = block_means(q, self.block), block_means(k, self.block, keep)
-  if group > 1 then keys = fn.repeat_interleave(keys, group, 2) end
   local open, present
   if o.causal then
     queries = one_later(queries)
@@ -228,10 +227,17 @@ function AdaptiveBlocks:choose(q, k, o)
     local some = not_empty(keep, self.block)
     open = open and fn.logical_and(open, some) or some
   end
+  return choose(self, self:scores(queries, keys), n, m, open, present, o.training)
+end
+
+--- Scores [B, H, rows, columns] of blocks by their means.
+-- @tparam Tensor queries [B, H, rows, D] @tparam Tensor keys [B, Hk, columns, D]
+function AdaptiveBlocks:scores(queries, keys)
+  local group = queries:size(2) / keys:size(2)
+  if group > 1 then keys = fn.repeat_interleave(keys, group, 2) end
   local x = self.query_out(fn.gelu(self.query_in(queries)))
   local y = self.key_out(fn.gelu(self.key_in(keys)))
-  local scores = fn.matmul(x, y:transpose(3, 4)) * (1 / math.sqrt(self.rank))
-  return choose(self, scores, n, m, open, present, o.training)
+  return fn.matmul(x, y:transpose(3, 4)) * (1 / math.sqrt(self.rank))
 end
 
 --- The same with the module's own mode. @tparam Tensor q @tparam Tensor k
