@@ -1023,6 +1023,30 @@ describe("engine on " .. isa .. ":", function()
         end
       end
     end)
+    it("of rows of several blocks: nothing in the first, a maximum that grows and one that stays", function()
+      local n, values = 9001, {}
+      for row, of in ipairs { function(i) return i <= 5000 and -INF or i % 7 end,
+        function(i) return i / 100 - 50 end, function(i) return i == 1 and 9 or -(i % 11) end } do
+        for i = 1, n do values[(row - 1) * n + i] = of(i) end
+      end
+      for _, dtype in ipairs { "f32", "f64" } do
+        local x, ref = round_all(dtype, values), {}
+        for row = 0, 2 do
+          local m, s, lost = -INF, 0, 0 -- lost: by rounding (Kahan)
+          for i = 1, n do m = math.max(m, x[row * n + i]) end
+          for i = 1, n do
+            local y = math.exp(x[row * n + i] - m) - lost
+            s, lost = s + y, s + y - s - y
+          end
+          ref[row + 1] = m + math.log(s)
+        end
+        local out, lse, targets = d.out(), d.out(), tensor("i64", { 3 }, { n - 1, 0, 0 })
+        call("cross_entropy", tensor(dtype, { 3, n }, x), targets, nil, IGNORE, 0, out, lse)
+        check_all("lse", dtype, get(lse), ref, 4)
+        for row = 1, 3 do ref[row] = ref[row] - x[({ n, n + 1, 2 * n + 1 })[row]] end
+        check_all("loss", dtype, get(out), ref, 4, dtype == "f32" and 2 ^ -17 or 2 ^ -45)
+      end
+    end)
     it("fused with the projection, in chunks of any size", function()
       local vx, vw, vb, g = randoms(R * E, -1, 1), randoms(V * E, -1, 1), randoms(V, -1, 1), randoms(R, -1, 1)
       for _, dtype in ipairs(FLOATS) do

@@ -12,29 +12,36 @@
  * Q lse - sum q_c x_c and the gradient (Q softmax_c - q_c) g. For a class as the target that is e / V times one dot
  * product of w and x (or a sum of x) and a correction at one place; t as a tensor is read along with the logits.
  * lse is taken off in two floats, so that no value has to pass through double.
+ *
+ * lse goes through a row once, in blocks that stay in the first cache between their maximum and their exponentials.
+ * The fixed steps of a block are dear: with 512 elements instead of 4096 it takes 1.25 times as long (AVX-512).
  */
 #include "cpu.h"
-#include "simd.h"
+#include "rows.h"
 
-enum { SUM_BLOCK = 512, STREAM_BLOCK = 1024, STREAM_BYTES = 1 << 24, CHUNK_ELEMENTS = 1 << 22, BIAS_COLUMNS = 256 };
+enum {
+    SUM_BLOCK = 512,
+    LSE_BLOCK = 4096,
+    STREAM_BLOCK = 1024,
+    STREAM_BYTES = 1 << 24,
+    CHUNK_ELEMENTS = 1 << 22,
+    BIAS_COLUMNS = 256
+};
 
 #define ROW_KERNELS(T, S, EXP, INF)                                                                                    \
     static double row_lse_##S(const T *x, int64_t n)                                                                   \
     {                                                                                                                  \
         T m = -INF;                                                                                                    \
         double total = 0;                                                                                              \
-        for (int64_t at = 0; at < n; at += SUM_BLOCK) {                                                                \
-            int64_t end = n - at < SUM_BLOCK ? n : at + SUM_BLOCK;                                                     \
-            T top = -INF, s = 0;                                                                                       \
-            _Pragma("omp simd reduction(max : top)") for (int64_t i = at; i < end; i++) top = x[i] > top ? x[i] : top; \
+        for (int64_t at = 0; at < n; at += LSE_BLOCK) {                                                                \
+            int64_t count = n - at < LSE_BLOCK ? n - at : LSE_BLOCK;                                                   \
+            T top = row_max_##S(x + at, count);                                                                        \
             if (top > m) {                                                                                             \
                 total *= exp((double)m - (double)top);                                                                 \
                 m = top;                                                                                               \
             }                                                                                                          \
-            v_prefetch((const char *)(x + end), (int64_t)sizeof(T) * SUM_BLOCK); /* while this block is computed */    \
-            T shift = m == -INF ? 0 : m; /* nothing but -inf so far, or NaN, which must come through */                \
-            _Pragma("omp simd reduction(+ : s)") for (int64_t i = at; i < end; i++) s += EXP(x[i] - shift);            \
-            total += (double)s;                                                                                        \
+            /* nothing but -inf so far, or NaN, which must come through */                                             \
+            total += row_exp_##S(x + at, m == -INF ? 0 : m, NULL, count);                                              \
         }                                                                                                              \
         return (double)m + log(total);                                                                                 \
     }                                                                                                                  \
