@@ -1,5 +1,5 @@
-/* op_attn.h: what the front end of attention consists of: op_attn.c calls these parts for options of single pairs and
- * for packed sequences.
+/* op_attn.h: what the front end of attention consists of: op_attn.c calls these parts for options of single pairs, for
+ * packed sequences and for long ones.
  */
 #ifndef LAC_OP_ATTN_H
 #define LAC_OP_ATTN_H
@@ -18,5 +18,9 @@ int lac_packed_check(const lac_plan *p, const lac_attn_args *args);
 /* the slots attend and attend_bwd, once or sequence by sequence */
 int lac_packed_attend(const lac_a_attend *a, const lac_attn_args *args);
 int lac_packed_attend_bwd(const lac_a_attend_bwd *a, const lac_attn_args *args);
+
+/* op_parts.c */
+/* the slot attend_bwd, once or for parts of the sequence and of the batch */
+int lac_parts_attend_bwd(const lac_a_attend_bwd *a, int device);
 
 #endif

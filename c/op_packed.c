@@ -113,10 +113,7 @@ int lac_packed_attend_bwd(const lac_a_attend_bwd *all, const lac_attn_args *args
 {
     int device = args->q->device;
     uint64_t draw = 0;
-    if (!args->sequences) {
-        LAC_RUN(attend_bwd, device, all);
-        return 0;
-    }
+    if (!args->sequences) return lac_parts_attend_bwd(all, device);
     for (int64_t s = 0, items; s < args->sequences; s += items) {
         int64_t at = args->starts[s], rows = args->starts[s + 1] - at;
         items = alike(args, s);

@@ -125,6 +125,37 @@ describe("the backward of attention on Hopper #gpu", function()
     end
   end)
 
+  it("cuts long sequences and large batches, and gives the bits of their parts", function()
+    local function run(x, options)
+      local inputs = {}
+      for i = 1, 3 do inputs[i] = x[i]:detach():requires_grad_() end
+      local out = lac.attend(inputs[1], inputs[2], inputs[3], options)
+      return lac.grad(out, inputs, { grad_outputs = { x[4] } })
+    end
+    -- positions and items of the whole; those of one part
+    local function compare(n, batch, step, items, options)
+      local x = {}
+      for i = 1, 4 do x[i] = lac.randn({ batch, n, 8, 64 }, { dtype = "bf16", device = "cuda" }) end
+      options.return_lse = false
+      local got = run(x, options)
+      for at = 0, n - 1, step do for item = 0, batch - 1, items do
+        local here = { { item + 1, math.min(item + items, batch) }, { at + 1, math.min(at + step, n) } }
+        local part = {}
+        for i = 1, 4 do part[i] = x[i][here]:contiguous() end
+        for i, want in ipairs(run(part, options)) do
+          assert.are.equal(0, (got[i][here] - want):abs():max():item(), GRADIENTS[i])
+        end
+      end end
+    end
+    lac.scope(function()
+      local long = 2 ^ 18 + 2 ^ 12 + 100
+      compare(long, 1, 2 ^ 16, 1, { segments = { 1024, 4096 }, dilations = { 1, 3 }, causal = true })
+      compare(long, 1, 2 ^ 16, 1, { segments = { 2048, 4096 }, dilations = { 2, 4 }, merge = "lse_detach" })
+      compare(long, 1, long, 1, { segments = { 1000, 4096 }, dilations = { 1, 2 } }) -- no windows: whole
+      compare(3000, 50, 3000, 10, { segments = { 1000, 2048 }, dilations = { 1, 2 } })
+    end)
+  end)
+
   it("agrees with the portable kernel to the rounding of results", function()
     attn.seed(31)
     for trial = 1, 4 do
