@@ -338,10 +338,10 @@ describe("lac.attention", function()
   end)
 
   it("checks its configuration when it is made", function()
-    refused("variant is required; valid: auto, block_sparse, custom, dense, dilated, distributed, "
+    refused("variant is required; valid: adaptive, auto, block_sparse, custom, dense, dilated, distributed, "
       .. "hierarchical, improved, longnet, ring",
             lac.attention, { heads = 1 })
-    refused("unknown variant 'longnt', did you mean 'longnet'%? valid: auto, block_sparse, custom, ",
+    refused("unknown variant 'longnt', did you mean 'longnet'%? valid: adaptive, auto, block_sparse, ",
             lac.attention, { variant = "longnt", heads = 1 })
     refused("segments is required by variant 'longnet'", lac.attention, { variant = "longnet", heads = 1 })
     refused("heads is required", lac.attention, { variant = "dense" })
