@@ -34,6 +34,10 @@ typedef struct { lac_view y, g, out; int dim; bool logarithm; } lac_a_softmax_bw
 typedef struct { int fn, dim; bool reverse; lac_view x, out, index; } lac_a_scan; /* index.data NULL: not an extreme */
 typedef struct { int fn, dim; lac_view x, y, g, dx; } lac_a_scan_bwd;
 typedef struct { lac_view a, b, bias, out; } lac_a_matmul; /* batch axes expanded; bias.data may be NULL */
+/* pre = x w^T + bias, out = fn(pre); bias.data NULL: none, pre.data NULL: not kept */
+typedef struct { int fn; lac_view x, w, bias, pre, out; } lac_a_linear_act;
+typedef struct { int fn; lac_view g, w, pre, out, sums; } lac_a_linear_act_bwd; /* sums.data NULL: not wanted */
+typedef struct { lac_view g, x, dw, sums; } lac_a_weight_grad;
 typedef struct { lac_view x, gamma, beta, out, mean, rstd; double eps; } lac_a_layernorm;
 typedef struct { lac_view x, gamma, mean, rstd, g, dx, dgamma, dbeta; } lac_a_layernorm_bwd;
 typedef struct { lac_view x, h, gamma, beta, sum, out, mean, rstd; double eps, p; uint64_t seed, offset; } lac_a_residual_norm;
@@ -42,6 +46,8 @@ typedef struct { /* g_sum.data NULL: 0; dh.data NULL: dx (p is 0) */
     double p;
     uint64_t seed, offset;
 } lac_a_residual_norm_bwd;
+typedef struct { lac_view x, gamma, beta, act, out, mean, rstd; double eps; } lac_a_gelu_norm; /* act.data NULL: not kept */
+typedef struct { lac_view x, act, gamma, mean, rstd, g, dx, dgamma, dbeta; } lac_a_gelu_norm_bwd;
 typedef struct { lac_view x, gamma, out, rstd; double eps; } lac_a_rmsnorm;
 typedef struct { lac_view x, gamma, rstd, g, dx, dgamma; } lac_a_rmsnorm_bwd;
 typedef struct { lac_view x, w, bias, out; int64_t stride, dilation, before; } lac_a_conv1d; /* bias.data may be NULL */
@@ -51,7 +57,11 @@ typedef struct { int64_t ignore; double smoothing; lac_view weight; } lac_loss;
 typedef struct { lac_view logits, target, out, lse; lac_loss loss; } lac_a_cross_entropy;
 typedef struct { lac_view logits, target, lse, g, out; lac_loss loss; } lac_a_cross_entropy_bwd;
 typedef struct { lac_view x, w, bias, target, out, lse; lac_loss loss; int64_t chunk; } lac_a_linear_ce;
-typedef struct { lac_view x, w, bias, target, lse, g, dx, dw, dbias; lac_loss loss; int64_t chunk; } lac_a_linear_ce_bwd;
+typedef struct { /* out.data not NULL: the losses and lse are written too, chunk by chunk, before lse is read */
+    lac_view x, w, bias, target, lse, g, dx, dw, dbias, out;
+    lac_loss loss;
+    int64_t chunk;
+} lac_a_linear_ce_bwd;
 typedef struct { lac_view x, index, out; int dim; } lac_a_index; /* index_select, gather */
 typedef struct { lac_view g, index, out; int dim; } lac_a_index_bwd;
 typedef struct { lac_view dst, index, src; int dim, mode; bool self; } lac_a_scatter; /* in place; src has index's shape */

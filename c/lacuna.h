@@ -195,6 +195,17 @@ int lac_scan_bwd(int fn, const lac_tensor *x, const lac_tensor *y, const lac_ten
  * place. f16 and bf16 accumulate in f32. bias may be NULL. 1-D arguments are refused (use view). */
 int lac_matmul(const lac_tensor *a, const lac_tensor *b, const lac_tensor *bias, lac_tensor *out);
 
+/* out = fn(x w^T + bias), where fn is the id of gelu or gelu_tanh; x [R, E], w [V, E], bias [V] or NULL. pre: what goes
+ * into fn, kept for the backward, or NULL. On CUDA gelu_tanh is part of the product. */
+int lac_linear_act(int fn, const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, lac_tensor *pre,
+                   lac_tensor *out);
+/* out = (g w) fn'(pre): the gradient of pre, where fn(pre) [R, H] went into a product with w [V, H] whose gradient is g
+ * [R, V]; sums [H]: its column sums, or NULL */
+int lac_linear_act_bwd(int fn, const lac_tensor *g, const lac_tensor *w, const lac_tensor *pre, lac_tensor *out,
+                       lac_tensor *sums);
+/* gradients of weight and bias of x w^T + bias from g [R, V] and x [R, E]: dw = g^T x, sums [V] = column sums of g */
+int lac_weight_grad(const lac_tensor *g, const lac_tensor *x, lac_tensor *dw, lac_tensor *sums);
+
 /* ---- normalisation ---- */
 /* over the last axis; gamma, beta [E] may be NULL; mean, rstd [rows] f32 (f64 for f64) are saved for the backward */
 int lac_layernorm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *beta, double eps,
@@ -212,6 +223,14 @@ int lac_residual_norm(const lac_tensor *x, const lac_tensor *h, const lac_tensor
 int lac_residual_norm_bwd(const lac_tensor *sum, const lac_tensor *gamma, const lac_tensor *mean, const lac_tensor *rstd,
                           const lac_tensor *g, const lac_tensor *g_sum, double p, uint64_t seed, uint64_t offset,
                           lac_tensor *dx, lac_tensor *dh, lac_tensor *dgamma, lac_tensor *dbeta);
+
+/* out = layernorm(gelu(x)), in one pass where the device has a kernel for it. act: what the norm reads, kept for the
+ * backward; NULL: that computes it again */
+int lac_gelu_norm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *beta, double eps, lac_tensor *act,
+                  lac_tensor *out, lac_tensor *mean, lac_tensor *rstd);
+/* act may be NULL; dgamma and dbeta may be NULL */
+int lac_gelu_norm_bwd(const lac_tensor *x, const lac_tensor *act, const lac_tensor *gamma, const lac_tensor *mean,
+                      const lac_tensor *rstd, const lac_tensor *g, lac_tensor *dx, lac_tensor *dgamma, lac_tensor *dbeta);
 
 /* x / sqrt(mean(x^2) + eps) gamma over the last axis; gamma [E] may be NULL; rstd [rows] is saved; dgamma may be NULL */
 int lac_rmsnorm(const lac_tensor *x, const lac_tensor *gamma, double eps, lac_tensor *out, lac_tensor *rstd);
@@ -244,6 +263,11 @@ int lac_linear_cross_entropy(const lac_tensor *x, const lac_tensor *w, const lac
 int lac_linear_cross_entropy_bwd(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, const lac_tensor *target,
                                  const lac_tensor *weight, int64_t ignore, double smoothing, int64_t chunk,
                                  const lac_tensor *lse, const lac_tensor *g, lac_tensor *dx, lac_tensor *dw, lac_tensor *dbias);
+/* losses and the gradients for g in one go, with one product fewer: for a g that is known before */
+int lac_linear_cross_entropy_both(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias,
+                                  const lac_tensor *target, const lac_tensor *weight, int64_t ignore, double smoothing,
+                                  int64_t chunk, const lac_tensor *g, lac_tensor *out, lac_tensor *dx, lac_tensor *dw,
+                                  lac_tensor *dbias);
 
 /* ---- indexing ---- */
 /* idx i64 or i32, 0-based, any shape; out has x's shape with axis `dim` replaced by idx's shape (embedding: dim 0).

@@ -150,6 +150,32 @@ int lac_linear_cross_entropy(const lac_tensor *x, const lac_tensor *w, const lac
     return 0;
 }
 
+/* the tensors that both forms make: gradients, their size that of x, w and bias */
+static int gradients_run(const char *op, lac_a_linear_ce_bwd *a, const lac_tensor *x, const lac_tensor *w,
+                         lac_tensor *dx, lac_tensor *dw, lac_tensor *dbias)
+{
+    LAC_TRY(lac_tensor_new(op, x->dtype, x->device, 2, x->shape, dx, &a->dx));
+    LAC_TRY_OUT(lac_tensor_new(op, w->dtype, w->device, 2, w->shape, dw, &a->dw), dx);
+    if (dbias) LAC_TRY_OUT(lac_tensor_new(op, w->dtype, w->device, 1, w->shape, dbias, &a->dbias), dx, dw);
+    LAC_RUN_OUT(linear_cross_entropy_bwd, x->device, a, dx, dw, dbias);
+    return 0;
+}
+
+static int gradients_get(const char *op, lac_a_linear_ce_bwd *a, const lac_tensor *x, const lac_tensor *w,
+                         const lac_tensor *bias, const lac_tensor *target, const lac_tensor *weight, double smoothing,
+                         const lac_tensor *g, lac_tensor *dx, lac_tensor *dw, lac_tensor *dbias)
+{
+    LAC_OUT(op, "dx", dx);
+    LAC_OUT(op, "dw", dw);
+    if (dbias) dbias->storage = NULL;
+    LAC_TRY(linear_get(op, x, w, bias, target, a->chunk, &a->x, &a->w, &a->bias, &a->target));
+    LAC_TRY(loss_get(op, weight, smoothing, x, w->shape[0], &a->loss));
+    if (!bias != !dbias)
+        LAC_FAIL(ARGUMENT, "%s: %s", op,
+                 bias ? "there is a bias but no place for dbias" : "dbias was asked for, but there is no bias");
+    return stat_get(op, "g", g, x, x->shape[0], &a->g);
+}
+
 int lac_linear_cross_entropy_bwd(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias,
                                  const lac_tensor *target, const lac_tensor *weight, int64_t ignore, double smoothing,
                                  int64_t chunk, const lac_tensor *lse, const lac_tensor *g, lac_tensor *dx,
@@ -157,19 +183,25 @@ int lac_linear_cross_entropy_bwd(const lac_tensor *x, const lac_tensor *w, const
 {
     const char *op = "linear_cross_entropy_bwd";
     lac_a_linear_ce_bwd a = {.loss.ignore = ignore, .chunk = chunk};
-    LAC_OUT(op, "dx", dx);
-    LAC_OUT(op, "dw", dw);
-    if (dbias) dbias->storage = NULL;
-    LAC_TRY(linear_get(op, x, w, bias, target, chunk, &a.x, &a.w, &a.bias, &a.target));
-    LAC_TRY(loss_get(op, weight, smoothing, x, w->shape[0], &a.loss));
-    if (!bias != !dbias)
-        LAC_FAIL(ARGUMENT, "%s: %s", op,
-                 bias ? "there is a bias but no place for dbias" : "dbias was asked for, but there is no bias");
+    LAC_TRY(gradients_get(op, &a, x, w, bias, target, weight, smoothing, g, dx, dw, dbias));
     LAC_TRY(stat_get(op, "lse", lse, x, x->shape[0], &a.lse));
-    LAC_TRY(stat_get(op, "g", g, x, x->shape[0], &a.g));
-    LAC_TRY(lac_tensor_new(op, x->dtype, x->device, 2, x->shape, dx, &a.dx));
-    LAC_TRY_OUT(lac_tensor_new(op, w->dtype, w->device, 2, w->shape, dw, &a.dw), dx);
-    if (dbias) LAC_TRY_OUT(lac_tensor_new(op, w->dtype, w->device, 1, w->shape, dbias, &a.dbias), dx, dw);
-    LAC_RUN_OUT(linear_cross_entropy_bwd, x->device, &a, dx, dw, dbias);
+    return gradients_run(op, &a, x, w, dx, dw, dbias);
+}
+
+int lac_linear_cross_entropy_both(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias,
+                                  const lac_tensor *target, const lac_tensor *weight, int64_t ignore, double smoothing,
+                                  int64_t chunk, const lac_tensor *g, lac_tensor *out, lac_tensor *dx, lac_tensor *dw,
+                                  lac_tensor *dbias)
+{
+    const char *op = "linear_cross_entropy";
+    lac_a_linear_ce_bwd a = {.loss.ignore = ignore, .chunk = chunk};
+    lac_tensor lse;
+    LAC_OUT(op, "out", out);
+    LAC_TRY(gradients_get(op, &a, x, w, bias, target, weight, smoothing, g, dx, dw, dbias));
+    int stat = lac_front_stat_dtype(x->dtype);
+    LAC_TRY(lac_tensor_new(op, stat, x->device, 1, x->shape, out, &a.out));
+    LAC_TRY_OUT(lac_tensor_new(op, stat, x->device, 1, x->shape, &lse, &a.lse), out);
+    LAC_TRY_OUT(gradients_run(op, &a, x, w, dx, dw, dbias), out, &lse);
+    lac_tensor_drop(&lse);
     return 0;
 }

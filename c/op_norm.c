@@ -198,6 +198,54 @@ int lac_residual_norm_bwd(const lac_tensor *sum, const lac_tensor *gamma, const 
     return 0;
 }
 
+int lac_gelu_norm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *beta, double eps, lac_tensor *act,
+                  lac_tensor *out, lac_tensor *mean, lac_tensor *rstd)
+{
+    const char *op = "gelu_norm";
+    lac_a_gelu_norm a = {.eps = eps};
+    int64_t rows;
+    LAC_OUT(op, "out", out);
+    LAC_OUT(op, "mean", mean);
+    LAC_OUT(op, "rstd", rstd);
+    if (act) act->storage = NULL;
+    LAC_TRY(rows_get(op, x, &a.x, &rows));
+    LAC_TRY(vector_get(op, "gamma", gamma, x, &a.gamma));
+    LAC_TRY(vector_get(op, "beta", beta, x, &a.beta));
+    if (!(eps > 0 && isfinite(eps))) LAC_FAIL(ARGUMENT, "%s: eps must be positive and finite, got %g", op, eps);
+    int stat = lac_front_stat_dtype(x->dtype);
+    LAC_TRY(lac_tensor_new(op, x->dtype, x->device, x->ndim, x->shape, out, &a.out));
+    LAC_TRY_OUT(lac_tensor_new(op, stat, x->device, 1, &rows, mean, &a.mean), out);
+    LAC_TRY_OUT(lac_tensor_new(op, stat, x->device, 1, &rows, rstd, &a.rstd), out, mean);
+    if (act) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, x->ndim, x->shape, act, &a.act), out, mean, rstd);
+    LAC_RUN_OUT(gelu_norm, x->device, &a, out, mean, rstd, act);
+    return 0;
+}
+
+int lac_gelu_norm_bwd(const lac_tensor *x, const lac_tensor *act, const lac_tensor *gamma, const lac_tensor *mean,
+                      const lac_tensor *rstd, const lac_tensor *g, lac_tensor *dx, lac_tensor *dgamma,
+                      lac_tensor *dbeta)
+{
+    const char *op = "gelu_norm_bwd";
+    lac_a_gelu_norm_bwd a = {.dgamma.data = NULL};
+    int64_t rows;
+    LAC_OUT(op, "dx", dx);
+    if (dgamma) dgamma->storage = NULL;
+    if (dbeta) dbeta->storage = NULL;
+    LAC_TRY(rows_get(op, x, &a.x, &rows));
+    if (act) LAC_TRY(like_get(op, "x", x, "act", act, &a.act));
+    LAC_TRY(vector_get(op, "gamma", gamma, x, &a.gamma));
+    LAC_TRY(stat_get(op, "mean", mean, x, rows, &a.mean));
+    LAC_TRY(stat_get(op, "rstd", rstd, x, rows, &a.rstd));
+    LAC_TRY(like_get(op, "x", x, "g", g, &a.g));
+    if (dgamma && !gamma) LAC_FAIL(ARGUMENT, "%s: dgamma was asked for, but there is no gamma", op);
+    const int64_t *width = &x->shape[x->ndim - 1];
+    LAC_TRY(lac_tensor_new(op, x->dtype, x->device, x->ndim, x->shape, dx, &a.dx));
+    if (dgamma) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 1, width, dgamma, &a.dgamma), dx);
+    if (dbeta) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 1, width, dbeta, &a.dbeta), dx, dgamma);
+    LAC_RUN_OUT(gelu_norm_bwd, x->device, &a, dx, dgamma, dbeta);
+    return 0;
+}
+
 int lac_rmsnorm(const lac_tensor *x, const lac_tensor *gamma, double eps, lac_tensor *out, lac_tensor *rstd)
 {
     lac_a_rmsnorm a = {.eps = eps};

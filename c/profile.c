@@ -116,6 +116,12 @@ COST(scan_bwd, lac_a_scan_bwd, .flops = (a->fn == LAC_LOGCUMSUMEXP ? 5.0 : 3.0) 
      .bytes = BYTES(&a->x, &a->y, &a->g, &a->dx), .function = lac_scan_name(a->fn))
 COST(matmul, lac_a_matmul, .flops = 2.0 * all(&a->out) * last(&a->a) + (a->bias.data ? all(&a->out) : 0),
      .bytes = BYTES(&a->a, &a->b, &a->bias, &a->out))
+COST(linear_act, lac_a_linear_act, .flops = 2.0 * all(&a->out) * (last(&a->x) + 1),
+     .bytes = BYTES(&a->x, &a->w, &a->bias, &a->pre, &a->out))
+COST(linear_act_bwd, lac_a_linear_act_bwd, .flops = 2.0 * all(&a->out) * (last(&a->g) + 1),
+     .bytes = BYTES(&a->g, &a->w, &a->pre, &a->out, &a->sums))
+COST(weight_grad, lac_a_weight_grad, .flops = (2.0 * last(&a->x) + (a->sums.data ? 1 : 0)) * all(&a->g),
+     .bytes = BYTES(&a->g, &a->x, &a->dw, &a->sums))
 COST(layernorm, lac_a_layernorm, .flops = 8.0 * all(&a->out),
      .bytes = BYTES(&a->x, &a->gamma, &a->beta, &a->out, &a->mean, &a->rstd))
 COST(layernorm_bwd, lac_a_layernorm_bwd, .flops = 13.0 * all(&a->x),
@@ -124,6 +130,10 @@ COST(residual_norm, lac_a_residual_norm, .flops = 10.0 * all(&a->out),
      .bytes = BYTES(&a->x, &a->h, &a->gamma, &a->beta, &a->sum, &a->out, &a->mean, &a->rstd))
 COST(residual_norm_bwd, lac_a_residual_norm_bwd, .flops = 15.0 * all(&a->dx),
      .bytes = BYTES(&a->sum, &a->gamma, &a->mean, &a->rstd, &a->g, &a->g_sum, &a->dx, &a->dh, &a->dgamma, &a->dbeta))
+COST(gelu_norm, lac_a_gelu_norm, .flops = 9.0 * all(&a->out),
+     .bytes = BYTES(&a->x, &a->gamma, &a->beta, &a->act, &a->out, &a->mean, &a->rstd))
+COST(gelu_norm_bwd, lac_a_gelu_norm_bwd, .flops = 15.0 * all(&a->dx),
+     .bytes = BYTES(&a->x, &a->act, &a->gamma, &a->mean, &a->rstd, &a->g, &a->dx, &a->dgamma, &a->dbeta))
 COST(rmsnorm, lac_a_rmsnorm, .flops = 5.0 * all(&a->out), .bytes = BYTES(&a->x, &a->gamma, &a->out, &a->rstd))
 COST(rmsnorm_bwd, lac_a_rmsnorm_bwd, .flops = 10.0 * all(&a->x),
      .bytes = BYTES(&a->x, &a->gamma, &a->rstd, &a->g, &a->dx, &a->dgamma))
@@ -139,9 +149,10 @@ COST(cross_entropy_bwd, lac_a_cross_entropy_bwd, .flops = 3.0 * logits_of(&a->lo
      .bytes = BYTES(&a->logits, &a->target, &a->lse, &a->g, &a->out))
 COST(linear_cross_entropy, lac_a_linear_ce, .flops = cells_of(&a->x, &a->w) * (2 * last(&a->x) + 4),
      .bytes = BYTES(&a->x, &a->w, &a->bias, &a->target, &a->out, &a->lse))
-/* the logits again, then dx and dw */
-COST(linear_cross_entropy_bwd, lac_a_linear_ce_bwd, .flops = cells_of(&a->x, &a->w) * (6 * last(&a->x) + 4),
-     .bytes = BYTES(&a->x, &a->w, &a->bias, &a->target, &a->lse, &a->g, &a->dx, &a->dw, &a->dbias))
+/* the logits (again), then dx and dw */
+COST(linear_cross_entropy_bwd, lac_a_linear_ce_bwd,
+     .flops = cells_of(&a->x, &a->w) * (6 * last(&a->x) + (a->out.data ? 8 : 4)),
+     .bytes = BYTES(&a->x, &a->w, &a->bias, &a->target, &a->lse, &a->g, &a->dx, &a->dw, &a->dbias, &a->out))
 /* what is read of the table is what is written */
 COST(index_select, lac_a_index, .bytes = bytes_of(&a->index) + 2 * bytes_of(&a->out))
 COST(index_select_bwd, lac_a_index_bwd, .flops = all(&a->g), .bytes = BYTES(&a->g, &a->index, &a->out))

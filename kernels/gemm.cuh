@@ -6,6 +6,12 @@
 /* C = A B (+ C) (+ bias), row-major: C [m, n] with rows ldc apart. A [m, k] is stored with rows lda apart, or, if
  * a_transposed, as [k, m]; B likewise. Strides count elements; *_batch are the distances of batch items. A and B have
  * one dtype; C may be f32 where they are f16 or bf16. */
+enum {
+    GEMM_PLAIN,
+    GEMM_GELU,          /* C = gelu_tanh(A B + bias); aux [m, n]: what goes into it, or NULL */
+    GEMM_GELU_GRADIENT, /* C = (A B) gelu_tanh'(aux); sums [n]: C's column sums, or NULL */
+    GEMM_SUMS_OF_A      /* sums [m]: the sums of A's rows */
+};
 struct lac_cuda_gemm_args {
     int64_t m, n, k, batch;
     const void *a, *b, *bias; /* bias [n], dense, of C's dtype; or NULL */
@@ -13,7 +19,11 @@ struct lac_cuda_gemm_args {
     int dtype, c_dtype;
     bool a_transposed, b_transposed, accumulate;
     int64_t lda, ldb, ldc, a_batch, b_batch, c_batch;
+    int epilogue; /* beside GEMM_PLAIN one item, not accumulated; aux has rows n apart, all have C's dtype */
+    void *aux, *sums;
 };
+/* what lac_cuda_gemm returns, with nothing done and no error set, where cuBLASLt has no kernel with that epilogue */
+enum { GEMM_UNKNOWN = -1 };
 int lac_cuda_gemm(const char *op, const lac_cuda_gemm_args *g);
 
 #endif

@@ -590,7 +590,9 @@ extern "C" int lac_cuda_linear_cross_entropy_bwd(const lac_a_linear_ce_bwd *a)
                     int64_t m = p.rows - at < p.chunk ? p.rows - at : p.chunk;
                     LAC_TRY(project(&p, at, m));
                     loss_rows<C> r = chunk_of<C>(&p, at, m);
+                    r.out = (C *)a->out.data;
                     r.lse = (C *)a->lse.data;
+                    if (r.out) LAC_TRY((run_loss<C, S>(op, r, t, bad)));
                     r.g = (const C *)a->g.data;
                     r.g_stride = a->g.stride[0];
                     LAC_TRY((run_gradient<C, S>(op, r, t, to, bad)));

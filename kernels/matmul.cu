@@ -5,10 +5,11 @@
  * spans it, which transposed and sliced views are; others are copied once into scratch memory. Batch axes that step
  * evenly are one strided-batch call; uneven ones (two broadcast axes) are one call per item of the outer axes.
  *
- * The choice of algorithm is cuBLASLt's first suggestion, remembered per shape: asking costs tens of microseconds, and
- * a training step repeats the same few dozen shapes. f32 runs in exact f32 unless the script allows TF32
- * (lac.use_tf32), f16 and bf16 multiply on tensor cores and add in f32, f64 in f64. Same shape, same device: same
- * algorithm, so the same bits.
+ * What follows a product inside the same kernel (bias, gelu_tanh and its derivative, sums) is an epilogue of
+ * cuBLASLt's; linear.cu uses them. The choice of algorithm is cuBLASLt's first suggestion, remembered per shape: asking
+ * costs tens of microseconds, and a training step repeats the same few dozen shapes. f32 runs in exact f32 unless the
+ * script allows TF32 (lac.use_tf32), f16 and bf16 multiply on tensor cores and add in f32, f64 in f64. Same shape, same
+ * device: same algorithm, so the same bits.
  */
 #include "gemm.cuh"
 #include <cstdio>
@@ -30,10 +31,11 @@ static int blas_check(const char *op, cublasStatus_t status)
 /* what a remembered choice depends on */
 struct shape_key {
     int64_t m, n, k, batch, lda, ldb, ldc, a_batch, b_batch, c_batch;
-    int32_t dtype, c_dtype, a_transposed, b_transposed, bias, tf32, align_a, align_b;
+    int32_t dtype, c_dtype, a_transposed, b_transposed, tf32, align_a, align_b;
+    int32_t epilogue; /* cublasLtEpilogue_t */
 };
 struct remembered {
-    bool used;
+    bool used, unknown; /* there is no algorithm */
     shape_key key;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, c;
@@ -75,27 +77,53 @@ static void forget(remembered *r)
     memset(r, 0, sizeof *r);
 }
 
-static int choose(const char *op, const shape_key *k, remembered *r)
+static cublasLtEpilogue_t epilogue_of(const lac_cuda_gemm_args *g)
+{
+    switch (g->epilogue) {
+    case GEMM_GELU:
+        if (g->aux) return g->bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+        return g->bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
+    case GEMM_GELU_GRADIENT:
+        return g->sums ? CUBLASLT_EPILOGUE_DGELU_BGRAD : CUBLASLT_EPILOGUE_DGELU;
+    case GEMM_SUMS_OF_A:
+        return CUBLASLT_EPILOGUE_BGRADB; /* our A is its B */
+    default:
+        return g->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    }
+}
+
+#define ATTRIBUTE(op, r, name, value)                                                                                  \
+    BLAS_TRY(op, cublasLtMatmulDescSetAttribute((r)->desc, CUBLASLT_MATMUL_DESC_##name, &(value), sizeof(value)))
+
+/* the pointers of this call's epilogue */
+static int point(const char *op, const lac_cuda_gemm_args *g, const remembered *r)
+{
+    const void *vector = g->epilogue == GEMM_SUMS_OF_A || g->epilogue == GEMM_GELU_GRADIENT ? g->sums : g->bias;
+    if (vector) ATTRIBUTE(op, r, BIAS_POINTER, vector);
+    if (!g->aux) return 0;
+    int64_t ld = g->n;
+    ATTRIBUTE(op, r, EPILOGUE_AUX_POINTER, g->aux);
+    ATTRIBUTE(op, r, EPILOGUE_AUX_LD, ld);
+    return 0;
+}
+
+static int choose(const char *op, const lac_cuda_gemm_args *g, const shape_key *k, remembered *r)
 {
     cublasComputeType_t compute = k->dtype == LAC_F64              ? CUBLAS_COMPUTE_64F
                                   : k->dtype == LAC_F32 && k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
                                                                    : CUBLAS_COMPUTE_32F;
     cudaDataType_t scale = k->dtype == LAC_F64 ? CUDA_R_64F : CUDA_R_32F;
-    cublasOperation_t none = CUBLAS_OP_N, turned = CUBLAS_OP_T;
-    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    cublasOperation_t turned = CUBLAS_OP_T;
     cublasLtMatmulPreference_t preference = NULL;
-    cublasLtMatmulHeuristicResult_t found;
+    cublasLtMatmulHeuristicResult_t found = {};
     size_t bytes = WORKSPACE;
     int count = 0;
     BLAS_TRY(op, cublasLtMatmulDescCreate(&r->desc, compute, scale));
     /* cuBLAS's first operand is our B: stored [k, n] row-major is [n, k] column-major */
-    BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_TRANSA, k->b_transposed ? &turned : &none,
-                                                sizeof none));
-    BLAS_TRY(op, cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_TRANSB, k->a_transposed ? &turned : &none,
-                                                sizeof none));
-    if (k->bias)
-        BLAS_TRY(op,
-                 cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+    if (k->b_transposed) ATTRIBUTE(op, r, TRANSA, turned);
+    if (k->a_transposed) ATTRIBUTE(op, r, TRANSB, turned);
+    ATTRIBUTE(op, r, EPILOGUE, k->epilogue);
+    LAC_TRY(point(op, g, r));
     LAC_TRY(layout_make(op, &r->b, k->dtype, k->b_transposed ? k->k : k->n, k->b_transposed ? k->n : k->k, k->ldb,
                         k->batch, k->b_batch));
     LAC_TRY(layout_make(op, &r->a, k->dtype, k->a_transposed ? k->m : k->k, k->a_transposed ? k->k : k->m, k->lda,
@@ -109,8 +137,9 @@ static int choose(const char *op, const shape_key *k, remembered *r)
     cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(handle, r->desc, r->b, r->a, r->c, r->c, preference, 1, &found, &count);
     cublasLtMatmulPreferenceDestroy(preference);
-    BLAS_TRY(op, status);
-    if (count == 0) LAC_FAIL(INTERNAL, "%s: cuBLAS knows no algorithm for this product", op);
+    r->unknown = status == CUBLAS_STATUS_NOT_SUPPORTED || count == 0;
+    if (!r->unknown) BLAS_TRY(op, status);
+    else if (g->epilogue == GEMM_PLAIN) LAC_FAIL(INTERNAL, "%s: cuBLAS knows no algorithm for this product", op);
     r->algorithm = found.algo;
     r->key = *k;
     r->used = true;
@@ -135,17 +164,17 @@ int lac_cuda_gemm(const char *op, const lac_cuda_gemm_args *g)
     key.lda = g->lda, key.ldb = g->ldb, key.ldc = g->ldc;
     key.a_batch = g->a_batch, key.b_batch = g->b_batch, key.c_batch = g->c_batch;
     key.dtype = g->dtype, key.c_dtype = g->c_dtype, key.a_transposed = g->a_transposed;
-    key.b_transposed = g->b_transposed, key.bias = g->bias != NULL, key.tf32 = lac_cuda_engine->settings->tf32;
+    key.b_transposed = g->b_transposed, key.tf32 = lac_cuda_engine->settings->tf32;
     key.align_a = alignment(g->a), key.align_b = alignment(g->b);
+    key.epilogue = epilogue_of(g);
     remembered *r = &memory[hash_of(&key) % REMEMBERED];
     if (!r->used || memcmp(&r->key, &key, sizeof key)) {
         forget(r);
-        int status = choose(op, &key, r);
+        int status = choose(op, g, &key, r);
         if (status) return forget(r), status;
     }
-    if (g->bias)
-        BLAS_TRY(op,
-                 cublasLtMatmulDescSetAttribute(r->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g->bias, sizeof g->bias));
+    if (r->unknown) return GEMM_UNKNOWN;
+    LAC_TRY(point(op, g, r));
     double one = 1, zero = 0;
     float one_f = 1, zero_f = 0;
     bool wide = g->dtype == LAC_F64;

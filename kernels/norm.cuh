@@ -43,6 +43,36 @@ __device__ __forceinline__ void store_share(C (&v)[KEEP], C *share, int64_t n, C
     }
 }
 
+/* layer norm of a row that is in registers; gamma and beta are dense or absent */
+template <class T, int ROW, int N, int KEEP>
+__device__ __forceinline__ void normalise_row(const row<T, ROW, N, KEEP> &v, float eps, const T *gamma, const T *beta,
+                                              T *out, float *mean, float *rstd, float *space)
+{
+    float total = 0, square = 0, n = (float)v.n;
+    v.each([&](float e, int64_t, int) { total += e; });
+    float m = row_sum<ROW>(total, space) * (1.0f / n);
+    v.each([&](float e, int64_t, int) { square += (e - m) * (e - m); });
+    float s = 1.0f / root(row_sum<ROW>(square, space) / n + eps);
+    v.store_groups(out, [&](float(&e)[N], int64_t first, int) {
+        float p[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) e[i] = (e[i] - m) * s;
+        if (gamma) {
+            load_run<N>(gamma, first, 1, p);
+#pragma unroll
+            for (int i = 0; i < N; i++) e[i] *= p[i];
+        }
+        if (beta) {
+            load_run<N>(beta, first, 1, p);
+#pragma unroll
+            for (int i = 0; i < N; i++) e[i] += p[i];
+        }
+    });
+    if (threadIdx.x % ROW) return;
+    *mean = m;
+    *rstd = s;
+}
+
 /* 32 columns a block, 32 threads deep */
 enum { COMBINE = 1024 };
 template <class T>
@@ -71,6 +101,35 @@ __global__ void __launch_bounds__(COMBINE)
 static inline bool parameters_dense(const lac_view *v)
 {
     return !v->data || (v->stride[0] == 1 && (uintptr_t)v->data % 16 == 0);
+}
+
+/* may kernels that keep rows in registers run on these tensors, which are dense (absent ones fit)? */
+static inline bool rows_kept(const lac_view *const *list, int count, const lac_view *gamma, const lac_view *beta)
+{
+    const lac_view *first = list[0];
+    int64_t vector = 16 / dtype_bytes(first->dtype), n = first->shape[first->ndim - 1];
+    bool ok = first->dtype != LAC_F64 && n % vector == 0 && n <= ROW_KEPT && parameters_dense(gamma);
+    if (beta) ok = ok && parameters_dense(beta);
+    for (int i = 0; i < count; i++)
+        ok = ok && (!list[i]->data || (view_contiguous(list[i]) && (uintptr_t)list[i]->data % 16 == 0));
+    return ok;
+}
+
+/* a backward with a share of dgamma and dbeta from each block: launch(blocks, shares or NULL), then their sums */
+template <class T, class F>
+int norm_shared(const char *op, int64_t rows, int64_t n, int rows_of_block, int waves, bool shares,
+                const lac_view *dgamma, const lac_view *dbeta, F launch)
+{
+    unsigned blocks = blocks_filling(rows, rows_of_block, waves);
+    lac_scratch space(op, shares ? (size_t)(blocks * 2 * n) * sizeof(float) : 1);
+    if (!space.data) return LAC_E_MEMORY;
+    float *share = shares ? (float *)space.data : NULL;
+    launch(blocks, share);
+    LAC_TRY(lac_cuda_launched(op));
+    if (!shares) return 0;
+    layernorm_combine<T><<<dim3(blocks_for(n, 32), 2), COMBINE, 0, lac_cuda_stream>>>(
+        n, (int64_t)blocks, share, (T *)dgamma->data, (T *)dbeta->data);
+    return lac_cuda_launched(op);
 }
 
 #endif

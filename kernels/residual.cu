@@ -37,7 +37,6 @@ __global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(2 * forward_
     NEXT_ROWS(ROW, a.rows)
     {
         row<T, ROW, N, KEEP> v(x + r * a.n, a.n, 1), w(h + r * a.n, a.n, 1);
-        float total = 0, square = 0;
 #pragma unroll
         for (int k = 0; k < KEEP / N; k++) {
             int first = (k * ROW + v.lane) * N;
@@ -51,28 +50,7 @@ __global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(2 * forward_
             v.kept[k] = row_pack<T, N>(e);
             *(row_access<T, N> *)(sum + r * a.n + first) = v.kept[k];
         }
-        v.each([&](float e, int64_t, int) { total += e; });
-        float m = row_sum<ROW>(total, space) * (1.0f / (float)a.n);
-        v.each([&](float e, int64_t, int) { square += (e - m) * (e - m); });
-        float s = 1.0f / root(row_sum<ROW>(square, space) / (float)a.n + a.eps);
-        v.store_groups(out + r * a.n, [&](float(&e)[N], int64_t first, int) {
-            float p[N];
-#pragma unroll
-            for (int i = 0; i < N; i++) e[i] = (e[i] - m) * s;
-            if (gamma) {
-                load_run<N>(gamma, first, 1, p);
-#pragma unroll
-                for (int i = 0; i < N; i++) e[i] *= p[i];
-            }
-            if (beta) {
-                load_run<N>(beta, first, 1, p);
-#pragma unroll
-                for (int i = 0; i < N; i++) e[i] += p[i];
-            }
-        });
-        if (threadIdx.x % ROW) continue;
-        mean[r] = m;
-        rstd[r] = s;
+        normalise_row(v, a.eps, gamma, beta, out + r * a.n, mean + r, rstd + r, space);
     }
 }
 
@@ -147,18 +125,6 @@ static residual_args args_of(const lac_view *v, double eps, double p, uint64_t s
     return {n ? numel(v) / n : 0, n, (float)eps, (float)p, (float)(1.0 / (1.0 - p)), seed, offset};
 }
 
-/* may the kernel run on these tensors (absent ones fit)? */
-static bool fits(const lac_view *const *list, int count, const lac_view *gamma, const lac_view *beta)
-{
-    const lac_view *first = list[0];
-    int64_t vector = 16 / dtype_bytes(first->dtype), n = first->shape[first->ndim - 1];
-    bool ok = first->dtype != LAC_F64 && n % vector == 0 && n <= ROW_KEPT && parameters_dense(gamma);
-    if (beta) ok = ok && parameters_dense(beta);
-    for (int i = 0; i < count; i++)
-        ok = ok && (!list[i]->data || (view_contiguous(list[i]) && (uintptr_t)list[i]->data % 16 == 0));
-    return ok;
-}
-
 /* the operators in turn; as c/cpu/norm.c */
 static int in_turn(const lac_a_residual_norm *a)
 {
@@ -186,7 +152,7 @@ extern "C" int lac_cuda_residual_norm(const lac_a_residual_norm *a)
     const lac_view *list[] = {&a->x, &a->h, &a->sum, &a->out};
     residual_args j = args_of(&a->x, a->eps, a->p, a->seed, a->offset);
     if (j.rows * j.n == 0) return 0;
-    if (!fits(list, 4, &a->gamma, &a->beta)) return in_turn(a);
+    if (!rows_kept(list, 4, &a->gamma, &a->beta)) return in_turn(a);
     return dispatch_float(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         if constexpr (sizeof(T) < 8)
@@ -208,7 +174,7 @@ extern "C" int lac_cuda_residual_norm_bwd(const lac_a_residual_norm_bwd *a)
     const char *op = "residual_norm_bwd";
     const lac_view *list[] = {&a->sum, &a->g, &a->g_sum, &a->dx, &a->dh};
     residual_args j = args_of(&a->sum, 0, a->p, a->seed, a->offset);
-    if (j.rows * j.n == 0 || !fits(list, 5, &a->gamma, NULL)) return in_turn(a);
+    if (j.rows * j.n == 0 || !rows_kept(list, 5, &a->gamma, NULL)) return in_turn(a);
     return dispatch_float(a->sum.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         bool shares = a->dgamma.data || a->dbeta.data;
@@ -216,24 +182,15 @@ extern "C" int lac_cuda_residual_norm_bwd(const lac_a_residual_norm_bwd *a)
         if constexpr (sizeof(T) < 8)
             with_rows<T>(j.n, true, [&](auto rt, auto nt, auto kt) {
                 constexpr int ROW = decltype(rt)::value, N = decltype(nt)::value, KEEP = decltype(kt)::value;
-                if constexpr (KEEP > 0) {
-                    unsigned blocks = blocks_filling(j.rows, row_threads<ROW> / ROW, residual_blocks<T, ROW, KEEP>);
-                    lac_scratch share(op, shares ? (size_t)(blocks * 2 * j.n) * sizeof(float) : 1);
-                    float *to = shares ? (float *)share.data : NULL;
-                    if (!share.data) {
-                        status = LAC_E_MEMORY;
-                        return;
-                    }
-                    residual_bwd_rows<T, ROW, N, KEEP><<<blocks, row_threads<ROW>, 0, lac_cuda_stream>>>(
-                        j, (const T *)a->sum.data, (const T *)a->gamma.data, (const float *)a->mean.data,
-                        (const float *)a->rstd.data, (const T *)a->g.data, (const T *)a->g_sum.data, (T *)a->dx.data,
-                        (T *)a->dh.data, to);
-                    status = lac_cuda_launched(op);
-                    if (status || !shares) return;
-                    layernorm_combine<T><<<dim3(blocks_for(j.n, 32), 2), COMBINE, 0, lac_cuda_stream>>>(
-                        j.n, (int64_t)blocks, to, (T *)a->dgamma.data, (T *)a->dbeta.data);
-                    status = lac_cuda_launched(op);
-                }
+                if constexpr (KEEP > 0)
+                    status = norm_shared<T>(
+                        op, j.rows, j.n, row_threads<ROW> / ROW, residual_blocks<T, ROW, KEEP>, shares, &a->dgamma,
+                        &a->dbeta, [&](unsigned blocks, float *share) {
+                            residual_bwd_rows<T, ROW, N, KEEP><<<blocks, row_threads<ROW>, 0, lac_cuda_stream>>>(
+                                j, (const T *)a->sum.data, (const T *)a->gamma.data, (const float *)a->mean.data,
+                                (const float *)a->rstd.data, (const T *)a->g.data, (const T *)a->g_sum.data,
+                                (T *)a->dx.data, (T *)a->dh.data, share);
+                        });
             });
         return status;
     });

@@ -117,6 +117,29 @@ end
 case("linear_cross_entropy in chunks",
   function(x, w, t) return lac.linear_cross_entropy(x, w, nil, t, { chunk = 96 }) end,
   function() return { normal(400, 64), normal(1000, 64) * 0.3, classes(400, 1000) } end)
+for _, o in ipairs{ { 300, 64, 128, 72 }, { 5, 7, 9, 3 } } do -- with and without epilogues of cuBLASLt
+  local n, width, hidden, out = unpack(o)
+  local text = (" of %d x %d x %d"):format(n, width, hidden)
+  local function make()
+    return { normal(n, width), normal(hidden, width) * 0.2, normal(hidden), normal(out, hidden) * 0.2,
+      normal(out) }
+  end
+  case("linear" .. text, function(x, w, b) return lac.linear(x, w, b) end,
+    function() return { normal(n, width), normal(hidden, width) * 0.2, normal(hidden) } end)
+  for _, name in ipairs{ "gelu", "gelu_tanh" } do
+    case("linear_act" .. text .. " " .. name, function(x, w, b) return lac.linear_act(x, w, b, name) end,
+      function() return { normal(n, width), normal(hidden, width) * 0.2, normal(hidden) } end)
+    case("feed_forward" .. text .. " " .. name,
+      function(x, u, b, d, c) return lac.feed_forward(x, u, b, d, c, { activation = name }) end, make)
+  end
+  case("feed_forward with a norm" .. text, function(x, u, b, d, c, gamma, beta)
+    return lac.feed_forward(x, u, b, d, c, { norm = true, gamma = gamma, beta = beta })
+  end, function()
+    local list = make()
+    list[6], list[7] = normal(hidden), normal(hidden)
+    return list
+  end)
+end
 for _, o in ipairs{ { 96, 4, 64 }, { 33, 3, 16 }, { 10, 2, 6 }, { 2000, 1, 128 } } do
   local text = (" of [2, %d, %d, %d]"):format(unpack(o))
   local function make() return { normal(2, unpack(o)) } end
@@ -138,43 +161,82 @@ describe("cuda at size #gpu", function()
     end)
   end
 
-  it("residual_norm gives the numbers, dropout and gradients of its three parts, to the bit", function()
+  -- results and gradients of two programs are the same; from number `sums` on up to the order of their sums
+  local function same_bits(apart, joined, dtype, sums, text)
+    for i, t in ipairs(apart) do
+      local same = lac.equal(t, joined[i])
+      if i >= sums then
+        local scale = t:to{ dtype = "f64" }:abs():max():item()
+        local far = (t:to{ dtype = "f64" } - joined[i]:to{ dtype = "f64" }):abs():max():item()
+        same = far <= 2 * cases.epsilon(dtype) * scale
+      end
+      assert.is_true(same, ("%s, %s, %d"):format(text, dtype, i))
+    end
+  end
+
+  local function each_width(f)
     for _, width in ipairs{ 8, 248, 768, 1024, 3072, 8192, 8200, 771 } do
       for _, dtype in ipairs{ "f64", "f32", "bf16", "f16" } do
-        for _, p in ipairs{ 0, 0.3 } do
-          local function run(joined)
-            lac.manual_seed(3)
-            local function draw(...)
-              return lac.randn({ ... }, { dtype = dtype, device = "cuda", grad = true })
-            end
-            local x, h, gain, bias = draw(301, width), draw(301, width), draw(width), draw(width)
-            local a, b = draw(301, width):detach(), draw(301, width):detach()
-            local sum, out
-            if joined then
-              sum, out = lac.residual_norm(x, h, gain, bias, { p = p })
-            else
-              sum = x + lac.dropout(h, p)
-              out = lac.layernorm(sum, gain, bias)
-            end
-            local list = lac.grad({ sum, out }, { x, h, gain, bias }, { grad_outputs = { a, b } })
-            list[5], list[6] = sum:detach(), out:detach()
-            return list
-          end
-          lac.scope(function()
-            local apart, joined = run(false), run(true)
-            for i, t in ipairs(apart) do
-              local same = lac.equal(t, joined[i])
-              if i == 3 or i == 4 then -- sums over rows: another number of blocks, another order
-                local scale = t:to{ dtype = "f64" }:abs():max():item()
-                local far = (t:to{ dtype = "f64" } - joined[i]:to{ dtype = "f64" }):abs():max():item()
-                same = far <= 2 * cases.epsilon(dtype) * scale
-              end
-              assert.is_true(same, ("width %d, %s, p %g, %d"):format(width, dtype, p, i))
-            end
+        lac.scope(function()
+          lac.manual_seed(3)
+          f(width, dtype, function(...)
+            return lac.randn({ ... }, { dtype = dtype, device = "cuda", grad = true })
           end)
-        end
+        end)
       end
     end
+  end
+
+  it("residual_norm gives the numbers, dropout and gradients of its three parts, to the bit", function()
+    each_width(function(width, dtype, draw)
+      local x, h, gain, bias = draw(301, width), draw(301, width), draw(width), draw(width)
+      local a, b = draw(301, width):detach(), draw(301, width):detach()
+      for _, p in ipairs{ 0, 0.3 } do
+        local function run(joined)
+          lac.manual_seed(5)
+          local sum, out
+          if joined then
+            sum, out = lac.residual_norm(x, h, gain, bias, { p = p })
+          else
+            sum = x + lac.dropout(h, p)
+            out = lac.layernorm(sum, gain, bias)
+          end
+          local dx, dh, dgain, dbias = unpack(lac.grad({ sum, out }, { x, h, gain, bias },
+            { grad_outputs = { a, b } }))
+          return { sum, out, dx, dh, dgain, dbias }
+        end
+        same_bits(run(false), run(true), dtype, 5, ("width %d, p %g"):format(width, p))
+      end
+    end)
+  end)
+
+  it("gelu_norm gives the numbers and gradients of its two parts, to the bit", function()
+    each_width(function(width, dtype, draw)
+      local x, gain, bias, g = draw(301, width), draw(width), draw(width), draw(301, width):detach()
+      local function run(out)
+        return { out, unpack(lac.grad(out, { x, gain, bias }, { grad_outputs = { g } })) }
+      end
+      same_bits(run(lac.layernorm(lac.gelu(x), gain, bias)), run(lac.gelu_norm(x, gain, bias)), dtype, 3,
+        "width " .. width)
+    end)
+  end)
+
+  it("linear_cross_entropy takes its gradient on the way there, with any factor", function()
+    local x, w = normal(300, 64):to{ device = "cuda" }, normal(1000, 64):to{ device = "cuda" }
+    local t = classes(300, 1000):to{ device = "cuda" }
+    x:requires_grad_(true)
+    w:requires_grad_(true)
+    local apart = lac.linear_cross_entropy(x, w, nil, t, { reduction = "none" }):mean()
+    local joined = lac.linear_cross_entropy(x, w, nil, t)
+    assert.is_true(lac.allclose(apart, joined, { rtol = 1e-12 }))
+    for _, factor in ipairs{ 1, 1, 0.3 } do -- twice from one graph
+      local o = { retain_graph = true }
+      local a, b = lac.grad(apart * factor, { x, w }, o), lac.grad(joined * factor, { x, w }, o)
+      for i = 1, 2 do assert.is_true(lac.allclose(a[i], b[i], { rtol = 1e-10, atol = 1e-14 })) end
+    end
+    local direct = lac.grad(joined, { x, w }, { retain_graph = true })
+    local again = lac.grad(joined, { x, w })
+    for i = 1, 2 do assert.is_true(lac.equal(direct[i], again[i])) end
   end)
 
   it("bf16, and f16 with a scaler, train as f32 does", function()

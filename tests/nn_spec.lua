@@ -103,6 +103,31 @@ describe("nn modules", function()
     assert.is_true(lac.equal(x.grad, lac.full({ 4, 6 }, 3)))
   end)
 
+  it("calls what a script put in the place of a part", function()
+    local x = lac.randn{ 2, 8, 4, dtype = "f64" }
+    local ffn = nn.FeedForward(4, 6, { dtype = "f64" })
+    local before = ffn(x)
+    ffn.norm = nn.RMSNorm(6, { dtype = "f64" })
+    assert.is_true(lac.allclose(ffn(x), ffn.down(ffn.norm(ffn.up(x):gelu())), { rtol = 1e-12 }))
+    assert.is_false(lac.allclose(ffn(x), before, { rtol = 1e-3 }))
+    for _, name in ipairs{ "gelu", "gelu_tanh" } do
+      for _, norm in ipairs{ true, false } do
+        ffn = nn.FeedForward(4, 6, { dtype = "f64", activation = name, layer_norm = norm, dropout = 0.5 })
+        ffn:eval()
+        local hidden = ffn.up(x)[name](ffn.up(x))
+        local out = ffn.down(norm and ffn.norm(hidden) or hidden)
+        assert.is_true(lac.allclose(ffn(x), out, { rtol = 1e-12 }))
+        assert.is_false(lac.allclose(ffn:train()(x), out, { rtol = 1e-3 }))
+      end
+    end
+    local model = nn.LongNetLM{ vocab = 7, layers = 1, width = 8, heads = 2, context = 8, segments = { 8 },
+      dilations = { 1 }, dtype = "f64" }
+    local block, h = model.layers[1], lac.randn{ 1, 8, 8, dtype = "f64" }
+    block.norm2 = nn.RMSNorm(8, { dtype = "f64" })
+    local y = h + block.attention(block.norm1(h))
+    assert.is_true(lac.allclose(block(h), y + block.ffn(block.norm2(y)), { rtol = 1e-12 }))
+  end)
+
   it("compute their formulas", function()
     local m = nn.Linear(3, 2, { dtype = "f64" })
     local x = { { 1, 2, 3 }, { -1, 0.5, 0 } }

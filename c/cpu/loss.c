@@ -415,6 +415,7 @@ static int backward_chunk(const lac_a_linear_ce_bwd *a, ce_space *s, int64_t at,
     LAC_TRY(chunk_logits(op, &a->x, &a->w, &a->bias, at, m, s->logits));
     s->job.first = at;
     s->job.rows = m;
+    if (a->out.data) LAC_TRY(run_rows(op, &s->job, loss_task));
     LAC_TRY(run_rows(op, &s->job, gradient_task));
     lac_gemm dx = {.m = m,
                    .n = width,
@@ -469,7 +470,7 @@ int LAC_CPU(linear_cross_entropy_bwd)(const lac_a_linear_ce_bwd *a)
     int64_t rows = a->x.shape[0], classes = a->w.shape[0], width = a->x.shape[1];
     int64_t chunk = chunk_rows(a->chunk, rows, classes), cells = classes * width;
     bool half = a->dw.dtype != LAC_F64 && a->dw.dtype != LAC_F32;
-    ce_space s = {.job = {.lse = &a->lse, .g = &a->g, .ctype = lac_compute_type(a->x.dtype)}};
+    ce_space s = {.job = {.out = &a->out, .lse = &a->lse, .g = &a->g, .ctype = lac_compute_type(a->x.dtype)}};
     int status = loss_begin(op, &s.job, &a->loss, &a->target, classes, &s.target, &s.weight);
     if (status) return status;
     s.job.chunk = s.logits = lac_workspace_get(op, (size_t)(chunk * classes) * 8 + 8);

@@ -329,6 +329,10 @@ enum {
 #define MAP2(name, domain, value, d_x, d_y) M2_##name,
 #include "../maps.def"
 };
+enum {
+#define MAP1(name, domain, value, gradient) M1_##name,
+#include "../maps.def"
+};
 
 /* The parts in turn. One pass instead would save a read of the sum from memory, and measured on a step all residual
  * sums together are 0.8% of it (lua/lacuna/nn/longnet.lua); so here the operator only saves the host's work. */
@@ -363,6 +367,38 @@ int LAC_CPU(residual_norm_bwd)(const lac_a_residual_norm_bwd *a)
     LAC_TRY(LAC_CPU(layernorm_bwd)(&norm));
     if (a->g_sum.data) LAC_TRY(LAC_CPU(axpy)(&add));
     return a->dh.data ? LAC_CPU(dropout)(&drop) : 0;
+}
+
+/* In turn, too. gelu is computed twice only if the caller kept nothing of it: here that costs more than memory. */
+int LAC_CPU(gelu_norm)(const lac_a_gelu_norm *a)
+{
+    lac_a_map1 gelu = {.fn = M1_gelu, .x = a->x, .out = a->act.data ? a->act : a->out};
+    lac_a_layernorm norm = {.x = gelu.out,
+                            .gamma = a->gamma,
+                            .beta = a->beta,
+                            .out = a->out,
+                            .mean = a->mean,
+                            .rstd = a->rstd,
+                            .eps = a->eps};
+    LAC_TRY(LAC_CPU(map1)(&gelu));
+    return LAC_CPU(layernorm)(&norm);
+}
+
+int LAC_CPU(gelu_norm_bwd)(const lac_a_gelu_norm_bwd *a)
+{
+    lac_a_map1 gelu = {.fn = M1_gelu, .x = a->x, .out = a->dx};
+    lac_a_layernorm_bwd norm = {.x = a->act.data ? a->act : a->dx,
+                                .gamma = a->gamma,
+                                .mean = a->mean,
+                                .rstd = a->rstd,
+                                .g = a->g,
+                                .dx = a->dx,
+                                .dgamma = a->dgamma,
+                                .dbeta = a->dbeta};
+    lac_a_map1_bwd back = {.fn = M1_gelu, .x = a->x, .y = a->x, .g = a->dx, .out = a->dx};
+    if (!a->act.data) LAC_TRY(LAC_CPU(map1)(&gelu));
+    LAC_TRY(LAC_CPU(layernorm_bwd)(&norm));
+    return LAC_CPU(map1_bwd)(&back);
 }
 
 int LAC_CPU(rmsnorm)(const lac_a_rmsnorm *a)

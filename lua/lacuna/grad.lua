@@ -254,7 +254,7 @@ local function process(node, retain, ready, top)
   if g or more then
     check_versions(node)
     walk.node = node
-    ga, gb, gc, gd = op.backward(node, g, more)
+    ga, gb, gc, gd = op.backward(node, g, more, retain)
     -- dead now, unless somebody was shown it or the rule handed it on
     if own and not (op.alias or o.hooks or o.retains or walk.capture) then C.lac_tensor_release(g.c) end
     if op.spends then release_second(node, more) end
@@ -335,6 +335,7 @@ local function seed_for(op, t, g)
     end
     local one = tensor.empty_like(t)
     call(C.lac_fill, one.c, 1)
+    rawset(one, "unit", true) -- for rules that would multiply by it (ops/loss.lua)
     return one
   end
   expect(op, "the gradient", g)

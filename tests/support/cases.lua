@@ -517,27 +517,6 @@ case { name = "layernorm", inputs = { { 3, 4 }, { 4 }, { 4 } },
                { function(lac, x) return lac.layernorm(x, nil, nil, -1) end,
                  "eps must not be negative" } } }
 
-local function residual(lac, x, h, gamma, beta) -- both results in one number, so that both gradients count
-  local sum, out = lac.residual_norm(x, h, gamma, beta)
-  return sum * out
-end
-case { name = "residual_norm", inputs = { { 3, 4 }, { 3, 4 }, { 4 }, { 4 } }, call = residual,
-       ref = function(R, x, h, gamma, beta)
-         return build(x.shape, function(i)
-           local v = {}
-           for k = 1, 4 do v[k] = R(at(x, { i[1], k }) + at(h, { i[1], k })) end
-           local m, s = mean(R, v), 0
-           for k = 1, 4 do s = R(s + R(R(v[k] - m) ^ 2)) end
-           local rstd = R(1 / math.sqrt(R(s / 4) + 1e-5))
-           return R(v[i[2]] * R(R(R(R(v[i[2]] - m) * rstd) * gamma.data[i[2]]) + beta.data[i[2]]))
-         end)
-       end,
-       bad = { { function(lac, x, h) return lac.residual_norm(x, h:narrow(1, 1, 2)) end,
-                 "residual_norm: x is .* but h is" },
-               { function(lac, x, h, g) return lac.residual_norm(x, h, g:narrow(1, 1, 3)) end,
-                 "gamma must be %[4%]" },
-               { function(lac, x, h) return lac.residual_norm(x, h, nil, nil, { p = 1 }) end, "p.*1" } } }
-
 case { name = "group_norm", inputs = { { 2, 4, 3 }, { 4 }, { 4 } },
        call = function(lac, x, gamma, beta) return lac.group_norm(x, 2, gamma, beta) end,
        ref = function(R, x, gamma, beta)
@@ -772,6 +751,6 @@ cases.helpers = {
   without = without, insert = insert, fold = fold, along = along, dot = dot, total = total, same = same,
   softmax_of = softmax_of, row_loss = row_loss, linear = linear, erf = erf, phi = phi, mean = mean,
 }
-for _, part in ipairs { "index", "elem", "scan" } do require("support.cases_" .. part)(cases) end
+for _, part in ipairs { "index", "elem", "scan", "fused" } do require("support.cases_" .. part)(cases) end
 
 return cases

@@ -9,10 +9,11 @@
 -- `loss` never makes the logits of all positions: hidden rows go through the fused linear-cross-entropy a
 -- chunk at a time, in both directions, which is what allows long sequences with a large vocabulary. `forward`
 -- gives logits when they are wanted. What an operator of a block has read and nobody else can see is given
--- back at once or by the backward (ops.transient). Rejected after measuring a step of the demo's model on one
--- thread: gelu in the product's epilogue (1.0 ns an element from memory as from cache: nothing to save), one
--- pass for a residual sum and the norm that follows (the sums are 0.8% of a step; on CUDA it is one, see
--- kernels/residual.cu), one product for q, k and v by default (`fused`: 3% slower, because each slice's
+-- back at once or by the backward (ops.transient). Parts that are operators of ops/fused.lua are called as
+-- such; a module that a script put in the place of one is called as it is. Rejected after measuring a step of
+-- the demo's model on one thread of a CPU: gelu in the product's epilogue (1.0 ns an element from memory as
+-- from cache: nothing to save), one pass for a residual sum and the norm that follows (the sums are 0.8% of a
+-- step; on CUDA it is one), one product for q, k and v by default (`fused`: 3% slower, because each slice's
 -- gradient is a whole tensor). Costs are derived, not guessed: attention from the plan's own count of (query,
 -- key) pairs, products from the shapes of the parameters. decode() is forward for tokens that come a few at a
 -- time; keys and values of the earlier ones are in a cache (cache.lua). generate() is in generate.lua, for
@@ -48,20 +49,21 @@ local FeedForward = base.define("FeedForward")
 --- y = W2 LN(gelu(W1 x)).
 -- @tparam integer width
 -- @tparam integer hidden
--- @tparam[opt] table options layer_norm = true; gamma = 1; dropout = 0 (after the activation); eps; dtype,
---   device
+-- @tparam[opt] table options layer_norm = true; activation = "gelu" or "gelu_tanh" (its approximation, which
+--   CUDA applies inside the product); gamma = 1; dropout = 0 (after the activation); eps; dtype, device
 function FeedForward:init(width, hidden, options)
   schema.check("FeedForward", "width", width, POSITIVE)
   schema.check("FeedForward", "hidden", hidden, POSITIVE)
   local o = schema.options("FeedForward", options, {
     layer_norm = { type = "boolean", default = true },
+    activation = { one_of = { "gelu", "gelu_tanh" }, default = "gelu" },
     gamma = { type = "number", above = 0, default = 1 },
     dropout = { type = "number", min = 0, below = 1, default = 0 },
     eps = { type = "number", above = 0, default = 1e-5 },
     dtype = { type = "string" }, device = { type = "string" },
   })
   local linear = { gain = o.gamma, dtype = o.dtype, device = o.device }
-  self.layer_norm = o.layer_norm
+  self.layer_norm, self.activation = o.layer_norm, o.activation
   self.up = layers.Linear(width, hidden, linear)
   if o.layer_norm then self.norm = layers.LayerNorm(hidden, { eps = o.eps, dtype = o.dtype,
     device = o.device }) end
@@ -69,14 +71,36 @@ function FeedForward:init(width, hidden, options)
   self.down = layers.Linear(hidden, width, linear)
 end
 
+-- is m what this file made, with the forward of its class? a script may have put another module in its place
+local function plain(m, class) return getmetatable(m) == class and rawget(m, "forward") == nil end
+
+-- one operator, where nothing lies between its parts
+local function joined(self)
+  return plain(self.up, layers.Linear) and plain(self.down, layers.Linear)
+    and (self.dropout.p == 0 or not self.training)
+    and (not self.layer_norm or (self.activation == "gelu" and plain(self.norm, layers.LayerNorm)))
+end
+
 --- @tparam Tensor x [..., width]
 function FeedForward:forward(x)
-  local up = self.up(x)
-  local active = ops.gelu(up)
+  local up, down, norm = self.up, self.down, self.layer_norm and self.norm
+  if joined(self) then
+    return ops.feed_forward(x, up.weight, up.has_bias and up.bias or nil, down.weight,
+      down.has_bias and down.bias or nil, { activation = self.activation, norm = self.layer_norm,
+        gamma = norm and norm.weight or nil, beta = norm and norm.bias or nil,
+        eps = norm and norm.eps or nil })
+  end
+  local active
+  if self.activation == "gelu_tanh" and plain(up, layers.Linear) then
+    active = ops.linear_act(x, up.weight, up.has_bias and up.bias or nil, "gelu_tanh")
+  else
+    local raised = up(x)
+    active = ops[self.activation](raised)
+    passed(raised, active, x)
+  end
   local hidden = self.dropout(active)
-  local normed = self.layer_norm and self.norm(hidden) or hidden
-  local out = self.down(normed)
-  passed(up, active, x)
+  local normed = norm and norm(hidden) or hidden
+  local out = down(normed)
   passed(active, hidden)
   passed(hidden, normed)
   passed(normed, out)
@@ -120,8 +144,16 @@ end
 -- x + dropout(part(normed)) and its norm, which the next part reads; what lies between, only the rules know
 local function join(self, x, normed, norm, part, ...)
   local out = part(normed, ...)
-  local sum, following = ops.residual_norm(x, out, norm.weight, norm.bias,
-    { p = self.dropout.p, training = self.dropout.training, eps = norm.eps })
+  local sum, following
+  if plain(norm, layers.LayerNorm) and plain(self.dropout, layers.Dropout) then
+    sum, following = ops.residual_norm(x, out, norm.weight, norm.bias,
+      { p = self.dropout.p, training = self.dropout.training, eps = norm.eps })
+  else
+    local dropped = self.dropout(out)
+    sum = x + dropped
+    passed(out, dropped, x)
+    out, following = dropped, norm(sum)
+  end
   transient(normed, out, x)
   passed(out, sum, x)
   return sum, following
@@ -392,10 +424,11 @@ function LongNetLM:memory_estimate(batch, context)
   local size = ({ f64 = 8, f32 = 4, f16 = 2, bf16 = 2 })[self.embedding.weight:dtype()]
   local moment = size == 8 and 8 or 4
   local params = self:parameter_count()
-  -- a block keeps: 2 norms, q k v, attention output, its norm, 2 residual sums (9 E); up, gelu, norm (3 F);
-  -- log-sum-exps and means and deviations of the norms
+  -- a block keeps: 2 norms, q k v, attention output, its norm, 2 residual sums (9 E); up, gelu, norm (3 F;
+  -- CUDA makes the last two again, unless dropout lies between); log-sum-exps, means and deviations of norms
   local rows = batch * context
-  local per_row = (o.checkpoint_activations and 1 or o.layers) * (9 * o.width + 3 * o.ffn + 2 * o.heads)
+  local hidden = (self.embedding.weight:device() == "cpu" or self.layers[1].ffn.dropout.p > 0) and 3 or 1
+  local per_row = (o.checkpoint_activations and 1 or o.layers) * (9 * o.width + hidden * o.ffn + 2 * o.heads)
     + (o.checkpoint_activations and o.layers + 4 or 4) * o.width
   local parts = { parameters = params * size, gradients = params * size, optimizer = 2 * params * moment,
     activations = rows * per_row * size, temporaries = rows * (o.ffn + o.width) * size }

@@ -2,11 +2,12 @@
 --
 -- A record is { name, forward, backward, saves }. `forward` is the function users call, as lac.name(x, ...)
 -- and as x:name(...). `backward(node, g)` returns the gradients of the inputs node.a, node.b, node.c, node.d
--- (or a list, for node.list). `saves` names by letters which of them the rule reads ("abo": a, b and the
--- output o); grad.lua refuses a backward whose saved tensors were changed in place. `alias = true` marks
--- rules that may return g itself or a view of it, so that grad.lua copies before it writes; `spends = true`
--- those of two outputs that never return the second one's gradient. A composite (no
--- backward) is written with other operators and inherits their rules.
+-- (or a list, for node.list); it also gets the gradients of further outputs and whether the graph is
+-- retained. `saves` names by letters which of them the rule reads ("abo": a, b and the output o); grad.lua
+-- refuses a backward whose saved tensors were changed in place. `alias = true` marks rules that may return g
+-- itself or a view of it, so that grad.lua copies before it writes; `spends = true` those of two outputs that
+-- never return the second one's gradient. A composite (no backward) is written with other operators and
+-- inherits their rules.
 --
 -- ops.internal is for the files of this package: helpers without gradients, and what one file of operators
 -- needs of another. Everything else of `ops` is public to the library.

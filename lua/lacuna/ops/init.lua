@@ -1,10 +1,10 @@
 --- Every operator: its function, its method, its gradient rule, in one record.
 --
 -- A package by kind of operator: base (records, the tape), map (elementwise), view (casts, views, slices),
--- inplace, reduce (and softmax), linear (products, norms), index (and joining, dropout),
--- sort (and what follows from order), scan (running sums and extremes), scatter (and counting), shape
--- (padding, windows, diagonals), product (einsum and the named products), conv, loss, position (rotary
--- and linear biases, masks, draws by weight).
+-- inplace, reduce (and softmax), linear (products, norms), fused (several of these as one), index (and
+-- joining, dropout), sort (and what follows from order), scan (running sums and extremes), scatter (and
+-- counting), shape (padding, windows, diagonals), product (einsum and the named products), conv, loss,
+-- position (rotary and linear biases, masks, draws by weight).
 -- Each file defines its operators into the one table of base; this file only loads them, in the order in
 -- which they need each other. tests/support/cases.lua must have a case for each name; a spec says so.
 --
@@ -19,6 +19,7 @@ require "lacuna.ops.reduce"
 require "lacuna.ops.view"
 require "lacuna.ops.inplace"
 require "lacuna.ops.linear"
+require "lacuna.ops.fused"
 require "lacuna.ops.index"
 require "lacuna.ops.sort"
 require "lacuna.ops.scan"

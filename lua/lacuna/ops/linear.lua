@@ -1,12 +1,11 @@
 --- Matrix products and normalisation.
 --
 -- matmul reads transposed views in place, so the gradients of a product are two products of views and copy
--- nothing. linear adds the bias inside the product.
+-- nothing. linear adds the bias inside the product, and its gradient is added up beside the weight's.
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
-local create = require "lacuna.create"
 local ops = require "lacuna.ops.base"
 
 local C, flags = lib.C, lib.flags
@@ -86,6 +85,15 @@ local function set_leading(out, x)
   end
 end
 
+-- gradients of weight and bias from g [R, V] and x [R, E]
+local function weight_grad(g, x, of_weight, of_bias)
+  if not of_bias then return raw_matmul(tensor.raw_transpose(g, 0, 1), x) end
+  if not of_weight then return nil, raw_reduce(C.LAC_SUM, g, 1, false) end
+  local dw, sums = new(), new()
+  call(C.lac_weight_grad, g.c, x.c, dw, sums)
+  return adopt(dw), adopt(sums)
+end
+
 local linear_op = { name = "linear", saves = "ab" }
 --- x w^T + b: x [..., E], w [V, E], b [V] or nil -> [..., V].
 function linear_op.forward(x, w, b)
@@ -111,17 +119,15 @@ function linear_op.backward(node, g)
     gx = raw_matmul(g2, w)
     set_leading(gx, x)
   end
-  if w.requires_grad then gw = raw_matmul(tensor.raw_transpose(g2, 0, 1), rows("linear", x)) end
-  if b and b.requires_grad then gb = raw_reduce(C.LAC_SUM, g2, 1, false) end
+  if w.requires_grad or (b and b.requires_grad) then
+    gw, gb = weight_grad(g2, rows("linear", x), w.requires_grad, b and b.requires_grad)
+  end
   return gx, gw, gb
 end
 define(linear_op)
+internal.rows, internal.set_leading, internal.weight_grad = rows, set_leading, weight_grad
 
 -- ---- normalisation ------------------------------------------------------------------------------
-
-local RESIDUAL = { p = { type = "number", min = 0, below = 1, default = 0 },
-                   training = { type = "boolean", default = true },
-                   eps = { type = "number", above = 0, default = 1e-5 } }
 
 local layernorm_op = { name = "layernorm", saves = "ab" }
 --- Normalise the last dimension: gamma (x - mean) / sqrt(var + eps) + beta.
@@ -155,56 +161,6 @@ function layernorm_op.backward(node, g)
   return adopt(dx), dgamma and adopt(dgamma), dbeta and adopt(dbeta)
 end
 define(layernorm_op)
-
-local residual_op = { name = "residual_norm", saves = "co", alias = true, spends = true, method = false }
---- A residual connection and the norm that follows: sum = x + dropout(h), out = layernorm(sum, gamma, beta).
--- The same numbers and the same dropout as from the three operators; on CUDA one pass instead of three.
--- @tparam Tensor x [..., E] @tparam Tensor h of x's shape @tparam[opt] Tensor gamma [E]
--- @tparam[opt] Tensor beta [E] @tparam[opt] table options p = 0 (of the dropout), training = true (false: no
--- dropout), eps = 1e-5
--- @treturn Tensor sum @treturn Tensor out
-function residual_op.forward(x, h, gamma, beta, options)
-  local op = "residual_norm"
-  expect(op, "x", x)
-  expect(op, "h", h)
-  if gamma ~= nil then expect(op, "gamma", gamma) end
-  if beta ~= nil then expect(op, "beta", beta) end
-  local o = schema.options(op, options, RESIDUAL)
-  local p, seed, offset = o.training and o.p or 0, 0, 0
-  if p > 0 then seed, offset = create.draw() end
-  local s, c, mean, rstd = new(), new(), new(), new()
-  call(C.lac_residual_norm, x.c, h.c, gamma and gamma.c or nil, beta and beta.c or nil, o.eps, p, seed,
-       offset, s, c, mean, rstd)
-  local sum, out = adopt(s), adopt(c)
-  mean, rstd = adopt(mean), adopt(rstd)
-  if wants(x, h, gamma, beta) then
-    local node = record(residual_op, sum, x, h, gamma, beta)
-    node.mean, node.rstd, node.p, node.seed, node.offset = mean, rstd, p, seed, offset
-    node.outputs = { sum, out }
-    out.requires_grad, out.node, out.slot = true, node, 2
-  end
-  return sum, out
-end
-function residual_op.backward(node, g, more)
-  local gamma, beta, g_out = node.c, node.d, more and more[2]
-  if not g_out then -- only the sum was used
-    local dh = g
-    if node.p > 0 then
-      local c = new()
-      call(C.lac_dropout, g.c, node.p, node.seed, node.offset, c)
-      dh = adopt(c)
-    end
-    return g, dh
-  end
-  local dx, dh = new(), node.p > 0 and new() or nil
-  local dgamma = gamma and gamma.requires_grad and new() or nil
-  local dbeta = beta and beta.requires_grad and new() or nil
-  call(C.lac_residual_norm_bwd, node.o.c, gamma and gamma.c or nil, node.mean.c, node.rstd.c, g_out.c,
-       g and g.c or nil, node.p, node.seed, node.offset, dx, dh, dgamma, dbeta)
-  dx = adopt(dx)
-  return dx, dh and adopt(dh) or dx, dgamma and adopt(dgamma), dbeta and adopt(dbeta)
-end
-define(residual_op)
 
 --- Normalise each of `groups` runs of channels of x [B, C, ...] over its channels and all that follows, then
 -- gamma and beta by channel (Wu and He 2018).

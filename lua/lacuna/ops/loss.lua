@@ -2,9 +2,12 @@
 --
 -- cross_entropy and linear_cross_entropy are kernels that save only the log-sum-exp of each row, with class
 -- weights, label smoothing and ignored targets inside; cross_entropy also takes probabilities as targets.
--- The fused form recomputes its logits chunk by chunk in the backward, so that the logits of a long sequence
--- never exist as a whole. Elementwise losses are one pass over memory (c/maps.def: squared_difference, huber,
--- bce_logits) and a reduction; the rest is composed.
+-- The fused form makes its logits chunk by chunk, so that those of a long sequence never exist as a whole.
+-- Where gradients will be wanted and the losses are summed or averaged, a chunk's gradient is taken at once,
+-- while its logits are there: one product in four less than making them again in the backward, which is left
+-- with a factor. So a loss that is only read belongs under lac.no_grad. Not in f16, where that factor (a loss
+-- scale) keeps gradients from vanishing. Elementwise losses are one pass over memory (c/maps.def:
+-- squared_difference, huber, bce_logits) and a reduction; the rest is composed.
 --
 -- Every loss takes reduction = "mean", "sum" or "none". Shapes must agree exactly: a silent broadcast of [B]
 -- against [B, 1] is a loss over B x B pairs, and a well-known way to lose a week. Class targets are data and
@@ -25,7 +28,7 @@ local same_shape, fn = tensor.same_shape, ops.fn
 local internal = ops.internal
 local record, wants, new, define = internal.record, internal.wants, internal.new, internal.define
 local raw_scalar, raw_map2, raw_reduce = internal.raw_scalar, internal.raw_map2, internal.raw_reduce
-local remember, map_id = internal.remember, internal.map_id
+local remember, map_id, scalar_like = internal.remember, internal.map_id, internal.scalar_like
 
 local REDUCTION = { one_of = { "mean", "sum", "none" }, default = "mean" }
 
@@ -177,6 +180,44 @@ function rows_lce.backward(node, g)
 end
 define(rows_lce)
 
+local joined_lce = { name = "linear_cross_entropy_joined", public = "linear_cross_entropy", method = false,
+                     internal = true }
+-- the summed or averaged loss, and with it the gradients for a gradient of 1
+function joined_lce.forward(x, w, bias, target, o)
+  local stat = x.c.dtype == C.LAC_F64 and x.c.dtype or C.LAC_F32
+  local rows = tonumber(x.c.shape[0])
+  local share, total = tensor.cast(scalar_like(1, x), stat), nil
+  if o.reduction == "mean" then
+    total = total_weight(target, o.weight, o, stat)
+    share = raw_map2(map_id.div, share, total)
+  end
+  local g = contiguous(fn.expand(fn.reshape(share, 1), rows))
+  local c, dx, dw, db = new(), new(), new(), bias and new() or nil
+  call(C.lac_linear_cross_entropy_both, x.c, w.c, bias and bias.c or nil, target.c,
+    o.weight and o.weight.c or nil, o.ignore_index, o.label_smoothing, o.chunk, g.c, c, dx, dw, db)
+  local out = raw_reduce(C.LAC_SUM, adopt(c), 0, false)
+  if total then out = raw_map2(map_id.div, out, total) end
+  local node = record(joined_lce, out, x, w, bias)
+  node.made = { adopt(dx), adopt(dw), db and adopt(db) }
+  return out
+end
+-- in the factor's own precision: a rounded factor would be an error of all gradients alike
+local function times(t, g)
+  return tensor.cast(raw_map2(map_id.mul, tensor.cast(t, g.c.dtype), g), t.c.dtype)
+end
+function joined_lce.backward(node, g, _, retain)
+  local made, grads = node.made, {}
+  for i = 1, 3 do
+    local t = made[i]
+    if t and not rawget(g, "unit") then t = times(t, g)
+    elseif t and retain then t = tensor.cast(t, t.c.dtype) end
+    grads[i] = t
+  end
+  if not retain then node.made = nil end
+  return grads[1], grads[2], grads[3]
+end
+define(joined_lce)
+
 local LINEAR_LOSS = { ignore_index = LOSS.ignore_index, reduction = REDUCTION, weight = LOSS.weight,
                       label_smoothing = LOSS.label_smoothing, chunk = { type = "integer", min = 0,
                         default = 0 } }
@@ -196,9 +237,12 @@ define { name = "linear_cross_entropy", composite = true, forward = function(x, 
   o.ignore_index = o.ignore_index or -100
   check_classes(op, "x", x, target)
   local flat = target.c.ndim == 1 and target or fn.reshape(target, numel(target))
-  return reduce_classes(rows_lce.forward(as_rows(x), w, bias, flat, o.weight, o), shape(target), target,
-    o.weight,
-                        o)
+  local rows = as_rows(x)
+  if o.reduction ~= "none" and x.c.dtype ~= C.LAC_F16 and wants(x, w, bias) then
+    return joined_lce.forward(rows, w, bias, flat, o)
+  end
+  local losses = rows_lce.forward(rows, w, bias, flat, o.weight, o)
+  return reduce_classes(losses, shape(target), target, o.weight, o)
 end }
 
 local NLL = { ignore_index = LOSS.ignore_index, reduction = REDUCTION, weight = LOSS.weight }
