@@ -28,7 +28,7 @@ local FUNCTIONS = {
   ["sum over 1"] = plain(function(x) return x:sum(1) end),
   ["sum over 2"] = plain(function(x) return x:sum(2) end),
   ["sum of all"] = plain(function(x) return x:sum() end),
-  layernorm = norm_of(lac.layernorm),
+  layernorm = norm_of(lac.layernorm), gelu_norm = norm_of(lac.gelu_norm),
   rmsnorm = function(sizes, dtype, grad)
     local gain = draw({ sizes[2] }, dtype, grad)
     return function(x) return lac.rmsnorm(x, gain) end, gain
@@ -99,7 +99,7 @@ local function operators(b, sizes, dtype)
   for _, name in ipairs{ "sum over 1", "sum over 2", "sum of all" } do
     row("forward", name, sizes, dtype, 1)
   end
-  for _, name in ipairs{ "softmax", "layernorm", "rmsnorm" } do
+  for _, name in ipairs{ "softmax", "layernorm", "gelu_norm", "rmsnorm" } do
     row("forward", name, sizes, dtype, 2)
     row("backward", name, sizes, dtype, 3)
     row("both", name, sizes, dtype, 5)

@@ -2,7 +2,9 @@
 --
 -- 32,768 positions times every weight of the model (four projections, fused q, k and v, both feed-forward
 -- matrices, the tied output), forward and towards input and weight, in bf16 and in f32 with TF32. Both sides
--- call cuBLAS; what is compared is the choice of algorithm and what happens around it.
+-- call cuBLAS; what is compared is the choice of algorithm and what happens around it. Then the feed-forward
+-- layer as a whole, with and without its norm, where biases, gelu_tanh and sums of gradients are part of the
+-- products here; the work that is counted is the products' alone.
 
 local lac = require "lacuna"
 
@@ -12,6 +14,23 @@ local function product(kind, x, w, g)
   if kind == "forward" then return function() return x:matmul(w:transpose(1, 2)) end end
   if kind == "towards_input" then return function() return g:matmul(w) end end
   return function() return g:transpose(1, 2):matmul(x) end
+end
+
+local function feed_forward(b, activation, norm, gradient)
+  local rows, width, hidden = b:size(32768, 16), b:size(768, 8), b:size(3072, 16)
+  local sizes = { { rows, width }, { hidden, width }, { hidden }, { width, hidden }, { width } }
+  if norm then sizes[6], sizes[7] = { hidden }, { hidden } end
+  local list = {}
+  for i, s in ipairs(sizes) do list[i] = lac.randn(s, { dtype = "bf16", grad = gradient }) end
+  local g = { grad_outputs = { lac.randn(sizes[1], { dtype = "bf16" }) } }
+  local o = { activation = activation, norm = norm, gamma = list[6], beta = list[7] }
+  local function run() return lac.feed_forward(list[1], list[2], list[3], list[4], list[5], o) end
+  local what = "feed-forward, " .. activation .. (norm and ", norm" or "") .. (gradient and ", both" or "")
+  b:row{ what = what,
+    ours = gradient and function() return lac.grad(run(), list, g) end or run,
+    work = (gradient and 12 or 4) * rows * width * hidden, unit = "FLOP/s", at_least = 1,
+    peer = { script = "large", case = "feed_forward", arguments = { rows = rows, width = width,
+      hidden = hidden, activation = activation, norm = norm, gradient = gradient } } }
 end
 
 return {
@@ -36,6 +55,11 @@ return {
                 arguments = { m = m, n = n, k = k, kind = kind, dtype = dtype } } }
           end)
         end
+      end
+    end
+    for _, norm in ipairs{ false, true } do
+      for _, gradient in ipairs{ false, true } do
+        lac.scope(feed_forward, b, norm and "gelu" or "gelu_tanh", norm, gradient)
       end
     end
     lac.use_tf32(before)

@@ -43,6 +43,7 @@ _FUNCTIONS = {
     "sum over 2": lambda *_: (lambda x: x.sum(1), []),
     "sum of all": lambda *_: (lambda x: x.sum(), []),
     "layernorm": _norm_of(lambda x, gain, bias: F.layer_norm(x, x.shape[-1:], gain, bias, 1e-5)),
+    "gelu_norm": _norm_of(lambda x, gain, bias: F.layer_norm(F.gelu(x), x.shape[-1:], gain, bias, 1e-5)),
     "rmsnorm": _norm_of(lambda x, gain, bias: F.rms_norm(x, x.shape[-1:], gain, 1e-6)),
 }
 
@@ -129,6 +130,20 @@ def product(m, n, k, kind, dtype):
     if kind == "forward":
         return lambda: x @ w.t()
     return (lambda: g @ w) if kind == "towards_input" else (lambda: g.t() @ x)
+
+
+@peer.case
+def feed_forward(rows, width, hidden, activation, norm, gradient):
+    list_ = [(rows, width), (hidden, width), (hidden,), (width, hidden), (width,), (hidden,), (hidden,)]
+    inputs = [_draw(s, "bf16", gradient) for s in (list_ if norm else list_[:5])]
+    g = _draw((rows, width), "bf16")
+    how = "tanh" if activation == "gelu_tanh" else "none"
+
+    def run(x, up, up_bias, down, down_bias, gain=None, bias=None):
+        h = F.gelu(F.linear(x, up, up_bias), approximate=how)
+        return F.linear(F.layer_norm(h, (hidden,), gain, bias, 1e-5) if norm else h, down, down_bias)
+
+    return (lambda: torch.autograd.grad(run(*inputs), inputs, g)) if gradient else (lambda: run(*inputs))
 
 
 peer.serve()
