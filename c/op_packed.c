@@ -25,8 +25,6 @@ int lac_packed_check(const lac_plan *p, const lac_attn_args *args)
         LAC_FAIL(ARGUMENT, "attention: cu_seqlens does not go with %s",
                  args->key_lengths ? "key_lengths (shorten the sequences)"
                                    : "block_mask (a block may straddle sequences)");
-    if (args->q->device != LAC_CPU)
-        LAC_FAIL(ARGUMENT, "attention: cu_seqlens is not supported on cuda yet; run it on the cpu");
     for (int64_t s = 0; s < count; s++)
         if (starts[s] < 0 || starts[s] > starts[s + 1])
             LAC_FAIL(ARGUMENT, "attention: cu_seqlens must not fall: [%lld] is %lld, [%lld] is %lld", (long long)s + 1,

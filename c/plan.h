@@ -189,6 +189,15 @@ struct lac_a_attend {
     lac_view branch_lse; /* [G, B, N, H], contiguous but for the first axis; only if lac_plan_branch_softmax() */
 };
 
+/* NULL, or the first option of single pairs that a call has, in words: kernels for Hopper have none of them */
+static inline const char *lac_attend_pairs(const struct lac_a_attend *a)
+{
+    if (a->mask.data) return "there is a mask";
+    if (a->bias.data) return "there is a bias";
+    if (a->slopes.data) return "there are alibi slopes";
+    return a->blocks.data ? "there is a block_mask" : NULL;
+}
+
 struct lac_a_attend_bwd {
     lac_a_attend forward; /* out, lse and branch_lse as the forward left them, any strides */
     lac_view dout, dlse;  /* [B, N, H, D], [B, N, H]; any strides; dlse of lse's dtype */

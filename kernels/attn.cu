@@ -1,17 +1,19 @@
 /* attn.cu: attention on CUDA, the host's side: from a plan to the arguments of the kernels, and the statistics of rows.
  *
  * The forward is one launch, the backward three: lse and delta of every row in base 2 (this file), dq
- * (attn_queries.cu), dk and dv (attn_keys.cu); merges that need a delta per branch add a pass over the queries. Rows
+ * (attn_queries.cuh), dk and dv (attn_keys.cuh); merges that need a delta per branch add a pass over the queries. Rows
  * that no branch keeps are cleared beforehand, unless a branch without dilation reaches every row. On Hopper, what
  * attn_hopper_backward_fits() accepts takes dq, dk and dv from one pass over the keys (attn_hopper_backward.cu).
  *
  * Memory beside tensors: f32 sums of f16 and bf16 results where branches meet in a row (one copy of the result, none
  * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters. f64 and, unless
- * lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cu); everything else on tensor cores.
+ * lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cuh); everything else on tensor cores. Calls with
+ * options of single pairs run instances of their own (attn_pairs*.cu).
  * Branches run in the reverse order of the plan's phases: the last to run is then usually the one without dilation,
  * which reaches every row, so that each row is rounded once and most sums stay in the cache.
  */
 #include "attn_hopper_backward.cuh"
+#include "attn_pairs.cuh"
 #include <cmath>
 
 /* ---- arguments ---- */
@@ -25,9 +27,33 @@ static attn_tensor tensor_of(const lac_view *v)
     return t;
 }
 
+static void copy_strides(int64_t (&to)[4], const lac_view *v)
+{
+    for (int d = 0; d < 4; d++) to[d] = v->stride[d];
+}
+
+static bool paired(const lac_a_attend *f) { return lac_attend_pairs(f) != NULL; }
+
+static void pairs_of(attn_pair_args &a, const lac_a_attend *f)
+{
+    const lac_attn_desc *d = &f->plan->desc;
+    a.mask = (const uint8_t *)f->mask.data, a.bias = (const char *)f->bias.data;
+    a.slopes = f->slopes.data, a.slopes_stride = f->slopes.stride[0];
+    a.blocks = (const uint8_t *)f->blocks.data;
+    a.bias_wide = f->bias.dtype != f->q.dtype;
+    copy_strides(a.mask_stride, &f->mask);
+    copy_strides(a.bias_stride, &f->bias);
+    copy_strides(a.blocks_stride, &f->blocks);
+    a.unit = 1 / f->scale;
+    if (!a.blocks) return;
+    int64_t most = d->n > d->m ? d->n : d->m;
+    a.block = (int)(f->block < most ? f->block : most);
+    a.row_cells = (int)((d->n - 1) / a.block) + 1, a.columns = (int)((d->m - 1) / a.block) + 1;
+}
+
 static int least(int64_t x, int64_t most) { return (int)(x < most ? x : most); }
 
-static int args_of(attn_args &a, const lac_a_attend *f)
+static int args_of(attn_pair_args &a, const lac_a_attend *f)
 {
     const lac_plan *p = f->plan;
     const lac_attn_desc *d = &p->desc;
@@ -37,12 +63,6 @@ static int args_of(attn_args &a, const lac_a_attend *f)
     if (d->n > limit / 2 || d->m > limit / 2 || d->batch * d->heads > limit / 2)
         LAC_FAIL(ARGUMENT, "attention: %lld queries, %lld keys, batch %lld x %d heads: cuda counts each below 2^30",
                  (long long)d->n, (long long)d->m, (long long)d->batch, d->heads);
-    const char *option = f->mask.data     ? "mask"
-                         : f->bias.data   ? "bias"
-                         : f->slopes.data ? "alibi"
-                         : f->blocks.data ? "block_mask"
-                                          : NULL;
-    if (option) LAC_FAIL(ARGUMENT, "attention: %s is not supported on cuda yet; run it on the cpu", option);
     a = {};
     a.branches = d->branches;
     a.batch = (int)d->batch, a.n = (int)d->n, a.m = (int)d->m, a.shift = (int)p->shift;
@@ -57,13 +77,14 @@ static int args_of(attn_args &a, const lac_a_attend *f)
     a.p = (float)f->dropout;
     a.scale = f->scale, a.gscale = lac_plan_gscale(p), a.keep_scale = 1 / (1 - f->dropout);
     a.log2_scale = (float)(a.scale * ATTN_LOG2E), a.log2_magnitude = fabsf(a.log2_scale);
-    a.seed = f->seed, a.offset = f->offset;
+    a.seed = f->seed, a.offset = f->offset, a.draw = f->draw;
     for (int g = 0; g < d->branches; g++) {
         a.branch[g].segment = (int)p->segment[g];
         a.branch[g].dilation =
             least(d->dilation[g], limit); /* above the segment it only tells one offset from another */
         a.branch[g].head0 = p->head0[g], a.branch[g].heads = p->heads[g];
     }
+    pairs_of(a, f);
     return 0;
 }
 
@@ -72,7 +93,7 @@ static size_t counters(const attn_args &a)
     return (1 + (size_t)a.branches * (size_t)a.batch * (size_t)a.heads) * sizeof(int);
 }
 
-int attn_number(attn_args &a, const lac_plan *p, bool keys, int height, int64_t *tiles)
+int attn_number(attn_args &a, const lac_plan *p, bool keys, int height, int64_t *tiles, int block)
 {
     const int32_t *phase = keys ? p->backward_phase : p->forward_phase;
     int phases = keys ? p->backward_phases : p->forward_phases;
@@ -87,6 +108,10 @@ int attn_number(attn_args &a, const lac_plan *p, bool keys, int height, int64_t 
         b.segment0 = (int)first;
         b.segments = last > first ? (int)(last - first) : 0;
         b.blocks = (int)(((most - 1) / b.dilation) / height) + 1;
+        if (block) { /* a segment may begin and end within blocks */
+            int64_t cells = (most - 1) / block + 2, all = ((keys ? p->desc.m : p->desc.n) - 1) / block + 1;
+            b.blocks = (int)(cells < all ? cells : all) * attn_pieces(b, block, height);
+        }
         b.tiles = (int64_t)b.blocks * b.segments * b.heads * a.batch;
     }
     uint32_t done = 0;
@@ -270,7 +295,7 @@ static int choose(const lac_a_attend *f, const char *why, bool pays, bool *hoppe
 
 extern "C" int lac_cuda_attend(const lac_a_attend *f)
 {
-    attn_args a;
+    attn_pair_args a;
     bool hopper;
     const lac_plan *p = f->plan;
     LAC_TRY(args_of(a, f));
@@ -279,7 +304,12 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
         LAC_TRY(clear(&f->out));
         LAC_TRY(fill_lse(&f->lse));
     }
-    LAC_TRY(fill_lse(&f->branch_lse));
+    for (int g = 0; f->branch_lse.data && g < p->desc.branches; g++) {
+        lac_view one = f->branch_lse; /* contiguous by itself */
+        one.data = (char *)one.data + g * one.stride[0] * dtype_bytes(one.dtype);
+        one.shape[0] = 1;
+        LAC_TRY(fill_lse(&one));
+    }
     size_t sums = acc_bytes(&f->out, p->forward_phases);
     lac_scratch space("attention", sums + counters(a));
     if (!space.data) return LAC_E_MEMORY;
@@ -287,37 +317,53 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     a.acc = sums ? space.data : f->out.data;
     a.counter = (int *)((char *)space.data + sums);
     a.lse = f->lse.data, a.branch_lse = f->branch_lse.data;
+    a.branch_stride = f->branch_lse.stride[0];
     if (hopper) return attn_hopper_forward(a, f);
+    if (paired(f)) return (exact(f->q.dtype) ? attn_pairs_forward_exact : attn_pairs_forward_tensor)(a, p, f->q.dtype);
     return (exact(f->q.dtype) ? attn_forward_exact : attn_forward_tensor)(a, p, f->q.dtype);
 }
 
-static int run_backward(attn_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc, char *hopper)
+/* the passes over keys and over query rows */
+static int keys_pass(attn_pair_args &a, const lac_a_attend *f)
 {
-    const lac_plan *p = w->forward.plan;
-    int dtype = w->forward.q.dtype;
-    auto queries = exact(dtype) ? attn_queries_exact : attn_queries_tensor;
-    auto keys = exact(dtype) ? attn_keys_exact : attn_keys_tensor;
+    int dtype = f->q.dtype;
+    if (paired(f)) return (exact(dtype) ? attn_pairs_keys_exact : attn_pairs_keys_tensor)(a, f->plan, dtype);
+    return (exact(dtype) ? attn_keys_exact : attn_keys_tensor)(a, f->plan, dtype);
+}
+static int queries_pass(attn_pair_args &a, const lac_a_attend *f)
+{
+    int dtype = f->q.dtype;
+    if (paired(f)) return (exact(dtype) ? attn_pairs_queries_exact : attn_pairs_queries_tensor)(a, f->plan, dtype);
+    return (exact(dtype) ? attn_queries_exact : attn_queries_tensor)(a, f->plan, dtype);
+}
+
+static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc,
+                        char *hopper)
+{
+    const lac_a_attend *f = &w->forward;
     LAC_TRY(make_stats(a, w));
     if (a.per_branch) {
         a.deltas = 1;
-        LAC_TRY(queries(a, p, dtype));
+        LAC_TRY(queries_pass(a, f));
         a.deltas = 0;
     }
     if (hopper) return attn_hopper_backward(a, w, hopper, dk_acc, dv_acc);
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
-    LAC_TRY(keys(a, p, dtype));
+    LAC_TRY(keys_pass(a, f));
     a.out = w->dq.data, a.acc = dq_acc;
-    return queries(a, p, dtype);
+    return queries_pass(a, f);
 }
 
 extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
 {
-    attn_args a;
+    attn_pair_args a;
     const lac_a_attend *f = &w->forward;
     const lac_plan *p = f->plan;
     LAC_TRY(args_of(a, f));
     a.g = tensor_of(&w->dout);
     a.dlse = tensor_of(&w->dlse);
+    a.dbias = w->dbias.data;
+    copy_strides(a.dbias_stride, &w->dbias);
     a.per_branch = lac_plan_branch_delta(p);
     bool hopper;
     LAC_TRY(choose(f, attn_hopper_backward_fits(w), attn_hopper_backward_pays(p), &hopper));

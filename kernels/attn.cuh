@@ -53,10 +53,11 @@ struct attn_args {
     float p; /* dropout */
     double scale, gscale, keep_scale;
     float log2_scale, log2_magnitude; /* scale log2 e, and its magnitude */
-    uint64_t seed, offset;
+    uint64_t seed, offset, draw;
     void *out, *acc;   /* result and its sums between branches (the result itself, or f32): forward out, backward dq */
     void *out2, *acc2; /* backward: dv (out and acc: dk) */
     void *lse, *branch_lse;
+    int64_t branch_stride;                     /* of branch_lse between branches */
     void *lse2, *lse2_low, *delta, *delta_low; /* backward, compute type: [B, N, H], per branch if `per_branch` */
     int per_branch;
     attn_tensor dlse;      /* data NULL: none */
@@ -140,9 +141,9 @@ __device__ __forceinline__ void attn_span(const attn_args &a, int g, int b, int 
     t.after = a.causal ? 0 : t.before;
 }
 
-/* Number -> tile. KEYS: rows are keys and h the head of a unit. */
-template <bool KEYS>
-__device__ __forceinline__ void attn_decode(const attn_args &a, int64_t id, int height, attn_tile &t)
+/* Number -> tile; its rows are found by attn_rows() from the number within the segment, which is the result. KEYS: rows
+ * are keys and h the head of a unit. */
+template <bool KEYS> __device__ __forceinline__ int attn_decode(const attn_args &a, int64_t id, attn_tile &t)
 {
     int g = 0;
     while (id < a.branch[g].begin || id >= a.branch[g].begin + a.branch[g].tiles) g++;
@@ -155,9 +156,7 @@ __device__ __forceinline__ void attn_decode(const attn_args &a, int64_t id, int 
         block = (unsigned)br.blocks - 1 - block; /* causal: the last rows are the heaviest, and so are the first keys */
     attn_span(a, g, (int)(rem / (unsigned)br.heads), br.head0 + (int)(rem % (unsigned)br.heads), br.segment0 + (int)s,
               t);
-    t.first = (KEYS ? 0 : t.q0) + (int)block * height;
-    int last = KEYS ? t.keys : t.q1;
-    t.end = t.first + height < last ? t.first + height : last;
+    return (int)block;
 }
 
 /* ---- order among tiles ---- */
@@ -198,17 +197,6 @@ template <bool KEYS> __device__ __forceinline__ void attn_signal(const attn_args
         __threadfence();
         atomicAdd(attn_done<KEYS>(a, t, t.g), 1);
     }
-}
-
-/* Claims the block's next tile; t lies in shared memory, where it costs no registers. False if the tile has no rows. */
-template <bool KEYS> __device__ __forceinline__ bool attn_next(const attn_args &a, int height, attn_tile &t)
-{
-    if (threadIdx.x == 0)
-        attn_decode<KEYS>(a, a.ranks == 1 ? blockIdx.x : (unsigned)atomicAdd(a.counter, 1), height, t);
-    __syncthreads();
-    if (t.first < t.end) return true;
-    attn_signal<KEYS>(a, t);
-    return false;
 }
 
 /* Which other branches reach a row: bit 0: one of smaller rank, bit 1: one of larger rank. */
@@ -301,7 +289,7 @@ __device__ __forceinline__ uint64_t attn_kept(const attn_args &a, const attn_til
     for (int j = 0; j < 64; j++) {
         int64_t query = t.base + (int64_t)(KEYS ? first + j : i) * t.r - a.shift;
         int64_t key = t.base + (int64_t)(KEYS ? i : first + j) * t.r;
-        uint64_t at = (head * (uint64_t)a.n + (uint64_t)query) * (uint64_t)a.m + (uint64_t)key;
+        uint64_t at = a.draw + (head * (uint64_t)a.n + (uint64_t)query) * (uint64_t)a.m + (uint64_t)key;
         if (at >> 2 != block) lac_philox(a.seed, a.offset, block = at >> 2, word);
         uint32_t w = at & 2 ? (at & 1 ? word[3] : word[2]) : (at & 1 ? word[1] : word[0]);
         kept |= (uint64_t)lac_rng_keep(w, a.p) << j;
@@ -348,7 +336,7 @@ __device__ __forceinline__ attn_row<C> attn_finish(const attn_args &a, const att
     row.last = !(others & 2);
     row.own = sum == 0 ? C(0) : (C)a.gscale / sum;
     row.before = 0;
-    if (a.sum && a.branch_lse) ((C *)a.branch_lse)[(int64_t)t.g * a.batch * a.n * a.heads + row.at] = (C)mine;
+    if (a.sum && a.branch_lse) ((C *)a.branch_lse)[t.g * a.branch_stride + row.at] = (C)mine;
     if (others & 1) {
         double old = (double)__ldcg(lse), all = attn_log_add(old, mine);
         row.before = 1;
@@ -502,10 +490,11 @@ int attn_queries_exact(attn_args &a, const lac_plan *plan, int dtype);
 /* on Hopper: NULL, or why its kernel cannot do this; and the forward itself */
 const char *attn_hopper_forward_fits(const lac_a_attend *f);
 int attn_hopper_forward(attn_args &a, const lac_a_attend *f);
-/* numbers the tiles of `height` rows; gives their count in *tiles */
-int attn_number(attn_args &a, const lac_plan *plan, bool keys, int height, int64_t *tiles);
+/* numbers the tiles of `height` rows, which end where blocks of `block` rows end (0: no blocks); gives their count in
+ * *tiles */
+int attn_number(attn_args &a, const lac_plan *plan, bool keys, int height, int64_t *tiles, int block = 0);
 
-template <class K> int attn_launch(K kernel, attn_args &a, int64_t tiles, int threads, size_t shared)
+template <class K, class A> int attn_launch(K kernel, A &a, int64_t tiles, int threads, size_t shared)
 {
     if (tiles == 0) return 0;
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));

@@ -291,8 +291,9 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
     const lac_plan *p = f->plan;
     const lac_attn_desc *d = &p->desc;
     const lac_view *read[] = {&f->q, &f->k, &f->v, &w->dout};
-    const char *why = NULL;
+    const char *why = lac_attend_pairs(f);
     hopper_args h;
+    if (why) return why;
     if (f->q.dtype != LAC_BF16 && f->q.dtype != LAC_F16) return "tensors are neither f16 nor bf16";
     if (d->head_dim != 64 && d->head_dim != 128) return "head_dim is neither 64 nor 128";
     if (f->dropout > 0) return "there is dropout";

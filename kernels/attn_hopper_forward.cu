@@ -81,6 +81,7 @@ const char *attn_hopper_forward_fits(const lac_a_attend *f)
 {
     const lac_view *read[] = {&f->q, &f->k, &f->v};
     const char *why = lac_plan_no_hopper(f->plan, f->q.dtype);
+    if (!why) why = lac_attend_pairs(f);
     if (why) return why;
     if (f->dropout > 0) return "there is dropout";
     if (f->padding.data) return "there is a padding mask";

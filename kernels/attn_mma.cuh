@@ -14,7 +14,7 @@
  */
 #ifndef LAC_CUDA_ATTN_MMA_CUH
 #define LAC_CUDA_ATTN_MMA_CUH
-#include "attn.cuh"
+#include "attn_pairs.cuh"
 
 /* ---- tiles ---- */
 
@@ -41,6 +41,11 @@ __device__ __forceinline__ uint32_t attn_tiles(const void *memory)
 __device__ __forceinline__ uint32_t attn_opaque(uint32_t x)
 {
     asm volatile("" : "+r"(x));
+    return x;
+}
+__device__ __forceinline__ int64_t attn_opaque(int64_t x)
+{
+    asm volatile("" : "+l"(x));
     return x;
 }
 
@@ -267,6 +272,74 @@ __device__ __forceinline__ void attn_select(float (&x)[M][N][4], const uint64_t 
                     if (!(bits >> (8 * n - 64 * w) & 2)) x[m][n][2 * i + 1] = other;
                 }
             }
+}
+
+/* Scores of a warp's rows from row0 on, columns from column0 on (KEYS: rows are keys), += what options add to pairs;
+ * rows and columns outside [.., row_end), [.., column_end) are left alone. */
+template <bool KEYS, class T, int M, int N>
+__device__ __forceinline__ void attn_add(const attn_args &, const attn_tile &, int, int, int, int, int,
+                                         float (&)[M][N][4])
+{
+}
+template <bool KEYS, class T, int M, int N>
+__device__ __forceinline__ void attn_add(const attn_pair_args &a, const attn_tile &t, int h, int row0, int row_end,
+                                         int column0, int column_end, float (&s)[M][N][4])
+{
+    const int lane = threadIdx.x % 32, column = column0 + lane % 4 * 2;
+    const float unit = (float)a.unit;
+    const int64_t step = attn_opaque(t.r * a.bias_stride[KEYS ? 2 : 3]); /* its multiples are not kept, either */
+    if (a.bias)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int row = row0 + 16 * m + 8 * i + lane / 4;
+                if (row >= row_end) continue;
+                const int64_t n = t.base + (int64_t)(KEYS ? column : row) * t.r - a.shift;
+                const int64_t key = t.base + (int64_t)(KEYS ? row : column) * t.r;
+                const int64_t at = attn_pair_at(a.bias_stride, t.b, h, n, key);
+#pragma unroll
+                for (int x = 0; x < 2 * N; x++) {
+                    const int c = x / 2 * 8 + x % 2;
+                    if (column + c < column_end) s[m][x / 2][2 * i + x % 2] += unit * attn_bias<T>(a, at + c * step);
+                }
+            }
+    if (a.slopes) {
+        const float slope = (float)((double)((const float *)a.slopes)[h * a.slopes_stride] * a.unit * t.r);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int x = 0; x < 4 * N; x++) {
+                const int i = x % 4 / 2, row = row0 + 16 * m + 8 * i + lane / 4;
+                s[m][x / 4][x % 4] -= slope * fabsf((float)(row - column - (x / 4 * 8 + x % 2)));
+            }
+    }
+}
+/* the gradient of the bias: d as `attn_add` takes scores */
+template <int M, int N>
+__device__ __forceinline__ void attn_add_dbias(const attn_args &, const attn_tile &, int, int, int, int,
+                                               const float (&)[M][N][4])
+{
+}
+template <int M, int N>
+__device__ __forceinline__ void attn_add_dbias(const attn_pair_args &a, const attn_tile &t, int row0, int row_end,
+                                               int column0, int column_end, const float (&d)[M][N][4])
+{
+    const int lane = threadIdx.x % 32, column = column0 + lane % 4 * 2;
+    const int64_t step = attn_opaque(t.r * a.dbias_stride[3]);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = row0 + 16 * m + 8 * i + lane / 4;
+            if (row >= row_end) continue;
+            float *to = attn_dbias<float>(a, t, row, column);
+#pragma unroll
+            for (int x = 0; x < 2 * N; x++) {
+                const int c = x / 2 * 8 + x % 2;
+                if (column + c < column_end) attn_put_dbias(a, to + c * step, d[m][x / 2][2 * i + x % 2]);
+            }
+        }
 }
 
 template <int M, int N> __device__ __forceinline__ void negate(float (&x)[M][N][4])

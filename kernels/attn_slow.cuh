@@ -12,7 +12,7 @@
  */
 #ifndef LAC_CUDA_ATTN_SLOW_CUH
 #define LAC_CUDA_ATTN_SLOW_CUH
-#include "attn.cuh"
+#include "attn_pairs.cuh"
 
 enum { ATTN_SLOW_PARTS = 8 }; /* head dimensions of one lane: 256 / 32 */
 
@@ -25,14 +25,14 @@ __device__ __forceinline__ float attn_exp2(float x) { return exp2f(x); }
 __device__ __forceinline__ double attn_exp2(double x) { return exp2(x); }
 
 /* keys `first` .. +63 that query row i may see; by one warp */
-static __device__ uint64_t attn_slow_keys(const attn_args &a, const attn_tile &t, int i, int first)
+template <class T, class A> static __device__ uint64_t attn_slow_keys(const A &a, const attn_tile &t, int i, int first)
 {
-    uint64_t alive = attn_alive(a, t, first);
-    return attn_row_keys(a, t, t.h, i, first, alive);
+    uint64_t alive = attn_alive(a, t, first), shown = attn_row_shown<T, true>(a, t, t.h, i, first, t.live);
+    return attn_row_keys(a, t, t.h, i, first, alive) & shown;
 }
 
 /* Row i of the tile: out, lse. */
-template <class T> static __device__ __noinline__ void attn_slow_forward(const attn_args &a, const attn_tile &t, int i)
+template <class T, class A> static __device__ __noinline__ void attn_slow_forward(const A &a, const attn_tile &t, int i)
 {
     typedef compute_t<T> C;
     const int lane = threadIdx.x % 32, hk = t.h / a.group;
@@ -40,7 +40,7 @@ template <class T> static __device__ __noinline__ void attn_slow_forward(const a
     const T *q = attn_at<T>(a.q, t.b, t.base + (int64_t)i * t.r - a.shift, t.h);
     C o[ATTN_SLOW_PARTS] = {}, top = -INFINITY, sum = 0;
     for (int first = 0; first < t.live; first += 64) {
-        uint64_t seen = attn_slow_keys(a, t, i, first), kept = a.p > 0 ? attn_kept<false>(a, t, t.h, i, first) : 0;
+        uint64_t seen = attn_slow_keys<T>(a, t, i, first), kept = a.p > 0 ? attn_kept<false>(a, t, t.h, i, first) : 0;
         for (; seen; seen &= seen - 1) {
             int j = __ffsll((long long)seen) - 1;
             int64_t key = t.base + (int64_t)(first + j) * t.r;
@@ -48,7 +48,7 @@ template <class T> static __device__ __noinline__ void attn_slow_forward(const a
             const T *k = attn_at<T>(a.k, t.b, key, hk), *v = attn_at<T>(a.v, t.b, key, hk);
             for (int d = lane; d < a.head_dim; d += 32)
                 s += to_compute(q[d * a.q.stride[3]]) * to_compute(k[d * a.k.stride[3]]);
-            s = warp_sum(s) * scale;
+            s = (warp_sum(s) + attn_added<T>(a, t, t.h, i, first + j)) * scale;
             C most = s > top ? s : top, shift = most == -INFINITY ? C(0) : most, shrink = attn_exp2(top - shift);
             C p = attn_exp2(s - shift), z = a.p > 0 ? (kept >> j & 1 ? (C)a.keep_scale : C(0)) : C(1);
             top = most;
@@ -86,16 +86,18 @@ static __device__ compute_t<T> attn_warp_dot(const attn_args &a, const attn_tens
 }
 
 /* P and dS of a visible pair; the same in every lane. Returns P as it weighs dout (after dropout). */
-template <class T>
-static __device__ compute_t<T> attn_pair(const attn_args &a, const attn_tile &t, int h, int i, int64_t key, bool kept,
+template <class T, class A>
+static __device__ compute_t<T> attn_pair(const A &a, const attn_tile &t, int h, int i, int j, bool kept,
                                          compute_t<T> *ds)
 {
     typedef compute_t<T> C;
+    const int64_t key = t.base + (int64_t)j * t.r;
     int64_t n = t.base + (int64_t)i * t.r - a.shift, at = attn_stat(a, t, h, i, a.per_branch);
     const T *q = attn_at<T>(a.q, t.b, n, h), *g = attn_at<T>(a.g, t.b, n, h);
     const T *k = attn_at<T>(a.k, t.b, key, h / a.group), *v = attn_at<T>(a.v, t.b, key, h / a.group);
     C s = attn_warp_dot<T>(a, a.q, q, a.k, k), d = attn_warp_dot<T>(a, a.g, g, a.v, v);
     C high = (C)(a.scale * ATTN_LOG2E), low = (C)(a.scale * ATTN_LOG2E - (double)high), lse = ((const C *)a.lse2)[at];
+    s += attn_added<T>(a, t, h, i, j);
     *ds = 0;
     if (lse == INFINITY) return 0; /* the row has no key */
     C p = attn_exp2((s * high - lse) + (s * low - ((const C *)a.lse2_low)[at])),
@@ -105,20 +107,20 @@ static __device__ compute_t<T> attn_pair(const attn_args &a, const attn_tile &t,
 }
 
 /* Adds to row i of dq, before the scale. */
-template <class T>
-static __device__ __noinline__ void attn_slow_add_query(const attn_args &a, const attn_tile &t, int i,
+template <class T, class A>
+static __device__ __noinline__ void attn_slow_add_query(const A &a, const attn_tile &t, int i,
                                                         compute_t<T> (&dq)[ATTN_SLOW_PARTS])
 {
     typedef compute_t<T> C;
     const int lane = threadIdx.x % 32, hk = t.h / a.group;
     C ds;
     for (int first = 0; first < t.live; first += 64) {
-        uint64_t seen = attn_slow_keys(a, t, i, first),
+        uint64_t seen = attn_slow_keys<T>(a, t, i, first),
                  kept = a.p > 0 ? attn_kept<false>(a, t, t.h, i, first) : ~(uint64_t)0;
         for (; seen; seen &= seen - 1) {
             int j = __ffsll((long long)seen) - 1;
             int64_t key = t.base + (int64_t)(first + j) * t.r;
-            attn_pair<T>(a, t, t.h, i, key, kept >> j & 1, &ds);
+            attn_pair<T>(a, t, t.h, i, first + j, kept >> j & 1, &ds);
             const T *k = attn_at<T>(a.k, t.b, key, hk);
 #pragma unroll
             for (int e = 0; e < ATTN_SLOW_PARTS; e++)
@@ -128,7 +130,7 @@ static __device__ __noinline__ void attn_slow_add_query(const attn_args &a, cons
 }
 
 /* Row i of dq. */
-template <class T> static __device__ __noinline__ void attn_slow_query(const attn_args &a, const attn_tile &t, int i)
+template <class T, class A> static __device__ __noinline__ void attn_slow_query(const A &a, const attn_tile &t, int i)
 {
     typedef compute_t<T> C;
     const int lane = threadIdx.x % 32;
@@ -147,24 +149,23 @@ template <class T> static __device__ __noinline__ void attn_slow_query(const att
 }
 
 /* Adds to rows j of dk, before the scale, and dv. */
-template <class T>
-static __device__ __noinline__ void attn_slow_add_key(const attn_args &a, const attn_tile &t, int j,
+template <class T, class A>
+static __device__ __noinline__ void attn_slow_add_key(const A &a, const attn_tile &t, int j,
                                                       compute_t<T> (&dk)[ATTN_SLOW_PARTS],
                                                       compute_t<T> (&dv)[ATTN_SLOW_PARTS])
 {
     typedef compute_t<T> C;
     const int lane = threadIdx.x % 32;
-    const int64_t key = t.base + (int64_t)j * t.r;
     C ds;
     for (int h = t.h; h >= 0; h = attn_follows(a, t.g, h))
         for (int first = t.q0; first < t.q1; first += 64) {
-            uint64_t seen = attn_key_rows(a, t, h, j, first);
+            uint64_t seen = attn_key_rows(a, t, h, j, first) & attn_key_shown<T, true>(a, t, h, j, first, t.q1);
             uint64_t kept = a.p > 0 ? attn_kept<true>(a, t, h, j, first) : ~(uint64_t)0;
             for (; seen; seen &= seen - 1) {
                 int i = first + __ffsll((long long)seen) - 1;
                 int64_t n = t.base + (int64_t)i * t.r - a.shift;
                 if (((const C *)a.lse2)[attn_stat(a, t, h, i, a.per_branch)] == INFINITY) continue;
-                C p = attn_pair<T>(a, t, h, i, key, kept >> (i - first) & 1, &ds);
+                C p = attn_pair<T>(a, t, h, i, j, kept >> (i - first) & 1, &ds);
                 const T *q = attn_at<T>(a.q, t.b, n, h), *g = attn_at<T>(a.g, t.b, n, h);
 #pragma unroll
                 for (int e = 0; e < ATTN_SLOW_PARTS; e++) {
@@ -178,9 +179,8 @@ static __device__ __noinline__ void attn_slow_add_key(const attn_args &a, const 
 }
 
 /* Rows j of dk and dv, as far as they are asked for. */
-template <class T>
-static __device__ __noinline__ void attn_slow_key(const attn_args &a, const attn_tile &t, int j, bool want_dk,
-                                                  bool want_dv)
+template <class T, class A>
+static __device__ __noinline__ void attn_slow_key(const A &a, const attn_tile &t, int j, bool want_dk, bool want_dv)
 {
     typedef compute_t<T> C;
     const int lane = threadIdx.x % 32;

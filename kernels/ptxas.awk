@@ -7,11 +7,13 @@ BEGIN {
     # The query pass of the backward for D = 64 keeps two words in memory, stored before its main loop and loaded after
     # it (SASS of sm_80); fewer columns a step would cost more.
     for (i = split("sm_80 sm_90a", name, " "); i > 0; i--) {
-        allowed["attn_queries_kernelI7op_bf16ILi64EE " name[i]] = 8
-        allowed["attn_queries_kernelI6op_f16ILi64EE " name[i]] = 8
+        allowed["attn_queries_kernelI9attn_args7op_bf16ILi64EE " name[i]] = 8
+        allowed["attn_queries_kernelI9attn_args6op_f16ILi64EE " name[i]] = 8
+        # Instances with options of single pairs have addresses beside what the others have: a few words.
+        allowed["I14attn_pair_args " name[i]] = 136
     }
     # The exact query pass in f32 for D above 128 has more sums than registers on sm_80; it waits for arithmetic.
-    allowed["attn_exact_queries_kernelI5exactIfLi256ELi2E sm_80"] = 120
+    allowed["attn_exact_queries_kernelI9attn_args5exactIfLi256ELi2E sm_80"] = 120
 }
 /Compiling entry function/ {
     split($0, part, "'")

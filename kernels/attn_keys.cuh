@@ -1,0 +1,191 @@
+/* attn_keys.cuh: the backward of attention on tensor cores, seen from the keys: dk and dv.
+ *
+ * A block owns keys of one unit (the heads of a branch that share a key/value head and an offset) and walks over the
+ * query rows that may see them, head after head. Scores come out transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T
+ * and dS^T are, in the registers where they are made, the left operands of dV += P^T dO and dK += dS^T Q: nothing
+ * passes through shared memory but the operands themselves. The lse and delta of the query rows run along with them.
+ *
+ * Units are found by arithmetic: the first head of a key/value head's group with an offset leads, the tiles of the
+ * other heads with the same offset end at once. Head dimensions above 128 run twice, for dk and for dv, because both
+ * sums do not fit into registers. Rejected: one block per head and sums over heads afterwards.
+ */
+#ifndef LAC_CUDA_ATTN_KEYS_CUH
+#define LAC_CUDA_ATTN_KEYS_CUH
+#include "attn_mma.cuh"
+#include "attn_slow.cuh"
+
+enum { PART_DK = 1, PART_DV = 2 };
+
+template <class A, class Op, int DP, int M, int WARPS, int BQ, int MINIMUM, int PARTS>
+__global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __grid_constant__ A a)
+{
+    typedef typename Op::T T;
+    typedef typename Op::tile Tile;
+    constexpr int WM = 16 * M, BK = WM * WARPS, N = BQ / 8, E = DP / 8, KB = BK * Tile::ROW, QB = BQ * Tile::ROW;
+    extern __shared__ __align__(128) uint8_t memory[];
+    const uint32_t sk = attn_tiles(memory), sv = sk + KB, sq = sv + KB, sg = sq + 2 * QB;
+    __shared__ uint64_t seen[BK], kept[BK];
+    __shared__ __align__(16) float lse[2][BQ], delta[2][BQ];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __shared__ attn_tile t;
+    if (!attn_next<true>(a, BK, t)) return;
+    if (!attn_leads(a, t.g, t.h)) {
+        attn_signal<true>(a, t);
+        return;
+    }
+    const int hk = t.h / a.group, w0 = t.first + warp * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
+    int low = t.first - t.after, high = t.end - 1 + t.before + 1;
+    low = low > t.q0 ? low : t.q0;
+    high = high < t.q1 ? high : t.q1;
+    if (t.first >= t.live) high = low;
+    const float gz = (float)(a.gscale * a.keep_scale);
+    const bool pad = a.padding != NULL;
+    const bool quick = attn_quick(a, a.q, t) && attn_quick(a, a.g, t);
+    attn_stream<Tile, T, BQ, DP, WARPS * 32> qs, gs;
+    auto load = [&](int h, int i0, int i2, int stage) {
+        if (quick) {
+            if (attn_paired<A> || i0 == low) {
+                qs.start(a, a.q, t, h, a.shift, low);
+                gs.start(a, a.g, t, h, a.shift, low);
+            }
+            qs.next(sq + stage * QB, a, a.q, t, i0, attn_limit(a, i2, t.q1));
+            gs.next(sg + stage * QB, a, a.g, t, i0, attn_limit(a, i2, t.q1));
+        } else {
+            attn_load<Tile, T, BQ, DP, WARPS * 32>(sq + stage * QB, a, a.q, t, h, a.shift, i0, attn_limit(a, i2, t.q1),
+                                                   false);
+            attn_load<Tile, T, BQ, DP, WARPS * 32>(sg + stage * QB, a, a.g, t, h, a.shift, i0, attn_limit(a, i2, t.q1),
+                                                   false);
+        }
+        if ((int)threadIdx.x < BQ) {
+            const int i = i0 + (int)threadIdx.x;
+            const uint32_t l = attn_shared(&lse[stage][threadIdx.x]), d = attn_shared(&delta[stage][threadIdx.x]);
+            if (i < attn_limit(a, i2, t.q1)) {
+                const int64_t at = attn_stat(a, t, h, i, a.per_branch);
+                attn_copy4(l, (const float *)a.lse2 + at);
+                attn_copy4(d, (const float *)a.delta + at);
+            } else {
+                lse[stage][threadIdx.x] = INFINITY;
+                delta[stage][threadIdx.x] = 0;
+            }
+        }
+    };
+    attn_load<Tile, T, BK, DP, WARPS * 32>(sk, a, a.k, t, hk, 0, t.first, attn_limit(a, t.end, t.live), pad);
+    attn_load<Tile, T, BK, DP, WARPS * 32>(sv, a, a.v, t, hk, 0, t.first, attn_limit(a, t.end, t.live), pad);
+    attn_walk<A, true> walk;
+    walk.start(a, t, t.h);
+    int end = low, i1 = walk.seek(a, t, low, high, BQ, &end), next = t.h;
+    if constexpr (attn_paired<A>) /* the first heads may have no active block */
+        while (i1 >= high && (next = attn_follows(a, t.g, next)) >= 0) {
+            walk.start(a, t, next);
+            i1 = walk.seek(a, t, low, high, BQ, &end);
+        }
+    if (low < high && next >= 0) load(next, i1, end, 0);
+    attn_commit();
+    float dk[M][PARTS & PART_DK ? E : 1][4], dv[M][PARTS & PART_DV ? E : 1][4];
+    clear(dk);
+    clear(dv);
+    int stage = 0;
+#pragma unroll 1
+    for (; low < high && next >= 0; stage ^= 1) {
+        attn_arrived();
+        __syncthreads();
+        const int i = i1, head = next, limit = attn_limit(a, end, t.q1);
+        i1 = walk.seek(a, t, end, high, BQ, &end);
+        if constexpr (attn_paired<A>) {
+            while (i1 >= high && (next = attn_follows(a, t.g, next)) >= 0) {
+                walk.start(a, t, next);
+                i1 = walk.seek(a, t, low, high, BQ, &end);
+            }
+        } else if (i1 >= high) {
+            i1 = low;
+            end = low + BQ;
+            next = attn_follows(a, t.g, next);
+        }
+        if (next >= 0) load(next, i1, end, stage ^ 1);
+        attn_commit();
+        if (w0 >= w1 || i + BQ - 1 < w0 - t.after || i > w1 - 1 + t.before) continue;
+        const bool partial = w0 + WM > t.live || i < w1 - 1 - t.after || i + BQ - 1 > w0 + t.before || pad || a.dedup ||
+                             attn_cut(a, i, limit, BQ);
+        if (partial)
+            attn_tell<M>(seen, attn_key_rows(a, t, head, w0 + lane % WM, i) &
+                                   attn_key_shown<T, false>(a, t, head, w0 + lane % WM, i, limit));
+        if (a.p > 0) attn_tell<M>(kept, attn_kept<true>(a, t, head, w0 + lane % WM, i));
+        float s[M][N][4];
+        scores<Op, DP>(s, sk, warp * WM, sq + stage * QB);
+        attn_add<true, T>(a, t, head, w0, w1 < t.live ? w1 : t.live, i, limit, s);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const float2 l = *(const float2 *)&lse[stage][8 * n + lane % 4 * 2];
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[m][n][e] = attn_ex2(fmaf(s[m][n][e], a.log2_scale, e % 2 ? -l.y : -l.x));
+        }
+        if constexpr (PARTS & PART_DK) {
+            float d[M][N][4];
+            scores<Op, DP>(d, sv, warp * WM, sg + stage * QB);
+            if (a.p > 0) attn_select(d, kept, BK, 0);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                const float2 l = *(const float2 *)&delta[stage][8 * n + lane % 4 * 2];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) d[m][n][e] = s[m][n][e] * fmaf(d[m][n][e], gz, e % 2 ? -l.y : -l.x);
+            }
+            if (partial) attn_select(d, seen, BK, 0);
+            weighted<Op>(dk, d, sq + stage * QB);
+        }
+        if constexpr (PARTS & PART_DV) {
+            if (partial) attn_select(s, seen, BK, 0);
+            if (a.p > 0) attn_select(s, kept, BK, 0);
+            weighted<Op>(dv, s, sg + stage * QB);
+        }
+    }
+    attn_arrived();
+    const bool masks = a.causal || a.window >= 0 || a.dedup || a.lengths || pad || attn_hides(a);
+    const bool spoilt = __syncthreads_or(masks && !(finite(dk) && finite(dv)));
+    attn_wait<true>(a, t);
+    const float scale = (float)a.scale;
+    if (spoilt)
+        for (int j = t.first + warp; j < t.end; j += WARPS) attn_slow_key<T>(a, t, j, PARTS & PART_DK, PARTS & PART_DV);
+    else
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int row = w0 + 16 * m + 8 * i + lane / 4;
+                if (row >= w1) continue;
+                const int64_t position = t.base + (int64_t)row * t.r;
+                const int64_t at = ((int64_t)t.b * a.m + position) * a.kv_heads + hk;
+                const int others = attn_others<true>(a, t, (unsigned)position);
+                const float before = others & 1 ? 1.f : 0.f;
+#pragma unroll
+                for (int e = 0; e < E; e++) {
+                    if constexpr (PARTS & PART_DK)
+                        attn_put2<T>(a, a.out, a.acc, at, 8 * e + lane % 4 * 2, dk[m][e][2 * i] * scale,
+                                     dk[m][e][2 * i + 1] * scale, before, !(others & 2));
+                    if constexpr (PARTS & PART_DV)
+                        attn_put2<T>(a, a.out2, a.acc2, at, 8 * e + lane % 4 * 2, dv[m][e][2 * i] * gz,
+                                     dv[m][e][2 * i + 1] * gz, before, !(others & 2));
+                }
+            }
+    attn_signal<true>(a, t);
+}
+
+template <class Op, int DP, int M, int WARPS, int BQ, int MINIMUM, int PARTS, class A>
+static int launch(A &a, const lac_plan *plan)
+{
+    int64_t tiles;
+    LAC_TRY(attn_number(a, plan, true, 16 * M * WARPS, &tiles, attn_block_of(a)));
+    return attn_launch(attn_keys_kernel<A, Op, DP, M, WARPS, BQ, MINIMUM, PARTS>, a, tiles, WARPS * 32,
+                       (size_t)(32 * M * WARPS + 4 * BQ) * Op::tile::ROW + ATTN_ALIGN);
+}
+template <class Op, int DP, int M, int WARPS, int BQ, int MINIMUM, class A>
+static int launch2(A &a, const lac_plan *plan)
+{
+    LAC_TRY((launch<Op, DP, M, WARPS, BQ, MINIMUM, PART_DK>(a, plan)));
+    return launch<Op, DP, M, WARPS, BQ, MINIMUM, PART_DV>(a, plan);
+}
+
+#endif

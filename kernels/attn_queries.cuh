@@ -1,0 +1,169 @@
+/* attn_queries.cuh: the backward of attention on tensor cores, seen from the queries: dq, and deltas where a branch
+ * needs its own.
+ *
+ * The gradient is computed in two passes that share nothing: this one owns query rows and sums over keys (dq), the
+ * other owns keys and sums over query rows (attn_keys.cuh). Both recompute the scores, P = exp2(S - lse), dS = P (dP -
+ * delta), so seven products run instead of five, but no sum ever crosses blocks: results are the same bits every time,
+ * and no f32 copy of dq is written and read back. Merges with one softmax per branch, or with constant weights, run
+ * this pass once before, for the sums of P and P dP over all keys whose quotient is the branch's delta.
+ *
+ * Rejected: atomic sums of dq (not deterministic), sums in turns (blocks wait for each other).
+ */
+#ifndef LAC_CUDA_ATTN_QUERIES_CUH
+#define LAC_CUDA_ATTN_QUERIES_CUH
+#include "attn_mma.cuh"
+#include "attn_slow.cuh"
+
+template <class A, class Op, int DP, int M, int WARPS, int BN, int MINIMUM>
+__global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const __grid_constant__ A a)
+{
+    typedef typename Op::T T;
+    typedef typename Op::tile Tile;
+    constexpr int WM = 16 * M, BM = WM * WARPS, N = BN / 8, E = DP / 8, QB = BM * Tile::ROW, KB = BN * Tile::ROW;
+    extern __shared__ __align__(128) uint8_t memory[];
+    const uint32_t sq = attn_tiles(memory), sg = sq + QB, sk = sg + QB, sv = sk + 2 * KB;
+    __shared__ uint64_t seen[BM], kept[BM];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __shared__ attn_tile t;
+    if (!attn_next<false>(a, BM, t)) return;
+    const int hk = t.h / a.group, w0 = t.first + warp * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
+    int low = t.first - t.before, high = t.end - 1 + t.after + 1;
+    low = low < 0 ? 0 : low; /* not rounded down: decoding has no memory before its reach */
+    high = high < t.live ? high : t.live;
+    const float gz = (float)(a.gscale * a.keep_scale);
+    const bool pad = a.padding != NULL;
+    float dq[M][E][4], lse[M][2], delta[M][2], weight[M][2] = {}, dot[M][2] = {};
+    const bool quick = attn_quick(a, a.k, t) && attn_quick(a, a.v, t);
+    attn_stream<Tile, T, BN, DP, WARPS * 32> ks, vs;
+    ks.start(a, a.k, t, hk, 0, low);
+    vs.start(a, a.v, t, hk, 0, low);
+    auto load = [&](int k0, int k1, int stage) {
+        if (quick) {
+            if (attn_paired<A>) { /* steps need not follow each other */
+                ks.start(a, a.k, t, hk, 0, k0);
+                vs.start(a, a.v, t, hk, 0, k0);
+            }
+            ks.next(sk + stage * KB, a, a.k, t, k0, attn_limit(a, k1, t.live));
+            vs.next(sv + stage * KB, a, a.v, t, k0, attn_limit(a, k1, t.live));
+        } else {
+            attn_load<Tile, T, BN, DP, WARPS * 32>(sk + stage * KB, a, a.k, t, hk, 0, k0, attn_limit(a, k1, t.live),
+                                                   pad);
+            attn_load<Tile, T, BN, DP, WARPS * 32>(sv + stage * KB, a, a.v, t, hk, 0, k0, attn_limit(a, k1, t.live),
+                                                   pad);
+        }
+    };
+    attn_load<Tile, T, BM, DP, WARPS * 32>(sq, a, a.q, t, t.h, a.shift, t.first, t.end, false);
+    attn_load<Tile, T, BM, DP, WARPS * 32>(sg, a, a.g, t, t.h, a.shift, t.first, t.end, false);
+    attn_walk<A, false> walk;
+    walk.start(a, t, t.h);
+    int end, next = walk.seek(a, t, low, high, BN, &end);
+    if (next < high) load(next, end, 0);
+    attn_commit();
+    if (attn_wants_bias(a)) attn_wait<false>(a, t);
+    clear(dq);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = w0 + 16 * m + 8 * i + lane / 4;
+            const int64_t at = attn_stat(a, t, t.h, row < w1 ? row : t.first, a.per_branch);
+            lse[m][i] = row < w1 ? ((const float *)a.lse2)[at] : INFINITY;
+            delta[m][i] = row < w1 ? ((const float *)a.delta)[at] : 0;
+        }
+    int stage = 0;
+#pragma unroll 1
+    for (int k0 = next; k0 < high; k0 = next, stage ^= 1) {
+        attn_arrived();
+        __syncthreads();
+        const int limit = attn_limit(a, end, t.live);
+        next = walk.seek(a, t, attn_paired<A> ? end : k0 + BN, high, BN, &end);
+        if (next < high) load(next, end, stage ^ 1);
+        attn_commit();
+        if (w0 >= w1 || k0 > w1 - 1 + t.after || k0 + BN <= w0 - t.before) continue;
+        const bool partial = k0 + BN > t.live || k0 + BN - 1 > w0 + t.after || k0 < w1 - 1 - t.before || pad ||
+                             a.dedup || attn_cut(a, k0, limit, BN);
+        if (partial)
+            attn_tell<M>(seen, attn_row_keys(a, t, t.h, w0 + lane % WM, k0, attn_alive(a, t, k0)) &
+                                   attn_rows_shown<T, WM>(a, t, t.h, w0, k0, limit));
+        if (a.p > 0) attn_tell<M>(kept, attn_kept<false>(a, t, t.h, w0 + lane % WM, k0));
+        float s[M][N][4], d[M][N][4];
+        scores<Op, DP>(s, sq, warp * WM, sk + stage * KB);
+        attn_add<false, T>(a, t, t.h, w0, w1, k0, limit, s);
+        scores<Op, DP>(d, sg, warp * WM, sv + stage * KB);
+        if (a.p > 0) attn_select(d, kept, BM, 0);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) s[m][n][i] = attn_ex2(fmaf(s[m][n][i], a.log2_scale, -lse[m][i / 2]));
+        if (a.deltas) {
+            if (partial) {
+                attn_select(s, seen, BM, 0);
+                attn_select(d, seen, BM, 0);
+            }
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        weight[m][i / 2] += s[m][n][i];
+                        dot[m][i / 2] = fmaf(s[m][n][i], s[m][n][i] == 0 ? 0.f : d[m][n][i] * gz, dot[m][i / 2]);
+                    }
+            continue;
+        }
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) d[m][n][i] = s[m][n][i] * fmaf(d[m][n][i], gz, -delta[m][i / 2]);
+        if (partial) attn_select(d, seen, BM, 0);
+        if (attn_wants_bias(a)) attn_add_dbias(a, t, w0, w1, k0, limit, d);
+        weighted<Op>(dq, d, sk + stage * KB);
+    }
+    attn_arrived();
+    if (a.deltas) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int row = w0 + 16 * m + 8 * i + lane / 4;
+                const float sum = quad_sum(weight[m][i]), all = quad_sum(dot[m][i]);
+                if (row < w1 && lane % 4 == 0) attn_put_delta<float>(a, t, row, sum == 0 ? 0 : all / sum);
+            }
+        return;
+    }
+    const bool spoilt = __syncthreads_or((a.causal || a.window >= 0 || a.dedup || attn_hides(a)) && !finite(dq));
+    attn_wait<false>(a, t);
+    const float scale = (float)a.scale;
+    if (spoilt)
+        for (int i = t.first + warp; i < t.end; i += WARPS) attn_slow_query<T>(a, t, i);
+    else
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int row = w0 + 16 * m + 8 * i + lane / 4;
+                if (row >= w1) continue;
+                const int others = attn_others<false>(a, t, (unsigned)(t.base + (int64_t)row * t.r));
+                const int64_t at = attn_stat(a, t, t.h, row, false);
+#pragma unroll
+                for (int e = 0; e < E; e++)
+                    attn_put2<T>(a, a.out, a.acc, at, 8 * e + lane % 4 * 2, dq[m][e][2 * i] * scale,
+                                 dq[m][e][2 * i + 1] * scale, others & 1 ? 1.f : 0.f, !(others & 2));
+            }
+    attn_signal<false>(a, t);
+}
+
+template <class Op, int DP, int M, int WARPS, int BN, int MINIMUM, class A>
+static int launch(A &a, const lac_plan *plan)
+{
+    int64_t tiles;
+    LAC_TRY(attn_number(a, plan, false, 16 * M * WARPS, &tiles, attn_block_of(a)));
+    return attn_launch(attn_queries_kernel<A, Op, DP, M, WARPS, BN, MINIMUM>, a, tiles, WARPS * 32,
+                       (size_t)(32 * M * WARPS + 4 * BN) * Op::tile::ROW + ATTN_ALIGN);
+}
+
+#endif
