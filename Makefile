@@ -156,7 +156,8 @@ SANITIZE_GPU ?=
 .PHONY: sanitize-gpu
 sanitize-gpu: all ## the attention specs of the device under compute-sanitizer: memcheck, racecheck, synccheck
 	@for tool in memcheck racecheck synccheck; do echo "  $$tool"; LACUNA_GPU=1 compute-sanitizer --tool $$tool \
-	  --target-processes all --error-exitcode 3 $(BUSTED) --tags=gpu -o TAP tests/attend_cuda_spec.lua $(SANITIZE_GPU) || exit 1; done
+	  --target-processes all --error-exitcode 3 $(BUSTED) --tags=gpu -o TAP tests/attend_cuda_spec.lua tests/attend_pairs_cuda_spec.lua \
+	  $(SANITIZE_GPU) || exit 1; done
 
 PEER ?= python3
 .PHONY: bench

@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     auto load = [&](int h, int i0, int i2, int stage) {
         if (quick) {
             if (attn_paired<A> || i0 == low) {
-                qs.start(a, a.q, t, h, a.shift, low);
-                gs.start(a, a.g, t, h, a.shift, low);
+                qs.start(a, a.q, t, h, a.shift, i0);
+                gs.start(a, a.g, t, h, a.shift, i0);
             }
             qs.next(sq + stage * QB, a, a.q, t, i0, attn_limit(a, i2, t.q1));
             gs.next(sg + stage * QB, a, a.g, t, i0, attn_limit(a, i2, t.q1));

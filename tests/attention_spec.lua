@@ -309,8 +309,9 @@ describe("lac.attention", function()
       return lac.attention(options):explain(n, sizes).kernel
     end
     local function half(head_dim) return { dtype = "bf16", head_dim = head_dim } end
-    assert.matches("; hopper on a Hopper GPU, with dropout or padding and on others portable$",
-      kernel({}, 64, half()))
+    local call = "; hopper on a Hopper GPU, with dropout, padding, a mask or a bias and on others portable$"
+    assert.matches(call, kernel({}, 64, half()))
+    assert.matches("; portable: there are alibi slopes$", kernel({ alibi = true }, 64, half()))
     assert.matches("; portable: a branch has fewer than 64 rows a segment$", kernel({}, 63, half()))
     assert.matches("; portable: tensors are neither f16 nor bf16$", kernel({}, 64, { dtype = "f32" }))
     assert.matches("; portable: head_dim is neither 64 nor 128$", kernel({}, 64, half(32)))

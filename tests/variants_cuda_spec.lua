@@ -12,14 +12,17 @@ local VARIANTS = {
   dense = {}, custom = { scheme = "split" }, dilated = {}, improved = {}, longnet = {},
   auto = { length = 64, segments = { 8, 64 }, dilations = { 1, 2 } },
   ring = { ranks = 3 }, distributed = { ranks = 2, layout = "zigzag" },
+  block_sparse = { block = 16, pattern = "local_window(32) + global_tokens(16)" },
+  hierarchical = { block = 16, levels = { { stride = 16, window = 16 }, { stride = 32, window = -1 } } },
 }
+local WHOLE = { dense = true, block_sparse = true, hierarchical = true } -- without strips of their own
 
 local function far(a, b) return (a:to { device = "cpu" } - b:to { device = "cpu" }):abs():max():item() end
 
 local function make(variant, more)
   local o = { embed_dim = 64, heads = 4, kv_heads = 2, variant = variant, causal = true, positions = "rope",
               device = "cpu" }
-  if variant ~= "dense" then o.segments, o.dilations = { 8, 64 }, { 1, 2 } end
+  if not WHOLE[variant] then o.segments, o.dilations = { 8, 64 }, { 1, 2 } end
   for _, from in ipairs { VARIANTS[variant], more or {} } do
     for name, value in pairs(from) do o[name] = value end
   end
