@@ -43,6 +43,8 @@ enum {
     LAC_ATTN_BKEYS = 128,         /* keys and query rows of one backward tile */
     LAC_ATTN_BROWS = 96,
     LAC_ATTN_BLOCK = 16,       /* least rows of a block of a block mask */
+    LAC_ATTN_GROUP = 64,       /* most query rows of a block that meet their keys together, */
+    LAC_ATTN_GROUPS = 128,     /* and where there are blocks, tasks begin at multiples of so many rows */
     LAC_ATTN_THREAD_TASKS = 4, /* tasks of a thread, if there is work enough */
     LAC_ATTN_TASKS = 16        /* backward chunks of a phase, if there is work enough */
 };

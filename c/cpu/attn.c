@@ -247,7 +247,7 @@ static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most
 {
     const lac_plan *p = job->a->plan;
     bool keys = owns_keys(job);
-    int64_t first, last, grain = keys ? LAC_ATTN_BKEYS : LAC_ATTN_ROWS;
+    int64_t first, last, grain = keys ? LAC_ATTN_BKEYS : job->a->blocks.data ? LAC_ATTN_GROUPS : LAC_ATTN_ROWS;
     int64_t rows = span_most(p, item.branch, keys ? p->desc.m : p->desc.n);
     lac_plan_segments(p, item.branch, &first, &last);
     item.segment0 = first;
