@@ -105,7 +105,7 @@ static inline const char *lac_plan_no_hopper(const lac_plan *p, int dtype)
 {
     const lac_attn_desc *d = &p->desc;
     if (dtype != LAC_BF16 && dtype != LAC_F16) return "tensors are neither f16 nor bf16";
-    if (d->head_dim != 64 && d->head_dim != 128) return "head_dim is neither 64 nor 128";
+    if (d->head_dim > 128 || d->head_dim % 8) return "head_dim is above 128 or no multiple of 8";
     if (d->dedup) return "pairs that several branches keep are to be counted once";
     if (d->branches > LAC_HOPPER_BRANCHES) return "there are more than 16 branches";
     return NULL;

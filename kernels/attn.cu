@@ -300,7 +300,8 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     const lac_plan *p = f->plan;
     LAC_TRY(args_of(a, f));
     LAC_TRY(choose(f, attn_hopper_forward_fits(f), lac_plan_hopper_pays(p), &hopper));
-    if (!covered(p) || p->shift < 0) {
+    const bool gaps = !covered(p) || p->shift < 0;
+    if (gaps && !hopper) {
         LAC_TRY(clear(&f->out));
         LAC_TRY(fill_lse(&f->lse));
     }
@@ -318,7 +319,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     a.counter = (int *)((char *)space.data + sums);
     a.lse = f->lse.data, a.branch_lse = f->branch_lse.data;
     a.branch_stride = f->branch_lse.stride[0];
-    if (hopper) return attn_hopper_forward(a, f);
+    if (hopper) return attn_hopper_forward(a, f, gaps);
     if (paired(f)) return (exact(f->q.dtype) ? attn_pairs_forward_exact : attn_pairs_forward_tensor)(a, p, f->q.dtype);
     return (exact(f->q.dtype) ? attn_forward_exact : attn_forward_tensor)(a, p, f->q.dtype);
 }

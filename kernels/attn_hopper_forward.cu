@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(hopper_forward_shape<D>::THREADS_, 1)
         hopper_fewer<M::FEEDER_REGISTERS>();
         if (threadIdx.x == 0) hopper_feeder<D>(p, memory).run();
         else if (threadIdx.x == 32) hopper_scout<D>(p, memory);
+        else if (threadIdx.x >= 64 && p.gaps.any) hopper_fill<D>(p, threadIdx.x / 32 - 2);
     } else {
         hopper_more<M::GROUP_REGISTERS>();
         hopper_rows<T, D, MEETS>(p, memory).run();
@@ -102,10 +103,31 @@ static int interleaved(const attn_args &a, int64_t rows, int64_t items)
     return (int)(n < 1 ? 1 : n > items ? items : n);
 }
 
+static hopper_divisor divisor(int d)
+{
+    uint32_t bits = 0;
+    while ((int64_t)1 << bits < d) bits++;
+    return {(uint32_t)((((uint64_t)1 << (31 + bits)) + (uint64_t)d - 1) / (uint64_t)d), 31 + bits};
+}
+
+static hopper_gaps gaps_of(const attn_args &a)
+{
+    hopper_gaps x = {};
+    x.any = true;
+    x.heads = divisor(a.heads), x.n = divisor(a.n);
+    for (int g = 0; g < a.branches; g++) {
+        const attn_branch &b = a.branch[g];
+        const int r = b.dilation, of = a.offset_rule == LAC_OFFSET_MOD ? r : (a.heads - 1) / r + 1;
+        x.branch[g] = {divisor(b.segment), divisor(r), divisor(of), g % r};
+    }
+    return x;
+}
+
 template <class T, int D, bool MEETS> static int launch(const hopper_forward_args &p)
 {
     auto kernel = attn_hopper_forward_kernel<T, D, MEETS>;
-    const int memory = hopper_forward_shape<D>::MEMORY, blocks = min(p.tiles, lac_cuda_processors);
+    const int memory = hopper_forward_shape<D>::MEMORY;
+    const int blocks = p.gaps.any ? lac_cuda_processors : min(p.tiles, lac_cuda_processors);
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
     kernel<<<blocks, hopper_forward_shape<D>::THREADS_, memory, lac_cuda_stream>>>(p);
     LAC_TRY(lac_cuda_launched("attention"));
@@ -117,18 +139,18 @@ template <class T, int D, bool MEETS> static int launch(const hopper_forward_arg
 
 template <class T> static int launch(const hopper_forward_args &p)
 {
-    if (p.a.ranks > 1) return p.a.head_dim == 64 ? launch<T, 64, true>(p) : launch<T, 128, true>(p);
-    return p.a.head_dim == 64 ? launch<T, 64, false>(p) : launch<T, 128, false>(p);
+    if (p.a.ranks > 1) return p.a.head_dim <= 64 ? launch<T, 64, true>(p) : launch<T, 128, true>(p);
+    return p.a.head_dim <= 64 ? launch<T, 64, false>(p) : launch<T, 128, false>(p);
 }
 
-int attn_hopper_forward(attn_args &a, const lac_a_attend *f)
+int attn_hopper_forward(attn_args &a, const lac_a_attend *f, bool gaps)
 {
     static int calls;
     hopper_forward_args p = {};
     const lac_plan *plan = f->plan;
     int64_t tiles;
-    LAC_TRY(attn_number(a, plan, false, a.head_dim == 64 ? 192 : 128, &tiles));
-    if (tiles == 0) return 0;
+    LAC_TRY(attn_number(a, plan, false, a.head_dim <= 64 ? 192 : 128, &tiles));
+    if (tiles == 0 && !gaps) return 0;
     p.tiles = (int)tiles;
     p.masks = a.causal || a.window >= 0;
     p.call = ++calls;
@@ -146,6 +168,7 @@ int attn_hopper_forward(attn_args &a, const lac_a_attend *f)
     p.q_step = hopper_batch_step(&f->q), p.k_step = hopper_batch_step(&f->k), p.v_step = hopper_batch_step(&f->v);
     p.out_step = hopper_batch_step(&f->out);
     p.a = a;
+    if (gaps) p.gaps = gaps_of(a);
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.claims, hopper_claims));
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.spoilt, hopper_spoilt));
     return f->q.dtype == LAC_F16 ? launch<f16>(p) : launch<bf16>(p);

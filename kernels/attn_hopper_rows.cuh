@@ -70,7 +70,18 @@ template <class T, int D, bool MEETS> struct hopper_rows {
     static __device__ __forceinline__ float most() { return std::is_same_v<T, f16> ? 32768.f : 1.15e18f; }
     __device__ __forceinline__ const volatile hopper_forward_tile &tile(int slot) const
     {
-        return *(const hopper_forward_tile *)__cvta_shared_to_generic(memory + M::TILE + 96 * slot);
+        return *(const hopper_forward_tile *)__cvta_shared_to_generic(memory + M::TILE + HOPPER_TILE * slot);
+    }
+
+    /* the same, where reading once is enough */
+    __device__ __forceinline__ const hopper_forward_tile &settled(int slot) const
+    {
+        return *(const hopper_forward_tile *)__cvta_shared_to_generic(memory + M::TILE + HOPPER_TILE * slot);
+    }
+    /* what every lane has, so that the compiler knows it */
+    static __device__ __forceinline__ int4 same(const int4 x)
+    {
+        return {__shfl_sync(~0u, x.x, 0), __shfl_sync(~0u, x.y, 0), __shfl_sync(~0u, x.z, 0), __shfl_sync(~0u, x.w, 0)};
     }
 
     /* ---- order ---- */
@@ -186,10 +197,18 @@ template <class T, int D, bool MEETS> struct hopper_rows {
         const int high0 = min(live, high), high1 = min(live, high + 8), low1 = low + 8;
 #pragma unroll
         for (int i = 0; i < BN / 8; i++) {
-            if (8 * i >= high0 || 8 * i < low) s[4 * i] = -INFINITY;
-            if (8 * i + 1 >= high0 || 8 * i + 1 < low) s[4 * i + 1] = -INFINITY;
-            if (8 * i >= high1 || 8 * i < low1) s[4 * i + 2] = -INFINITY;
-            if (8 * i + 1 >= high1 || 8 * i + 1 < low1) s[4 * i + 3] = -INFINITY;
+            if (8 * i >= high0) s[4 * i] = -INFINITY;
+            if (8 * i + 1 >= high0) s[4 * i + 1] = -INFINITY;
+            if (8 * i >= high1) s[4 * i + 2] = -INFINITY;
+            if (8 * i + 1 >= high1) s[4 * i + 3] = -INFINITY;
+        }
+        if (p.a.window < 0) return;
+#pragma unroll
+        for (int i = 0; i < BN / 8; i++) {
+            if (8 * i < low) s[4 * i] = -INFINITY;
+            if (8 * i + 1 < low) s[4 * i + 1] = -INFINITY;
+            if (8 * i < low1) s[4 * i + 2] = -INFINITY;
+            if (8 * i + 1 < low1) s[4 * i + 3] = -INFINITY;
         }
     }
     /* the scores of the current block once more; needs no other warp */
@@ -280,20 +299,19 @@ template <class T, int D, bool MEETS> struct hopper_rows {
     {
         if (p.a.branch_lse) ((float *)p.a.branch_lse)[(int64_t)t.g * p.a.batch * p.a.n * p.a.heads + at] = lse;
     }
-    __device__ __forceinline__ void put_lse(const volatile attn_tile &t, int i, float lse)
-    {
-        if (i >= t.end) return;
-        const int64_t at = row_at(t, i);
-        ((float *)p.a.lse)[at] = lse;
-        put_branch_lse(t, at, lse);
-    }
     __device__ __forceinline__ void finish_alone(int slot, float total0, float total1)
     {
-        const volatile attn_tile &t = tile(slot).t;
-        const int i = t.first + w * 64 + warp * 16 + lane / 4;
         if (lane % 4 == 0) {
-            put_lse(t, i, lse_of(top0, total0));
-            put_lse(t, i + 8, lse_of(top1, total1));
+            const volatile hopper_forward_tile &f = tile(slot);
+            const int i = f.t.first + w * 64 + warp * 16 + lane / 4, end = f.t.end, step = f.step;
+            const int64_t at = f.at + (int64_t)i * step;
+            float *lse = (float *)p.a.lse + at;
+            if (i < end) *lse = lse_of(top0, total0);
+            if (i + 8 < end) lse[8 * (int64_t)step] = lse_of(top1, total1);
+            if (p.a.branch_lse) {
+                if (i < end) put_branch_lse(f.t, at, lse_of(top0, total0));
+                if (i + 8 < end) put_branch_lse(f.t, at + 8 * (int64_t)step, lse_of(top1, total1));
+            }
         }
         const float weight = (float)p.a.gscale;
         meet(); /* all warps are past their last use of the queries */
@@ -346,10 +364,11 @@ template <class T, int D, bool MEETS> struct hopper_rows {
     }
     __device__ __forceinline__ void put_row(const share &x, int64_t row, int first)
     {
-        float *acc = (float *)p.a.acc + row * D + lane % 4 * 2;
-        T *out = (T *)p.a.out + row * D + lane % 4 * 2;
+        float *acc = (float *)p.a.acc + row * p.a.head_dim + lane % 4 * 2;
+        T *out = (T *)p.a.out + row * p.a.head_dim + lane % 4 * 2;
 #pragma unroll
         for (int e = 0; e < D / 8; e++) {
+            if (8 * e >= p.a.head_dim) break;
             float2 v = {o[4 * e + first] * x.own, o[4 * e + first + 1] * x.own};
             if (x.before != 0) {
                 const float2 old = __ldcg((const float2 *)(acc + 8 * e));
@@ -361,7 +380,7 @@ template <class T, int D, bool MEETS> struct hopper_rows {
     }
     __device__ __forceinline__ void finish_together(int slot, float total0, float total1)
     {
-        const attn_tile &t = *(const attn_tile *)__cvta_shared_to_generic(memory + M::TILE + 96 * slot);
+        const attn_tile &t = settled(slot).t;
         const int i = t.first + w * 64 + warp * 16, from = lane % 8 * 4;
         if (thread == 0) wait_for_others(t);
         meet();
@@ -382,10 +401,7 @@ template <class T, int D, bool MEETS> struct hopper_rows {
         __threadfence();
         meet();
     }
-    __device__ __forceinline__ void say_done(int slot)
-    {
-        hopper_say_done(p, *(const attn_tile *)__cvta_shared_to_generic(memory + M::TILE + 96 * slot), 1);
-    }
+    __device__ __forceinline__ void say_done(int slot) { hopper_say_done(p, settled(slot).t, 1); }
     __device__ __forceinline__ void finish(int slot)
     {
         const float total0 = quad_sum(sum0), total1 = quad_sum(sum1);
@@ -434,8 +450,11 @@ template <class T, int D, bool MEETS> struct hopper_rows {
         }
         block++;
     }
-    /* `key`: the block's first key, if pairs are masked there; `fresh`: rows may have seen nothing yet */
-    __device__ __forceinline__ void later_block(int slot, bool masked, bool fresh, int key)
+    /* MASKED: are there masked pairs in the block? then `key`: its first key; `fresh`: rows may have seen nothing yet;
+     * `half`: all pairs with the second half of the keys are masked, whose exponentials are zero and not worked out.
+     * Their products are not saved: a choice between two widths makes the compiler run products one after the other.
+     * Blocks without masked pairs have code of their own, because every branch in the softmax costs them 2%. */
+    template <bool MASKED> __device__ __forceinline__ void later_block(int slot, bool fresh, int key, bool half)
     {
         wait_keys(block);
         take_turn();
@@ -445,29 +464,39 @@ template <class T, int D, bool MEETS> struct hopper_rows {
         pass_turn();
         hopper_product_wait<1>();
         hopper_pin(s);
-        if (masked) mask(slot, key);
-        if (fresh) {
+        if (MASKED) mask(slot, key);
+        if (MASKED && fresh) {
             float most0, most1;
             maxima(most0, most1);
             top0 = top0 <= NOTHING ? most0 : top0;
             top1 = top1 <= NOTHING ? most1 : top1;
         }
+        if (MASKED && half) {
+#pragma unroll
+            for (int i = BN / 4; i < BN / 2; i++) s[i] = 0;
+        }
         const float kept0 = sum0, kept1 = sum1;
         sum0 = sum1 = 0;
 #pragma unroll
-        for (int i = 0; i < BN / 8; i++) {
-            exponentials(i);
-            if (i == M::LATE - 1) {
-                hopper_hold(sum0 + sum1);
-                settle_values(block - 1);
+        for (int i = 0; i < BN / 16; i++) exponentials(i);
+        if (!MASKED || !half) {
 #pragma unroll
-                for (int k = 0; k < M::LATE; k++) pack(k);
-            } else if (i >= M::LATE) pack(i);
+            for (int i = BN / 16; i < M::LATE; i++) exponentials(i);
         }
+        hopper_hold(sum0 + sum1);
+        settle_values(block - 1);
+#pragma unroll
+        for (int i = 0; i < M::LATE; i++) pack(i);
+        if (!MASKED || !half) {
+#pragma unroll
+            for (int i = M::LATE; i < BN / 8; i++) exponentials(i);
+        }
+#pragma unroll
+        for (int i = M::LATE; i < BN / 8; i++) pack(i);
         float shrink0 = 1, shrink1 = 1;
         if (__any_sync(~0u, !(sum0 < most() && sum1 < most()))) {
             multiply_again(slot);
-            if (masked) mask(slot, key);
+            if (MASKED) mask(slot, key);
             float most0, most1;
             maxima(most0, most1);
             most0 = fmaxf(most0, top0), most1 = fmaxf(most1, top1);
@@ -494,18 +523,11 @@ template <class T, int D, bool MEETS> struct hopper_rows {
         for (;; tiles++) {
             const int slot = tiles & 1;
             hopper_wait(memory + M::Q_FULL + 8 * slot, tiles >> 1 & 1);
-            const volatile hopper_forward_tile &f = tile(slot);
-            const int g = __shfl_sync(~0u, f.t.g, 0), row = __shfl_sync(~0u, f.t.first, 0) + w * 64;
-            if (g == HOPPER_STOP) break;
-            const int low = __shfl_sync(~0u, f.low, 0), blocks = __shfl_sync(~0u, f.blocks, 0);
-            const int end = __shfl_sync(~0u, f.t.end, 0), live = __shfl_sync(~0u, f.t.live, 0);
-            const int after = __shfl_sync(~0u, f.t.after, 0), before = __shfl_sync(~0u, f.t.before, 0);
-            /* blocks [lead, stop) hold keys of these rows; [plain, full) hold no masked pair */
-            const int least = max(row - before - low, 0), highest = min(live, row + 64 + after) - low;
-            const int lead = min(least / BN, blocks);
-            int stop = highest > least && row < end ? min((highest + BN - 1) / BN, blocks) : lead;
-            const int plain = (max(row + 63 - before - low, 0) + BN - 1) / BN;
-            const int full = max(min(live, row + after + 1) - low, 0) / BN;
+            const uint32_t record = memory + M::TILE + HOPPER_TILE * slot;
+            const int4 all = same(hopper_four(record)), part = same(hopper_four(record + 16 + 16 * w));
+            if (all.x == HOPPER_STOP) break;
+            const int low = all.y, blocks = all.z, lead = part.x, stop = (part.y + 1) / 2, plain = part.z,
+                      full = part.w;
             if (held && (lead > 0 || stop == lead)) flush(slot ^ 1);
             for (int i = 0; i < lead; i++) skip();
             if (stop > lead) {
@@ -517,14 +539,17 @@ template <class T, int D, bool MEETS> struct hopper_rows {
                 if (stop - lead == 1) free_stored();
                 const uint32_t ending = start + stop, from = start + plain, until = start + full, release = block;
 #pragma unroll 1
-                for (; block < ending; block++) {
-                    later_block(slot, block < from || block >= until, block <= from, low + (int)(block - start) * BN);
-                    if (block == release) free_stored();
+                while (block < ending) {
+                    if (block > from && block < until) later_block<false>(slot, false, 0, false);
+                    else
+                        later_block<true>(slot, block <= from, low + (int)(block - start) * BN,
+                                          block + 1 == ending && part.y & 1);
+                    if (++block == release + 1) free_stored();
                 }
                 held = true, due = block - 1;
             } else {
                 free_stored();
-                if (row < end) { /* rows without a key */
+                if (w < all.w) { /* rows without a key */
                     top0 = top1 = sum0 = sum1 = 0;
                     finish(slot);
                 } else if (MEETS && thread == 0) say_done(slot);

@@ -53,7 +53,7 @@ int hopper_map(CUtensorMap *map, const lac_view *x, int64_t r, int rows)
     CUresult status =
         encode(map, x->dtype == LAC_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
                x->data, size, stride, box, each, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               wide == 64 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               wide <= 64 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status) LAC_FAIL(INTERNAL, "attention: the driver refuses a tensor map (error %d)", (int)status);
     return 0;

@@ -1,7 +1,7 @@
 --- The forward of attention on Hopper: against the oracle, the CPU, the portable kernel, and itself.
 --
 -- The kernel is forced, so a call that it could not do would fail here. Random configurations have what it
--- takes: head dimensions 64 and 128, f16 and bf16, any pattern, causal, windows, lengths, grouped heads,
+-- takes: head dimensions to 128, f16 and bf16, any pattern, causal, windows, lengths, grouped heads,
 -- all merges. Seeds are fresh and printed by a failure; LACUNA_SEED repeats one. Rows of the inputs that no
 -- branch keeps are NaN, and so is the memory that results are made in. The error may be twice that of the
 -- naive program in the same dtype (cases.compare); past a few tiles the CPU in f64 stands in for the oracle.
@@ -35,8 +35,8 @@ end
 -- any valid configuration of what the kernel does; `large` ones have few heads and one batch item
 local function random_config(most, large)
   while true do
-    local c = { B = large and 1 or random(2), N = random(most), D = pick { 64, 128 }, segments = {},
-                dilations = {}, kernel = "hopper" }
+    local c = { B = large and 1 or random(2), N = random(most), D = pick { 64, 64, 128, 128, 8 * random(16) },
+                segments = {}, dilations = {}, kernel = "hopper" }
     c.M = chance(0.7) and c.N or random(most)
     c.Hk = large and 1 or random(2)
     c.H = c.Hk * pick { 1, 1, 2, large and 2 or 3 }
@@ -238,7 +238,8 @@ describe("the forward of attention on Hopper #gpu", function()
       run(C.LAC_CUDA, dtype or "bf16", c, lists, layout)
     end
     refused("tensors are neither f16 nor bf16", {}, "f32")
-    refused("head_dim is neither 64 nor 128", { D = 80 })
+    refused("head_dim is above 128 or no multiple of 8", { D = 136 })
+    refused("head_dim is above 128 or no multiple of 8", { D = 60 })
     refused("there is dropout", { dropout = 0.5 })
     refused("the scale is negative", { scale = -1 })
     refused("the head dimension is not contiguous", {}, "bf16", "inner")
