@@ -145,7 +145,7 @@ end)
 describe("learned patterns", function()
   setup(function() lac.manual_seed(5) end)
 
-  it("keep so many blocks a row, respect causality, and pass gradients to the scores of kept blocks", function()
+  it("keep so many blocks a row, respect causality, and pass gradients to kept scores", function()
     local blocks = nn.LearnedBlocks { n = 70, heads = 2, block = 16, keep = 2, causal = true }
     local x = lac.randn { 1, 70, 2, 4 }
     local o = blocks()

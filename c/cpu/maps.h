@@ -109,8 +109,8 @@ FLOATS(double, d, , d_sigmoid, pow, log)
 LAC_INLINE double d_gelu_tanh(double x) { return x * d_sigmoid(GELU_TANH_ARGUMENT(x)); }
 LAC_INLINE double d_gelu_tanh_grad(double x)
 {
-    double s = d_sigmoid(GELU_TANH_ARGUMENT(x));
-    return s + x * s * (1 - s) * GELU_TANH_SLOPE(x);
+    double s = d_sigmoid(GELU_TANH_ARGUMENT(x)), t = d_sigmoid(-GELU_TANH_ARGUMENT(x)); /* 1 - s would cancel */
+    return s + x * s * t * GELU_TANH_SLOPE(x);
 }
 LAC_INLINE float f_gelu_tanh(float x) { return x * v_sigmoidf(1.595769122f * (x + 0.044715f * x * x * x)); }
 LAC_INLINE float f_gelu_tanh_grad(float x)
