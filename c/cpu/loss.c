@@ -14,7 +14,7 @@
  * lse is taken off in two floats, so that no value has to pass through double.
  *
  * lse goes through a row once, in blocks that stay in the first cache between their maximum and their exponentials.
- * The fixed steps of a block are dear: with 512 elements instead of 4096 it takes 1.25 times as long (AVX-512).
+ * The fixed steps of a block are dear: with 512 elements instead of 4096 it takes about 1.4 times as long (AVX-512).
  */
 #include "cpu.h"
 #include "rows.h"

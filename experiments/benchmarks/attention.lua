@@ -31,7 +31,7 @@
 --     step. N = 2048, share of the bare loop, before, now, SDPA: D = 32 0.63, 0.73, 0.62; D = 64 0.77, 0.83,
 --     0.75; D = 128 0.82, 0.87, 0.83. What is left is 14 instructions per vector of exponentials.
 --   * The backward gained 0 to 3%: D = 32 0.77 (SDPA 0.75), D = 64 0.82 (0.81), D = 128 0.81 (0.91). There
---     1.3 times SDPA lies beyond the processor, and so does 1.2 times in the forward at D = 128.
+--     1.3 times SDPA lies beyond the processor at D = 64, 128, as does 1.2 in the forward at D = 128.
 --   * Tiles of other sizes (12, 48 rows; 256, 384, 1024 keys; in the backward 48, 192 rows, 64 to 256 keys):
 --     within 3%, or slower.
 --   * lse_detach, three branches with segments of 1024 rows: deltas made in the pass of the gradients:
