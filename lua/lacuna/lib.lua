@@ -160,7 +160,8 @@ function lib.place(level)
     if describe then
       local _, self = debug.getlocal(level, 1)
       local ok, step = pcall(describe, self)
-      if ok and step then path = path and step .. "." .. path or tostring(step) end
+      -- anything may have been called as if it were a module
+      if ok and type(step) == "string" then path = path and step .. "." .. path or step end
     end
     if frame_origins[f] and not origin then
       local _
