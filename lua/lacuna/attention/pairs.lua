@@ -12,19 +12,13 @@ local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
 local create = require "lacuna.create"
 local ops = require "lacuna.ops"
+local partial = require "lacuna.attention.partial"
 
-local fn = ops.fn
+local fn, range = ops.fn, partial.range
 local fail, show = schema.fail, schema.show
 local OP = "attention"
 
 local pairs_of = {}
-
--- rows of a piece as an entry of an index
-local function range(piece, part)
-  local stride = piece.stride or piece.step
-  local first, hop = (piece.at or piece.first) + part.at * stride, stride * part.hop
-  return { first + 1, first + (part.count - 1) * hop + 1, hop }
-end
 
 -- what a task sees of t [.., N, M]; run: its heads
 local function part_of(t, task, q, run)

@@ -15,12 +15,15 @@ local ops = require "lacuna.ops"
 local fn = ops.fn
 local partial = {}
 
---- Rows of a piece of x [B, N, ...], as a view. @tparam table part at, count, hop in rows of the piece
-function partial.rows(x, piece, part)
+--- Rows of a piece, as an entry of an index. @tparam table part at, count, hop in rows of the piece
+function partial.range(piece, part)
   local step = piece.stride or piece.step
   local hop, first = step * part.hop, (piece.at or piece.first) + part.at * step
-  return x[{ {}, { first + 1, first + (part.count - 1) * hop + 1, hop } }]
+  return { first + 1, first + (part.count - 1) * hop + 1, hop }
 end
+
+--- Rows of a piece of x [B, N, ...], as a view.
+function partial.rows(x, piece, part) return x[{ {}, partial.range(piece, part) }] end
 
 --- Heads of x [B, N, H, ...], as a view.
 function partial.heads(x, first, count) return x:narrow(3, first + 1, count) end
@@ -46,15 +49,6 @@ end
 
 local share = partial.share
 
---- log(exp(a) + exp(b)), also of nothing.
-function partial.log_sum(a, b)
-  local top = fn.maximum(a, b)
-  local base = fn.where(fn.eq(top, -math.huge), 0, top)
-  return base + fn.log(fn.exp(a - base) + fn.exp(b - base))
-end
-
-local log_sum = partial.log_sum
-
 --- Does a pattern need an accumulator for each branch?
 function partial.separate(p) return p.heads == "all" and #p.segments > 1 and p.merge ~= "lse" end
 
@@ -71,7 +65,7 @@ end
 
 --- Takes (out, lse) of more keys into views of the accumulators' rows.
 function partial.merge(into_out, into_lse, out, lse)
-  local total = log_sum(into_lse, lse)
+  local total = fn.logaddexp(into_lse, lse)
   local kept = into_out * fn.unsqueeze(share(into_lse, total), 4)
   into_out:copy_(kept + out:to(into_out:dtype()) * fn.unsqueeze(share(lse, total), 4))
   into_lse:copy_(total)
@@ -80,7 +74,7 @@ end
 --- The branches' results -> out, lse. @tparam table sum accumulators @tparam table p the pattern
 function partial.combine(sum, p)
   local lse, out = sum.lse[1], sum.out[1]
-  for g = 2, #sum.lse do lse = log_sum(lse, sum.lse[g]) end
+  for g = 2, #sum.lse do lse = fn.logaddexp(lse, sum.lse[g]) end
   if p.merge == "lse_detach" and #sum.out > 1 then
     out = out * fn.unsqueeze(share(sum.lse[1], lse), 4)
     for g = 2, #sum.out do out = out + sum.out[g] * fn.unsqueeze(share(sum.lse[g], lse), 4) end

@@ -255,12 +255,7 @@ end
 function Cache:rewind(position)
   local positions = {}
   for b = 1, self.batch do
-    local p = position
-    if type(position) == "table" then p = position[b] end
-    if not schema.is_integer(p) or p < 0 or p > self.positions[b] then
-      fail("BlockCache", "rewind takes positions from 0 to the present one (%d for item %d), got %s",
-        self.positions[b], b, schema.show(p))
-    end
+    local p = self:rewound(b, position)
     local lowest = (self.stores[b] or self.stores[1]).lowest
     if p < lowest then
       fail("BlockCache", "cannot rewind item %d to position %d: rows were dropped that only positions from "

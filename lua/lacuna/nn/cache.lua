@@ -256,18 +256,24 @@ function Cache:attend(q, k, v, counts)
   return out, lse
 end
 
+-- where item b of a cache of either kind is to go back to
+function Cache:rewound(b, position)
+  local p = position
+  if type(position) == "table" then p = position[b] end
+  if not schema.is_integer(p) or p < 0 or p > self.positions[b] then
+    fail(getmetatable(self).__name, "rewind takes positions from 0 to the present one (%d for item %d), "
+      .. "got %s", self.positions[b], b, show(p))
+  end
+  return p
+end
+
 --- Take tokens back: the next one will be at this position.
 -- @tparam integer|table position one for all items, or a list of one for each
 -- @treturn KVCache self
 function Cache:rewind(position)
   local positions = {}
   for b = 1, self.batch do
-    local p = position
-    if type(position) == "table" then p = position[b] end
-    if not schema.is_integer(p) or p < 0 or p > self.positions[b] then
-      fail("KVCache", "rewind takes positions from 0 to the present one (%d for item %d), got %s",
-        self.positions[b], b, show(p))
-    end
+    local p = self:rewound(b, position)
     local first = self.decoder:reach(p)
     if first < self.starts[b] then
       fail("KVCache", "cannot rewind item %d to position %d: it reaches back to %d, and only rows from %d on "

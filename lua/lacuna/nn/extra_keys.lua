@@ -46,7 +46,7 @@ function extra.join(m, q, out, lse, weights)
   end
   if o.add_zero_attn then scores[#scores + 1] = create.zeros_like(lse) end
   local total = lse
-  for _, s in ipairs(scores) do total = partial.log_sum(total, s) end
+  for _, s in ipairs(scores) do total = ops.logaddexp(total, s) end
   local rest = partial.share(lse, total)
   local sum = out:to(dtype) * rest:unsqueeze(4)
   local columns = { weights and weights * rest:transpose(2, 3):unsqueeze(4):to(weights:dtype()) }
