@@ -1606,6 +1606,11 @@ describe("engine errors:", function()
     fails("shape", "more elements than 64 bits", "reduce", 0, huge, 0, 0, o)
     huge.shape[0] = 2 ^ 10
     fails("memory", "", "map1", exp, huge, o)
+    local single = d.view(f(3)) -- nobody follows the stride of an axis of one
+    single.ndim = 2
+    single.shape[0], single.shape[1], single.stride[0], single.stride[1] = 1, 3, -2 ^ 63, 1
+    assert.are.same({ 1, 3 }, shape_of(op("map1", exp, single)))
+    assert.are.same({ 1 }, shape_of(op("reduce", 0, single, 2, 0)))
   end)
 
   -- a short operator runs to its end and drops its result: if it succeeded, a host that stops then would
