@@ -56,7 +56,9 @@ function cases.compare(dtype, got, exact, naive)
       local error = math.abs(g - e)
       if error ~= error then return ("element %d is nan instead of %.17g"):format(i, e) end
       if error > worst then worst, at = error, i end
-      naive_worst = math.max(naive_worst, math.abs(n - e))
+      local loss = math.abs(n - e)
+      if loss ~= loss then return ("the naive program's element %d is nan, not %.17g"):format(i, e) end
+      naive_worst = math.max(naive_worst, loss)
       largest = math.max(largest, math.abs(e))
     end
   end

@@ -205,7 +205,9 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
           inner = 0
           for d = 1, D do inner = ro.sum(inner + ro.result(part.weight * dout[qa + d]) * part.out[d]) end
         end
-        for j = 1, M do ds[j] = ds[j] + ro.result(part.again[j] * (dp[j] - inner)) end
+        for j = 1, M do -- a row that no branch keeps may hold NaN: what has no weight has no part in it
+          if part.again[j] ~= 0 then ds[j] = ds[j] + ro.result(part.again[j] * (dp[j] - inner)) end
+        end
       end
       if dlse and lse ~= -math.huge then
         local gl = dlse[(b * N + n) * H + h + 1]
