@@ -359,7 +359,7 @@ describe("a KVCache", function()
       dilations = { 1 } }
     collectgarbage()
     collectgarbage()
-    local live = lac.memory("cpu").live
+    local live = lac.memory(lac.default_device()).live
     lac.scope(function()
       local cache = cache_of(c, 2, "f32", { rows = 1 })
       for _ = 1, 70 do
@@ -374,7 +374,7 @@ describe("a KVCache", function()
       cache:attend(q, q, q)
       assert.same({ 71 }, cache.positions)
     end)
-    assert.equal(live, lac.memory("cpu").live)
+    assert.equal(live, lac.memory(lac.default_device()).live)
   end)
 
   it("names what is wrong", function()
@@ -573,13 +573,13 @@ describe("generate", function()
     local model = tiny()
     model:generate({ 1 }, 3)
     collectgarbage() collectgarbage()
-    local before = lac.memory("cpu").live
+    local before = lac.memory(lac.default_device()).live
     model:generate({ { 1 }, { 2, 3 } }, 30, { stop = 4 })
     assert.error_matches(function()
       model:generate({ 1 }, 30, { on_token = function() error("enough", 0) end })
     end, "enough")
     collectgarbage() collectgarbage()
-    assert.equal(before, lac.memory("cpu").live)
+    assert.equal(before, lac.memory(lac.default_device()).live)
     assert.is_true(model.training)
   end)
 

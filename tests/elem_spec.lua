@@ -70,7 +70,7 @@ describe("elementwise", function()
   teardown(function() C.lac_isa(isa) end)
 
   for _, name in ipairs(isas()) do
-    it("functions in f32 keep their promised accuracy over all floats on " .. name, function()
+    it("functions in f32 keep their promised accuracy over all floats #cpu on " .. name, function()
       assert(C.lac_isa(name) ~= nil)
       local x = lac.empty { PATTERNS, dtype = "f32" }
       local bits = pointer(x, "uint32_t *")

@@ -6,6 +6,7 @@
 -- naive f32 implementation (support/oracle.lua with rounding), which is the tolerance rule of the whole
 -- suite.
 
+local lac = require "lacuna"
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
 local json = require "cjson"
@@ -33,6 +34,9 @@ for name in pairs(metadata) do names[#names + 1] = name end
 table.sort(names)
 
 describe("golden attention", function()
+  setup(function() direct.device = lac.zeros{ 1 }.c.device end) -- the default one
+  teardown(function() direct.device = 0 end)
+
   it("has 14 cases", function() assert.equal(14, #names) end)
 
   for _, name in ipairs(names) do

@@ -9,6 +9,7 @@ local lac = require "lacuna"
 local nn = lac.nn
 
 local all = lac.io.load "tests/golden/public.safetensors"
+for key, t in pairs(all) do all[key] = t:to { device = lac.default_device() } end
 
 -- tensors of a case by name; those below `prefix` only
 local function case(name, prefix)

@@ -147,9 +147,9 @@ describe("lac.checkpoint", function()
       collectgarbage()
       lac.trim()
       lac.reset_peak()
-      local before = lac.memory("cpu").live
+      local before = lac.memory(lac.default_device()).live
       lac.scope(function() model:loss(t, t):backward() end)
-      local used = lac.memory("cpu").peak - before
+      local used = lac.memory(lac.default_device()).peak - before
       model:zero_grad()
       return used
     end
@@ -165,21 +165,21 @@ describe("lac.checkpoint", function()
     model:zero_grad()
     collectgarbage()
     collectgarbage()
-    local live = lac.memory("cpu").live
+    local live = lac.memory(lac.default_device()).live
     for _ = 1, 3 do
       gradients(model)
       model:zero_grad()
     end
     collectgarbage()
     collectgarbage()
-    assert.equal(live, lac.memory("cpu").live)
+    assert.equal(live, lac.memory(lac.default_device()).live)
   end)
 
   it("refuses what would be wrong", function()
     local x = lac.randn{ 3, grad = true }
     local outer = x * 2
     assert.error_matches(function() lac.checkpoint(function(y) return y * outer end, x) end,
-      "uses Tensor f32 %[3%] cpu, which was computed outside of it with gradients: pass it as an argument")
+      "uses Tensor f32 %[3%] %S+, which was computed outside of it with gradients: pass it as an argument")
     local view = (x * 2):view(3, 1):view(3)
     assert.error_matches(function() lac.checkpoint(function(y) return y * view end, x):sum():backward() end,
       "which was computed outside of it with gradients")
@@ -200,7 +200,7 @@ describe("lac.checkpoint", function()
       return count == 1 and y * 2 or (y * 2):view(1, 3)
     end, x)
     assert.error_matches(function() out:sum():backward() end,
-      "result 1 was Tensor f32 %[3%] cpu in the forward pass and is Tensor f32 %[1 x 3%] cpu")
+      "result 1 was Tensor f32 %[3%] %S+ in the forward pass and is Tensor f32 %[1 x 3%] %S+")
     local seed, offset = lac.rng_state()
     local w = lac.ones{ 3, grad = true }
     out = lac.checkpoint(function(y) return y * w end, x)

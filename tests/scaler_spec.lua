@@ -115,7 +115,7 @@ describe("the loss scaler", function()
     assert.error_matches(function() lac.optim.loss_scaler{ backof = 0.5 } end, "did you mean 'backoff'")
     assert.error_matches(function() lac.optim.loss_scaler{ init = 1, min = 2 } end, "init must lie between")
     assert.error_matches(function() lac.optim.loss_scaler():scale(lac.ones({ 1 }, { dtype = "f16" })) end,
-      "the loss must be f32 or f64, got Tensor f16")
+      "reduce it in f32")
     assert.error_matches(function() lac.optim.loss_scaler():scale(1) end, "loss")
     assert.error_matches(function() lac.optim.loss_scaler():load_state_dict{ value = 1 } end, "good")
   end)

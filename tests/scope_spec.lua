@@ -15,7 +15,7 @@ local function settle()
   collectgarbage()
   collectgarbage()
   collectgarbage("stop") -- a full collection has set it going again
-  return lac.memory().live_blocks
+  return lac.memory(lac.default_device()).live_blocks
 end
 
 local function refused(pattern, f, ...)
@@ -36,7 +36,8 @@ describe("lac.scope", function()
       for _ = 1, 10 do local _ = inner * 2 end
       return inner + 1
     end)
-    assert.are.equal(before + 1, lac.memory().live_blocks) -- at once, without a collection
+    -- at once, without a collection
+    assert.are.equal(before + 1, lac.memory(lac.default_device()).live_blocks)
     assert.is_true(inner:is_released())
     assert.are.equal(200, kept:sum():item())
     refused("after release", function() return inner + 1 end)
@@ -127,7 +128,7 @@ describe("lac.scope", function()
       inner = lac.ones { 10 }
       error("my message")
     end)
-    assert.are.equal(before, lac.memory().live_blocks)
+    assert.are.equal(before, lac.memory(lac.default_device()).live_blocks)
     assert.is_true(inner:is_released())
     assert.matches("stack traceback", require("lacuna.lib").last_traceback)
     local thrown = {}
@@ -156,8 +157,8 @@ describe("lac.scope", function()
         lac.no_grad(function() w:add_(w.grad, -0.1) end)
         w.grad:zero_()
       end)
-      if i == 3 then level = lac.memory().live end
+      if i == 3 then level = lac.memory(lac.default_device()).live end
     end
-    assert.is_true(lac.memory().live <= level)
+    assert.is_true(lac.memory(lac.default_device()).live <= level)
   end)
 end)

@@ -9,6 +9,7 @@ local json = require "lacuna.json"
 local nn = lac.nn
 
 local all, metadata = lac.io.load "tests/golden/torch_mha.safetensors"
+for key, t in pairs(all) do all[key] = t:to { device = lac.default_device() } end
 
 local function far(a, b) return lac.where(a:eq(b), 0, a - b):abs():max():item() end
 

@@ -94,7 +94,7 @@ describe("the NaN watch", function()
     lac.detect_anomaly(function()
       for _ = 1, 3 do -- where the results lie, NaN lay before
         local spoilt = lac.empty{ 3, 1, 2, 4 }
-        spoilt:data()[23] = 0 / 0
+        spoilt[{ 3, 1, 2, 4 }] = 0 / 0
         spoilt:release()
         local q, k, v = lac.randn{ 3, 1, 2, 4 }, lac.randn{ 3, 4, 2, 4 }, lac.randn{ 3, 4, 2, 4 }
         decoder:attend(q, k, v, { 3, 2, 1 })
