@@ -8,8 +8,10 @@
  * The fused form computes logits a chunk of rows at a time (512 MB of f32), so that R x V logits never exist. dw is
  * read and written once for each chunk, which in chunks of 64 MB was 32 GB for 32,768 rows and 50,304 classes. In the
  * backward a chunk's gradient is rounded to the dtype of x before it is multiplied into dx and dw, which is what
- * runs on tensor cores; dw adds up in f32. f16 has no range for gradients divided by a batch, so there both products
- * run in f32. A target outside [0, V) leaves a note (backend.cu) and the row a loss of 0.
+ * runs on tensor cores; dw adds up in f32. The gradient lies in the logits' own rows, of which it takes the first half:
+ * the loss is where a training step holds most, and a place of its own was a quarter of a gigabyte there. f16 has no
+ * range for gradients divided by a batch, so there both products run in f32. A target outside [0, V) leaves a note
+ * (backend.cu) and the row a loss of 0.
  */
 #include "gemm.cuh"
 #include "rows.cuh"
@@ -44,7 +46,7 @@ template <class T> struct loss_rows {
     int64_t row_stride, stride, first, rows, n;
     C *out, *lse;
     const C *g;
-    int64_t g_stride;
+    int64_t g_stride, y_stride; /* y_stride: elements between rows of the gradient */
 };
 
 /* q_c for a soft target */
@@ -111,7 +113,8 @@ __global__ void __launch_bounds__(LOSS_THREADS)
     }
 }
 
-/* y [rows, n], dense; y may be the logits themselves where T is U */
+/* y [rows, n]; may lie in the logits: U is T, or each row is the beginning of the logits' row. A thread then writes
+ * what others have read, so all of them read before any writes; what is written is never ahead of what was read. */
 template <class T, class S, class U>
 __global__ void __launch_bounds__(LOSS_THREADS)
     gradient_kernel(loss_rows<T> a, loss_target<compute_t<T>> t, U *y, lac_cuda_reporter bad)
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(LOSS_THREADS)
     __shared__ double wide_space[LOSS_THREADS / 32];
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
         const T *x = a.logits + r * a.row_stride;
-        U *out = y + r * a.n;
+        U *out = y + r * a.y_stride;
         int64_t row = a.first + r, k = t.soft ? -1 : t.at(row);
         bool dead = !t.soft && (k == t.ignore || k < 0 || k >= a.n);
         if (dead && k != t.ignore && threadIdx.x == 0) bad.report(row, k);
@@ -133,15 +136,17 @@ __global__ void __launch_bounds__(LOSS_THREADS)
             q = (C(1) - t.smoothing) * (t.weight ? t.weight[k] : C(1));
             all = (double)q + (double)share * (t.total ? *t.total : (double)a.n);
         }
-        for (int64_t c = threadIdx.x; c < a.n; c += LOSS_THREADS) {
+        for (int64_t first = 0; first < a.n; first += LOSS_THREADS) {
+            int64_t c = first + threadIdx.x;
             C v = 0;
-            if (!dead) {
+            if (!dead && c < a.n) {
                 C p = exponential((C)to_compute(x[c * a.stride]) - lse) * (C)all;
                 if (t.soft) p -= soft_at<S>(t, row, c, a.n);
                 else p -= share * (t.weight ? t.weight[c] : C(1)) + (c == k ? q : C(0));
                 v = p * g;
             }
-            out[c] = from_compute<U>(v);
+            if (sizeof(U) < sizeof(T)) __syncthreads();
+            if (c < a.n) out[c] = from_compute<U>(v);
         }
         __syncthreads(); /* in place: nobody may still read the row */
     }
@@ -234,17 +239,19 @@ __global__ void __launch_bounds__(LOSS_THREADS)
     constexpr int FLIGHT = 2;
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
         const loss_group<T> *x = (const loss_group<T> *)(a.logits + r * a.row_stride);
-        loss_group<U> *out = (loss_group<U> *)(y + r * a.n);
+        loss_group<U> *out = (loss_group<U> *)(y + r * a.y_stride);
         int64_t row = a.first + r, k = t.at(row);
         bool outside = k < 0 || k >= a.n, dead = k == t.ignore || outside;
         if (outside && k != t.ignore && threadIdx.x == 0) bad.report(row, k);
         float lse = a.lse[row], scale = dead ? 0 : a.g[row * a.g_stride] * (t.weight ? t.weight[k] : 1);
         int groups = (int)(a.n / LOSS_GROUP), hit = dead ? -1 : (int)(k / LOSS_GROUP), at = (int)(k % LOSS_GROUP);
-        for (int c = threadIdx.x; c < groups; c += FLIGHT * LOSS_THREADS) {
+        for (int first = 0; first < groups; first += FLIGHT * LOSS_THREADS) {
+            int c = first + (int)threadIdx.x;
             loss_group<T> raw[FLIGHT];
 #pragma unroll
             for (int u = 0; u < FLIGHT; u++)
                 if (c + u * LOSS_THREADS < groups) raw[u] = x[c + u * LOSS_THREADS];
+            if (sizeof(U) < sizeof(T)) __syncthreads(); /* as above */
 #pragma unroll
             for (int u = 0; u < FLIGHT; u++) {
                 int group = c + u * LOSS_THREADS;
@@ -293,7 +300,7 @@ static int run_gradient(const char *op, const loss_rows<T> &r, const loss_target
 {
     unsigned blocks = row_blocks_of(r.rows);
     if constexpr (sizeof(T) < 8)
-        if (loss_is_dense(r, t) && (uintptr_t)y % 16 == 0) {
+        if (loss_is_dense(r, t) && (uintptr_t)y % 16 == 0 && r.y_stride % LOSS_GROUP == 0) {
             gradient_dense<T, U><<<blocks, LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, y, bad);
             return lac_cuda_launched(op);
         }
@@ -395,6 +402,7 @@ extern "C" int lac_cuda_cross_entropy_bwd(const lac_a_cross_entropy_bwd *a)
         r.lse = (C *)a->lse.data;
         r.g = (const C *)a->g.data;
         r.g_stride = a->g.stride[0];
+        r.y_stride = r.n;
         return run_gradient<T, T>(op, r, t, (T *)a->out.data, bad);
     });
 }
@@ -428,6 +436,8 @@ struct projection {
     {
         for (lac_scratch *s : space) delete s;
     }
+    /* elements between the rows of a chunk's gradient, which is where the logits are */
+    int64_t gradient_step() const { return classes * dtype_bytes(plain) / dtype_bytes(dtype); }
     const void *x_at(int64_t row) const { return (const char *)x + row * width * dtype_bytes(dtype); }
 };
 
@@ -513,13 +523,14 @@ extern "C" int lac_cuda_linear_cross_entropy(const lac_a_linear_ce *a)
     });
 }
 
-/* sums[c] (+)= column sums of d [m, n], rows in order */
+/* sums[c] (+)= column sums of d [m, n], rows in order and `step` apart */
 template <class U>
-__global__ void __launch_bounds__(THREADS) bias_kernel(const U *d, int64_t m, int64_t n, double *sums, bool first)
+__global__ void __launch_bounds__(THREADS)
+    bias_kernel(const U *d, int64_t m, int64_t n, int64_t step, double *sums, bool first)
 {
     for (int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x; c < n; c += (int64_t)gridDim.x * THREADS) {
         double s = first ? 0 : sums[c];
-        for (int64_t r = 0; r < m; r++) s += (double)to_compute(d[r * n + c]);
+        for (int64_t r = 0; r < m; r++) s += (double)to_compute(d[r * step + c]);
         sums[c] = s;
     }
 }
@@ -534,14 +545,14 @@ static int store_result(const void *from, int from_dtype, const lac_view *to)
     return lac_cuda_copy(&copy);
 }
 
-/* dx, dw and dbias of one chunk whose gradient is `d`, in the products' dtype */
-static int chunk_products(const projection *p, const void *d, int64_t at, int64_t m, void *dx, int dx_dtype, void *dw)
+/* dx and dw of one chunk, whose gradient lies in the logits' rows in the products' dtype */
+static int chunk_products(const projection *p, int64_t at, int64_t m, void *dx, int dx_dtype, void *dw)
 {
     lac_cuda_gemm_args g = {};
     g.m = m, g.n = p->width, g.k = p->classes, g.batch = 1;
-    g.a = d, g.b = p->w, g.c = (char *)dx + at * p->width * dtype_bytes(dx_dtype);
+    g.a = p->logits, g.b = p->w, g.c = (char *)dx + at * p->width * dtype_bytes(dx_dtype);
     g.dtype = p->dtype, g.c_dtype = dx_dtype;
-    g.lda = p->classes, g.ldb = g.ldc = p->width;
+    g.lda = p->gradient_step(), g.ldb = g.ldc = p->width;
     LAC_TRY(lac_cuda_gemm(p->op, &g));
     g.m = p->classes, g.k = m;
     g.b = p->x_at(at), g.c = dw;
@@ -575,13 +586,13 @@ extern "C" int lac_cuda_linear_cross_entropy_bwd(const lac_a_linear_ce_bwd *a)
             if constexpr (!std::is_same_v<compute_t<U>, C>) {
                 return (int)LAC_E_INTERNAL; /* f64 with anything else: never asked for */
             } else {
-                size_t cells = (size_t)(p.chunk * p.classes), size = (size_t)(p.classes * p.width);
-                bool apart = p.dtype != p.plain, cast_dw = a->dw.dtype != p.plain, cast_dx = a->dx.dtype != p.dtype;
-                lac_scratch d(op, apart ? cells * sizeof(U) : 1), dw(op, cast_dw ? size * sizeof(C) : 1);
+                size_t size = (size_t)(p.classes * p.width);
+                bool cast_dw = a->dw.dtype != p.plain, cast_dx = a->dx.dtype != p.dtype;
+                lac_scratch dw(op, cast_dw ? size * sizeof(C) : 1);
                 lac_scratch dx(op, cast_dx ? (size_t)(p.rows * p.width) * sizeof(U) : 1);
                 lac_scratch sums(op, a->dbias.data ? (size_t)p.classes * 8 : 1);
-                if (!d.data || !dw.data || !dx.data || !sums.data) return (int)LAC_E_MEMORY;
-                U *to = apart ? (U *)d.data : (U *)p.logits;
+                if (!dw.data || !dx.data || !sums.data) return (int)LAC_E_MEMORY;
+                U *to = (U *)p.logits;
                 void *dw_to = cast_dw ? dw.data : a->dw.data, *dx_to = cast_dx ? dx.data : a->dx.data;
                 loss_weights<C> weights;
                 loss_target<C> t;
@@ -595,11 +606,12 @@ extern "C" int lac_cuda_linear_cross_entropy_bwd(const lac_a_linear_ce_bwd *a)
                     if (r.out) LAC_TRY((run_loss<C, S>(op, r, t, bad)));
                     r.g = (const C *)a->g.data;
                     r.g_stride = a->g.stride[0];
+                    r.y_stride = p.gradient_step();
                     LAC_TRY((run_gradient<C, S>(op, r, t, to, bad)));
-                    LAC_TRY(chunk_products(&p, to, at, m, dx_to, cast_dx ? p.dtype : a->dx.dtype, dw_to));
+                    LAC_TRY(chunk_products(&p, at, m, dx_to, cast_dx ? p.dtype : a->dx.dtype, dw_to));
                     if (!a->dbias.data) continue;
                     bias_kernel<U><<<blocks_for(p.classes, THREADS), THREADS, 0, lac_cuda_stream>>>(
-                        to, m, p.classes, (double *)sums.data, at == 0);
+                        to, m, p.classes, r.y_stride, (double *)sums.data, at == 0);
                     LAC_TRY(lac_cuda_launched(op));
                 }
                 if (cast_dw) LAC_TRY(store_result(dw.data, p.plain, &a->dw));

@@ -117,6 +117,18 @@ end
 case("linear_cross_entropy in chunks",
   function(x, w, t) return lac.linear_cross_entropy(x, w, nil, t, { chunk = 96 }) end,
   function() return { normal(400, 64), normal(1000, 64) * 0.3, classes(400, 1000) } end)
+case("linear_cross_entropy in chunks, smoothed, of 1003 classes", -- the gradient in the logits' rows
+  function(x, w, t) return lac.linear_cross_entropy(x, w, nil, t, { chunk = 96, label_smoothing = 0.1 }) end,
+  function() return { normal(400, 64), normal(1003, 64) * 0.3, classes(400, 1003) } end)
+case("linear_cross_entropy in chunks, with a bias, of 50304 classes",
+  function(x, w, b, t) return lac.linear_cross_entropy(x, w, b, t, { chunk = 40 }) end,
+  function() return { normal(100, 16), normal(50304, 16) * 0.3, normal(50304), classes(100, 50304) } end)
+case("three linear layers of one tensor",
+  function(x, a, b, c)
+    local y = x * 2
+    return lac.linear(y, a) + lac.linear(y, b) + lac.linear(y, c)
+  end,
+  function() return { normal(300, 64), normal(72, 64) * 0.2, normal(72, 64) * 0.2, normal(72, 64) * 0.2 } end)
 for _, o in ipairs{ { 300, 64, 128, 72 }, { 5, 7, 9, 3 } } do -- with and without epilogues of cuBLASLt
   local n, width, hidden, out = unpack(o)
   local text = (" of %d x %d x %d"):format(n, width, hidden)
@@ -140,7 +152,8 @@ for _, o in ipairs{ { 300, 64, 128, 72 }, { 5, 7, 9, 3 } } do -- with and withou
     return list
   end)
 end
-for _, o in ipairs{ { 96, 4, 64 }, { 33, 3, 16 }, { 10, 2, 6 }, { 2000, 1, 128 } } do
+for _, o in ipairs{ { 96, 4, 64 }, { 33, 3, 16 }, { 10, 2, 6 }, { 2000, 1, 128 }, { 50, 6, 256 },
+  { 20, 2, 512 } } do
   local text = (" of [2, %d, %d, %d]"):format(unpack(o))
   local function make() return { normal(2, unpack(o)) } end
   case("rope" .. text, function(x) return lac.rope(x, { start = 1000 }) end, make)
