@@ -1,11 +1,16 @@
 /* pos.cu: rotary positions on CUDA.
  *
- * Cosines and sines depend on position and frequency only: one kernel tabulates them, [N, D/2] pairs, with XPOS's
- * factor folded in (angles in double: a position times a frequency in float would be off by radians at a million
- * tokens); a second one rotates at the speed of memory, 16 bytes of each half of a head at a time. The transposed map,
- * which is the gradient, is the rotation by the negative angle with the same factor.
+ * Cosines and sines depend on position and frequency only, and angles are in double: a position times a frequency in
+ * float would be off by radians at a million tokens. Dense halves of f32, f16 and bf16 (what models have) are one
+ * kernel: a thread makes the turns of its frequencies once, with XPOS's factor folded in, and rotates all heads of its
+ * position by them, 16 bytes of each half at a time; that costs no more than the bytes do. The frequencies come from
+ * the host, which remembers them. Other layouts, wider heads and f64 tabulate the turns in scratch memory first. The
+ * transposed map, which is the gradient, is the rotation by the negative angle with the same factor. Rejected: a table
+ * that is kept between calls (it would be state that a graph, the pool's limits and positions all invalidate, and
+ * reading it is no faster than making it).
  */
 #include "lists.cuh"
+#include <cmath>
 
 struct rope_args {
     int64_t batch, n, heads, half, start;
@@ -24,7 +29,10 @@ template <class C> struct alignas(2 * sizeof(C)) pair {
     C c, s;
 };
 
-enum { ROPE_SHARED = 256 }; /* frequencies that a block keeps */
+enum { ROPE_SHARED = 256 /* frequencies that a block keeps */, ROPE_HALF = 128 /* that a launch is given */ };
+struct rope_rates {
+    double frequency[ROPE_HALF], rate[ROPE_HALF]; /* rate: of XPOS's exponent */
+};
 
 /* cosine and sine of a, times exp(e). In float the argument is reduced in double, where a position times a frequency is
  * exact enough, and the rest is in float: double's own sincos and exp cost as much as the rotation. */
@@ -70,46 +78,111 @@ __global__ void __launch_bounds__(THREADS) rope_table(rope_args a, pair<C> *tabl
     }
 }
 
-/* P neighbouring pairs of a head; of a dense x P is what 16 bytes hold */
-template <class T, int P>
+/* a pair of one head by the table */
+template <class T>
 __global__ void __launch_bounds__(THREADS)
     rope_kernel(rope_args a, const T *x, const pair<compute_t<T>> *table, T *out, int64_t total)
 {
     typedef compute_t<T> C;
-    struct alignas(P * sizeof(T)) run {
-        T at[P];
-    };
     for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < total; t += (int64_t)gridDim.x * THREADS) {
         int64_t row, i, h, bn;
         if (a.small) {
             uint32_t r = a.by_runs.divide((uint32_t)t), q = a.by_heads.divide(r);
-            row = r, i = (int64_t)((uint32_t)t - r * a.by_runs.d) * P, bn = q, h = r - q * a.by_heads.d;
+            row = r, i = (uint32_t)t - r * a.by_runs.d, bn = q, h = r - q * a.by_heads.d;
         } else {
-            int64_t runs = a.half / P;
-            row = t / runs, i = (t - row * runs) * P, bn = row / a.heads, h = row - bn * a.heads;
+            row = t / a.half, i = t - row * a.half, bn = row / a.heads, h = row - bn * a.heads;
         }
         int64_t b = a.batch > 1 ? bn / a.n : 0, n = bn - b * a.n;
         const T *from = x + b * a.stride[0] + n * a.stride[1] + h * a.stride[2];
-        const pair<C> *turn = table + (a.each ? bn : n) * a.half + i;
+        pair<C> turn = table[(a.each ? bn : n) * a.half + i];
         T *to = out + row * 2 * a.half;
-        if constexpr (P > 1) { /* halves: pairs are half a head apart */
-            run u = *(const run *)(from + i), v = *(const run *)(from + i + a.half);
-#pragma unroll
-            for (int k = 0; k < P; k++) {
-                pair<C> r = turn[k];
-                C s = to_compute(u.at[k]), c = to_compute(v.at[k]);
-                u.at[k] = from_compute<T>(s * r.c - c * r.s);
-                v.at[k] = from_compute<T>(s * r.s + c * r.c);
-            }
-            *(run *)(to + i) = u;
-            *(run *)(to + i + a.half) = v;
-        } else {
-            int64_t first = a.interleaved ? 2 * i : i, second = a.interleaved ? 2 * i + 1 : i + a.half;
-            C u = to_compute(from[first * a.stride[3]]), v = to_compute(from[second * a.stride[3]]);
-            to[first] = from_compute<T>(u * turn->c - v * turn->s);
-            to[second] = from_compute<T>(u * turn->s + v * turn->c);
-        }
+        int64_t first = a.interleaved ? 2 * i : i, second = a.interleaved ? 2 * i + 1 : i + a.half;
+        C u = to_compute(from[first * a.stride[3]]), v = to_compute(from[second * a.stride[3]]);
+        to[first] = from_compute<T>(u * turn.c - v * turn.s);
+        to[second] = from_compute<T>(u * turn.s + v * turn.c);
     }
+}
+
+/* rotates U heads, `step` elements apart, of which `left` are there */
+template <class T, int P, int U>
+static __device__ __forceinline__ void rope_heads(const T *x, int64_t step, T *out, int half, int left,
+                                                  const pair<float> (&turn)[P])
+{
+    struct alignas(P * sizeof(T)) run {
+        T at[P];
+    };
+    run u[U], v[U];
+#pragma unroll
+    for (int h = 0; h < U; h++)
+        if (h < left) u[h] = *(const run *)(x + h * step), v[h] = *(const run *)(x + h * step + half);
+#pragma unroll
+    for (int h = 0; h < U; h++) {
+        if (h >= left) break;
+#pragma unroll
+        for (int k = 0; k < P; k++) {
+            float s = to_compute(u[h].at[k]), c = to_compute(v[h].at[k]);
+            u[h].at[k] = from_compute<T>(s * turn[k].c - c * turn[k].s);
+            v[h].at[k] = from_compute<T>(s * turn[k].s + c * turn[k].c);
+        }
+        *(run *)(out + (int64_t)h * 2 * half) = u[h];
+        *(run *)(out + (int64_t)h * 2 * half + half) = v[h];
+    }
+}
+
+/* dense halves: a thread has P neighbouring pairs of one position, in all heads */
+template <class T, int P>
+__global__ void __launch_bounds__(THREADS, 3) rope_runs(rope_args a, const __grid_constant__ rope_rates rates,
+                                                        const T *x, T *out, int64_t total, lac_cuda_reporter bad)
+{
+    constexpr int U = 4;
+    int half = (int)a.half;
+    for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < total; t += (int64_t)gridDim.x * THREADS) {
+        int64_t bn = a.small ? a.by_runs.divide((uint32_t)t) : t / (half / P), b = a.batch > 1 ? bn / a.n : 0;
+        int64_t n = bn - b * a.n, place = a.given ? a.where.at(a.each ? bn : n) : n;
+        int i = (int)(t - bn * (half / P)) * P;
+        if (place < 0 || place >= bad.size) {
+            bad.report(a.each ? bn : n, place);
+            place = 0;
+        }
+        double p = (double)(a.start + place);
+        pair<float> turn[P];
+#pragma unroll
+        for (int k = 0; k < P; k++) {
+            turn[k] = rope_turn(p * rates.frequency[i + k], p * rates.rate[i + k], 0.0f);
+            if (a.transpose) turn[k].s = -turn[k].s;
+        }
+        const T *from = x + b * a.stride[0] + n * a.stride[1] + i;
+        T *to = out + bn * a.heads * 2 * half + i;
+        for (int h = 0; h < (int)a.heads; h += U)
+            rope_heads<T, P, U>(from + h * a.stride[2], a.stride[2], to + (int64_t)h * 2 * half, half, (int)a.heads - h,
+                                turn);
+    }
+}
+
+/* the rates of the last call, which are mostly those of this one */
+static const rope_rates *rates_of(const rope_args *a)
+{
+    static rope_rates r;
+    static double base, scale_base;
+    static int64_t half;
+    static int sign;
+    if (a->base == base && a->scale_base == scale_base && a->half == half && a->sign == sign) return &r;
+    base = a->base, scale_base = a->scale_base, half = a->half, sign = a->sign;
+    for (int64_t i = 0; i < half; i++) {
+        double part = (double)i / (double)half;
+        r.frequency[i] = pow(base, -part);
+        r.rate[i] = scale_base > 0 ? sign / scale_base * log((part + 0.4) / 1.4) : 0;
+    }
+    return &r;
+}
+
+/* are pairs half a head apart, in runs of P that can be moved at once? */
+static bool rope_is_dense(const rope_args *r, const void *x, int P)
+{
+    bool dense = P > 1 && !r->interleaved && r->half <= ROPE_HALF && r->half % P == 0 && (uintptr_t)x % 16 == 0;
+    dense = dense && r->stride[3] == 1 && r->heads < INT32_MAX / 4;
+    for (int d = 0; d < 3; d++) dense = dense && r->stride[d] % P == 0;
+    return dense;
 }
 
 extern "C" int lac_cuda_rope(const lac_a_rope *a)
@@ -127,19 +200,26 @@ extern "C" int lac_cuda_rope(const lac_a_rope *a)
     return dispatch_float(x->dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         typedef compute_t<T> C;
+        constexpr int P = sizeof(T) == 8 ? 1 : 16 / (int)sizeof(T);
+        int64_t places = r.batch * r.n;
+        if constexpr (P > 1)
+            if (rope_is_dense(&r, x->data, P)) {
+                int64_t work = places * (r.half / P);
+                r.small = work < INT32_MAX;
+                if (r.small) r.by_runs = divider((uint32_t)(r.half / P));
+                rope_runs<T, P><<<blocks_for(work, THREADS), THREADS, 0, lac_cuda_stream>>>(
+                    r, *rates_of(&r), (const T *)x->data, (T *)a->out.data, work, bad);
+                return lac_cuda_launched("rope");
+            }
         lac_scratch table("rope", (size_t)(r.rows * r.half) * sizeof(pair<C>));
         if (!table.data) return (int)LAC_E_MEMORY;
         rope_table<C><<<blocks_filling(r.rows * r.half, THREADS, 8), THREADS, 0, lac_cuda_stream>>>(
             r, (pair<C> *)table.data, bad);
         LAC_TRY(lac_cuda_launched("rope"));
-        constexpr int P = sizeof(T) == 8 ? 1 : 16 / (int)sizeof(T);
-        bool runs = P > 1 && !r.interleaved && r.stride[3] == 1 && r.half % P == 0 && (uintptr_t)x->data % 16 == 0;
-        for (int d = 0; d < 3; d++) runs = runs && r.stride[d] % P == 0;
-        int64_t each = runs ? r.half / P : r.half, work = r.batch * r.n * r.heads * each;
+        int64_t work = places * r.heads * r.half;
         r.small = work < INT32_MAX;
-        if (r.small) r.by_runs = divider((uint32_t)each), r.by_heads = divider((uint32_t)r.heads);
-        auto kernel = runs ? rope_kernel<T, P> : rope_kernel<T, 1>;
-        kernel<<<blocks_for(work, THREADS), THREADS, 0, lac_cuda_stream>>>(
+        if (r.small) r.by_runs = divider((uint32_t)r.half), r.by_heads = divider((uint32_t)r.heads);
+        rope_kernel<T><<<blocks_for(work, THREADS), THREADS, 0, lac_cuda_stream>>>(
             r, (const T *)x->data, (const pair<C> *)table.data, (T *)a->out.data, work);
         return lac_cuda_launched("rope");
     });
