@@ -3,7 +3,8 @@
  * Shapes: a [..., M, K], b [..., K, N], bias [N]; batch axes broadcast as in NumPy. One-dimensional arguments are
  * refused: whether a vector is a row or a column is the caller's knowledge, and `view` says it in one word. Floats
  * only: an exact integer product needs no BLAS and no model needs it. K = 0 is a sum of nothing: zeros, or the bias.
- * The back end gets batch axes already expanded, with stride 0 where one matrix serves several items.
+ * An output that is given as the bias, too, is added to, so that several products make one sum without a pass over
+ * memory for each. The back end gets batch axes already expanded, with stride 0 where one matrix serves several items.
  */
 #include "op_front.h"
 #include <string.h>
@@ -30,14 +31,11 @@ static void expand_batch(lac_view *v, int ndim, const int64_t *shape)
     v->stride[ndim + 1] = cs;
 }
 
-int lac_matmul(const lac_tensor *a, const lac_tensor *b, const lac_tensor *bias, lac_tensor *out)
+/* the operands, expanded, and the shape of their product */
+static int operands_get(const lac_tensor *a, const lac_tensor *b, lac_a_matmul *args, int *ndim, int64_t *shape)
 {
-    lac_a_matmul args;
-    int ndim;
-    int64_t shape[LAC_MAX_DIMS];
-    LAC_OUT("matmul", "out", out);
-    LAC_TRY(lac_view_get("matmul", "a", a, &args.a));
-    LAC_TRY(lac_view_get("matmul", "b", b, &args.b));
+    LAC_TRY(lac_view_get("matmul", "a", a, &args->a));
+    LAC_TRY(lac_view_get("matmul", "b", b, &args->b));
     LAC_TRY(lac_need_float("matmul", "a", a));
     LAC_TRY(lac_same_dtype("matmul", "a", a, "b", b));
     LAC_TRY(lac_same_device("matmul", "a", a, "b", b));
@@ -49,8 +47,46 @@ int lac_matmul(const lac_tensor *a, const lac_tensor *b, const lac_tensor *bias,
         LAC_FAIL(SHAPE, "matmul: a is %s and b is %s: the inner sizes differ, %lld != %lld",
                  lac_shape_text(a->shape, a->ndim), lac_shape_text(b->shape, b->ndim), (long long)k,
                  (long long)b->shape[b->ndim - 2]);
-    args.bias.data = NULL;
+    lac_tensor ba = batch_of(a), bb = batch_of(b);
+    LAC_TRY(lac_broadcast("matmul (batch dimensions)", &ba, &bb, ndim, shape));
+    expand_batch(&args->a, *ndim, shape);
+    expand_batch(&args->b, *ndim, shape);
+    shape[(*ndim)++] = m;
+    shape[(*ndim)++] = n;
+    return 0;
+}
+
+/* out += a b, rounded once */
+static int product_add(const lac_tensor *a, const lac_tensor *b, const lac_tensor *out)
+{
+    lac_a_matmul args;
+    int ndim;
+    int64_t shape[LAC_MAX_DIMS];
+    LAC_TRY(operands_get(a, b, &args, &ndim, shape));
+    LAC_TRY(lac_view_get("matmul", "out", out, &args.out));
+    LAC_TRY(lac_same_dtype("matmul", "a", a, "out", out));
+    LAC_TRY(lac_same_device("matmul", "a", a, "out", out));
+    bool same = out->ndim == ndim && lac_view_contiguous(&args.out);
+    for (int d = 0; same && d < ndim; d++) same = out->shape[d] == shape[d];
+    if (!same)
+        LAC_FAIL(SHAPE, "matmul: out must be contiguous and %s to be added to, got %s", lac_shape_text(shape, ndim),
+                 lac_shape_text(out->shape, out->ndim));
+    args.bias = args.out;
+    int status;
+    LAC_SLOT(status, matmul, a->device, &args);
+    return status;
+}
+
+int lac_matmul(const lac_tensor *a, const lac_tensor *b, const lac_tensor *bias, lac_tensor *out)
+{
+    lac_a_matmul args = {0};
+    int ndim;
+    int64_t shape[LAC_MAX_DIMS];
+    if (out && bias == out) return product_add(a, b, out);
+    LAC_OUT("matmul", "out", out);
+    LAC_TRY(operands_get(a, b, &args, &ndim, shape));
     if (bias) {
+        int64_t n = shape[ndim - 1];
         LAC_TRY(lac_view_get("matmul", "bias", bias, &args.bias));
         LAC_TRY(lac_same_dtype("matmul", "a", a, "bias", bias));
         LAC_TRY(lac_same_device("matmul", "a", a, "bias", bias));
@@ -58,13 +94,7 @@ int lac_matmul(const lac_tensor *a, const lac_tensor *b, const lac_tensor *bias,
             LAC_FAIL(SHAPE, "matmul: bias must be [%lld] for b %s, got %s", (long long)n,
                      lac_shape_text(b->shape, b->ndim), lac_shape_text(bias->shape, bias->ndim));
     }
-    lac_tensor ba = batch_of(a), bb = batch_of(b);
-    LAC_TRY(lac_broadcast("matmul (batch dimensions)", &ba, &bb, &ndim, shape));
-    expand_batch(&args.a, ndim, shape);
-    expand_batch(&args.b, ndim, shape);
-    shape[ndim] = m;
-    shape[ndim + 1] = n;
-    LAC_TRY(lac_tensor_new("matmul", a->dtype, a->device, ndim + 2, shape, out, &args.out));
+    LAC_TRY(lac_tensor_new("matmul", a->dtype, a->device, ndim, shape, out, &args.out));
     LAC_RUN_OUT(matmul, a->device, &args, out);
     return 0;
 }

@@ -237,8 +237,10 @@ extern "C" int lac_cuda_matmul(const lac_a_matmul *a)
     int64_t m = a->out.shape[nd - 2], n = a->out.shape[nd - 1], k = a->a.shape[nd - 1], items = 1;
     for (int d = 0; d < axes; d++) items *= a->out.shape[d];
     if (m * n * items == 0) return 0;
-    bool with_bias = a->bias.data != NULL, epilogue = with_bias && a->a.dtype != LAC_F64 && a->bias.stride[0] == 1;
+    bool add = a->bias.data == a->out.data, with_bias = a->bias.data && !add,
+         epilogue = with_bias && a->a.dtype != LAC_F64 && a->bias.stride[0] == 1;
     lac_view bias = a->bias;
+    if (k == 0 && add) return 0;
     if (k == 0 || (with_bias && !epilogue)) { /* the product is added to the bias */
         lac_a_copy copy = {};
         lac_a_fill fill = {};
@@ -263,7 +265,7 @@ extern "C" int lac_cuda_matmul(const lac_a_matmul *a)
         g.dtype = g.c_dtype = a->a.dtype;
         g.ldc = n;
         g.bias = epilogue ? bias.data : NULL;
-        g.accumulate = with_bias && !epilogue;
+        g.accumulate = add || (with_bias && !epilogue);
         /* the innermost run of batch axes that step evenly is one call */
         int inner = axes;
         g.batch = 1, g.c_batch = m * n;

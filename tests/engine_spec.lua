@@ -862,6 +862,12 @@ describe("engine on " .. isa .. ":", function()
               local c = op("matmul", ta, tb, tensor(dtype, { n }, bias))
               assert.are.same({ m, n }, shape_of(c))
               check_all(("matmul %d %d %d %s %s"):format(m, n, k, la, lb), dtype, get(c), ref, 1, slack)
+              local sum = d.empty(dtype, { m, n }) -- each row the bias: the product is added to it
+              local row = tensor(dtype, { n }, bias)
+              assert.equal(0, C.lac_copy(d.expand(row, { m, n }), sum))
+              assert.equal(0, C.lac_matmul(ta, tb, sum, sum))
+              check_all(("matmul added %d %d %d %s %s"):format(m, n, k, la, lb), dtype, get(sum), ref, 1,
+                slack)
             end
           end
         end
@@ -1496,6 +1502,11 @@ describe("engine errors:", function()
     fails("shape", "bias must be %[2%].*got %[3%]", "matmul", f(2, 3), f(3, 2), f(3), o)
     fails("dtype", "a must be a floating", "matmul", i64(2, 2), i64(2, 2), nil, o)
     fails("shape", "do not broadcast", "matmul", f(2, 2, 3), f(3, 3, 2), nil, o)
+    for _, c in ipairs{ { "shape", "to be added to, got %[2, 3%]", f(2, 3) },
+      { "shape", "to be added to", d.transpose(f(2, 2), 0, 1) },
+      { "dtype", "out", tensor("f64", { 2, 2 }, { 1, 2, 3, 4 }) } } do
+      fails(c[1], c[2], "matmul", f(2, 3), f(3, 2), c[3], c[3])
+    end
     local o2, o3 = d.out(), d.out()
     fails("argument", "eps must be positive and finite, got 0", "layernorm", f(2, 3), nil, nil, 0, o, o2, o3)
     fails("argument", "got %-?nan", "layernorm", f(2, 3), nil, nil, NAN, o, o2, o3)

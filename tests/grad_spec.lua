@@ -40,6 +40,29 @@ describe("backward", function()
     assert.are.same({ 81 * 4 + 36 }, x.grad:totable())
   end)
 
+  it("adds up the gradients of layers that read one tensor", function()
+    lac.manual_seed(1)
+    for _, dtype in ipairs{ "f64", "f32", "bf16" } do
+      local x, g = lac.randn{ 2, 5, 7, dtype = dtype, grad = true }, lac.randn{ 2, 5, 4, dtype = dtype }
+      local total = lac.zeros{ 2, 5, 7, dtype = "f64" }
+      local y, outs, seeds = x * 1, {}, {}
+      for i = 1, 3 do
+        local w = lac.randn{ 4, 7, dtype = dtype, grad = i ~= 2 }
+        outs[i], seeds[i] = lac.linear(y, w), g
+        total:add_(g:double():matmul(w:detach():double()))
+      end
+      y:retain_grad()
+      local rest = y:tanh() -- a gradient that is there before the products or comes after them
+      outs[4], seeds[4] = rest, lac.ones{ 2, 5, 7, dtype = dtype }
+      total:add_(1 - rest:detach():double() ^ 2)
+      local dx = lac.grad(outs, x, { grad_outputs = seeds, retain_graph = true })
+      local bound = ({ f64 = 1e-12, f32 = 1e-5, bf16 = 0.03 })[dtype] * total:abs():max():item()
+      assert.is_true((dx:double() - total):abs():max():item() <= bound)
+      assert.is_true(lac.equal(dx, lac.grad(outs, x, { grad_outputs = seeds })))
+      assert.is_true(lac.equal(g, seeds[1]))
+    end
+  end)
+
   it("does not share a gradient between leaves", function()
     local a, b = leaf { 1, 2 }, leaf { 3, 4 }
     local s = a + b

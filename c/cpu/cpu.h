@@ -122,7 +122,7 @@ typedef struct {
     int a_dtype, b_dtype, c_dtype;
     int64_t a_rs, a_cs, b_rs, b_cs, ldc;
     void *c;
-    bool accumulate;      /* needs c_dtype f32 or f64 */
+    bool accumulate;
     const lac_view *bias; /* [n] or NULL */
     int batch_axes;       /* c steps m * ldc from one batch item to the next */
     int64_t batch_shape[LAC_MAX_DIMS], a_batch[LAC_MAX_DIMS], b_batch[LAC_MAX_DIMS];

@@ -78,7 +78,7 @@ static void few_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const few_job *job = context;
     const lac_gemm *g = job->g;
-    double sums[FEW_ROWS * FEW_COLUMNS], bias_space[FEW_COLUMNS];
+    double sums[FEW_ROWS * FEW_COLUMNS], space[FEW_COLUMNS], bias_space[FEW_COLUMNS];
     int64_t size = (int64_t)lac_compute_size(job->ctype), bytes = lac_bytes_of(g->c_dtype);
     for (int64_t t = begin; t < end; t++) {
         int64_t j = t * FEW_COLUMNS, w = g->n - j < FEW_COLUMNS ? g->n - j : FEW_COLUMNS;
@@ -90,7 +90,7 @@ static void few_task(void *context, int64_t begin, int64_t end, int thread)
         }
         for (int64_t i = 0; i < g->m; i++) {
             char *sum = (char *)sums + i * FEW_COLUMNS * size, *to = (char *)g->c + (i * g->ldc + j) * bytes;
-            if (g->accumulate) add_to(job->ctype, sum, to, w);
+            if (g->accumulate) add_to(job->ctype, sum, LAC_CPU(load)(g->c_dtype, to, bytes, w, space), w);
             if (bias) add_to(job->ctype, sum, bias, w);
             LAC_CPU(store)(g->c_dtype, sum, to, bytes, w);
         }

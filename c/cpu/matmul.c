@@ -86,6 +86,17 @@ static void add_bias(const lac_view *bias, int ctype, int64_t first, void *c, in
     }
 }
 
+/* what a tile adds to, as floats */
+static void load_tile(const lac_gemm *g, const char *c, int64_t m, int64_t n, float *sum)
+{
+    int64_t bytes = lac_bytes_of(g->c_dtype);
+    for (int64_t i = 0; i < m; i++) {
+        float *to = sum + i * n;
+        const void *from = LAC_CPU(load)(g->c_dtype, c + i * g->ldc * bytes, bytes, n, to);
+        if (from != to) memcpy(to, from, (size_t)n * sizeof(float));
+    }
+}
+
 /* one tile: rows [i0, i0 + m), columns [j0, j0 + n) of one batch item */
 static void gemm_tile(const gemm_job *job, const char *a, const char *b, char *c, int64_t i0, int64_t j0, int64_t m,
                       int64_t n, char *space)
@@ -96,6 +107,7 @@ static void gemm_tile(const gemm_job *job, const char *a, const char *b, char *c
     void *panel_a = job->pack_a ? space : NULL, *panel_b = job->pack_b ? space + job->a_bytes : NULL;
     void *sum = job->buffer_c ? space + job->a_bytes + job->b_bytes : out;
     int64_t ldc = job->buffer_c ? n : g->ldc;
+    if (job->buffer_c && g->accumulate) load_tile(g, out, m, n, sum);
     for (int64_t k0 = 0; k0 < g->k; k0 += job->panel) {
         int64_t k = g->k - k0 < job->panel ? g->k - k0 : job->panel;
         operand x = operand_of(a + (i0 * g->a_rs + k0 * g->a_cs) * ab, g->a_dtype, m, k, g->a_rs, g->a_cs, panel_a);
@@ -208,6 +220,7 @@ int LAC_CPU(gemm)(const char *op, const lac_gemm *g)
 int LAC_CPU(matmul)(const lac_a_matmul *a)
 {
     int axes = a->out.ndim - 2;
+    bool add = a->bias.data == a->out.data;
     lac_gemm g = {.m = a->out.shape[axes],
                   .n = a->out.shape[axes + 1],
                   .k = a->a.shape[axes + 1],
@@ -222,7 +235,8 @@ int LAC_CPU(matmul)(const lac_a_matmul *a)
                   .b_rs = a->b.stride[axes],
                   .b_cs = a->b.stride[axes + 1],
                   .ldc = a->out.shape[axes + 1],
-                  .bias = a->bias.data ? &a->bias : NULL,
+                  .bias = a->bias.data && !add ? &a->bias : NULL,
+                  .accumulate = add,
                   .batch_axes = axes};
     for (int d = 0; d < axes; d++) {
         g.batch_shape[d] = a->out.shape[d];

@@ -169,6 +169,14 @@ local function remember(node, t)
   node.saved, node.saved_versions = { t }, { t.root.version }
 end
 
+-- the gradient of t that other rules have left, if a rule may add its own to it in place: nobody else holds
+-- it (`own`, grad.lua)
+local function pending(t)
+  local node = t.node
+  local g = node and node.own and (t.slot or 1) == 1 and node.g
+  return g and tensor.is_contiguous(g) and g or nil
+end
+
 local function zeros_like(t)
   local z = tensor.empty_like(t)
   call(C.lac_fill, z.c, 0)
@@ -199,7 +207,8 @@ ops.internal = {
   record1 = record1, record2 = record2, record = record, wants = wants, new = new, sum_to = sum_to,
   raw_map1 = raw_map1, raw_map2 = raw_map2, raw_scalar = raw_scalar, raw_matmul = raw_matmul,
   raw_reduce = raw_reduce, scalar_like = scalar_like, remember = remember, zeros_like = zeros_like,
-  full_like = full_like, load_sizes = load_sizes, reshape_like = reshape_like, define = define,
+  full_like = full_like, pending = pending, load_sizes = load_sizes, reshape_like = reshape_like,
+  define = define,
 }
 
 return ops

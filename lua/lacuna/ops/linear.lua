@@ -1,7 +1,8 @@
 --- Matrix products and normalisation.
 --
 -- matmul reads transposed views in place, so the gradients of a product are two products of views and copy
--- nothing. linear adds the bias inside the product, and its gradient is added up beside the weight's.
+-- nothing. linear adds the bias inside the product, and its gradient is added up beside the weight's. Where
+-- several layers read one tensor (q, k and v do), each product is added to the gradient that is there.
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
@@ -16,7 +17,7 @@ local methods, numel = tensor.methods, tensor.numel
 local ctensor, D, fn = tensor.ctype, tensor.sizes_buffer, ops.fn
 local internal = ops.internal
 local record2, record, wants, new = internal.record2, internal.record, internal.wants, internal.new
-local sum_to, raw_matmul = internal.sum_to, internal.raw_matmul
+local sum_to, raw_matmul, pending = internal.sum_to, internal.raw_matmul, internal.pending
 local raw_reduce, define = internal.raw_reduce, internal.define
 
 -- ---- matrix products ----------------------------------------------------------------------------
@@ -115,7 +116,11 @@ function linear_op.backward(node, g)
   local x, w, b = node.a, node.b, node.c
   local g2 = rows("linear", g)
   local gx, gw, gb
-  if x.requires_grad then
+  local sum = x.requires_grad and pending(x)
+  if sum then
+    local into = rows("linear", sum).c
+    call(C.lac_matmul, g2.c, w.c, into, into)
+  elseif x.requires_grad then
     gx = raw_matmul(g2, w)
     set_leading(gx, x)
   end
