@@ -322,9 +322,11 @@ function fn.allclose(a, b, options)
   if not same_shape(a, b) then fail("allclose", "shapes differ: a is %s, b is %s", show(a), show(b)) end
   local x, y = tensor.flat_list(a), tensor.flat_list(b)
   for i = 1, #x do
-    local p, q = as_number(x[i]), as_number(y[i])
-    local close = math.abs(p - q) <= o.atol + o.rtol * math.abs(q) -- false for NaN
-    if p ~= q and not close then return false end
+    if x[i] ~= y[i] then
+      local p, q = as_number(x[i]), as_number(y[i]) -- integers beyond 2^53 are cdata
+      local far, scale = math.abs(tonumber(p - q)), math.abs(tonumber(q))
+      if not (far <= o.atol + o.rtol * scale) then return false end
+    end
   end
   return true
 end
