@@ -320,7 +320,7 @@ describe("lac.attention", function()
     assert.matches("; hopper %(chosen%) fails: head_dim is", kernel({ kernel = "hopper" }, 64, half(36)))
     assert.matches("^cpu: kernel 'hopper' %(chosen%) fails",
       kernel({ kernel = "hopper" }, 64, { device = "cpu" }))
-    local x = lac.randn{ 1, 4, 1, 2 }
+    local x = lac.randn{ 1, 4, 1, 2, device = "cpu" }
     local o = { segments = { 4 }, dilations = { 1 }, kernel = "hopper" }
     refused("kernel 'hopper' is for cuda", lac.attend, x, x, x, o)
     o.kernel = "fast"

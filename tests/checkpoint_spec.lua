@@ -62,7 +62,8 @@ describe("checkpoints", function()
     end
   end
 
-  it(("are loadable after each of %d kills in the middle of writing"):format(KILLS), function()
+  -- on the CPU: a context of CUDA does not survive a fork
+  it(("are loadable after each of %d kills in the middle of writing #cpu"):format(KILLS), function()
     local model = model_of(256)
     local optimizer = lac.optim.adamw(model)
     local start = sys.time()

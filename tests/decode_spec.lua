@@ -397,7 +397,7 @@ describe("a KVCache", function()
 end)
 
 describe("a product of few rows", function()
-  it("gives a row the bits that it gets alone, on any number of threads", function()
+  it("gives a row the bits that it gets alone, on any number of threads #cpu", function()
     local threads = lac.threads()
     for _, dtype in ipairs{ "f64", "f32", "f16", "bf16" } do
       for _, sizes in ipairs{ { 1, 1 }, { 3, 5 }, { 64, 130 }, { 129, 64 }, { 700, 1000 } } do

@@ -265,7 +265,7 @@ describe("lac.profile", function()
     assert.matches("mine", err)
   end)
 
-  it("costs less than a microsecond for an operator", function()
+  it("costs less than a microsecond for an operator #cpu", function()
     local status, out, err = sys.run("luajit tests/support/profile_cost.lua")
     assert.are.equal(0, status, err)
     local off, on = out:match("off (%S+) on (%S+)")

@@ -325,7 +325,8 @@ function fn.allclose(a, b, options)
     if x[i] ~= y[i] then
       local p, q = as_number(x[i]), as_number(y[i]) -- integers beyond 2^53 are cdata
       local far, scale = math.abs(tonumber(p - q)), math.abs(tonumber(q))
-      if not (far <= o.atol + o.rtol * scale) then return false end
+      local close = far < math.huge and far <= o.atol + o.rtol * scale -- false for NaN
+      if not close then return false end
     end
   end
   return true
