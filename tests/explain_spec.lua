@@ -96,7 +96,7 @@ describe("attn:explain", function()
 
   it("says why 'auto' chose, and draws", function()
     local auto = lac.attention { variant = "auto", heads = 2, length = 64, device = "cpu" }
-    assert.matches("\n  chosen +dense: 64 positions are at most the 1024", auto:explain(64))
+    assert.matches("\n  chosen +dense: 64 positions are fewer than the 512", auto:explain(64))
     local longnet = lac.attention { variant = "longnet", heads = 2, segments = { 8, 64 },
                                     dilations = { 1, 4 } }
     local text = longnet:explain(64)

@@ -301,16 +301,31 @@ describe("the variant 'auto'", function()
       for name, value in pairs(more) do o[name] = value end
       return lac.attention(o)
     end
-    local short, long = auto { length = 1024 }, auto { length = 4096 }
-    assert.matches("^dense: 1024 positions are at most the 1024 up to which cpu", short.reason)
-    assert.are.same({ 1024, 2048, 4096 }, long.pattern.segments)
+    local short, long = auto { length = 511 }, auto { length = 512 }
+    assert.matches("^dense: 511 positions are fewer than the 512 from which cpu", short.reason)
+    assert.are.same(short.pattern, auto { length = 511, density = 0.1 }.pattern) -- nothing to save there
+    assert.are.same({ 128, 256, 512 }, long.pattern.segments)
     assert.are.same({ 1, 2, 4 }, long.pattern.dilations)
-    assert.matches("^longnet: 4096 positions are more than", long.reason)
+    assert.matches("^longnet: 512 positions are at least", long.reason)
+    assert.matches("^dense: a density of 1", auto { length = 4096, density = 1 }.reason)
+    if lac.default_device():find "^cuda" then
+      assert.matches("^dense: 8191 positions .* 8192 from which cuda", auto { length = 8191, device = "cuda",
+        density = 0.1 }.reason)
+      assert.are.same({ 2048, 4096, 8192 }, auto { length = 8192, device = "cuda" }.pattern.segments)
+    end
     local thin = auto { length = 4096, density = 0.05 }
     local function density(attn, n)
       return lac.attention.plan_info(attn.pattern, { n = n, heads = 4 }).pairs / (4 * n * (n + 1) / 2)
     end
-    assert.is_true(density(thin, 4096) <= 0.05 and density(thin, 4096) > 0.01)
+    assert.is_true(density(thin, 4096) <= 0.05 and density(thin, 4096) > 0.025)
+    for _, n in ipairs { 512, 700, 5000 } do
+      for _, d in ipairs { 0.9, 0.5, 0.13 } do -- at most what was asked for, and said
+        local some = auto { length = n, density = d }
+        local said = tonumber(some.reason:match "keeps ([%d.]+) of the pairs")
+        assert.near(said, density(some, n), 0.2 * said)
+        assert.is_true(density(some, n) <= 1.1 * d, n .. " " .. d)
+      end
+    end
     local given = auto { length = 64, segments = { 8, 64 }, dilations = { 1, 4 } }
     assert.are.same({ 8, 64 }, given.pattern.segments)
     assert.matches("segments and dilations were given",
