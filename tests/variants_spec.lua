@@ -47,6 +47,8 @@ describe("every option of every variant", function()
     end)
   end
 
+  it("is every option of plans and of calls", function() assert.are.same({}, matrix.unprobed) end)
+
   it("would be called ignored if it were", function()
     lac.attention.variants:add("test_deaf", { doc = "drops a window", build = function(o)
       o.window = nil
@@ -56,6 +58,20 @@ describe("every option of every variant", function()
     assert.are.equal("ignored", deaf.cells.window.test_deaf.outcome)
     assert.are.equal("acts", deaf.cells.causal.test_deaf.outcome)
     assert.matches("window +IGNORED", tostring(deaf))
+  end)
+
+  it("is stated in few lines: 400 for all variants, 20 for one's own", function()
+    local function read(path)
+      local f = assert(io.open(path))
+      local text = f:read "*a"
+      f:close()
+      return text
+    end
+    local function lines(text) return select(2, text:gsub("\n", "")) end
+    assert.is_true(lines(read "lua/lacuna/attention/variants.lua") < 400)
+    local own = read("README.md"):match "%*%*A variant%*%* is data.-```lua\n(.-)```"
+    assert.matches("variants:add", own)
+    assert.is_true(lines(own) < 20)
   end)
 
   it("prints as a table with the words of each refusal", function()

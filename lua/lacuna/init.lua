@@ -70,6 +70,8 @@ local function load_lazy(name)
     local attention = require "lacuna.attention"
     lac.attend, lac.attention = attention.attend, attention
     require "lacuna.nn.masks" -- the scorer of "adaptive"
+    -- what attention/matrix.lua tries
+    attention.multihead = function(options) return lac.nn.MultiheadDilatedAttention(options) end
     return lac[name]
   end
   local from = FUNCTIONS[name]

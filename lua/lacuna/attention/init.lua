@@ -431,7 +431,7 @@ require "lacuna.attention.variants"(attention.variants, require "lacuna.attentio
                                     require "lacuna.attention.sparse"(
                                       require "lacuna.attention.decode_blocks"(core)), masks)
 
-attention.matrix = require "lacuna.attention.matrix"(attention)
+attention.matrix = require "lacuna.attention.matrix"(attention, { PATTERN, RUN })
 
 --- The options that a variant has of its own (with those of what it wraps): { name = rule }.
 -- @tparam string variant @tparam table given options of the user (`of` chooses what is wrapped)

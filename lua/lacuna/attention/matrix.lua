@@ -5,8 +5,10 @@
 -- "ignored" would be a defect: the suite fails on it, and `lacuna variants` prints this very table. So it
 -- cannot claim what is not so, and a variant that a script registers is judged like the others.
 --
--- A probe is {option, make = options of the module, call = options of the call, sizes, base = options that
--- both sides have}. Rejected: a table written by hand.
+-- A probe is {option, make = options of the object, call = options of the call, sizes, base = options that
+-- both sides have}; with `module` it tries nn's multi-head module, whose options these are then, with the
+-- same numbers in the parameters of either side. `unprobed` names the options of plans and calls without a
+-- probe, so that the suite notices a new one. Rejected: a table written by hand.
 
 local schema = require "lacuna.schema"
 local create = require "lacuna.create"
@@ -59,7 +61,18 @@ local PROBES = {
   end } },
   { "return_lse", make = { return_lse = false } },
   { "need_weights", call = { need_weights = function() return true end } },
+  { "positions = rope", module = { positions = "rope" } },
+  { "positions = xpos", module = { positions = "xpos", xpos_base = 8 } },
+  { "positions = alibi", module = { positions = "alibi" } },
+  { "is_causal", module = {}, call = { is_causal = function() return true end } },
+  { "key_padding_mask", module = {}, call = { key_padding_mask = function() return flags({ 1, N }, 5) end } },
+  { "attn_mask", module = {}, call = { attn_mask = function() return flags({ N, N }, 3) end } },
+  { "add_bias_kv", module = { add_bias_kv = true } },
+  { "add_zero_attn", module = { add_zero_attn = true } },
 }
+
+-- named otherwise above, or part of another option
+local IMPLIED = { heads = "scheme", block = "block_mask", training = "dropout" }
 
 local function merged(...)
   local all = {}
@@ -84,6 +97,18 @@ local function signature(attention, options, sizes, call)
   return list
 end
 
+-- the same of the multi-head module; `like`: a module whose parameters it takes over
+local function module_signature(attention, options, call, like)
+  local m = attention.multihead(merged(options, { embed_dim = H * D, dtype = "f64" })):eval()
+  local mine, given = m:state_dict(), {}
+  for name, t in pairs(like and like:state_dict() or {}) do mine[name] = t end
+  m:load_state_dict(mine)
+  for name, make in pairs(call or {}) do given[name] = make() end
+  local x = values({ 1, N, H * D }, 15):requires_grad_(true)
+  local out = m(x, x, x, given)
+  return { out, grad.grad({ out }, { x }, { grad_outputs = { values({ 1, N, H * D }, 16) } })[1] }, m
+end
+
 local function differ(a, b)
   if #a ~= #b then return true end
   for i = 1, #a do
@@ -98,13 +123,22 @@ local function reason(message)
   return (tostring(message):gsub("^attention: ", ""):gsub(" %[[^%[%]]*%]$", ""):gsub(";? valid: .*$", ""))
 end
 
-local function cell(attention, base, probe)
-  local plain = merged(base, probe.base)
-  local seed, offset = create.rng_state() -- dropout may draw, a scorer begins at random: nobody should notice
+-- signatures without and with the option; ok is false where the latter is refused
+local function both_sides(attention, base, probe)
   create.manual_seed(1)
+  if probe.module then
+    local without, like = module_signature(attention, base)
+    return without, pcall(module_signature, attention, merged(base, probe.module), probe.call, like)
+  end
+  local plain = merged(base, probe.base)
   local without = signature(attention, plain, probe.both and probe.sizes or {}, nil)
   create.manual_seed(1)
-  local ok, with = pcall(signature, attention, merged(plain, probe.make), probe.sizes or {}, probe.call)
+  return without, pcall(signature, attention, merged(plain, probe.make), probe.sizes or {}, probe.call)
+end
+
+local function cell(attention, base, probe)
+  local seed, offset = create.rng_state() -- dropout may draw, a scorer begins at random: nobody should notice
+  local without, ok, with = both_sides(attention, base, probe)
   create.set_rng_state(seed, offset)
   if not ok then return { outcome = "refused", reason = reason(with) } end
   return { outcome = differ(without, with) and "acts" or "ignored" }
@@ -148,16 +182,35 @@ local function base_of(record, name)
   return o
 end
 
---- @tparam table attention lac.attention
+-- options of the specs that no probe tries
+local function unprobed(specs)
+  local tried, list = {}, {}
+  for _, probe in ipairs(PROBES) do
+    for _, options in ipairs { probe.make or {}, probe.call or {}, probe.base or {} } do
+      for name in pairs(options) do tried[name] = true end
+    end
+  end
+  for _, spec in ipairs(specs) do
+    for name in pairs(spec) do
+      if not tried[name] and not IMPLIED[name] then list[#list + 1] = name end
+    end
+  end
+  table.sort(list)
+  return list
+end
+
+--- @tparam table attention lac.attention; its `multihead` is the layer above's module
+-- @tparam table specs the schemas of plans and of calls
 -- @treturn function matrix(names): every option with the named variants (default all)
-return function(attention)
+return function(attention, specs)
   --- Try every option with every variant.
   -- @tparam[opt] table names of variants; default all that are registered
-  -- @treturn table variants, options (lists of names), cells[option][variant] = {outcome = "acts", "refused"
-  --   or "ignored", reason}; tostring() is the table that `lacuna variants` prints
+  -- @treturn table variants, options, unprobed (lists of names), cells[option][variant] = {outcome = "acts",
+  --   "refused" or "ignored", reason}; tostring() is the table that `lacuna variants` prints
   return function(names)
     if names ~= nil then schema.check("matrix", "names", names, { type = "table" }) end
-    local matrix = { variants = names or attention.variants:names(), options = {}, cells = {} }
+    local matrix = { variants = names or attention.variants:names(), options = {}, cells = {},
+      unprobed = unprobed(specs) }
     for i, probe in ipairs(PROBES) do
       local option = probe[1]
       matrix.options[i], matrix.cells[option] = option, {}
