@@ -200,11 +200,17 @@ function Block.stack(list, x, sparing, ...)
   return x
 end
 
+local function attend_next(x, self, state, counts) return self.attention:decode(x, state, counts) end
+
 --- forward for rows that follow those in the cache (MultiheadDilatedAttention:decode).
 -- @tparam Tensor x [B, n, E] @tparam KVCache state @tparam[opt] table counts new rows of each item
-function Block:decode(x, state, counts)
-  x = x + self.attention:decode(self.norm1(x), state, counts)
-  return x + self.ffn(self.norm2(x))
+-- @tparam[opt] Tensor normed the first norm of x, if it is there already
+-- @tparam[opt] LayerNorm norm what follows the block, to be taken with its last sum
+-- @treturn Tensor [B, n, E] @treturn ?Tensor norm of it
+function Block:decode(x, state, counts, normed, norm)
+  local y, second = join(self, x, normed or self.norm1(x), self.norm2, attend_next, self, state, counts)
+  if norm then return join(self, y, second, norm, self.ffn) end
+  return y + self.ffn(second)
 end
 base.entry_point(Block.decode)
 
@@ -471,8 +477,11 @@ local function check_decode(self, tokens, state, o)
 end
 
 local function decode(self, tokens, state, o)
-  local x = self.embedding(tokens) * math.sqrt(self.options.width)
-  for i = 1, #self.layers do x = self.layers[i]:decode(x, state.layers[i], o.counts) end
+  local x, normed = self.embedding(tokens) * math.sqrt(self.options.width), nil
+  for i = 1, #self.layers do
+    local norm = i < #self.layers and self.layers[i + 1].norm1 or nil
+    x, normed = self.layers[i]:decode(x, state.layers[i], o.counts, normed, norm)
+  end
   return (ops.linear(self.norm(wanted_rows(x, o)), output_weight(self)))
 end
 
