@@ -47,7 +47,8 @@ ISA_baseline :=
 ISA_avx2     := -mavx2 -mfma -mf16c -mbmi -mbmi2
 ISA_avx512   := $(ISA_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512
 
-OBJECTS := $(FRONT:c/%.c=$(BUILD)/obj/%.o) $(foreach isa,$(ISAS),$(CPU:c/cpu/%.c=$(BUILD)/obj/$(isa)/%.o))
+OBJECTS := $(FRONT:c/%.c=$(BUILD)/obj/%.o) $(foreach isa,$(ISAS),$(CPU:c/cpu/%.c=$(BUILD)/obj/$(isa)/%.o)) \
+           $(if $(filter avx512,$(ISAS)),$(BUILD)/obj/amx/attn.o)
 LIBRARY := $(BUILD)/lib/liblacuna.so
 COMMAND := $(BUILD)/bin/lacuna
 PLUGIN  := $(BUILD)/lib/liblacuna_cuda.so
@@ -75,6 +76,12 @@ $$(BUILD)/obj/$(1)/%.o: c/cpu/%.c
 	$$(Q)$$(CC) $$(ALL_CFLAGS) $$(ISA_$(1)) -DLAC_ISA=$(1) $$(INCLUDES) -MMD -MP -c $$< -o $$@
 endef
 $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
+
+# attention for AVX-512 with a matrix unit; everything else of that table is AVX-512's
+$(BUILD)/obj/amx/attn.o: c/cpu/attn.c
+	@mkdir -p $(@D)
+	$(call say,CC,$< (amx))
+	$(Q)$(CC) $(ALL_CFLAGS) $(ISA_avx512) -DLAC_ISA=avx512 -DATTN_AMX $(INCLUDES) -MMD -MP -c $< -o $@
 
 $(LIBRARY): $(OBJECTS)
 	@mkdir -p $(@D)

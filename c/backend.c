@@ -1,10 +1,10 @@
 /* backend.c: which table of operators serves a device.
  *
- * The CPU's kernels are compiled once per instruction set (baseline, AVX2, AVX-512) from the same sources and the
- * best table that this processor can run is picked at start; LACUNA_CPU or lac_isa() force another one, which is
- * how the tests cover all of them. A CUDA back end is a plug-in that is loaded at run time and exports
- * `lac_backend_v1`; its first fields are the ABI, so a stale plug-in is refused with what to rebuild. Nothing ever
- * moves to another device by itself.
+ * The CPU's kernels are compiled once per instruction set (baseline, AVX2, AVX-512; attention also for AMX) from the
+ * same sources and the best table that this processor can run is picked at start; LACUNA_CPU or lac_isa() force
+ * another one, which is how the tests cover all of them. A CUDA back end is a plug-in that is loaded at run time and
+ * exports `lac_backend_v1`; its first fields are the ABI, so a stale plug-in is refused with what to rebuild. Nothing
+ * ever moves to another device by itself.
  */
 #include "device.h"
 #include <cblas.h>
@@ -13,10 +13,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 extern const lac_backend lac_cpu_baseline_backend;
 #ifdef LAC_HAVE_AVX
 extern const lac_backend lac_cpu_avx2_backend, lac_cpu_avx512_backend;
+int lac_cpu_amx_attend(const lac_a_attend *a);
+int lac_cpu_amx_attend_bwd(const lac_a_attend_bwd *w);
 #endif
 
 static const lac_backend *cpu_backend, *cuda_backend;
@@ -32,6 +36,33 @@ static bool has_f16c(void)
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+
+/* The matrix unit: Linux lets a process use it, because its registers are 8 KiB, if the process asks. */
+static bool has_amx(void)
+{
+#ifdef __linux__
+    enum { TILE = 1 << 24, BF16 = 1 << 22, REQUEST = 0x1023 /* ARCH_REQ_XCOMP_PERM */, TILE_DATA = 18 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILE) && (d & BF16) &&
+           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
+/* AVX-512's table with another attention */
+static const lac_backend *amx_table(void)
+{
+    static lac_backend table;
+    if (!table.abi) {
+        lac_backend t = lac_cpu_avx512_backend;
+        t.detail = "amx";
+        t.attend = lac_cpu_amx_attend;
+        t.attend_bwd = lac_cpu_amx_attend_bwd;
+        table = t;
+    }
+    return &table;
+}
 #endif
 
 /* can this processor run the named instruction set? */
@@ -44,6 +75,7 @@ static bool isa_available(const char *name)
     if (strcmp(name, "avx512") == 0)
         return isa_available("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (strcmp(name, "amx") == 0) return isa_available("avx512") && has_amx();
 #endif
     return false;
 }
@@ -54,13 +86,14 @@ static const lac_backend *isa_table(const char *name)
 #ifdef LAC_HAVE_AVX
     if (strcmp(name, "avx2") == 0) return &lac_cpu_avx2_backend;
     if (strcmp(name, "avx512") == 0) return &lac_cpu_avx512_backend;
+    if (strcmp(name, "amx") == 0) return amx_table();
 #endif
     return &lac_cpu_baseline_backend;
 }
 
 __attribute__((constructor)) static void choose_cpu(void)
 {
-    static const char *const best_first[] = {"avx512", "avx2", "baseline"};
+    static const char *const best_first[] = {"amx", "avx512", "avx2", "baseline"};
     const char *forced = getenv("LACUNA_CPU");
     /* a constructor cannot fail: the host compares lac_isa(NULL) with the variable and refuses (lib.lua does) */
     if (forced) cpu_backend = isa_table(forced);

@@ -322,17 +322,19 @@ static int64_t longest_span(const lac_plan *p)
     return longest;
 }
 
+/* What a thread needs at most: packed matrices count as three parts of bf16 (c/cpu/attn_amx.inc), which not every
+ * processor makes. */
 static void count_workspace(lac_plan *p)
 {
     int64_t d = round_up(p->desc.head_dim, 32), rows = longest_span(p);
-    int64_t chunk = round_up(rows < LAC_ATTN_QUERIES ? rows : LAC_ATTN_QUERIES, LAC_ATTN_ROWS);
+    int64_t chunk = round_up(rows < LAC_ATTN_QUERIES ? rows : LAC_ATTN_QUERIES, LAC_ATTN_BROWS);
     if (chunk < LAC_ATTN_FEW_ALL) chunk = LAC_ATTN_FEW_ALL;
-    int64_t forward = chunk * (2 * d + 4) + 2 * lac_attn_tile_keys(p->desc.head_dim) * d +
-                      LAC_ATTN_ROWS * (LAC_ATTN_KEYS + 16) + 20 * d;
+    int64_t forward =
+        chunk * (7 * d / 2 + 5) + 3 * lac_attn_tile_keys(p->desc.head_dim) * d + 32 * (LAC_ATTN_KEYS + 224) + 36 * d;
     int64_t queries = round_up(rows < LAC_ATTN_BQUERIES ? rows : LAC_ATTN_BQUERIES, LAC_ATTN_BROWS);
     int64_t keys = round_up(rows < LAC_ATTN_KEY_RUN ? rows : LAC_ATTN_KEY_RUN, LAC_ATTN_BKEYS);
-    int64_t backward = queries * (5 * d + 8) + 2 * keys * d + 3 * LAC_ATTN_BKEYS * d +
-                       4 * LAC_ATTN_BROWS * (LAC_ATTN_BKEYS + 16) + 20 * d;
+    int64_t backward = queries * (11 * d + 8) + 4 * keys * d + 5 * LAC_ATTN_BKEYS * d +
+                       LAC_ATTN_BROWS * (9 * LAC_ATTN_BKEYS + 64) + 68 * d;
     int64_t out = p->desc.batch * p->desc.n * p->desc.heads * p->desc.head_dim;
     int64_t kv = p->desc.batch * p->desc.m * p->desc.kv_heads * p->desc.head_dim;
     p->info.bytes_workspace_forward = 4 * forward;

@@ -185,7 +185,7 @@ describe("options of single pairs in attention", function()
         local want = oracle.run(c, q, k, v, dout)
         local naive = oracle.run(c, q, k, v, dout, nil,
           { rounding = { result = direct.round[dtype], sum = direct.round.f32 } })
-        for _, name in ipairs { "baseline", "avx2", "avx512" } do
+        for _, name in ipairs { "baseline", "avx2", "avx512", "amx" } do
           if C.lac_isa(name) ~= nil then
             for tensor, data in pairs(P.run(c, { q, k, v, dout }, { dtype = dtype })) do
               local exact, found = want[tensor], direct.max_diff(data, want[tensor])

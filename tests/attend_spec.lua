@@ -240,7 +240,7 @@ describe("attention in C", function()
         local want = oracle.run(c, q, k, v, dout)
         local naive = oracle.run(c, q, k, v, dout, nil,
                                  { rounding = { result = direct.round[dtype], sum = direct.round.f32 } })
-        for _, name in ipairs { "baseline", "avx2", "avx512" } do
+        for _, name in ipairs { "baseline", "avx2", "avx512", "amx" } do
           if C.lac_isa(name) ~= nil then
             local r = direct.forward(c, q, k, v, { dtype = dtype })
             for tensor, data in pairs(results(r, direct.backward(r, dout))) do

@@ -27,7 +27,7 @@ local function objects(build)
   end
   for _, name in ipairs(sys.list("c/cpu")) do
     local stem = name:match("^(.*)%.c$")
-    for _, isa in ipairs { "baseline", "avx2", "avx512" } do
+    for _, isa in ipairs { "baseline", "avx2", "avx512", "amx" } do
       local path = ("%s/obj/%s/%s.o"):format(build, isa, stem or "")
       if stem and sys.exists(path) then list[#list + 1] = path end
     end

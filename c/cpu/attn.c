@@ -10,6 +10,9 @@
  * are kept in float workspace and rounded once at the end. Rows that no task may reach are zeroed beforehand by all
  * threads, past the caches: with a dilation of 16 that is more memory than everything else touches.
  *
+ * Where the processor has a matrix unit (AMX) the file is compiled once more, as the attention of the table "amx":
+ * f32, f16 and bf16 then make their products in parts (attn_parts.inc). LACUNA_CPU=avx512 does without.
+ *
  * Rejected: one thread per (batch, head), which leaves cores idle for long sequences; atomics; OpenMP's dynamic
  * schedule, which promises no order.
  */
@@ -20,6 +23,18 @@
 #ifdef __SSE2__
 #include <cpuid.h>
 #include <emmintrin.h>
+#endif
+
+/* This file is compiled once more, with AVX-512, for processors with a matrix unit. */
+#ifdef ATTN_AMX
+#include "attn_amx.inc"
+#define ATTN_OPERATOR(name) lac_cpu_amx_##name
+#define ATTN_GRAIN 96 /* tasks begin at multiples of so many query rows: of LAC_ATTN_ROWS and AMX_SIDE */
+int lac_cpu_amx_attend(const lac_a_attend *a);
+int lac_cpu_amx_attend_bwd(const lac_a_attend_bwd *w);
+#else
+#define ATTN_OPERATOR(name) LAC_CPU(name)
+#define ATTN_GRAIN LAC_ATTN_ROWS
 #endif
 
 #if defined(__AVX512F__)
@@ -143,6 +158,18 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #define ATTN_HIGH ATTN_HIGH_4
 #endif
 #define IREAL int32_t
+#ifdef ATTN_AMX
+#define ATTN_PARTS 1
+#define ATTN_PARTS_LEAST 24 /* numbers of a row */
+#define ATTN_PARTS_KEYS 128 /* probabilities of so many keys are taken apart at a time */
+#define ATTN_GATHER 32      /* rows that are packed together */
+#define ATTN_HEIGHT AMX_SIDE
+#else
+#define ATTN_PARTS 0
+#define ATTN_PARTS_KEYS 0
+#define ATTN_GATHER VL
+#define ATTN_HEIGHT LAC_ATTN_ROWS
+#endif
 #define REAL_EXP2 exp2f
 #define REAL_FMA fmaf
 #define REAL_FABS fabsf
@@ -175,6 +202,10 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #undef EXP2_FIRST
 #undef EXP2_COEFFICIENTS
 #undef ATTN_MAX
+#undef ATTN_PARTS
+#undef ATTN_PARTS_KEYS
+#undef ATTN_GATHER
+#undef ATTN_HEIGHT
 
 #define NAME(x) attn_f64_##x
 #define real double
@@ -192,6 +223,10 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #define ATTN_HIGH ATTN_HIGH_2
 #endif
 #define IREAL int64_t
+#define ATTN_PARTS 0
+#define ATTN_PARTS_KEYS 0
+#define ATTN_GATHER VL
+#define ATTN_HEIGHT LAC_ATTN_ROWS
 #define REAL_EXP2 exp2
 #define REAL_FMA fma
 #define REAL_FABS fabs
@@ -247,7 +282,7 @@ static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most
 {
     const lac_plan *p = job->a->plan;
     bool keys = owns_keys(job);
-    int64_t first, last, grain = keys ? LAC_ATTN_BKEYS : job->a->blocks.data ? LAC_ATTN_GROUPS : LAC_ATTN_ROWS;
+    int64_t first, last, grain = keys ? LAC_ATTN_BKEYS : job->a->blocks.data ? LAC_ATTN_GROUPS : ATTN_GRAIN;
     int64_t rows = span_most(p, item.branch, keys ? p->desc.m : p->desc.n);
     lac_plan_segments(p, item.branch, &first, &last);
     item.segment0 = first;
@@ -438,12 +473,18 @@ static void run_tasks(attn_job *job, int threads, char *workspace, size_t bytes)
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         char *mine = workspace + bytes * (size_t)omp_get_thread_num();
+#ifdef ATTN_AMX
+        amx_begin();
+#endif
         while (!__atomic_load_n(job->stop, __ATOMIC_RELAXED)) {
             int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
             if (i >= job->tasks) break;
             if (lac_interrupted()) __atomic_store_n(job->stop, 1, __ATOMIC_RELAXED);
             else run_task(job, i, mine, wide);
         }
+#ifdef ATTN_AMX
+        amx_end();
+#endif
     }
 }
 
@@ -617,7 +658,7 @@ static bool covered(const lac_plan *p, int32_t phases)
 
 /* ---- operators ---- */
 
-int LAC_CPU(attend)(const lac_a_attend *a)
+int ATTN_OPERATOR(attend)(const lac_a_attend *a)
 {
     const lac_plan *p = a->plan;
     bool softmax_goes_on = lac_plan_many(p) && !lac_plan_branch_softmax(p), all = covered(p, p->forward_phases);
@@ -635,7 +676,7 @@ int LAC_CPU(attend)(const lac_a_attend *a)
     return settle(&a->out, job.acc_out, status);
 }
 
-int LAC_CPU(attend_bwd)(const lac_a_attend_bwd *w)
+int ATTN_OPERATOR(attend_bwd)(const lac_a_attend_bwd *w)
 {
     const lac_plan *p = w->forward.plan;
     const lac_view *q = &w->forward.q;

@@ -1,0 +1,166 @@
+--- Attention whose products a matrix unit makes in three parts of bf16 (c/cpu/attn_amx.inc): as exact as f32.
+--
+-- Every result is compared with the engine's own f64, which attend_spec.lua holds to the oracle, and with f32
+-- in multiply-adds: the parts may not be worse. The rest is what taking numbers apart could break: infinities
+-- and NaN, rows that do not fill a tile, threads. Without such a unit there is nothing to test here, and the
+-- spec says so.
+
+local direct = require "support.attn_direct"
+local choices = require "support.random"
+local ffi, C = direct.ffi, direct.C
+
+local isa = ffi.string(C.lac_isa(nil)):match("^%w+")
+local present = C.lac_isa("amx") ~= nil
+C.lac_isa(isa)
+
+local generator = choices.generator()
+local random, pick, chance = generator.random, generator.pick, generator.chance
+
+-- segments of more rows than are answered without packing, of all sizes against tiles of 32 rows and keys
+local function random_config(trial)
+  local c = { B = random(2), N = 10 + random(trial % 8 == 0 and 600 or 100), segments = {}, dilations = {},
+              D = pick { 24, 31, 32, 40, 64, 100 }, heads = "all", offset = pick { "mod", "branch" } }
+  c.M = chance(0.7) and c.N or 10 + random(150)
+  c.Hk = random(2)
+  c.H = c.Hk * pick { 1, 1, 2 }
+  for g = 1, random(2) do c.segments[g], c.dilations[g] = 40 + random(c.N), pick { 1, 1, 2, 3 } end
+  c.merge = pick { "mean", "lse", "lse_detach" }
+  c.causal, c.align = chance(0.6), chance(0.5) and "end" or nil
+  if chance(0.4) then c.window = 5 + random(90) end
+  if chance(0.3) then
+    c.padding = {}
+    for i = 1, c.B * c.M do c.padding[i] = chance(0.8) end
+  end
+  if chance(0.3) then
+    c.lengths, c.lengths_dtype = {}, "i32"
+    for i = 1, c.B do c.lengths[i] = random(c.M + 1) - 1 end
+  end
+  c.dedup = c.merge == "lse" and chance(0.3)
+  if chance(0.2) then c.dropout, c.seed = 0.2, trial end
+  return direct.fill(c)
+end
+
+local function inputs(c, seed)
+  local nq, nk = c.B * c.N * c.H * c.D, c.B * c.M * c.Hk * c.D
+  local all = { direct.numbers(seed, nq), direct.numbers(seed + 1, nk), direct.numbers(seed + 2, nk),
+                direct.numbers(seed + 3, nq) }
+  for _, a in ipairs(all) do
+    for i = 1, #a do a[i] = direct.round.f32(a[i]) end
+  end
+  return all
+end
+
+local function run(c, all, dtype, name)
+  assert(C.lac_isa(name) ~= nil)
+  local r = direct.forward(c, all[1], all[2], all[3], { dtype = dtype })
+  local dq, dk, dv = direct.backward(r, all[4])
+  return { out = direct.read(r.out), lse = direct.read(r.lse), dq = direct.read(dq), dk = direct.read(dk),
+           dv = direct.read(dv) }
+end
+
+local function largest(a)
+  local most = 0
+  for i = 1, #a do
+    local x = math.abs(a[i])
+    if x > most and x < math.huge then most = x end
+  end
+  return most
+end
+
+describe("attention in parts", function()
+  if not present then
+    pending("needs a processor with AMX (this one has " .. isa .. ")")
+    return
+  end
+  local threads = C.lac_threads(0)
+
+  setup(function() C.lac_memory_guard(1) end)
+  teardown(function()
+    C.lac_isa(isa)
+    C.lac_threads(threads)
+    C.lac_memory_guard(0)
+  end)
+
+  it("is as exact as f32 in multiply-adds, in 40 random configurations", function()
+    generator.seed(31)
+    for trial = 1, 40 do
+      local c = random_config(trial)
+      local all = inputs(c, trial)
+      local want, plain = run(c, all, "f64", "amx"), run(c, all, "f32", "avx512")
+      local got = run(c, all, "f32", "amx")
+      for name, data in pairs(got) do
+        local allowed = 2 * direct.max_diff(plain[name], want[name]) + 2 ^ -22 * largest(want[name])
+        local found = direct.max_diff(data, want[name])
+        assert.is_true(found <= allowed, ("%s: %g > %g in %s"):format(name, found, allowed, choices.text(c)))
+      end
+    end
+  end)
+
+  it("takes half types as they are", function()
+    for _, dtype in ipairs { "bf16", "f16" } do
+      local c = direct.fill { N = 150, H = 2, D = 64, segments = { 150 }, dilations = { 1 } }
+      local all = inputs(c, 5)
+      local plain, got = run(c, all, dtype, "avx512"), run(c, all, dtype, "amx")
+      for name, data in pairs(got) do
+        local found = direct.max_diff(data, plain[name])
+        assert.is_true(found <= 2 ^ -7 * largest(plain[name]), dtype .. " " .. name)
+      end
+    end
+  end)
+
+  -- numbers of one sign whose products cancel would show a part that is left out
+  it("keeps all digits of numbers that are close to each other", function()
+    local c = direct.fill { N = 64, H = 1, D = 32, segments = { 64 }, dilations = { 1 } }
+    local all = inputs(c, 7)
+    for i = 1, #all[3] do all[3][i] = direct.round.f32(1000 + all[3][i] / 64) end
+    local want, plain = run(c, all, "f64", "amx"), run(c, all, "f32", "avx512")
+    local got = run(c, all, "f32", "amx")
+    assert.is_true(direct.max_diff(got.out, want.out) <= 2 * direct.max_diff(plain.out, want.out))
+  end)
+
+  it("has infinities and NaN where multiply-adds have them", function()
+    generator.seed(8)
+    for trial = 1, 24 do
+      local c = random_config(trial)
+      c.dropout = 0
+      local all = inputs(c, trial)
+      local hit = all[random(4)]
+      hit[random(#hit)] = pick { 0 / 0, math.huge, -math.huge }
+      local plain, got = run(c, all, "f32", "avx512"), run(c, all, "f32", "amx")
+      for _, name in ipairs { "out", "lse", "dq", "dk", "dv" } do
+        local scale = 1e-3 * (1 + largest(plain[name]))
+        for i, x in ipairs(plain[name]) do
+          local y = got[name][i]
+          local function infinite(z) return z ~= z or math.abs(z) == math.huge end
+          local broken = infinite(x) and infinite(y)
+          assert.is_true(broken or x == y or math.abs(x - y) <= scale,
+            ("%s[%d]: %g and %g in %s"):format(name, i, x, y, choices.text(c)))
+        end
+      end
+    end
+  end)
+
+  it("gives the same bits for any number of threads", function()
+    C.lac_isa("amx")
+    for _, case in ipairs {
+      { B = 2, N = 500, H = 3, D = 32, segments = { 100, 500 }, dilations = { 1, 3 }, causal = true },
+      { N = 1700, H = 2, Hk = 1, D = 32, segments = { 1700 }, dilations = { 1 }, window = 300 },
+      { N = 1400, H = 1, D = 64, segments = { 1400, 700 }, dilations = { 2, 1 }, merge = "lse_detach" },
+    } do
+      local c = direct.fill(case)
+      local all, first = inputs(c, 3), nil
+      all[1][7 * c.H * c.D + 3] = math.huge -- one row that goes another way
+      for n = 1, 4 do
+        C.lac_threads(n)
+        local got = run(c, all, "f32", "amx")
+        first = first or got
+        for name, data in pairs(got) do
+          for i, x in ipairs(data) do
+            assert.is_true(x == first[name][i] or (x ~= x and first[name][i] ~= first[name][i]), name)
+          end
+        end
+      end
+      C.lac_threads(threads)
+    end
+  end)
+end)
