@@ -3,7 +3,8 @@
  *
  * One persistent launch serves all branches: a thread block for each multiprocessor, of one warpgroup whose threads
  * feed the others (attn_hopper_forward.cuh) and two or three with 64 query rows each (attn_hopper_rows.cuh). Tiles are
- * claimed from a counter, those of earlier phases first; branches that meet in a row are merged as attn.cuh says.
+ * claimed from a counter, those of earlier phases first. Branches that meet in a row are merged in attn.cuh's order,
+ * but a merged softmax is carried from branch to branch: a tile starts from the sums of earlier ones.
  *
  * Floor: 4 D products a pair at 4096 a clock and multiprocessor, and an exponential a pair at 16 a clock: for D = 64
  * both take the same time, for D = 128 products decide. kernels/HOPPER.md has the record of what was measured.
@@ -26,7 +27,9 @@ __global__ void __launch_bounds__(hopper_forward_shape<D>::THREADS_, 1)
         hopper_barrier(memory + M::FOUND_FREE, 1);
         for (int i = 0; i < M::SLOTS; i++) {
             hopper_barrier(memory + M::Q_FULL + 8 * i, 1);
-            hopper_barrier(memory + M::Q_FREE + 8 * i, M::GROUPS);
+            hopper_barrier(memory + M::Q_FREE + 8 * i, M::GROUPS + MEETS);
+            hopper_barrier(memory + M::CARRIED + 8 * i, 1);
+            hopper_barrier(memory + M::DONE + 8 * i, 4 * M::GROUPS);
         }
         for (int i = 0; i < M::STAGES; i++) {
             hopper_barrier(memory + M::K_FULL + 8 * i, 1);
@@ -40,8 +43,9 @@ __global__ void __launch_bounds__(hopper_forward_shape<D>::THREADS_, 1)
     if (threadIdx.x < 128) {
         hopper_fewer<M::FEEDER_REGISTERS>();
         if (threadIdx.x == 0) hopper_feeder<D>(p, memory).run();
-        else if (threadIdx.x == 32) hopper_scout<D>(p, memory);
-        else if (threadIdx.x >= 64 && p.gaps.any) hopper_fill<D>(p, threadIdx.x / 32 - 2);
+        else if (threadIdx.x / 32 == 1) hopper_scout<D, MEETS>(p, memory);
+        else if (MEETS && threadIdx.x / 32 == 2) hopper_carrier<D>(p, memory).run();
+        else if (threadIdx.x >= 64 && p.gaps) hopper_fill<D>(p, 3 - threadIdx.x / 32, 2 - MEETS);
     } else {
         hopper_more<M::GROUP_REGISTERS>();
         hopper_rows<T, D, MEETS>(p, memory).run();
@@ -95,11 +99,11 @@ const char *attn_hopper_forward_fits(const lac_a_attend *f)
     return NULL;
 }
 
-/* Of a branch: segments, items and heads whose tiles are interleaved, so that heavy tiles come first. */
-static int interleaved(const attn_args &a, int64_t rows, int64_t items)
+/* Of branch g: segments, items and heads whose tiles are interleaved, so that heavy tiles come first. */
+static int interleaved(const attn_args &a, int g, int64_t rows, int64_t items)
 {
     enum { BYTES = 16 << 20 };
-    const int64_t n = a.causal ? BYTES / (rows * a.head_dim * 4) : 1;
+    const int64_t n = a.causal && a.branch[g].rank == a.ranks - 1 ? BYTES / (rows * a.head_dim * 4) : 1;
     return (int)(n < 1 ? 1 : n > items ? items : n);
 }
 
@@ -107,18 +111,18 @@ static hopper_divisor divisor(int d)
 {
     uint32_t bits = 0;
     while ((int64_t)1 << bits < d) bits++;
-    return {(uint32_t)((((uint64_t)1 << (31 + bits)) + (uint64_t)d - 1) / (uint64_t)d), 31 + bits};
+    return {(uint32_t)((((uint64_t)1 << (31 + bits)) + (uint64_t)d - 1) / (uint64_t)d), bits};
 }
 
-static hopper_gaps gaps_of(const attn_args &a)
+static hopper_lattices lattices_of(const attn_args &a)
 {
-    hopper_gaps x = {};
-    x.any = true;
+    hopper_lattices x = {};
     x.heads = divisor(a.heads), x.n = divisor(a.n);
     for (int g = 0; g < a.branches; g++) {
         const attn_branch &b = a.branch[g];
-        const int r = b.dilation, of = a.offset_rule == LAC_OFFSET_MOD ? r : (a.heads - 1) / r + 1;
-        x.branch[g] = {divisor(b.segment), divisor(r), divisor(of), g % r};
+        const int r = b.dilation, mod = a.offset_rule == LAC_OFFSET_MOD, block = a.offset_rule == LAC_OFFSET_BLOCK;
+        x.branch[g] = {divisor(b.segment),       divisor(r), divisor(mod ? r : (a.heads - 1) / r + 1),
+                       mod || block ? 0 : g % r, mod,        mod ? -r : block};
     }
     return x;
 }
@@ -127,13 +131,17 @@ template <class T, int D, bool MEETS> static int launch(const hopper_forward_arg
 {
     auto kernel = attn_hopper_forward_kernel<T, D, MEETS>;
     const int memory = hopper_forward_shape<D>::MEMORY;
-    const int blocks = p.gaps.any ? lac_cuda_processors : min(p.tiles, lac_cuda_processors);
+    const int blocks = p.gaps ? lac_cuda_processors : min(p.tiles, lac_cuda_processors);
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
     kernel<<<blocks, hopper_forward_shape<D>::THREADS_, memory, lac_cuda_stream>>>(p);
     LAC_TRY(lac_cuda_launched("attention"));
     if (!p.masks) return 0;
     const int64_t rows = (int64_t)p.a.batch * p.a.n * p.a.heads;
-    attn_hopper_redo_kernel<T><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(p.a, p.call);
+    /* a processor takes microseconds to change how much of its memory is shared */
+    auto redo = attn_hopper_redo_kernel<T>;
+    CUDA_TRY("attention", cudaFuncSetAttribute(redo, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                               cudaSharedmemCarveoutMaxShared));
+    redo<<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(p.a, p.call);
     return lac_cuda_launched("attention");
 }
 
@@ -159,7 +167,9 @@ int attn_hopper_forward(attn_args &a, const lac_a_attend *f, bool gaps)
         const int64_t rows = (min((int64_t)b.segment, plan->desc.m) - 1) / b.dilation + 1;
         const int64_t items = (int64_t)a.batch * b.segments * b.heads;
         p.items[g] = (int)items;
-        p.together[g] = interleaved(a, rows, items);
+        p.together[g] = interleaved(a, g, rows, items);
+        while (a.branch[p.same[g]].dilation != b.dilation) p.same[g]++;
+        if (p.same[g] < g) continue;
         LAC_TRY(hopper_map(&p.map[g].q, &f->q, b.dilation, 64));
         LAC_TRY(hopper_map(&p.map[g].k, &f->k, b.dilation, HOPPER_KEYS));
         LAC_TRY(hopper_map(&p.map[g].v, &f->v, b.dilation, HOPPER_KEYS));
@@ -168,7 +178,8 @@ int attn_hopper_forward(attn_args &a, const lac_a_attend *f, bool gaps)
     p.q_step = hopper_batch_step(&f->q), p.k_step = hopper_batch_step(&f->k), p.v_step = hopper_batch_step(&f->v);
     p.out_step = hopper_batch_step(&f->out);
     p.a = a;
-    if (gaps) p.gaps = gaps_of(a);
+    p.gaps = gaps;
+    if (gaps || a.ranks > 1) p.lattices = lattices_of(a);
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.claims, hopper_claims));
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.spoilt, hopper_spoilt));
     return f->q.dtype == LAC_F16 ? launch<f16>(p) : launch<bf16>(p);

@@ -8,13 +8,17 @@
  * A tile is up to 64 rows for each warpgroup. The groups of 64 rows of a segment are spread evenly over its tiles, so
  * that none is left with a single busy warpgroup; later tiles get what remains, because the last rows have the most
  * work where there is a mask. Tiles of several (item, segment, head) are interleaved where rows have different work
- * (causal): heavy ones first, as many as have their keys and values in half the cache together.
+ * (causal): heavy ones first, as many as have their keys and values in half the cache together. Where branches meet,
+ * only those of the last branch are, and the others run head by head: the next branch can begin with what is done.
  *
  * Rows shorter than 64 or 128 numbers are padded with zeros by the bulk copies, which neither read nor write what lies
  * beyond a row's end.
  *
- * Two more warps write zeros where no branch reaches (hopper_fill), beside the products. Rejected: a pass before the
- * launch, which took half as long as the attention itself at a dilation of 16.
+ * Where branches meet, a tile begins with what earlier branches made of its rows, and a third warp (hopper_carrier)
+ * finds out for each row whether there is anything, waits until it is out, and says so when a tile's own sums are.
+ *
+ * Two more warps, or one, write zeros where no branch reaches (hopper_fill), beside the products. Rejected: a pass
+ * before the launch, which took half as long as the attention itself at a dilation of 16.
  */
 #ifndef LAC_CUDA_ATTN_HOPPER_FORWARD_CUH
 #define LAC_CUDA_ATTN_HOPPER_FORWARD_CUH
@@ -23,33 +27,35 @@
 
 enum { HOPPER_BRANCHES = 16 }; /* most branches of a plan: every one has its tensor maps among the arguments */
 enum { HOPPER_KEYS = 128 };    /* keys of a block */
-enum { HOPPER_TILE = 160 };    /* bytes that describe a tile */
+enum { HOPPER_TILE = 208 };    /* bytes that describe a tile */
 enum { HOPPER_STOP = -1 };     /* instead of a branch: there are no more tiles */
 
-/* x / d of 0 <= x < 2^31 by a product: e = factor d - 2^shift is below d <= 2^(shift - 31), so that e x < 2^shift */
+/* x / d of 0 <= x < 2^31 by a product: e = factor d - 2^(31 + shift) is below d <= 2^shift, so that e x < 2^(31 +
+ * shift) */
 struct hopper_divisor {
     uint32_t factor, shift;
-    __device__ __forceinline__ int of(int x) const { return (int)((uint64_t)(uint32_t)x * factor >> shift); }
+    __device__ __forceinline__ int of(int x) const { return (int)(__umulhi(2 * (uint32_t)x, factor) >> shift); }
 };
 
 struct hopper_forward_maps {
     CUtensorMap q, k, v, out;
 };
-/* what tells rows that no branch reaches */
-struct hopper_gaps {
+/* what tells which branches reach a row */
+struct hopper_lattices {
     struct of {
         hopper_divisor segment, dilation, rule;
-        int offset;
+        int offset, each, inner; /* offset + each h + inner (h / rule), whatever the rule: fewer registers */
     } branch[HOPPER_BRANCHES];
     hopper_divisor heads, n;
-    bool any; /* may there be some? */
 };
 struct hopper_forward_args {
     hopper_forward_maps map[HOPPER_BRANCHES];
     attn_args a;
+    int same[HOPPER_BRANCHES]; /* the first branch of the same dilation, whose maps serve all of them */
     int tiles, items[HOPPER_BRANCHES], together[HOPPER_BRANCHES]; /* items of a branch; and those interleaved */
     int q_step, k_step, v_step, out_step;                         /* tokens from one batch item to the next */
-    hopper_gaps gaps;
+    hopper_lattices lattices;
+    bool gaps;   /* may there be rows that no branch reaches? */
     bool masks;  /* can a row miss keys of a block that holds some of its own? */
     int *claims; /* tiles claimed beyond the first of each thread block; thread blocks that have ended */
     int *spoilt,
@@ -68,7 +74,8 @@ struct alignas(16) hopper_forward_tile {
     int64_t at;     /* (b N + n) H + h of row 0 of the lattice */
     int step, rows; /* from row to row; query rows of the segment's lattice */
     int query, key; /* positions of the lattice's first query row and key, in tokens of the item */
-    int kv_head, spare;
+    int kv_head, map;
+    uint32_t before[6], after[6]; /* where branches meet: rows that earlier, later ones reach, a bit a row */
 };
 static_assert(sizeof(hopper_forward_tile) == HOPPER_TILE, "copied by 16 bytes");
 
@@ -91,7 +98,8 @@ template <int D> struct hopper_forward_shape {
         V = K + STAGES * BLOCK,
         TILE = V + STAGES * BLOCK, /* of each slot; then what the scout has found */
         FOUND = TILE + SLOTS * HOPPER_TILE,
-        FOUND_FULL = FOUND + HOPPER_TILE,
+        BEFORE = FOUND + HOPPER_TILE, /* of each slot's rows: base-2 lse of earlier branches */
+        FOUND_FULL = BEFORE + SLOTS * GROUPS * 64 * 4,
         FOUND_FREE = FOUND_FULL + 8,
         Q_FULL = FOUND_FREE + 8,
         Q_FREE = Q_FULL + 8 * SLOTS,
@@ -99,7 +107,9 @@ template <int D> struct hopper_forward_shape {
         K_FREE = K_FULL + 8 * STAGES,
         V_FULL = K_FREE + 8 * STAGES,
         V_FREE = V_FULL + 8 * STAGES,
-        MEMORY = V_FREE + 8 * STAGES
+        CARRIED = V_FREE + 8 * STAGES, /* BEFORE holds a slot's, and earlier branches' sums are out */
+        DONE = CARRIED + 8 * SLOTS,    /* the sums of a slot's tile are out */
+        MEMORY = DONE + 8 * SLOTS
     };
     static constexpr int FEEDER_REGISTERS = D == 64 ? 32 : 40, GROUP_REGISTERS = D == 64 ? 160 : 232;
     static_assert(MEMORY <= 232448, "shared memory of a thread block");
@@ -112,9 +122,10 @@ HOPPER_FN int hopper_opaque(int x)
     return x;
 }
 
-HOPPER_FN void hopper_say_done(const hopper_forward_args &p, const attn_tile &t, int count)
+/* of an item and head in branch g: tiles that are done */
+HOPPER_FN int *hopper_done(const hopper_forward_args &p, const volatile attn_tile &t, int g)
 {
-    if (p.a.ranks > 1) atomicAdd(attn_done<false>(p.a, t, t.g), count);
+    return p.a.counter + 1 + ((int64_t)g * p.a.batch + t.b) * p.a.heads + t.h;
 }
 
 HOPPER_FN void hopper_part(hopper_forward_tile &f, int w)
@@ -146,9 +157,11 @@ template <int D> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id
     const int members = min(together, p.items[g] - part * together);
     int block = id / hopper_opaque(members), item = part * together + id - block * members;
     if (a.causal) block = br.blocks - 1 - block;
-    const int segment = item / hopper_opaque(br.heads), h = br.head0 + item - segment * br.heads;
-    const int b = segment / hopper_opaque(br.segments), s = br.segment0 + segment - b * br.segments;
-    attn_span(a, g, b, h, s, t);
+    /* items one segment after the other; where branches meet, one head after the other, so that heads are done early */
+    const int inner = hopper_opaque(a.ranks > 1 ? br.segments : br.heads), outer = item / inner;
+    const int span = a.ranks > 1 ? br.heads : br.segments, b = outer / hopper_opaque(span);
+    const int x = item - outer * inner, y = outer - b * span;
+    attn_span(a, g, b, br.head0 + (a.ranks > 1 ? y : x), br.segment0 + (a.ranks > 1 ? x : y), t);
     f.rows = t.q1 - t.q0;
     const int groups = (f.rows + 63) / 64, tiles = (groups + GROUPS - 1) / GROUPS;
     if (block >= tiles) return false;
@@ -164,50 +177,87 @@ template <int D> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id
     for (int w = 0; w < GROUPS; w++) hopper_part(f, w);
     f.query = (int)(t.base + (int64_t)t.q0 * t.r - a.shift);
     f.key = (int)t.base;
-    f.at = ((int64_t)b * a.n + (t.base - a.shift)) * a.heads + h;
+    f.at = ((int64_t)b * a.n + (t.base - a.shift)) * a.heads + t.h;
     f.step = t.r * a.heads;
-    f.kv_head = h / hopper_opaque(a.group);
+    f.kv_head = t.h / hopper_opaque(a.group);
+    f.map = p.same[g];
     return true;
 }
 
-template <int D> HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
+/* attn_offset and attn_keeps without divisions; the latter of a branch that runs for the head */
+HOPPER_FN int hopper_offset(const hopper_forward_args &p, int g, int h)
+{
+    const hopper_lattices::of &x = p.lattices.branch[g];
+    return x.offset + x.each * h + x.inner * x.rule.of(h);
+}
+HOPPER_FN bool hopper_keeps(const hopper_forward_args &p, int g, int offset, int position)
+{
+    const attn_branch &br = p.a.branch[g];
+    const hopper_lattices::of &x = p.lattices.branch[g];
+    const int s = x.segment.of(position), at = position - s * br.segment - offset;
+    /* no branches: where a warp takes many of them, the warpgroups' registers suffer */
+    return (at >= 0) & (at == x.dilation.of(at) * br.dilation) & ((unsigned)(s - br.segment0) < (unsigned)br.segments);
+}
+
+/* Which rows of the tile do other branches reach? By a warp. */
+template <int D> HOPPER_FN void hopper_others(const hopper_forward_args &p, hopper_forward_tile &f, int lane)
+{
+    int offset = 0, order = 0; /* of the branch with the lane's number */
+    if (lane < p.a.branches && attn_runs(p.a, lane, f.t.h)) {
+        offset = hopper_offset(p, lane, f.t.h);
+        order = p.a.branch[lane].rank - p.a.branch[f.g].rank;
+    }
+#pragma unroll 1
+    for (int e = 0; e < 2 * hopper_forward_shape<D>::GROUPS; e++) { /* 32 rows */
+        const int i = f.t.first + 32 * e + lane;
+        bool before = false, after = false;
+#pragma unroll 1
+        for (int g = 0; g < p.a.branches; g++) {
+            const int from = __shfl_sync(~0u, offset, g), other = __shfl_sync(~0u, order, g);
+            if (other == 0) continue;
+            const bool kept = (i < f.t.end) & hopper_keeps(p, g, from, f.key + i * f.t.r);
+            before |= kept & (other < 0);
+            after |= kept & (other > 0);
+        }
+        f.before[e] = __ballot_sync(~0u, before);
+        f.after[e] = __ballot_sync(~0u, after);
+    }
+}
+
+/* All lanes do the same, except where branches meet. */
+template <int D, bool MEETS> HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
 {
     typedef hopper_forward_shape<D> M;
     hopper_forward_tile &f = *(hopper_forward_tile *)__cvta_shared_to_generic(memory + M::FOUND);
+    const int lane = threadIdx.x % 32;
     int id = blockIdx.x, free = 1;
 #pragma unroll 1
     while (id < p.tiles) {
-        const int next = atomicAdd(p.claims, 1) + (int)gridDim.x; /* asked for early: it takes a while */
         hopper_wait(memory + M::FOUND_FREE, free);
-        if (hopper_find<D>(p, id, f)) {
-            hopper_arrive(memory + M::FOUND_FULL);
+        int next = 0;
+        if (lane == 0) next = atomicAdd(p.claims, 1) + (int)gridDim.x; /* takes a while, and not too early */
+        const bool rows = hopper_find<D>(p, id, f);
+        __syncwarp();
+        if (rows) {
+            if (MEETS) hopper_others<D>(p, f, lane);
+            __syncwarp();
+            if (lane == 0) hopper_arrive(memory + M::FOUND_FULL);
             free ^= 1;
-        } else hopper_say_done(p, f.t, M::GROUPS);
-        id = next;
+        } else if (MEETS && lane == 0) atomicAdd(hopper_done(p, f.t, f.t.g), 1);
+        id = __shfl_sync(~0u, next, 0);
     }
     hopper_wait(memory + M::FOUND_FREE, free);
+    if (lane != 0) return;
     f.g = HOPPER_STOP;
     hopper_arrive(memory + M::FOUND_FULL);
     if (atomicAdd(p.claims + 1, 1) == (int)gridDim.x - 1) p.claims[0] = p.claims[1] = 0; /* for the next launch */
 }
 
-/* does branch g reach `position` for head h? as attn_keeps, without divisions */
-HOPPER_FN bool hopper_keeps(const hopper_forward_args &p, int g, int h, int position)
-{
-    const attn_branch &br = p.a.branch[g];
-    const hopper_gaps::of &x = p.gaps.branch[g];
-    if (!attn_runs(p.a, g, h)) return false;
-    const int s = x.segment.of(position), inner = x.rule.of(h);
-    const int offset = p.a.offset_rule == LAC_OFFSET_BRANCH ? x.offset
-                       : p.a.offset_rule == LAC_OFFSET_MOD  ? h - inner * br.dilation
-                                                            : inner;
-    const int at = position - s * br.segment - offset;
-    return at >= 0 && at == x.dilation.of(at) * br.dilation && s >= br.segment0 && s < br.segment0 + br.segments;
-}
-
-/* Zeros, and lse -inf, in rows that no branch reaches, by two warps that have nothing else to do: D numbers a row from
- * 32 rows at a time that are neighbours in memory. They run beside the products, which leave the memory alone. */
-template <int D> HOPPER_FN void hopper_fill(const hopper_forward_args &p, int warp)
+/* Zeros, and lse -inf, in rows that no branch reaches, by one of `warps` warps that have nothing else to do: D numbers
+ * a row from 32 rows at a time that are neighbours in memory. They run beside the products, which leave the memory
+ * alone.
+ */
+template <int D> HOPPER_FN void hopper_fill(const hopper_forward_args &p, int warp, int warps)
 {
     const attn_args &a = p.a;
     const unsigned lane = threadIdx.x % 32, rows = (unsigned)(a.batch * a.n) * (unsigned)a.heads;
@@ -215,12 +265,13 @@ template <int D> HOPPER_FN void hopper_fill(const hopper_forward_args &p, int wa
     const int chunks = a.head_dim / 8; /* of 16 bytes in a row */
     const bool writes = (int)lane % (D / 8) < chunks;
 #pragma unroll 1
-    for (unsigned first = (blockIdx.x * 2 + warp) * 32; first < rows; first += gridDim.x * 64) {
-        const int row = (int)(first + lane), token = p.gaps.heads.of(row), h = row - token * a.heads;
-        const int position = token - p.gaps.n.of(token) * a.n + a.shift;
+    for (unsigned first = (blockIdx.x * warps + warp) * 32; first < rows; first += gridDim.x * warps * 32) {
+        const int row = (int)(first + lane), token = p.lattices.heads.of(row), h = row - token * a.heads;
+        const int position = token - p.lattices.n.of(token) * a.n + a.shift;
         bool reached = (unsigned)row >= rows;
 #pragma unroll 1
-        for (int g = 0; g < a.branches && position >= 0; g++) reached = reached || hopper_keeps(p, g, h, position);
+        for (int g = 0; g < a.branches && position >= 0; g++)
+            reached = reached || (attn_runs(a, g, h) && hopper_keeps(p, g, hopper_offset(p, g, h), position));
         if (!reached) ((float *)a.lse)[row] = -INFINITY;
         const unsigned gaps = __ballot_sync(~0u, !reached) >> lane / (D / 8);
         int4 *to = (int4 *)a.out + (size_t)(first + lane / (D / 8)) * chunks + lane % (D / 8);
@@ -229,6 +280,79 @@ template <int D> HOPPER_FN void hopper_fill(const hopper_forward_args &p, int wa
             if (writes && gaps >> 256 / D * i & 1) *to = zeros;
     }
 }
+
+/* Where branches meet: a warp that fetches the lse that a tile's rows begin with, once all earlier branches' sums are
+ * out, and that says when a tile's own are. It never waits for one of the two, because the other may be what some tile
+ * that it waits for is waiting for. */
+template <int D> struct hopper_carrier {
+    typedef hopper_forward_shape<D> M;
+    const hopper_forward_args &p;
+    const uint32_t memory;
+    const int lane;
+    int ready, told; /* tiles that are prepared; that are known to be done */
+    __device__ __forceinline__ hopper_carrier(const hopper_forward_args &p, uint32_t memory)
+        : p(p), memory(memory), lane(threadIdx.x % 32), ready(0), told(0)
+    {
+    }
+    __device__ __forceinline__ const volatile hopper_forward_tile &tile(int number) const
+    {
+        return *(const hopper_forward_tile *)__cvta_shared_to_generic(memory + M::TILE + HOPPER_TILE * (number & 1));
+    }
+    __device__ __forceinline__ bool ended(int barriers, int number) const
+    {
+        return __all_sync(~0u, hopper_ended(memory + barriers + 8 * (number & 1), number >> 1 & 1));
+    }
+    /* are all tiles of smaller rank of the tile's item and head done? */
+    __device__ __forceinline__ bool out(const volatile hopper_forward_tile &f) const
+    {
+        int missing = 0;
+        if (lane < p.a.branches && p.a.branch[lane].rank < p.a.branch[f.g].rank && attn_runs(p.a, lane, f.t.h)) {
+            const attn_branch &br = p.a.branch[lane];
+            int seen;
+            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                         : "=r"(seen)
+                         : "l"(hopper_done(p, f.t, lane))
+                         : "memory");
+            missing = br.segments * br.blocks - seen;
+        }
+        return __all_sync(~0u, missing <= 0);
+    }
+    __device__ __forceinline__ void prepare(int number) const
+    {
+        const volatile hopper_forward_tile &f = tile(number);
+        float *before = (float *)__cvta_shared_to_generic(memory + M::BEFORE + 256 * M::GROUPS * (number & 1));
+        const float *lse = (const float *)p.a.lse + f.at + (int64_t)(f.t.first + lane) * f.step;
+        float old[2 * M::GROUPS];
+#pragma unroll
+        for (int e = 0; e < 2 * M::GROUPS; e++, lse += (int64_t)32 * f.step)
+            old[e] = f.before[e] >> lane & 1 ? __ldcg(lse) : -INFINITY;
+#pragma unroll
+        for (int e = 0; e < 2 * M::GROUPS; e++) before[32 * e + lane] = old[e] * (float)ATTN_LOG2E;
+        __syncwarp();
+    }
+    __device__ __forceinline__ void run()
+    {
+        for (bool more = true; more || told < ready;) {
+            if (told < ready && ended(M::DONE, told)) {
+                if (lane == 0) {
+                    __threadfence();
+                    atomicAdd(hopper_done(p, tile(told).t, tile(told).g), 1);
+                    hopper_arrive(memory + M::Q_FREE + 8 * (told & 1));
+                }
+                told++;
+            }
+            if (more && ended(M::Q_FULL, ready)) {
+                more = tile(ready).g != HOPPER_STOP;
+                if (more && out(tile(ready))) {
+                    prepare(ready);
+                    if (lane == 0) hopper_arrive(memory + M::CARRIED + 8 * (ready & 1));
+                    ready++;
+                }
+            }
+            __nanosleep(50);
+        }
+    }
+};
 
 template <int D> struct hopper_feeder {
     typedef hopper_forward_shape<D> M;
@@ -288,9 +412,9 @@ template <int D> struct hopper_feeder {
             hopper_arrive(memory + M::FOUND_FREE);
             const volatile hopper_forward_tile &f = *(const hopper_forward_tile *)__cvta_shared_to_generic(at);
             if (f.g == HOPPER_STOP) break;
-            queries(f, p.map[f.g]);
+            queries(f, p.map[f.map]);
             step(slot, slot_free, M::SLOTS);
-            keys(f, p.map[f.g]);
+            keys(f, p.map[f.map]);
         }
         hopper_arrive(memory + M::Q_FULL + 8 * slot);
     }

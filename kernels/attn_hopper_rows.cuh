@@ -10,6 +10,11 @@
  * exceeds `most()`, the warp multiplies the block's scores again by plain instructions and takes a new reference. That
  * saves 64 maxima, the shuffles and the rescaling of O a block; results are as exact as with a running maximum.
  *
+ * Where branches meet, the softmax of a row is one over the keys of all of them: a tile starts from the lse and results
+ * of earlier branches, an f32 copy of the results that the last branch of a row rounds. What is read has been asked for
+ * before the first block's exponentials are worked out, and nothing is read at a tile's end. Rejected: reading, adding
+ * and writing row by row at the end, where nothing else runs (a third of the time of LongNet's five branches).
+ *
  * A row that sees nothing of a block has the reference NOTHING there: masked scores, -inf, become 0, and the first
  * score that is not masked exceeds every sum, if `settle` has not seen it before.
  */
@@ -73,11 +78,6 @@ template <class T, int D, bool MEETS> struct hopper_rows {
         return *(const hopper_forward_tile *)__cvta_shared_to_generic(memory + M::TILE + HOPPER_TILE * slot);
     }
 
-    /* the same, where reading once is enough */
-    __device__ __forceinline__ const hopper_forward_tile &settled(int slot) const
-    {
-        return *(const hopper_forward_tile *)__cvta_shared_to_generic(memory + M::TILE + HOPPER_TILE * slot);
-    }
     /* what every lane has, so that the compiler knows it */
     static __device__ __forceinline__ int4 same(const int4 x)
     {
@@ -240,14 +240,29 @@ template <class T, int D, bool MEETS> struct hopper_rows {
                 }
         }
     }
-    __device__ __forceinline__ void first_softmax()
+    __device__ __forceinline__ void first_softmax(float old0, float old1)
     {
         maxima(top0, top1);
         sum0 = sum1 = 0;
+        float share0, share1;
+        if (MEETS) {
+            top0 = fmaxf(top0, old0), top1 = fmaxf(top1, old1);
+            share0 = attn_ex2(old0 - top0), share1 = attn_ex2(old1 - top1);
+            if (lane % 4 == 0) sum0 = share0, sum1 = share1; /* once a row */
+        }
 #pragma unroll
         for (int i = 0; i < BN / 8; i++) {
             exponentials(i);
             pack(i);
+        }
+        if (MEETS) scale(share0, share1);
+    }
+    __device__ __forceinline__ void scale(float weight0, float weight1) /* results so far */
+    {
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) {
+            o[4 * i] *= weight0, o[4 * i + 1] *= weight0;
+            o[4 * i + 2] *= weight1, o[4 * i + 3] *= weight1;
         }
     }
 
@@ -280,24 +295,26 @@ template <class T, int D, bool MEETS> struct hopper_rows {
         const volatile hopper_forward_tile &f = tile(slot);
         const int rows = f.rows, row0 = HOPPER_WRAP - rows + f.t.first - f.t.q0 + w * 64, head = f.t.h,
                   z = f.t.b * p.out_step + f.query + rows * f.t.r;
-        const CUtensorMap *map = &p.map[f.t.g].out;
+        const CUtensorMap *map = &p.map[f.map].out;
 #pragma unroll
         for (int c = 0; c < M::PANELS; c++) hopper_store(map, to + c * M::GROUPS * M::PANEL, 64 * c, row0, z, head);
         hopper_bulk_commit();
-    }
-    /* (b N + n) H + h of row i of the tile's lattice */
-    __device__ __forceinline__ int64_t row_at(const volatile attn_tile &t, int i) const
-    {
-        return ((int64_t)t.b * p.a.n + (t.base + (int64_t)i * t.r - p.a.shift)) * p.a.heads + t.h;
     }
     /* natural lse of a row whose base-2 reference and sum are known */
     static __device__ __forceinline__ float lse_of(float top, float sum)
     {
         return sum == 0 ? -INFINITY : (top + hopper_log2(sum)) * (float)ATTN_LN2;
     }
-    __device__ __forceinline__ void put_branch_lse(const volatile attn_tile &t, int64_t at, float lse)
+    /* `old`: base-2 lse of earlier branches, where branches are summed up */
+    __device__ __forceinline__ void put_lse(int64_t at, int g, float mine, float old)
     {
-        if (p.a.branch_lse) ((float *)p.a.branch_lse)[(int64_t)t.g * p.a.batch * p.a.n * p.a.heads + at] = lse;
+        if (p.a.branch_lse) ((float *)p.a.branch_lse)[g * p.a.branch_stride + at] = mine;
+        if (MEETS && old != -INFINITY) {
+            old *= (float)ATTN_LN2;
+            const float high = fmaxf(old, mine), low = fminf(old, mine);
+            mine = high == -INFINITY ? high : high + log1pf(expf(low - high));
+        }
+        ((float *)p.a.lse)[at] = mine;
     }
     __device__ __forceinline__ void finish_alone(int slot, float total0, float total1)
     {
@@ -305,110 +322,107 @@ template <class T, int D, bool MEETS> struct hopper_rows {
             const volatile hopper_forward_tile &f = tile(slot);
             const int i = f.t.first + w * 64 + warp * 16 + lane / 4, end = f.t.end, step = f.step;
             const int64_t at = f.at + (int64_t)i * step;
-            float *lse = (float *)p.a.lse + at;
-            if (i < end) *lse = lse_of(top0, total0);
-            if (i + 8 < end) lse[8 * (int64_t)step] = lse_of(top1, total1);
-            if (p.a.branch_lse) {
-                if (i < end) put_branch_lse(f.t, at, lse_of(top0, total0));
-                if (i + 8 < end) put_branch_lse(f.t, at + 8 * (int64_t)step, lse_of(top1, total1));
-            }
+            if (i < end) put_lse(at, f.g, lse_of(top0, total0), -INFINITY);
+            if (i + 8 < end) put_lse(at + 8 * (int64_t)step, f.g, lse_of(top1, total1), -INFINITY);
         }
         const float weight = (float)p.a.gscale;
         meet(); /* all warps are past their last use of the queries */
         store(slot, total0 == 0 ? 0 : weight / total0, total1 == 0 ? 0 : weight / total1);
     }
 
-    /* What becomes of a row where branches meet: result = own * O + before * sums so far. */
-    struct share {
-        float own, before;
-        int last;
-    };
-    __device__ __forceinline__ share merge(const attn_tile &t, int i, float top, float sum)
+    /* ---- branches that meet ---- */
+
+    /* base-2 lse that earlier branches left in the thread's rows */
+    __device__ __forceinline__ void before(int slot, float &old0, float &old1)
     {
-        share x = {0, 0, 1};
-        if (i >= t.end) return x;
-        const int others = attn_others<false>(p.a, t, (unsigned)(t.base + (int64_t)i * t.r));
-        const int64_t at = row_at(t, i);
-        float *lse = (float *)p.a.lse + at, mine = lse_of(top, sum);
-        x.last = !(others & 2);
-        x.own = sum == 0 ? 0 : (float)p.a.gscale / sum;
-        if (p.a.sum) put_branch_lse(t, at, mine);
-        if (others & 1) {
-            const float old = __ldcg(lse), high = fmaxf(old, mine), low = fminf(old, mine);
-            const float all = high == -INFINITY ? high : high + log1pf(expf(low - high));
-            x.before = 1;
-            if (!p.a.sum) {
-                x.before = old == -INFINITY ? 0 : expf(old - all);
-                x.own = mine == -INFINITY ? 0 : expf(mine - all) / sum;
-            }
-            mine = all;
-        }
-        *lse = mine;
-        return x;
+        const float *x = (const float *)__cvta_shared_to_generic(memory + M::BEFORE + 256 * (M::GROUPS * slot + w));
+        old0 = x[warp * 16 + lane / 4], old1 = x[warp * 16 + lane / 4 + 8];
     }
-    /* waits for the tiles of smaller rank of the same batch item and head; by one thread */
-    __device__ __forceinline__ void wait_for_others(const attn_tile &t)
+    /* What earlier branches made of the thread's row ROW of two, if they did, becomes every other pair of x; or, EACH
+     * 2, every pair. */
+    template <int ROW, int EACH> __device__ __forceinline__ void fetch(int slot, float *x, float old)
     {
-        const int rank = p.a.branch[t.g].rank;
-#pragma unroll 1
-        for (int g = 0; g < p.a.branches; g++) {
-            const attn_branch &br = p.a.branch[g];
-            if (br.rank >= rank || !attn_runs(p.a, g, t.h)) continue;
-            const int *at = attn_done<false>(p.a, t, g), expected = br.segments * br.blocks * M::GROUPS;
-            for (int seen;;) {
-                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
-                if (seen >= expected) break;
-                __nanosleep(40);
-            }
-        }
+        const volatile hopper_forward_tile &f = tile(slot);
+        const int i = f.t.first + w * 64 + warp * 16 + lane / 4 + 8 * ROW;
+        const float *from = (const float *)p.a.acc + (f.at + (int64_t)i * f.step) * p.a.head_dim + lane % 4 * 2;
+#pragma unroll
+        for (int e = 0; e < D / 8; e++)
+            hopper_fetch(x[EACH * e], x[EACH * e + 1], from + 8 * e, old != -INFINITY && 8 * e < p.a.head_dim);
     }
-    __device__ __forceinline__ void put_row(const share &x, int64_t row, int first)
+    /* A tile begins where earlier branches stopped: their lse is a reference whose sum is 1, their results are sums.
+     * They come from the cache while the first block's maxima and exponentials are worked out. */
+    __device__ __forceinline__ void carry(int slot, float &old0, float &old1)
+    {
+        hopper_wait(memory + M::CARRIED + 8 * slot, tiles >> 1 & 1);
+        old0 = old1 = -INFINITY;
+        if (p.a.sum) return;
+        before(slot, old0, old1);
+        fetch<0, 4>(slot, o, old0);
+        fetch<1, 4>(slot, o + 2, old1);
+    }
+    __device__ __forceinline__ void put_row(int64_t row, int first, float weight, bool last)
     {
         float *acc = (float *)p.a.acc + row * p.a.head_dim + lane % 4 * 2;
         T *out = (T *)p.a.out + row * p.a.head_dim + lane % 4 * 2;
 #pragma unroll
         for (int e = 0; e < D / 8; e++) {
             if (8 * e >= p.a.head_dim) break;
-            float2 v = {o[4 * e + first] * x.own, o[4 * e + first + 1] * x.own};
-            if (x.before != 0) {
-                const float2 old = __ldcg((const float2 *)(acc + 8 * e));
-                v.x += x.before * old.x, v.y += x.before * old.y;
-            }
-            if (x.last) *(uint32_t *)(out + 8 * e) = hopper_pack<T>(v.x, v.y);
+            const float2 v = {o[4 * e + first] * weight, o[4 * e + first + 1] * weight};
+            if (last) *(uint32_t *)(out + 8 * e) = hopper_pack<T>(v.x, v.y);
             else *(float2 *)(acc + 8 * e) = v;
+        }
+    }
+    template <int ROW> __device__ __forceinline__ void add(int slot, float weight, float old)
+    {
+        float x[D / 4];
+#pragma unroll
+        for (int e = 0; e < D / 4; e++) x[e] = 0;
+        fetch<ROW, 2>(slot, x, old);
+#pragma unroll
+        for (int e = 0; e < D / 8; e++) {
+            o[4 * e + 2 * ROW] = fmaf(o[4 * e + 2 * ROW], weight, x[2 * e]);
+            o[4 * e + 2 * ROW + 1] = fmaf(o[4 * e + 2 * ROW + 1], weight, x[2 * e + 1]);
         }
     }
     __device__ __forceinline__ void finish_together(int slot, float total0, float total1)
     {
-        const attn_tile &t = settled(slot).t;
-        const int i = t.first + w * 64 + warp * 16, from = lane % 8 * 4;
-        if (thread == 0) wait_for_others(t);
-        meet();
-        /* lanes 0 .. 15 work out what becomes of the warp's rows */
-        const float up0 = __shfl_sync(~0u, top0, from), up1 = __shfl_sync(~0u, top1, from);
-        const float all0 = __shfl_sync(~0u, total0, from), all1 = __shfl_sync(~0u, total1, from);
-        share mine = {0, 0, 1};
-        if (lane < 16) mine = merge(t, i + lane, lane < 8 ? up0 : up1, lane < 8 ? all0 : all1);
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int at = lane / 4 + 8 * e;
-            share x;
-            x.own = __shfl_sync(~0u, mine.own, at);
-            x.before = __shfl_sync(~0u, mine.before, at);
-            x.last = __shfl_sync(~0u, mine.last, at);
-            if (i + at < t.end) put_row(x, row_at(t, i + at), 2 * e);
+        const float weight = (float)p.a.gscale;
+        float weight0 = total0 == 0 ? 0 : weight / total0, weight1 = total1 == 0 ? 0 : weight / total1;
+        float old0 = -INFINITY, old1 = -INFINITY;
+        if (p.a.sum) { /* branches have a softmax each, and their results are added up */
+            before(slot, old0, old1);
+            add<0>(slot, weight0, old0);
+            add<1>(slot, weight1, old1);
+            weight0 = weight1 = 1;
         }
-        __threadfence();
-        meet();
+        const volatile hopper_forward_tile &f = tile(slot);
+        const int i = f.t.first + w * 64 + warp * 16 + lane / 4, end = f.t.end, step = f.step;
+        const int64_t at = f.at + (int64_t)i * step;
+        if (lane % 4 == 0) {
+            if (i < end) put_lse(at, f.g, lse_of(top0, total0), old0);
+            if (i + 8 < end) put_lse(at + 8 * (int64_t)step, f.g, lse_of(top1, total1), old1);
+        }
+        if (f.after[2 * w] | f.after[2 * w + 1]) {
+            const uint32_t after = f.after[2 * w + warp / 2] >> (warp % 2 * 16 + lane / 4);
+            if (i < end) put_row(at, 0, weight0, !(after & 1));
+            if (i + 8 < end) put_row(at + 8 * (int64_t)step, 2, weight1, !(after >> 8 & 1));
+        } else {
+            meet();
+            store(slot, weight0, weight1);
+        }
     }
-    __device__ __forceinline__ void say_done(int slot) { hopper_say_done(p, settled(slot).t, 1); }
+    __device__ __forceinline__ void say_done(int slot) /* every warp, of every tile */
+    {
+        __syncwarp();
+        if (MEETS && lane == 0) hopper_arrive(memory + M::DONE + 8 * slot);
+    }
     __device__ __forceinline__ void finish(int slot)
     {
         const float total0 = quad_sum(sum0), total1 = quad_sum(sum1);
         look_for_spoilt();
         if constexpr (MEETS) finish_together(slot, total0, total1);
         else finish_alone(slot, total0, total1);
-        if (MEETS && thread == 0) say_done(slot);
+        say_done(slot);
         stored = true;
         clear();
     }
@@ -507,11 +521,7 @@ template <class T, int D, bool MEETS> struct hopper_rows {
                 exponentials(i);
                 pack(i);
             }
-#pragma unroll
-            for (int i = 0; i < D / 8; i++) {
-                o[4 * i] *= shrink0, o[4 * i + 1] *= shrink0;
-                o[4 * i + 2] *= shrink1, o[4 * i + 3] *= shrink1;
-            }
+            scale(shrink0, shrink1);
             __syncwarp(); /* all lanes have read the keys before lane 0 frees them */
         }
         free_keys(block);
@@ -532,11 +542,16 @@ template <class T, int D, bool MEETS> struct hopper_rows {
             for (int i = 0; i < lead; i++) skip();
             if (stop > lead) {
                 const uint32_t start = block - lead;
+                float old0, old1;
                 first_block(slot);
+                if (MEETS) carry(slot, old0, old1);
                 if (lead < plain || lead >= full) mask(slot, low + lead * BN);
-                first_softmax();
+                first_softmax(old0, old1);
                 /* the store of the last tile's results has read its memory by the end of the next block */
-                if (stop - lead == 1) free_stored();
+                if (stop - lead == 1) {
+                    if (MEETS) meet();
+                    free_stored();
+                }
                 const uint32_t ending = start + stop, from = start + plain, until = start + full, release = block;
 #pragma unroll 1
                 while (block < ending) {
@@ -551,8 +566,12 @@ template <class T, int D, bool MEETS> struct hopper_rows {
                 free_stored();
                 if (w < all.w) { /* rows without a key */
                     top0 = top1 = sum0 = sum1 = 0;
+                    if (MEETS) {
+                        carry(slot, top0, top1);
+                        if (lane % 4 == 0) sum0 = top0 != -INFINITY, sum1 = top1 != -INFINITY;
+                    }
                     finish(slot);
-                } else if (MEETS && thread == 0) say_done(slot);
+                } else say_done(slot);
             }
             /* the last product waits for the next tile only if the values that are skipped meanwhile find room */
             if (held && blocks - stop >= M::STAGES) flush(slot);

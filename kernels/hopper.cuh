@@ -60,6 +60,20 @@ HOPPER_FN void hopper_wait(uint32_t at, int parity)
                  "r"(parity)
                  : "memory");
 }
+/* has the phase ended? for those who do not wait */
+HOPPER_FN bool hopper_ended(uint32_t at, int parity)
+{
+    int ended;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.s32 %0, 1, 0, done;\n"
+                 "}"
+                 : "=r"(ended)
+                 : "r"(at), "r"(parity)
+                 : "memory");
+    return ended;
+}
 /* a box of a tensor map: columns from `column`, 64 rows from `row`, of (z, head) */
 HOPPER_FN void hopper_load(uint32_t to, const CUtensorMap *map, uint32_t full, int column, int row, int z, int head)
 {
@@ -209,11 +223,27 @@ template <class T> HOPPER_FN uint32_t hopper_pack(float low, float high)
     else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
     return x;
 }
+/* two numbers from the cache that all processors share, if `wanted`; both stay what they are otherwise */
+HOPPER_FN void hopper_fetch(float &x, float &y, const float *from, int wanted)
+{
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.s32 wanted, %3, 0;\n"
+                 "@wanted ld.global.cg.v2.f32 {%0, %1}, [%2];\n"
+                 "}"
+                 : "+f"(x), "+f"(y)
+                 : "l"(from), "r"(wanted)
+                 : "memory");
+}
 HOPPER_FN float2 hopper_pair(uint32_t at)
 {
     float2 v;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
     return v;
+}
+HOPPER_FN void hopper_put_one(uint32_t at, float x)
+{
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
 }
 HOPPER_FN int4 hopper_four(uint32_t at)
 {
