@@ -99,11 +99,21 @@ const char *attn_hopper_forward_fits(const lac_a_attend *f)
     return NULL;
 }
 
+/* Branches that differ in their offsets alone take turns: rows of one offset lie in few channels of the memory. */
+static int turns_of(const attn_args &a)
+{
+    for (int g = 0; g < a.branches; g++) {
+        const attn_branch &x = a.branch[g], &y = a.branch[0];
+        if (a.ranks > 1 || x.segment != y.segment || x.dilation != y.dilation || x.tiles != y.tiles) return 1;
+    }
+    return a.branches;
+}
+
 /* Of branch g: segments, items and heads whose tiles are interleaved, so that heavy tiles come first. */
-static int interleaved(const attn_args &a, int g, int64_t rows, int64_t items)
+static int interleaved(const attn_args &a, int g, int64_t rows, int64_t items, int turns)
 {
     enum { BYTES = 16 << 20 };
-    const int64_t n = a.causal && a.branch[g].rank == a.ranks - 1 ? BYTES / (rows * a.head_dim * 4) : 1;
+    const int64_t n = a.causal && a.branch[g].rank == a.ranks - 1 ? BYTES / (rows * a.head_dim * 4 * turns) : 1;
     return (int)(n < 1 ? 1 : n > items ? items : n);
 }
 
@@ -137,11 +147,7 @@ template <class T, int D, bool MEETS> static int launch(const hopper_forward_arg
     LAC_TRY(lac_cuda_launched("attention"));
     if (!p.masks) return 0;
     const int64_t rows = (int64_t)p.a.batch * p.a.n * p.a.heads;
-    /* a processor takes microseconds to change how much of its memory is shared */
-    auto redo = attn_hopper_redo_kernel<T>;
-    CUDA_TRY("attention", cudaFuncSetAttribute(redo, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                               cudaSharedmemCarveoutMaxShared));
-    redo<<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(p.a, p.call);
+    attn_hopper_redo_kernel<T><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(p.a, p.call);
     return lac_cuda_launched("attention");
 }
 
@@ -160,6 +166,7 @@ int attn_hopper_forward(attn_args &a, const lac_a_attend *f, bool gaps)
     LAC_TRY(attn_number(a, plan, false, a.head_dim <= 64 ? 192 : 128, &tiles));
     if (tiles == 0 && !gaps) return 0;
     p.tiles = (int)tiles;
+    p.turns = turns_of(a);
     p.masks = a.causal || a.window >= 0;
     p.call = ++calls;
     for (int g = 0; g < a.branches; g++) {
@@ -167,7 +174,7 @@ int attn_hopper_forward(attn_args &a, const lac_a_attend *f, bool gaps)
         const int64_t rows = (min((int64_t)b.segment, plan->desc.m) - 1) / b.dilation + 1;
         const int64_t items = (int64_t)a.batch * b.segments * b.heads;
         p.items[g] = (int)items;
-        p.together[g] = interleaved(a, g, rows, items);
+        p.together[g] = interleaved(a, g, rows, items, p.turns);
         while (a.branch[p.same[g]].dilation != b.dilation) p.same[g]++;
         if (p.same[g] < g) continue;
         LAC_TRY(hopper_map(&p.map[g].q, &f->q, b.dilation, 64));

@@ -53,6 +53,7 @@ struct hopper_forward_args {
     attn_args a;
     int same[HOPPER_BRANCHES]; /* the first branch of the same dilation, whose maps serve all of them */
     int tiles, items[HOPPER_BRANCHES], together[HOPPER_BRANCHES]; /* items of a branch; and those interleaved */
+    int turns;                                                    /* branches that take turns, tile by tile, or 1 */
     int q_step, k_step, v_step, out_step;                         /* tokens from one batch item to the next */
     hopper_lattices lattices;
     bool gaps;   /* may there be rows that no branch reaches? */
@@ -147,6 +148,11 @@ template <int D> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id
     constexpr int GROUPS = hopper_forward_shape<D>::GROUPS;
     const attn_args &a = p.a;
     int g = 0;
+    if (p.turns > 1) {
+        const int turn = id / hopper_opaque(p.turns);
+        g = id - turn * p.turns;
+        id = (int)a.branch[g].begin + turn;
+    }
 #pragma unroll 1
     while (id < (int)a.branch[g].begin || id >= (int)(a.branch[g].begin + a.branch[g].tiles)) g++;
     const attn_branch &br = a.branch[g];
