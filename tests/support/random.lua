@@ -11,7 +11,8 @@ function random.generator()
   local state, g = 1, {}
   function g.seed(x) state = x end
   function g.random(n)
-    state = (state * 1103515245 + 12345) % 2147483648
+    -- 1103515245 is 16838 * 2^16 + 20077: the whole product has more bits than a double
+    state = (state * 16838 % 32768 * 65536 + state * 20077 + 12345) % 2147483648
     return math.floor(state / 65536) % n + 1
   end
   function g.pick(list) return list[g.random(#list)] end
