@@ -12,8 +12,10 @@
  *   - Registers decide everything: dk, dv, S and dP are all there is room for. P^T and dS^T are packed into what dP
  *     leaves, dQ uses the registers of S. A branch between two products makes the compiler wait for the first one.
  *   - Rows are read by clipping tensor maps where they lie, whatever the dilation (hopper.cuh).
- * One warp loads; the warps beside it (carriers) take the sums of dq from the warpgroups, wait for the block's turn and
- * pass it on (attn_hopper_backward.cuh), so that the order costs the warpgroups nothing.
+ * One warp loads; the warps beside it (carriers) take the sums of dq from the warpgroups through shared memory, wait
+ * for the block's turn, have them added in bulk and pass the turn on (attn_hopper_backward.cuh), so that neither the
+ * order nor the additions cost the warpgroups anything. For D = 128 that takes the room of a second stage of v: the
+ * next tile's v is asked for when the last product with this one's is done.
  *
  * Rejected: 128 query rows a block (its dq needs twice the registers), converting sums of dq to their type where they
  * are finished (slower: few threads, bound by latency), starting tiles at different blocks (less reuse in the cache).
@@ -43,43 +45,72 @@ template <int D> struct hopper_shape {
     enum {
         GROUPS = D == 64 ? 3 : 2, /* warpgroups */
         STAGES = GROUPS,          /* D = 64: the stage says whose turn it is at dq */
-        TILES = 2,                /* stages of k and v */
+        TILES = 2,                /* stages of k */
+        VALUES = D == 64 ? 2 : 1, /* of v: D = 128 has room for sums of dq instead */
         KEYS = 64 * GROUPS,
         THREADS_ = 128 * (GROUPS + 1),
         PANELS = D / 64,
         PANEL = 64 * 128,
         BLOCK = PANELS * PANEL,
         TILE = GROUPS * BLOCK,
-        DS = GROUPS * PANEL
+        DS = GROUPS * PANEL,
+        SUMS = 64 * D * 4 /* of dq */
     };
     enum {
         K = 0,
         V = K + TILES * TILE,
-        Q = V + TILES * TILE,
+        Q = V + VALUES * TILE,
         G = Q + STAGES * BLOCK,
         S = G + STAGES * BLOCK,
-        STATS = S + STAGES * DS,
+        DQ = S + STAGES * DS, /* D = 128; else sums lie in the stage of dS that they were made from */
+        STATS = DQ + (D == 64 ? 0 : SUMS),
         STEP = STATS + STAGES * 512, /* of two rounds of stages: block, its number, the tile's order, fresh */
         TILE_INFO = STEP + 2 * STAGES * 16,
         BARRIERS = TILE_INFO + TILES * 64,
         K_FULL = BARRIERS,
         V_FULL = K_FULL + 8 * TILES,
-        TILE_FREE = V_FULL + 8 * TILES,
+        V_FREE = V_FULL + 8 * TILES, /* D = 128; else v is free when the tile is */
+        TILE_FREE = V_FREE + 8,
         Q_FULL = TILE_FREE + 8 * TILES,
         G_FULL = Q_FULL + 8 * STAGES,
         BLOCK_FREE = G_FULL + 8 * STAGES, /* q, dout and statistics */
         DS_FULL = BLOCK_FREE + 8 * STAGES,
         DS_FREE = DS_FULL + 8 * STAGES,
-        TURN = DS_FREE + 8 * STAGES, /* D = 128: a block's sums may be added to */
-        ADDED = TURN + 8 * STAGES,   /* D = 64: sums lie in the stage of dS; D = 128: they have been added */
-        MEMORY = ADDED + 8 * STAGES
+        DQ_FULL = DS_FREE + 8 * STAGES, /* the block's sums have been written */
+        DQ_FREE = DQ_FULL + 8 * STAGES, /* D = 128; else the stage of dS is free when its sums are */
+        MEMORY = DQ_FREE + 8
     };
+    static constexpr __host__ __device__ int value(int tile_stage) { return VALUES == 1 ? 0 : tile_stage; }
     static constexpr int LOADER_REGISTERS = D == 64 ? 32 : 40, GROUP_REGISTERS = D == 64 ? 160 : 232;
     static_assert(MEMORY <= 232448, "shared memory of a thread block");
+    static_assert(128 * (LOADER_REGISTERS + GROUPS * GROUP_REGISTERS) <= THREADS_ * (65536 / THREADS_ / 8 * 8),
+                  "registers that the launch gives a thread block; hopper_more() waits for ever for others");
 };
 
-/* ---- the loader and the carriers: one thread each ---- */
+/* ---- loaders and carriers: one thread each ---- */
 
+/* groups of a tile's rows of k, or of v, from shared memory's `to` on */
+template <int D>
+HOPPER_FN void hopper_load_groups(uint32_t to, const CUtensorMap *map, uint32_t full, const volatile hopper_tile &t,
+                                  int dilation, int step, int groups)
+{
+    typedef hopper_shape<D> M;
+    const int row = HOPPER_WRAP - t.live + t.first * 64, z = t.batch * step + t.key0 + t.live * dilation;
+    hopper_expect(full, groups * M::BLOCK);
+#pragma unroll 1
+    for (int g = 0; g < groups; g++)
+#pragma unroll
+        for (int c = 0; c < M::PANELS; c++)
+            hopper_load(to + (c * M::GROUPS + g) * M::PANEL, map, full, 64 * c, row + 64 * g, z, t.kv_head);
+}
+template <int D>
+HOPPER_FN void hopper_load_values(const hopper_keys_args &p, uint32_t memory, const volatile hopper_tile &t,
+                                  const hopper_keys_branch &branch, int ts)
+{
+    typedef hopper_shape<D> M;
+    hopper_load_groups<D>(memory + M::V + M::value(ts) * M::TILE, &branch.v, memory + M::V_FULL + 8 * M::value(ts), t,
+                          branch.dilation, p.batch_step[2], t.width);
+}
 template <int D> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_t memory)
 {
     typedef hopper_shape<D> M;
@@ -98,26 +129,9 @@ template <int D> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_
             if (branch.meets) atomicAdd(p.ready + branch.rank, M::GROUPS);
             continue;
         }
-        {
-            const int row = HOPPER_WRAP - at.live + at.first * 64, head = at.kv_head,
-                      token = at.key0 + at.live * branch.dilation;
-            const uint32_t full = memory + M::K_FULL + 8 * ts, k = memory + M::K + ts * M::TILE;
-            int z = at.batch * p.batch_step[1] + token;
-            hopper_expect(full, M::TILE); /* all groups: dq multiplies those of other tiles with zeros */
-#pragma unroll 1
-            for (int g = 0; g < M::GROUPS; g++)
-#pragma unroll
-                for (int c = 0; c < M::PANELS; c++)
-                    hopper_load(k + (c * M::GROUPS + g) * M::PANEL, &branch.k, full, 64 * c, row + 64 * g, z, head);
-            z = at.batch * p.batch_step[2] + token;
-            hopper_expect(full + 8 * M::TILES, at.width * M::BLOCK);
-#pragma unroll 1
-            for (int g = 0; g < at.width; g++)
-#pragma unroll
-                for (int c = 0; c < M::PANELS; c++)
-                    hopper_load(k + M::V - M::K + (c * M::GROUPS + g) * M::PANEL, &branch.v, full + 8 * M::TILES,
-                                64 * c, row + 64 * g, z, head);
-        }
+        hopper_load_groups<D>(memory + M::K + ts * M::TILE, &branch.k, memory + M::K_FULL + 8 * ts, at, branch.dilation,
+                              p.batch_step[1], M::GROUPS); /* all: dq multiplies those of other tiles with zeros */
+        if (M::VALUES == M::TILES) hopper_load_values<D>(p, memory, at, branch, ts);
 #pragma unroll 1
         for (unsigned heads = at.heads; heads; heads &= heads - 1) {
             const int member = __ffs((int)heads) - 1, high = at.high;
@@ -157,6 +171,22 @@ template <int D> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_
     }
 }
 
+/* D = 128: v waits for its only stage, which must not hold up what else there is to load. */
+template <int D> HOPPER_FN void hopper_value_loader(const hopper_keys_args &p, uint32_t memory)
+{
+    typedef hopper_shape<D> M;
+    int ts = 0, tp = 0;
+#pragma unroll 1
+    for (;;) {
+        hopper_wait(memory + M::K_FULL + 8 * ts, tp); /* the tile is known */
+        const volatile hopper_tile &t = *(const hopper_tile *)__cvta_shared_to_generic(memory + M::TILE_INFO + ts * 64);
+        if (t.width == HOPPER_STOP) return;
+        hopper_wait(memory + M::V_FREE, ts ^ 1);
+        hopper_load_values<D>(p, memory, t, p.branch[t.branch], ts);
+        if (++ts == M::TILES) ts = 0, tp ^= 1;
+    }
+}
+
 /* Every block of one stage: waits for its turn, sees that the tile's dq is added, passes the turn on. */
 template <int D> HOPPER_FN void hopper_carrier(const hopper_keys_args &p, uint32_t memory, int stage)
 {
@@ -169,22 +199,17 @@ template <int D> HOPPER_FN void hopper_carrier(const hopper_keys_args &p, uint32
         hopper_arrive(memory + M::BLOCK_FREE + 8 * stage);
         if (at.y == HOPPER_STOP) return;
         const int fresh = hopper_turn(p.turn + at.y, at.z);
-        if constexpr (D == 64) {
-            hopper_wait(memory + M::ADDED + 8 * stage, parity);
-            hopper_fence();
-            float *to = p.dq + (size_t)at.y * 64 * D;
-            if (fresh) hopper_store_flat(to, memory + M::S + stage * M::DS, 64 * D * 4);
-            else hopper_add_flat(to, memory + M::S + stage * M::DS, 64 * D * 4);
-            hopper_bulk_commit();
-            hopper_bulk_read();
-            hopper_arrive(memory + M::DS_FREE + 8 * stage);
-            hopper_bulk_done();
-            hopper_fence();
-        } else {
-            hopper_put_four(step, make_int4(at.x, at.y, at.z, fresh));
-            hopper_arrive(memory + M::TURN + 8 * stage);
-            hopper_wait(memory + M::ADDED + 8 * stage, parity);
-        }
+        hopper_wait(memory + M::DQ_FULL + 8 * stage, parity);
+        hopper_fence();
+        float *to = p.dq + (size_t)at.y * 64 * D;
+        const uint32_t from = memory + (D == 64 ? M::S + stage * M::DS : M::DQ);
+        if (fresh) hopper_store_flat(to, from, M::SUMS);
+        else hopper_add_flat(to, from, M::SUMS);
+        hopper_bulk_commit();
+        hopper_bulk_read();
+        hopper_arrive(memory + (D == 64 ? M::DS_FREE + 8 * stage : M::DQ_FREE));
+        hopper_bulk_done();
+        hopper_fence();
         hopper_pass(p.turn + at.y, at.z);
     }
 }
@@ -280,33 +305,23 @@ template <class T, int D, bool MASKS> struct hopper_group {
         query_sums(stage);
         hopper_product_wait<0>();
         hopper_pin(s);
-        if constexpr (D == 64) { /* to the carrier, in the stage that has just been read by all four warps */
-            const uint32_t to = memory + M::S + stage * M::DS + thread * 16;
+        uint32_t to = memory + thread * 16; /* to the carrier */
+        if constexpr (D == 64) {            /* in the stage that has just been read by all four warps */
+            to += M::S + stage * M::DS;
             hopper_sync(1 + w, 128);
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + i * 2048), "f"(s[4 * i]),
-                             "f"(s[4 * i + 1]), "f"(s[4 * i + 2]), "f"(s[4 * i + 3])
-                             : "memory");
-            hopper_shared_fence();
-        } else { /* no room in shared memory: straight from the registers */
+        } else {
+            to += M::DQ + w * (M::SUMS / 2);
             arrive(M::DS_FREE + 8 * stage);
-            hopper_wait(memory + M::TURN + 8 * stage, parity);
-            const int4 at = hopper_four(memory + M::STEP + 16 * (stage + M::STAGES * parity));
-            float *to = p.dq + ((size_t)at.y * M::PANELS + w) * 4096 + thread * 4;
-            if (at.w)
-#pragma unroll
-                for (int i = 0; i < 8; i++)
-                    *(float4 *)(to + i * 512) = make_float4(s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3]);
-            else
-#pragma unroll
-                for (int i = 0; i < 8; i++)
-                    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + i * 512),
-                                 "f"(s[4 * i]), "f"(s[4 * i + 1]), "f"(s[4 * i + 2]), "f"(s[4 * i + 3])
-                                 : "memory");
+            hopper_wait(memory + M::DQ_FREE, stage ^ 1);
         }
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + i * 2048), "f"(s[4 * i]),
+                         "f"(s[4 * i + 1]), "f"(s[4 * i + 2]), "f"(s[4 * i + 3])
+                         : "memory");
+        hopper_shared_fence();
         __syncwarp();
-        arrive(M::ADDED + 8 * stage);
+        arrive(M::DQ_FULL + 8 * stage);
     }
 
     /* a block without visible pairs for this warpgroup: keeps the barriers going */
@@ -373,8 +388,8 @@ template <class T, int D, bool MASKS> struct hopper_group {
         hopper_pin(probability);
         weighted(dv, probability, memory + M::G + qs * M::BLOCK);
     }
-    /* one block; from, left: see mask() */
-    __device__ __forceinline__ void block(int from, int left)
+    /* one block; from, left: see mask(); last: nothing of the tile multiplies v after it */
+    __device__ __forceinline__ void block(int from, int left, bool last)
     {
         hopper_wait(memory + M::Q_FULL + 8 * qs, qp);
         hopper_pin(s);
@@ -384,7 +399,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
         held = true;
         hopper_wait(memory + M::G_FULL + 8 * qs, qp);
         hopper_pin(d);
-        scores(d, memory + M::V + ts * M::TILE, memory + M::G + qs * M::BLOCK);
+        scores(d, memory + M::V + M::value(ts) * M::TILE, memory + M::G + qs * M::BLOCK);
         hopper_product_wait<1>();
         hopper_pin(s);
         if constexpr (MASKS) from -= 64 * hopper_four(memory + M::STEP + 16 * (qs + M::STAGES * qp)).x;
@@ -393,6 +408,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
         probabilities(stats);
         hopper_product_wait<0>();
         hopper_pin(d);
+        if (M::VALUES == 1 && last) arrive(M::V_FREE);
         differences(stats);
         /* with three warpgroups another one waits for dS, with two the tensor cores wait for dV */
         if constexpr (D == 128) add_dv();
@@ -409,14 +425,14 @@ template <class T, int D, bool MASKS> struct hopper_group {
     __device__ __forceinline__ void store(const float (&x)[D / 2], float by, const CUtensorMap *map, int step,
                                           int dilation, const volatile hopper_tile &t)
     {
-        const uint32_t to = memory + M::V + ts * M::TILE + w * M::PANEL;
+        const uint32_t to = memory + (D == 64 ? M::V + ts * M::TILE : M::DQ) + w * M::BLOCK;
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
             const int row = warp * 16 + lane % 16, chunk = (k % 4 * 2 + lane / 16) ^ row % 8;
             const float *y = x + 8 * k;
-            hopper_put<false>(to + k / 4 * M::GROUPS * M::PANEL + row * 128 + chunk * 16,
-                              hopper_pack<T>(y[0] * by, y[1] * by), hopper_pack<T>(y[2] * by, y[3] * by),
-                              hopper_pack<T>(y[4] * by, y[5] * by), hopper_pack<T>(y[6] * by, y[7] * by));
+            hopper_put<false>(to + k / 4 * M::PANEL + row * 128 + chunk * 16, hopper_pack<T>(y[0] * by, y[1] * by),
+                              hopper_pack<T>(y[2] * by, y[3] * by), hopper_pack<T>(y[4] * by, y[5] * by),
+                              hopper_pack<T>(y[6] * by, y[7] * by));
         }
         hopper_shared_fence();
         hopper_sync(1 + w, 128);
@@ -424,8 +440,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
         const int row = HOPPER_WRAP - t.keys + (t.first + w) * 64;
 #pragma unroll
         for (int c = 0; c < M::PANELS; c++)
-            hopper_store(map, to + c * M::GROUPS * M::PANEL, 64 * c, row, t.batch * step + t.key0 + t.keys * dilation,
-                         t.kv_head);
+            hopper_store(map, to + c * M::PANEL, 64 * c, row, t.batch * step + t.key0 + t.keys * dilation, t.kv_head);
         hopper_bulk_commit();
         hopper_bulk_read();
     }
@@ -488,7 +503,6 @@ template <class T, int D, bool MASKS> struct hopper_group {
             hopper_sync(1 + w, 128);
             store(dk, p.scale, &branch.dk, p.batch_step[4], branch.dilation, t);
         }
-        if (thread == 0) hopper_arrive(memory + M::TILE_FREE + 8 * ts);
     }
 
     /* the keys of one tile */
@@ -498,11 +512,12 @@ template <class T, int D, bool MASKS> struct hopper_group {
         const hopper_keys_branch &branch = p.branch[__shfl_sync(~0u, t.branch, 0)];
         if (MASKS) after = branch.after, before = branch.before;
         first = true;
+        bool last = false; /* did this warpgroup multiply in the last head's last block? */
 #pragma unroll
         for (int i = 0; i < D / 2; i++) dk[i] = dv[i] = 0;
 #pragma unroll
         for (int i = 0; i < 16; i++) probability[i] = ds[i] = 0;
-        if (busy) hopper_wait(memory + M::V_FULL + 8 * ts, tp);
+        if (busy || M::VALUES == 1) hopper_wait(memory + M::V_FULL + 8 * M::value(ts), M::VALUES == 1 ? ts : tp);
 #pragma unroll 1
         for (int heads = __popc(t.heads); heads > 0; heads--) {
             const int from = (t.first + w) * 64 - t.query0, left = t.live - (t.first + w) * 64;
@@ -511,16 +526,28 @@ template <class T, int D, bool MASKS> struct hopper_group {
             if (MASKS && from > after) idle = (from - after) / 64 - t.low;
             idle = __shfl_sync(~0u, !busy || left <= 0 || idle > blocks ? blocks : idle < 0 ? 0 : idle, 0);
             blocks -= idle;
+            last = blocks > 0;
             held = false;
 #pragma unroll 1
             for (; idle > 0; idle--) pass_block();
 #pragma unroll 1
-            for (; blocks > 0; blocks--) block(from, left);
+            for (; blocks > 0; blocks--) block(from, left, heads + blocks == 2);
             hopper_product_wait<0>();
             settle();
         }
-        if (!first) add_dq();
-        finish(t, branch, busy);
+        if constexpr (D == 64) {
+            if (!first) add_dq();
+            finish(t, branch, busy);
+        } else {
+            if (!last) arrive(M::V_FREE);
+            /* results leave through the memory of the sums before the last block's get there: the ones before it have
+             * long been added, these would have to be waited for */
+            hopper_wait(memory + M::DQ_FREE, first ? previous() : previous() ^ 1);
+            finish(t, branch, busy);
+            hopper_sync(1 + w, 128);
+            if (!first) add_dq();
+        }
+        if (thread == 0) hopper_arrive(memory + M::TILE_FREE + 8 * ts);
         if (++ts == M::TILES) ts = 0, tp ^= 1;
     }
     __device__ __forceinline__ void run()
@@ -556,9 +583,10 @@ __global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
             hopper_barrier(memory + M::BLOCK_FREE + 8 * i, 4 * M::GROUPS + 1); /* every warp, and the carrier */
             hopper_barrier(memory + M::DS_FULL + 8 * i, 4 * M::GROUPS);
             hopper_barrier(memory + M::DS_FREE + 8 * i, D == 64 ? 1 : 4 * M::GROUPS);
-            hopper_barrier(memory + M::TURN + 8 * i, 1);
-            hopper_barrier(memory + M::ADDED + 8 * i, D == 64 ? 4 : 4 * M::GROUPS);
+            hopper_barrier(memory + M::DQ_FULL + 8 * i, D == 64 ? 4 : 4 * M::GROUPS);
         }
+        hopper_barrier(memory + M::V_FREE, 4 * M::GROUPS);
+        hopper_barrier(memory + M::DQ_FREE, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -568,6 +596,7 @@ __global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
         if (threadIdx.x % 32 != 0) return;
         if (warp == 0) hopper_loader<D>(p, memory);
         else if (warp <= M::STAGES) hopper_carrier<D>(p, memory, warp - 1);
+        else hopper_value_loader<D>(p, memory);
     } else {
         hopper_more<M::GROUP_REGISTERS>();
         hopper_group<T, D, MASKS>(p, memory).run();
