@@ -1,8 +1,8 @@
-/* attn_hopper_forward.cuh: the work of the forward on Hopper: arguments, places in shared memory, and the two threads
- * that feed the warpgroups.
+/* attn_hopper_forward.cuh: the work of the forward on Hopper: arguments, places in shared memory, and the warps that
+ * feed the warpgroups.
  *
  * The scout claims the next tile from a counter and works out what it is: branch, segment, head, rows, keys. The loader
- * takes the result over, asks for queries, keys and values, and hands both to the warpgroups. They are two threads,
+ * takes the result over, asks for queries, keys and values, and hands both to the warpgroups. They are two warps,
  * because a dozen divisions would otherwise stand between the last block of one tile and the first of the next.
  *
  * A tile is up to 64 rows for each warpgroup. The groups of 64 rows of a segment are spread evenly over its tiles, so
@@ -14,8 +14,9 @@
  * Rows shorter than 64 or 128 numbers are padded with zeros by the bulk copies, which neither read nor write what lies
  * beyond a row's end.
  *
- * Where branches meet, a tile begins with what earlier branches made of its rows, and a third warp (hopper_carrier)
- * finds out for each row whether there is anything, waits until it is out, and says so when a tile's own sums are.
+ * Where branches meet, a tile begins with what earlier branches made of its rows. The scout's warp finds out for each
+ * row whether others reach it, before and after; another warp (hopper_carrier) waits until what is before is out, and
+ * says so when the tile's own sums are. Tensor cores wait for neither, as long as it is done a tile ahead.
  *
  * Two more warps, or one, write zeros where no branch reaches (hopper_fill), beside the products. Rejected: a pass
  * before the launch, which took half as long as the attention itself at a dilation of 16.
