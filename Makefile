@@ -14,6 +14,7 @@ BUSTED  ?= luajit /usr/bin/busted
 
 PACKAGES := gcc libc6-dev make pkg-config luajit libluajit-5.1-dev libopenblas-openmp-dev libedit2 lua-busted lua-check lua-cjson \
             lua-posix lua-filesystem gnuplot-nox bible-kjv bible-kjv-text xz-utils
+TOOLS    := clang clang-format clang-tidy lua-ldoc
 
 , := ,
 # short lines unless V=1: `  CC c/pool.c`
@@ -101,8 +102,8 @@ $(COMMAND): c/main.c c/interrupt.c c/interrupt.h c/lacuna.h
 
 # ---- CUDA ----
 
-# Attention is compiled for each architecture; everything else, which is bound by memory, once as PTX of the first one,
-# from which each architecture's instructions are made. That halves the work of the compiler. PTX is for later devices.
+# Kernels are compiled once, as PTX of the first architecture, from which each architecture's instructions are made;
+# only those of Hopper alone (attn_hopper_*.cu) for each architecture. PTX is for later devices.
 CUDA_ARCH ?= 80 90a
 GENCODE := $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
            -gencode arch=compute_$(firstword $(CUDA_ARCH)),code=compute_$(firstword $(CUDA_ARCH))
@@ -127,7 +128,7 @@ compile_cuda = $(NVCC) -O3 -std=c++17 --extended-lambda $(1) -Ic -Xcompiler -fPI
 $(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
-	$(Q)$(call compile_cuda,$(GENCODE)) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
+	$(Q)$(call compile_cuda,$(if $(findstring hopper,$<),$(GENCODE),$(PLAIN_CODE))) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
 	$(Q)awk -f kernels/ptxas.awk $@.log || { rm $@; exit 1; }
 
 $(BUILD)/obj/cuda/%.o: kernels/%.cu
@@ -185,7 +186,7 @@ $(BUILD)/lint/%.tidy: c/%.c .clang-tidy | $(BUILD)/ffi.h
 -include $(TIDY:=.d)
 
 lint: ## luacheck, clang-format, clang-tidy, every translation unit with warnings as errors
-	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) clang clang-format clang-tidy"
+	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) $(filter-out lua-ldoc,$(TOOLS))"
 	luacheck -q lua experiments tests
 	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh tests/support/*.c)
 	@$(MAKE) -s --no-print-directory -j$$(nproc) WERROR=-Werror $(OBJECTS) $(COMMAND)
@@ -268,7 +269,9 @@ docs: all ## the reference in build/docs/index.html; a warning is an error
 	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) lua-ldoc"
 	@luajit tests/support/reference.lua $(BUILD)/docs
 
-.PHONY: deps
+.PHONY: deps deps-all
+deps-all: ## those of deps, lint and docs, in one go
+	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) $(TOOLS)"
 deps: ## install the Debian packages that building, testing and the demo need (root or sudo)
 	@missing=""; for p in $(PACKAGES); do \
 	  dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \

@@ -7,10 +7,10 @@
  *
  * Memory beside tensors: f32 sums of f16 and bf16 results where branches meet in a row (one copy of the result, none
  * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters. f64 and, unless
- * lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cuh); everything else on tensor cores. Calls with
- * options of single pairs run instances of their own (attn_pairs*.cu).
- * Branches run in the reverse order of the plan's phases: the last to run is then usually the one without dilation,
- * which reaches every row, so that each row is rounded once and most sums stay in the cache.
+ * lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cuh); everything else on tensor cores, where
+ * calls with options of single pairs run instances of their own (attn_pairs_*.cu). Branches run in the reverse order of
+ * the plan's phases: the last to run is then usually the one without dilation, which reaches every row, so that each
+ * row is rounded once and most sums stay in the cache.
  */
 #include "attn_hopper_backward.cuh"
 #include "attn_pairs.cuh"
@@ -320,22 +320,22 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     a.lse = f->lse.data, a.branch_lse = f->branch_lse.data;
     a.branch_stride = f->branch_lse.stride[0];
     if (hopper) return attn_hopper_forward(a, f, gaps);
-    if (paired(f)) return (exact(f->q.dtype) ? attn_pairs_forward_exact : attn_pairs_forward_tensor)(a, p, f->q.dtype);
-    return (exact(f->q.dtype) ? attn_forward_exact : attn_forward_tensor)(a, p, f->q.dtype);
+    if (exact(f->q.dtype)) return attn_forward_exact(a, p, f->q.dtype);
+    return paired(f) ? attn_pairs_forward_tensor(a, p, f->q.dtype) : attn_forward_tensor(a, p, f->q.dtype);
 }
 
 /* the passes over keys and over query rows */
 static int keys_pass(attn_pair_args &a, const lac_a_attend *f)
 {
     int dtype = f->q.dtype;
-    if (paired(f)) return (exact(dtype) ? attn_pairs_keys_exact : attn_pairs_keys_tensor)(a, f->plan, dtype);
-    return (exact(dtype) ? attn_keys_exact : attn_keys_tensor)(a, f->plan, dtype);
+    if (exact(dtype)) return attn_keys_exact(a, f->plan, dtype);
+    return paired(f) ? attn_pairs_keys_tensor(a, f->plan, dtype) : attn_keys_tensor(a, f->plan, dtype);
 }
 static int queries_pass(attn_pair_args &a, const lac_a_attend *f)
 {
     int dtype = f->q.dtype;
-    if (paired(f)) return (exact(dtype) ? attn_pairs_queries_exact : attn_pairs_queries_tensor)(a, f->plan, dtype);
-    return (exact(dtype) ? attn_queries_exact : attn_queries_tensor)(a, f->plan, dtype);
+    if (exact(dtype)) return attn_queries_exact(a, f->plan, dtype);
+    return paired(f) ? attn_pairs_queries_tensor(a, f->plan, dtype) : attn_queries_tensor(a, f->plan, dtype);
 }
 
 static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc,

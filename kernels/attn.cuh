@@ -90,7 +90,9 @@ __device__ __forceinline__ bool attn_runs(const attn_args &a, int g, int h)
 
 __device__ __forceinline__ int attn_count(int64_t base, int r, int64_t end)
 {
-    return end > base ? (int)((unsigned)(end - base - 1) / (unsigned)r) + 1 : 0; /* at most a segment apart */
+    if (end <= base) return 0;
+    const unsigned last = (unsigned)(end - base - 1); /* at most a segment apart */
+    return (int)(r == 1 ? last : last / (unsigned)r) + 1;
 }
 
 /* does branch g keep `position` for head h, in a segment that has tiles? */
@@ -378,6 +380,13 @@ __device__ __forceinline__ void attn_copy4(uint32_t to, const void *from)
 __device__ __forceinline__ void attn_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void attn_arrived() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
+/* Hides from the compiler where x comes from: addresses computed from it are not kept in registers across the loop. */
+__device__ __forceinline__ uint32_t attn_opaque(uint32_t x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 /* Lattice rows [first, first + ROWS) of (b, h) into a tile of shared memory; rows from `limit` on, columns past the
  * head dimension, and (`padding`) rows that are padding become zeros. Tile::at(row, chunk) is the byte of a 16-byte
  * chunk. */
@@ -386,14 +395,14 @@ __device__ __forceinline__ void attn_load(uint32_t to, const attn_args &a, const
                                           int h, int shift, int first, int limit, bool padding)
 {
     constexpr int PER = 16 / (int)sizeof(T), CHUNKS = DP / PER;
+    h = (int)attn_opaque((uint32_t)h);
     const T *rows =
         (const T *)x.data + (int64_t)t.b * x.stride[0] + (int64_t)h * x.stride[2] + (t.base - shift) * x.stride[1];
     int64_t step = (int64_t)t.r * x.stride[1];
     if (x.vec) {
-#pragma unroll
-        for (int c = 0; c < ROWS * CHUNKS; c += THREADS_) {
-            int at = c + (int)threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-            if (ROWS * CHUNKS % THREADS_ && at >= ROWS * CHUNKS) break;
+#pragma unroll 1
+        for (int at = threadIdx.x; at < ROWS * CHUNKS; at += THREADS_) {
+            int row = at / CHUNKS, chunk = at % CHUNKS;
             bool valid = first + row < limit && chunk * PER < a.head_dim;
             if (padding && valid) valid = !attn_padded(a, t.b, t.base + (int64_t)(first + row) * t.r);
             attn_copy16(to + Tile::at(row, chunk),
@@ -480,13 +489,10 @@ template <class C> __device__ __forceinline__ C attn_delta_low(const attn_args &
 
 /* ---- launches: one function a file ---- */
 
-/* f16, bf16 and (tf32) f32 on tensor cores; f32 and f64 exactly */
+/* f16, bf16 and (tf32) f32 on tensor cores */
 int attn_forward_tensor(attn_args &a, const lac_plan *plan, int dtype);
 int attn_keys_tensor(attn_args &a, const lac_plan *plan, int dtype);
 int attn_queries_tensor(attn_args &a, const lac_plan *plan, int dtype);
-int attn_forward_exact(attn_args &a, const lac_plan *plan, int dtype);
-int attn_keys_exact(attn_args &a, const lac_plan *plan, int dtype);
-int attn_queries_exact(attn_args &a, const lac_plan *plan, int dtype);
 /* on Hopper: NULL, or why its kernel cannot do this; and the forward itself */
 const char *attn_hopper_forward_fits(const lac_a_attend *f);
 int attn_hopper_forward(attn_args &a, const lac_a_attend *f, bool gaps);

@@ -96,48 +96,47 @@ template <class C_, int DP_, int R_, int S_> struct exact {
         return rows[row() + 16 * i] >> (column() + 8 * j) & 1;
     }
     /* `seen` of BM rows from row0 on, less what options of single pairs hide; by the warps in turn */
-    static __device__ __forceinline__ void hide(const attn_args &, const attn_tile &, uint64_t *, int, int) {}
     static __device__ __forceinline__ void hide(const attn_pair_args &a, const attn_tile &t, uint64_t *seen, int first,
                                                 int end)
     {
+        if (!attn_hides(a) && end >= first + BN) return;
         __syncthreads();
         for (int i = threadIdx.x / 32; i < BM; i += EXACT_THREADS / 32) {
             const uint64_t shown = attn_row_shown<C, false>(a, t, t.h, t.first + i, first, end);
             if (threadIdx.x % 32 == 0) seen[i] &= shown;
         }
     }
-    /* scores += what options add to pairs within the ends. KEYS: rows are keys */
+    /* What options add to pairs within the ends, into p; KEYS: rows are keys. Keys are neighbours in memory. */
     template <bool KEYS>
-    static __device__ __forceinline__ void add(const attn_args &, const attn_tile &, int, int, int, int, C (&)[R][S])
+    static __device__ __forceinline__ void gather(const attn_pair_args &a, const attn_tile &t, int h, int row_end,
+                                                  int column0, int column_end, C *p)
     {
+        if (!a.bias && !a.slopes) return;
+#pragma unroll 2
+        for (int at = threadIdx.x; at < BM * BN; at += EXACT_THREADS) {
+            const int i = KEYS ? at % BM : at / BN, j = KEYS ? at / BM : at % BN, x = t.first + i, y = column0 + j;
+            const bool in = x < row_end && y < column_end;
+            p[i * P_ROW + j] = !in ? C(0) : KEYS ? attn_added<C>(a, t, h, y, x) : attn_added<C>(a, t, h, x, y);
+        }
     }
-    template <bool KEYS>
-    static __device__ __forceinline__ void add(const attn_pair_args &a, const attn_tile &t, int h, int row_end,
-                                               int column0, int column_end, C (&c)[R][S])
+    /* scores += what lies in p, where the thread puts its own numbers afterwards */
+    static __device__ __forceinline__ void add(const attn_pair_args &a, const C *p, C (&c)[R][S])
     {
         if (!a.bias && !a.slopes) return;
 #pragma unroll
         for (int i = 0; i < R; i++)
 #pragma unroll
-            for (int j = 0; j < S; j++) {
-                const int x = t.first + row() + 16 * i, y = column0 + column() + 8 * j;
-                if (x < row_end && y < column_end)
-                    c[i][j] += KEYS ? attn_added<C>(a, t, h, y, x) : attn_added<C>(a, t, h, x, y);
-            }
+            for (int j = 0; j < S; j++) c[i][j] += p[(row() + 16 * i) * P_ROW + column() + 8 * j];
     }
-    static __device__ __forceinline__ void add_dbias(const attn_args &, const attn_tile &, int, int, const C (&)[R][S])
-    {
-    }
+    /* the gradient of the bias from p */
     static __device__ __forceinline__ void add_dbias(const attn_pair_args &a, const attn_tile &t, int column0,
-                                                     int column_end, const C (&d)[R][S])
+                                                     int column_end, const C *p)
     {
-#pragma unroll
-        for (int i = 0; i < R; i++)
-#pragma unroll
-            for (int j = 0; j < S; j++) {
-                const int x = t.first + row() + 16 * i, y = column0 + column() + 8 * j;
-                if (x < t.end && y < column_end) attn_put_dbias(a, attn_dbias<C>(a, t, x, y), d[i][j]);
-            }
+#pragma unroll 1
+        for (int at = threadIdx.x; at < BM * BN; at += EXACT_THREADS) {
+            const int i = at / BN, j = at % BN, x = t.first + i, y = column0 + j;
+            if (x < t.end && y < column_end) attn_put_dbias(a, attn_dbias<C>(a, t, x, y), p[i * P_ROW + j]);
+        }
     }
     static __device__ __forceinline__ C row_sum(C x)
     {

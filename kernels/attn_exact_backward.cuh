@@ -17,8 +17,8 @@ template <class X> struct exact_stats { /* per row of the own side (queries), or
     }
 };
 
-template <class A, class X>
-__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const __grid_constant__ A a)
+template <class X>
+__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const __grid_constant__ attn_pair_args a)
 {
     typedef typename X::C C;
     constexpr int R = X::R, S = X::S, BM = X::BM, BN = X::BN, E = X::E;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const
     attn_load<X, C, BM, X::DP, EXACT_THREADS>(attn_shared(q), a, a.q, t, t.h, a.shift, t.first, t.end, false);
     attn_load<X, C, BM, X::DP, EXACT_THREADS>(attn_shared(g), a, a.g, t, t.h, a.shift, t.first, t.end, false);
     if (attn_wants_bias(a)) attn_wait<false>(a, t);
-    attn_walk<A, false> walk;
+    attn_walk<attn_pair_args, false> walk;
     walk.start(a, t, t.h);
 #pragma unroll 1
     for (int end, k0 = walk.seek(a, t, low, high, BN, &end); k0 < high; k0 = walk.seek(a, t, end, high, BN, &end)) {
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const
         attn_load<X, C, BN, X::DP, EXACT_THREADS>(attn_shared(v), a, a.v, t, hk, 0, k0, limit, pad);
         attn_commit();
         const bool partial = k0 + BN > t.live || k0 + BN - 1 > t.first + t.after || k0 < t.end - 1 - t.before || pad ||
-                             a.dedup || attn_cut(a, k0, limit, BN);
+                             a.dedup || attn_hides(a) || attn_short(a, k0, limit, BN);
         if (partial) {
             const uint64_t alive = attn_alive(a, t, k0);
             for (int i = threadIdx.x; i < BM; i += EXACT_THREADS)
@@ -69,11 +69,12 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const
         if (a.p > 0)
             for (int i = threadIdx.x; i < BM; i += EXACT_THREADS)
                 kept[i] = attn_kept<false>(a, t, t.h, t.first + i, k0);
+        X::template gather<false>(a, t, t.h, t.end, k0, limit, p);
         attn_arrived();
         __syncthreads();
         C s[R][S], d[R][S];
         X::scores(s, q, k);
-        X::template add<false>(a, t, t.h, t.end, k0, limit, s);
+        X::add(a, p, s);
         X::scores(d, g, v);
 #pragma unroll
         for (int i = 0; i < R; i++)
@@ -87,9 +88,9 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const
                 dot[i] += visible && w != 0 ? w * dp : C(0);
             }
         if (a.deltas) continue;
-        if (attn_wants_bias(a)) X::add_dbias(a, t, k0, limit, d);
         X::put(p, d);
         __syncthreads();
+        if (attn_wants_bias(a)) X::add_dbias(a, t, k0, limit, p);
         X::weighted(dq, p, k);
     }
     attn_arrived();
@@ -121,8 +122,8 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const
     attn_signal<false>(a, t);
 }
 
-template <class A, class X>
-__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __grid_constant__ A a)
+template <class X>
+__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __grid_constant__ attn_pair_args a)
 {
     typedef typename X::C C;
     constexpr int R = X::R, S = X::S, BM = X::BM, BN = X::BN, E = X::E;
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __
                                               pad);
     attn_load<X, C, BM, X::DP, EXACT_THREADS>(attn_shared(v), a, a.v, t, hk, 0, t.first, attn_limit(a, t.end, t.live),
                                               pad);
-    attn_walk<A, true> walk;
+    attn_walk<attn_pair_args, true> walk;
 #pragma unroll 1
     for (int h = t.h; h >= 0; h = attn_follows(a, t.g, h)) {
         walk.start(a, t, h);
@@ -176,11 +177,12 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __
             if (a.p > 0)
                 for (int i = threadIdx.x; i < BM; i += EXACT_THREADS)
                     kept[i] = attn_kept<true>(a, t, h, t.first + i, i0);
+            X::template gather<true>(a, t, h, attn_limit(a, t.end, t.live), i0, limit, p);
             attn_arrived();
             __syncthreads();
             C s[R][S], d[R][S];
             X::scores(s, k, q);
-            X::template add<true>(a, t, h, attn_limit(a, t.end, t.live), i0, limit, s);
+            X::add(a, p, s);
             X::scores(d, v, g);
 #pragma unroll
             for (int i = 0; i < R; i++)
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __
     attn_signal<true>(a, t);
 }
 
-template <class X, class K, class A> static int launch(K kernel, A &a, const lac_plan *plan, bool keys)
+template <class X, class K> static int launch(K kernel, attn_pair_args &a, const lac_plan *plan, bool keys)
 {
     int64_t tiles;
     LAC_TRY(attn_number(a, plan, keys, X::BM, &tiles, attn_block_of(a)));
@@ -237,7 +239,6 @@ template <class X, class K, class A> static int launch(K kernel, A &a, const lac
 
 #define EACH(kernel, keys)                                                                                             \
     int d = a.head_dim;                                                                                                \
-    typedef std::decay_t<decltype(a)> A;                                                                               \
     typedef exact<double, 64, 2, 4> D64;                                                                               \
     typedef exact<double, 128, 2, 2> D128;                                                                             \
     typedef exact<double, 256, 1, 2> D256;                                                                             \
@@ -245,11 +246,11 @@ template <class X, class K, class A> static int launch(K kernel, A &a, const lac
     typedef exact<float, 128, 4, 4> F128;                                                                              \
     typedef exact<float, 256, 2, 2> F256;                                                                              \
     if (dtype == LAC_F64)                                                                                              \
-        return d <= 64    ? launch<D64>(kernel<A, D64>, a, plan, keys)                                                 \
-               : d <= 128 ? launch<D128>(kernel<A, D128>, a, plan, keys)                                               \
-                          : launch<D256>(kernel<A, D256>, a, plan, keys);                                              \
-    return d <= 64    ? launch<F64>(kernel<A, F64>, a, plan, keys)                                                     \
-           : d <= 128 ? launch<F128>(kernel<A, F128>, a, plan, keys)                                                   \
-                      : launch<F256>(kernel<A, F256>, a, plan, keys)
+        return d <= 64    ? launch<D64>(kernel<D64>, a, plan, keys)                                                    \
+               : d <= 128 ? launch<D128>(kernel<D128>, a, plan, keys)                                                  \
+                          : launch<D256>(kernel<D256>, a, plan, keys);                                                 \
+    return d <= 64    ? launch<F64>(kernel<F64>, a, plan, keys)                                                        \
+           : d <= 128 ? launch<F128>(kernel<F128>, a, plan, keys)                                                      \
+                      : launch<F256>(kernel<F256>, a, plan, keys)
 
 #endif

@@ -1,7 +1,7 @@
 /* attn_exact_forward.cu: which shape of attn_exact_forward.cuh's kernel runs. */
 #include "attn_exact_forward.cuh"
 
-int attn_forward_exact(attn_args &a, const lac_plan *plan, int dtype)
+int attn_forward_exact(attn_pair_args &a, const lac_plan *plan, int dtype)
 {
     int d = a.head_dim;
     if (dtype == LAC_F64)

@@ -9,8 +9,8 @@
 #define LAC_CUDA_ATTN_EXACT_FORWARD_CUH
 #include "attn_exact.cuh"
 
-template <class A, class X>
-__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const __grid_constant__ A a)
+template <class X>
+__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const __grid_constant__ attn_pair_args a)
 {
     typedef typename X::C C;
     constexpr int R = X::R, S = X::S, BM = X::BM, BN = X::BN, E = X::E;
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const
 #pragma unroll
     for (int i = 0; i < R; i++) top[i] = -(C)INFINITY, sum[i] = 0;
     attn_load<X, C, BM, X::DP, EXACT_THREADS>(attn_shared(q), a, a.q, t, t.h, a.shift, t.first, t.end, false);
-    attn_walk<A, false> walk;
+    attn_walk<attn_pair_args, false> walk;
     walk.start(a, t, t.h);
 #pragma unroll 1
     for (int end, k0 = walk.seek(a, t, low, high, BN, &end); k0 < high; k0 = walk.seek(a, t, end, high, BN, &end)) {
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const
         attn_load<X, C, BN, X::DP, EXACT_THREADS>(attn_shared(v), a, a.v, t, hk, 0, k0, limit, pad);
         attn_commit();
         const bool partial = k0 + BN > t.live || k0 + BN - 1 > t.first + t.after || k0 < t.end - 1 - t.before || pad ||
-                             a.dedup || attn_cut(a, k0, limit, BN);
+                             a.dedup || attn_hides(a) || attn_short(a, k0, limit, BN);
         if (partial) {
             const uint64_t alive = attn_alive(a, t, k0);
             for (int i = threadIdx.x; i < BM; i += EXACT_THREADS)
@@ -50,11 +50,12 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const
         if (a.p > 0)
             for (int i = threadIdx.x; i < BM; i += EXACT_THREADS)
                 kept[i] = attn_kept<false>(a, t, t.h, t.first + i, k0);
+        X::template gather<false>(a, t, t.h, t.end, k0, limit, p);
         attn_arrived();
         __syncthreads();
         C s[R][S];
         X::scores(s, q, k);
-        X::template add<false>(a, t, t.h, t.end, k0, limit, s);
+        X::add(a, p, s);
 #pragma unroll
         for (int i = 0; i < R; i++) {
             C most = -(C)INFINITY, part = 0;
@@ -102,12 +103,12 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const
     attn_signal<false>(a, t);
 }
 
-template <class X, class A> static int launch(A &a, const lac_plan *plan)
+template <class X> static int launch(attn_pair_args &a, const lac_plan *plan)
 {
     int64_t tiles;
     LAC_TRY(attn_number(a, plan, false, X::BM, &tiles, attn_block_of(a)));
     size_t bytes = (size_t)((X::BM + 2 * X::BN) * X::ROW + X::BM * X::P_ROW) * sizeof(typename X::C);
-    return attn_launch(attn_exact_forward_kernel<A, X>, a, tiles, EXACT_THREADS, bytes);
+    return attn_launch(attn_exact_forward_kernel<X>, a, tiles, EXACT_THREADS, bytes);
 }
 
 #endif

@@ -13,7 +13,6 @@
 #ifndef LAC_CUDA_ATTN_FORWARD_CUH
 #define LAC_CUDA_ATTN_FORWARD_CUH
 #include "attn_mma.cuh"
-#include "attn_slow.cuh"
 
 template <class A, class Op, int DP, int M, int WARPS, int BN, int MINIMUM>
 __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const __grid_constant__ A a)
@@ -57,36 +56,35 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
     attn_load<Tile, T, BM, DP, WARPS * 32>(sq, a, a.q, t, t.h, a.shift, t.first, t.end, false);
     attn_walk<A, false> walk;
     walk.start(a, t, t.h);
-    int end, next = walk.seek(a, t, low, high, BN, &end);
-    if (next < high) load(next, end, 0);
-    attn_commit();
     clear(o);
 #pragma unroll
     for (int m = 0; m < M; m++)
         for (int i = 0; i < 2; i++) top[m][i] = -INFINITY, sum[m][i] = 0;
-    int stage = 0;
+    int stage = 1, end = low, next;
 #pragma unroll 1
-    for (int k0 = next; k0 < high; k0 = next, stage ^= 1) {
+    for (int k0 = -1; k0 < high; k0 = next, stage ^= 1) { /* the first turn only loads */
         attn_arrived();
         __syncthreads();
         const int limit = attn_limit(a, end, t.live);
-        next = walk.seek(a, t, attn_paired<A> ? end : k0 + BN, high, BN, &end);
+        next = walk.seek(a, t, end, high, BN, &end);
         if (next < high) load(next, end, stage ^ 1);
         attn_commit();
-        if (w0 >= w1 || k0 > w1 - 1 + t.after || k0 + BN <= w0 - t.before) continue;
+        if (k0 < 0 || w0 >= w1 || k0 > w1 - 1 + t.after || k0 + BN <= w0 - t.before) continue;
         const bool partial = k0 + BN > t.live || k0 + BN - 1 > w0 + t.after || k0 < w1 - 1 - t.before || pad ||
-                             a.dedup || attn_cut(a, k0, limit, BN);
+                             a.dedup || attn_short(a, k0, limit, BN);
 #pragma unroll 1
         for (int w = 0; w < WORDS && (partial || a.p > 0); w++) {
             const int row = w0 + lane % WM, first = k0 + 64 * w;
             if (partial)
                 attn_tell<M>(seen + w * BM, attn_row_keys(a, t, t.h, row, first, attn_alive(a, t, first)) &
-                                                attn_rows_shown<T, WM>(a, t, t.h, w0, first, limit));
+                                                attn_within(a, first, limit));
             if (a.p > 0) attn_tell<M>(kept + w * BM, attn_kept<false>(a, t, t.h, row, first));
         }
+        float *extra = attn_floats(memory, QB + 4 * KB, warp * WM * attn_extra_row(BN));
+        attn_gather<false, T, WM, BN>(a, t, t.h, w0, w1, k0, limit, extra);
         float s[M][N][4];
         scores<Op, DP>(s, sq, warp * WM, sk + stage * KB);
-        attn_add<false, T>(a, t, t.h, w0, w1, k0, limit, s);
+        attn_add<false>(a, t, t.h, w0, k0, extra, s);
         if (a.log2_scale < 0) negate(s);
         if (partial) attn_select(s, seen, BM, -INFINITY);
 #pragma unroll
@@ -119,39 +117,36 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
     /* a masked value that is not finite spoils rows that do not see it: this rare tile is done again, row by row */
     const bool spoilt = __syncthreads_or((a.causal || a.window >= 0 || a.dedup || attn_hides(a)) && !finite(o));
     attn_wait<false>(a, t);
-    if (spoilt) {
-        for (int i = t.first + warp; i < t.end; i += WARPS) attn_slow_forward<T>(a, t, i);
-        attn_signal<false>(a, t);
-        return;
-    }
-    /* a lane finishes a row: maximum and sum reach it through shared memory, and what becomes of the row comes back so
+    float *sums = attn_floats(memory, 0, warp * WM * DP);
+    attn_row<float> *mine = rows + warp * WM;
+    /* a lane finishes a row: maximum and sum reach it through shared memory, and what becomes of the row goes back so
      */
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float total = quad_sum(sum[m][i]);
-            if (lane % 4 == 0) rows[warp * WM + 16 * m + 8 * i + lane / 4] = {top[m][i], total, 0, false};
+    if (spoilt) {
+        for (int i = 0; w0 + i < w1; i++) {
+            float x[ATTN_SLOW_PARTS], soft[2];
+            attn_slow_row<T>(a, t, w0 + i, x, soft);
+            attn_stash_slow<DP>(sums, i, x);
+            mine[i] = {soft[0], soft[1], 0, true};
         }
+    } else {
+        attn_stash<DP>(sums, o);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float total = quad_sum(sum[m][i]);
+                if (lane % 4 == 0) mine[16 * m + 8 * i + lane / 4] = {top[m][i], total, 0, false};
+            }
+    }
     __syncwarp();
     if (lane < WM && w0 + lane < w1) {
-        attn_row<float> *f = rows + warp * WM + lane;
-        *f = attn_finish<float>(a, t, w0 + lane, f->own, f->before);
+        const bool slow = mine[lane].last; /* has dropped pairs already */
+        attn_row<float> f = attn_finish<float>(a, t, w0 + lane, mine[lane].own, mine[lane].before);
+        if (a.p > 0 && !slow) f.own *= (float)a.keep_scale;
+        mine[lane] = f;
     }
     __syncwarp();
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int row = 16 * m + 8 * i + lane / 4;
-            if (w0 + row >= w1) continue;
-            const attn_row<float> f = rows[warp * WM + row];
-            const float own = f.own * (a.p > 0 ? (float)a.keep_scale : 1.f);
-#pragma unroll
-            for (int e = 0; e < E; e++)
-                attn_put2<T>(a, a.out, a.acc, f.at, 8 * e + lane % 4 * 2, o[m][e][2 * i] * own,
-                             o[m][e][2 * i + 1] * own, f.before, f.last);
-        }
+    attn_write<T, DP>(a, a.out, a.acc, sums, mine, w1 - w0);
     attn_signal<false>(a, t);
 }
 
@@ -161,7 +156,8 @@ static int launch(A &a, const lac_plan *plan)
     int64_t tiles;
     LAC_TRY(attn_number(a, plan, false, 16 * M * WARPS, &tiles, attn_block_of(a)));
     return attn_launch(attn_forward_kernel<A, Op, DP, M, WARPS, BN, MINIMUM>, a, tiles, WARPS * 32,
-                       (size_t)(16 * M * WARPS + 4 * BN) * Op::tile::ROW + ATTN_ALIGN);
+                       attn_tile_bytes((16 * M * WARPS + 4 * BN) * Op::tile::ROW, 16 * M * WARPS, DP) +
+                           attn_extra_bytes(a, 16 * M * WARPS, BN));
 }
 
 #endif

@@ -12,7 +12,6 @@
 #ifndef LAC_CUDA_ATTN_KEYS_CUH
 #define LAC_CUDA_ATTN_KEYS_CUH
 #include "attn_mma.cuh"
-#include "attn_slow.cuh"
 
 enum { PART_DK = 1, PART_DV = 2 };
 
@@ -25,6 +24,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     extern __shared__ __align__(128) uint8_t memory[];
     const uint32_t sk = attn_tiles(memory), sv = sk + KB, sq = sv + KB, sg = sq + 2 * QB;
     __shared__ uint64_t seen[BK], kept[BK];
+    __shared__ attn_row<float> rows[BK];
     __shared__ __align__(16) float lse[2][BQ], delta[2][BQ];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     __shared__ attn_tile t;
@@ -73,46 +73,33 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     attn_load<Tile, T, BK, DP, WARPS * 32>(sv, a, a.v, t, hk, 0, t.first, attn_limit(a, t.end, t.live), pad);
     attn_walk<A, true> walk;
     walk.start(a, t, t.h);
-    int end = low, i1 = walk.seek(a, t, low, high, BQ, &end), next = t.h;
-    if constexpr (attn_paired<A>) /* the first heads may have no active block */
-        while (i1 >= high && (next = attn_follows(a, t.g, next)) >= 0) {
-            walk.start(a, t, next);
-            i1 = walk.seek(a, t, low, high, BQ, &end);
-        }
-    if (low < high && next >= 0) load(next, i1, end, 0);
-    attn_commit();
+    int end = low, i1 = -1, next = t.h;
     float dk[M][PARTS & PART_DK ? E : 1][4], dv[M][PARTS & PART_DV ? E : 1][4];
     clear(dk);
     clear(dv);
-    int stage = 0;
+    int stage = 1;
 #pragma unroll 1
-    for (; low < high && next >= 0; stage ^= 1) {
+    for (; low < high && next >= 0; stage ^= 1) { /* the first turn only loads */
         attn_arrived();
         __syncthreads();
         const int i = i1, head = next, limit = attn_limit(a, end, t.q1);
         i1 = walk.seek(a, t, end, high, BQ, &end);
-        if constexpr (attn_paired<A>) {
-            while (i1 >= high && (next = attn_follows(a, t.g, next)) >= 0) {
-                walk.start(a, t, next);
-                i1 = walk.seek(a, t, low, high, BQ, &end);
-            }
-        } else if (i1 >= high) {
-            i1 = low;
-            end = low + BQ;
-            next = attn_follows(a, t.g, next);
+        while (i1 >= high && (next = attn_follows(a, t.g, next)) >= 0) { /* a head may have no active block */
+            walk.start(a, t, next);
+            i1 = walk.seek(a, t, low, high, BQ, &end);
         }
         if (next >= 0) load(next, i1, end, stage ^ 1);
         attn_commit();
-        if (w0 >= w1 || i + BQ - 1 < w0 - t.after || i > w1 - 1 + t.before) continue;
+        if (i < 0 || w0 >= w1 || i + BQ - 1 < w0 - t.after || i > w1 - 1 + t.before) continue;
         const bool partial = w0 + WM > t.live || i < w1 - 1 - t.after || i + BQ - 1 > w0 + t.before || pad || a.dedup ||
-                             attn_cut(a, i, limit, BQ);
-        if (partial)
-            attn_tell<M>(seen, attn_key_rows(a, t, head, w0 + lane % WM, i) &
-                                   attn_key_shown<T, false>(a, t, head, w0 + lane % WM, i, limit));
+                             attn_short(a, i, limit, BQ);
+        if (partial) attn_tell<M>(seen, attn_key_rows(a, t, head, w0 + lane % WM, i) & attn_within(a, i, limit));
         if (a.p > 0) attn_tell<M>(kept, attn_kept<true>(a, t, head, w0 + lane % WM, i));
+        float *extra = attn_floats(memory, 2 * KB + 4 * QB, warp * WM * attn_extra_row(BQ));
+        attn_gather<true, T, WM, BQ>(a, t, head, w0, w1 < t.live ? w1 : t.live, i, limit, extra);
         float s[M][N][4];
         scores<Op, DP>(s, sk, warp * WM, sq + stage * QB);
-        attn_add<true, T>(a, t, head, w0, w1 < t.live ? w1 : t.live, i, limit, s);
+        attn_add<true>(a, t, head, w0, i, extra, s);
 #pragma unroll
         for (int n = 0; n < N; n++) {
             const float2 l = *(const float2 *)&lse[stage][8 * n + lane % 4 * 2];
@@ -146,30 +133,22 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     const bool masks = a.causal || a.window >= 0 || a.dedup || a.lengths || pad || attn_hides(a);
     const bool spoilt = __syncthreads_or(masks && !(finite(dk) && finite(dv)));
     attn_wait<true>(a, t);
-    const float scale = (float)a.scale;
-    if (spoilt)
-        for (int j = t.first + warp; j < t.end; j += WARPS) attn_slow_key<T>(a, t, j, PARTS & PART_DK, PARTS & PART_DV);
-    else
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int row = w0 + 16 * m + 8 * i + lane / 4;
-                if (row >= w1) continue;
-                const int64_t position = t.base + (int64_t)row * t.r;
-                const int64_t at = ((int64_t)t.b * a.m + position) * a.kv_heads + hk;
-                const int others = attn_others<true>(a, t, (unsigned)position);
-                const float before = others & 1 ? 1.f : 0.f;
-#pragma unroll
-                for (int e = 0; e < E; e++) {
-                    if constexpr (PARTS & PART_DK)
-                        attn_put2<T>(a, a.out, a.acc, at, 8 * e + lane % 4 * 2, dk[m][e][2 * i] * scale,
-                                     dk[m][e][2 * i + 1] * scale, before, !(others & 2));
-                    if constexpr (PARTS & PART_DV)
-                        attn_put2<T>(a, a.out2, a.acc2, at, 8 * e + lane % 4 * 2, dv[m][e][2 * i] * gz,
-                                     dv[m][e][2 * i + 1] * gz, before, !(others & 2));
-                }
+    float *sums = attn_floats(memory, 0, warp * WM * DP);
+    attn_row<float> *mine = rows + warp * WM;
+    auto put = [&](int which, auto &x, void *out, void *acc, float own) {
+        if (spoilt)
+            for (int i = 0; w0 + i < w1; i++) {
+                float slow[2][ATTN_SLOW_PARTS] = {};
+                attn_slow_add_key<T>(a, t, w0 + i, slow[0], slow[1]);
+                attn_stash_slow<DP>(sums, i, slow[which]);
             }
+        else attn_stash<DP>(sums, x);
+        if (lane < WM && w0 + lane < w1) mine[lane] = attn_summed<true>(a, t, w0 + lane, own);
+        __syncwarp();
+        attn_write<T, DP>(a, out, acc, sums, mine, w1 - w0);
+    };
+    if constexpr (PARTS & PART_DK) put(0, dk, a.out, a.acc, (float)a.scale);
+    if constexpr (PARTS & PART_DV) put(1, dv, a.out2, a.acc2, spoilt ? 1.f : gz); /* slow rows have it already */
     attn_signal<true>(a, t);
 }
 
@@ -179,7 +158,8 @@ static int launch(A &a, const lac_plan *plan)
     int64_t tiles;
     LAC_TRY(attn_number(a, plan, true, 16 * M * WARPS, &tiles, attn_block_of(a)));
     return attn_launch(attn_keys_kernel<A, Op, DP, M, WARPS, BQ, MINIMUM, PARTS>, a, tiles, WARPS * 32,
-                       (size_t)(32 * M * WARPS + 4 * BQ) * Op::tile::ROW + ATTN_ALIGN);
+                       attn_tile_bytes((32 * M * WARPS + 4 * BQ) * Op::tile::ROW, 16 * M * WARPS, DP) +
+                           attn_extra_bytes(a, 16 * M * WARPS, BQ));
 }
 template <class Op, int DP, int M, int WARPS, int BQ, int MINIMUM, class A>
 static int launch2(A &a, const lac_plan *plan)

@@ -1,13 +1,16 @@
 /* attn_pairs.cuh: options of single pairs (mask, bias, slopes, active blocks) as the kernels of attention see them.
  *
- * Every kernel is a template over its arguments: attn_args, or attn_pair_args, which add the options. What a kernel
- * asks for here is declared for both, and costs nothing for the first: calls without options run the code that they
- * would run if there were none. The second is one more instance a kernel, which decides at run time what there is.
+ * Kernels on tensor cores are templates over their arguments: attn_args, or attn_pair_args, which add the options. What
+ * a kernel asks for here is declared for both, and costs nothing for the first: calls without options run the code that
+ * they would run if there were none. The second is one more instance a kernel, which decides at run time what there is.
+ * The exact kernels, which wait for arithmetic, have only the second.
  *
- * A mask, and a bias of -inf, hide pairs: they become bits of the word that says what a row sees, so everything
- * behind it (selection, tiles with NaN) is as for padding. Rows of the matrix are read by a warp side by side, one
- * row after the other, or in the key pass by a lane for each key: neighbours in memory either way. What is added to
- * scores is read where the scores are, in the registers' order, over the scale, which multiplies them afterwards.
+ * Mask and bias of a step come to a part of shared memory that is the warp's own, four keys a lane, as one f32 matrix
+ * over the scale (which multiplies the scores afterwards); a hidden pair is what makes its score infinitely small. It
+ * is then added to the scores in the registers' order, so a mask costs no more than a bias. The exact kernels keep
+ * masks, and biases of -inf, as bits of the word that says what a row sees. Rejected: bits for both (a row is a ballot,
+ * one after the other), reading the matrix where the scores are (two bytes a lane and load, with code for each of
+ * them).
  *
  * Blocks: a tile of rows ends where a block of rows ends, so that all its rows have the same active blocks, and the
  * walk over the other side jumps from run to run. A warp holds 32 cells of the block row as bits: a look at memory for
@@ -144,10 +147,10 @@ __device__ __forceinline__ int attn_limit(const attn_pair_args &, int end, int l
 /* does a step of `step` pairs a row that ends before `end` need the words of its rows? */
 __device__ __forceinline__ bool attn_hides(const attn_args &) { return false; }
 __device__ __forceinline__ bool attn_hides(const attn_pair_args &a) { return a.mask || a.bias; }
-__device__ __forceinline__ bool attn_cut(const attn_args &, int, int, int) { return false; }
-__device__ __forceinline__ bool attn_cut(const attn_pair_args &a, int first, int end, int step)
+__device__ __forceinline__ bool attn_short(const attn_args &, int, int, int) { return false; }
+__device__ __forceinline__ bool attn_short(const attn_pair_args &, int first, int end, int step)
 {
-    return attn_hides(a) || end < first + step;
+    return end < first + step;
 }
 
 /* bias of a pair */
@@ -193,26 +196,6 @@ __device__ __forceinline__ uint64_t attn_row_shown(const attn_pair_args &a, cons
         if (ALONE) shown[x] = shown[x] && attn_active(a, t.b, h, n, key);
     }
     return __ballot_sync(~0u, shown[0]) | (uint64_t)__ballot_sync(~0u, shown[1]) << 32;
-}
-
-/* The same for ROWS rows from row0 on, whose steps end at `end`: the word of row0 + lane % ROWS. */
-template <class T, int ROWS>
-__device__ __forceinline__ uint64_t attn_rows_shown(const attn_args &, const attn_tile &, int, int, int, int)
-{
-    return ~(uint64_t)0;
-}
-template <class T, int ROWS>
-__device__ __forceinline__ uint64_t attn_rows_shown(const attn_pair_args &a, const attn_tile &t, int h, int row0,
-                                                    int first, int end)
-{
-    uint64_t mine = attn_below(end - first);
-    if (attn_hides(a))
-#pragma unroll 4
-        for (int i = 0; i < ROWS; i++) {
-            const uint64_t shown = attn_row_shown<T, false>(a, t, h, row0 + i, first, end);
-            if ((int)threadIdx.x % ROWS == i) mine = shown;
-        }
-    return mine;
 }
 
 /* Of the query rows first .. +63, below `end`, of key j: those that the options show. By one lane. */
@@ -288,8 +271,9 @@ inline int attn_block_of(const attn_pair_args &a) { return a.block; }
 int attn_pairs_forward_tensor(attn_pair_args &a, const lac_plan *plan, int dtype);
 int attn_pairs_keys_tensor(attn_pair_args &a, const lac_plan *plan, int dtype);
 int attn_pairs_queries_tensor(attn_pair_args &a, const lac_plan *plan, int dtype);
-int attn_pairs_forward_exact(attn_pair_args &a, const lac_plan *plan, int dtype);
-int attn_pairs_keys_exact(attn_pair_args &a, const lac_plan *plan, int dtype);
-int attn_pairs_queries_exact(attn_pair_args &a, const lac_plan *plan, int dtype);
+/* f32 and f64 exactly, with or without options */
+int attn_forward_exact(attn_pair_args &a, const lac_plan *plan, int dtype);
+int attn_keys_exact(attn_pair_args &a, const lac_plan *plan, int dtype);
+int attn_queries_exact(attn_pair_args &a, const lac_plan *plan, int dtype);
 
 #endif

@@ -12,7 +12,6 @@
 #ifndef LAC_CUDA_ATTN_QUERIES_CUH
 #define LAC_CUDA_ATTN_QUERIES_CUH
 #include "attn_mma.cuh"
-#include "attn_slow.cuh"
 
 template <class A, class Op, int DP, int M, int WARPS, int BN, int MINIMUM>
 __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const __grid_constant__ A a)
@@ -23,6 +22,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
     extern __shared__ __align__(128) uint8_t memory[];
     const uint32_t sq = attn_tiles(memory), sg = sq + QB, sk = sg + QB, sv = sk + 2 * KB;
     __shared__ uint64_t seen[BM], kept[BM];
+    __shared__ attn_row<float> rows[BM];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     __shared__ attn_tile t;
     if (!attn_next<false>(a, BM, t)) return;
@@ -56,9 +56,6 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
     attn_load<Tile, T, BM, DP, WARPS * 32>(sg, a, a.g, t, t.h, a.shift, t.first, t.end, false);
     attn_walk<A, false> walk;
     walk.start(a, t, t.h);
-    int end, next = walk.seek(a, t, low, high, BN, &end);
-    if (next < high) load(next, end, 0);
-    attn_commit();
     if (attn_wants_bias(a)) attn_wait<false>(a, t);
     clear(dq);
 #pragma unroll
@@ -70,25 +67,27 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
             lse[m][i] = row < w1 ? ((const float *)a.lse2)[at] : INFINITY;
             delta[m][i] = row < w1 ? ((const float *)a.delta)[at] : 0;
         }
-    int stage = 0;
+    int stage = 1, end = low, next;
 #pragma unroll 1
-    for (int k0 = next; k0 < high; k0 = next, stage ^= 1) {
+    for (int k0 = -1; k0 < high; k0 = next, stage ^= 1) { /* the first turn only loads */
         attn_arrived();
         __syncthreads();
         const int limit = attn_limit(a, end, t.live);
-        next = walk.seek(a, t, attn_paired<A> ? end : k0 + BN, high, BN, &end);
+        next = walk.seek(a, t, end, high, BN, &end);
         if (next < high) load(next, end, stage ^ 1);
         attn_commit();
-        if (w0 >= w1 || k0 > w1 - 1 + t.after || k0 + BN <= w0 - t.before) continue;
+        if (k0 < 0 || w0 >= w1 || k0 > w1 - 1 + t.after || k0 + BN <= w0 - t.before) continue;
         const bool partial = k0 + BN > t.live || k0 + BN - 1 > w0 + t.after || k0 < w1 - 1 - t.before || pad ||
-                             a.dedup || attn_cut(a, k0, limit, BN);
+                             a.dedup || attn_short(a, k0, limit, BN);
         if (partial)
             attn_tell<M>(seen, attn_row_keys(a, t, t.h, w0 + lane % WM, k0, attn_alive(a, t, k0)) &
-                                   attn_rows_shown<T, WM>(a, t, t.h, w0, k0, limit));
+                                   attn_within(a, k0, limit));
         if (a.p > 0) attn_tell<M>(kept, attn_kept<false>(a, t, t.h, w0 + lane % WM, k0));
+        float *extra = attn_floats(memory, 2 * QB + 4 * KB, warp * WM * attn_extra_row(BN));
+        attn_gather<false, T, WM, BN>(a, t, t.h, w0, w1, k0, limit, extra);
         float s[M][N][4], d[M][N][4];
         scores<Op, DP>(s, sq, warp * WM, sk + stage * KB);
-        attn_add<false, T>(a, t, t.h, w0, w1, k0, limit, s);
+        attn_add<false>(a, t, t.h, w0, k0, extra, s);
         scores<Op, DP>(d, sg, warp * WM, sv + stage * KB);
         if (a.p > 0) attn_select(d, kept, BM, 0);
 #pragma unroll
@@ -98,6 +97,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
 #pragma unroll
                 for (int i = 0; i < 4; i++) s[m][n][i] = attn_ex2(fmaf(s[m][n][i], a.log2_scale, -lse[m][i / 2]));
         if (a.deltas) {
+            attn_clear_hidden(a, extra, s);
             if (partial) {
                 attn_select(s, seen, BM, 0);
                 attn_select(d, seen, BM, 0);
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
 #pragma unroll
                 for (int i = 0; i < 4; i++) d[m][n][i] = s[m][n][i] * fmaf(d[m][n][i], gz, -delta[m][i / 2]);
         if (partial) attn_select(d, seen, BM, 0);
-        if (attn_wants_bias(a)) attn_add_dbias(a, t, w0, w1, k0, limit, d);
+        if (attn_wants_bias(a)) attn_add_dbias(a, t, w0, w1, k0, limit, extra, d);
         weighted<Op>(dq, d, sk + stage * KB);
     }
     attn_arrived();
@@ -137,23 +137,18 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
     }
     const bool spoilt = __syncthreads_or((a.causal || a.window >= 0 || a.dedup || attn_hides(a)) && !finite(dq));
     attn_wait<false>(a, t);
-    const float scale = (float)a.scale;
+    float *sums = attn_floats(memory, 0, warp * WM * DP);
+    attn_row<float> *mine = rows + warp * WM;
     if (spoilt)
-        for (int i = t.first + warp; i < t.end; i += WARPS) attn_slow_query<T>(a, t, i);
-    else
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int row = w0 + 16 * m + 8 * i + lane / 4;
-                if (row >= w1) continue;
-                const int others = attn_others<false>(a, t, (unsigned)(t.base + (int64_t)row * t.r));
-                const int64_t at = attn_stat(a, t, t.h, row, false);
-#pragma unroll
-                for (int e = 0; e < E; e++)
-                    attn_put2<T>(a, a.out, a.acc, at, 8 * e + lane % 4 * 2, dq[m][e][2 * i] * scale,
-                                 dq[m][e][2 * i + 1] * scale, others & 1 ? 1.f : 0.f, !(others & 2));
-            }
+        for (int i = 0; w0 + i < w1; i++) {
+            float x[ATTN_SLOW_PARTS] = {};
+            attn_slow_add_query<T>(a, t, w0 + i, x);
+            attn_stash_slow<DP>(sums, i, x);
+        }
+    else attn_stash<DP>(sums, dq);
+    if (lane < WM && w0 + lane < w1) mine[lane] = attn_summed<false>(a, t, w0 + lane, (float)a.scale);
+    __syncwarp();
+    attn_write<T, DP>(a, a.out, a.acc, sums, mine, w1 - w0);
     attn_signal<false>(a, t);
 }
 
@@ -163,7 +158,8 @@ static int launch(A &a, const lac_plan *plan)
     int64_t tiles;
     LAC_TRY(attn_number(a, plan, false, 16 * M * WARPS, &tiles, attn_block_of(a)));
     return attn_launch(attn_queries_kernel<A, Op, DP, M, WARPS, BN, MINIMUM>, a, tiles, WARPS * 32,
-                       (size_t)(32 * M * WARPS + 4 * BN) * Op::tile::ROW + ATTN_ALIGN);
+                       attn_tile_bytes((32 * M * WARPS + 4 * BN) * Op::tile::ROW, 16 * M * WARPS, DP) +
+                           attn_extra_bytes(a, 16 * M * WARPS, BN));
 }
 
 #endif

@@ -4,16 +4,23 @@
 
 BEGIN {
     # a part of the entry function's mangled name and an architecture -> most bytes stored.
-    # The query pass of the backward for D = 64 keeps two words in memory, stored before its main loop and loaded after
-    # it (SASS of sm_80); fewer columns a step would cost more.
-    for (i = split("sm_80 sm_90a", name, " "); i > 0; i--) {
-        allowed["attn_queries_kernelI9attn_args7op_bf16ILi64EE " name[i]] = 8
-        allowed["attn_queries_kernelI9attn_args6op_f16ILi64EE " name[i]] = 8
+    for (i = split("sm_80 sm_90 sm_90a", name, " "); i > 0; i--) {
+        # A word or two that are stored before the main loop and read once a step (SASS): the forward for D = 128, whose
+        # sums take half of the registers, and the query pass for D = 64; fewer columns a step would cost more.
+        for (j = split("bf16 f16", half, " "); j > 0; j--) {
+            prefix = length(half[j]) + 3 "op_" half[j]
+            allowed["attn_forward_kernelI9attn_args" prefix "ILi128E " name[i]] = 8
+            allowed["attn_queries_kernelI9attn_args" prefix "ILi64E " name[i]] = 8
+        }
         # Instances with options of single pairs have addresses beside what the others have: a few words.
-        allowed["I14attn_pair_args " name[i]] = 136
+        allowed["I14attn_pair_args " name[i]] = 24
+        # The exact forward decides about options at run time and waits for arithmetic.
+        allowed["attn_exact_forward_kernel " name[i]] = 56
+        # What repeats rows with values that are not finite is slow in any case.
+        allowed["hopper_redo_kernel " name[i]] = 64
     }
     # The exact query pass in f32 for D above 128 has more sums than registers on sm_80; it waits for arithmetic.
-    allowed["attn_exact_queries_kernelI9attn_args5exactIfLi256ELi2E sm_80"] = 120
+    allowed["attn_exact_queries_kernelI5exactIfLi256E sm_80"] = 120
 }
 /Compiling entry function/ {
     split($0, part, "'")
