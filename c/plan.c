@@ -225,18 +225,45 @@ static __int128 lattice_pairs(const lac_plan *p, int32_t g, int64_t offset)
     return sum;
 }
 
+static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+/* How many keys a chunk of the CPU's backward has in a phase (c/cpu/attn.c): enough chunks for many threads, but keys
+ * enough to pay for packing. */
+int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase);
+int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase)
+{
+    int64_t all = 0;
+    for (int32_t u = 0; u < p->units; u++)
+        if (p->backward_phase[p->unit[u].branch] == phase)
+            all += (p->desc.m - 1) / p->desc.dilation[p->unit[u].branch] + 1;
+    int64_t each = round_up(all * p->desc.batch / LAC_ATTN_TASKS, LAC_ATTN_BKEYS);
+    return each < LAC_ATTN_KEY_RUN_LEAST ? LAC_ATTN_KEY_RUN_LEAST : each > LAC_ATTN_KEY_RUN ? LAC_ATTN_KEY_RUN : each;
+}
+
+/* Does a chunk hold all keys of any segment of the branch? Then the scores for its deltas need not be made twice. */
+bool lac_plan_key_whole(const lac_plan *p, int32_t branch);
+bool lac_plan_key_whole(const lac_plan *p, int32_t branch)
+{
+    int64_t most = p->desc.m < p->segment[branch] ? p->desc.m : p->segment[branch];
+    return most <= lac_plan_key_chunk(p, p->backward_phase[branch]) * p->desc.dilation[branch];
+}
+
 static int count_pairs(lac_plan *p)
 {
-    __int128 pairs = 0;
-    for (int i = 0; i < p->info.strips; i++)
-        pairs += p->strips[i].heads * lattice_pairs(p, p->strips[i].branch, p->strips[i].offset);
+    __int128 pairs = 0, twice = 0; /* the second: of which scores and dP are computed once more, for deltas */
+    for (int i = 0; i < p->info.strips; i++) {
+        int32_t g = p->strips[i].branch;
+        __int128 mine = p->strips[i].heads * lattice_pairs(p, g, p->strips[i].offset);
+        pairs += mine;
+        if (lac_plan_branch_delta(p) && !lac_plan_key_whole(p, g)) twice += mine;
+    }
     if (pairs > INT64_MAX)
         LAC_FAIL(ARGUMENT, "attention: more than 2^63 (query, key) pairs in %lld x %lld positions",
                  (long long)p->desc.n, (long long)p->desc.m);
     double all = (double)pairs * (double)p->desc.batch, d = p->desc.head_dim;
     p->info.pairs = (int64_t)pairs;
     p->info.flops_forward = 4 * d * all;
-    p->info.flops_backward = (lac_plan_branch_delta(p) ? 14 : 10) * d * all;
+    p->info.flops_backward = 10 * d * all + 4 * d * (double)twice * (double)p->desc.batch;
     return 0;
 }
 
@@ -309,8 +336,6 @@ static int64_t count_rows(const lac_plan *p)
 }
 
 /* ---- working memory, as the CPU back end takes it for f16 and bf16 (f32 and f64 accumulate in the results) ---- */
-
-static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 static int64_t longest_span(const lac_plan *p)
 {

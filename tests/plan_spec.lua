@@ -112,6 +112,9 @@ describe("an attention plan", function()
     assert.equal(10 * 64 * 3 * tonumber(info.pairs), info.flops_backward)
     c.merge = "mean" -- one more pass over scores, for each branch's delta
     assert.equal(14 * 64 * 3 * tonumber(info.pairs), direct.info(direct.plan(c)).flops_backward)
+    c.segments, c.dilations = { 2 ^ 11, 2 ^ 10 }, { 4, 1 } -- but not where a task has all keys of a segment
+    info = direct.info(direct.plan(c))
+    assert.equal(10 * 64 * 3 * tonumber(info.pairs), info.flops_backward)
   end)
 
   it("names what is wrong with a description", function()

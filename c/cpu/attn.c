@@ -340,17 +340,19 @@ static int64_t even_tasks(int64_t all, int64_t longest, int64_t tasks, int threa
     return lattices < tasks ? lattices * each : tasks;
 }
 
+int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase); /* plan.c, which counts what is computed by them */
+bool lac_plan_key_whole(const lac_plan *p, int32_t branch);
+
 /* How many query rows (backward: keys) a chunk should have, out of `all`: enough chunks for all threads, but rows
  * enough to pay for packing. A row's sums do not depend on how the rows are cut; dq's do depend on how the keys are
  * cut, so the backward may not look at the number of threads here: it does where it puts chunks together. */
-static int64_t chunk_rows(const attn_job *job, int64_t all, int64_t longest)
+static int64_t chunk_rows(const attn_job *job, int32_t which, int64_t all, int64_t longest)
 {
-    bool keys = owns_keys(job);
-    int64_t least = keys ? LAC_ATTN_KEY_RUN_LEAST : LAC_ATTN_QUERIES_LEAST;
-    int64_t most = keys ? LAC_ATTN_KEY_RUN : job->new_delta ? LAC_ATTN_BQUERIES : LAC_ATTN_QUERIES;
-    int64_t tasks = keys ? LAC_ATTN_TASKS : job->threads > 1 ? job->threads * LAC_ATTN_THREAD_TASKS : 1;
-    if (!keys && job->threads > 1) tasks = even_tasks(all, longest, tasks, job->threads);
-    int64_t target = round_up(all / tasks, keys ? LAC_ATTN_BKEYS : LAC_ATTN_ROWS);
+    if (owns_keys(job)) return lac_plan_key_chunk(job->a->plan, which);
+    int64_t least = LAC_ATTN_QUERIES_LEAST, most = job->new_delta ? LAC_ATTN_BQUERIES : LAC_ATTN_QUERIES;
+    int64_t tasks = job->threads > 1 ? job->threads * LAC_ATTN_THREAD_TASKS : 1;
+    if (job->threads > 1) tasks = even_tasks(all, longest, tasks, job->threads);
+    int64_t target = round_up(all / tasks, LAC_ATTN_ROWS);
     return target < least ? least : target > most ? most : target;
 }
 
@@ -401,7 +403,7 @@ static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
     const lac_plan *p = job->a->plan;
     uint32_t done = job->new_delta ? job->whole : 0;
     int64_t all = phase_rows(job, phase, which), longest = longest_rows(job, phase, which);
-    int64_t target = chunk_rows(job, all, longest), most = task_keys(job, all);
+    int64_t target = chunk_rows(job, which, all, longest), most = task_keys(job, all);
     job->item_count = job->tasks = job->turn_count = job->rows = job->keys = 0;
     for (;;) {
         int best = -1;
@@ -522,12 +524,11 @@ static int run_deltas(attn_job *job, int32_t which)
     const lac_plan *p = job->a->plan;
     const int32_t *phase = p->backward_phase;
     if (!lac_plan_branch_delta(p)) return 0;
-    int64_t target = chunk_rows(job, phase_rows(job, phase, which), longest_rows(job, phase, which));
     bool rest = false;
     job->whole = 0;
     for (int g = 0; g < p->desc.branches; g++) {
         if (phase[g] != which) continue;
-        bool whole = !job->a->blocks.data && span_most(p, g, p->desc.m) <= target;
+        bool whole = !job->a->blocks.data && lac_plan_key_whole(p, g);
         job->whole |= (uint32_t)whole << g;
         rest |= !whole;
     }

@@ -546,6 +546,51 @@ TILE_EXTREME(tile_extreme_f, float, int32_t)
 TILE_EXTREME(tile_extreme_d, double, int64_t)
 TILE_EXTREME(tile_extreme_i, int64_t, int64_t)
 
+/* Four rows into the best of each column, without positions: NaN wins. `ahead`: bytes to the four rows after them. */
+#define COLUMNS_BEST(name, than)                                                                                       \
+    static __attribute__((noinline)) void name(const float *const *x, intptr_t ahead, float *restrict best, int64_t w) \
+    {                                                                                                                  \
+        for (int64_t at = 0; at < w; at += ASK) {                                                                      \
+            int64_t end = w - at < ASK ? w : at + ASK;                                                                 \
+            for (int i = 0; i < 4; i++) v_prefetch((const char *)(x[i] + at) + ahead, ASK * (int64_t)sizeof(float));   \
+            const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];                                                \
+            _Pragma("omp simd") for (int64_t j = at; j < end; j++)                                                     \
+            {                                                                                                          \
+                float b = best[j];                                                                                     \
+                b = (x0[j] than b) | (x0[j] != x0[j]) ? x0[j] : b;                                                     \
+                b = (x1[j] than b) | (x1[j] != x1[j]) ? x1[j] : b;                                                     \
+                b = (x2[j] than b) | (x2[j] != x2[j]) ? x2[j] : b;                                                     \
+                best[j] = (x3[j] than b) | (x3[j] != x3[j]) ? x3[j] : b;                                               \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+COLUMNS_BEST(columns_most, >)
+COLUMNS_BEST(columns_least, <)
+
+/* the best of earlier tiles and of this one; sign -1 looks for the smallest */
+static __attribute__((noinline)) void columns_better(partials *p, const float *restrict best, double sign, int64_t w)
+{
+    double *restrict d = p->d;
+    int64_t *restrict at = p->at;
+#pragma omp simd
+    for (int64_t j = 0; j < w; j++) {
+        double v = (double)best[j], old = at[j] < 0 ? -sign * (double)INFINITY : d[j];
+        d[j] = (sign * v > sign * old) | (v != v) ? v : old;
+        at[j] = 0;
+    }
+}
+
+static void tile_best_f(const reduce_job *job, const void *const *row, int64_t rows, int64_t w, float *best)
+{
+    const intptr_t ahead = rows > 1 ? 4 * ((intptr_t)row[1] - (intptr_t)row[0]) : 0;
+    memcpy(best, row[0], (size_t)w * sizeof(float));
+    for (int64_t r = 1; r < rows; r += 4) {
+        const float *x[4]; /* the last row fills up the last four */
+        for (int64_t i = 0; i < 4; i++) x[i] = row[r + i < rows ? r + i : rows - 1];
+        (job->smallest ? columns_least : columns_most)(x, ahead, best, w);
+    }
+}
+
 static void tile_extreme(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w,
                          int64_t first)
 {
@@ -565,6 +610,10 @@ static void tile_extreme(const reduce_job *job, partials *p, const void *const *
                 double v = job->ctype == C_F32 ? (double)((const float *)row[r])[j] : ((const double *)row[r])[j];
                 best.d[j] = fabs(v) > best.d[j] || v != v ? fabs(v) : best.d[j];
             }
+    } else if (job->ctype == C_F32 && !job->position) {
+        tile_best_f(job, row, rows, w, best.f);
+        columns_better(p, best.f, job->smallest ? -1 : 1, w);
+        return;
     } else if (job->ctype == C_F32) {
         tile_extreme_f(job, row, rows, w, best.f, at.narrow);
     } else if (job->ctype == C_F64) {
