@@ -31,7 +31,15 @@
 --     step. N = 2048, share of the bare loop, before, now, SDPA: D = 32 0.63, 0.73, 0.62; D = 64 0.77, 0.83,
 --     0.75; D = 128 0.82, 0.87, 0.83. What is left is 14 instructions per vector of exponentials.
 --   * The backward gained 0 to 3%: D = 32 0.77 (SDPA 0.75), D = 64 0.82 (0.81), D = 128 0.81 (0.91). There
---     1.3 times SDPA lies beyond the processor at D = 64, 128, as does 1.2 in the forward at D = 128.
+--     1.3 times SDPA lies beyond multiply-adds at D = 64, 128, as does 1.2 in the forward at D = 128.
+--   * The matrix unit, f32 in three parts of bf16 (c/cpu/attn_amx.inc). Expected of 425 GFLOP/s in a loop
+--     against 163: twice the forward, more than twice the backward. Measured for N = 2048, times of SDPA over
+--     ours, with multiply-adds and with the unit: forward D = 64 1.14 -> 1.44, causal 1.46 -> 1.67; D = 128
+--     1.08 -> 1.56, causal 1.27 -> 1.82; backward D = 64 1.05 -> 1.29, causal 1.37 -> 1.56; D = 128
+--     1.02 -> 1.34, causal 1.25 -> 1.52. At D = 32 nothing (1.24 and 1.01), so rows below 48 do without it.
+--     Errors against f64 are 0.5 to 0.9 of those of multiply-adds. Neighbours on the host slow the
+--     unit, and it alone, to 110 GFLOP/s for milliseconds to minutes; then it is 0.7 to 0.9 of multiply-adds,
+--     and LACUNA_CPU=avx512 is the better choice. On a machine of one's own there is nothing to choose.
 --   * Tiles of other sizes (12, 48 rows; 256, 384, 1024 keys; in the backward 48, 192 rows, 64 to 256 keys):
 --     within 3%, or slower.
 --   * lse_detach, three branches with segments of 1024 rows: deltas made in the pass of the gradients:
@@ -112,6 +120,9 @@ local function threads(b)
       return fn()
     end
   end
+  local sgemm = b:floor("sgemm")
+  b:row{ what = ("sgemm, %d threads against 1: the ceiling"):format(n), ours = on(n, sgemm),
+    floor = on(1, sgemm), against = "1 thread", as = "speedup" }
   for _, heads in ipairs{ 1, 3, 8 } do
     for _, causal in ipairs{ false, true } do
       local o = { rows = b:size(1024, 64), heads = heads, width = 64, causal = causal }
