@@ -13,11 +13,13 @@
  * operators queued since the last wait, and stays: the driver accepts nothing more from this process, so every later
  * call gives that first message again. With LACUNA_CUDA_SYNC=1 every operator waits, and the name is exact.
  */
+#include "launch.cuh"
 #include "streams.cuh"
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <cuda.h>
 
 const lac_engine *lac_cuda_engine;
 cudaStream_t lac_cuda_stream;
@@ -136,11 +138,76 @@ static int wait(const char *op)
     return fault_report();
 }
 
+/* ---- launches ---- */
+
+enum { KERNELS_KNOWN = 4096 };
+static struct {
+    const void *kernel;
+    CUfunction function;
+} known[KERNELS_KNOWN];
+static CUresult (*driver_launch)(const CUlaunchConfig *, CUfunction, void **, void **);
+static bool overlaps; /* may a kernel start while the one before it ends? */
+static cudaError_t launch_error;
+
+static void launcher_open(int major)
+{
+    cudaDriverEntryPointQueryResult found;
+    void *entry = NULL;
+    cudaError_t error = cudaGetDriverEntryPointByVersion("cuLaunchKernelEx", &entry, 12000, cudaEnableDefault, &found);
+    if (error == cudaSuccess && found == cudaDriverEntryPointSuccess)
+        driver_launch = (CUresult(*)(const CUlaunchConfig *, CUfunction, void **, void **))entry;
+    cudaGetLastError();
+    overlaps = major >= 9;
+}
+
+/* the driver's name for a kernel, or NULL if the runtime does not say or the table is full */
+static CUfunction function_of(const void *kernel)
+{
+    uint64_t at = (uint64_t)(uintptr_t)kernel * UINT64_C(0x9e3779b97f4a7c15) >> 52;
+    for (int i = 0; i < 16; i++, at = (at + 1) % KERNELS_KNOWN) {
+        if (known[at].kernel == kernel) return known[at].function;
+        if (known[at].kernel) continue;
+        CUfunction f = NULL;
+        if (cudaGetFuncBySymbol((cudaFunction_t *)&f, kernel) != cudaSuccess)
+            return cudaGetLastError(), (CUfunction)NULL;
+        known[at] = {kernel, f};
+        return f;
+    }
+    return NULL;
+}
+
+void lac_cuda_launch(const void *kernel, dim3 grid, unsigned threads, size_t shared, void **arguments)
+{
+    CUfunction f = driver_launch ? function_of(kernel) : NULL;
+    if (!f) {
+        cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared, lac_cuda_stream); /* keeps its error itself */
+        return;
+    }
+    CUlaunchAttribute overlap;
+    overlap.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    overlap.value.programmaticStreamSerializationAllowed = 1;
+    CUlaunchConfig c;
+    c.gridDimX = grid.x, c.gridDimY = grid.y, c.gridDimZ = grid.z;
+    c.blockDimX = threads, c.blockDimY = c.blockDimZ = 1;
+    c.sharedMemBytes = (unsigned)shared;
+    c.hStream = lac_cuda_stream;
+    c.attrs = &overlap;
+    c.numAttrs = overlaps;
+    CUresult result = driver_launch(&c, f, arguments, NULL);
+    if (result == CUDA_ERROR_INVALID_CONTEXT || result == CUDA_ERROR_CONTEXT_IS_DESTROYED) { /* a thread's first call */
+        cudaSetDevice(0);
+        result = driver_launch(&c, f, arguments, NULL);
+    }
+    if (!launch_error) launch_error = (cudaError_t)result; /* one numbering */
+}
+
 int lac_cuda_launched(const char *op)
 {
     recent[queued % RECENT] = op;
     queued = queued == 2 * RECENT - 1 ? RECENT : queued + 1; /* more than RECENT: only the place counts */
     cudaError_t error = cudaGetLastError();
+    if (launch_error) error = launch_error;
+    launch_error = cudaSuccess;
     if (broken[0] && !error) error = cudaErrorLaunchFailure;
     LAC_TRY(lac_cuda_check(op, error));
     lac_cuda_mark();
@@ -355,6 +422,7 @@ static const char *open_device(void)
     }
     memset(fault, 0, sizeof *fault);
     lac_cuda_processors = device.multiProcessorCount;
+    launcher_open(device.major);
     shared_most = (int)device.sharedMemPerBlockOptin;
     snprintf(text, sizeof text, "cuda:0 %s, compute capability %d.%d, %.1f GiB, %d multiprocessors", device.name,
              device.major, device.minor, (double)device.totalGlobalMem / (1 << 30), device.multiProcessorCount);

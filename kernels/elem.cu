@@ -5,6 +5,8 @@
  * values that args.fn names. Two files, so that two processors compile them side by side.
  */
 #include "elem.cuh"
+#include <cstddef>
+#include <cstring>
 
 // clang-format off
 SELECT(map1)
@@ -71,34 +73,56 @@ static bool dense_fits(const nest &n, const operands &o, map_args *a)
     return fits;
 }
 
+/* are all tensors dense, aligned, and of more than one element? fills a.n and the places: most calls need no nest */
+static bool all_plain(const operands &o, map_args *a)
+{
+    const lac_view *out = o.view[0];
+    bool plain = a->dtype >= LAC_F32 && a->dtype <= LAC_BF16 && view_contiguous(out);
+    plain = plain && (uintptr_t)out->data % 16 == 0;
+    for (int k = 0; k < o.inputs && plain; k++)
+        plain = k == o.slot || (view_contiguous(o.view[k + 1]) && (uintptr_t)o.view[k + 1]->data % 16 == 0);
+    if (!plain) return false;
+    a->n = 1;
+    for (int d = 0; d < out->ndim; d++) a->n *= out->shape[d];
+    a->out = (char *)out->data;
+    for (int k = 0; k < o.inputs; k++) a->in[k] = (char *)o.view[k + 1]->data, a->scalar[k] = k == o.slot;
+    return a->n > 1;
+}
+
+static int launch_dense(const char *op, const operands &o, map_kernel *quick, map_kernel *dense, map_args *a)
+{
+    int64_t vectors = quick ? QUICK_VECTORS : o.inputs > 2 ? 2 : 4; /* dense_vectors */
+    int64_t per_turn = THREADS * vectors * (16 / dtype_bytes(a->dtype));
+    void *arguments[] = {a};
+    lac_cuda_launch((const void *)(quick ? quick : dense), blocks_for(a->n, per_turn), THREADS, 0, arguments);
+    return lac_cuda_launched(op);
+}
+
 int elem_launch(const char *op, const operands &o, int fn, map_kernel *quick, map_kernel *dense, map_kernel *floats,
                 map_kernel *doubles, map_kernel *integers)
 {
-    nest n = nest_make(o.inputs + 1, o.view);
-    if (n.total == 0) return 0;
-    map_args a = {};
-    a.n = n.total;
+    map_args a;
+    memset(&a, 0, offsetof(map_args, nest_small)); /* the nests are large, and mostly not looked at */
     a.number = o.number;
     for (int i = 0; i < 3; i++) a.constant[i] = o.constant[i];
     a.fn = fn;
     a.dtype = o.view[1]->dtype;
     a.out_dtype = o.view[0]->dtype;
     a.slot = o.slot;
+    if (all_plain(o, &a)) return launch_dense(op, o, quick, dense, &a);
+    nest n = nest_make(o.inputs + 1, o.view);
+    if (n.total == 0) return 0;
+    a.n = n.total;
     a.out = n.data[0];
     for (int k = 0; k < o.inputs; k++) a.in[k] = n.data[k + 1];
-    if (dense_fits(n, o, &a)) {
-        if (n.total == 1) quick = NULL;                                 /* where one element is a scalar too */
-        int64_t vectors = quick ? QUICK_VECTORS : o.inputs > 2 ? 2 : 4; /* dense_vectors */
-        int64_t per_turn = THREADS * vectors * (16 / dtype_bytes(a.dtype));
-        map_kernel *kernel = quick ? quick : dense;
-        kernel<<<blocks_for(n.total, per_turn), THREADS, 0, lac_cuda_stream>>>(a);
-        return lac_cuda_launched(op);
-    }
+    if (dense_fits(n, o, &a))
+        return launch_dense(op, o, n.total == 1 ? NULL /* one element is a scalar too */ : quick, dense, &a);
     a.small = n.small;
     if (n.small) a.nest_small = nest_32(n);
     else a.nest_large = nest_64(n);
     map_kernel *kernel = a.dtype == LAC_F64 ? doubles : a.dtype <= LAC_BF16 ? floats : integers;
-    kernel<<<blocks_filling(n.total, 2 * THREADS, 32), THREADS, 0, lac_cuda_stream>>>(a);
+    void *arguments[] = {&a};
+    lac_cuda_launch((const void *)kernel, blocks_filling(n.total, 2 * THREADS, 32), THREADS, 0, arguments);
     return lac_cuda_launched(op);
 }
 

@@ -17,6 +17,7 @@
  */
 #ifndef LAC_CUDA_ELEM_CUH
 #define LAC_CUDA_ELEM_CUH
+#include "launch.cuh"
 #include "maps.cuh"
 #include "short.cuh"
 #include <utility>
@@ -362,10 +363,12 @@ static constexpr quick_entry quick_map2_list[] = {
 #define KERNELS(name, inputs)                                                                                          \
     __global__ void __launch_bounds__(THREADS, dense_blocks<inputs>) name##_dense(map_args a)                          \
     {                                                                                                                  \
+        previous_done();                                                                                               \
         dense_loop<inputs, dense_vectors<inputs>>(a, [&](auto visit) { select_##name<float>(a.fn, a, visit); });       \
     }                                                                                                                  \
     template <class C> __global__ void __launch_bounds__(THREADS) name##_strided(map_args a)                           \
     {                                                                                                                  \
+        previous_done();                                                                                               \
         strided_loop<C, inputs>(a, [&](auto visit) { select_##name<C>(a.fn, a, visit); });                             \
     }
 
@@ -373,6 +376,7 @@ static constexpr quick_entry quick_map2_list[] = {
 #define QUICK_KERNELS(name, inputs, list)                                                                              \
     template <int FN, int DTYPE> __global__ void __launch_bounds__(THREADS) name##_one(map_args a)                     \
     {                                                                                                                  \
+        previous_done();                                                                                               \
         quick_loop<DTYPE, inputs>(a, [&](auto visit) { select_##name<float>(FN, a, visit); });                         \
     }                                                                                                                  \
     template <int AT> static map_kernel *name##_entry(int dtype)                                                       \

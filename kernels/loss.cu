@@ -15,6 +15,7 @@
  */
 #include "gemm.cuh"
 #include "rows.cuh"
+#include "short.cuh"
 
 enum { LOSS_THREADS = 512, CHUNK_ELEMENTS = 1 << 27 };
 
@@ -65,6 +66,7 @@ template <class T, class S>
 __global__ void __launch_bounds__(LOSS_THREADS)
     loss_kernel(loss_rows<T> a, loss_target<compute_t<T>> t, lac_cuda_reporter bad)
 {
+    previous_done();
     typedef compute_t<T> C;
     __shared__ C space[LOSS_THREADS / 32];
     __shared__ double wide_space[LOSS_THREADS / 32];
@@ -119,6 +121,7 @@ template <class T, class S, class U>
 __global__ void __launch_bounds__(LOSS_THREADS)
     gradient_kernel(loss_rows<T> a, loss_target<compute_t<T>> t, U *y, lac_cuda_reporter bad)
 {
+    previous_done();
     typedef compute_t<T> C;
     __shared__ double wide_space[LOSS_THREADS / 32];
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
@@ -173,57 +176,63 @@ template <class T> struct loss_group {
 /* of a half type the result is rounded a thousand times more coarsely than ex2 is wrong */
 template <class T> static __device__ __forceinline__ float loss_exp(float x)
 {
-    if constexpr (std::is_same_v<T, float>) {
-        return expf(x);
-    } else {
-        float y;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
-        return y;
-    }
+    if constexpr (std::is_same_v<T, float>) return expf(x);
+    else return short_exp(x);
 }
+
+/* The log-sum-exp of what one thread reads: sum times e^most. Of half types both are to the base 2, and `most` the
+ * rounded product that is subtracted, so that it takes no accuracy from the result however large it is. */
+template <class T> struct running_sum {
+    static constexpr bool HALF = sizeof(T) == 2;
+    float most = -INFINITY;
+    double sum = 0;
+    static __device__ __forceinline__ float power(float x) { return HALF ? short_exp2(x) : expf(x); }
+    template <int FLIGHT> __device__ __forceinline__ void add(const loss_group<T> (&raw)[FLIGHT])
+    {
+        float v[FLIGHT][LOSS_GROUP], top = -INFINITY, part = 0;
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) {
+            raw[u].get(v[u]);
+#pragma unroll
+            for (int i = 0; i < LOSS_GROUP; i++) top = fmaxf(top, v[u][i]);
+        }
+        top = fmaxf(most, HALF ? top * LOG2_E : top);
+        float shift = top > -INFINITY ? top : 0;
+        if (top > most) sum *= (double)power(most - shift);
+        most = top;
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++)
+#pragma unroll
+            for (int i = 0; i < LOSS_GROUP; i++) part += power(HALF ? fmaf(v[u][i], LOG2_E, -shift) : v[u][i] - shift);
+        sum += (double)part;
+    }
+};
 
 template <class T>
 __global__ void __launch_bounds__(LOSS_THREADS, 2)
     loss_dense(loss_rows<T> a, loss_target<float> t, lac_cuda_reporter bad)
 {
+    previous_done();
     constexpr int FLIGHT = sizeof(T) == 2 ? 4 : 2;
     __shared__ float space[LOSS_THREADS / 32];
     __shared__ double wide_space[LOSS_THREADS / 32];
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
         const loss_group<T> *x = (const loss_group<T> *)(a.logits + r * a.row_stride);
-        int groups = (int)(a.n / LOSS_GROUP);
-        float most = -INFINITY;
-        double sum = 0;
-        for (int c = threadIdx.x; c < groups; c += FLIGHT * LOSS_THREADS) {
+        int groups = (int)(a.n / LOSS_GROUP), c = threadIdx.x;
+        running_sum<T> mine;
+        for (; c + (FLIGHT - 1) * LOSS_THREADS < groups; c += FLIGHT * LOSS_THREADS) {
             loss_group<T> raw[FLIGHT];
-            float v[FLIGHT][LOSS_GROUP], top = most, part = 0;
 #pragma unroll
-            for (int u = 0; u < FLIGHT; u++)
-                if (c + u * LOSS_THREADS < groups) raw[u] = x[c + u * LOSS_THREADS];
-#pragma unroll
-            for (int u = 0; u < FLIGHT; u++) {
-                raw[u].get(v[u]);
-#pragma unroll
-                for (int i = 0; i < LOSS_GROUP; i++) {
-                    v[u][i] = c + u * LOSS_THREADS < groups ? v[u][i] : -INFINITY;
-                    top = fmaxf(top, v[u][i]);
-                }
-            }
-            float shift = top > -INFINITY ? top : 0;
-            if (top > most) sum *= (double)expf(most - shift);
-            most = top;
-#pragma unroll
-            for (int u = 0; u < FLIGHT; u++)
-#pragma unroll
-                for (int i = 0; i < LOSS_GROUP; i++) part += loss_exp<T>(v[u][i] - shift);
-            sum += (double)part;
+            for (int u = 0; u < FLIGHT; u++) raw[u] = x[c + u * LOSS_THREADS];
+            mine.add(raw);
         }
-        float all = block_max(most, space);
-        if (most < all) sum *= (double)expf(most - all);
+        for (; c < groups; c += LOSS_THREADS) mine.add({x[c]});
+        float all = block_max(mine.most, space);
+        double sum = mine.most < all ? mine.sum * (double)mine.power(mine.most - all) : mine.sum;
         sum = block_sum(sum, wide_space);
         if (threadIdx.x) continue;
         int64_t row = a.first + r, k = t.at(row);
-        double lse = (double)all + log(sum), loss = 0;
+        double lse = (mine.HALF ? (double)all / (double)LOG2_E : (double)all) + log(sum), loss = 0;
         bool outside = k < 0 || k >= a.n;
         if (k != t.ignore && outside) bad.report(row, k);
         if (k != t.ignore && !outside)
@@ -236,6 +245,7 @@ template <class T, class U>
 __global__ void __launch_bounds__(LOSS_THREADS)
     gradient_dense(loss_rows<T> a, loss_target<float> t, U *y, lac_cuda_reporter bad)
 {
+    previous_done();
     constexpr int FLIGHT = 2;
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
         const loss_group<T> *x = (const loss_group<T> *)(a.logits + r * a.row_stride);
@@ -287,10 +297,10 @@ static int run_loss(const char *op, const loss_rows<T> &r, const loss_target<com
     unsigned blocks = row_blocks_of(r.rows);
     if constexpr (sizeof(T) < 8)
         if (loss_is_dense(r, t)) {
-            loss_dense<T><<<blocks, LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, bad);
+            launch(loss_dense<T>, blocks, LOSS_THREADS, 0, r, t, bad);
             return lac_cuda_launched(op);
         }
-    loss_kernel<T, S><<<blocks, LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, bad);
+    launch(loss_kernel<T, S>, blocks, LOSS_THREADS, 0, r, t, bad);
     return lac_cuda_launched(op);
 }
 
@@ -301,10 +311,10 @@ static int run_gradient(const char *op, const loss_rows<T> &r, const loss_target
     unsigned blocks = row_blocks_of(r.rows);
     if constexpr (sizeof(T) < 8)
         if (loss_is_dense(r, t) && (uintptr_t)y % 16 == 0 && r.y_stride % LOSS_GROUP == 0) {
-            gradient_dense<T, U><<<blocks, LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, y, bad);
+            launch(gradient_dense<T, U>, blocks, LOSS_THREADS, 0, r, t, y, bad);
             return lac_cuda_launched(op);
         }
-    gradient_kernel<T, S, U><<<blocks, LOSS_THREADS, 0, lac_cuda_stream>>>(r, t, y, bad);
+    launch(gradient_kernel<T, S, U>, blocks, LOSS_THREADS, 0, r, t, y, bad);
     return lac_cuda_launched(op);
 }
 
@@ -317,6 +327,7 @@ template <class C> struct loss_weights {
 };
 template <class C> __global__ void __launch_bounds__(LOSS_THREADS) weight_sum(const C *w, int64_t n, double *total)
 {
+    previous_done();
     __shared__ double space[LOSS_THREADS / 32];
     double s = 0;
     for (int64_t i = threadIdx.x; i < n; i += LOSS_THREADS) s += (double)w[i];
@@ -352,7 +363,7 @@ static int target_of(const char *op, const lac_loss *loss, const lac_view *targe
     LAC_TRY(lac_cuda_copy(&copy));
     t->weight = (C *)(total + 1);
     t->total = total;
-    weight_sum<C><<<1, LOSS_THREADS, 0, lac_cuda_stream>>>(t->weight, n, total);
+    launch(weight_sum<C>, 1, LOSS_THREADS, 0, t->weight, n, total);
     return lac_cuda_launched(op);
 }
 
@@ -528,6 +539,7 @@ template <class U>
 __global__ void __launch_bounds__(THREADS)
     bias_kernel(const U *d, int64_t m, int64_t n, int64_t step, double *sums, bool first)
 {
+    previous_done();
     for (int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x; c < n; c += (int64_t)gridDim.x * THREADS) {
         double s = first ? 0 : sums[c];
         for (int64_t r = 0; r < m; r++) s += (double)to_compute(d[r * step + c]);
@@ -610,8 +622,8 @@ extern "C" int lac_cuda_linear_cross_entropy_bwd(const lac_a_linear_ce_bwd *a)
                     LAC_TRY((run_gradient<C, S>(op, r, t, to, bad)));
                     LAC_TRY(chunk_products(&p, at, m, dx_to, cast_dx ? p.dtype : a->dx.dtype, dw_to));
                     if (!a->dbias.data) continue;
-                    bias_kernel<U><<<blocks_for(p.classes, THREADS), THREADS, 0, lac_cuda_stream>>>(
-                        to, m, p.classes, r.y_stride, (double *)sums.data, at == 0);
+                    launch(bias_kernel<U>, blocks_for(p.classes, THREADS), THREADS, 0, to, m, p.classes, r.y_stride,
+                           (double *)sums.data, at == 0);
                     LAC_TRY(lac_cuda_launched(op));
                 }
                 if (cast_dw) LAC_TRY(store_result(dw.data, p.plain, &a->dw));

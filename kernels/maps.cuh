@@ -121,7 +121,14 @@ template <class T> MAP_FN T F_gelu(T x) { return x < T(-1e3) ? T(0) : x * map_cd
 template <class T> MAP_FN T F_gelu_grad(T x)
 {
     T near = x < T(-1e3) ? T(-1e3) : x > T(1e3) ? T(1e3) : x;
-    return map_cdf(x) + near * (T(0.39894228040143267794) * F_exp(T(-0.5) * x * x));
+    return fma(near, T(0.39894228040143267794) * F_exp(T(-0.5) * x * x), map_cdf(x));
+}
+/* both, with one normal distribution function */
+template <class T> MAP_FN T F_gelu_both(T x, T *slope)
+{
+    T cdf = map_cdf(x), near = x < T(-1e3) ? T(-1e3) : x > T(1e3) ? T(1e3) : x;
+    *slope = fma(near, T(0.39894228040143267794) * F_exp(T(-0.5) * x * x), cdf); /* as F_gelu_grad, to the bit */
+    return x < T(-1e3) ? T(0) : x * cdf;
 }
 /* gelu by tanh (Hendrycks and Gimpel 2016): 1 + tanh(u) = 2 sigmoid(2u), without cancellation */
 template <class T> MAP_FN T F_gelu_tanh(T x)

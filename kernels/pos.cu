@@ -2,12 +2,11 @@
  *
  * Cosines and sines depend on position and frequency only, and angles are in double: a position times a frequency in
  * float would be off by radians at a million tokens. Dense halves of f32, f16 and bf16 (what models have) are one
- * kernel: a thread makes the turns of its frequencies once, with XPOS's factor folded in, and rotates all heads of its
- * position by them, 16 bytes of each half at a time; that costs no more than the bytes do. The frequencies come from
- * the host, which remembers them. Other layouts, wider heads and f64 tabulate the turns in scratch memory first. The
- * transposed map, which is the gradient, is the rotation by the negative angle with the same factor. Rejected: a table
- * that is kept between calls (it would be state that a graph, the pool's limits and positions all invalidate, and
- * reading it is no faster than making it).
+ * kernel: a block makes the turns of a few positions, with XPOS's factor folded in, and rotates all their heads by
+ * them, 16 bytes of each half at a time. The frequencies come from the host, which remembers them. Other layouts, wider
+ * heads and f64 tabulate the turns in scratch memory first. The transposed map, which is the gradient, is the rotation
+ * by the negative angle with the same factor. Rejected: a table that is kept between calls (it would be state that a
+ * graph, the pool's limits and positions all invalidate, and reading it is no faster than making it).
  */
 #include "lists.cuh"
 #include <cmath>
@@ -22,14 +21,18 @@ struct rope_args {
     index_reader where;
     int64_t rows; /* of the table */
     bool small;   /* positions fit 31 bits: divisions by multiplication */
-    divider by_runs, by_heads;
+    divider by_runs, by_heads, by_half;
 };
 
 template <class C> struct alignas(2 * sizeof(C)) pair {
     C c, s;
 };
 
-enum { ROPE_SHARED = 256 /* frequencies that a block keeps */, ROPE_HALF = 128 /* that a launch is given */ };
+enum {
+    ROPE_SHARED = 256, /* frequencies that a block keeps */
+    ROPE_HALF = 128,   /* that a launch is given */
+    ROPE_TURNS = 512   /* that a block makes of them */
+};
 struct rope_rates {
     double frequency[ROPE_HALF], rate[ROPE_HALF]; /* rate: of XPOS's exponent */
 };
@@ -54,6 +57,7 @@ static __device__ __forceinline__ pair<float> rope_turn(double a, double e, floa
 template <class C>
 __global__ void __launch_bounds__(THREADS) rope_table(rope_args a, pair<C> *table, lac_cuda_reporter bad)
 {
+    previous_done();
     __shared__ double frequency[ROPE_SHARED], rate[ROPE_SHARED];
     auto frequency_of = [&](int64_t i) { return pow(a.base, -(double)i / (double)a.half); };
     auto rate_of = [&](int64_t i) { /* of XPOS's exponent */
@@ -83,6 +87,7 @@ template <class T>
 __global__ void __launch_bounds__(THREADS)
     rope_kernel(rope_args a, const T *x, const pair<compute_t<T>> *table, T *out, int64_t total)
 {
+    previous_done();
     typedef compute_t<T> C;
     for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < total; t += (int64_t)gridDim.x * THREADS) {
         int64_t row, i, h, bn;
@@ -103,59 +108,49 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* rotates U heads, `step` elements apart, of which `left` are there */
-template <class T, int P, int U>
-static __device__ __forceinline__ void rope_heads(const T *x, int64_t step, T *out, int half, int left,
-                                                  const pair<float> (&turn)[P])
+/* dense halves: a block makes the turns of `places` positions and rotates all their heads */
+template <class T, int P>
+__global__ void __launch_bounds__(THREADS) rope_runs(rope_args a, const __grid_constant__ rope_rates rates, const T *x,
+                                                     T *out, int places, lac_cuda_reporter bad)
 {
     struct alignas(P * sizeof(T)) run {
         T at[P];
     };
-    run u[U], v[U];
-#pragma unroll
-    for (int h = 0; h < U; h++)
-        if (h < left) u[h] = *(const run *)(x + h * step), v[h] = *(const run *)(x + h * step + half);
-#pragma unroll
-    for (int h = 0; h < U; h++) {
-        if (h >= left) break;
-#pragma unroll
-        for (int k = 0; k < P; k++) {
-            float s = to_compute(u[h].at[k]), c = to_compute(v[h].at[k]);
-            u[h].at[k] = from_compute<T>(s * turn[k].c - c * turn[k].s);
-            v[h].at[k] = from_compute<T>(s * turn[k].s + c * turn[k].c);
-        }
-        *(run *)(out + (int64_t)h * 2 * half) = u[h];
-        *(run *)(out + (int64_t)h * 2 * half + half) = v[h];
-    }
-}
-
-/* dense halves: a thread has P neighbouring pairs of one position, in all heads */
-template <class T, int P>
-__global__ void __launch_bounds__(THREADS, 3) rope_runs(rope_args a, const __grid_constant__ rope_rates rates,
-                                                        const T *x, T *out, int64_t total, lac_cuda_reporter bad)
-{
-    constexpr int U = 4;
-    int half = (int)a.half;
-    for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < total; t += (int64_t)gridDim.x * THREADS) {
-        int64_t bn = a.small ? a.by_runs.divide((uint32_t)t) : t / (half / P), b = a.batch > 1 ? bn / a.n : 0;
-        int64_t n = bn - b * a.n, place = a.given ? a.where.at(a.each ? bn : n) : n;
-        int i = (int)(t - bn * (half / P)) * P;
+    __shared__ alignas(16) pair<float> turns[ROPE_TURNS];
+    int half = (int)a.half, heads = (int)a.heads, runs = half / P;
+    int64_t first = (int64_t)blockIdx.x * places, left = a.batch * a.n - first;
+    if (left < places) places = (int)left;
+    previous_done();
+    for (int t = threadIdx.x; t < places * half; t += THREADS) {
+        int at = (int)a.by_half.divide((uint32_t)t), i = t - at * half;
+        int64_t bn = first + at, n = a.batch > 1 ? bn % a.n : bn, row = a.each ? bn : n;
+        int64_t place = a.given ? a.where.at(row) : row;
         if (place < 0 || place >= bad.size) {
-            bad.report(a.each ? bn : n, place);
+            bad.report(row, place);
             place = 0;
         }
         double p = (double)(a.start + place);
-        pair<float> turn[P];
+        pair<float> turn = rope_turn(p * rates.frequency[i], p * rates.rate[i], 0.0f);
+        turns[t] = {turn.c, a.transpose ? -turn.s : turn.s};
+    }
+    __syncthreads();
+    for (int t = threadIdx.x; t < places * heads * runs; t += THREADS) {
+        int row = (int)a.by_runs.divide((uint32_t)t), at = (int)a.by_heads.divide((uint32_t)row);
+        int h = row - at * heads, i = (t - row * runs) * P;
+        int64_t bn = first + at, b = a.batch > 1 ? bn / a.n : 0, n = bn - b * a.n;
+        const T *from = x + b * a.stride[0] + n * a.stride[1] + h * a.stride[2] + i;
+        const pair<float> *turn = turns + at * half + i;
+        run u = *(const run *)from, v = *(const run *)(from + half);
 #pragma unroll
         for (int k = 0; k < P; k++) {
-            turn[k] = rope_turn(p * rates.frequency[i + k], p * rates.rate[i + k], 0.0f);
-            if (a.transpose) turn[k].s = -turn[k].s;
+            pair<float> r = turn[k];
+            float p = to_compute(u.at[k]), q = to_compute(v.at[k]);
+            u.at[k] = from_compute<T>(p * r.c - q * r.s);
+            v.at[k] = from_compute<T>(p * r.s + q * r.c);
         }
-        const T *from = x + b * a.stride[0] + n * a.stride[1] + i;
-        T *to = out + bn * a.heads * 2 * half + i;
-        for (int h = 0; h < (int)a.heads; h += U)
-            rope_heads<T, P, U>(from + h * a.stride[2], a.stride[2], to + (int64_t)h * 2 * half, half, (int)a.heads - h,
-                                turn);
+        T *to = out + (bn * heads + h) * 2 * half + i;
+        *(run *)to = u;
+        *(run *)(to + half) = v;
     }
 }
 
@@ -180,7 +175,7 @@ static const rope_rates *rates_of(const rope_args *a)
 static bool rope_is_dense(const rope_args *r, const void *x, int P)
 {
     bool dense = P > 1 && !r->interleaved && r->half <= ROPE_HALF && r->half % P == 0 && (uintptr_t)x % 16 == 0;
-    dense = dense && r->stride[3] == 1 && r->heads < INT32_MAX / 4;
+    dense = dense && r->stride[3] == 1 && r->heads < 1 << 16;
     for (int d = 0; d < 3; d++) dense = dense && r->stride[d] % P == 0;
     return dense;
 }
@@ -204,23 +199,22 @@ extern "C" int lac_cuda_rope(const lac_a_rope *a)
         int64_t places = r.batch * r.n;
         if constexpr (P > 1)
             if (rope_is_dense(&r, x->data, P)) {
-                int64_t work = places * (r.half / P);
-                r.small = work < INT32_MAX;
-                if (r.small) r.by_runs = divider((uint32_t)(r.half / P));
-                rope_runs<T, P><<<blocks_for(work, THREADS), THREADS, 0, lac_cuda_stream>>>(
-                    r, *rates_of(&r), (const T *)x->data, (T *)a->out.data, work, bad);
+                int each = ROPE_TURNS / (int)r.half;
+                r.by_half = divider((uint32_t)r.half), r.by_heads = divider((uint32_t)r.heads);
+                r.by_runs = divider((uint32_t)(r.half / P));
+                launch(rope_runs<T, P>, blocks_for(places, each), THREADS, 0, r, *rates_of(&r), (const T *)x->data,
+                       (T *)a->out.data, each, bad);
                 return lac_cuda_launched("rope");
             }
         lac_scratch table("rope", (size_t)(r.rows * r.half) * sizeof(pair<C>));
         if (!table.data) return (int)LAC_E_MEMORY;
-        rope_table<C><<<blocks_filling(r.rows * r.half, THREADS, 8), THREADS, 0, lac_cuda_stream>>>(
-            r, (pair<C> *)table.data, bad);
+        launch(rope_table<C>, blocks_filling(r.rows * r.half, THREADS, 8), THREADS, 0, r, (pair<C> *)table.data, bad);
         LAC_TRY(lac_cuda_launched("rope"));
         int64_t work = places * r.heads * r.half;
         r.small = work < INT32_MAX;
         if (r.small) r.by_runs = divider((uint32_t)r.half), r.by_heads = divider((uint32_t)r.heads);
-        rope_kernel<T><<<blocks_for(work, THREADS), THREADS, 0, lac_cuda_stream>>>(
-            r, (const T *)x->data, (const pair<C> *)table.data, (T *)a->out.data, work);
+        launch(rope_kernel<T>, blocks_for(work, THREADS), THREADS, 0, r, (const T *)x->data,
+               (const pair<C> *)table.data, (T *)a->out.data, work);
         return lac_cuda_launched("rope");
     });
 }

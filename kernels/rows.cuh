@@ -10,7 +10,7 @@
  */
 #ifndef LAC_CUDA_ROWS_CUH
 #define LAC_CUDA_ROWS_CUH
-#include "common.cuh"
+#include "launch.cuh"
 
 enum { ROW_LONG = 256, ROW_KEPT = ROW_LONG * 32 };
 /* threads of a block whose rows have ROW threads each */

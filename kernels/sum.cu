@@ -35,6 +35,7 @@ template <int DTYPE> static __device__ __forceinline__ double add_up(const uint4
 
 template <int DTYPE> __global__ void __launch_bounds__(THREADS) sum_rows(sum_job j)
 {
+    previous_done();
     int lane = threadIdx.x % LANES;
     int64_t first = ((int64_t)blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES) * TILE;
     int vectors = (int)(j.count / vector_of<DTYPE>);
@@ -66,6 +67,7 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS) sum_rows(sum_job
 /* shares[part][column]; blockIdx.x: 32 vectors of columns, blockIdx.y: part */
 template <int DTYPE> __global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_columns(sum_job j, double *shares)
 {
+    previous_done();
     constexpr int N = vector_of<DTYPE>, FLIGHT = 4;
     __shared__ double space[COLUMN_WARPS / 2][N][LANES];
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
@@ -115,6 +117,7 @@ template <int DTYPE> __global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_co
 /* 32 columns a block, 32 threads deep */
 __global__ void __launch_bounds__(SHARE_THREADS) add_shares(sum_job j, const double *shares, int64_t parts)
 {
+    previous_done();
     __shared__ double space[SHARE_THREADS / LANES][LANES];
     int lane = threadIdx.x % LANES, deep = threadIdx.x / LANES;
     int64_t column = (int64_t)blockIdx.x * LANES + lane;
@@ -136,6 +139,7 @@ static __device__ unsigned finished; /* blocks of the call that runs; 0 between 
 
 template <int DTYPE> __global__ void __launch_bounds__(THREADS) sum_all(sum_job j, double *shares)
 {
+    previous_done();
     __shared__ double space[THREADS / 32];
     __shared__ bool last;
     constexpr int N = vector_of<DTYPE>, FLIGHT = 4;
@@ -176,11 +180,11 @@ template <int DTYPE> static int sum_run(sum_job j)
         unsigned blocks = blocks_filling(j.count / N, THREADS * 4, 8);
         lac_scratch shares("reduce", blocks * sizeof(double));
         if (!shares.data) return LAC_E_MEMORY;
-        sum_all<DTYPE><<<blocks, THREADS, 0, lac_cuda_stream>>>(j, (double *)shares.data);
+        launch(sum_all<DTYPE>, blocks, THREADS, 0, j, (double *)shares.data);
         return lac_cuda_launched("reduce");
     }
     if (j.along_rows) {
-        sum_rows<DTYPE><<<blocks_for(j.outputs, THREADS / LANES * TILE), THREADS, 0, lac_cuda_stream>>>(j);
+        launch(sum_rows<DTYPE>, blocks_for(j.outputs, THREADS / LANES * TILE), THREADS, 0, j);
         return lac_cuda_launched("reduce");
     }
     int64_t groups = (j.outputs / N + LANES - 1) / LANES, parts = 2 * (int64_t)lac_cuda_processors / groups;
@@ -189,11 +193,9 @@ template <int DTYPE> static int sum_run(sum_job j)
     j.share = (j.count + parts - 1) / parts;
     lac_scratch shares("reduce", (size_t)(parts * j.outputs) * sizeof(double));
     if (!shares.data) return LAC_E_MEMORY;
-    sum_columns<DTYPE>
-        <<<dim3((unsigned)groups, (unsigned)parts), COLUMN_THREADS, 0, lac_cuda_stream>>>(j, (double *)shares.data);
+    launch(sum_columns<DTYPE>, dim3((unsigned)groups, (unsigned)parts), COLUMN_THREADS, 0, j, (double *)shares.data);
     LAC_TRY(lac_cuda_launched("reduce"));
-    add_shares<<<blocks_for(j.outputs, LANES), SHARE_THREADS, 0, lac_cuda_stream>>>(j, (const double *)shares.data,
-                                                                                    parts);
+    launch(add_shares, blocks_for(j.outputs, LANES), SHARE_THREADS, 0, j, (const double *)shares.data, parts);
     return lac_cuda_launched("reduce");
 }
 
