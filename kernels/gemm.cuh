@@ -8,9 +8,8 @@
  * one dtype; C may be f32 where they are f16 or bf16. */
 enum {
     GEMM_PLAIN,
-    GEMM_GELU,          /* C = gelu_tanh(A B + bias); aux [m, n]: what goes into it, or NULL */
-    GEMM_GELU_GRADIENT, /* C = (A B) gelu_tanh'(aux); sums [n]: C's column sums, or NULL */
-    GEMM_SUMS_OF_A      /* sums [m]: the sums of A's rows */
+    GEMM_GELU,         /* C = gelu_tanh(A B + bias); aux [m, n]: what goes into it, or NULL */
+    GEMM_GELU_GRADIENT /* C = (A B) gelu_tanh'(aux); sums [n]: C's column sums, or NULL */
 };
 struct lac_cuda_gemm_args {
     int64_t m, n, k, batch;

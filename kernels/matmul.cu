@@ -85,8 +85,6 @@ static cublasLtEpilogue_t epilogue_of(const lac_cuda_gemm_args *g)
         return g->bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
     case GEMM_GELU_GRADIENT:
         return g->sums ? CUBLASLT_EPILOGUE_DGELU_BGRAD : CUBLASLT_EPILOGUE_DGELU;
-    case GEMM_SUMS_OF_A:
-        return CUBLASLT_EPILOGUE_BGRADB; /* our A is its B */
     default:
         return g->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
     }
@@ -98,7 +96,7 @@ static cublasLtEpilogue_t epilogue_of(const lac_cuda_gemm_args *g)
 /* the pointers of this call's epilogue */
 static int point(const char *op, const lac_cuda_gemm_args *g, const remembered *r)
 {
-    const void *vector = g->epilogue == GEMM_SUMS_OF_A || g->epilogue == GEMM_GELU_GRADIENT ? g->sums : g->bias;
+    const void *vector = g->epilogue == GEMM_GELU_GRADIENT ? g->sums : g->bias;
     if (vector) ATTRIBUTE(op, r, BIAS_POINTER, vector);
     if (!g->aux) return 0;
     int64_t ld = g->n;
