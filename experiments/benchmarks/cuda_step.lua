@@ -6,8 +6,10 @@
 -- `split` divides the heads. PyTorch runs as written with cuDNN's attention and with its flash kernel, and
 -- compiled with the faster of the two; the target holds against each. Its AdamW updates bf16 weights with
 -- bf16 moments, ours f32 masters with f32 moments (see peers/longnet.py). Memory is the peak of a step,
--- parameters and moments included, by the counts of the two pools.
+-- parameters and moments included, by the counts of the two pools. Forward and backward captured in a graph
+-- have to leave the device idle for less than 2% of the time, which gaps.c asks CUPTI for.
 
+local ffi = require "ffi"
 local lac = require "lacuna"
 local sys = require "lacuna.sys"
 
@@ -17,6 +19,17 @@ local QUICK = { vocab = 64, layers = 1, width = 48, heads = 6, ffn = 96, context
   dilations = { 1, 3 } }
 local DECAY = 0.01
 local MEMORY, LOSS = 0.7, 5e-3 -- of PyTorch's peak; relative, of a loss in bf16
+local GAPS = 2 -- percent of a captured step
+local GAPS_SOURCE = debug.getinfo(1, "S").source:match("^@(.*)cuda_step%.lua$") .. "gaps.c"
+local CUPTI = { "libcupti.so", "libcupti.so.13", "libcupti.so.12",
+  "/usr/local/cuda/extras/CUPTI/lib64/libcupti.so", "/usr/local/cuda/lib64/libcupti.so" }
+
+ffi.cdef[[
+const char *gaps_start(const char *path);
+void gaps_reset(void);
+int64_t gaps_read(double *span, double *busy);
+void gaps_stop(void);
+]]
 
 local function make(b, scheme)
   local o = { scheme = scheme, dtype = "bf16" }
@@ -34,7 +47,7 @@ local function make(b, scheme)
     optimizer:zero_grad{ release = true }
     return loss:item()
   end
-  return { options = o, model = model, step = step, x = x, y = y }
+  return { options = o, model = model, step = step, x = x, y = y, optimizer = optimizer }
 end
 
 local function peak_of(step)
@@ -63,6 +76,60 @@ local function compare(b, m, name, arguments, weights, data, first, peak)
   return row.other or math.huge
 end
 
+-- gaps.c, tracing; or nil and why not
+local function tracer()
+  local library = sys.temporary("-gaps.so")
+  local status, _, err = sys.run(("cc -O2 -shared -fPIC -o %s %s -ldl"):format(sys.quote(library),
+    sys.quote(GAPS_SOURCE)))
+  if status ~= 0 then return nil, "gaps.c cannot be compiled: " .. err end
+  local gaps, reason = ffi.load(library), nil
+  os.remove(library)
+  for _, path in ipairs(CUPTI) do
+    local answer = gaps.gaps_start(path)
+    if answer == nil then return gaps end
+    reason = reason or "no CUPTI: " .. ffi.string(answer)
+  end
+  return nil, reason
+end
+
+-- percent of a captured forward and backward in which no kernel runs: the median of five
+local function idle_share(m)
+  local gaps, reason = tracer()
+  if not gaps then return nil, reason end
+  local span, busy, shares = ffi.new("double[1]"), ffi.new("double[1]"), {}
+  local captured = lac.graph(function()
+    local loss = m.model:loss(m.x, m.y)
+    loss:backward()
+    return loss:detach():clone()
+  end)
+  for i = 1, 7 do -- the first runs as it is, the second is captured
+    lac.synchronize()
+    gaps.gaps_reset()
+    captured()
+    lac.synchronize()
+    if gaps.gaps_read(span, busy) <= 0 then reason = "CUPTI saw no kernels, or too many" end
+    shares[i] = 100 * (1 - busy[0] / span[0])
+    m.optimizer:zero_grad{ release = true }
+  end
+  gaps.gaps_stop()
+  captured:release()
+  if reason then return nil, reason end
+  shares = { unpack(shares, 3) }
+  table.sort(shares)
+  return shares[3]
+end
+
+local function report_gaps(b, m)
+  local share, reason
+  if b.quick then
+    reason = "only on cuda, of the whole model"
+  else
+    share, reason = lac.scope(idle_share, m)
+  end
+  b:value{ what = ("captured step, %s: no kernel runs"):format(m.options.scheme), value = share,
+    problem = reason, unit = "%", at_most = GAPS }
+end
+
 return {
   name = "cuda_step",
   about = "a training step of LongNet-125M, 32,768 tokens, bf16",
@@ -83,8 +150,9 @@ return {
             { kernel = kernel, compiled = compiled }, weights, data, first, peak)
         end
         local flash = beside("flash", false)
-        if b.quick then return end -- on a CPU there is no cuDNN, and compiling takes a minute
+        if b.quick then return report_gaps(b, m) end -- a CPU has no cuDNN; compiling takes long
         beside(beside("cudnn", false) < flash and "cudnn" or "flash", true)
+        report_gaps(b, m)
       end)
     end
     os.remove(weights)
