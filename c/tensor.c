@@ -88,9 +88,12 @@ int lac_view_get(const char *op, const char *name, const lac_tensor *t, lac_view
     if (t->device != t->storage->device)
         LAC_FAIL(DEVICE, "%s: %s says %s but its storage is on %s", op, name, device_text(t->device),
                  device_text(t->storage->device));
-    for (int i = 0; i < t->ndim; i++)
+    bool empty = false;
+    for (int i = 0; i < t->ndim; i++) {
         if (t->shape[i] < 0)
             LAC_FAIL(SHAPE, "%s: %s has a negative size: %s", op, name, lac_shape_text(t->shape, t->ndim));
+        empty |= t->shape[i] == 0;
+    }
     if (__builtin_expect(t->storage->copying != 0, 0)) LAC_TRY(lac_copy_settle(t->storage));
     if (!inside_storage(t))
         LAC_FAIL(SHAPE, "%s: %s %s reaches outside its storage of %zu bytes", op, name, lac_describe(t),
@@ -100,7 +103,9 @@ int lac_view_get(const char *op, const char *name, const lac_tensor *t, lac_view
     v->ndim = t->ndim;
     for (int i = 0; i < t->ndim; i++) {
         v->shape[i] = t->shape[i];
-        v->stride[i] = t->stride[i];
+        /* one that nobody follows may be anything, and back ends multiply it */
+        bool wild = t->stride[i] > INT32_MAX || t->stride[i] < INT32_MIN;
+        v->stride[i] = wild && (empty || t->shape[i] == 1) ? 0 : t->stride[i];
     }
     if (__builtin_expect(lac_watch_on, 0)) lac_watch_view(op, name, t, v, false);
     return 0;

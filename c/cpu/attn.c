@@ -32,6 +32,8 @@
 #define ATTN_GRAIN 96 /* tasks begin at multiples of so many query rows: of LAC_ATTN_ROWS and AMX_SIDE */
 int lac_cpu_amx_attend(const lac_a_attend *a);
 int lac_cpu_amx_attend_bwd(const lac_a_attend_bwd *w);
+int lac_cpu_avx512_attend(const lac_a_attend *a);
+int lac_cpu_avx512_attend_bwd(const lac_a_attend_bwd *w);
 #else
 #define ATTN_OPERATOR(name) LAC_CPU(name)
 #define ATTN_GRAIN LAC_ATTN_ROWS
@@ -661,6 +663,9 @@ static bool covered(const lac_plan *p, int32_t phases)
 
 int ATTN_OPERATOR(attend)(const lac_a_attend *a)
 {
+#ifdef ATTN_AMX
+    if (!parts_used(a)) return lac_cpu_avx512_attend(a);
+#endif
     const lac_plan *p = a->plan;
     bool softmax_goes_on = lac_plan_many(p) && !lac_plan_branch_softmax(p), all = covered(p, p->forward_phases);
     attn_job job = {.a = a, .add = lac_plan_branch_softmax(p)};
@@ -679,6 +684,9 @@ int ATTN_OPERATOR(attend)(const lac_a_attend *a)
 
 int ATTN_OPERATOR(attend_bwd)(const lac_a_attend_bwd *w)
 {
+#ifdef ATTN_AMX
+    if (!parts_used(&w->forward)) return lac_cpu_avx512_attend_bwd(w);
+#endif
     const lac_plan *p = w->forward.plan;
     const lac_view *q = &w->forward.q;
     attn_job job = {.a = &w->forward, .bwd = w};

@@ -777,8 +777,8 @@ static void split_axes(reduce_job *job)
     if (!lac_view_numel(x)) xb = 0; /* the strides of an empty view are never followed and may be anything, */
     if (!lac_view_numel(out)) ob = 0;
     for (int d = 0; d < x->ndim; d++) {
-        if (x->shape[d] == 1) continue; /* and so may that of an axis of one */
         int64_t n = x->shape[d], sx = x->stride[d] * xb, so = out->stride[d] * ob;
+        if (n == 1) continue;
         if (job->a->dims >> d & 1) {
             int at = job->reduced;
             if (at > 0 && job->rx[at - 1] == sx * n) job->rs[at - 1] *= n, job->rx[at - 1] = sx;
