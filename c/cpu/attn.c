@@ -11,7 +11,7 @@
  * threads, past the caches: with a dilation of 16 that is more memory than everything else touches.
  *
  * Where the processor has a matrix unit (AMX) the file is compiled once more, as the attention of the table "amx":
- * f32, f16 and bf16 then make their products in parts (attn_parts.inc). LACUNA_CPU=avx512 does without.
+ * f32, f16 and bf16 then make their products in parts (attn_parts.inc). LACUNA_CPU=amx asks for it.
  *
  * Rejected: one thread per (batch, head), which leaves cores idle for long sequences; atomics; OpenMP's dynamic
  * schedule, which promises no order.

@@ -38,8 +38,8 @@
 --     1.08 -> 1.56, causal 1.27 -> 1.82; backward D = 64 1.05 -> 1.29, causal 1.37 -> 1.56; D = 128
 --     1.02 -> 1.34, causal 1.25 -> 1.52. At D = 32 nothing (1.24 and 1.01), so rows below 48 do without it.
 --     Errors against f64 are 0.5 to 0.9 of those of multiply-adds. Neighbours on the host slow the
---     unit, and it alone, to 110 GFLOP/s for milliseconds to minutes; then it is 0.7 to 0.9 of multiply-adds,
---     and LACUNA_CPU=avx512 is the better choice. On a machine of one's own there is nothing to choose.
+--     unit, and it alone, to 110 GFLOP/s for milliseconds to minutes; then it is 0.7 to 0.9 of multiply-adds.
+--     So it is not the default: LACUNA_CPU=amx asks for it, and pays on a machine of one's own.
 --   * Tiles of other sizes (12, 48 rows; 256, 384, 1024 keys; in the backward 48, 192 rows, 64 to 256 keys):
 --     within 3%, or slower.
 --   * lse_detach, three branches with segments of 1024 rows: deltas made in the pass of the gradients:
