@@ -14,7 +14,7 @@ BUSTED  ?= luajit /usr/bin/busted
 
 PACKAGES := gcc libc6-dev make pkg-config luajit libluajit-5.1-dev libopenblas-openmp-dev libedit2 lua-busted lua-check lua-cjson \
             lua-posix lua-filesystem gnuplot-nox bible-kjv bible-kjv-text xz-utils
-TOOLS    := clang clang-format clang-tidy lua-ldoc
+LINTERS  := clang clang-format clang-tidy
 
 , := ,
 # short lines unless V=1: `  CC c/pool.c`
@@ -186,9 +186,10 @@ $(BUILD)/lint/%.tidy: c/%.c .clang-tidy | $(BUILD)/ffi.h
 -include $(TIDY:=.d)
 
 lint: ## luacheck, clang-format, clang-tidy, every translation unit with warnings as errors
-	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) $(filter-out lua-ldoc,$(TOOLS))"
+	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) $(LINTERS)"
 	luacheck -q lua experiments tests
-	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh tests/support/*.c)
+	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh tests/support/*.c \
+	  experiments/benchmarks/*.c)
 	@$(MAKE) -s --no-print-directory -j$$(nproc) WERROR=-Werror $(OBJECTS) $(COMMAND)
 	@$(MAKE) --no-print-directory -k -j$$(nproc) $(TIDY)
 
@@ -271,7 +272,7 @@ docs: all ## the reference in build/docs/index.html; a warning is an error
 
 .PHONY: deps deps-all
 deps-all: ## those of deps, lint and docs, in one go
-	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) $(TOOLS)"
+	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) $(LINTERS) lua-ldoc"
 deps: ## install the Debian packages that building, testing and the demo need (root or sudo)
 	@missing=""; for p in $(PACKAGES); do \
 	  dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \

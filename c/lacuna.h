@@ -192,7 +192,8 @@ int lac_scan_bwd(int fn, const lac_tensor *x, const lac_tensor *y, const lac_ten
 
 /* ---- matrix product ---- */
 /* out[..., M, N] = a[..., M, K] b[..., K, N] (+ bias [N]); batch axes broadcast; views made by transpose are read in
- * place. f16 and bf16 accumulate in f32. bias may be NULL. 1-D arguments are refused (use view). */
+ * place. f16 and bf16 accumulate in f32. bias may be NULL, or `out` itself: out, contiguous, += a b, rounded once. 1-D
+ * arguments are refused (use view). */
 int lac_matmul(const lac_tensor *a, const lac_tensor *b, const lac_tensor *bias, lac_tensor *out);
 
 /* out = fn(x w^T + bias), where fn is the id of gelu or gelu_tanh; x [R, E], w [V, E], bias [V] or NULL. pre: what goes

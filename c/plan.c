@@ -227,9 +227,6 @@ static __int128 lattice_pairs(const lac_plan *p, int32_t g, int64_t offset)
 
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-/* How many keys a chunk of the CPU's backward has in a phase (c/cpu/attn.c): enough chunks for many threads, but keys
- * enough to pay for packing. */
-int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase);
 int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase)
 {
     int64_t all = 0;
@@ -240,8 +237,6 @@ int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase)
     return each < LAC_ATTN_KEY_RUN_LEAST ? LAC_ATTN_KEY_RUN_LEAST : each > LAC_ATTN_KEY_RUN ? LAC_ATTN_KEY_RUN : each;
 }
 
-/* Does a chunk hold all keys of any segment of the branch? Then the scores for its deltas need not be made twice. */
-bool lac_plan_key_whole(const lac_plan *p, int32_t branch);
 bool lac_plan_key_whole(const lac_plan *p, int32_t branch)
 {
     int64_t most = p->desc.m < p->segment[branch] ? p->desc.m : p->segment[branch];

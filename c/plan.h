@@ -97,6 +97,12 @@ static inline bool lac_plan_branch_delta(const lac_plan *p)
     return lac_plan_branch_softmax(p) || (lac_plan_many(p) && p->desc.merge == LAC_MERGE_LSE_DETACH);
 }
 
+/* How many keys a chunk of the CPU's backward has in a phase (c/cpu/attn.c): enough chunks for many threads, but keys
+ * enough to pay for packing. */
+int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase);
+/* Does a chunk hold all keys of any segment of the branch? Then the scores for its deltas need not be made twice. */
+bool lac_plan_key_whole(const lac_plan *p, int32_t branch);
+
 /* Kernels for Hopper (sm_90a) do a part of all plans: NULL, or what of plan and dtype they cannot do. The rest depends
  * on the call (attn_hopper_forward_fits). Pays: no branch has so few rows a segment that tiles would be mostly empty.
  */

@@ -342,9 +342,6 @@ static int64_t even_tasks(int64_t all, int64_t longest, int64_t tasks, int threa
     return lattices < tasks ? lattices * each : tasks;
 }
 
-int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase); /* plan.c, which counts what is computed by them */
-bool lac_plan_key_whole(const lac_plan *p, int32_t branch);
-
 /* How many query rows (backward: keys) a chunk should have, out of `all`: enough chunks for all threads, but rows
  * enough to pay for packing. A row's sums do not depend on how the rows are cut; dq's do depend on how the keys are
  * cut, so the backward may not look at the number of threads here: it does where it puts chunks together. */
