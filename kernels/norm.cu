@@ -4,16 +4,20 @@
  * last gives each thread one line and neighbouring threads neighbouring lines, in two passes (maximum and sum together,
  * rescaling as the maximum grows).
  * layernorm centres before it squares, as on the CPU: the sum of squares loses everything when the mean is large. Its
- * backward has as many blocks as the device holds, each takes every gridDim-th row and keeps its columns' shares of
- * dgamma and dbeta in registers; the blocks' shares are added in order by a second kernel. No atomics. rmsnorm is
- * layernorm with a mean of 0.
+ * backward is norm_bwd.cuh's where registers hold the rows. rmsnorm is layernorm with a mean of 0.
  */
-#include "norm.cuh"
+#include "norm_bwd.cuh"
 
 static __device__ __forceinline__ float exponential(float x) { return expf(x); }
 static __device__ __forceinline__ double exponential(double x) { return exp(x); }
 static __device__ __forceinline__ float logarithm_of(float x) { return logf(x); }
 static __device__ __forceinline__ double logarithm_of(double x) { return log(x); }
+/* of what will be rounded to T */
+template <class T> static __device__ __forceinline__ compute_t<T> exponential_of(compute_t<T> x)
+{
+    if constexpr (sizeof(T) == 2) return short_exp(x);
+    else return exponential(x);
+}
 template <class C> __device__ __forceinline__ C infinity() { return (C)INFINITY; }
 
 /* ---- softmax along the last axis ---- */
@@ -28,6 +32,7 @@ template <class T, int ROW, int N, int KEEP>
 __global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(KEEP + ROW_REGISTERS + 14) : 1)
     softmax_rows(softmax_args a, const T *x, T *out)
 {
+    previous_done();
     typedef compute_t<T> C;
     __shared__ C space[ROW_LONG / 32];
     NEXT_ROWS(ROW, a.rows)
@@ -39,20 +44,20 @@ __global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(KEEP 
         if constexpr (KEEP > 0) {
             if (!a.logarithm) { /* every exponential once */
                 C e[KEEP];
-                v.each([&](C x, int64_t, int k) { sum += e[k] = exponential(x - most); });
+                v.each([&](C x, int64_t, int k) { sum += e[k] = exponential_of<T>(x - most); });
                 C scale = C(1) / row_sum<ROW>(sum, space);
                 v.store(out + r * a.n, [&](C, int64_t, int k) { return e[k] * scale; });
                 continue;
             }
         }
-        v.each([&](C e, int64_t, int) { sum += exponential(e - most); });
+        v.each([&](C e, int64_t, int) { sum += exponential_of<T>(e - most); });
         sum = row_sum<ROW>(sum, space);
         if (a.logarithm) {
             C lse = logarithm_of(sum);
             v.store(out + r * a.n, [&](C e, int64_t, int) { return (e - most) - lse; });
         } else {
             C scale = C(1) / sum;
-            v.store(out + r * a.n, [&](C e, int64_t, int) { return exponential(e - most) * scale; });
+            v.store(out + r * a.n, [&](C e, int64_t, int) { return exponential_of<T>(e - most) * scale; });
         }
     }
 }
@@ -61,6 +66,7 @@ template <class T, int ROW, int N, int KEEP>
 __global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(2 * forward_registers<T, KEEP>) : 1)
     softmax_bwd_rows(softmax_args a, const T *y, const T *g, T *out)
 {
+    previous_done();
     typedef compute_t<T> C;
     __shared__ C space[ROW_LONG / 32];
     NEXT_ROWS(ROW, a.rows)
@@ -78,7 +84,7 @@ __global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(2 * f
             C d[N];
             w.group(first, k, d);
 #pragma unroll
-            for (int i = 0; i < N; i++) e[i] = a.logarithm ? d[i] - exponential(e[i]) * sum : e[i] * (d[i] - sum);
+            for (int i = 0; i < N; i++) e[i] = a.logarithm ? d[i] - exponential_of<T>(e[i]) * sum : e[i] * (d[i] - sum);
         });
     }
 }
@@ -93,6 +99,7 @@ struct line_args {
 
 template <class T> __global__ void __launch_bounds__(THREADS) softmax_lines(line_args a, const T *x, T *out)
 {
+    previous_done();
     typedef compute_t<T> C;
     for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.lines; t += (int64_t)gridDim.x * THREADS) {
         const T *from = x + a.x.offset(t);
@@ -117,6 +124,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) softmax_lines(line
 template <class T>
 __global__ void __launch_bounds__(THREADS) softmax_bwd_lines(line_args a, const T *y, const T *g, T *out)
 {
+    previous_done();
     typedef compute_t<T> C;
     for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.lines; t += (int64_t)gridDim.x * THREADS) {
         const T *from = y + a.x.offset(t), *d = g + a.g.offset(t);
@@ -154,9 +162,9 @@ static int softmax_run(const char *op, const lac_view *x, const lac_view *g, con
             typedef typename decltype(tag)::type T;
             unsigned blocks = blocks_filling(a.lines, THREADS, 16);
             if (g)
-                softmax_bwd_lines<T><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, (const T *)x->data, (const T *)g->data,
-                                                                              (T *)out->data);
-            else softmax_lines<T><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, (const T *)x->data, (T *)out->data);
+                launch(softmax_bwd_lines<T>, blocks, THREADS, 0, a, (const T *)x->data, (const T *)g->data,
+                       (T *)out->data);
+            else launch(softmax_lines<T>, blocks, THREADS, 0, a, (const T *)x->data, (T *)out->data);
             return lac_cuda_launched(op);
         });
     }
@@ -174,16 +182,15 @@ static int softmax_run(const char *op, const lac_view *x, const lac_view *g, con
         if (g)
             with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
                 constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
-                softmax_bwd_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
-                    <<<blocks_filling(a.rows, threads / ROW, 64), threads, 0, lac_cuda_stream>>>(
-                        a, (const T *)x->data, (const T *)g->data, (T *)out->data);
+                launch(softmax_bwd_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>,
+                       blocks_filling(a.rows, threads / ROW, 64), threads, 0, a, (const T *)x->data, (const T *)g->data,
+                       (T *)out->data);
             });
         else
             with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
                 constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
-                softmax_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
-                    <<<blocks_filling(a.rows, threads / ROW, 64), threads, 0, lac_cuda_stream>>>(a, (const T *)x->data,
-                                                                                                 (T *)out->data);
+                launch(softmax_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>,
+                       blocks_filling(a.rows, threads / ROW, 64), threads, 0, a, (const T *)x->data, (T *)out->data);
             });
         return lac_cuda_launched(op);
     });
@@ -214,6 +221,7 @@ __global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(forwa
     layernorm_rows(norm_args a, const T *x, const T *gamma, const T *beta, T *out, compute_t<T> *mean,
                    compute_t<T> *rstd)
 {
+    previous_done();
     typedef compute_t<T> C;
     __shared__ C space[ROW_LONG / 32];
     C share_of_mean = a.centred ? C(1) / (C)a.n : C(0);
@@ -269,10 +277,10 @@ static int norm_run(const char *op, const lac_a_layernorm *a)
             rows_dense(&a->x, V) && rows_dense(&a->out, V) && parameters_dense(&a->gamma) && parameters_dense(&a->beta);
         with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
             constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
-            layernorm_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
-                <<<blocks_filling(j.rows, threads / ROW, 64), threads, 0, lac_cuda_stream>>>(
-                    j, (const T *)a->x.data, (const T *)a->gamma.data, (const T *)a->beta.data, (T *)a->out.data,
-                    (C *)a->mean.data, (C *)a->rstd.data);
+            launch(layernorm_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>,
+                   blocks_filling(j.rows, threads / ROW, 64), threads, 0, j, (const T *)a->x.data,
+                   (const T *)a->gamma.data, (const T *)a->beta.data, (T *)a->out.data, (C *)a->mean.data,
+                   (C *)a->rstd.data);
         });
         return lac_cuda_launched(op);
     });
@@ -287,77 +295,71 @@ extern "C" int lac_cuda_rmsnorm(const lac_a_rmsnorm *a)
     return norm_run("rmsnorm", &l);
 }
 
-/* dx, and for KEEP the block's shares of dgamma and dbeta: share[block][2][n] */
-template <class T, int ROW, int N, int KEEP>
-__global__ void __launch_bounds__(row_threads<ROW>, backward_blocks<T, ROW, KEEP>)
+/* dx of rows that registers do not hold, which are read twice */
+template <class T, int ROW, int N>
+__global__ void __launch_bounds__(row_threads<ROW>)
     layernorm_bwd_rows(norm_args a, const T *x, const T *gamma, const compute_t<T> *mean, const compute_t<T> *rstd,
-                       const T *g, T *dx, compute_t<T> *share)
+                       const T *g, T *dx)
 {
+    previous_done();
     typedef compute_t<T> C;
-    __shared__ C space[ROW == 32 && KEEP ? KEEP * ROW : 2 * ROW_LONG / 32];
-    C dgamma[KEEP ? KEEP : 1] = {}, dbeta[KEEP ? KEEP : 1] = {}, share_of_mean = a.centred ? C(1) / (C)a.n : C(0);
-    row<T, ROW, N, KEEP> fixed(gamma, gamma ? a.n : 0, a.gamma_stride); /* gamma of the thread's columns */
-    /* p = g gamma, of N columns */
-    auto product = [&](const C(&d)[N], int64_t first, int k, C(&p)[N]) {
+    __shared__ C space[2 * ROW_LONG / 32];
+    C share_of_mean = a.centred ? C(1) / (C)a.n : C(0);
+    auto product = [&](const C(&d)[N], int64_t first, C(&p)[N]) { /* g gamma */
 #pragma unroll
-        for (int i = 0; i < N; i++) p[i] = 1;
-        if (gamma) fixed.group(first, k, p);
+                                                                  for (int i = 0; i < N; i++) p[i] = 1;
+                                                                  if (gamma)
+                                                                      load_run<N>(gamma, first, a.gamma_stride, p);
 #pragma unroll
-        for (int i = 0; i < N; i++) p[i] *= d[i];
+                                                                  for (int i = 0; i < N; i++) p[i] *= d[i];
     };
-    typedef row<T, ROW, N, KEEP> values;
-    /* of a half type the next row is on its way while this one is worked on: there are too few warps to hide it */
-    constexpr bool AHEAD = KEEP > 0 && sizeof(T) == 2;
-    auto at = [&](int64_t r, const T *from, const view_walk &walk, int64_t stride) {
-        return values(r < a.rows ? from + walk.offset(r) : from, r < a.rows ? a.n : 0, stride);
-    };
-    int64_t start = (int64_t)blockIdx.x * (row_threads<ROW> / ROW) + threadIdx.x / ROW;
-    int64_t step = (int64_t)gridDim.x * (row_threads<ROW> / ROW);
-    values next_x = at(AHEAD ? start : a.rows, x, a.x, a.x_stride),
-           next_g = at(AHEAD ? start : a.rows, g, a.g, a.g_stride);
-    for (int64_t r = start; r < a.rows; r += step) {
-        values v = AHEAD ? next_x : at(r, x, a.x, a.x_stride), w = AHEAD ? next_g : at(r, g, a.g, a.g_stride);
-        if (AHEAD) next_x = at(r + step, x, a.x, a.x_stride), next_g = at(r + step, g, a.g, a.g_stride);
+    NEXT_ROWS(ROW, a.rows)
+    {
+        row<T, ROW, N, 0> v(x + a.x.offset(r), a.n, a.x_stride), w(g + a.g.offset(r), a.n, a.g_stride);
         C m = a.centred ? mean[r] : C(0), s = rstd[r], sum = 0, dot = 0;
-        v.groups([&](C(&e)[N], int64_t first, int k) {
+        v.groups([&](C(&e)[N], int64_t first, int) {
             C d[N], p[N];
-            w.group(first, k, d);
-            product(d, first, k, p);
+            w.group(first, 0, d);
+            product(d, first, p);
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                C h = (e[i] - m) * s;
-                sum += p[i];
-                dot += p[i] * h;
-                if constexpr (KEEP) {
-                    dgamma[k + i] += d[i] * h;
-                    dbeta[k + i] += d[i];
-                }
-            }
+            for (int i = 0; i < N; i++) sum += p[i], dot += p[i] * ((e[i] - m) * s);
         });
         row_sums<ROW>(&sum, &dot, space);
         sum *= share_of_mean;
         dot /= (C)a.n;
-        v.store_groups(dx + r * a.n, [&](C(&e)[N], int64_t first, int k) {
+        v.store_groups(dx + r * a.n, [&](C(&e)[N], int64_t first, int) {
             C d[N], p[N];
-            w.group(first, k, d);
-            product(d, first, k, p);
+            w.group(first, 0, d);
+            product(d, first, p);
 #pragma unroll
             for (int i = 0; i < N; i++) e[i] = s * (p[i] - sum - (e[i] - m) * s * dot);
         });
     }
-    if constexpr (KEEP) {
-        if (!share) return;
-        __syncthreads();
-        store_share<ROW, N, KEEP>(dgamma, share + (int64_t)blockIdx.x * 2 * a.n, a.n, space);
-        store_share<ROW, N, KEEP>(dbeta, share + (int64_t)blockIdx.x * 2 * a.n + a.n, a.n, space);
-    }
 }
 
-/* the same shares for rows too long for registers: a thread per column, a block per run of rows */
+/* rows that registers hold: dx and the parameters' gradients in one pass */
+template <class T> struct layernorm_back {
+    template <class U, int KEEP> static constexpr int registers = 0;
+    view_walk x_rows, g_rows;
+    const T *x, *g;
+    T *dx;
+    __device__ const T *x_at(int64_t r) const { return x + x_rows.offset(r); }
+    __device__ const T *g_at(int64_t r) const { return g + g_rows.offset(r); }
+    template <int ROW, int N, int KEEP> struct state {
+        __device__ __forceinline__ state(const layernorm_back &, int64_t, row<T, ROW, N, KEEP> &) {}
+        __device__ __forceinline__ void store(const layernorm_back &p, int64_t at, int, float (&e)[N]) const
+        {
+            *(row_access<T, N> *)(p.dx + at) = row_pack<T, N>(e);
+        }
+    };
+};
+
+/* shares of dgamma and dbeta for the same rows: a thread per column, a block per run of rows */
 template <class T>
 __global__ void __launch_bounds__(THREADS) layernorm_shares(norm_args a, const T *x, const compute_t<T> *mean,
                                                             const compute_t<T> *rstd, const T *g, compute_t<T> *share)
 {
+    previous_done();
     typedef compute_t<T> C;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < a.n; i += (int64_t)gridDim.x * THREADS) {
         C dgamma = 0, dbeta = 0;
@@ -395,30 +397,30 @@ static int norm_bwd_run(const char *op, const lac_a_layernorm_bwd *a)
         bool dense =
             rows_dense(&a->x, V) && rows_dense(&a->g, V) && rows_dense(&a->dx, V) && parameters_dense(&a->gamma);
         bool keep = dense && sizeof(T) < 8 && n % V == 0 && n <= ROW_KEPT;
-        unsigned blocks = 1;
-        with_rows<T>(n, dense, [&](auto rt, auto, auto kt) {
-            constexpr int ROW = decltype(rt)::value, KEPT = decltype(kt)::value;
-            blocks = blocks_filling(j.rows, row_threads<ROW> / ROW, KEPT ? backward_blocks<T, ROW, KEPT> : 16);
-        });
-        int64_t parts = !shares ? 0 : keep ? blocks : j.rows < 64 ? (j.rows ? j.rows : 1) : 64;
+        const T *x = (const T *)a->x.data, *g = (const T *)a->g.data, *gamma = (const T *)a->gamma.data;
+        const C *mean = (const C *)a->mean.data, *rstd = (const C *)a->rstd.data;
+        if constexpr (sizeof(T) < 8)
+            if (keep) {
+                norm_grad<T> norm = {j.rows, n, gamma, mean, rstd, NULL};
+                layernorm_back<T> back = {j.x, j.g, x, g, (T *)a->dx.data};
+                return norm_bwd_run<T>(op, norm, back, &a->dgamma, &a->dbeta);
+            }
+        int64_t parts = !shares ? 0 : j.rows < 64 ? (j.rows ? j.rows : 1) : 64;
         lac_scratch share(op, parts ? (size_t)(parts * 2 * n) * sizeof(C) : 1);
         if (!share.data) return (int)LAC_E_MEMORY;
-        C *to = shares ? (C *)share.data : NULL;
-        const T *x = (const T *)a->x.data, *g = (const T *)a->g.data;
-        const C *mean = (const C *)a->mean.data, *rstd = (const C *)a->rstd.data;
         with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
             constexpr int ROW = decltype(rt)::value;
-            layernorm_bwd_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>
-                <<<blocks, row_threads<ROW>, 0, lac_cuda_stream>>>(j, x, (const T *)a->gamma.data, mean, rstd, g,
-                                                                   (T *)a->dx.data, to);
+            if constexpr (decltype(kt)::value == 0)
+                launch(layernorm_bwd_rows<T, ROW, decltype(nt)::value>,
+                       blocks_filling(j.rows, row_threads<ROW> / ROW, 16), row_threads<ROW>, 0, j, x, gamma, mean, rstd,
+                       g, (T *)a->dx.data);
         });
         LAC_TRY(lac_cuda_launched(op));
         if (!shares) return 0;
-        if (!keep)
-            layernorm_shares<T><<<dim3(blocks_for(n, THREADS), (unsigned)parts), THREADS, 0, lac_cuda_stream>>>(
-                j, x, mean, rstd, g, to);
-        layernorm_combine<T><<<dim3(blocks_for(n, 32), 2), COMBINE, 0, lac_cuda_stream>>>(
-            n, parts, to, (T *)a->dgamma.data, (T *)a->dbeta.data);
+        C *to = (C *)share.data;
+        launch(layernorm_shares<T>, dim3(blocks_for(n, THREADS), (unsigned)parts), THREADS, 0, j, x, mean, rstd, g, to);
+        launch(layernorm_combine<T>, dim3(blocks_for(n, 32), 2), COMBINE, 0, n, parts, to, (T *)a->dgamma.data,
+               (T *)a->dbeta.data);
         return lac_cuda_launched(op);
     });
 }

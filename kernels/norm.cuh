@@ -15,31 +15,23 @@ static __device__ __forceinline__ double root(double x) { return sqrt(x); }
 enum { ROW_REGISTERS = 42 };
 template <class T, int KEEP> inline constexpr int forward_registers = KEEP *(int)sizeof(T) / 4 + ROW_REGISTERS;
 
-/* registers of a thread: its shares of dgamma and dbeta, x, g and gamma as they are stored; of a half type x and g of
- * the next row too */
-template <class T, int KEEP>
-inline constexpr int backward_registers = 2 * KEEP +
-                                          (sizeof(T) == 2 ? 5 : 3) * KEEP *(int)sizeof(T) / 4 + ROW_REGISTERS;
-template <class T, int ROW, int KEEP>
-inline constexpr int backward_blocks = KEEP ? row_blocks<ROW>(backward_registers<T, KEEP>) : 1;
-
-/* share[i], n apart: the block's sums of v over its rows' threads that have the same columns */
-template <int ROW, int N, int KEEP, class C>
-__device__ __forceinline__ void store_share(C (&v)[KEEP], C *share, int64_t n, C *space)
+/* N neighbours of a row, normalised */
+template <int N, class T>
+static __device__ __forceinline__ void scale_group(float (&e)[N], float m, float s, const T *gamma, const T *beta,
+                                                   int64_t first)
 {
-    constexpr int TEAMS = row_threads<ROW> / ROW;
-    int team = threadIdx.x / ROW, lane = threadIdx.x % ROW;
-    for (int t = TEAMS - 1; t >= 0; t--) { /* each adds those after it; the first has all */
-        if (team == t) {
+    float p[N];
 #pragma unroll
-            for (int k = 0; k < KEEP; k++) {
-                if (t < TEAMS - 1) v[k] += space[k * ROW + lane];
-                int i = (k / N * ROW + lane) * N + k % N;
-                if (t > 0) space[k * ROW + lane] = v[k];
-                else if (i < (int)n) share[i] = v[k];
-            }
-        }
-        if (TEAMS > 1) __syncthreads();
+    for (int i = 0; i < N; i++) e[i] = (e[i] - m) * s;
+    if (gamma) {
+        load_run<N>(gamma, first, 1, p);
+#pragma unroll
+        for (int i = 0; i < N; i++) e[i] *= p[i];
+    }
+    if (beta) {
+        load_run<N>(beta, first, 1, p);
+#pragma unroll
+        for (int i = 0; i < N; i++) e[i] += p[i];
     }
 }
 
@@ -53,21 +45,7 @@ __device__ __forceinline__ void normalise_row(const row<T, ROW, N, KEEP> &v, flo
     float m = row_sum<ROW>(total, space) * (1.0f / n);
     v.each([&](float e, int64_t, int) { square += (e - m) * (e - m); });
     float s = 1.0f / root(row_sum<ROW>(square, space) / n + eps);
-    v.store_groups(out, [&](float(&e)[N], int64_t first, int) {
-        float p[N];
-#pragma unroll
-        for (int i = 0; i < N; i++) e[i] = (e[i] - m) * s;
-        if (gamma) {
-            load_run<N>(gamma, first, 1, p);
-#pragma unroll
-            for (int i = 0; i < N; i++) e[i] *= p[i];
-        }
-        if (beta) {
-            load_run<N>(beta, first, 1, p);
-#pragma unroll
-            for (int i = 0; i < N; i++) e[i] += p[i];
-        }
-    });
+    v.store_groups(out, [&](float(&e)[N], int64_t first, int) { scale_group<N>(e, m, s, gamma, beta, first); });
     if (threadIdx.x % ROW) return;
     *mean = m;
     *rstd = s;
@@ -79,6 +57,7 @@ template <class T>
 __global__ void __launch_bounds__(COMBINE)
     layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share, T *dgamma, T *dbeta)
 {
+    previous_done();
     __shared__ double space[COMBINE / 32][32];
     int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
     int64_t i = (int64_t)blockIdx.x * 32 + tx;
@@ -113,23 +92,6 @@ static inline bool rows_kept(const lac_view *const *list, int count, const lac_v
     for (int i = 0; i < count; i++)
         ok = ok && (!list[i]->data || (view_contiguous(list[i]) && (uintptr_t)list[i]->data % 16 == 0));
     return ok;
-}
-
-/* a backward with a share of dgamma and dbeta from each block: launch(blocks, shares or NULL), then their sums */
-template <class T, class F>
-int norm_shared(const char *op, int64_t rows, int64_t n, int rows_of_block, int waves, bool shares,
-                const lac_view *dgamma, const lac_view *dbeta, F launch)
-{
-    unsigned blocks = blocks_filling(rows, rows_of_block, waves);
-    lac_scratch space(op, shares ? (size_t)(blocks * 2 * n) * sizeof(float) : 1);
-    if (!space.data) return LAC_E_MEMORY;
-    float *share = shares ? (float *)space.data : NULL;
-    launch(blocks, share);
-    LAC_TRY(lac_cuda_launched(op));
-    if (!shares) return 0;
-    layernorm_combine<T><<<dim3(blocks_for(n, 32), 2), COMBINE, 0, lac_cuda_stream>>>(
-        n, (int64_t)blocks, share, (T *)dgamma->data, (T *)dbeta->data);
-    return lac_cuda_launched(op);
 }
 
 #endif

@@ -6,7 +6,7 @@
  * results and gradients are theirs bit for bit (tests/cuda_shapes_spec.lua). Rows that rows.cuh keeps in registers have
  * the kernel; f64, strides and longer rows run the operators in turn.
  */
-#include "norm.cuh"
+#include "norm_bwd.cuh"
 #include "rng.h"
 
 struct residual_args {
@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(2 * forward_
     residual_rows(residual_args a, const T *x, const T *h, const T *gamma, const T *beta, T *sum, T *out, float *mean,
                   float *rstd)
 {
+    previous_done();
     __shared__ float space[ROW_LONG / 32];
     NEXT_ROWS(ROW, a.rows)
     {
@@ -54,68 +55,39 @@ __global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(2 * forward_
     }
 }
 
-template <class T, int ROW, int KEEP>
-inline constexpr int residual_blocks = row_blocks<ROW>(backward_registers<T, KEEP> + (sizeof(T) == 2 ? 0 : KEEP));
-
-template <class T, int ROW, int N, int KEEP>
-__global__ void __launch_bounds__(row_threads<ROW>, residual_blocks<T, ROW, KEEP>)
-    residual_bwd_rows(residual_args a, const T *sum, const T *gamma, const float *mean, const float *rstd, const T *g,
-                      const T *g_sum, T *dx, T *dh, float *share)
-{
-    __shared__ float space[ROW == 32 ? KEEP * ROW : 2 * ROW_LONG / 32];
-    float dgamma[KEEP] = {}, dbeta[KEEP] = {}, share_of_mean = 1.0f / (float)a.n;
-    row<T, ROW, N, KEEP> fixed(gamma, gamma ? a.n : 0, 1);
-    auto product = [&](const float(&d)[N], int k, float(&p)[N]) {
-        for (int i = 0; i < N; i++) p[i] = 1;
-        if (gamma) fixed.group(0, k, p);
-        for (int i = 0; i < N; i++) p[i] *= d[i]; /* g gamma */
-    };
-    NEXT_ROWS(ROW, a.rows)
-    {
-        row<T, ROW, N, KEEP> v(sum + r * a.n, a.n, 1), w(g + r * a.n, a.n, 1), u(g_sum + r * a.n, g_sum ? a.n : 0, 1);
-        float m = mean[r], s = rstd[r], total = 0, dot = 0;
-        v.groups([&](float(&e)[N], int64_t first, int k) {
-            float d[N], p[N];
-            w.group(first, k, d);
-            product(d, k, p);
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                float z = (e[i] - m) * s;
-                total += p[i];
-                dot += p[i] * z;
-                dgamma[k + i] += d[i] * z;
-                dbeta[k + i] += d[i];
-            }
-        });
-        row_sums<ROW>(&total, &dot, space);
-        total *= share_of_mean;
-        dot /= (float)a.n;
-        v.groups([&](float(&e)[N], int64_t first, int k) {
-            float d[N], p[N];
-            w.group(first, k, d);
-            product(d, k, p);
-#pragma unroll
-            for (int i = 0; i < N; i++) e[i] = s * (p[i] - total - (e[i] - m) * s * dot);
+/* dx of the norm is rounded, then the sum's own gradient is added; with dropout that of h follows from it */
+template <class T> struct residual_back {
+    template <class U, int KEEP> static constexpr int registers = KEEP *(int)sizeof(U) / 4;
+    residual_args a;
+    const T *sum, *g, *g_sum;
+    T *dx, *dh;
+    __device__ const T *x_at(int64_t r) const { return sum + r * a.n; }
+    __device__ const T *g_at(int64_t r) const { return g + r * a.n; }
+    template <int ROW, int N, int KEEP> struct state {
+        row<T, ROW, N, KEEP> u;
+        __device__ __forceinline__ state(const residual_back &p, int64_t r, row<T, ROW, N, KEEP> &)
+            : u(p.g_sum + r * p.a.n, p.g_sum ? p.a.n : 0, 1)
+        {
+        }
+        __device__ __forceinline__ void store(const residual_back &p, int64_t at, int k, float (&e)[N]) const
+        {
             row_access<T, N> result = row_pack<T, N>(e);
-            if (g_sum) {
+            if (p.g_sum) {
+                float d[N];
                 row_unpack<T, N>(result, e);
-                u.group(first, k, d);
+                u.group(0, k, d);
 #pragma unroll
                 for (int i = 0; i < N; i++) e[i] += d[i];
                 result = row_pack<T, N>(e);
             }
-            *(row_access<T, N> *)(dx + r * a.n + first) = result;
-            if (!dh) return;
+            *(row_access<T, N> *)(p.dx + at) = result;
+            if (!p.dh) return;
             row_unpack<T, N>(result, e);
-            drop<T, N>(a, r * a.n + first, e);
-            *(row_access<T, N> *)(dh + r * a.n + first) = row_pack<T, N>(e);
-        });
-    }
-    if (!share) return;
-    __syncthreads();
-    store_share<ROW, N, KEEP>(dgamma, share + (int64_t)blockIdx.x * 2 * a.n, a.n, space);
-    store_share<ROW, N, KEEP>(dbeta, share + (int64_t)blockIdx.x * 2 * a.n + a.n, a.n, space);
-}
+            drop<T, N>(p.a, at, e);
+            *(row_access<T, N> *)(p.dh + at) = row_pack<T, N>(e);
+        }
+    };
+};
 
 /* ---- launching ---- */
 
@@ -159,11 +131,10 @@ extern "C" int lac_cuda_residual_norm(const lac_a_residual_norm *a)
             with_rows<T>(j.n, true, [&](auto rt, auto nt, auto kt) {
                 constexpr int ROW = decltype(rt)::value, N = decltype(nt)::value, KEEP = decltype(kt)::value;
                 if constexpr (KEEP > 0)
-                    residual_rows<T, ROW, N, KEEP>
-                        <<<blocks_filling(j.rows, row_threads<ROW> / ROW, 64), row_threads<ROW>, 0, lac_cuda_stream>>>(
-                            j, (const T *)a->x.data, (const T *)a->h.data, (const T *)a->gamma.data,
-                            (const T *)a->beta.data, (T *)a->sum.data, (T *)a->out.data, (float *)a->mean.data,
-                            (float *)a->rstd.data);
+                    launch(residual_rows<T, ROW, N, KEEP>, blocks_filling(j.rows, row_threads<ROW> / ROW, 64),
+                           row_threads<ROW>, 0, j, (const T *)a->x.data, (const T *)a->h.data, (const T *)a->gamma.data,
+                           (const T *)a->beta.data, (T *)a->sum.data, (T *)a->out.data, (float *)a->mean.data,
+                           (float *)a->rstd.data);
             });
         return lac_cuda_launched("residual_norm");
     });
@@ -177,21 +148,18 @@ extern "C" int lac_cuda_residual_norm_bwd(const lac_a_residual_norm_bwd *a)
     if (j.rows * j.n == 0 || !rows_kept(list, 5, &a->gamma, NULL)) return in_turn(a);
     return dispatch_float(a->sum.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
-        bool shares = a->dgamma.data || a->dbeta.data;
-        int status = 0;
-        if constexpr (sizeof(T) < 8)
-            with_rows<T>(j.n, true, [&](auto rt, auto nt, auto kt) {
-                constexpr int ROW = decltype(rt)::value, N = decltype(nt)::value, KEEP = decltype(kt)::value;
-                if constexpr (KEEP > 0)
-                    status = norm_shared<T>(
-                        op, j.rows, j.n, row_threads<ROW> / ROW, residual_blocks<T, ROW, KEEP>, shares, &a->dgamma,
-                        &a->dbeta, [&](unsigned blocks, float *share) {
-                            residual_bwd_rows<T, ROW, N, KEEP><<<blocks, row_threads<ROW>, 0, lac_cuda_stream>>>(
-                                j, (const T *)a->sum.data, (const T *)a->gamma.data, (const float *)a->mean.data,
-                                (const float *)a->rstd.data, (const T *)a->g.data, (const T *)a->g_sum.data,
-                                (T *)a->dx.data, (T *)a->dh.data, share);
-                        });
-            });
-        return status;
+        if constexpr (sizeof(T) < 8) {
+            norm_grad<T> norm = {
+                j.rows, j.n, (const T *)a->gamma.data, (const float *)a->mean.data, (const float *)a->rstd.data, NULL};
+            residual_back<T> back = {j,
+                                     (const T *)a->sum.data,
+                                     (const T *)a->g.data,
+                                     (const T *)a->g_sum.data,
+                                     (T *)a->dx.data,
+                                     (T *)a->dh.data};
+            return norm_bwd_run<T>(op, norm, back, &a->dgamma, &a->dbeta);
+        } else {
+            return (int)LAC_E_INTERNAL; /* f64 runs in turn */
+        }
     });
 }
