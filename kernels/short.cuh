@@ -39,14 +39,15 @@ static __device__ __forceinline__ float short_tail(float x, float *m, float *bel
     q = q * t + 0.10082765f;
     q = q * t + 0.11373231f;
     *bell = short_exp2(*m * (*m * -0.72134752f));
-    return q * t * *bell;
+    return __fmul_rn(q * t, *bell);
 }
-/* x cdf(x) = max(x, 0) - |x| tail; its derivative cdf(x) + x bell / sqrt(2 pi) */
+/* x cdf(x) = max(x, 0) - |x| tail; its derivative cdf(x) + x bell / sqrt(2 pi). What is one instruction is written out:
+ * left to the compiler, the derivative has other bits where nobody asks for the value. */
 static __device__ __forceinline__ float short_gelu_both(float x, float *slope)
 {
-    float m, bell, tail = short_tail(x, &m, &bell), w = tail - m * 0.39894228f * bell;
+    float m, bell, tail = short_tail(x, &m, &bell), w = fmaf(-0.39894228f * m, bell, tail);
     *slope = x > 0 ? 1.0f - w : w;
-    return fmaxf(x, 0.0f) - m * tail;
+    return fmaf(-m, tail, fmaxf(x, 0.0f));
 }
 static __device__ __forceinline__ float short_gelu(float x)
 {
