@@ -42,6 +42,9 @@ typedef struct lac_device {
     int (*event_wait)(void *event);
     int (*event_elapsed)(void *from, void *to, double *ms);
     const lac_device_graphs *graphs;
+    /* moves bytes and waits, for guards: leaves what kernels have noted for whom it concerns; fails without a message,
+     * also while a graph is captured */
+    int (*move)(void *to, const void *from, size_t bytes, bool to_host);
 } lac_device;
 
 typedef const lac_device *lac_device_entry(void); /* "lac_device_v1" of a plug-in */

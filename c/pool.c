@@ -199,7 +199,7 @@ static block *fresh_block(heap *h, int index, size_t bytes)
     return b;
 }
 
-/* the bytes behind a block of device memory are reached by transfers: guard mode is slow there */
+/* the bytes behind a block of device memory are reached by copies that wait: guard mode is slow there */
 static void guard_set(block *b)
 {
     b->guarded = guarding && !capture;
@@ -208,7 +208,7 @@ static void guard_set(block *b)
     memset(b->guard, GUARD_BYTE, sizeof b->guard);
     memset(pattern, GUARD_BYTE, sizeof pattern);
     if (b->heap != DEVICE) memcpy(tail, pattern, sizeof pattern);
-    else runtime()->transfer(tail, pattern, sizeof pattern, false);
+    else if (queue()->move(tail, pattern, sizeof pattern, false)) b->guarded = 0; /* the device failed */
 }
 
 static void guard_check(block *b)
@@ -217,7 +217,7 @@ static void guard_check(block *b)
     unsigned char found[GUARD], *tail = (unsigned char *)block_data(b) + b->asked;
     int bad = 0;
     if (b->heap != DEVICE) memcpy(found, tail, sizeof found);
-    else if (runtime()->transfer(found, tail, sizeof found, true)) return; /* the device failed: not a broken guard */
+    else if (queue()->move(found, tail, sizeof found, true)) return; /* the device failed: not a broken guard */
     for (size_t i = 0; i < sizeof b->guard; i++) bad |= b->guard[i] != GUARD_BYTE;
     for (int i = 0; i < GUARD; i++) bad |= found[i] != GUARD_BYTE;
     guard_errors += bad;

@@ -127,9 +127,19 @@ static void idle(void)
     cudaStreamSynchronize(copies);
 }
 
+static int move(void *to, const void *from, size_t bytes, bool to_host)
+{
+    if (lac_cuda_capturing) return LAC_E_ARGUMENT;
+    cudaMemcpyKind kind = to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice;
+    cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, lac_cuda_stream);
+    if (!error) error = cudaStreamSynchronize(lac_cuda_stream);
+    cudaGetLastError(); /* a device that is broken stays so, and the next operator says it */
+    return error ? LAC_E_INTERNAL : 0;
+}
+
 static const lac_device table = {
-    LAC_ABI,    sizeof(lac_device), allocate_host,   release_host, idle,       queued,       copy,
-    copy_done,  copy_wait,          after_copy,      event_new,    event_drop, event_record, event_done,
-    event_wait, event_elapsed,      &lac_cuda_graphs};
+    LAC_ABI,    sizeof(lac_device), allocate_host,    release_host, idle,       queued,       copy,
+    copy_done,  copy_wait,          after_copy,       event_new,    event_drop, event_record, event_done,
+    event_wait, event_elapsed,      &lac_cuda_graphs, move};
 
 extern "C" __attribute__((visibility("default"))) const lac_device *lac_device_v1(void) { return &table; }

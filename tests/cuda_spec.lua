@@ -197,6 +197,20 @@ describe("cuda #gpu", function()
     assert.are.equal(12, (x * 0 + 1):sum():item())
   end)
 
+  it("reports it also when guards, which are on here, are set and looked at meanwhile", function()
+    local x = lac.randn { 4, 3, device = "cuda" }
+    local bad = lac.tensor({ 0, 7, 1 }, { dtype = "i64", device = "cuda" })
+    local ok, message = pcall(function()
+      local y = x:index_select(1, bad)
+      for _ = 1, 10 do
+        lac.scope(function() lac.empty(y:size(), { device = "cuda" }) end)
+      end
+      lac.synchronize()
+    end)
+    assert.is_false(ok)
+    assert.matches("index_select: index number 2 is 7", message)
+  end)
+
   it("refuses tensors of two devices in one operator", function()
     local ok, message = pcall(function() return lac.zeros { 2, device = "cuda" } + lac.zeros { 2 } end)
     assert.is_false(ok)

@@ -99,6 +99,13 @@ static int transfer(void *to, const void *from, size_t bytes, bool to_host)
     waits += to_host;
     return 0;
 }
+static int move(void *to, const void *from, size_t bytes, bool to_host)
+{
+    (void)to_host;
+    if (now) return LAC_E_ARGUMENT;
+    memcpy(to, from, bytes);
+    return 0;
+}
 static int memory(size_t *available, size_t *total)
 {
     *available = *total = (size_t)1 << 36;
@@ -228,7 +235,7 @@ static const lac_runtime runtime = {allocate, release, transfer, synchronize, me
 static const lac_device_graphs graphs = {begin, end, launch, drop};
 static const lac_device device = {LAC_ABI,      sizeof(lac_device), allocate,   release,       idle,      queued_now,
                                   copy,         copy_done,          after_copy, after_copy,    event_new, free,
-                                  event_record, event_done,         event_wait, event_elapsed, &graphs};
+                                  event_record, event_done,         event_wait, event_elapsed, &graphs,   move};
 static lac_backend table = {.abi = LAC_ABI,
                             .bytes = sizeof(lac_backend),
                             .name = "cuda",
