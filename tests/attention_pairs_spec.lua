@@ -47,6 +47,19 @@ describe("mask, bias and alibi", function()
     end
   end)
 
+  it("make what they keep for the next call again if a scope has released it", function()
+    local q, k, v = qkv(1, 40, 40, 2, 4)
+    for _, options in ipairs { { alibi = true }, { alibi = { 0.3, 0.2 } },
+      { block_mask = lac.attention.masks.local_window(16), block = 16 } } do
+      local function run() return (lac.attend(q, k, v, dense(options))) end
+      collectgarbage "stop" -- it might find what is released before the next call does
+      finally(function() collectgarbage "restart" end)
+      local sums = {}
+      for i = 1, 3 do sums[i] = lac.scope(function() return run():sum():item() end) end
+      assert.are.same({ sums[1], sums[1], sums[1] }, sums)
+    end
+  end)
+
   it("pass the gradient check with a bias, a mask, slopes and several branches", function()
     for _, merge in ipairs { "lse", "mean" } do
       local q, k, v = qkv(1, 6, 6, 2, 3)

@@ -44,7 +44,7 @@ function alibi.tensor(value, q)
   local dtype = q.c.dtype == C.LAC_F64 and "f64" or "f32"
   local key = (value == true and heads or table.concat(value, ",")) .. dtype .. q.c.device
   local found = made[key]
-  if found and found.c.storage ~= nil then return found end -- a scope may have released it
+  if found and not found:is_released() then return found end -- a scope may have done it
   local options = { dtype = dtype, device = device.name(q.c.device) }
   found = value == true and ops.fn.alibi_slopes(heads, options) or create.tensor(value, options)
   made[key] = found

@@ -149,7 +149,7 @@ local function slopes_of(self, q, first, count, step)
   if not self.alibi then return nil end
   local key = ("%d/%d/%d/%d/%d"):format(first, count, step, q.c.dtype, q.c.device)
   local found = self.slopes[key]
-  if not found or found.c.storage == nil then
+  if not found or found:is_released() then
     found = alibi.tensor(self.alibi, q):narrow(1, first + 1, count) * step
     self.slopes[key] = found
   end

@@ -152,7 +152,7 @@ function Pattern:cached(options)
     options.device }
   local key = table.concat(z, ",")
   local found = self.made[key]
-  if found and found.c.storage ~= nil then return found end
+  if found and not found:is_released() then return found end -- a scope may have done it
   found = self:tensor(options)
   self.made[key] = found
   return found
