@@ -3,7 +3,8 @@
  * The forward is one launch, the backward three: lse and delta of every row in base 2 (this file), dq
  * (attn_queries.cuh), dk and dv (attn_keys.cuh); merges that need a delta per branch add a pass over the queries. Rows
  * that no branch keeps are cleared beforehand, unless a branch without dilation reaches every row. On Hopper, what
- * attn_hopper_backward_fits() accepts takes dq, dk and dv from one pass over the keys (attn_hopper_backward.cu).
+ * attn_hopper_backward_fits() accepts takes dq, dk and dv from one pass over the keys (attn_hopper_backward.cu), and
+ * deltas of branches from a pass of its own (attn_hopper_deltas.cu).
  *
  * Memory beside tensors: f32 sums of f16 and bf16 results where branches meet in a row (one copy of the result, none
  * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters. f64 and, unless
@@ -343,7 +344,7 @@ static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_a
 {
     const lac_a_attend *f = &w->forward;
     LAC_TRY(make_stats(a, w));
-    if (a.per_branch) {
+    if (a.per_branch && !hopper) {
         a.deltas = 1;
         LAC_TRY(queries_pass(a, f));
         a.deltas = 0;

@@ -17,12 +17,6 @@
 
 /* ---- geometry ---- */
 
-/* lattice rows of a segment of branch g, at most, when the sequence has n positions */
-static int64_t lattice_rows(const lac_plan *p, int g, int64_t n)
-{
-    int64_t w = p->segment[g] < n ? p->segment[g] : n;
-    return (w - 1) / p->desc.dilation[g] + 1;
-}
 static int up(int64_t n, int64_t by) { return (int)((n + by - 1) / by); }
 
 /* Items whose tiles are interleaved, so that tiles of one item are not claimed at the same time, when all but one would
@@ -49,10 +43,10 @@ static hopper_sizes list_branches(hopper_args &h, const lac_plan *p)
         const int g = i % d->branches;
         if (p->backward_phase[g] != p->backward_phases - 1 - rank) continue;
         hopper_branch &b = h.branch[g];
-        int64_t rows = lattice_rows(p, g, d->n), items;
+        int64_t rows = hopper_lattice_rows(p, g, d->n), items;
         b.segments = (int)((d->m - 1) / p->segment[g]) + 1;
         b.blocks = up(rows, HOPPER_ROWS);
-        b.tiles = up(up(lattice_rows(p, g, d->m), HOPPER_ROWS), attn_hopper_groups(d->head_dim));
+        b.tiles = up(up(hopper_lattice_rows(p, g, d->m), HOPPER_ROWS), attn_hopper_groups(d->head_dim));
         items = d->batch * b.segments * p->heads[g];
         b.group = interleaved(d, b.tiles, rows, items);
         b.first_block = (int)all.blocks, b.first_tile = (int)all.tiles;
@@ -317,7 +311,7 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
 bool attn_hopper_backward_pays(const lac_plan *p)
 {
     for (int g = 0; g < p->desc.branches; g++)
-        if (lattice_rows(p, g, p->desc.n) < HOPPER_ROWS / 2) return false;
+        if (hopper_lattice_rows(p, g, p->desc.n) < HOPPER_ROWS / 2) return false;
     return true;
 }
 
@@ -329,13 +323,14 @@ static size_t carve(hopper_args &h, const lac_plan *p, char *space)
     const hopper_sizes n = list_branches(h, p);
     const size_t blocks = (size_t)n.blocks, dq = blocks * HOPPER_ROWS * (size_t)p->desc.head_dim * sizeof(float);
     const size_t stats = blocks * 2 * HOPPER_ROWS * sizeof(float), tiles = (size_t)n.tiles * sizeof(hopper_tile);
-    const size_t turns = rounded(blocks * sizeof(int)), counters = (size_t)(p->backward_phases + 2) * sizeof(int);
+    const size_t turns = rounded(blocks * sizeof(int)), counters = (size_t)(p->backward_phases + 3) * sizeof(int);
     h.dq = (float *)space;
     h.stats = (float *)(space + dq);
     h.tile = (hopper_tile *)(space + dq + stats);
     h.turn = (int *)(space + dq + stats + rounded(tiles));
     h.counter = (int *)(space + dq + stats + rounded(tiles) + turns);
-    h.spoilt = h.counter + 1, h.ready = h.counter + 2;
+    h.spoilt = h.counter + 1, h.delta_counter = h.counter + 2, h.ready = h.counter + 3;
+    h.delta_tile = (hopper_delta_tile *)h.dq;
     h.tiles = (int)n.tiles;
     return dq + stats + rounded(tiles) + turns + counters;
 }
@@ -375,7 +370,8 @@ int attn_hopper_backward(attn_args &a, const lac_a_attend_bwd *w, void *space, v
         a.branch[g].segment0 = 0, a.branch[g].segments = b.segments;
         if (items * b.blocks > most) most = items * b.blocks;
     }
-    CUDA_TRY("attention", cudaMemsetAsync(h.counter, 0, (size_t)(a.ranks + 2) * sizeof(int), lac_cuda_stream));
+    CUDA_TRY("attention", cudaMemsetAsync(h.counter, 0, (size_t)(a.ranks + 3) * sizeof(int), lac_cuda_stream));
+    if (a.per_branch) LAC_TRY(attn_hopper_deltas(a, h, w));
     const dim3 grid(blocks_filling(most, LIST_BLOCKS), (unsigned)a.branches);
     hopper_list_kernel<<<grid, THREADS, 0, lac_cuda_stream>>>(a, h, attn_hopper_groups(a.head_dim));
     LAC_TRY(lac_cuda_launched("attention"));

@@ -38,20 +38,38 @@ struct alignas(64) hopper_tile {
     int block;              /* number of the group's first head's first block */
     int order, branch;
 };
+/* A tile of the pass that works out deltas of branches (attn_hopper_deltas.cu). */
+struct alignas(64) hopper_delta_tile {
+    int branch, batch, head;
+    int rows, row0, query0; /* as above */
+    int first, groups;      /* the tile's first row of the lattice, and groups of 64 */
+    int live, key0;         /* keys before the item's length; position of the lattice's first */
+    int low, high;          /* blocks of keys that the rows see */
+};
 struct hopper_args {
     hopper_branch branch[LAC_MAX_BRANCHES];
     hopper_tile *tile;
-    float *stats; /* [blocks][2][64]: lse, delta */
-    float *dq;    /* [blocks][64 D], in the order of the products' registers */
-    int *turn;    /* [blocks] */
-    int tiles;    /* entries of the list */
-    int *counter; /* tiles claimed beyond the first of every thread block */
-    int *ready;   /* [ranks]: warpgroups that are done with a tile of that rank, where branches meet */
-    int *spoilt;  /* does any gradient hold NaN or infinity? */
+    float *stats;                  /* [blocks][2][64]: lse, delta */
+    float *dq;                     /* [blocks][64 D], in the order of the products' registers */
+    int *turn;                     /* [blocks] */
+    int tiles;                     /* entries of the list */
+    int *counter;                  /* tiles claimed beyond the first of every thread block */
+    int *ready;                    /* [ranks]: warpgroups that are done with a tile of that rank, where branches meet */
+    int *spoilt;                   /* does any gradient hold NaN or infinity? */
+    hopper_delta_tile *delta_tile; /* where the sums of dq will be */
+    int *delta_counter;            /* tiles claimed of these */
 };
 
 /* the tiles of all branches (attn_hopper_keys.cu) */
 int attn_hopper_keys(const attn_args &a, const hopper_args &p, const lac_a_attend_bwd *w);
+/* delta of every branch (attn_hopper_deltas.cu) */
+int attn_hopper_deltas(const attn_args &a, const hopper_args &p, const lac_a_attend_bwd *w);
+/* lattice rows of a segment of branch g, at most, when the sequence has n positions */
+inline int64_t hopper_lattice_rows(const lac_plan *p, int g, int64_t n)
+{
+    int64_t w = p->segment[g] < n ? p->segment[g] : n;
+    return (w - 1) / p->desc.dilation[g] + 1;
+}
 /* groups of 64 keys of a tile */
 inline int attn_hopper_groups(int head_dim) { return head_dim == 64 ? 3 : 2; }
 /* can this process's device run its kernels, and were they compiled for it? */
