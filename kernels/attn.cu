@@ -193,42 +193,79 @@ __device__ __forceinline__ void base2(double lse, double *high, double *low)
     *low = isfinite(lse) ? fma(lse, ATTN_LOG2E, -*high) + lse * 2.0355273740931033e-17 : 0.0;
 }
 
-/* Eight lanes a row. In f32 and f64 one lane multiplies dout and out in the order of the exact kernels' products: where
- * one key has all the weight, out is its value and dP - delta cancels to the last bit, as it should. */
+__device__ __forceinline__ void stats_place(const stats_args &a, int64_t row, int *b, int *n, int *h)
+{
+    if (row >> 32 == 0) { /* 64-bit divisions take most of the kernel's instructions */
+        const uint32_t x = (uint32_t)row, token = x / (uint32_t)a.heads;
+        *h = (int)(x - token * (uint32_t)a.heads), *b = (int)(token / (uint32_t)a.n);
+        *n = (int)(token - (uint32_t)*b * (uint32_t)a.n);
+    } else *h = (int)(row % a.heads), *n = (int)(row / a.heads % a.n), *b = (int)(row / a.heads / a.n);
+}
+/* dout times out of EACH rows, of which eight lanes take 16 bytes at a time: all are asked for before one is used */
+template <class T, int EACH>
+__device__ __forceinline__ void stats_products(const stats_args &a, const int64_t (&x)[EACH], const int64_t (&y)[EACH],
+                                               float (&sum)[EACH])
+{
+    constexpr int PER = 16 / (int)sizeof(T);
+    struct alignas(16) chunk {
+        T at[PER];
+    };
+    for (int c = threadIdx.x % 8; c * PER < a.head_dim; c += 8) {
+        chunk u[EACH], v[EACH];
+#pragma unroll
+        for (int k = 0; k < EACH; k++)
+            u[k] = ((const chunk *)((const T *)a.out.data + x[k]))[c],
+            v[k] = ((const chunk *)((const T *)a.g.data + y[k]))[c];
+#pragma unroll
+        for (int k = 0; k < EACH; k++)
+#pragma unroll
+            for (int i = 0; i < PER; i++) sum[k] = fmaf(to_compute(u[k].at[i]), to_compute(v[k].at[i]), sum[k]);
+    }
+}
+
+/* Eight lanes a row, four rows one after the other in f16 and bf16. In f32 and f64 one lane multiplies dout and out in
+ * the order of the exact kernels' products: where one key has all the weight, out is its value and dP - delta cancels
+ * to the last bit, as it should. */
 template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(const __grid_constant__ stats_args a)
 {
     typedef compute_t<T> C;
-    constexpr int PER = 16 / (int)sizeof(T);
-    C sum = 0;
-    int64_t row = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / 8;
-    int lane = threadIdx.x % 8;
-    if (row >= a.rows) row = a.rows - 1; /* the last one again: all lanes take part in the sum */
-    int h = (int)(row % a.heads), n = (int)(row / a.heads % a.n), b = (int)(row / a.heads / a.n);
+    constexpr int EACH = sizeof(T) == 2 ? 4 : 1; /* rows of eight lanes; those of a warp are neighbours */
+    const int lane = threadIdx.x % 8;
+    const int64_t first = ((int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32) * (4 * EACH) + threadIdx.x % 32 / 8;
+    int64_t x[EACH], y[EACH];
+    C sums[EACH] = {};
+    int b, n, h;
+#pragma unroll
+    for (int k = 0; k < EACH; k++) { /* the last row again: all lanes take part in the sum */
+        stats_place(a, first + 4 * k < a.rows ? first + 4 * k : a.rows - 1, &b, &n, &h);
+        x[k] = b * a.out.stride[0] + n * a.out.stride[1] + h * a.out.stride[2];
+        y[k] = b * a.g.stride[0] + n * a.g.stride[1] + h * a.g.stride[2];
+    }
     if (!a.per_branch) {
-        const T *x = (const T *)a.out.data + b * a.out.stride[0] + n * a.out.stride[1] + h * a.out.stride[2];
-        const T *y = (const T *)a.g.data + b * a.g.stride[0] + n * a.g.stride[1] + h * a.g.stride[2];
-        if (sizeof(T) == 2) { /* f16, bf16 */
-            if (a.out.vec && a.g.vec) {
-                struct alignas(16) chunk {
-                    T at[PER];
-                };
-                for (int c = lane; c * PER < a.head_dim; c += 8) {
-                    const chunk u = ((const chunk *)x)[c], v = ((const chunk *)y)[c];
-#pragma unroll
-                    for (int i = 0; i < PER; i++) sum += to_compute(u.at[i]) * to_compute(v.at[i]);
-                }
-            } else {
+        if constexpr (EACH > 1) {
+            if (a.out.vec && a.g.vec) stats_products<T, EACH>(a, x, y, sums);
+            else
                 for (int d = lane; d < a.head_dim; d += 8)
-                    sum += to_compute(x[d * a.out.stride[3]]) * to_compute(y[d * a.g.stride[3]]);
-            }
 #pragma unroll
-            for (int o = 1; o < 8; o *= 2) sum += __shfl_xor_sync(~0u, sum, o);
+                    for (int k = 0; k < EACH; k++)
+                        sums[k] += to_compute(((const T *)a.out.data)[x[k] + d * a.out.stride[3]]) *
+                                   to_compute(((const T *)a.g.data)[y[k] + d * a.g.stride[3]]);
+#pragma unroll
+            for (int k = 0; k < EACH; k++)
+#pragma unroll
+                for (int o = 1; o < 8; o *= 2) sums[k] += __shfl_xor_sync(~0u, sums[k], o);
         } else if (lane == 0) {
             for (int d = 0; d < a.head_dim; d++)
-                sum = fma(to_compute(y[d * a.g.stride[3]]), to_compute(x[d * a.out.stride[3]]), sum);
+                sums[0] = fma(to_compute(((const T *)a.g.data)[y[0] + d * a.g.stride[3]]),
+                              to_compute(((const T *)a.out.data)[x[0] + d * a.out.stride[3]]), sums[0]);
         }
     }
-    if (lane) return;
+    const int64_t row = first + 4 * lane; /* one of the eight lanes' rows a lane */
+    if (lane >= EACH || row >= a.rows) return;
+    C sum = sums[0];
+#pragma unroll
+    for (int k = 1; k < EACH; k++) sum = lane == k ? sums[k] : sum;
+    stats_place(a, row, &b, &n, &h);
     const C *lse = (const C *)a.lse.data + b * a.lse.stride[0] + n * a.lse.stride[1] + h * a.lse.stride[2];
     C high, low;
     base2(*lse, &high, &low);
@@ -239,7 +276,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
             base2(((const C *)a.branch_lse.data)[g * s[0] + b * s[1] + n * s[2] + h * s[3]], &high, &low);
         }
         ((C *)a.lse2)[g * a.rows + row] = high;
-        ((C *)a.lse2_low)[g * a.rows + row] = low;
+        if (a.lse2_low) ((C *)a.lse2_low)[g * a.rows + row] = low;
         if (a.per_branch) {
             ((C *)a.delta)[g * a.rows + row] = 0;
             continue;
@@ -267,7 +304,8 @@ static int make_stats(attn_args &a, const lac_a_attend_bwd *w)
     s.lse_all = (double *)a.lse_all;
     return dispatch_float(w->forward.q.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
-        attn_stats_kernel<T><<<blocks_for(s.rows, THREADS / 8), THREADS, 0, lac_cuda_stream>>>(s);
+        attn_stats_kernel<T>
+            <<<blocks_for(s.rows, THREADS / 8 * (sizeof(T) == 2 ? 4 : 1)), THREADS, 0, lac_cuda_stream>>>(s);
         return lac_cuda_launched("attention");
     });
 }

@@ -179,33 +179,26 @@ __device__ __forceinline__ int sums_of(const attn_args &a, const hopper_args &p,
     return p.turn[block] & HOPPER_FRESH ? -1 : block * HOPPER_ROWS + i % HOPPER_ROWS;
 }
 
-/* Eight columns a thread: the sums of all branches, in their order. */
-template <class T, int D>
-__global__ void __launch_bounds__(THREADS)
-    hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks)
+/* x[0..7] += eight columns of row `at` (see sums_of), from chunk 8 of the row's columns on. The order of a block is
+ * that of the product's registers: rows eight apart share sixteen bytes. */
+template <int D> __device__ __forceinline__ const float *sums_at(const hopper_args &p, int at, int chunk)
 {
-    constexpr int LANES = D / 8;
-    const unsigned rows = (unsigned)a.batch * (unsigned)a.n * (unsigned)a.heads;
-    const unsigned id = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES, row = id < rows ? id : rows - 1;
-    const int h = (int)(row % (unsigned)a.heads), token = (int)(row / (unsigned)a.heads);
-    const int b = token / a.n, n = token - b * a.n, lane = threadIdx.x % LANES;
-    float x[8] = {};
-    for (int g = 0; g < a.branches; g += LANES) { /* a lane finds the sums of one branch */
-        const int mine = g + lane < a.branches ? sums_of(a, p, g + lane, b, n, h) : -1;
-        for (int e = 0; e < LANES && g + e < a.branches; e++) {
-            const int at = __shfl_sync(~0u, mine, e, LANES);
-            if (at < 0) continue;
-            const int r = at % HOPPER_ROWS; /* of the block; the order is that of the product's registers */
-            const float *from = p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * D) + lane * 512 +
-                                (r / 16 * 32 + r % 8 * 4) * 4 + r / 8 % 2 * 2;
+    const int r = at % HOPPER_ROWS;
+    return p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * D) + chunk * 512 + (r / 16 * 32 + r % 8 * 4) * 4 +
+           r / 8 % 2 * 2;
+}
+template <int D> __device__ __forceinline__ void add_sums(float (&x)[8], const hopper_args &p, int at, int chunk)
+{
+    if (at < 0) return;
+    const float *from = sums_at<D>(p, at, chunk);
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const float2 v = *(const float2 *)(from + 4 * k);
-                x[2 * k] += v.x, x[2 * k + 1] += v.y;
-            }
-        }
+    for (int k = 0; k < 4; k++) {
+        const float2 v = *(const float2 *)(from + 4 * k);
+        x[2 * k] += v.x, x[2 * k + 1] += v.y;
     }
-    const float scale = (float)a.scale;
+}
+template <class T> __device__ __forceinline__ float put_dq(T *to, const float (&x)[8], float scale)
+{
     struct alignas(16) chunk {
         T at[8];
     } out;
@@ -215,8 +208,47 @@ __global__ void __launch_bounds__(THREADS)
         probe += x[i] * 0;
         out.at[i] = from_compute<T>(x[i] * scale);
     }
-    if (id >= rows) return;
-    ((chunk *)dq)[(int64_t)row * LANES + lane] = out;
+    *(chunk *)to = out;
+    return probe;
+}
+
+/* Eight columns of rows n and n + 8 a thread: the sums of all branches, in their order. Of a branch without dilation
+ * both rows are read at once, 64 bytes in a row. A unit is 16 rows of a head. */
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS)
+    hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks)
+{
+    constexpr unsigned UNIT = 8 * (D / 8), EACH = 32 / 8; /* threads; branches that a warp looks up at a time */
+    const unsigned heads = (unsigned)a.heads, slabs = ((unsigned)a.n + 15) / 16;
+    const unsigned id = blockIdx.x * (THREADS / UNIT) + threadIdx.x / UNIT, most = (unsigned)a.batch * slabs * heads;
+    const unsigned unit = id < most ? id : most - 1, rest = unit / heads;
+    const int h = (int)(unit % heads), b = (int)(rest / slabs), lane = threadIdx.x % 32;
+    const int n = (int)(rest % slabs) * 16 + lane % 8, chunk = threadIdx.x % UNIT / 8;
+    float x[8] = {}, y[8] = {};
+    for (int g = 0; g < a.branches; g += EACH) {
+        const int mine = g + lane / 8;
+        const bool one = mine < a.branches && n < a.n, two = mine < a.branches && n + 8 < a.n;
+        const int first = one ? sums_of(a, p, mine, b, n, h) : -1, second = two ? sums_of(a, p, mine, b, n + 8, h) : -1;
+        for (int e = 0; e < EACH && g + e < a.branches; e++) {
+            const int i = __shfl_sync(~0u, first, e * 8 + lane % 8), j = __shfl_sync(~0u, second, e * 8 + lane % 8);
+            if (i >= 0 && j == i + 8 && i % 16 < 8) {
+                const float4 *from = (const float4 *)sums_at<D>(p, i, chunk);
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const float4 v = from[k];
+                    x[2 * k] += v.x, x[2 * k + 1] += v.y, y[2 * k] += v.z, y[2 * k + 1] += v.w;
+                }
+            } else {
+                add_sums<D>(x, p, i, chunk);
+                add_sums<D>(y, p, j, chunk);
+            }
+        }
+    }
+    if (id >= most) return;
+    T *to = dq + (((int64_t)b * a.n + n) * a.heads + h) * D + chunk * 8;
+    float probe = 0;
+    if (n < a.n) probe += put_dq(to, x, (float)a.scale);
+    if (n + 8 < a.n) probe += put_dq(to + (int64_t)8 * a.heads * D, y, (float)a.scale);
     if (masks && probe != 0) *p.spoilt = 1;
 }
 
@@ -344,11 +376,11 @@ size_t attn_hopper_backward_bytes(const lac_plan *plan)
 template <class T> static int finish(const attn_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
     const bool masks = a.causal || a.window >= 0 || a.lengths;
-    const int64_t rows = (int64_t)a.batch * a.n * a.heads;
+    const int64_t rows = (int64_t)a.batch * a.n * a.heads, units = (int64_t)a.batch * ((a.n + 15) / 16) * a.heads;
+    const unsigned blocks = blocks_for(units * a.head_dim, THREADS);
     T *dq = (T *)w->dq.data;
-    if (a.head_dim == 64)
-        hopper_dq_kernel<T, 64><<<blocks_for(rows, THREADS / 8), THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
-    else hopper_dq_kernel<T, 128><<<blocks_for(rows, THREADS / 16), THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
+    if (a.head_dim == 64) hopper_dq_kernel<T, 64><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
+    else hopper_dq_kernel<T, 128><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
     LAC_TRY(lac_cuda_launched("attention"));
     if (!masks) return 0;
     hopper_redo_kernel<T><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(
