@@ -257,7 +257,7 @@ kill: all ## kill a writer of checkpoints at KILLS (100) random moments: every n
 COVERAGE_ENV  = LACUNA_LIBRARY=$(CURDIR)/$(BUILD)/coverage/lib/liblacuna.so LACUNA_COMMAND=$(BUILD)/coverage/bin/lacuna LACUNA_SLOWNESS=10
 COVERAGE_LUA  = LACUNA_COVERAGE=$(CURDIR)/$(BUILD)/coverage/lines LACUNA_FUZZ=10000 LUA_INIT=@$(CURDIR)/tests/support/coverage.lua
 spec = $(patsubst %,tests/%_spec.lua,$(1))
-DIRECT_SPECS := $(filter $(call spec,engine attend golden plan threads dispatch elem),$(SPECS))
+DIRECT_SPECS := $(filter $(call spec,engine attend attend_pairs attend_parts golden plan threads dispatch elem),$(SPECS))
 coverage: deps ## line coverage of C and Lua over the suite; fails below 90%
 	$(call instrumented,coverage,-O1 -g --coverage)
 	@find $(BUILD)/coverage \( -name '*.gcda' -o -name '*.lines' \) -delete; mkdir -p $(BUILD)/coverage/lines
