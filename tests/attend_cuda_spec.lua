@@ -10,6 +10,7 @@ local it = os.getenv "LACUNA_GPU" == "1" and it or pending
 
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
+local philox = require "support.philox"
 local lac = require "lacuna"
 local C = direct.C
 local NAN = 0 / 0
@@ -35,27 +36,6 @@ describe("attention on CUDA #gpu", function()
     C.lac_memory_guard(0)
   end)
 
-  local u64, bit = direct.ffi.typeof "uint64_t", require "bit"
-  local function word_of(seed, offset, index)
-    local block = math.floor(index / 4)
-    local x, k = { block % 2 ^ 32, math.floor(block / 2 ^ 32), offset, 0 }, { seed, 0 }
-    local function xor(a, b, d) return bit.bxor(bit.tobit(a), bit.tobit(b), bit.tobit(d)) % 2 ^ 32 end
-    for _ = 1, 10 do
-      local p0, p1 = u64(0xD2511F53) * u64(x[1]), u64(0xCD9E8D57) * u64(x[3])
-      x = { xor(tonumber(p1 / 4294967296ULL), x[2], k[1]), tonumber(p1 % 4294967296ULL),
-            xor(tonumber(p0 / 4294967296ULL), x[4], k[2]), tonumber(p0 % 4294967296ULL) }
-      k = { (k[1] + 0x9E3779B9) % 2 ^ 32, (k[2] + 0xBB67AE85) % 2 ^ 32 }
-    end
-    return x[index % 4 + 1]
-  end
-  local function keep_of(c)
-    if c.dropout == 0 then return nil end
-    return function(b, h, n, j)
-      local word = word_of(c.seed, c.rng_offset or 0, ((b * c.H + h) * c.N + n) * c.M + j)
-      return math.floor(word / 256) * 2 ^ -24 >= direct.round.f32(c.dropout)
-    end
-  end
-
   it("equals the oracle in every dtype, in 320 random configurations", function()
     local seed = fresh()
     attn.seed(seed)
@@ -69,7 +49,7 @@ describe("attention on CUDA #gpu", function()
       poison_pool(c)
       local layout = pick { false, "heads", "inner", "reversed" } or nil
       local got = run(C.LAC_CUDA, dtype, c, lists, layout)
-      local keep = keep_of(c)
+      local keep = philox.keep(c)
       local q, k, v, dout, dlse = unpack(lists, 1, 5)
       local exact = oracle.run(c, q, k, v, dout, dlse, { keep = keep })
       local naive = dtype ~= "f64" and oracle.run(c, q, k, v, dout, dlse,
@@ -177,31 +157,7 @@ describe("attention on CUDA #gpu", function()
               dtype, name, b, row, h, x, y, which, position, bad, trial, seed, text(c)))
         end
       end
-      for b = 0, c.B - 1 do for h = 0, c.H - 1 do
-        local touched, reached = {}, {}
-        local function sees(n, j)
-          for g = 1, #c.segments do if oracle.attends(c, g, b, h, n, j) then return true end end
-          return false
-        end
-        for n = 0, c.N - 1 do
-          if key then touched[n] = b == 0 and sees(n, position)
-          else touched[n] = b == 0 and n == position end
-          for j = 0, c.M - 1 do if touched[n] and sees(n, j) then reached[j] = true end end
-          if not touched[n] then
-            same("out", b, c.N, n, c.H, h, c.D)
-            same("lse", b, c.N, n, c.H, h, 1)
-            same("dq", b, c.N, n, c.H, h, c.D)
-          end
-        end
-        if c.H == c.Hk then
-          for j = 0, c.M - 1 do
-            if not reached[j] then
-              same("dk", b, c.M, j, c.Hk, h, c.D)
-              same("dv", b, c.M, j, c.Hk, h, c.D)
-            end
-          end
-        end
-      end end
+      oracle.unreached(c, key, position, same)
     end
   end)
 

@@ -7,13 +7,14 @@
 
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
+local philox = require "support.philox"
 local P = require "support.attn_pairs"
 local ffi, C = direct.ffi, direct.C
 
 local function close(got, want, tolerance, what)
   for name, data in pairs(got) do
     local found = direct.max_diff(data, want[name])
-    if found > tolerance * (1 + P.largest(want[name])) then
+    if found > tolerance * (1 + direct.largest(want[name])) then
       error(("%s differs by %g in %s"):format(name, found, what), 0)
     end
   end
@@ -41,7 +42,7 @@ describe("options of single pairs in attention", function()
       if P.chance(0.5) then lists[5] = nil end
       local layout = P.pick { false, "heads", "inner", "reversed" } or nil
       local got = P.run(c, lists, { layout = layout })
-      local want = oracle.run(c, lists[1], lists[2], lists[3], lists[4], lists[5], { keep = P.keep(c) })
+      local want = oracle.run(c, lists[1], lists[2], lists[3], lists[4], lists[5], { keep = philox.keep(c) })
       close(got, want, 1e-12, P.text(c) .. " layout=" .. tostring(layout))
     end
   end)
@@ -53,7 +54,7 @@ describe("options of single pairs in attention", function()
       local lists = { P.inputs(c, trial) }
       local layout = P.pick { false, "heads", "inner", "reversed" } or nil
       local got = P.run(c, lists, { layout = layout })
-      local want = oracle.run(c, lists[1], lists[2], lists[3], lists[4], lists[5], { keep = P.keep(c) })
+      local want = oracle.run(c, lists[1], lists[2], lists[3], lists[4], lists[5], { keep = philox.keep(c) })
       close(got, want, 1e-12, P.text(c) .. " layout=" .. tostring(layout))
     end
   end)
@@ -96,7 +97,7 @@ describe("options of single pairs in attention", function()
             end end end
             one[name] = { shape = { c.H, n, n }, data = data }
           end
-          local keep = drop and P.keep(one, draws) or nil
+          local keep = drop and philox.keep(one, draws) or nil
           draws = draws + c.H * n * n
           local want = oracle.run(one, part[1], part[2], part[3], part[4], part[5], { keep = keep })
           for name, list in pairs(pieces) do
@@ -189,7 +190,7 @@ describe("options of single pairs in attention", function()
           if C.lac_isa(name) ~= nil then
             for tensor, data in pairs(P.run(c, { q, k, v, dout }, { dtype = dtype })) do
               local exact, found = want[tensor], direct.max_diff(data, want[tensor])
-              local allowed = 2 * direct.max_diff(naive[tensor], exact) + 2 ^ -23 * P.largest(exact)
+              local allowed = 2 * direct.max_diff(naive[tensor], exact) + 2 ^ -23 * direct.largest(exact)
               local what = ("%s %s on %s, case %d"):format(dtype, tensor, name, index)
               assert.is_true(found <= allowed, ("%s: %g > %g"):format(what, found, allowed))
             end

@@ -11,7 +11,7 @@
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
 local choices = require "support.random"
-local bit = require "bit"
+local philox = require "support.philox"
 local ffi, C = direct.ffi, direct.C
 
 local function filled(n, value)
@@ -61,7 +61,7 @@ local function random_config(options)
   end
 end
 
-local text = choices.text
+local text, largest = choices.text, direct.largest
 
 local function inputs(c, seed)
   local nq, nk = c.B * c.N * c.H * c.D, c.B * c.M * c.Hk * c.D
@@ -72,41 +72,6 @@ end
 local function results(r, dq, dk, dv)
   return { out = direct.read(r.out), lse = direct.read(r.lse), dq = direct.read(dq), dk = direct.read(dk),
            dv = direct.read(dv) }
-end
-
-local function largest(a)
-  local most = 0
-  for i = 1, #a do
-    local x = math.abs(a[i])
-    if x > most and x < math.huge then most = x end
-  end
-  return most
-end
-
--- ---- independent Philox (uint64 arithmetic), for the dropout's bits ---------------------------------
-
-local u64 = ffi.typeof("uint64_t")
-local function word_of(seed, offset, index)
-  local block = math.floor(index / 4)
-  local c = { block % 2 ^ 32, math.floor(block / 2 ^ 32), offset, 0 }
-  local k = { seed, 0 }
-  for _ = 1, 10 do
-    local p0, p1 = u64(0xD2511F53) * u64(c[1]), u64(0xCD9E8D57) * u64(c[3])
-    local function hi(p) return tonumber(p / 4294967296ULL) end
-    local function lo(p) return tonumber(p % 4294967296ULL) end
-    local function xor(a, b, d) return bit.bxor(bit.tobit(a), bit.tobit(b), bit.tobit(d)) % 2 ^ 32 end
-    c = { xor(hi(p1), c[2], k[1]), lo(p1), xor(hi(p0), c[4], k[2]), lo(p0) }
-    k = { (k[1] + 0x9E3779B9) % 2 ^ 32, (k[2] + 0xBB67AE85) % 2 ^ 32 }
-  end
-  return c[index % 4 + 1]
-end
-
-local function keep_of(c)
-  return function(b, h, n, j)
-    local index = ((b * c.H + h) * c.N + n) * c.M + j
-    local word = word_of(c.seed, c.rng_offset or 0, index)
-    return math.floor(word / 256) * 2 ^ -24 >= direct.round.f32(c.dropout)
-  end
 end
 
 -- ---- specs ---------------------------------------------------------------------------------------
@@ -166,7 +131,7 @@ describe("attention in C", function()
       local layout = pick { false, "heads", "inner", "reversed" } or nil
       local r = direct.forward(c, q, k, v, { layout = layout })
       local got = results(r, direct.backward(r, dout, dlse, { layout = layout }))
-      local want = oracle.run(c, q, k, v, dout, dlse, { keep = c.dropout > 0 and keep_of(c) or nil })
+      local want = oracle.run(c, q, k, v, dout, dlse, { keep = philox.keep(c) })
       for name, data in pairs(got) do
         local found = direct.max_diff(data, want[name])
         assert.is_true(found <= 1e-12 * (1 + largest(want[name])),
@@ -362,32 +327,7 @@ describe("attention in C", function()
               y, where, position, bad, text(c)))
         end
       end
-      for b = 0, c.B - 1 do for h = 0, c.H - 1 do
-        local touched = {} -- rows
-        local reached = {} -- keys, by this head
-        local function sees(n, j)
-          for g = 1, #c.segments do if oracle.attends(c, g, b, h, n, j) then return true end end
-          return false
-        end
-        for n = 0, c.N - 1 do
-          if where == "k" or where == "v" then touched[n] = b == 0 and sees(n, position)
-          else touched[n] = b == 0 and n == position end
-          for j = 0, c.M - 1 do if touched[n] and sees(n, j) then reached[j] = true end end
-          if not touched[n] then
-            same("out", b, c.N, n, c.H, h, c.D)
-            same("lse", b, c.N, n, c.H, h, 1)
-            same("dq", b, c.N, n, c.H, h, c.D)
-          end
-        end
-        if c.H == c.Hk then
-          for j = 0, c.M - 1 do
-            if not reached[j] then
-              same("dk", b, c.M, j, c.Hk, h, c.D)
-              same("dv", b, c.M, j, c.Hk, h, c.D)
-            end
-          end
-        end
-      end end
+      oracle.unreached(c, where == "k" or where == "v", position, same)
     end
   end)
 
@@ -411,7 +351,7 @@ describe("attention in C", function()
         for _, a in ipairs { q, k, v } do
           for i = 1, #a do a[i] = direct.round[dtype](a[i]) end
         end
-        local opts = { keep = c.dropout > 0 and keep_of(c) or nil }
+        local opts = { keep = philox.keep(c) }
         local want = oracle.run(c, q, k, v, nil, nil, opts)
         local sum = dtype == "f64" and direct.round.f64 or direct.round.f32
         opts.rounding = { result = direct.round[dtype], sum = sum }
@@ -435,7 +375,7 @@ describe("attention in C", function()
     local v = filled(c.B * c.M * c.H * c.D, 0)
     for b = 0, 1 do for j = 0, 11 do for h = 0, 1 do v[((b * 12 + j) * 2 + h) * 12 + j + 1] = 1 end end end
     local r = direct.forward(c, filled(#v, 0), filled(#v, 0), v)
-    local out, keep, dropped = direct.read(r.out), keep_of(c), 0
+    local out, keep, dropped = direct.read(r.out), philox.keep(c), 0
     for b = 0, 1 do for n = 0, 11 do for h = 0, 1 do for j = 0, 11 do
       local x = out[((b * 12 + n) * 2 + h) * 12 + j + 1]
       local attended = oracle.attends(c, 1, b, h, n, j)

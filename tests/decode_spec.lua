@@ -11,16 +11,13 @@
 local lac = require "lacuna"
 local cases = require "support.cases"
 local direct = require "support.attn_direct"
+local choices = require "support.random"
 local oracle = require "support.oracle"
 local nn = lac.nn
 
-local state = 7
-local function random(n) -- 1 .. n
-  state = (state * 1103515245 + 12345) % 2147483648
-  return math.floor(state / 65536) % n + 1
-end
-local function pick(list) return list[random(#list)] end
-local function chance(p) return random(1000) <= 1000 * p end
+local generator = choices.generator()
+generator.seed(7)
+local random, pick, chance = generator.random, generator.pick, generator.chance
 
 local function valid(c)
   if c.heads == "split" and c.H < #c.segments then return false end

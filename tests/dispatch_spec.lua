@@ -14,6 +14,7 @@ local vmdef = require "jit.vmdef"
 local sys = require "lacuna.sys"
 
 local ITERATIONS = 4000
+local FASTEST_US = 5 * tonumber(os.getenv("LACUNA_SLOWNESS") or 1) -- more of an instrumented build
 local FRESH = os.getenv "LACUNA_FRESH" ~= nil -- this is that process
 
 -- run body(n) under a fresh compiler; gives the number of finished traces and the reasons of aborts
@@ -116,7 +117,7 @@ if not FRESH then describe("dispatch", function()
     for name, median, fastest in out:gmatch("(%S+) (%S+) (%S+)") do
       text[#text + 1], count = ("%s %.2f us"):format(name, median), count + 1
       -- the fastest round is asserted, and generously: other work on the machine adds time
-      assert.is_true(tonumber(fastest) < 5, ("%s: %s us"):format(name, fastest))
+      assert.is_true(tonumber(fastest) < FASTEST_US, ("%s: %s us"):format(name, fastest))
     end
     assert.are.equal(3, count)
     print("\n  16 elements with tape record, median: " .. table.concat(text, ", "))

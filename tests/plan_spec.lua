@@ -5,6 +5,7 @@
 -- hand.
 
 local direct = require "support.attn_direct"
+local choices = require "support.random"
 local oracle = require "support.oracle"
 local ffi, C = direct.ffi, direct.C
 
@@ -33,11 +34,9 @@ local function message_of(case)
   return message
 end
 
-local state = 5
-local function random(n)
-  state = (state * 1103515245 + 12345) % 2147483648
-  return math.floor(state / 65536) % n + 1
-end
+local generator = choices.generator()
+generator.seed(5)
+local random = generator.random
 
 describe("an attention plan", function()
   it("has the strips of the published schemes", function()

@@ -11,6 +11,7 @@
 -- merge, causal, window, dedup, align) plus B, N, M, H, Hk, D; missing ones have the defaults of `fill`.
 
 local lib = require "lacuna.lib"
+local choices = require "support.random"
 local ffi, C = lib.ffi, lib.C
 
 local direct = { C = C, ffi = ffi }
@@ -297,12 +298,22 @@ function direct.numbers(seed, n)
   for i = 1, n do
     local sum = 0
     for _ = 1, 2 do
-      x = (x * 1103515245 + 12345) % 2147483648
+      x = choices.step(x)
       sum = sum + math.floor(x / 1024) / 2097152
     end
     out[i] = (sum - 1) * 2
   end
   return out
+end
+
+--- Largest finite magnitude.
+function direct.largest(a)
+  local most = 0
+  for i = 1, #a do
+    local x = math.abs(a[i])
+    if x > most and x < math.huge then most = x end
+  end
+  return most
 end
 
 --- Largest absolute difference; NaN against NaN and equal infinities count as equal.

@@ -8,8 +8,6 @@
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
 local choices = require "support.random"
-local bit = require "bit"
-local ffi = direct.ffi
 
 local pairs_of = {}
 
@@ -118,42 +116,6 @@ function pairs_of.run(c, lists, options)
   local dq, dk, dv, dbias = direct.backward(r, lists[4], lists[5], options)
   return { out = direct.read(r.out), lse = direct.read(r.lse), dq = direct.read(dq), dk = direct.read(dk),
            dv = direct.read(dv), dbias = dbias and direct.read(dbias) }
-end
-
--- Philox in uint64 arithmetic, independent of the engine's
-local u64 = ffi.typeof("uint64_t")
-local function word_of(seed, offset, index)
-  local block = math.floor(index / 4)
-  local c = { block % 2 ^ 32, math.floor(block / 2 ^ 32), offset, 0 }
-  local k = { seed, 0 }
-  for _ = 1, 10 do
-    local p0, p1 = u64(0xD2511F53) * u64(c[1]), u64(0xCD9E8D57) * u64(c[3])
-    local function hi(p) return tonumber(p / 4294967296ULL) end
-    local function lo(p) return tonumber(p % 4294967296ULL) end
-    local function xor(a, b, d) return bit.bxor(bit.tobit(a), bit.tobit(b), bit.tobit(d)) % 2 ^ 32 end
-    c = { xor(hi(p1), c[2], k[1]), lo(p1), xor(hi(p0), c[4], k[2]), lo(p0) }
-    k = { (k[1] + 0x9E3779B9) % 2 ^ 32, (k[2] + 0xBB67AE85) % 2 ^ 32 }
-  end
-  return c[index % 4 + 1]
-end
-
---- Does dropout keep a pair? nil without dropout. draws: how many the sequences before have used
-function pairs_of.keep(c, draws)
-  if c.dropout == 0 then return nil end
-  return function(b, h, n, j)
-    local word = word_of(c.seed, c.rng_offset or 0, (draws or 0) + ((b * c.H + h) * c.N + n) * c.M + j)
-    return math.floor(word / 256) * 2 ^ -24 >= direct.round.f32(c.dropout)
-  end
-end
-
---- Largest finite magnitude.
-function pairs_of.largest(a)
-  local most = 0
-  for i = 1, #a do
-    local x = math.abs(a[i])
-    if x > most and x < math.huge then most = x end
-  end
-  return most
 end
 
 return pairs_of

@@ -131,6 +131,35 @@ local function parts_of(c, s, b, h, n, ro)
   return parts, lse, merged
 end
 
+--- Every row of results that a change of inputs does not reach, when one position of batch item 0 changed in
+-- all heads: of q and dout, or (key) of k and v. visit(name, b, rows, row, heads, h, width) is called for
+-- each, with the sizes that say where it lies. Gradients of a key change if a changed row sees it.
+function oracle.unreached(c, key, changed, visit)
+  for b = 0, c.B - 1 do for h = 0, c.H - 1 do
+    local touched, reached = {}, {} -- rows; keys, by this head
+    local function sees(n, j)
+      for g = 1, #c.segments do if oracle.attends(c, g, b, h, n, j) then return true end end
+      return false
+    end
+    for n = 0, c.N - 1 do
+      if key then touched[n] = b == 0 and sees(n, changed)
+      else touched[n] = b == 0 and n == changed end
+      for j = 0, c.M - 1 do if touched[n] and sees(n, j) then reached[j] = true end end
+      if not touched[n] then
+        visit("out", b, c.N, n, c.H, h, c.D)
+        visit("lse", b, c.N, n, c.H, h, 1)
+        visit("dq", b, c.N, n, c.H, h, c.D)
+      end
+    end
+    for j = 0, c.H == c.Hk and c.M - 1 or -1 do
+      if not reached[j] then
+        visit("dk", b, c.M, j, c.Hk, h, c.D)
+        visit("dv", b, c.M, j, c.Hk, h, c.D)
+      end
+    end
+  end end
+end
+
 --- Expected output row for q = 0 and V = identity: the weight of every key.
 function oracle.pattern_row(c, b, h, n)
   local zero, row = {}, {}

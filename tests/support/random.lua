@@ -6,13 +6,18 @@
 
 local random = {}
 
+--- The state after x, both in 0 .. 2^31 - 1; all states are one cycle.
+function random.step(x)
+  -- 1103515245 is 16838 * 2^16 + 20077: the whole product has more bits than a double
+  return (x * 16838 % 32768 * 65536 + x * 20077 + 12345) % 2147483648
+end
+
 --- A generator: seed(x), random(n) -> 1 .. n, pick(list), chance(p).
 function random.generator()
   local state, g = 1, {}
   function g.seed(x) state = x end
   function g.random(n)
-    -- 1103515245 is 16838 * 2^16 + 20077: the whole product has more bits than a double
-    state = (state * 16838 % 32768 * 65536 + state * 20077 + 12345) % 2147483648
+    state = random.step(state)
     return math.floor(state / 65536) % n + 1
   end
   function g.pick(list) return list[g.random(#list)] end
