@@ -1,4 +1,4 @@
-"""hopper_backward.py: PyTorch's side of the section `hopper_backward`: SDPA's backward on gathered inputs, on CUDA.
+"""hopper_backward.py: PyTorch's side of the sections `hopper_backward` and `cuda_exact`: SDPA's backward on gathered inputs, on CUDA.
 
 The inputs are contiguous [segments, heads, rows, head_dim], so gathering and scattering are not counted against it.
 One call is `times` backwards in a row and a wait, as on the other side, so that launches overlap on both.
@@ -8,7 +8,8 @@ import peer
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+             "efficient": SDPBackend.EFFICIENT_ATTENTION}
 
 
 @peer.case

@@ -1,0 +1,86 @@
+--- cuda_exact.lua: attention in f32 on a GPU beside PyTorch's memory-efficient kernel.
+--
+-- 8,192 kept rows, heads times head_dim 1,024; exact f32 (multiply-adds of the processor) and tf32 (the
+-- tensor cores, lac.use_tf32). The peer has one kernel for f32, whose products are three of tf32 each: it
+-- stands beside both of ours. Its inputs are gathered and contiguous. Sides take turns as in hopper.lua;
+-- times are medians over the rounds, forward and backward apart.
+
+local lac = require "lacuna"
+local bench = require "lacuna.bench"
+
+local ROUNDS, IDLE, TIMES = 7, 0.02, 3
+local ROWS, WIDTH, TARGET = 8192, 1024, 1.3
+
+local function drawn(o, grad)
+  local x, shape = {}, { 1, o.segments * o.rows, WIDTH / o.head_dim, o.head_dim }
+  for i = 1, 3 do x[i] = lac.randn(shape, { device = "cuda", grad = grad }) end
+  return x, { segments = { o.rows }, dilations = { 1 }, causal = o.causal, return_lse = false }
+end
+
+local OURS = {}
+
+function OURS.forward(o)
+  local x, options = drawn(o, false)
+  return function() return lac.attend(x[1], x[2], x[3], options) end
+end
+
+function OURS.backward(o)
+  local x, options = drawn(o, true)
+  local out = lac.attend(x[1], x[2], x[3], options)
+  local how = { grad_outputs = { lac.randn(out:size(), { device = "cuda" }) }, retain_graph = true }
+  return function() return lac.grad(out, x, how) end
+end
+
+-- `TIMES` calls in a row and a wait, in tf32 or not
+local function side(fn, tf32)
+  local function body()
+    for _ = 1, TIMES do fn() end
+    lac.synchronize()
+  end
+  return function()
+    lac.use_tf32(tf32)
+    local seconds = bench.warm(function() lac.scope(body) end)
+    lac.use_tf32(false)
+    return seconds
+  end
+end
+
+local function compare(b, kind, o)
+  local what = ("%s, D %d, %d rows%s"):format(kind, o.head_dim, o.rows, o.causal and ", causal" or "")
+  local peer, problem = b:case(kind == "forward" and "hopper" or "hopper_backward", kind, {
+    segments = o.segments, rows = o.rows, heads = WIDTH / o.head_dim, head_dim = o.head_dim,
+    causal = o.causal, backend = "efficient", times = TIMES, dtype = "float32" })
+  if not peer then return b:value{ what = what, problem = problem } end
+  local fn = OURS[kind](o)
+  local t = bench.shuffled({ side(fn, false), side(fn, true), function() return peer:turn(1e-9) end },
+    b:size(ROUNDS, 1), IDLE)
+  peer:drop()
+  local work = (kind == "forward" and 4 or 10) * o.rows ^ 2 * WIDTH * o.segments * TIMES / 1e12
+  if o.causal then work = work / 2 end
+  for i, name in ipairs{ "f32", "tf32" } do
+    b:value{ what = ("%s, %s: %.1f TFLOP/s, PyTorch %.1f"):format(name, what, work / t[i], work / t[3]),
+      value = t[3] / t[i], unit = "x", at_least = TARGET }
+  end
+end
+
+return {
+  name = "cuda_exact",
+  device = "cuda",
+  about = "attention in f32 and tf32 beside PyTorch's memory-efficient attention",
+  once = true,
+  run = function(b)
+    if not pcall(lac.zeros, { 1 }, { device = "cuda" }) then
+      return b:value{ what = "attention in f32 on CUDA", problem = "no CUDA device" }
+    end
+    for _, head_dim in ipairs{ 64, 128 } do
+      for _, causal in ipairs{ false, true } do
+        for _, rows in ipairs(b:size({ 1024, 8192 }, { 256 })) do
+          for _, kind in ipairs{ "forward", "backward" } do
+            lac.scope(compare, b, kind, { rows = rows, segments = b:size(ROWS / rows, 1),
+              head_dim = head_dim, causal = causal })
+          end
+        end
+      end
+    end
+  end,
+}
