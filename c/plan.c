@@ -18,6 +18,7 @@
 #include "plan.h"
 #include "lru.h"
 #include <stdio.h>
+#include <string.h>
 
 enum { LAC_HEADS_MAX = 65536, LAC_PLANS_CACHED = 128 };
 #define LAC_POSITIONS_MAX ((int64_t)1 << 60)
@@ -342,23 +343,39 @@ static int64_t longest_span(const lac_plan *p)
     return longest;
 }
 
-/* What a thread needs at most: packed matrices count as three parts of bf16 (c/cpu/attn_amx.inc), which not every
- * processor makes. */
-static void count_workspace(lac_plan *p)
+/* Do backward tasks of some branch keep all keys of a segment, to make its deltas? */
+static bool holds_segments(const lac_plan *p)
 {
-    int64_t d = round_up(p->desc.head_dim, 32), rows = longest_span(p);
+    bool some = false;
+    for (int g = 0; g < p->desc.branches; g++) some |= lac_plan_key_whole(p, g);
+    return some && lac_plan_branch_delta(p);
+}
+
+/* What a thread needs at most, by the instruction set in use: the matrix unit (c/cpu/attn_amx.inc) packs matrices in
+ * three parts of bf16, which take half as much again, and keeps rows in both orders. */
+static void count_workspace(const lac_plan *p, lac_plan_info *info)
+{
+    int64_t d = round_up(p->desc.head_dim, 32), rows = longest_span(p), tile = lac_attn_tile_keys(p->desc.head_dim);
+    bool parts = strcmp(lac_isa(NULL), "amx") == 0;
     int64_t chunk = round_up(rows < LAC_ATTN_QUERIES ? rows : LAC_ATTN_QUERIES, LAC_ATTN_BROWS);
     if (chunk < LAC_ATTN_FEW_ALL) chunk = LAC_ATTN_FEW_ALL;
-    int64_t forward =
-        chunk * (7 * d / 2 + 5) + 3 * lac_attn_tile_keys(p->desc.head_dim) * d + 32 * (LAC_ATTN_KEYS + 224) + 36 * d;
+    int64_t forward = chunk * (2 * d + 2) + 2 * tile * d + (LAC_ATTN_ROWS + 2) * (LAC_ATTN_KEYS + 32) + 17 * d + 1280;
+    if (parts) forward = chunk * (7 * d / 2 + 5) + 3 * tile * d + 32 * (LAC_ATTN_KEYS + 224) + 36 * d;
     int64_t queries = round_up(rows < LAC_ATTN_BQUERIES ? rows : LAC_ATTN_BQUERIES, LAC_ATTN_BROWS);
     int64_t keys = round_up(rows < LAC_ATTN_KEY_RUN ? rows : LAC_ATTN_KEY_RUN, LAC_ATTN_BKEYS);
-    int64_t backward = queries * (11 * d + 8) + 4 * keys * d + 5 * LAC_ATTN_BKEYS * d +
-                       LAC_ATTN_BROWS * (9 * LAC_ATTN_BKEYS + 64) + 68 * d;
+    int64_t held = holds_segments(p) ? keys / LAC_ATTN_BKEYS : 1; /* blocks of keys, and scores of each */
+    int64_t block = (parts ? 9 : 6) * LAC_ATTN_BKEYS * d / 2 + 2 * LAC_ATTN_BROWS * (LAC_ATTN_BKEYS + 32) + 768;
+    int64_t backward = queries * (5 * d + 5) + 2 * keys * d + held * block + 33 * d + 1280;
+    if (parts) backward += 6 * queries * d + 2 * (keys + 48) * d + 9 * LAC_ATTN_BROWS * LAC_ATTN_BKEYS / 2;
+    info->bytes_workspace_forward = 4 * forward;
+    info->bytes_workspace_backward = 4 * backward;
+}
+
+/* Sums of what is stored as f16 or bf16. */
+static void count_sums(lac_plan *p)
+{
     int64_t out = p->desc.batch * p->desc.n * p->desc.heads * p->desc.head_dim;
     int64_t kv = p->desc.batch * p->desc.m * p->desc.kv_heads * p->desc.head_dim;
-    p->info.bytes_workspace_forward = 4 * forward;
-    p->info.bytes_workspace_backward = 4 * backward;
     p->info.bytes_accumulate_forward = p->forward_phases > 1 ? 4 * out : 0;
     p->info.bytes_accumulate_backward = 4 * (out + 2 * kv);
     if (lac_plan_branch_delta(p)) p->info.bytes_accumulate_backward += 4 * p->desc.batch * p->desc.n * p->desc.heads;
@@ -478,7 +495,8 @@ static int plan_build(lac_plan *p, const lac_attn_desc *d)
     assign_phases(p, 1, p->forward_phase, &p->forward_phases);
     assign_phases(p, d->heads / d->kv_heads, p->backward_phase, &p->backward_phases);
     LAC_TRY(count_pairs(p));
-    count_workspace(p);
+    count_sums(p);
+    count_workspace(p, &p->info);
     return 0;
 }
 
@@ -536,6 +554,7 @@ int lac_plan_describe(const lac_plan *plan, lac_plan_info *out)
     LAC_NONNULL(plan, "the plan");
     LAC_NONNULL(out, "the result");
     *out = plan->info;
+    count_workspace(plan, out); /* again: the instruction set may be another one than when the plan was made */
     out->rows = count_rows(plan);
     out->references = atomic_load(&plan->references);
     return 0;

@@ -434,6 +434,51 @@ describe("attention in C", function()
     C.lac_threads(threads)
   end)
 
+  it("states little more working memory than it takes, whatever the instruction set", function()
+    local chosen = ffi.string(C.lac_isa(nil)):match("^%w+")
+    local stats = ffi.new("lac_memory_stats")
+    -- beyond the tensors that a call makes, here of f32, one thread's workspace is left
+    local function peak(bytes, f)
+      collectgarbage()
+      collectgarbage()
+      C.lac_memory_reset_peak()
+      C.lac_memory(0, stats)
+      local before = tonumber(stats.live)
+      local result = f()
+      C.lac_memory(0, stats)
+      return tonumber(stats.peak) - before - bytes, result
+    end
+    C.lac_threads(1)
+    C.lac_memory_guard(0)
+    local checked = 0
+    for _, set in ipairs { "avx512", "amx" } do
+      for _, case in ipairs { { "lse", 512 }, { "lse_detach", 512 }, { "lse_detach", 256 } } do
+        local merge, w = case[1], case[2] -- 256: tasks hold all keys of a segment
+        if C.lac_isa(set) ~= nil then
+          local c = direct.fill { N = 1024, H = 1, D = 64, segments = { w, 2 * w }, dilations = { 1, 2 },
+                                  merge = merge }
+          local q, k, v, dout = inputs(c, 1)
+          local info = direct.info(direct.plan(c))
+          local row = 1024 * 4
+          local forward, r = peak((4 * 64 + 1) * row, function() -- q, k, v, out, lse
+            return direct.forward(c, q, k, v, { dtype = "f32" })
+          end)
+          local backward = peak(4 * 64 * row, function() return { direct.backward(r, dout) } end)
+          local f, b = tonumber(info.bytes_workspace_forward), tonumber(info.bytes_workspace_backward)
+          local what = ("%s, %s, %d: forward %d of %d, backward %d of %d")
+            :format(set, merge, w, forward, f, backward, b)
+          assert(forward >= 0.7 * f and forward <= 1.25 * f + 65536, what)
+          assert(backward >= 0.7 * b and backward <= 1.25 * b + 65536, what)
+          checked = checked + 1
+        end
+      end
+    end
+    assert(checked > 0 or chosen == "avx2" or chosen == "baseline", "nothing was checked")
+    assert(C.lac_isa(chosen) ~= nil)
+    C.lac_memory_guard(1)
+    C.lac_threads(threads)
+  end)
+
   it("stops when asked to, and works again afterwards", function()
     local c = direct.fill { N = 64, H = 2, D = 8, segments = { 16 }, dilations = { 1 } }
     local q, k, v = inputs(c, 1)
