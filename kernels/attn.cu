@@ -8,11 +8,13 @@
  *
  * Memory beside tensors: f32 sums of f16 and bf16 results where branches meet in a row (one copy of the result, none
  * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters. f64 and, unless
- * lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cuh); everything else on tensor cores, where
- * calls with options of single pairs run instances of their own (attn_pairs_*.cu). Branches run in the reverse order of
- * the plan's phases: the last to run is then usually the one without dilation, which reaches every row, so that each
- * row is rounded once and most sums stay in the cache.
+ * lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cuh); everything else on tensor cores. Calls with
+ * options of single pairs run instances of their own (attn_pairs_*.cu), up to four rows without such options kernels
+ * that cut the keys instead (attn_few.cu). Branches run in the reverse order of the plan's phases: the last to run is
+ * then usually the one without dilation, which reaches every row, so that each row is rounded once and most sums stay
+ * in the cache.
  */
+#include "attn_few.cuh"
 #include "attn_hopper_backward.cuh"
 #include "attn_pairs.cuh"
 #include <cmath>
@@ -338,6 +340,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     bool hopper;
     const lac_plan *p = f->plan;
     LAC_TRY(args_of(a, f));
+    if (attn_few_fits(f)) return attn_few_forward(a, f);
     LAC_TRY(choose(f, attn_hopper_forward_fits(f), lac_plan_hopper_pays(p), &hopper));
     const bool gaps = !covered(p) || p->shift < 0;
     if (gaps && !hopper) {

@@ -63,6 +63,32 @@ describe("attention on CUDA #gpu", function()
     end
   end)
 
+  -- attn_few.cu; what it leaves to others (padding, lengths, dropout) is left out
+  it("equals the oracle for up to four rows and many keys, in 120 random configurations", function()
+    local seed = fresh() + 3
+    attn.seed(seed)
+    for trial = 1, 120 do
+      local dtype = ({ "f64", "f32", "bf16", "f16" })[trial % 4 + 1]
+      local c = random_config { most = trial % 3 == 0 and 500 or 60, segment = 400,
+                                D = pick { 1, 3, 8, 16, 40, 64, 72, 128, 130, 256 } }
+      c.N, c.align, c.padding, c.lengths, c.dropout = random(4), "end", nil, nil, 0
+      local lists = { inputs(c, seed + trial, dtype) }
+      poison(c, unpack(lists, 1, 4))
+      poison_pool(c)
+      local got = run(C.LAC_CUDA, dtype, c, lists, pick { false, "heads", "inner", "reversed" } or nil)
+      local q, k, v, dout, dlse = unpack(lists, 1, 5)
+      local exact = oracle.run(c, q, k, v, dout, dlse)
+      local naive = dtype ~= "f64" and oracle.run(c, q, k, v, dout, dlse,
+        { rounding = { result = direct.round[dtype], sum = direct.round.f32 } })
+      if naive then naive = worse(exact, naive, run(0, dtype, c, lists)) end
+      got, exact, naive = together(got), together(exact), naive and together(naive)
+      for name, data in pairs(got) do
+        complain(dtype, name, data, exact[name], naive and naive[name],
+                 ("trial %d of seed %d: %s"):format(trial, seed, text(c)))
+      end
+    end
+  end)
+
   -- tiles have 16 to 128 rows and columns
   it("equals the CPU across many tiles, in 40 random configurations, D to 256", function()
     local seed = fresh() + 1

@@ -312,6 +312,7 @@ describe("lac.attention", function()
     local call = "; hopper on a Hopper GPU, with dropout, padding, a mask or a bias and on others portable$"
     assert.matches(call, kernel({}, 64, half()))
     assert.matches("; portable: there are alibi slopes$", kernel({ alibi = true }, 64, half()))
+    assert.matches("^cuda: f32 sums; 4 rows: their keys in parts; ", kernel({}, 4, half()))
     assert.matches("; portable: a branch has fewer than 64 rows a segment$", kernel({}, 63, half()))
     assert.matches("; portable: tensors are neither f16 nor bf16$", kernel({}, 64, { dtype = "f32" }))
     assert.matches("; portable: head_dim is above 128 or no multiple of 8$", kernel({}, 64, half(36)))

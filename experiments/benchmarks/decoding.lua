@@ -10,11 +10,11 @@
 -- much is as much. The floor of a token is to read all weights once. Positions are RoPE's: a million of them
 -- are beyond what XPOS can scale by.
 --
--- Measured on an H200 while the host was the pace, at 220 operators a token and some 400 tokens a second:
--- 1.04 of the time at 32,767 against 1,024, 0.99 at 1,048,575 against 32,767. With 185 operators at 9.6 us it
--- is 563 tokens a second at 1,024 and 477 at 32,767: 1.18, above the target, because the keys show now. The
--- attention of a layer takes 110 us there (52 us at 1,024), in one launch whose thread blocks walk over their
--- keys alone.
+-- Measured on an H200: 566 tokens a second at 1,024, 553 at 32,767 (1.04 of the time; 1.00 in most turns)
+-- and 562 at 1,048,575 (1.00). The pace is the host's, 185 operators in 1.75 ms, also when it need not wait.
+-- Before the keys of a few rows were shared out among thread blocks (kernels/attn_few.cu) it was 563 and 477:
+-- the attention of a layer took 110 us at 32,767, in one launch whose thread blocks walked over their keys
+-- alone.
 
 local lac = require "lacuna"
 

@@ -175,10 +175,17 @@ local function choice_of(kernel, refusal)
   return "hopper on a Hopper GPU, with dropout, padding, a mask or a bias and on others portable"
 end
 
+local FEW = 4 -- rows that kernels/attn_few.cu takes
+
 -- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none
-local function kernel_of(name, dtype, kernel, refusal)
+local function kernel_of(name, dtype, kernel, refusal, n)
   if (name or device.default_device()):find "^cuda" then
     local half, choice = device.dtype_size[dtype] == 2, choice_of(kernel, refusal)
+    if n <= FEW and kernel == "auto" then
+      return ("cuda: %s sums; %d rows: their keys in parts; with dropout, padding or options of pairs and to "
+        .. "be differentiated where branches have softmaxes of their own, portable"):format(
+        half and "f32" or "f64", n)
+    end
     if half then return "cuda: tensor cores, f32 sums; " .. choice end
     return ("cuda: arithmetic of %s; %s"):format(device.dtype_name[dtype], choice)
   end
@@ -244,7 +251,7 @@ function Attention:explain(n, sizes)
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
   local refusal = core.hopper_refusal(plan, dtype, o.kernel)
   refusal = refusal or self.record.blocks and "there is a block_mask" or o.alibi and "there are alibi slopes"
-  t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil)
+  t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n)
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
   return explain.text(("%s at N = %d%s, batch %d, head_dim %d, %s"):format(
