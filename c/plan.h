@@ -197,7 +197,7 @@ struct lac_a_attend {
     lac_view branch_lse; /* [G, B, N, H], contiguous but for the first axis; only if lac_plan_branch_softmax() */
 };
 
-/* NULL, or the first option of single pairs that a call has, in words: kernels for Hopper have none of them */
+/* NULL, or the first option of single pairs that a call has, in words: these run instances of their own */
 static inline const char *lac_attend_pairs(const struct lac_a_attend *a)
 {
     if (a->mask.data) return "there is a mask";

@@ -16,7 +16,7 @@
  */
 #include "attn_few.cuh"
 #include "attn_hopper_backward.cuh"
-#include "attn_pairs.cuh"
+#include "attn_hopper_pairs.cuh"
 #include <cmath>
 
 /* ---- arguments ---- */
@@ -385,7 +385,7 @@ static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_a
 {
     const lac_a_attend *f = &w->forward;
     LAC_TRY(make_stats(a, w));
-    if (a.per_branch && !hopper) {
+    if (a.per_branch && (!hopper || hopper_pairs(a))) {
         a.deltas = 1;
         LAC_TRY(queries_pass(a, f));
         a.deltas = 0;

@@ -13,6 +13,7 @@
  * bulk), the dq of the portable kernels (two products more, 40%).
  */
 #include "attn_hopper_backward.cuh"
+#include "attn_hopper_pairs.cuh"
 #include "attn_slow.cuh"
 
 /* ---- geometry ---- */
@@ -280,9 +281,9 @@ __device__ __forceinline__ bool row_of(const attn_args &a, int g, int b, int h, 
     return true;
 }
 
-template <class T>
+template <class T, class A>
 __global__ void __launch_bounds__(THREADS)
-    hopper_redo_kernel(const __grid_constant__ attn_args a, const int *spoilt, T *dq, T *dk, T *dv)
+    hopper_redo_kernel(const __grid_constant__ A a, const int *spoilt, T *dq, T *dk, T *dv)
 {
     if (!*spoilt) return;
     const int64_t queries = (int64_t)a.batch * a.n * a.heads, keys = (int64_t)a.batch * a.m * a.kv_heads;
@@ -317,13 +318,11 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
     const lac_plan *p = f->plan;
     const lac_attn_desc *d = &p->desc;
     const lac_view *read[] = {&f->q, &f->k, &f->v, &w->dout};
-    const char *why = lac_attend_pairs(f);
+    const char *why = hopper_no_pairs(f);
     hopper_args h;
     if (why) return why;
     if (f->q.dtype != LAC_BF16 && f->q.dtype != LAC_F16) return "tensors are neither f16 nor bf16";
     if (d->head_dim != 64 && d->head_dim != 128) return "head_dim is neither 64 nor 128";
-    if (f->dropout > 0) return "there is dropout";
-    if (f->padding.data) return "there is a padding mask";
     if (d->dedup) return "pairs that several branches keep are to be counted once";
     if (d->heads / d->kv_heads > 32) return "more than 32 query heads share a key/value head";
     if (d->branches > LAC_HOPPER_BRANCHES) return "there are more than 16 branches";
@@ -373,22 +372,28 @@ size_t attn_hopper_backward_bytes(const lac_plan *plan)
     return carve(h, plan, NULL);
 }
 
-template <class T> static int finish(const attn_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
+template <class T, class A> static int redo(const A &a, const hopper_args &h, const lac_a_attend_bwd *w)
+{
+    const int64_t rows = (int64_t)a.batch * a.n * a.heads;
+    hopper_redo_kernel<T, A><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(
+        a, h.spoilt, (T *)w->dq.data, (T *)w->dk.data, (T *)w->dv.data);
+    return lac_cuda_launched("attention");
+}
+
+template <class T> static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
     const bool masks = a.causal || a.window >= 0 || a.lengths;
-    const int64_t rows = (int64_t)a.batch * a.n * a.heads, units = (int64_t)a.batch * ((a.n + 15) / 16) * a.heads;
+    const int64_t units = (int64_t)a.batch * ((a.n + 15) / 16) * a.heads;
     const unsigned blocks = blocks_for(units * a.head_dim, THREADS);
     T *dq = (T *)w->dq.data;
     if (a.head_dim == 64) hopper_dq_kernel<T, 64><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
     else hopper_dq_kernel<T, 128><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
     LAC_TRY(lac_cuda_launched("attention"));
     if (!masks) return 0;
-    hopper_redo_kernel<T><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(
-        a, h.spoilt, dq, (T *)w->dk.data, (T *)w->dv.data);
-    return lac_cuda_launched("attention");
+    return hopper_pairs(a) ? redo<T>(a, h, w) : redo<T>((const attn_args &)a, h, w);
 }
 
-int attn_hopper_backward(attn_args &a, const lac_a_attend_bwd *w, void *space, void *dk_acc, void *dv_acc)
+int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, void *space, void *dk_acc, void *dv_acc)
 {
     hopper_args h;
     const lac_plan *p = w->forward.plan;
@@ -403,7 +408,7 @@ int attn_hopper_backward(attn_args &a, const lac_a_attend_bwd *w, void *space, v
         if (items * b.blocks > most) most = items * b.blocks;
     }
     CUDA_TRY("attention", cudaMemsetAsync(h.counter, 0, (size_t)(a.ranks + 3) * sizeof(int), lac_cuda_stream));
-    if (a.per_branch) LAC_TRY(attn_hopper_deltas(a, h, w));
+    if (a.per_branch && !hopper_pairs(a)) LAC_TRY(attn_hopper_deltas(a, h, w));
     const dim3 grid(blocks_filling(most, LIST_BLOCKS), (unsigned)a.branches);
     hopper_list_kernel<<<grid, THREADS, 0, lac_cuda_stream>>>(a, h, attn_hopper_groups(a.head_dim));
     LAC_TRY(lac_cuda_launched("attention"));

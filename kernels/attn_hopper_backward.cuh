@@ -12,7 +12,7 @@
  */
 #ifndef LAC_CUDA_ATTN_HOPPER_BACKWARD_CUH
 #define LAC_CUDA_ATTN_HOPPER_BACKWARD_CUH
-#include "attn.cuh"
+#include "attn_pairs.cuh"
 #include "hopper.cuh"
 
 /* ---- the work list ---- */
@@ -61,7 +61,7 @@ struct hopper_args {
 };
 
 /* the tiles of all branches (attn_hopper_keys.cu) */
-int attn_hopper_keys(const attn_args &a, const hopper_args &p, const lac_a_attend_bwd *w);
+int attn_hopper_keys(const attn_pair_args &a, const hopper_args &p, const lac_a_attend_bwd *w);
 /* delta of every branch (attn_hopper_deltas.cu) */
 int attn_hopper_deltas(const attn_args &a, const hopper_args &p, const lac_a_attend_bwd *w);
 /* lattice rows of a segment of branch g, at most, when the sequence has n positions */
@@ -78,7 +78,7 @@ bool attn_hopper_keys_exist(void);
 const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w);
 bool attn_hopper_backward_pays(const lac_plan *plan);    /* blocks of 64 rows are not mostly empty */
 size_t attn_hopper_backward_bytes(const lac_plan *plan); /* of device memory beside that of the portable kernels */
-int attn_hopper_backward(attn_args &a, const lac_a_attend_bwd *w, void *space, void *dk_acc, void *dv_acc);
+int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, void *space, void *dk_acc, void *dv_acc);
 
 /* ---- turns ---- */
 

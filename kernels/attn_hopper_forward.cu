@@ -9,57 +9,18 @@
  * Floor: 4 D products a pair at 4096 a clock and multiprocessor, and an exponential a pair at 16 a clock: for D = 64
  * both take the same time, for D = 128 products decide. kernels/HOPPER.md has the record of what was measured.
  */
-#include "attn_hopper_rows.cuh"
+#include "attn_hopper_launch.cuh"
 #include "attn_slow.cuh"
 
 static __device__ int hopper_claims[2], hopper_spoilt; /* spoilt: the number of the last call that was */
-
-template <class T, int D, bool MEETS>
-__global__ void __launch_bounds__(hopper_forward_shape<D>::THREADS_, 1)
-    attn_hopper_forward_kernel(const __grid_constant__ hopper_forward_args p)
-{
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    typedef hopper_forward_shape<D> M;
-    extern __shared__ __align__(1024) uint8_t bytes[]; /* nothing else is shared: swizzled tiles begin at multiples */
-    const uint32_t memory = attn_shared(bytes);
-    if (threadIdx.x == 0) {
-        hopper_barrier(memory + M::FOUND_FULL, 1);
-        hopper_barrier(memory + M::FOUND_FREE, 1);
-        for (int i = 0; i < M::SLOTS; i++) {
-            hopper_barrier(memory + M::Q_FULL + 8 * i, 1);
-            hopper_barrier(memory + M::Q_FREE + 8 * i, M::GROUPS + MEETS);
-            hopper_barrier(memory + M::CARRIED + 8 * i, 1);
-            hopper_barrier(memory + M::DONE + 8 * i, 4 * M::GROUPS);
-        }
-        for (int i = 0; i < M::STAGES; i++) {
-            hopper_barrier(memory + M::K_FULL + 8 * i, 1);
-            hopper_barrier(memory + M::V_FULL + 8 * i, 1);
-            hopper_barrier(memory + M::K_FREE + 8 * i, 4 * M::GROUPS); /* every warp */
-            hopper_barrier(memory + M::V_FREE + 8 * i, 4 * M::GROUPS);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-    if (threadIdx.x < 128) {
-        hopper_fewer<M::FEEDER_REGISTERS>();
-        if (threadIdx.x == 0) hopper_feeder<D>(p, memory).run();
-        else if (threadIdx.x / 32 == 1) hopper_scout<D, MEETS>(p, memory);
-        else if (MEETS && threadIdx.x / 32 == 2) hopper_carrier<D>(p, memory).run();
-        else if (threadIdx.x >= 64 && p.gaps) hopper_fill<D>(p, 3 - threadIdx.x / 32, 2 - MEETS);
-    } else {
-        hopper_more<M::GROUP_REGISTERS>();
-        hopper_rows<T, D, MEETS>(p, memory).run();
-    }
-#endif
-}
 
 /* ---- values that are not finite ---- */
 
 /* A masked pair is a product with zero, and zero times NaN is NaN: rows that are not finite are computed again from the
  * pairs that they see (attn_slow.cuh), branch after branch. All rows are looked at, but only if one is known to be
  * spoilt. */
-template <class T>
-__global__ void __launch_bounds__(THREADS) attn_hopper_redo_kernel(const __grid_constant__ attn_args a, int call)
+template <class T, class A>
+__global__ void __launch_bounds__(THREADS) attn_hopper_redo_kernel(const __grid_constant__ A a, int call)
 {
     if (hopper_spoilt != call) return;
     const int64_t rows = (int64_t)a.batch * a.n * a.heads, warps = (int64_t)gridDim.x * (THREADS / 32);
@@ -86,15 +47,13 @@ const char *attn_hopper_forward_fits(const lac_a_attend *f)
 {
     const lac_view *read[] = {&f->q, &f->k, &f->v};
     const char *why = lac_plan_no_hopper(f->plan, f->q.dtype);
-    if (!why) why = lac_attend_pairs(f);
+    if (!why) why = hopper_no_pairs(f);
     if (why) return why;
-    if (f->dropout > 0) return "there is dropout";
-    if (f->padding.data) return "there is a padding mask";
     if (f->scale < 0) return "the scale is negative";
     for (int i = 0; i < 3; i++)
         if (!hopper_readable(read[i], &why)) return why;
     static int compiled = -1; /* unknown; asking takes microseconds */
-    if (compiled < 0) compiled = hopper_compiled((const void *)attn_hopper_forward_kernel<bf16, 64, false>);
+    if (compiled < 0) compiled = hopper_compiled((const void *)attn_hopper_forward_kernel<bf16, 64, false, false>);
     if (!compiled) return "the device is not a Hopper, or the plug-in was not compiled for sm_90a";
     return NULL;
 }
@@ -137,27 +96,22 @@ static hopper_lattices lattices_of(const attn_args &a)
     return x;
 }
 
-template <class T, int D, bool MEETS> static int launch(const hopper_forward_args &p)
+template <class T, class A> static int redo(const A &a, int call)
 {
-    auto kernel = attn_hopper_forward_kernel<T, D, MEETS>;
-    const int memory = hopper_forward_shape<D>::MEMORY;
-    const int blocks = p.gaps ? lac_cuda_processors : min(p.tiles, lac_cuda_processors);
-    CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
-    kernel<<<blocks, hopper_forward_shape<D>::THREADS_, memory, lac_cuda_stream>>>(p);
-    LAC_TRY(lac_cuda_launched("attention"));
-    if (!p.masks) return 0;
-    const int64_t rows = (int64_t)p.a.batch * p.a.n * p.a.heads;
-    attn_hopper_redo_kernel<T><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(p.a, p.call);
+    const int64_t rows = (int64_t)a.batch * a.n * a.heads;
+    attn_hopper_redo_kernel<T, A><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(a, call);
     return lac_cuda_launched("attention");
 }
 
-template <class T> static int launch(const hopper_forward_args &p)
+template <class T> static int launch(const hopper_forward_args &p, bool pairs)
 {
-    if (p.a.ranks > 1) return p.a.head_dim <= 64 ? launch<T, 64, true>(p) : launch<T, 128, true>(p);
-    return p.a.head_dim <= 64 ? launch<T, 64, false>(p) : launch<T, 128, false>(p);
+    const int status = pairs ? attn_hopper_forward_pairs<T>(p) : launch_shape<T, false>(p);
+    LAC_TRY(status);
+    if (!p.masks) return 0;
+    return pairs ? redo<T>(p.a, p.call) : redo<T>((const attn_args &)p.a, p.call);
 }
 
-int attn_hopper_forward(attn_args &a, const lac_a_attend *f, bool gaps)
+int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps)
 {
     static int calls;
     hopper_forward_args p = {};
@@ -189,5 +143,7 @@ int attn_hopper_forward(attn_args &a, const lac_a_attend *f, bool gaps)
     if (gaps || a.ranks > 1) p.lattices = lattices_of(a);
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.claims, hopper_claims));
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.spoilt, hopper_spoilt));
-    return f->q.dtype == LAC_F16 ? launch<f16>(p) : launch<bf16>(p);
+    p.dropout = hopper_dropout_of(a);
+    const bool pairs = hopper_pairs(a);
+    return f->q.dtype == LAC_F16 ? launch<f16>(p, pairs) : launch<bf16>(p, pairs);
 }

@@ -23,12 +23,12 @@
  */
 #ifndef LAC_CUDA_ATTN_HOPPER_FORWARD_CUH
 #define LAC_CUDA_ATTN_HOPPER_FORWARD_CUH
-#include "attn.cuh"
+#include "attn_hopper_pairs.cuh"
 #include "hopper.cuh"
 
 enum { HOPPER_BRANCHES = 16 }; /* most branches of a plan: every one has its tensor maps among the arguments */
 enum { HOPPER_KEYS = 128 };    /* keys of a block */
-enum { HOPPER_TILE = 208 };    /* bytes that describe a tile */
+enum { HOPPER_TILE = 224 };    /* bytes that describe a tile */
 enum { HOPPER_STOP = -1 };     /* instead of a branch: there are no more tiles */
 
 /* x / d of 0 <= x < 2^31 by a product: e = factor d - 2^(31 + shift) is below d <= 2^shift, so that e x < 2^(31 +
@@ -51,7 +51,7 @@ struct hopper_lattices {
 };
 struct hopper_forward_args {
     hopper_forward_maps map[HOPPER_BRANCHES];
-    attn_args a;
+    attn_pair_args a;
     int same[HOPPER_BRANCHES]; /* the first branch of the same dilation, whose maps serve all of them */
     int tiles, items[HOPPER_BRANCHES], together[HOPPER_BRANCHES]; /* items of a branch; and those interleaved */
     int turns;                                                    /* branches that take turns, tile by tile, or 1 */
@@ -62,6 +62,7 @@ struct hopper_forward_args {
     int *claims; /* tiles claimed beyond the first of each thread block; thread blocks that have ended */
     int *spoilt,
         call; /* the number of the last call with a result that is not finite where pairs are masked; and of this */
+    hopper_dropout dropout;
 };
 
 /* Of a tile's blocks of keys, what one warpgroup needs: blocks [lead, ends / 2) hold keys of its rows, and if `ends` is
@@ -78,6 +79,7 @@ struct alignas(16) hopper_forward_tile {
     int query, key; /* positions of the lattice's first query row and key, in tokens of the item */
     int kv_head, map;
     uint32_t before[6], after[6]; /* where branches meet: rows that earlier, later ones reach, a bit a row */
+    float slope;                  /* what a score loses for each key of the lattice between it and the row */
 };
 static_assert(sizeof(hopper_forward_tile) == HOPPER_TILE, "copied by 16 bytes");
 
@@ -232,7 +234,7 @@ template <int D> HOPPER_FN void hopper_others(const hopper_forward_args &p, hopp
 }
 
 /* All lanes do the same, except where branches meet. */
-template <int D, bool MEETS> HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
+template <int D, bool MEETS, bool PAIRS> HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
 {
     typedef hopper_forward_shape<D> M;
     hopper_forward_tile &f = *(hopper_forward_tile *)__cvta_shared_to_generic(memory + M::FOUND);
@@ -246,6 +248,7 @@ template <int D, bool MEETS> HOPPER_FN void hopper_scout(const hopper_forward_ar
         const bool rows = hopper_find<D>(p, id, f);
         __syncwarp();
         if (rows) {
+            if (PAIRS) f.slope = hopper_slope(p.a, f.t.h, f.t.r);
             if (MEETS) hopper_others<D>(p, f, lane);
             __syncwarp();
             if (lane == 0) hopper_arrive(memory + M::FOUND_FULL);

@@ -21,6 +21,7 @@
  * are finished (slower: few threads, bound by latency), starting tiles at different blocks (less reuse in the cache).
  */
 #include "attn_hopper_backward.cuh"
+#include "attn_hopper_pairs.cuh"
 #include "attn_mma.cuh"
 
 struct hopper_keys_branch {
@@ -30,7 +31,8 @@ struct hopper_keys_branch {
 };
 struct hopper_keys_args {
     hopper_keys_branch branch[LAC_HOPPER_BRANCHES];
-    attn_args a;
+    attn_pair_args a;
+    hopper_dropout dropout;
     const hopper_tile *tile;
     float *stats, *dq;
     int *turn, *counter, *ready, *spoilt;
@@ -64,7 +66,7 @@ template <int D> struct hopper_shape {
         S = G + STAGES * BLOCK,
         DQ = S + STAGES * DS, /* D = 128; else sums lie in the stage of dS that they were made from */
         STATS = DQ + (D == 64 ? 0 : SUMS),
-        STEP = STATS + STAGES * 512, /* of two rounds of stages: block, its number, the tile's order, fresh */
+        STEP = STATS + STAGES * 512, /* of two rounds of stages: block, its number, the tile's order, head */
         TILE_INFO = STEP + 2 * STAGES * 16,
         BARRIERS = TILE_INFO + TILES * 64,
         K_FULL = BARRIERS,
@@ -141,7 +143,8 @@ template <int D> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_
                 const int head = at.kv_head * p.heads_each + member, block = at.block + member * branch.blocks + m;
                 const uint32_t full = memory + M::Q_FULL + 8 * qs, q = memory + M::Q + qs * M::BLOCK;
                 hopper_wait(full + M::BLOCK_FREE - M::Q_FULL, qp);
-                hopper_put_four(memory + M::STEP + 16 * (qs + M::STAGES * (qp ^ 1)), make_int4(m, block, at.order, 0));
+                hopper_put_four(memory + M::STEP + 16 * (qs + M::STAGES * (qp ^ 1)),
+                                make_int4(m, block, at.order, head));
                 hopper_expect(full, M::BLOCK + 512);
 #pragma unroll
                 for (int c = 0; c < M::PANELS; c++)
@@ -216,8 +219,9 @@ template <int D> HOPPER_FN void hopper_carrier(const hopper_keys_args &p, uint32
 
 /* ---- the warpgroups ---- */
 
-/* 64 keys of one warpgroup, everything it holds in registers. MASKS: causal or a window. */
-template <class T, int D, bool MASKS> struct hopper_group {
+/* 64 keys of one warpgroup, everything it holds in registers. MASKS: causal or a window. PAIRS: there may be dropout
+ * and slopes (attn_hopper_pairs.cuh). */
+template <class T, int D, bool MASKS, bool PAIRS> struct hopper_group {
     typedef hopper_shape<D> M;
     const hopper_keys_args &p;
     const uint32_t memory;
@@ -226,6 +230,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
     uint32_t probability[16], ds[16]; /* P^T and dS^T as left operands */
     int ts = 0, tp = 0, qs = 0, qp = 0;
     int after, before; /* MASKS: of the tile's branch, lattice rows that a row may see */
+    uint32_t kept;     /* PAIRS: does dropout keep the pair of this register of s? */
     bool first, held;  /* no block before in this tile; q and dout of the block before are still being read */
 
     __device__ __forceinline__ hopper_group(const hopper_keys_args &args, uint32_t at)
@@ -349,6 +354,27 @@ template <class T, int D, bool MASKS> struct hopper_group {
             }
     }
 
+    /* Slopes: scores lose by the distance of key and row. from: see block() */
+    __device__ __forceinline__ void lean(int from, int dilation, int head)
+    {
+        const float slope = hopper_slope(p.a, head, dilation);
+        const float ahead = (float)(from + warp * 16 + lane / 4 - 2 * (lane % 4));
+#pragma unroll
+        for (int i = 0; i < 32; i++)
+            s[i] = fmaf(-slope, fabsf(ahead + (float)(i % 4 / 2 * 8 - i / 4 * 8 - i % 2)), s[i]);
+    }
+    /* Dropout of the block whose first row is number m of the lattice's query rows. */
+    __device__ __forceinline__ void choose(const volatile hopper_tile &t, int dilation, int m, int head)
+    {
+        const int row = t.row0 + (m + 2 * (lane % 4)) * dilation;
+        const int key = t.key0 + ((t.first + w) * 64 + warp * 16 + lane / 4) * dilation;
+        const uint64_t at =
+            p.a.draw +
+            (((uint64_t)t.batch * (uint64_t)p.a.heads + (uint64_t)head) * (uint64_t)p.a.n + (uint64_t)row) *
+                (uint64_t)p.a.m +
+            (uint64_t)key;
+        kept = hopper_kept_rows(p.dropout, at, p.a.m, dilation);
+    }
     /* P and dS of a block from S and dP */
     __device__ __forceinline__ void probabilities(uint32_t stats)
     {
@@ -367,11 +393,29 @@ template <class T, int D, bool MASKS> struct hopper_group {
         for (int i = 0; i < 8; i++) {
             const float2 delta = hopper_pair(stats + 256 + i * 32);
             const float *x = s + 4 * i, *y = d + 4 * i;
+            if (PAIRS && p.dropout.dropped) {
+                lossy(i, weight, delta);
+                continue;
+            }
             probability[2 * i] = hopper_pack<T>(x[0], x[1]); /* here, not earlier: the registers are all taken */
             probability[2 * i + 1] = hopper_pack<T>(x[2], x[3]);
             ds[2 * i] = hopper_pack<T>(x[0] * fmaf(y[0], weight, -delta.x), x[1] * fmaf(y[1], weight, -delta.y));
             ds[2 * i + 1] = hopper_pack<T>(x[2] * fmaf(y[2], weight, -delta.x), x[3] * fmaf(y[3], weight, -delta.y));
         }
+    }
+
+    /* the same of four registers with dropout */
+    __device__ __forceinline__ void lossy(int i, float weight, float2 delta)
+    {
+        float x[4], y[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const bool stays = kept >> (4 * i + e) & 1;
+            x[e] = stays ? s[4 * i + e] : 0.f, y[e] = stays ? d[4 * i + e] : 0.f;
+            y[e] = s[4 * i + e] * fmaf(y[e], weight, e % 2 ? -delta.y : -delta.x);
+        }
+        probability[2 * i] = hopper_pack<T>(x[0], x[1]), probability[2 * i + 1] = hopper_pack<T>(x[2], x[3]);
+        ds[2 * i] = hopper_pack<T>(y[0], y[1]), ds[2 * i + 1] = hopper_pack<T>(y[2], y[3]);
     }
 
     __device__ __forceinline__ void settle()
@@ -389,7 +433,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
         weighted(dv, probability, memory + M::G + qs * M::BLOCK);
     }
     /* one block; from, left: see mask(); last: nothing of the tile multiplies v after it */
-    __device__ __forceinline__ void block(int from, int left, bool last)
+    __device__ __forceinline__ void block(const volatile hopper_tile &t, int dilation, int from, int left, bool last)
     {
         hopper_wait(memory + M::Q_FULL + 8 * qs, qp);
         hopper_pin(s);
@@ -397,12 +441,17 @@ template <class T, int D, bool MASKS> struct hopper_group {
         hopper_product_wait<1>();
         settle();
         held = true;
+        int4 step = {};
+        if (PAIRS) step = hopper_four(memory + M::STEP + 16 * (qs + M::STAGES * qp));
+        if (PAIRS && p.dropout.dropped) choose(t, dilation, 64 * step.x, step.w);
         hopper_wait(memory + M::G_FULL + 8 * qs, qp);
         hopper_pin(d);
         scores(d, memory + M::V + M::value(ts) * M::TILE, memory + M::G + qs * M::BLOCK);
         hopper_product_wait<1>();
         hopper_pin(s);
-        if constexpr (MASKS) from -= 64 * hopper_four(memory + M::STEP + 16 * (qs + M::STAGES * qp)).x;
+        if constexpr (PAIRS) from -= 64 * step.x;
+        else if constexpr (MASKS) from -= 64 * hopper_four(memory + M::STEP + 16 * (qs + M::STAGES * qp)).x;
+        if (PAIRS && p.a.slopes) lean(from, dilation, step.w);
         if (left < 64 || (MASKS && (from + 63 > after || from - 63 < -before))) mask(from, left);
         const uint32_t stats = memory + M::STATS + qs * 512 + lane % 4 * 8;
         probabilities(stats);
@@ -531,7 +580,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
 #pragma unroll 1
             for (; idle > 0; idle--) pass_block();
 #pragma unroll 1
-            for (; blocks > 0; blocks--) block(from, left, heads + blocks == 2);
+            for (; blocks > 0; blocks--) block(t, branch.dilation, from, left, heads + blocks == 2);
             hopper_product_wait<0>();
             settle();
         }
@@ -563,7 +612,7 @@ template <class T, int D, bool MASKS> struct hopper_group {
     }
 };
 
-template <class T, int D, bool MASKS>
+template <class T, int D, bool MASKS, bool PAIRS>
 __global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
     attn_hopper_keys_kernel(const __grid_constant__ hopper_keys_args p)
 {
@@ -599,7 +648,7 @@ __global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
         else hopper_value_loader<D>(p, memory);
     } else {
         hopper_more<M::GROUP_REGISTERS>();
-        hopper_group<T, D, MASKS>(p, memory).run();
+        hopper_group<T, D, MASKS, PAIRS>(p, memory).run();
     }
 #endif
 }
@@ -624,9 +673,9 @@ static int make_branch(hopper_keys_branch &b, const attn_args &a, const hopper_a
     return 0;
 }
 
-template <class T, int D, bool MASKS> static int launch(const hopper_keys_args &p)
+template <class T, int D, bool MASKS, bool PAIRS> static int launch(const hopper_keys_args &p)
 {
-    auto kernel = attn_hopper_keys_kernel<T, D, MASKS>;
+    auto kernel = attn_hopper_keys_kernel<T, D, MASKS, PAIRS>;
     const int memory = hopper_shape<D>::MEMORY, blocks = p.tiles < lac_cuda_processors ? p.tiles : lac_cuda_processors;
     if (p.tiles == 0) return 0;
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
@@ -634,7 +683,14 @@ template <class T, int D, bool MASKS> static int launch(const hopper_keys_args &
     return lac_cuda_launched("attention");
 }
 
-int attn_hopper_keys(const attn_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
+/* with dropout or slopes the masks are looked at in any case: half as many instances */
+template <class T, int D> static int launch(const hopper_keys_args &p, bool masks)
+{
+    if (hopper_pairs(p.a)) return launch<T, D, true, true>(p);
+    return masks ? launch<T, D, true, false>(p) : launch<T, D, false, false>(p);
+}
+
+int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
     hopper_keys_args p = {};
     const lac_view *view[] = {&w->forward.q, &w->forward.k, &w->forward.v, &w->dout, &w->dk, &w->dv};
@@ -647,15 +703,14 @@ int attn_hopper_keys(const attn_args &a, const hopper_args &h, const lac_a_atten
     p.heads_each = a.group;
     p.masks = masks || a.lengths;
     p.log2_scale = a.log2_scale, p.masked = a.scale > 0 ? -INFINITY : INFINITY;
-    p.weight = (float)a.gscale, p.scale = (float)a.scale;
+    p.weight = (float)(a.gscale * a.keep_scale), p.scale = (float)a.scale;
+    p.dropout = hopper_dropout_of(a);
     const bool half = w->forward.q.dtype == LAC_F16;
-    if (a.head_dim == 64)
-        return half    ? masks ? launch<f16, 64, true>(p) : launch<f16, 64, false>(p)
-                  : masks ? launch<bf16, 64, true>(p)
-                       : launch<bf16, 64, false>(p);
-    return half    ? masks ? launch<f16, 128, true>(p) : launch<f16, 128, false>(p)
-              : masks ? launch<bf16, 128, true>(p)
-                   : launch<bf16, 128, false>(p);
+    if (a.head_dim == 64) return half ? launch<f16, 64>(p, masks) : launch<bf16, 64>(p, masks);
+    return half ? launch<f16, 128>(p, masks) : launch<bf16, 128>(p, masks);
 }
 
-bool attn_hopper_keys_exist(void) { return hopper_compiled((const void *)attn_hopper_keys_kernel<bf16, 64, true>); }
+bool attn_hopper_keys_exist(void)
+{
+    return hopper_compiled((const void *)attn_hopper_keys_kernel<bf16, 64, true, false>);
+}

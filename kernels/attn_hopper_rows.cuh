@@ -45,16 +45,17 @@ template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
     return fmaf(u.y, v.y, fmaf(u.x, v.x, x));
 }
 
-/* MEETS: several branches meet in rows. */
-template <class T, int D, bool MEETS> struct hopper_rows {
+/* MEETS: several branches meet in rows. PAIRS: there may be dropout and slopes (attn_hopper_pairs.cuh). */
+template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
     typedef hopper_forward_shape<D> M;
-    enum { BN = HOPPER_KEYS, TURN = 1, OWN = 8 }; /* named barriers: the turn of warpgroup 0; of its own warps */
-    static constexpr float NOTHING = -1e38f;
+    enum { BN = HOPPER_KEYS, TURN = 1, OWN = 8 };      /* named barriers: the turn of warpgroup 0; of its own warps */
+    static constexpr float NOTHING = -1e38f, RISE = 8; /* bits by which slopes may lift a block over its reference */
+    static constexpr int LATE = PAIRS ? BN / 8 : M::LATE;
     const hopper_forward_args &p;
     const uint32_t memory;
     const int w, thread, lane, warp;
     float s[BN / 2], o[D / 2], top0, top1, sum0, sum1; /* rows lane / 4 and lane / 4 + 8 of the warp's 16 */
-    uint32_t weights[BN / 4];
+    uint32_t weights[BN / 4], kept[BN / 64];           /* kept: a bit a register of s; PAIRS */
     /* blocks of keys taken so far (values lag by one while a product is due), tiles, block of the product that is due
      */
     uint32_t block, tiles, due;
@@ -211,6 +212,34 @@ template <class T, int D, bool MEETS> struct hopper_rows {
             if (8 * i + 1 < low1) s[4 * i + 3] = -INFINITY;
         }
     }
+    /* slopes: scores lose by the distance of row and key */
+    __device__ __forceinline__ void lean(int slot, int first)
+    {
+        const volatile hopper_forward_tile &f = tile(slot);
+        const float slope = f.slope, apart = (float)(f.t.first + w * 64 + warp * 16 + lane / 4 - first - lane % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < BN / 2; i++)
+            s[i] = fmaf(-slope, fabsf(apart + (float)(i % 4 / 2 * 8 - i / 4 * 8 - i % 2)), s[i]);
+    }
+    /* Which pairs of the block does dropout keep? Asked before its scores are queued: their registers are free. */
+    __device__ __forceinline__ void choose(int slot, int first)
+    {
+        const volatile hopper_forward_tile &f = tile(slot);
+        const int row = f.query + (f.t.first - f.t.q0 + w * 64 + warp * 16 + lane / 4) * f.t.r;
+        const uint64_t head = (uint64_t)f.t.b * (uint64_t)p.a.heads + (uint64_t)f.t.h;
+        const uint64_t at =
+            p.a.draw + (head * (uint64_t)p.a.n + (uint64_t)row) * (uint64_t)p.a.m + (uint64_t)(f.key + first * f.t.r);
+#pragma unroll
+        for (int half = 0; half < BN / 64; half++)
+            kept[half] = hopper_kept_keys(p.dropout, at + (uint64_t)(64 * half * f.t.r), p.a.m, f.t.r);
+    }
+    /* the weights, which have been summed up, of pairs that are dropped */
+    __device__ __forceinline__ void drop()
+    {
+#pragma unroll
+        for (int i = 0; i < BN / 2; i++)
+            if (!(kept[i / 32] >> i % 32 & 1)) s[i] = 0;
+    }
     /* the scores of the current block once more; needs no other warp */
     __device__ __forceinline__ void multiply_again(int slot)
     {
@@ -250,12 +279,38 @@ template <class T, int D, bool MEETS> struct hopper_rows {
             share0 = attn_ex2(old0 - top0), share1 = attn_ex2(old1 - top1);
             if (lane % 4 == 0) sum0 = share0, sum1 = share1; /* once a row */
         }
-#pragma unroll
-        for (int i = 0; i < BN / 8; i++) {
-            exponentials(i);
-            pack(i);
-        }
+        weigh();
+        if (MEETS && PAIRS) share0 *= undropped(), share1 *= undropped();
         if (MEETS) scale(share0, share1);
+    }
+    /* all weights of the block */
+    __device__ __forceinline__ void weigh()
+    {
+        if constexpr (PAIRS) {
+#pragma unroll
+            for (int i = 0; i < BN / 8; i++) exponentials(i);
+            if (p.dropout.dropped) drop();
+#pragma unroll
+            for (int i = 0; i < BN / 8; i++) pack(i);
+        } else {
+#pragma unroll
+            for (int i = 0; i < BN / 8; i++) {
+                exponentials(i);
+                pack(i);
+            }
+        }
+    }
+    /* Results are times this, and what they begin with over it: weights are not multiplied one by one. */
+    __device__ __forceinline__ float weight() const
+    {
+        return (float)(PAIRS ? p.a.gscale * p.a.keep_scale : p.a.gscale);
+    }
+    __device__ __forceinline__ float undropped() const { return (float)(1 / p.a.keep_scale); }
+    /* new references; shrink0 and shrink1 turn what was summed up with the old ones into what it is with these */
+    __device__ __forceinline__ void raise(float most0, float most1, float &shrink0, float &shrink1)
+    {
+        shrink0 *= attn_ex2(top0 - most0), shrink1 *= attn_ex2(top1 - most1);
+        top0 = most0, top1 = most1;
     }
     __device__ __forceinline__ void scale(float weight0, float weight1) /* results so far */
     {
@@ -325,9 +380,9 @@ template <class T, int D, bool MEETS> struct hopper_rows {
             if (i < end) put_lse(at, f.g, lse_of(top0, total0), -INFINITY);
             if (i + 8 < end) put_lse(at + 8 * (int64_t)step, f.g, lse_of(top1, total1), -INFINITY);
         }
-        const float weight = (float)p.a.gscale;
+        const float all = weight();
         meet(); /* all warps are past their last use of the queries */
-        store(slot, total0 == 0 ? 0 : weight / total0, total1 == 0 ? 0 : weight / total1);
+        store(slot, total0 == 0 ? 0 : all / total0, total1 == 0 ? 0 : all / total1);
     }
 
     /* ---- branches that meet ---- */
@@ -386,8 +441,8 @@ template <class T, int D, bool MEETS> struct hopper_rows {
     }
     __device__ __forceinline__ void finish_together(int slot, float total0, float total1)
     {
-        const float weight = (float)p.a.gscale;
-        float weight0 = total0 == 0 ? 0 : weight / total0, weight1 = total1 == 0 ? 0 : weight / total1;
+        const float all = weight();
+        float weight0 = total0 == 0 ? 0 : all / total0, weight1 = total1 == 0 ? 0 : all / total1;
         float old0 = -INFINITY, old1 = -INFINITY;
         if (p.a.sum) { /* branches have a softmax each, and their results are added up */
             before(slot, old0, old1);
@@ -470,6 +525,7 @@ template <class T, int D, bool MEETS> struct hopper_rows {
      * Blocks without masked pairs have code of their own, because every branch in the softmax costs them 2%. */
     template <bool MASKED> __device__ __forceinline__ void later_block(int slot, bool fresh, int key, bool half)
     {
+        if (PAIRS && p.dropout.dropped) choose(slot, key);
         wait_keys(block);
         take_turn();
         queue_scores(slot);
@@ -478,54 +534,64 @@ template <class T, int D, bool MEETS> struct hopper_rows {
         pass_turn();
         hopper_product_wait<1>();
         hopper_pin(s);
+        float shrink0 = 1, shrink1 = 1;
+        if (PAIRS && p.a.slopes) lean(slot, key);
         if (MASKED) mask(slot, key);
-        if (MASKED && fresh) {
+        if (PAIRS || (MASKED && fresh)) {
             float most0, most1;
             maxima(most0, most1);
-            top0 = top0 <= NOTHING ? most0 : top0;
-            top1 = top1 <= NOTHING ? most1 : top1;
+            if (PAIRS) { /* slopes: near keys weigh more, often by far */
+                raise(most0 > top0 + RISE ? most0 : top0, most1 > top1 + RISE ? most1 : top1, shrink0, shrink1);
+            } else {
+                top0 = top0 <= NOTHING ? most0 : top0;
+                top1 = top1 <= NOTHING ? most1 : top1;
+            }
         }
         if (MASKED && half) {
 #pragma unroll
             for (int i = BN / 4; i < BN / 2; i++) s[i] = 0;
         }
         const float kept0 = sum0, kept1 = sum1;
-        sum0 = sum1 = 0;
+        if (PAIRS) sum0 *= shrink0, sum1 *= shrink1;
+        else sum0 = sum1 = 0;
 #pragma unroll
         for (int i = 0; i < BN / 16; i++) exponentials(i);
         if (!MASKED || !half) {
 #pragma unroll
-            for (int i = BN / 16; i < M::LATE; i++) exponentials(i);
+            for (int i = BN / 16; i < LATE; i++) exponentials(i);
         }
         hopper_hold(sum0 + sum1);
         settle_values(block - 1);
+        if (!PAIRS) {
 #pragma unroll
-        for (int i = 0; i < M::LATE; i++) pack(i);
+            for (int i = 0; i < LATE; i++) pack(i);
+        }
         if (!MASKED || !half) {
 #pragma unroll
-            for (int i = M::LATE; i < BN / 8; i++) exponentials(i);
+            for (int i = LATE; i < BN / 8; i++) exponentials(i);
         }
+        if (!PAIRS) {
 #pragma unroll
-        for (int i = M::LATE; i < BN / 8; i++) pack(i);
-        float shrink0 = 1, shrink1 = 1;
-        if (__any_sync(~0u, !(sum0 < most() && sum1 < most()))) {
+            for (int i = LATE; i < BN / 8; i++) pack(i);
+        }
+        if constexpr (PAIRS) {
+            if (p.dropout.dropped) drop();
+#pragma unroll
+            for (int i = 0; i < BN / 8; i++) pack(i);
+            if (__any_sync(~0u, shrink0 != 1 || shrink1 != 1)) scale(shrink0, shrink1);
+        } else if (__any_sync(~0u, !(sum0 < most() && sum1 < most()))) {
             multiply_again(slot);
             if (MASKED) mask(slot, key);
             float most0, most1;
             maxima(most0, most1);
-            most0 = fmaxf(most0, top0), most1 = fmaxf(most1, top1);
-            shrink0 = attn_ex2(top0 - most0), shrink1 = attn_ex2(top1 - most1);
-            top0 = most0, top1 = most1, sum0 = sum1 = 0;
-#pragma unroll
-            for (int i = 0; i < BN / 8; i++) {
-                exponentials(i);
-                pack(i);
-            }
+            raise(fmaxf(most0, top0), fmaxf(most1, top1), shrink0, shrink1);
+            sum0 = sum1 = 0;
+            weigh();
             scale(shrink0, shrink1);
             __syncwarp(); /* all lanes have read the keys before lane 0 frees them */
         }
         free_keys(block);
-        sum0 = fmaf(kept0, shrink0, sum0), sum1 = fmaf(kept1, shrink1, sum1);
+        if (!PAIRS) sum0 = fmaf(kept0, shrink0, sum0), sum1 = fmaf(kept1, shrink1, sum1);
     }
     __device__ __forceinline__ void run()
     {
@@ -543,8 +609,10 @@ template <class T, int D, bool MEETS> struct hopper_rows {
             if (stop > lead) {
                 const uint32_t start = block - lead;
                 float old0, old1;
+                if (PAIRS && p.dropout.dropped) choose(slot, low + lead * BN);
                 first_block(slot);
                 if (MEETS) carry(slot, old0, old1);
+                if (PAIRS && p.a.slopes) lean(slot, low + lead * BN);
                 if (lead < plain || lead >= full) mask(slot, low + lead * BN);
                 first_softmax(old0, old1);
                 /* the store of the last tile's results has read its memory by the end of the next block */
@@ -555,7 +623,8 @@ template <class T, int D, bool MEETS> struct hopper_rows {
                 const uint32_t ending = start + stop, from = start + plain, until = start + full, release = block;
 #pragma unroll 1
                 while (block < ending) {
-                    if (block > from && block < until) later_block<false>(slot, false, 0, false);
+                    if (block > from && block < until)
+                        later_block<false>(slot, false, PAIRS ? low + (int)(block - start) * BN : 0, false);
                     else
                         later_block<true>(slot, block <= from, low + (int)(block - start) * BN,
                                           block + 1 == ending && part.y & 1);
@@ -569,6 +638,7 @@ template <class T, int D, bool MEETS> struct hopper_rows {
                     if (MEETS) {
                         carry(slot, top0, top1);
                         if (lane % 4 == 0) sum0 = top0 != -INFINITY, sum1 = top1 != -INFINITY;
+                        if (PAIRS && !p.a.sum) scale(undropped(), undropped());
                     }
                     finish(slot);
                 } else say_done(slot);

@@ -261,13 +261,12 @@ describe("options of single pairs on CUDA #gpu", function()
                             kernel = "hopper" }
     local lists = { P.inputs(c, 1, "bf16") }
     for option, what in pairs { mask = "there is a mask", bias = "there is a bias",
-                                alibi = "there are alibi slopes", blocks = "there is a block_mask" } do
+                                blocks = "there is a block_mask" } do
       local one = {}
       for key, value in pairs(c) do one[key] = value end
       P.seed(1)
       if option == "mask" then one.mask = P.mask(c, 0.5) end
       if option == "bias" then one.bias = P.bias(c, 1) end
-      if option == "alibi" then one.alibi = { 0.5 } end
       if option == "blocks" then P.blocks(one, 0.5) end
       local ok, message = pcall(run, C.LAC_CUDA, "bf16", one, lists)
       assert.is_false(ok)

@@ -172,7 +172,7 @@ local function choice_of(kernel, refusal)
     return refusal and "hopper (chosen) fails: " .. refusal or "hopper (chosen), an error on other GPUs"
   end
   if refusal then return "portable: " .. refusal end
-  return "hopper on a Hopper GPU, with dropout, padding, a mask or a bias and on others portable"
+  return "hopper on a Hopper GPU, with padding, a mask or a bias and on others portable"
 end
 
 local FEW = 4 -- rows that kernels/attn_few.cu takes
@@ -250,7 +250,7 @@ function Attention:explain(n, sizes)
   if self.record.blocks then t.blocks = blocks end
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
   local refusal = core.hopper_refusal(plan, dtype, o.kernel)
-  refusal = refusal or self.record.blocks and "there is a block_mask" or o.alibi and "there are alibi slopes"
+  refusal = refusal or self.record.blocks and "there is a block_mask"
   t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n)
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end

@@ -1,0 +1,213 @@
+--- Dropout and slopes (ALiBi) in the kernels for Hopper: against the oracle, the CPU and portable kernels.
+--
+-- The kernel is forced, so that a call which it could not do would fail here. Random configurations have
+-- dropout, slopes or both, with whatever else these kernels take; attn_random says how they are made and
+-- poisoned. Which pairs dropout keeps must be the same everywhere, bit by bit: weights that are all equal
+-- times values that are one key each show it. The CPU in f64 stands in for the oracle past a few tiles.
+
+local it = os.getenv "LACUNA_GPU" == "1" and it or pending
+
+local direct = require "support.attn_direct"
+local oracle = require "support.oracle"
+local attn = require "support.attn_random"
+local keep_of = require("support.philox").keep
+local lac = require "lacuna"
+local C = direct.C
+local random, pick, chance = attn.random, attn.pick, attn.chance
+local NAN = 0 / 0
+
+-- options: those of attn_random; forward: head dimensions of the forward alone
+local function config(options)
+  options.D = options.forward and pick { 64, 128, 8 * random(16) } or pick { 64, 128 }
+  while true do
+    local c = attn.random_config(options)
+    local fits = true
+    for g = 1, #c.segments do
+      local rows = math.floor((math.min(c.segments[g], c.N) - 1) / c.dilations[g]) + 1
+      fits = fits and (options.forward or rows >= 32)
+    end
+    if fits then
+      c.dedup, c.padding, c.scale, c.kernel = false, nil, pick { 0, 0.3, 0.05 }, "hopper"
+      local which = random(3)
+      c.dropout = which ~= 2 and pick { 0.1, 0.5, 0.9 } or 0
+      c.seed, c.rng_offset = random(1000), random(1000)
+      c.alibi = which ~= 1 and {} or nil
+      for h = 1, c.alibi and c.H or 0 do c.alibi[h] = direct.round.f32(pick { 0.7, 0.1, 0.004 } * 2 ^ -h) end
+      return c
+    end
+  end
+end
+
+local function forward(device, dtype, c, lists, layout)
+  local kernel = c.kernel
+  if device == 0 then c.kernel = nil end
+  direct.device = device
+  local ok, r = pcall(direct.forward, c, lists[1], lists[2], lists[3], { dtype = dtype, layout = layout })
+  direct.device, c.kernel = 0, kernel
+  if not ok then error(r, 0) end
+  return { out = direct.read(r.out), lse = direct.read(r.lse) }
+end
+local function both(device, dtype, c, lists, layout)
+  local kernel = c.kernel
+  if device == 0 then c.kernel = nil end
+  local ok, r = pcall(attn.run, device, dtype, c, lists, layout)
+  direct.device, c.kernel = 0, kernel
+  if not ok then error(r, 0) end
+  return attn.together(r)
+end
+
+local function exact_and_naive(c, dtype, lists, backward)
+  local q, k, v, dout, dlse = unpack(lists, 1, 5)
+  if not backward then dout, dlse = nil, nil end
+  local rounding = { result = direct.round[dtype], sum = direct.round.f32 }
+  return oracle.run(c, q, k, v, dout, dlse, { keep = keep_of(c) }),
+         oracle.run(c, q, k, v, dout, dlse, { keep = keep_of(c), rounding = rounding })
+end
+
+describe("dropout and slopes on Hopper #gpu", function()
+  local errors
+  setup(function()
+    if os.getenv "LACUNA_GPU" == "1" then lac.zeros({ 1 }, { device = "cuda" }) end -- loads the plug-in
+    C.lac_memory_guard(1)
+    errors = C.lac_memory_guard_errors()
+  end)
+  teardown(function()
+    direct.device = 0
+    C.lac_memory_guard(0)
+  end)
+
+  local function prepared(c, seed, dtype)
+    local lists = { attn.inputs(c, seed, dtype) }
+    if chance(0.5) then lists[5] = nil end
+    attn.poison(c, unpack(lists, 1, 4))
+    attn.poison_pool(c)
+    return lists, pick { false, false, "heads" } or nil
+  end
+
+  it("equal the oracle in 40 random forwards", function()
+    local seed = attn.fresh()
+    attn.seed(seed)
+    for trial = 1, 40 do
+      local c, dtype = config { most = trial % 5 == 0 and 150 or 50, segment = 50, forward = true },
+                       pick { "bf16", "f16" }
+      local lists, layout = prepared(c, seed + trial, dtype)
+      local got = forward(C.LAC_CUDA, dtype, c, lists, layout)
+      local exact, naive = exact_and_naive(c, dtype, lists)
+      for _, name in ipairs { "out", "lse" } do
+        attn.complain(dtype, name, got[name], exact[name], naive[name],
+                      ("trial %d of seed %d: %s"):format(trial, seed, attn.text(c)))
+      end
+    end
+  end)
+
+  it("equal the CPU across tiles in 160 random forwards", function()
+    local seed = attn.fresh() + 1
+    attn.seed(seed)
+    for trial = 1, 160 do
+      local most, dtype = trial % 8 == 0 and 1200 or 400, pick { "bf16", "f16" }
+      local c = config { most = most, segment = most, heads = 1, forward = true }
+      local lists, layout = prepared(c, seed + trial, dtype)
+      local got = forward(C.LAC_CUDA, dtype, c, lists, layout)
+      local exact, naive = forward(0, "f64", c, lists), forward(0, dtype, c, lists)
+      for _, name in ipairs { "out", "lse" } do
+        attn.complain(dtype, name, got[name], exact[name], naive[name],
+                      ("trial %d of seed %d: %s"):format(trial, seed, attn.text(c)))
+      end
+    end
+  end)
+
+  it("have the oracle's gradients in 5 random configurations, the CPU's across tiles in 120", function()
+    local seed = attn.fresh() + 2
+    attn.seed(seed)
+    for trial = 1, 125 do
+      local dtype, small = pick { "bf16", "f16" }, trial <= 5
+      local most = small and 80 or trial % 40 == 0 and 1000 or trial % 8 == 0 and 400 or 160
+      local c = config { most = most, segment = most, heads = small and 1 or 2 }
+      local lists, layout = prepared(c, seed + trial, dtype)
+      local got = both(C.LAC_CUDA, dtype, c, lists, layout)
+      local exact, naive
+      if small then
+        exact, naive = exact_and_naive(c, dtype, lists, true)
+        exact, naive = attn.together(exact), attn.together(attn.worse(exact, naive,
+          attn.run(0, dtype, setmetatable({ kernel = "auto" }, { __index = c }), lists)))
+      else exact, naive = both(0, "f64", c, lists), both(0, dtype, c, lists) end
+      attn.complain(dtype, "gradients", got.gradients, exact.gradients, naive.gradients,
+                    ("trial %d of seed %d: %s"):format(trial, seed, attn.text(c)))
+    end
+  end)
+
+  -- q = 0: all weights of a row are equal; v (forward) and dout (backward) pick out single pairs
+  it("keep the pairs that the other kernels keep, bit by bit", function()
+    local n, D, seed = 200, 128, attn.fresh() + 3
+    attn.seed(seed)
+    local function zeros(count)
+      local list = {}
+      for i = 1, count do list[i] = 0 end
+      return list
+    end
+    local function units(heads, first) -- row first + d of head h is 1 in column d
+      local list = zeros(n * heads * D)
+      for h = 0, heads - 1 do
+        for d = 0, D - 1 do if first + d < n then list[((first + d) * heads + h) * D + d + 1] = 1 end end
+      end
+      return list
+    end
+    for trial = 1, 12 do
+      local r = pick { 1, 1, 2, 3, 5 }
+      local c = direct.fill { N = n, M = n - pick { 0, 0, 1, 2 }, H = 2, Hk = 2, D = D,
+                              segments = { pick { 200, 131 } }, dilations = { r }, offset = "mod",
+                              causal = chance(0.3), dropout = pick { 0.2, 0.5 },
+                              seed = random(1000) * 2 ^ 40 + random(1000), rng_offset = random(1000) * 2 ^ 34,
+                              kernel = "hopper" }
+      local first = pick { 0, 72 }
+      local lists = { zeros(n * 2 * D), zeros(c.M * 2 * D), units(2, first), units(2, first) }
+      for i = #lists[3], c.M * 2 * D + 1, -1 do lists[3][i] = nil end
+      local mine = attn.run(C.LAC_CUDA, "bf16", c, lists)
+      c.kernel = "portable"
+      local portable = attn.run(C.LAC_CUDA, "bf16", c, lists)
+      c.kernel = nil
+      local cpu = attn.run(0, "bf16", c, lists)
+      local seen, dropped = 0, 0
+      for _, name in ipairs { "out", "dv" } do
+        for i, x in ipairs(mine[name]) do
+          local kept = x ~= 0
+          seen, dropped = seen + 1, dropped + (kept and 0 or 1)
+          if kept ~= (portable[name][i] ~= 0) or kept ~= (cpu[name][i] ~= 0) then
+            error(("%s[%d]: trial %d of seed %d: %s"):format(name, i, trial, seed, attn.text(c)), 0)
+          end
+        end
+      end
+      assert.is_true(dropped < seen)
+    end
+  end)
+
+  it("give the same bits twice, and keep NaN of masked keys away", function()
+    attn.seed(14)
+    for _ = 1, 6 do
+      local dtype = pick { "bf16", "f16" }
+      local c = config { most = 700, segment = 700, heads = 1 }
+      c.causal, c.align, c.M = true, nil, c.N
+      local lists = { attn.inputs(c, 3, dtype) }
+      lists[5] = nil
+      local first = attn.run(C.LAC_CUDA, dtype, c, lists)
+      local again = attn.run(C.LAC_CUDA, dtype, c, lists)
+      for _, name in ipairs { "out", "lse", "dq", "dk", "dv" } do
+        assert.are.equal(0, direct.max_diff(again[name], first[name]), name .. " in " .. attn.text(c))
+      end
+      local key = c.N - 2 -- the last two rows of item 0 may see it
+      for d = 1, c.Hk * c.D do lists[3][key * c.Hk * c.D + d] = NAN end
+      local spoilt = attn.run(C.LAC_CUDA, dtype, c, lists)
+      for i = 1, key * c.H * c.D do
+        local x, y = spoilt.out[i], first.out[i]
+        assert.is_true(math.abs(x - y) <= 2 ^ -6 * (1 + math.abs(y)), ("out[%d]: %s"):format(i, attn.text(c)))
+      end
+    end
+  end)
+
+  it("wrote over no guard bytes", function()
+    collectgarbage()
+    collectgarbage()
+    lac.trim()
+    assert.are.equal(errors, C.lac_memory_guard_errors())
+  end)
+end)
