@@ -129,15 +129,15 @@ describe("bench", function()
 
   it("measures a peer and a floor in the same turns", function()
     local b = run{ peer = dir .. "/shell" }
-    local function light() spin(10000) end
-    local speed, share = b:row{ what = "thing", ours = function() spin(40000) end, seconds = 0.02, work = 4,
+    local function light() spin(1000) end
+    local speed, share = b:row{ what = "thing", ours = function() spin(16000) end, seconds = 0.02, work = 16,
       unit = "B/s", floor = light, other_work = 1, share = 0.4, at_least = 2,
       peer = { script = "good", case = "fine" } }
     assert.same({ "speedup", "share" }, { speed.as, share.as })
     assert.equal(speed.ours, share.ours)
     assert.same({ 0.5, 2, true }, { speed.other, speed.at_least, speed.met })
     assert.equal(0.4, share.at_least)
-    assert.is_true(share.ratio > 0.4 and share.ratio < 2.5, tostring(share.ratio)) -- the same, by work
+    assert.is_true(share.ratio > 0.25 and share.ratio < 4, tostring(share.ratio)) -- the same, by work
     b:close()
     -- without the peer the floor is measured still
     b = run{ peer = "no-such-python" }
@@ -173,7 +173,7 @@ describe("bench", function()
 
   it("judges targets in both directions, and none in a quick run", function()
     local b = run()
-    local slow, fast = function() spin(40000) end, function() spin(10000) end
+    local slow, fast = function() spin(160000) end, function() spin(10000) end
     local function row(options)
       options.what, options.seconds = "thing", 0.02
       return b:row(options)
@@ -182,10 +182,10 @@ describe("bench", function()
     assert.is_false(row{ ours = slow, floor = fast, at_most = 1 }.met)
     assert.is_true(row{ ours = fast, floor = slow, at_least = 1 }.met)
     assert.is_false(row{ ours = slow, floor = fast, at_least = 1 }.met)
-    -- per unit of work both are the same, and only then
-    local even = row{ ours = slow, floor = fast, work = 4, other_work = 1, unit = "FLOP/s", at_most = 2 }
+    -- per unit of work both are the same, and only then; far apart, for other work runs on the machine too
+    local even = row{ ours = slow, floor = fast, work = 16, other_work = 1, unit = "FLOP/s", at_most = 4 }
     assert.equal("time", even.as)
-    assert.is_true(even.met and even.ratio > 0.5, tostring(even.ratio))
+    assert.is_true(even.met and even.ratio > 0.25, tostring(even.ratio))
     assert.same({ rows = 5, met = 3, missed = 2, unmeasured = 0 }, b:count())
     assert.matches("MISSED$", lines[2])
     local quick = run{ quick = true }
