@@ -159,12 +159,13 @@ test: deps ## build and run the whole test suite
 test-gpu: all ## the specs that need a CUDA device
 	LACUNA_GPU=1 $(BUSTED) --tags=gpu
 
-# Kernels run many times slower under these tools: tests/sanitize.lua has a small case of each kind.
-SANITIZE_GPU ?= portable pairs hopper
+# Kernels run many times slower under these tools: tests/sanitize.lua has a small case of each kind. racecheck is not for
+# Hopper's: there one lane arrives at a barrier for its warp, after __syncwarp, and the tool takes the other lanes' writes
+# for unordered.
 .PHONY: sanitize-gpu
 sanitize-gpu: all ## attention on the device under compute-sanitizer, memcheck and racecheck: any report fails
-	@for tool in memcheck racecheck; do echo "$$tool"; \
-	  compute-sanitizer --tool $$tool --error-exitcode 3 $(COMMAND) tests/sanitize.lua $(SANITIZE_GPU) || exit 1; done
+	compute-sanitizer --tool memcheck --error-exitcode 3 $(COMMAND) tests/sanitize.lua
+	compute-sanitizer --tool racecheck --error-exitcode 3 $(COMMAND) tests/sanitize.lua portable pairs
 
 PEER ?= python3
 .PHONY: bench

@@ -1,7 +1,7 @@
 --- sanitize.lua: small cases of every attention kernel of the device, for compute-sanitizer.
 --
 --   compute-sanitizer --tool memcheck --error-exitcode 3 build/bin/lacuna tests/sanitize.lua
---   compute-sanitizer --tool racecheck --error-exitcode 3 build/bin/lacuna tests/sanitize.lua portable
+--   compute-sanitizer --tool racecheck --error-exitcode 3 build/bin/lacuna tests/sanitize.lua portable pairs
 --
 -- `make sanitize-gpu` runs both. Each case is a forward and a backward with rows, keys and head dimensions
 -- that fill no tile, so that every edge is met; what comes out must be finite. Values are the specs' matter:
