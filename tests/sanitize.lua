@@ -106,6 +106,8 @@ function run.hopper()
         case("one branch", { segments = { 300 }, dilations = { 1 } })
         case("three branches", { segments = { 100, 200, 400 }, dilations = { 1, 2, 3 }, kv = 2 })
         case("heads divided", { segments = { 100, 400 }, dilations = { 1, 2 }, heads = "split" })
+        case("dropout and slopes", { segments = { 100, 400 }, dilations = { 1, 2 }, dropout = 0.3,
+          alibi = true })
         case("packed", { segments = { 300 }, dilations = { 1 }, cu_seqlens = { 0, 100, 300 } })
       end
     end
