@@ -380,6 +380,7 @@ typedef struct lac_plan_info {
     /* on the CPU with one thread and f16 or bf16 tensors; f32 and f64 accumulate in the results themselves */
     int64_t bytes_workspace_forward, bytes_workspace_backward;   /* tiles of one CPU thread in f32; twice that in f64 */
     int64_t bytes_accumulate_forward, bytes_accumulate_backward; /* f32 sums of f16 and bf16 results, whole batch */
+    int64_t bytes_device_backward; /* on a GPU, f16 and bf16: statistics, f32 sums; of a part where calls are cut */
     int64_t references;
 } lac_plan_info;
 /* Run-time arguments. NULL pointers mean "none". q, out [B, N, H, D]; k, v [B, M, Hk, D]; lse [B, N, H] f32 (f64 for f64). */

@@ -4,8 +4,8 @@
  * nothing attends across the end of a window, the longest segment, if that is a multiple of all others. So batch items
  * and runs of windows are calls of their own: slices of the same tensors, with the plan placed at their length
  * (lac_plan_place()), one after the other. They use the same scratch memory, which then does not grow with the
- * sequence, and give the same bits. A part has at least ROWS rows in all branches and heads, which keep a device busy;
- * smaller parts would need less memory, and lose more of their time at their ends.
+ * sequence, and give the same bits. A part has at least 2^19 rows in all branches and heads, which keep a device busy;
+ * smaller parts would need less memory, and lose more of their time at their ends (lac_plan_parts()).
  *
  * Not cut: calls on a CPU, whose tasks hold little; of f32 and f64, which need no sums beside their results; with
  * options whose tensors or numbers count from the beginning of the call (masks, bias, blocks, lengths, dropout).
@@ -13,28 +13,6 @@
  * gone before the gradients come, which take more).
  */
 #include "op_attn.h"
-
-enum { ROWS = 1 << 19 };
-
-/* positions after which nothing is seen of what lies before; 0: there are none but the end */
-static int64_t window_of(const lac_plan *p)
-{
-    int64_t w = 1;
-    if (p->shift != 0 || p->desc.n != p->desc.m) return 0;
-    for (int g = 0; g < p->desc.branches; g++)
-        if (p->segment[g] > w) w = p->segment[g];
-    for (int g = 0; g < p->desc.branches; g++)
-        if (w % p->segment[g]) return 0;
-    return w;
-}
-
-/* positions of one batch item with ROWS rows */
-static int64_t least_positions(const lac_plan *p)
-{
-    double rows = 0; /* of one position, on average */
-    for (int g = 0; g < p->desc.branches; g++) rows += (double)p->heads[g] / (double)p->desc.dilation[g];
-    return rows * 0x1p40 > ROWS ? (int64_t)(ROWS / rows) + 1 : (int64_t)1 << 40;
-}
 
 static bool whole(const lac_a_attend_bwd *a, int device)
 {
@@ -70,10 +48,9 @@ static int run_part(const lac_a_attend_bwd *all, int device, int64_t item, int64
 int lac_parts_attend_bwd(const lac_a_attend_bwd *a, int device)
 {
     const lac_attn_desc *d = &a->forward.plan->desc;
-    const int64_t window = window_of(a->forward.plan), least = least_positions(a->forward.plan);
-    int64_t rows = window > 0 ? ((least - 1) / window + 1) * window : d->n, items = 1;
-    if (rows > d->n / 2) rows = d->n, items = d->n ? (least - 1) / d->n + 1 : d->batch;
-    if (whole(a, device) || (rows == d->n && (d->n != d->m || items > d->batch / 2))) {
+    int64_t items, rows;
+    lac_plan_parts(a->forward.plan, &items, &rows);
+    if (whole(a, device) || (items == d->batch && rows == d->n)) {
         LAC_RUN(attend_bwd, device, a);
         return 0;
     }

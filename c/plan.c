@@ -479,6 +479,69 @@ void lac_plan_place(const lac_plan *p, int64_t batch, int64_t n, int64_t m, int6
     if (lac_profile_on) (void)count_pairs(placed); /* who asks for numbers gets exact ones */
 }
 
+/* ---- working memory of the backward on a GPU ---- */
+
+enum { PART_ROWS = 1 << 19 }; /* of a part, in all branches and heads, at least (op_parts.c) */
+
+/* positions after which nothing is seen of what lies before; 0: there are none but the end */
+static int64_t window_of(const lac_plan *p)
+{
+    int64_t w = 1;
+    if (p->shift != 0 || p->desc.n != p->desc.m) return 0;
+    for (int g = 0; g < p->desc.branches; g++)
+        if (p->segment[g] > w) w = p->segment[g];
+    for (int g = 0; g < p->desc.branches; g++)
+        if (w % p->segment[g]) return 0;
+    return w;
+}
+
+/* positions of one batch item with PART_ROWS rows */
+static int64_t least_positions(const lac_plan *p)
+{
+    double rows = 0; /* of one position, on average */
+    for (int g = 0; g < p->desc.branches; g++) rows += (double)p->heads[g] / (double)p->desc.dilation[g];
+    return rows * 0x1p40 > PART_ROWS ? (int64_t)(PART_ROWS / rows) + 1 : (int64_t)1 << 40;
+}
+
+void lac_plan_parts(const lac_plan *p, int64_t *items, int64_t *rows)
+{
+    const lac_attn_desc *d = &p->desc;
+    const int64_t window = window_of(p), least = least_positions(p);
+    *rows = window > 0 ? ((least - 1) / window + 1) * window : d->n, *items = 1;
+    if (*rows > d->n / 2) *rows = d->n, *items = d->n ? (least - 1) / d->n + 1 : d->batch;
+    if (*rows == d->n && (d->n != d->m || *items > d->batch / 2)) *items = d->batch;
+}
+
+/* As kernels/attn.cu takes it: statistics of rows, f32 sums of gradients that branches share, and the work list of one
+ * pass (kernels/attn_hopper_backward.cu): sums of dq in blocks of 64 rows, each with its statistics, 64 bytes a tile
+ * of 128 keys. */
+static int64_t device_bytes(const lac_plan *p)
+{
+    const lac_attn_desc *d = &p->desc;
+    const int64_t rows = d->batch * d->n * d->heads, columns = round_up(d->head_dim, 8);
+    const bool one_pass = lac_plan_one_pass(p) && d->head_dim >= 64;
+    int64_t bytes = 16 * rows * (lac_plan_branch_delta(p) ? d->branches : 1);
+    if (p->backward_phases > 1) bytes += 8 * d->batch * d->m * d->kv_heads * d->head_dim;
+    if (!one_pass && p->forward_phases > 1) bytes += 4 * rows * d->head_dim;
+    for (int g = 0; one_pass && g < d->branches; g++) {
+        const int64_t w = p->segment[g], r = d->dilation[g], items = d->batch * p->heads[g] * ((d->m - 1) / w + 1);
+        const int64_t blocks = ((w < d->n ? w : d->n) - 1) / r / 64 + 1;
+        const int64_t tiles = ((w < d->m ? w : d->m) - 1) / r / 128 + 1;
+        bytes += items * (blocks * (256 * columns + 516) + tiles * 64);
+    }
+    return bytes;
+}
+
+static int64_t part_bytes(const lac_plan *p)
+{
+    lac_plan part;
+    int64_t items, rows;
+    lac_plan_parts(p, &items, &rows);
+    if (items == p->desc.batch && rows == p->desc.n) return device_bytes(p);
+    lac_plan_place(p, items, rows, rows, 0, &part);
+    return device_bytes(&part);
+}
+
 /* ---- public ---- */
 
 static int plan_build(lac_plan *p, const lac_attn_desc *d)
@@ -556,6 +619,7 @@ int lac_plan_describe(const lac_plan *plan, lac_plan_info *out)
     *out = plan->info;
     count_workspace(plan, out); /* again: the instruction set may be another one than when the plan was made */
     out->rows = count_rows(plan);
+    out->bytes_device_backward = part_bytes(plan);
     out->references = atomic_load(&plan->references);
     return 0;
 }

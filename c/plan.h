@@ -125,6 +125,22 @@ static inline bool lac_plan_hopper_pays(const lac_plan *p)
     return true;
 }
 
+/* Does the backward of 16-bit tensors on a GPU take one pass, in which tiles of keys add to sums of dq in f32? Not
+ * above head_dim 128, nor where blocks of 64 rows would be mostly empty. Its options may say no as well. */
+static inline bool lac_plan_one_pass(const lac_plan *p)
+{
+    if (p->desc.head_dim > 128 || p->desc.heads / p->desc.kv_heads > 32) return false;
+    for (int g = 0; g < p->desc.branches; g++) {
+        int64_t w = p->segment[g] < p->desc.n ? p->segment[g] : p->desc.n;
+        if ((w - 1) / p->desc.dilation[g] + 1 < LAC_HOPPER_ROWS / 2) return false;
+    }
+    return true;
+}
+
+/* Parts in which the backward of 16-bit tensors runs on a device (op_parts.c): batch items and rows of one; all of them
+ * if it is not cut. */
+void lac_plan_parts(const lac_plan *p, int64_t *items, int64_t *rows);
+
 /* offset of the lattice that head `head` keeps in branch `branch` */
 int64_t lac_plan_offset(const lac_attn_desc *d, int32_t branch, int32_t head);
 

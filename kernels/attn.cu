@@ -1,18 +1,19 @@
 /* attn.cu: attention on CUDA, the host's side: from a plan to the arguments of the kernels, and the statistics of rows.
  *
- * The forward is one launch, the backward three: lse and delta of every row in base 2 (this file), dq
- * (attn_queries.cuh), dk and dv (attn_keys.cuh); merges that need a delta per branch add a pass over the queries. Rows
- * that no branch keeps are cleared beforehand, unless a branch without dilation reaches every row. On Hopper, what
- * attn_hopper_backward_fits() accepts takes dq, dk and dv from one pass over the keys (attn_hopper_backward.cu), and
- * deltas of branches from a pass of its own (attn_hopper_deltas.cu).
+ * The forward is one launch. The backward begins with lse and delta of every row in base 2 (this file); merges that
+ * need a delta per branch add a pass over the queries (Hopper: attn_hopper_deltas.cu). Then f16 and bf16 take dq, dk
+ * and dv from one pass over the keys (attn_hopper_backward.cu), whose tiles Hopper's kernels compute or, where
+ * attn_hopper_backward_fits() says no, the portable ones (attn_joint.cuh). What these do not do takes two: dq
+ * (attn_queries.cuh), dk and dv (attn_keys.cuh). Rows that no branch keeps are cleared beforehand, unless a branch
+ * without dilation reaches every row.
  *
  * Memory beside tensors: f32 sums of f16 and bf16 results where branches meet in a row (one copy of the result, none
- * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters. f64 and, unless
- * lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cuh); everything else on tensor cores. Calls with
- * options of single pairs run instances of their own (attn_pairs_*.cu), up to four rows without such options kernels
- * that cut the keys instead (attn_few.cu). Branches run in the reverse order of the plan's phases: the last to run is
- * then usually the one without dilation, which reaches every row, so that each row is rounded once and most sums stay
- * in the cache.
+ * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters; with one pass f32
+ * sums of dq for every branch, about twice dq (lac_plan_info says how much). f64 and, unless lac.use_tf32 says
+ * otherwise, f32 are computed exactly (attn_exact_*.cuh); everything else on tensor cores. Calls with options of single
+ * pairs run instances of their own (attn_pairs_*.cu), up to four rows without such options kernels that cut the keys
+ * instead (attn_few.cu). Branches run in the reverse order of the plan's phases: the last to run is then usually the
+ * one without dilation, which reaches every row, so that each row is rounded once and most sums stay in the cache.
  */
 #include "attn_few.cuh"
 #include "attn_hopper_backward.cuh"
@@ -381,16 +382,16 @@ static int queries_pass(attn_pair_args &a, const lac_a_attend *f)
 }
 
 static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc,
-                        char *hopper)
+                        char *list, bool joint)
 {
     const lac_a_attend *f = &w->forward;
     LAC_TRY(make_stats(a, w));
-    if (a.per_branch && (!hopper || hopper_pairs(a))) {
+    if (a.per_branch && (!list || joint || hopper_pairs(a))) {
         a.deltas = 1;
         LAC_TRY(queries_pass(a, f));
         a.deltas = 0;
     }
-    if (hopper) return attn_hopper_backward(a, w, hopper, dk_acc, dv_acc);
+    if (list) return attn_hopper_backward(a, w, joint, list, dk_acc, dv_acc);
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(keys_pass(a, f));
     a.out = w->dq.data, a.acc = dq_acc;
@@ -409,8 +410,9 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     copy_strides(a.dbias_stride, &w->dbias);
     a.per_branch = lac_plan_branch_delta(p);
     bool hopper;
-    LAC_TRY(choose(f, attn_hopper_backward_fits(w), attn_hopper_backward_pays(p), &hopper));
-    if (!hopper && (!covered(p) || p->shift < 0)) LAC_TRY(clear(&w->dq));
+    LAC_TRY(choose(f, attn_hopper_backward_fits(w), lac_plan_one_pass(p), &hopper));
+    const bool joint = !hopper && attn_joint_fits(w), once = hopper || joint; /* once: one pass */
+    if (!once && (!covered(p) || p->shift < 0)) LAC_TRY(clear(&w->dq));
     if (!covered(p)) {
         LAC_TRY(clear(&w->dk));
         LAC_TRY(clear(&w->dv));
@@ -418,8 +420,8 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     size_t c = f->q.dtype == LAC_F64 ? 8 : 4, rows = (size_t)a.batch * (size_t)a.n * (size_t)a.heads;
     size_t stats = rows * (size_t)(a.per_branch ? a.branches : 1) * c;
     size_t all = a.sum && w->dlse.data ? rows * sizeof(double) : 0;
-    size_t qs = hopper ? 0 : acc_bytes(&w->dq, p->forward_phases), ks = acc_bytes(&w->dk, p->backward_phases);
-    size_t list = hopper ? (attn_hopper_backward_bytes(p) + 127) / 128 * 128 : 0;
+    size_t qs = once ? 0 : acc_bytes(&w->dq, p->forward_phases), ks = acc_bytes(&w->dk, p->backward_phases);
+    size_t list = once ? (attn_hopper_backward_bytes(p, joint) + 127) / 128 * 128 : 0;
     stats = (stats + 15) / 16 * 16;
     lac_scratch space("attention", list + all + qs + 2 * ks + 4 * stats + counters(a));
     if (!space.data) return LAC_E_MEMORY;
@@ -432,5 +434,5 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     a.lse2 = at, a.lse2_low = at + stats, a.delta = at + 2 * stats;
     if (!a.per_branch) a.delta_low = at + 3 * stats;
     a.counter = (int *)(at + 4 * stats);
-    return run_backward(a, w, dq_acc, dk_acc, dv_acc, hopper ? (char *)space.data : NULL);
+    return run_backward(a, w, dq_acc, dk_acc, dv_acc, once ? (char *)space.data : NULL, joint);
 }

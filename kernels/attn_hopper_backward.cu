@@ -1,5 +1,6 @@
-/* attn_hopper_backward.cu: the backward of attention on Hopper: which calls it serves, its work list, and what happens
- * before and after the tiles (attn_hopper_keys.cu).
+/* attn_hopper_backward.cu: the backward of attention in one pass: which calls it serves, its work list, and what
+ * happens before and after the tiles, which Hopper's kernels compute (attn_hopper_keys.cu) or, `joint`, the portable
+ * ones (attn_joint.cuh).
  *
  * Launches: the list (tiles, turns, statistics block by block), the tiles of all branches, dq from the sums of all
  * branches, and, where masks can meet NaN, a look at whether anything has to be done again. Nothing is cleared
@@ -10,7 +11,7 @@
  *
  * Memory: f32 sums of dq for every branch (rows of its lattices, rounded up to blocks), 8 bytes a row and head for the
  * statistics. Rejected: one f32 copy of dq for all branches (sums of rows that are no neighbours cannot be added in
- * bulk), the dq of the portable kernels (two products more, 40%).
+ * bulk), dq by a pass of its own (two products more, 40%).
  */
 #include "attn_hopper_backward.cuh"
 #include "attn_hopper_pairs.cuh"
@@ -31,25 +32,32 @@ static int interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, int6
     return (int)(n < 1 ? 1 : n > items ? items : n);
 }
 
+/* groups of 64 keys of a tile */
+static int tile_groups(int head_dim, bool joint) { return joint ? 2 : attn_hopper_groups(head_dim); }
+
 struct hopper_sizes {
     int64_t blocks, tiles;
 };
 /* The branches of the list; their segments are those with keys. Tiles are claimed in the order of ranks: where branches
  * meet, a tile adds its keys' gradients to those of smaller rank. */
-static hopper_sizes list_branches(hopper_args &h, const lac_plan *p)
+static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint)
 {
     const lac_attn_desc *d = &p->desc;
+    const int groups = tile_groups(d->head_dim, joint);
     hopper_sizes all = {};
+    int64_t before = 0, needs = 0; /* tiles of all ranks before, and of the one before */
     for (int i = 0, rank = 0; i < d->branches * p->backward_phases; i++, rank = i / d->branches) {
+        if (i % d->branches == 0) needs = all.tiles - before, before = all.tiles;
         const int g = i % d->branches;
         if (p->backward_phase[g] != p->backward_phases - 1 - rank) continue;
         hopper_branch &b = h.branch[g];
         int64_t rows = hopper_lattice_rows(p, g, d->n), items;
         b.segments = (int)((d->m - 1) / p->segment[g]) + 1;
         b.blocks = up(rows, HOPPER_ROWS);
-        b.tiles = up(up(hopper_lattice_rows(p, g, d->m), HOPPER_ROWS), attn_hopper_groups(d->head_dim));
+        b.tiles = up(up(hopper_lattice_rows(p, g, d->m), HOPPER_ROWS), groups);
         items = d->batch * b.segments * p->heads[g];
         b.group = interleaved(d, b.tiles, rows, items);
+        b.needs = (int)needs;
         b.first_block = (int)all.blocks, b.first_tile = (int)all.tiles;
         b.segment = divider((uint32_t)p->segment[g]);
         b.dilation = divider((uint32_t)(d->dilation[g] < INT32_MAX ? d->dilation[g] : INT32_MAX));
@@ -182,23 +190,26 @@ __device__ __forceinline__ int sums_of(const attn_args &a, const hopper_args &p,
 
 /* x[0..7] += eight columns of row `at` (see sums_of), from chunk 8 of the row's columns on. The order of a block is
  * that of the product's registers: rows eight apart share sixteen bytes. */
-template <int D> __device__ __forceinline__ const float *sums_at(const hopper_args &p, int at, int chunk)
+__device__ __forceinline__ int sums_columns(const attn_args &a) { return (a.head_dim + 7) / 8 * 8; }
+__device__ __forceinline__ const float *sums_at(const attn_args &a, const hopper_args &p, int at, int chunk)
 {
     const int r = at % HOPPER_ROWS;
-    return p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * D) + chunk * 512 + (r / 16 * 32 + r % 8 * 4) * 4 +
-           r / 8 % 2 * 2;
+    return p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * sums_columns(a)) + chunk * 512 +
+           (r / 16 * 32 + r % 8 * 4) * 4 + r / 8 % 2 * 2;
 }
-template <int D> __device__ __forceinline__ void add_sums(float (&x)[8], const hopper_args &p, int at, int chunk)
+__device__ __forceinline__ void add_sums(const attn_args &a, const hopper_args &p, float (&x)[8], int at, int chunk)
 {
     if (at < 0) return;
-    const float *from = sums_at<D>(p, at, chunk);
+    const float *from = sums_at(a, p, at, chunk);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         const float2 v = *(const float2 *)(from + 4 * k);
         x[2 * k] += v.x, x[2 * k + 1] += v.y;
     }
 }
-template <class T> __device__ __forceinline__ float put_dq(T *to, const float (&x)[8], float scale)
+/* `left`: columns of the row from there on; whole: eight of them can be written at once */
+template <class T>
+__device__ __forceinline__ float put_dq(T *to, const float (&x)[8], float scale, int left, bool whole)
 {
     struct alignas(16) chunk {
         T at[8];
@@ -209,7 +220,11 @@ template <class T> __device__ __forceinline__ float put_dq(T *to, const float (&
         probe += x[i] * 0;
         out.at[i] = from_compute<T>(x[i] * scale);
     }
-    *(chunk *)to = out;
+    if (whole) *(chunk *)to = out;
+    else
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (i < left) to[i] = out.at[i];
     return probe;
 }
 
@@ -232,24 +247,27 @@ __global__ void __launch_bounds__(THREADS)
         const int first = one ? sums_of(a, p, mine, b, n, h) : -1, second = two ? sums_of(a, p, mine, b, n + 8, h) : -1;
         for (int e = 0; e < EACH && g + e < a.branches; e++) {
             const int i = __shfl_sync(~0u, first, e * 8 + lane % 8), j = __shfl_sync(~0u, second, e * 8 + lane % 8);
+            if (chunk * 8 >= a.head_dim) continue;
             if (i >= 0 && j == i + 8 && i % 16 < 8) {
-                const float4 *from = (const float4 *)sums_at<D>(p, i, chunk);
+                const float4 *from = (const float4 *)sums_at(a, p, i, chunk);
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
                     const float4 v = from[k];
                     x[2 * k] += v.x, x[2 * k + 1] += v.y, y[2 * k] += v.z, y[2 * k + 1] += v.w;
                 }
             } else {
-                add_sums<D>(x, p, i, chunk);
-                add_sums<D>(y, p, j, chunk);
+                add_sums(a, p, x, i, chunk);
+                add_sums(a, p, y, j, chunk);
             }
         }
     }
-    if (id >= most) return;
-    T *to = dq + (((int64_t)b * a.n + n) * a.heads + h) * D + chunk * 8;
+    if (id >= most || chunk * 8 >= a.head_dim) return;
+    T *to = dq + (((int64_t)b * a.n + n) * a.heads + h) * a.head_dim + chunk * 8;
+    const int left = a.head_dim - chunk * 8;
+    const bool whole = a.head_dim % 8 == 0 && (uintptr_t)dq % 16 == 0;
     float probe = 0;
-    if (n < a.n) probe += put_dq(to, x, (float)a.scale);
-    if (n + 8 < a.n) probe += put_dq(to + (int64_t)8 * a.heads * D, y, (float)a.scale);
+    if (n < a.n) probe += put_dq(to, x, (float)a.scale, left, whole);
+    if (n + 8 < a.n) probe += put_dq(to + (int64_t)8 * a.heads * a.head_dim, y, (float)a.scale, left, whole);
     if (masks && probe != 0) *p.spoilt = 1;
 }
 
@@ -312,6 +330,21 @@ __global__ void __launch_bounds__(THREADS)
 
 /* ---- the whole ---- */
 
+/* are blocks and tiles few enough for the list's numbers? */
+static bool countable(const lac_plan *p, bool joint)
+{
+    hopper_args h;
+    const hopper_sizes n = list_branches(h, p, joint);
+    return n.blocks <= INT32_MAX / HOPPER_ROWS && n.tiles <= INT32_MAX / HOPPER_ROWS;
+}
+
+bool attn_joint_fits(const lac_a_attend_bwd *w)
+{
+    const lac_a_attend *f = &w->forward;
+    if (lac_attend_pairs(f) || (f->q.dtype != LAC_BF16 && f->q.dtype != LAC_F16)) return false;
+    return lac_plan_one_pass(f->plan) && countable(f->plan, true) && attn_joint_runs(f->plan->desc.head_dim);
+}
+
 const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
 {
     const lac_a_attend *f = &w->forward;
@@ -319,7 +352,6 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
     const lac_attn_desc *d = &p->desc;
     const lac_view *read[] = {&f->q, &f->k, &f->v, &w->dout};
     const char *why = hopper_no_pairs(f);
-    hopper_args h;
     if (why) return why;
     if (f->q.dtype != LAC_BF16 && f->q.dtype != LAC_F16) return "tensors are neither f16 nor bf16";
     if (d->head_dim != 64 && d->head_dim != 128) return "head_dim is neither 64 nor 128";
@@ -332,27 +364,19 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
         for (int i = 0; i < 4; i++)
             if (d->dilation[g] > (((int64_t)1 << 33) - 1) / (read[i]->shape[1] > 1 ? read[i]->stride[1] : d->head_dim))
                 return "a dilation steps over more than 2^34 bytes";
-    const hopper_sizes sizes = list_branches(h, p);
-    if (sizes.blocks > INT32_MAX / HOPPER_ROWS || sizes.tiles > INT32_MAX / HOPPER_ROWS)
-        return "there are more than 2^31 rows";
+    if (!countable(p, false)) return "there are more than 2^31 rows";
     if (!attn_hopper_keys_exist()) return "the device is not a Hopper, or the plug-in was not compiled for it";
     return NULL;
-}
-
-bool attn_hopper_backward_pays(const lac_plan *p)
-{
-    for (int g = 0; g < p->desc.branches; g++)
-        if (hopper_lattice_rows(p, g, p->desc.n) < HOPPER_ROWS / 2) return false;
-    return true;
 }
 
 static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
 /* the list's parts in `space`, one after the other; returns their size */
-static size_t carve(hopper_args &h, const lac_plan *p, char *space)
+static size_t carve(hopper_args &h, const lac_plan *p, bool joint, char *space)
 {
-    const hopper_sizes n = list_branches(h, p);
-    const size_t blocks = (size_t)n.blocks, dq = blocks * HOPPER_ROWS * (size_t)p->desc.head_dim * sizeof(float);
+    const hopper_sizes n = list_branches(h, p, joint);
+    const size_t blocks = (size_t)n.blocks, columns = (size_t)(p->desc.head_dim + 7) / 8 * 8;
+    const size_t dq = blocks * HOPPER_ROWS * columns * sizeof(float);
     const size_t stats = blocks * 2 * HOPPER_ROWS * sizeof(float), tiles = (size_t)n.tiles * sizeof(hopper_tile);
     const size_t turns = rounded(blocks * sizeof(int)), counters = (size_t)(p->backward_phases + 3) * sizeof(int);
     h.dq = (float *)space;
@@ -366,10 +390,10 @@ static size_t carve(hopper_args &h, const lac_plan *p, char *space)
     return dq + stats + rounded(tiles) + turns + counters;
 }
 
-size_t attn_hopper_backward_bytes(const lac_plan *plan)
+size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint)
 {
     hopper_args h;
-    return carve(h, plan, NULL);
+    return carve(h, plan, joint, NULL);
 }
 
 template <class T, class A> static int redo(const A &a, const hopper_args &h, const lac_a_attend_bwd *w)
@@ -382,22 +406,23 @@ template <class T, class A> static int redo(const A &a, const hopper_args &h, co
 
 template <class T> static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
-    const bool masks = a.causal || a.window >= 0 || a.lengths;
+    const bool masks = a.causal || a.window >= 0 || a.lengths || a.padding || a.dedup;
     const int64_t units = (int64_t)a.batch * ((a.n + 15) / 16) * a.heads;
-    const unsigned blocks = blocks_for(units * a.head_dim, THREADS);
+    const unsigned blocks = blocks_for(units * (a.head_dim <= 64 ? 64 : 128), THREADS);
     T *dq = (T *)w->dq.data;
-    if (a.head_dim == 64) hopper_dq_kernel<T, 64><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
+    if (a.head_dim <= 64) hopper_dq_kernel<T, 64><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
     else hopper_dq_kernel<T, 128><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
     LAC_TRY(lac_cuda_launched("attention"));
     if (!masks) return 0;
     return hopper_pairs(a) ? redo<T>(a, h, w) : redo<T>((const attn_args &)a, h, w);
 }
 
-int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, void *space, void *dk_acc, void *dv_acc)
+int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *dk_acc,
+                         void *dv_acc)
 {
     hopper_args h;
     const lac_plan *p = w->forward.plan;
-    carve(h, p, (char *)space);
+    carve(h, p, joint, (char *)space);
     int64_t most = 1;
     a.ranks = p->backward_phases;
     for (int g = 0; g < a.branches; g++) {
@@ -408,11 +433,11 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, void *spa
         if (items * b.blocks > most) most = items * b.blocks;
     }
     CUDA_TRY("attention", cudaMemsetAsync(h.counter, 0, (size_t)(a.ranks + 3) * sizeof(int), lac_cuda_stream));
-    if (a.per_branch && !hopper_pairs(a)) LAC_TRY(attn_hopper_deltas(a, h, w));
+    if (a.per_branch && !joint && !hopper_pairs(a)) LAC_TRY(attn_hopper_deltas(a, h, w));
     const dim3 grid(blocks_filling(most, LIST_BLOCKS), (unsigned)a.branches);
-    hopper_list_kernel<<<grid, THREADS, 0, lac_cuda_stream>>>(a, h, attn_hopper_groups(a.head_dim));
+    hopper_list_kernel<<<grid, THREADS, 0, lac_cuda_stream>>>(a, h, tile_groups(a.head_dim, joint));
     LAC_TRY(lac_cuda_launched("attention"));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
-    LAC_TRY(attn_hopper_keys(a, h, w));
+    LAC_TRY(joint ? attn_joint_tiles(a, h, w->forward.q.dtype) : attn_hopper_keys(a, h, w));
     return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w) : finish<bf16>(a, h, w);
 }

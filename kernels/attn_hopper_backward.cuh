@@ -1,4 +1,5 @@
-/* attn_hopper_backward.cuh: what the files of the backward on Hopper share: the work list in device memory, and turns.
+/* attn_hopper_backward.cuh: what the files of the backward in one pass share, on Hopper and elsewhere: the work list in
+ * device memory, and turns.
  *
  * Terms. An item is one segment of one branch for one batch item and head. A block is 64 query rows of an item,
  * numbered over all branches; it owns 128 numbers of statistics (64 base-2 lse, 64 delta), 64 x D sums of dq in f32 and
@@ -25,6 +26,7 @@ struct hopper_branch {
     int first_block, blocks; /* blocks of all items before this branch's, and of one item */
     int first_tile, tiles;   /* the same for tiles; a list entry may turn out to have no keys */
     int segments, group;     /* group: items whose tiles are interleaved in the list */
+    int needs;               /* tiles of the rank before */
     divider segment, dilation;
 };
 /* One tile; read by threads that have few registers, so everything that takes arithmetic is done beforehand. */
@@ -76,9 +78,14 @@ inline int attn_hopper_groups(int head_dim) { return head_dim == 64 ? 3 : 2; }
 bool attn_hopper_keys_exist(void);
 /* The backward as lac_cuda_attend_bwd() calls it. Fits: NULL, or why these kernels cannot do it. */
 const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w);
-bool attn_hopper_backward_pays(const lac_plan *plan);    /* blocks of 64 rows are not mostly empty */
-size_t attn_hopper_backward_bytes(const lac_plan *plan); /* of device memory beside that of the portable kernels */
-int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, void *space, void *dk_acc, void *dv_acc);
+/* Of device memory beside statistics; and all but those. Joint: tiles by the portable kernel. */
+size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint);
+int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *dk_acc,
+                         void *dv_acc);
+/* The same with the portable kernel for tiles (attn_joint.cu): can it do the call? has the device the memory for it? */
+bool attn_joint_fits(const lac_a_attend_bwd *w);
+bool attn_joint_runs(int head_dim);
+int attn_joint_tiles(const attn_args &a, const hopper_args &p, int dtype);
 
 /* ---- turns ---- */
 

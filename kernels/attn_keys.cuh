@@ -1,4 +1,5 @@
-/* attn_keys.cuh: the backward of attention on tensor cores, seen from the keys: dk and dv.
+/* attn_keys.cuh: the backward of attention on tensor cores, seen from the keys: dk and dv. What takes two passes, of
+ * which this is one, attn_queries.cuh says.
  *
  * A block owns keys of one unit (the heads of a branch that share a key/value head and an offset) and walks over the
  * query rows that may see them, head after head. Scores come out transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T

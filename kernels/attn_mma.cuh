@@ -522,19 +522,19 @@ __device__ __forceinline__ void attn_stash_slow(float *sums, int row, const floa
     __syncwarp();
 }
 
-/* Writes `count` rows: the sums so far are added (factor `before`; 0: there are none) to `own` times the row, which is
- * stored in `acc` (f32) or, if this branch is the row's last, rounded in `out`. */
+/* Writes `count` rows, columns from `first` on: the sums so far are added (factor `before`; 0: there are none) to `own`
+ * times the row, which is stored in `acc` (f32) or, if this branch is the row's last, rounded in `out`. */
 template <class T, int DP>
 __device__ __forceinline__ void attn_write(const attn_args &a, void *out, void *acc, float *sums,
-                                           const attn_row<float> *rows, int count)
+                                           const attn_row<float> *rows, int count, int first = 0)
 {
     const bool whole = a.head_dim % 4 == 0 && ((uintptr_t)out | (uintptr_t)acc) % 16 == 0;
 #pragma unroll 1
     for (int c = threadIdx.x % 32; c < count * (DP / 4); c += 32) {
-        const int row = c / (DP / 4), column = c % (DP / 4) * 4, left = a.head_dim - column;
+        const int row = c / (DP / 4), column = c % (DP / 4) * 4, left = a.head_dim - first - column;
         if (left <= 0) continue;
         const attn_row<float> f = rows[row];
-        const int64_t at = f.at * a.head_dim + column;
+        const int64_t at = f.at * a.head_dim + first + column;
         const float4 v = *(const float4 *)attn_sum_at<DP>(sums, row, column);
         float x[4] = {v.x * f.own, v.y * f.own, v.z * f.own, v.w * f.own};
         if (whole) {

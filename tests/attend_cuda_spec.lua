@@ -219,6 +219,32 @@ describe("attention on CUDA #gpu", function()
     end
   end)
 
+  it("takes the working memory for a backward that the plan states", function()
+    local pattern = { segments = { 512, 2048 }, dilations = { 1, 4 }, return_lse = false }
+    for _, case in ipairs { { 1, 4096, 64, "lse" }, { 2, 3000, 80, "mean" }, { 3, 2 ^ 16, 128, "lse" },
+                            { 1, 2048, 160, "lse" } } do
+      local batch, n, head_dim = unpack(case)
+      pattern.merge = case[4]
+      lac.scope(function()
+        local x = {}
+        for i = 1, 4 do
+          x[i] = lac.randn({ batch, n, 4, head_dim }, { dtype = "bf16", device = "cuda", grad = i < 4 })
+        end
+        local out = lac.attend(x[1], x[2], x[3], pattern)
+        local before = lac.memory("cuda").live
+        lac.reset_peak()
+        lac.grad(out, { x[1], x[2], x[3] }, { grad_outputs = { x[4] } })
+        local taken = lac.memory("cuda").peak - before - 3 * 2 * x[1]:numel()
+        local stated = lac.attention.plan_info({ segments = pattern.segments, dilations = pattern.dilations,
+          merge = pattern.merge }, { batch = batch, n = n, heads = 4, head_dim = head_dim })
+        stated = stated.device_backward
+        -- classes of the pool round up by at most a quarter
+        assert.is_true(taken >= 0.9 * stated and taken <= 1.25 * (stated + 3 * 2 * x[1]:numel()) + 65536,
+          ("%d bytes taken, %d stated: batch %d, n %d, D %d"):format(taken, stated, batch, n, head_dim))
+      end)
+    end
+  end)
+
   it("refuses a head dimension above 256 by name", function()
     local c = direct.fill { N = 4, D = 264, segments = { 4 }, dilations = { 1 } }
     local lists = { inputs(c, 1, "f32") }

@@ -1,9 +1,10 @@
---- The backward of attention on Hopper: against the oracle, the CPU, the portable kernel, and itself.
+--- The backward of attention in one pass, by the kernels for Hopper and by the portable ones: against the
+-- oracle, the CPU, each other, and themselves.
 --
--- Random configurations have what these kernels take: head dimensions 64 and 128, f16 and bf16, any pattern,
--- causal, windows, lengths, grouped heads, all merges, negative scales. attn_random says how they are made
--- and poisoned. The CPU in f64 stands in for the oracle past a few tiles; attend_spec holds it against the
--- oracle.
+-- Random configurations have what these kernels take: f16 and bf16, any pattern, causal, windows, lengths,
+-- grouped heads, all merges, negative scales; on Hopper head dimensions 64 and 128, else any up to 128 (one
+-- pass above 64), dropout, padding, and pairs counted once. attn_random says how they are made and poisoned.
+-- The CPU in f64 stands in for the oracle past a few tiles; attend_spec holds it against the oracle.
 
 local it = os.getenv "LACUNA_GPU" == "1" and it or pending
 
@@ -19,14 +20,14 @@ local GRADIENTS = { "dq", "dk", "dv" }
 -- rows of a segment's lattice
 local function rows(c, g) return math.floor((math.min(c.segments[g], c.N) - 1) / c.dilations[g]) + 1 end
 
-local function hopper_config(options)
+local function config(kernel, options)
   while true do
-    options.D = pick { 64, 128 }
+    options.D = kernel == "hopper" and pick { 64, 128 } or pick { 33, 72, 97, 128 }
     local c = attn.random_config(options)
     local fits = true
     for g = 1, #c.segments do fits = fits and rows(c, g) >= (options.rows or 32) end
     if fits then
-      c.dropout, c.dedup, c.padding = 0, false, nil
+      if kernel == "hopper" then c.dropout, c.dedup, c.padding = 0, false, nil end
       return c
     end
   end
@@ -38,8 +39,8 @@ local function gradients(r)
 end
 
 -- the kernel is forced where the forward, which wants a positive scale, can be forced too
-local function on_hopper(dtype, c, lists, layout)
-  c.kernel = (c.scale or 0) >= 0 and "hopper" or nil
+local function on(kernel, dtype, c, lists, layout)
+  c.kernel = (kernel == "portable" or (c.scale or 0) >= 0) and kernel or nil
   local ok, r = pcall(attn.run, C.LAC_CUDA, dtype, c, lists, layout)
   c.kernel = nil
   if not ok then error(r, 0) end
@@ -52,190 +53,196 @@ local function largest(list)
   return most
 end
 
-describe("the backward of attention on Hopper #gpu", function()
-  local errors
-  setup(function()
-    if os.getenv "LACUNA_GPU" == "1" then lac.zeros({ 1 }, { device = "cuda" }) end -- loads the plug-in
-    C.lac_memory_guard(1)
-    errors = C.lac_memory_guard_errors()
-  end)
-  teardown(function()
-    direct.device = 0
-    C.lac_memory_guard(0)
-  end)
-
-  local function holds(c, seed, dtype, exact_of, peaked)
-    local lists = { attn.inputs(c, seed, dtype) }
-    if attn.chance(0.5) then lists[5] = nil end
-    if attn.chance(peaked or 0.2) then -- peaked: nearly one key a row
-      for i, x in ipairs(lists[1]) do lists[1][i] = direct.round[dtype](8 * x) end
-    end
-    attn.poison(c, unpack(lists, 1, 4))
-    attn.poison_pool(c)
-    local layout = pick { false, "heads" } or nil
-    local got = gradients(on_hopper(dtype, c, lists, layout))
-    local exact, naive = exact_of(c, dtype, lists)
-    attn.complain(dtype, "gradients", got, exact, naive, ("seed %d, layout %s: %s"):format(
-      seed, tostring(layout), attn.text(c)))
-  end
-  local function by_cpu(c, dtype, lists)
-    return gradients(attn.run(0, "f64", c, lists)), gradients(attn.run(0, dtype, c, lists))
-  end
-  local function by_oracle(c, dtype, lists)
-    local q, k, v, dout, dlse = unpack(lists, 1, 5)
-    local exact = oracle.run(c, q, k, v, dout, dlse)
-    local naive = oracle.run(c, q, k, v, dout, dlse,
-                             { rounding = { result = direct.round[dtype], sum = direct.round.f32 } })
-    return gradients(exact), gradients(attn.worse(exact, naive, attn.run(0, dtype, c, lists)))
-  end
-
-  it("equals the oracle in 6 random configurations", function()
-    local seed = attn.fresh()
-    attn.seed(seed)
-    for trial = 1, 6 do
-      local c = hopper_config { most = 90, segment = 90, heads = 1 }
-      holds(c, seed + trial, pick { "bf16", "f16" }, by_oracle)
-    end
-  end)
-
-  it("equals the CPU across tiles in 300 random configurations", function()
-    local seed = attn.fresh() + 1
-    attn.seed(seed)
-    for trial = 1, 300 do
-      local most = trial % 100 == 0 and 1500 or trial % 10 == 0 and 400 or 160
-      local c = hopper_config { most = most, segment = most, heads = 2 }
-      holds(c, seed + trial, pick { "bf16", "f16" }, by_cpu)
-    end
-  end)
-
-  -- Peaked rows have branches with nearly no share of the softmax, which one delta must not be taken from.
-  it("equals the CPU where branches have deltas of their own, in 100 random configurations", function()
-    local seed = attn.fresh() + 3
-    attn.seed(seed)
-    for trial = 1, 100 do
-      local most = trial % 20 == 0 and 700 or trial % 4 == 0 and 300 or 100
-      local c
-      repeat
-        c = hopper_config { most = most, segment = most, heads = 1 }
-      until #c.segments > 1 and c.heads == "all" and c.merge ~= "lse"
-      holds(c, seed + trial, pick { "bf16", "f16" }, by_cpu, 0.5)
-    end
-  end)
-
-  it("gives the same bits twice", function()
-    attn.seed(12)
-    for trial = 1, 4 do
-      local dtype = pick { "bf16", "f16" }
-      local c = hopper_config { most = 1200, segment = 1200, heads = 1 }
-      local lists = { attn.inputs(c, 3, dtype) }
-      local first = on_hopper(dtype, c, lists)
-      for _ = 1, 3 do
-        local again = on_hopper(dtype, c, lists)
-        for _, name in ipairs(GRADIENTS) do
-          local most = direct.max_diff(again[name], first[name])
-          assert.are.equal(0, most, ("%s, trial %d: %s"):format(name, trial, attn.text(c)))
-        end
-      end
-    end
-  end)
-
-  it("cuts long sequences and large batches, and gives the bits of their parts", function()
-    local function run(x, options)
-      local inputs = {}
-      for i = 1, 3 do inputs[i] = x[i]:detach():requires_grad_() end
-      local out = lac.attend(inputs[1], inputs[2], inputs[3], options)
-      return lac.grad(out, inputs, { grad_outputs = { x[4] } })
-    end
-    -- positions and items of the whole; those of one part
-    local function compare(n, batch, step, items, options)
-      local x = {}
-      for i = 1, 4 do x[i] = lac.randn({ batch, n, 8, 64 }, { dtype = "bf16", device = "cuda" }) end
-      options.return_lse = false
-      local got = run(x, options)
-      for at = 0, n - 1, step do for item = 0, batch - 1, items do
-        local here = { { item + 1, math.min(item + items, batch) }, { at + 1, math.min(at + step, n) } }
-        local part = {}
-        for i = 1, 4 do part[i] = x[i][here]:contiguous() end
-        for i, want in ipairs(run(part, options)) do
-          assert.are.equal(0, (got[i][here] - want):abs():max():item(), GRADIENTS[i])
-        end
-      end end
-    end
-    lac.scope(function()
-      local long = 2 ^ 18 + 2 ^ 12 + 100
-      compare(long, 1, 2 ^ 16, 1, { segments = { 1024, 4096 }, dilations = { 1, 3 }, causal = true })
-      compare(long, 1, 2 ^ 16, 1, { segments = { 2048, 4096 }, dilations = { 2, 4 }, merge = "lse_detach" })
-      compare(long, 1, long, 1, { segments = { 1000, 4096 }, dilations = { 1, 2 } }) -- no windows: whole
-      compare(3000, 50, 3000, 10, { segments = { 1000, 2048 }, dilations = { 1, 2 } })
+for _, kernel in ipairs { "hopper", "portable" } do
+  describe("the backward of attention in one pass, " .. kernel .. " #gpu", function()
+    local function one_pass_config(options) return config(kernel, options) end
+    local function on_device(...) return on(kernel, ...) end
+    local errors
+    setup(function()
+      if os.getenv "LACUNA_GPU" == "1" then lac.zeros({ 1 }, { device = "cuda" }) end -- loads the plug-in
+      C.lac_memory_guard(1)
+      errors = C.lac_memory_guard_errors()
     end)
-  end)
+    teardown(function()
+      direct.device = 0
+      C.lac_memory_guard(0)
+    end)
 
-  it("agrees with the portable kernel to the rounding of results", function()
-    attn.seed(31)
-    for trial = 1, 4 do
-      local c = hopper_config { most = 400, segment = 400, heads = 1 }
-      local lists = { attn.inputs(c, trial, "bf16") }
-      local mine = on_hopper("bf16", c, lists)
-      c.kernel = "portable"
-      local other = attn.run(C.LAC_CUDA, "bf16", c, lists)
-      for _, name in ipairs(GRADIENTS) do
-        local most = 2 ^ -6 * (1 + largest(other[name]))
-        assert.is_true(direct.max_diff(mine[name], other[name]) <= most, name .. " in " .. attn.text(c))
+    local function holds(c, seed, dtype, exact_of, peaked)
+      local lists = { attn.inputs(c, seed, dtype) }
+      if attn.chance(0.5) then lists[5] = nil end
+      if attn.chance(peaked or 0.2) then -- peaked: nearly one key a row
+        for i, x in ipairs(lists[1]) do lists[1][i] = direct.round[dtype](8 * x) end
       end
+      attn.poison(c, unpack(lists, 1, 4))
+      attn.poison_pool(c)
+      local layout = pick { false, "heads" } or nil
+      local got = gradients(on_device(dtype, c, lists, layout))
+      local exact, naive = exact_of(c, dtype, lists)
+      attn.complain(dtype, "gradients", got, exact, naive, ("seed %d, layout %s: %s"):format(
+        seed, tostring(layout), attn.text(c)))
     end
-  end)
+    local function by_cpu(c, dtype, lists)
+      return gradients(attn.run(0, "f64", c, lists)), gradients(attn.run(0, dtype, c, lists))
+    end
+    local function by_oracle(c, dtype, lists)
+      local q, k, v, dout, dlse = unpack(lists, 1, 5)
+      local exact = oracle.run(c, q, k, v, dout, dlse)
+      local naive = oracle.run(c, q, k, v, dout, dlse,
+                               { rounding = { result = direct.round[dtype], sum = direct.round.f32 } })
+      return gradients(exact), gradients(attn.worse(exact, naive, attn.run(0, dtype, c, lists)))
+    end
 
-  -- One value that is not finite, in one key or one row of batch item 0: nothing that does not see it may
-  -- change.
-  it("keeps NaN and infinity of masked keys and other rows away, in 12 random configurations", function()
-    local seed = attn.fresh() + 2
-    attn.seed(seed)
-    for trial = 1, 12 do
-      local c = hopper_config { most = trial % 6 == 0 and 150 or 80, segment = 80, heads = 1 }
-      local lists = { attn.inputs(c, seed + trial, "bf16") }
-      lists[5] = nil
-      local want = attn.run(C.LAC_CUDA, "bf16", c, lists)
-      local which, bad = random(4), pick { NAN, math.huge, -math.huge }
-      local key = which == 2 or which == 3
-      local position, hit = random(key and c.M or c.N) - 1, lists[which]
-      local width = #hit / c.B / (key and c.M or c.N)
-      for e = 1, width do hit[position * width + e] = bad end
-      local got, most = attn.run(C.LAC_CUDA, "bf16", c, lists), {}
-      for _, name in ipairs(GRADIENTS) do most[name] = 2 ^ -6 * (1 + largest(want[name])) end
-      local function same(name, b, count, row, heads, h)
-        for e = 1, c.D do
-          local at = ((b * count + row) * heads + h) * c.D + e
-          local x, y = got[name][at], want[name][at]
-          assert.is_true(x == y or math.abs(x - y) <= most[name],
-            ("%s[%d,%d,%d] is %g, was %g before input %d at %d was %g: trial %d of seed %d: %s"):format(
-              name, b, row, h, x, y, which, position, bad, trial, seed, attn.text(c)))
-        end
+    it("equals the oracle in 6 random configurations", function()
+      local seed = attn.fresh()
+      attn.seed(seed)
+      for trial = 1, 6 do
+        local c = one_pass_config { most = 90, segment = 90, heads = 1 }
+        c.dropout = 0 -- the oracle would want the draws
+        holds(c, seed + trial, pick { "bf16", "f16" }, by_oracle)
       end
-      for b = 0, c.B - 1 do for h = 0, c.H - 1 do
-        local reached = {}
-        local function sees(n, j)
-          for g = 1, #c.segments do if oracle.attends(c, g, b, h, n, j) then return true end end
-          return false
-        end
-        for n = 0, c.N - 1 do
-          local touched = b == 0 and (key and sees(n, position) or not key and n == position)
-          for j = 0, c.M - 1 do if touched and sees(n, j) then reached[j] = true end end
-          if not touched then same("dq", b, c.N, n, c.H, h) end
-        end
-        for j = 0, c.H == c.Hk and c.M - 1 or -1 do
-          if not reached[j] then
-            same("dk", b, c.M, j, c.Hk, h)
-            same("dv", b, c.M, j, c.Hk, h)
+    end)
+
+    it("equals the CPU across tiles in 200 random configurations", function()
+      local seed = attn.fresh() + 1
+      attn.seed(seed)
+      for trial = 1, 200 do
+        local most = trial % 100 == 0 and 1500 or trial % 10 == 0 and 400 or 160
+        local c = one_pass_config { most = most, segment = most, heads = 2 }
+        holds(c, seed + trial, pick { "bf16", "f16" }, by_cpu)
+      end
+    end)
+
+    -- Peaked rows have branches with nearly no share of the softmax, which one delta must not be taken from.
+    it("equals the CPU where branches have deltas of their own, in 100 random configurations", function()
+      local seed = attn.fresh() + 3
+      attn.seed(seed)
+      for trial = 1, 100 do
+        local most = trial % 20 == 0 and 700 or trial % 4 == 0 and 300 or 100
+        local c
+        repeat
+          c = one_pass_config { most = most, segment = most, heads = 1 }
+        until #c.segments > 1 and c.heads == "all" and c.merge ~= "lse"
+        holds(c, seed + trial, pick { "bf16", "f16" }, by_cpu, 0.5)
+      end
+    end)
+
+    it("gives the same bits twice", function()
+      attn.seed(12)
+      for trial = 1, 4 do
+        local dtype = pick { "bf16", "f16" }
+        local c = one_pass_config { most = 1200, segment = 1200, heads = 1 }
+        local lists = { attn.inputs(c, 3, dtype) }
+        local first = on_device(dtype, c, lists)
+        for _ = 1, 3 do
+          local again = on_device(dtype, c, lists)
+          for _, name in ipairs(GRADIENTS) do
+            local most = direct.max_diff(again[name], first[name])
+            assert.are.equal(0, most, ("%s, trial %d: %s"):format(name, trial, attn.text(c)))
           end
         end
-      end end
-    end
-  end)
+      end
+    end)
 
-  it("wrote over no guard bytes", function()
-    collectgarbage()
-    collectgarbage()
-    lac.trim()
-    assert.are.equal(errors, C.lac_memory_guard_errors())
+    it("cuts long sequences and large batches, and gives the bits of their parts", function()
+      local function run(x, options)
+        local inputs = {}
+        for i = 1, 3 do inputs[i] = x[i]:detach():requires_grad_() end
+        local out = lac.attend(inputs[1], inputs[2], inputs[3], options)
+        return lac.grad(out, inputs, { grad_outputs = { x[4] } })
+      end
+      -- positions and items of the whole; those of one part
+      local function compare(n, batch, step, items, options)
+        local x = {}
+        for i = 1, 4 do x[i] = lac.randn({ batch, n, 8, 64 }, { dtype = "bf16", device = "cuda" }) end
+        options.return_lse, options.kernel = false, kernel
+        local got = run(x, options)
+        for at = 0, n - 1, step do for item = 0, batch - 1, items do
+          local here = { { item + 1, math.min(item + items, batch) }, { at + 1, math.min(at + step, n) } }
+          local part = {}
+          for i = 1, 4 do part[i] = x[i][here]:contiguous() end
+          for i, want in ipairs(run(part, options)) do
+            assert.are.equal(0, (got[i][here] - want):abs():max():item(), GRADIENTS[i])
+          end
+        end end
+      end
+      lac.scope(function()
+        local long = 2 ^ 18 + 2 ^ 12 + 100
+        compare(long, 1, 2 ^ 16, 1, { segments = { 1024, 4096 }, dilations = { 1, 3 }, causal = true })
+        compare(long, 1, 2 ^ 16, 1, { segments = { 2048, 4096 }, dilations = { 2, 4 }, merge = "lse_detach" })
+        compare(long, 1, long, 1, { segments = { 1000, 4096 }, dilations = { 1, 2 } }) -- no windows: whole
+        compare(3000, 50, 3000, 10, { segments = { 1000, 2048 }, dilations = { 1, 2 } })
+      end)
+    end)
+
+    it("agrees with the other kernel to the rounding of results", function()
+      attn.seed(31)
+      for trial = 1, 4 do
+        local c = one_pass_config { most = 400, segment = 400, heads = 1 }
+        local lists = { attn.inputs(c, trial, "bf16") }
+        c.dropout, c.dedup, c.padding, c.scale = 0, false, nil, nil
+        local mine = on_device("bf16", c, lists)
+        c.kernel = kernel == "hopper" and "portable" or nil
+        local other = attn.run(C.LAC_CUDA, "bf16", c, lists)
+        for _, name in ipairs(GRADIENTS) do
+          local most = 2 ^ -6 * (1 + largest(other[name]))
+          assert.is_true(direct.max_diff(mine[name], other[name]) <= most, name .. " in " .. attn.text(c))
+        end
+      end
+    end)
+
+    -- One value that is not finite, in one key or one row of batch item 0: nothing that does not see it may
+    -- change.
+    it("keeps NaN and infinity of masked keys and other rows away, in 12 random configurations", function()
+      local seed = attn.fresh() + 2
+      attn.seed(seed)
+      for trial = 1, 12 do
+        local c = one_pass_config { most = trial % 6 == 0 and 150 or 80, segment = 80, heads = 1 }
+        local lists = { attn.inputs(c, seed + trial, "bf16") }
+        lists[5] = nil
+        local want = on_device("bf16", c, lists)
+        local which, bad = random(4), pick { NAN, math.huge, -math.huge }
+        local key = which == 2 or which == 3
+        local position, hit = random(key and c.M or c.N) - 1, lists[which]
+        local width = #hit / c.B / (key and c.M or c.N)
+        for e = 1, width do hit[position * width + e] = bad end
+        local got, most = on_device("bf16", c, lists), {}
+        for _, name in ipairs(GRADIENTS) do most[name] = 2 ^ -6 * (1 + largest(want[name])) end
+        local function same(name, b, count, row, heads, h)
+          for e = 1, c.D do
+            local at = ((b * count + row) * heads + h) * c.D + e
+            local x, y = got[name][at], want[name][at]
+            assert.is_true(x == y or math.abs(x - y) <= most[name],
+              ("%s[%d,%d,%d] is %g, was %g before input %d at %d was %g: trial %d of seed %d: %s"):format(
+                name, b, row, h, x, y, which, position, bad, trial, seed, attn.text(c)))
+          end
+        end
+        for b = 0, c.B - 1 do for h = 0, c.H - 1 do
+          local reached = {}
+          local function sees(n, j)
+            for g = 1, #c.segments do if oracle.attends(c, g, b, h, n, j) then return true end end
+            return false
+          end
+          for n = 0, c.N - 1 do
+            local touched = b == 0 and (key and sees(n, position) or not key and n == position)
+            for j = 0, c.M - 1 do if touched and sees(n, j) then reached[j] = true end end
+            if not touched then same("dq", b, c.N, n, c.H, h) end
+          end
+          for j = 0, c.H == c.Hk and c.M - 1 or -1 do
+            if not reached[j] then
+              same("dk", b, c.M, j, c.Hk, h)
+              same("dv", b, c.M, j, c.Hk, h)
+            end
+          end
+        end end
+      end
+    end)
+
+    it("wrote over no guard bytes", function()
+      collectgarbage()
+      collectgarbage()
+      lac.trim()
+      assert.are.equal(errors, C.lac_memory_guard_errors())
+    end)
   end)
-end)
+end

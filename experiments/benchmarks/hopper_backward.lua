@@ -1,8 +1,9 @@
---- hopper_backward.lua: the backward of attention on Hopper beside PyTorch's cuDNN and FlashAttention-2.
+--- hopper_backward.lua: the backward of attention on Hopper, and by the portable kernels, beside PyTorch's
+-- cuDNN and FlashAttention-2.
 --
 -- 32768 kept rows in all, heads times head_dim 2048, bf16; all passes of the backward are counted, and the
 -- faster one of the peers. The peers' inputs are gathered and contiguous. A turn is some idle time, one call
--- that is not timed, and one that is: several backwards in a row. The three sides take turns in a new order
+-- that is not timed, and one that is: several backwards in a row. The four sides take turns in a new order
 -- each round, because the order alone moves results by several percent; times are medians over the rounds.
 -- kernels/HOPPER.md has the record: floors, expectations, what was tried.
 
@@ -23,7 +24,7 @@ local function ours(o)
   local inputs = {}
   for i = 1, 3 do inputs[i] = lac.randn({ 1, n, heads, o.head_dim }, options) end
   local out = lac.attend(inputs[1], inputs[2], inputs[3], { segments = { o.rows * r }, dilations = { r },
-    offset = "mod", causal = o.causal, return_lse = false })
+    offset = "mod", causal = o.causal, kernel = o.kernel, return_lse = false })
   local g = lac.randn(out:size(), { dtype = "bf16", device = "cuda" })
   local how = { grad_outputs = { g }, retain_graph = true }
   return function()
@@ -35,9 +36,15 @@ end
 -- median seconds of the sides
 local function medians(b, sides) return bench.shuffled(sides, b:size(ROUNDS, 1), IDLE) end
 
+local PORTABLE = 0.9 -- of FlashAttention-2
+
 local function against_peers(b, o, what, target)
-  local fn = ours(o)
-  local sides, dropped = { function() return bench.warm(fn) end }, {}
+  local sides, dropped = {}, {}
+  for i, kernel in ipairs{ "auto", "portable" } do
+    o.kernel = kernel
+    local fn = ours(o)
+    sides[i] = function() return bench.warm(fn) end
+  end
   for _, backend in ipairs{ "cudnn", "flash" } do
     local side, problem = b:case("hopper_backward", "backward", { segments = o.segments, rows = o.rows,
       heads = WIDTH / o.head_dim, head_dim = o.head_dim, causal = o.causal or false, backend = backend,
@@ -49,9 +56,11 @@ local function against_peers(b, o, what, target)
   local t = medians(b, sides)
   for _, side in ipairs(dropped) do side:drop() end
   local flops = 10 * o.rows ^ 2 * WIDTH * o.segments / (o.causal and 2 or 1) * repeats(o)
-  b:value{ what = ("%s: %.0f TFLOP/s, cuDNN %.0f, FA2 %.0f"):format(what, flops / t[1] / 1e12,
-    flops / t[2] / 1e12, flops / t[3] / 1e12), value = math.min(t[2], t[3]) / t[1], unit = "x",
-    at_least = target }
+  local function speed(i) return flops / t[i] / 1e12 end
+  b:value{ what = ("%s: %.0f TFLOP/s, cuDNN %.0f, FA2 %.0f"):format(what, speed(1), speed(3), speed(4)),
+    value = math.min(t[3], t[4]) / t[1], unit = "x", at_least = target }
+  b:value{ what = ("%s: portable %.0f TFLOP/s, FA2 %.0f"):format(what, speed(2), speed(4)),
+    value = t[4] / t[2], unit = "x", at_least = PORTABLE }
 end
 
 local TARGET = { [64] = { 1.2, 1.27 }, [128] = { 1.05, 1.05 } }
@@ -95,7 +104,7 @@ end
 return {
   name = "hopper_backward",
   device = "cuda",
-  about = "attention's backward on Hopper: cuDNN and FlashAttention-2, dilation",
+  about = "attention's backward on Hopper, and portable: cuDNN and FlashAttention-2, dilation",
   once = true,
   run = function(b)
     if not pcall(device.supports, "cuda", "attend_bwd") then -- it throws where there is no device

@@ -141,6 +141,8 @@ function explain.text(title, t)
   if t.element == 2 then
     lines[#lines + 1] = ("  f32 sums       forward %s, backward %s"):format(
       lib.bytes_text(t.accumulate_forward), lib.bytes_text(t.accumulate_backward))
+    lines[#lines + 1] = ("  on a GPU       backward %s for f32 sums and statistics of rows"):format(
+      lib.bytes_text(t.device_backward))
   end
   if t.blocks then
     lines[#lines + 1] = ("  blocks         %s of %s a head active, density %.4f of those allowed"):format(

@@ -361,6 +361,7 @@ local function info_of(plan)
     workspace_backward = tonumber(raw.bytes_workspace_backward),
     accumulate_forward = tonumber(raw.bytes_accumulate_forward),
     accumulate_backward = tonumber(raw.bytes_accumulate_backward),
+    device_backward = tonumber(raw.bytes_device_backward),
     strips = {},
   }
   local s = ffi.new("lac_strip")
@@ -394,8 +395,9 @@ end
 -- @tparam table sizes n, heads; batch (1), m (n), kv_heads (heads), head_dim (64)
 -- @treturn table pairs, rows (per batch item), flops_forward, flops_backward; in bytes workspace_forward,
 --   workspace_backward (a CPU thread, f32), accumulate_forward, accumulate_backward (f32 sums of f16 and bf16
---   results); overlapping, and strips: a list of {segment, dilation, offset, head0, heads, branch, shared},
---   0-based as in the mathematics
+--   results), device_backward (working memory of the backward on a GPU, f16 and bf16); overlapping, and
+--   strips: a list of {segment, dilation, offset, head0, heads, branch, shared}, 0-based as in the
+--   mathematics
 function attention.plan_info(pattern, sizes)
   return info_of((sized_plan(plan_options(pattern), sizes)))
 end
