@@ -143,6 +143,14 @@ describe("elementwise", function()
     assert.are.same({ 0, 1, 0, 0 }, x.grad:totable())
   end)
 
+  it("refuse arguments that they do not have", function()
+    local x = lac.ones{ 3 }
+    local message = "gelu: takes one tensor, got 'tanh' as well; .* is gelu_tanh"
+    assert.error_matches(function() x:gelu("tanh") end, message)
+    assert.error_matches(function() x:add(x, 0.5) end, "add: takes two operands, got 0.5 as well")
+    assert.error_matches(function() lac.exp(x, false) end, "exp: takes one tensor, got false as well")
+  end)
+
   it("have forms in place", function()
     local x = lac.tensor { -2, 0.5, 3 }
     assert.are.equal(x, x:leaky_relu_(0.5))

@@ -36,12 +36,20 @@ local NO_GRADIENT = { isnan = true, isfinite = true, isinf = true, bitwise_not =
                       ge = true, logical_not = true, logical_and = true, logical_or = true,
                       logical_xor = true }
 
+-- Lua drops arguments that a function does not name; PyTorch's gelu(x, "tanh") and add(x, y, alpha) would
+-- give other values than asked for
+local function too_many(name, count, argument)
+  local hint = name == "gelu" and "; the approximation by tanh is gelu_tanh" or ""
+  fail(name, "takes %s, got %s as well%s", count, show(argument), hint)
+end
+
 local function define_map1(engine_name, id)
   local name = RENAME[engine_name] or engine_name
   local op = { name = name, map = 1, saves = "ao" }
   local differentiable = not NO_GRADIENT[name]
-  function op.forward(x)
+  function op.forward(x, more)
     if not is(x) then expect(name, "x", x) end
+    if more ~= nil then too_many(name, "one tensor", more) end
     local c = ctensor()
     local status = C.lac_map1(id, x.c, c)
     if status ~= 0 then
@@ -97,7 +105,8 @@ local function define_map2(name, id)
   local passes = name == "add" or name == "sub" -- their rules hand g on and read no input
   local op = { name = RENAME[name] or name, map = 2, saves = passes and "" or "ab", alias = passes }
   local differentiable = not NO_GRADIENT[op.name]
-  function op.forward(x, y)
+  function op.forward(x, y, more)
+    if more ~= nil then too_many(op.name, "two operands", more) end
     if not is(y) then
       y = as_number(y)
       if type(y) ~= "number" or not is(x) then bad_operands(op.name, x, y) end
