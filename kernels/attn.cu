@@ -335,6 +335,22 @@ static int choose(const lac_a_attend *f, const char *why, bool pays, bool *hoppe
     return 0;
 }
 
+/* The forward on Hopper has active blocks, but not with other options of single pairs. */
+static lac_a_attend without_blocks(const lac_a_attend *f)
+{
+    lac_a_attend plain = *f;
+    plain.blocks.data = NULL;
+    return plain;
+}
+/* A block costs Hopper's forward whole tiles of 128 x 128 lattice rows. Half a tile of rows and keys still pays beside
+ * the portable kernel (kernels/HOPPER.md). attention/module.lua says the same. */
+static bool blocks_pay(const attn_pair_args &a)
+{
+    for (int g = 0; a.block && g < a.branches; g++)
+        if ((min(a.branch[g].segment, a.block) - 1) / a.branch[g].dilation + 1 < LAC_HOPPER_ROWS) return false;
+    return true;
+}
+
 extern "C" int lac_cuda_attend(const lac_a_attend *f)
 {
     attn_pair_args a;
@@ -342,7 +358,10 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     const lac_plan *p = f->plan;
     LAC_TRY(args_of(a, f));
     if (attn_few_fits(f)) return attn_few_forward(a, f);
-    LAC_TRY(choose(f, attn_hopper_forward_fits(f), lac_plan_hopper_pays(p), &hopper));
+    const lac_a_attend plain = without_blocks(f);
+    const char *why = attn_hopper_forward_fits(&plain);
+    if (!why && a.block && hopper_pairs(a)) why = "there is a block_mask, with dropout or alibi slopes";
+    LAC_TRY(choose(f, why, lac_plan_hopper_pays(p) && blocks_pay(a), &hopper));
     const bool gaps = !covered(p) || p->shift < 0;
     if (gaps && !hopper) {
         LAC_TRY(clear(&f->out));

@@ -53,7 +53,8 @@ const char *attn_hopper_forward_fits(const lac_a_attend *f)
     for (int i = 0; i < 3; i++)
         if (!hopper_readable(read[i], &why)) return why;
     static int compiled = -1; /* unknown; asking takes microseconds */
-    if (compiled < 0) compiled = hopper_compiled((const void *)attn_hopper_forward_kernel<bf16, 64, false, false>);
+    if (compiled < 0)
+        compiled = hopper_compiled((const void *)attn_hopper_forward_kernel<bf16, 64, false, false, false>);
     if (!compiled) return "the device is not a Hopper, or the plug-in was not compiled for sm_90a";
     return NULL;
 }
@@ -105,10 +106,12 @@ template <class T, class A> static int redo(const A &a, int call)
 
 template <class T> static int launch(const hopper_forward_args &p, bool pairs)
 {
-    const int status = pairs ? attn_hopper_forward_pairs<T>(p) : launch_shape<T, false>(p);
+    const int status = p.a.block ? attn_hopper_forward_blocks<T>(p)
+                       : pairs   ? attn_hopper_forward_pairs<T>(p)
+                                 : launch_shape<T, false, false>(p);
     LAC_TRY(status);
     if (!p.masks) return 0;
-    return pairs ? redo<T>(p.a, p.call) : redo<T>((const attn_args &)p.a, p.call);
+    return pairs || p.a.block ? redo<T>(p.a, p.call) : redo<T>((const attn_args &)p.a, p.call);
 }
 
 int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps)
@@ -117,11 +120,11 @@ int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps)
     hopper_forward_args p = {};
     const lac_plan *plan = f->plan;
     int64_t tiles;
-    LAC_TRY(attn_number(a, plan, false, a.head_dim <= 64 ? 192 : 128, &tiles));
+    LAC_TRY(attn_number(a, plan, false, a.head_dim <= 64 && !a.block ? 192 : 128, &tiles, a.block));
     if (tiles == 0 && !gaps) return 0;
     p.tiles = (int)tiles;
     p.turns = turns_of(a);
-    p.masks = a.causal || a.window >= 0;
+    p.masks = a.causal || a.window >= 0 || a.block;
     p.call = ++calls;
     for (int g = 0; g < a.branches; g++) {
         const attn_branch &b = a.branch[g];

@@ -70,9 +70,18 @@ struct hopper_forward_args {
 struct alignas(16) hopper_forward_part {
     int lead, ends, plain, full;
 };
+/* Where there are active blocks: the next keys [first, until) of the tile, neighbours, at most a block of them.
+ * `kinds`: 0 if there are none; four bits a warpgroup. */
+struct alignas(16) hopper_step {
+    int first, until, kinds, unused;
+};
+enum { HOPPER_MASKED = 1, HOPPER_HALF = 2, HOPPER_GROUP = 4, HOPPER_SOME = 1 << 16 };
 struct alignas(16) hopper_forward_tile {
     int g, low, blocks, groups; /* g HOPPER_STOP: none; first key that any row sees; blocks of keys; of 64 rows */
-    hopper_forward_part part[3];
+    union {
+        hopper_forward_part part[3];
+        hopper_step begin;
+    };
     attn_tile t;
     int64_t at;     /* (b N + n) H + h of row 0 of the lattice */
     int step, rows; /* from row to row; query rows of the segment's lattice */
@@ -83,13 +92,13 @@ struct alignas(16) hopper_forward_tile {
 };
 static_assert(sizeof(hopper_forward_tile) == HOPPER_TILE, "copied by 16 bytes");
 
-/* Sizes, and addresses in shared memory. */
-template <int D> struct hopper_forward_shape {
+/* Sizes, and addresses in shared memory. BLOCKS: there are active blocks (attn_hopper_blocks.cuh). */
+template <int D, bool BLOCKS> struct hopper_forward_shape {
     enum {
-        GROUPS = D == 64 ? 3 : 2, /* warpgroups with rows */
-        STAGES = D == 64 ? 4 : 2, /* of keys, and of values; a power of two: others cost registers */
-        SLOTS = 2,                /* of queries; results leave through the same memory */
-        LATE = D == 64 ? 12 : 8,  /* columns, in eighths, exponentiated before the product with values is waited for */
+        GROUPS = D == 64 && !BLOCKS ? 3 : 2, /* warpgroups with rows; the usual block has 128 */
+        STAGES = D == 64 ? 4 : 2,            /* of keys, and of values; a power of two: others cost registers */
+        SLOTS = 2,                           /* of queries; results leave through the same memory */
+        LATE = D == 64 ? 12 : 8, /* columns, in eighths, exponentiated before the product with values is waited for */
         THREADS_ = 128 * (GROUPS + 1),
         PANELS = D / 64,
         PANEL = 64 * 128, /* 64 rows of 64 columns */
@@ -111,11 +120,13 @@ template <int D> struct hopper_forward_shape {
         K_FREE = K_FULL + 8 * STAGES,
         V_FULL = K_FREE + 8 * STAGES,
         V_FREE = V_FULL + 8 * STAGES,
-        CARRIED = V_FREE + 8 * STAGES, /* BEFORE holds a slot's, and earlier branches' sums are out */
-        DONE = CARRIED + 8 * SLOTS,    /* the sums of a slot's tile are out */
-        MEMORY = DONE + 8 * SLOTS
+        CARRIED = V_FREE + 8 * STAGES,             /* BEFORE holds a slot's, and earlier branches' sums are out */
+        DONE = CARRIED + 8 * SLOTS,                /* the sums of a slot's tile are out */
+        STEPS = (DONE + 8 * SLOTS + 15) / 16 * 16, /* BLOCKS: of each stage the step that follows, twice as long */
+        MEMORY = STEPS + BLOCKS * 2 * STAGES * (int)sizeof(hopper_step)
     };
-    static constexpr int FEEDER_REGISTERS = D == 64 ? 32 : 40, GROUP_REGISTERS = D == 64 ? 160 : 232;
+    static constexpr int FEEDER_REGISTERS = GROUPS == 3 ? 32 : 40 + 16 * BLOCKS,
+                         GROUP_REGISTERS = GROUPS == 3 ? 160 : 232 - 8 * BLOCKS;
     static_assert(MEMORY <= 232448, "shared memory of a thread block");
 };
 
@@ -145,11 +156,31 @@ HOPPER_FN void hopper_part(hopper_forward_tile &f, int w)
     f.part[w].full = max(min(t.live, row + t.after + 1) - low, 0) / HOPPER_KEYS;
 }
 
-/* Tile number -> tile; false if it has no rows. */
-template <int D> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id, hopper_forward_tile &f)
+/* Row number of a lattice at or after a position that is below 2^31. */
+HOPPER_FN int hopper_count(const volatile attn_tile &t, unsigned position)
 {
-    constexpr int GROUPS = hopper_forward_shape<D>::GROUPS;
-    const attn_args &a = p.a;
+    const unsigned base = (unsigned)t.base;
+    const unsigned last = position - base - 1;
+    return position <= base ? 0 : (int)(t.r == 1 ? last : last / (unsigned)t.r) + 1;
+}
+/* attn_rows in 32 bits: the tile's rows, all of one block of rows. False if there are none. */
+HOPPER_FN bool hopper_piece(const attn_pair_args &a, int number, int height, attn_tile &t)
+{
+    const attn_branch &br = a.branch[t.g];
+    const int pieces = attn_pieces(br, a.block, height), each = number / hopper_opaque(pieces);
+    const int start = (int)t.base - attn_offset(a, t.g, t.h) - a.shift;
+    const int cell = max(start, 0) / hopper_opaque(a.block) + each, at = cell * a.block + a.shift;
+    const int from = hopper_count(t, (unsigned)max(at, 0)), to = hopper_count(t, (unsigned)max(at + a.block, 0));
+    t.first = max(from, t.q0) + (number - each * pieces) * height;
+    t.end = min(t.first + height, min(to, t.q1));
+    return t.first < t.end;
+}
+
+/* Tile number -> tile; false if it has no rows. */
+template <int D, bool BLOCKS> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id, hopper_forward_tile &f)
+{
+    constexpr int GROUPS = hopper_forward_shape<D, BLOCKS>::GROUPS;
+    const attn_pair_args &a = p.a;
     int g = 0;
     if (p.turns > 1) {
         const int turn = id / hopper_opaque(p.turns);
@@ -172,18 +203,25 @@ template <int D> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id
     const int x = item - outer * inner, y = outer - b * span;
     attn_span(a, g, b, br.head0 + (a.ranks > 1 ? y : x), br.segment0 + (a.ranks > 1 ? x : y), t);
     f.rows = t.q1 - t.q0;
-    const int groups = (f.rows + 63) / 64, tiles = (groups + GROUPS - 1) / GROUPS;
-    if (block >= tiles) return false;
-    const int each = groups / hopper_opaque(tiles), fewer = tiles - (groups - each * tiles);
-    f.groups = each + (block >= fewer); /* the last ones have one more: where causal, they have the most keys */
-    t.first = t.q0 + 64 * (block * each + max(block - fewer, 0));
-    t.end = min(t.q1, t.first + 64 * f.groups);
+    if constexpr (BLOCKS) {
+        if (!hopper_piece(a, block, 64 * GROUPS, t)) return false;
+        f.groups = (t.end - t.first + 63) / 64;
+    } else {
+        const int groups = (f.rows + 63) / 64, tiles = (groups + GROUPS - 1) / GROUPS;
+        if (block >= tiles) return false;
+        const int each = groups / hopper_opaque(tiles), fewer = tiles - (groups - each * tiles);
+        f.groups = each + (block >= fewer); /* the last ones have one more: where causal, they have the most keys */
+        t.first = t.q0 + 64 * (block * each + max(block - fewer, 0));
+        t.end = min(t.q1, t.first + 64 * f.groups);
+    }
     const int low = max(t.first - t.before, 0), high = min(t.live, t.end + t.after);
     f.g = g;
     f.low = low;
     f.blocks = high > low ? (high - low + HOPPER_KEYS - 1) / HOPPER_KEYS : 0;
+    if constexpr (!BLOCKS) {
 #pragma unroll 1
-    for (int w = 0; w < GROUPS; w++) hopper_part(f, w);
+        for (int w = 0; w < GROUPS; w++) hopper_part(f, w);
+    }
     f.query = (int)(t.base + (int64_t)t.q0 * t.r - a.shift);
     f.key = (int)t.base;
     f.at = ((int64_t)b * a.n + (t.base - a.shift)) * a.heads + t.h;
@@ -209,7 +247,7 @@ HOPPER_FN bool hopper_keeps(const hopper_forward_args &p, int g, int offset, int
 }
 
 /* Which rows of the tile do other branches reach? By a warp. */
-template <int D> HOPPER_FN void hopper_others(const hopper_forward_args &p, hopper_forward_tile &f, int lane)
+template <int GROUPS> HOPPER_FN void hopper_others(const hopper_forward_args &p, hopper_forward_tile &f, int lane)
 {
     int offset = 0, order = 0; /* of the branch with the lane's number */
     if (lane < p.a.branches && attn_runs(p.a, lane, f.t.h)) {
@@ -217,7 +255,7 @@ template <int D> HOPPER_FN void hopper_others(const hopper_forward_args &p, hopp
         order = p.a.branch[lane].rank - p.a.branch[f.g].rank;
     }
 #pragma unroll 1
-    for (int e = 0; e < 2 * hopper_forward_shape<D>::GROUPS; e++) { /* 32 rows */
+    for (int e = 0; e < 2 * GROUPS; e++) { /* 32 rows */
         const int i = f.t.first + 32 * e + lane;
         bool before = false, after = false;
 #pragma unroll 1
@@ -234,9 +272,10 @@ template <int D> HOPPER_FN void hopper_others(const hopper_forward_args &p, hopp
 }
 
 /* All lanes do the same, except where branches meet. */
-template <int D, bool MEETS, bool PAIRS> HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
+template <int D, bool MEETS, bool PAIRS, bool BLOCKS>
+HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
 {
-    typedef hopper_forward_shape<D> M;
+    typedef hopper_forward_shape<D, BLOCKS> M;
     hopper_forward_tile &f = *(hopper_forward_tile *)__cvta_shared_to_generic(memory + M::FOUND);
     const int lane = threadIdx.x % 32;
     int id = blockIdx.x, free = 1;
@@ -245,11 +284,11 @@ template <int D, bool MEETS, bool PAIRS> HOPPER_FN void hopper_scout(const hoppe
         hopper_wait(memory + M::FOUND_FREE, free);
         int next = 0;
         if (lane == 0) next = atomicAdd(p.claims, 1) + (int)gridDim.x; /* takes a while, and not too early */
-        const bool rows = hopper_find<D>(p, id, f);
+        const bool rows = hopper_find<D, BLOCKS>(p, id, f);
         __syncwarp();
         if (rows) {
             if (PAIRS) f.slope = hopper_slope(p.a, f.t.h, f.t.r);
-            if (MEETS) hopper_others<D>(p, f, lane);
+            if (MEETS) hopper_others<M::GROUPS>(p, f, lane);
             __syncwarp();
             if (lane == 0) hopper_arrive(memory + M::FOUND_FULL);
             free ^= 1;
@@ -294,8 +333,8 @@ template <int D> HOPPER_FN void hopper_fill(const hopper_forward_args &p, int wa
 /* Where branches meet: a warp that fetches the lse that a tile's rows begin with, once all earlier branches' sums are
  * out, and that says when a tile's own are. It never waits for one of the two, because the other may be what some tile
  * that it waits for is waiting for. */
-template <int D> struct hopper_carrier {
-    typedef hopper_forward_shape<D> M;
+template <int D, bool BLOCKS> struct hopper_carrier {
+    typedef hopper_forward_shape<D, BLOCKS> M;
     const hopper_forward_args &p;
     const uint32_t memory;
     const int lane;
@@ -364,8 +403,8 @@ template <int D> struct hopper_carrier {
     }
 };
 
-template <int D> struct hopper_feeder {
-    typedef hopper_forward_shape<D> M;
+template <int D, bool BLOCKS> struct hopper_feeder {
+    typedef hopper_forward_shape<D, BLOCKS> M;
     const hopper_forward_args &p;
     const uint32_t memory;
     int slot, slot_free, stage, stage_free;

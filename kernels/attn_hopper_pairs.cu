@@ -3,6 +3,9 @@
  */
 #include "attn_hopper_launch.cuh"
 
-template <class T> int attn_hopper_forward_pairs(const hopper_forward_args &p) { return launch_shape<T, true>(p); }
+template <class T> int attn_hopper_forward_pairs(const hopper_forward_args &p)
+{
+    return launch_shape<T, true, false>(p);
+}
 template int attn_hopper_forward_pairs<f16>(const hopper_forward_args &);
 template int attn_hopper_forward_pairs<bf16>(const hopper_forward_args &);

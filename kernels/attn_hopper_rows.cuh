@@ -45,9 +45,10 @@ template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
     return fmaf(u.y, v.y, fmaf(u.x, v.x, x));
 }
 
-/* MEETS: several branches meet in rows. PAIRS: there may be dropout and slopes (attn_hopper_pairs.cuh). */
-template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
-    typedef hopper_forward_shape<D> M;
+/* MEETS: several branches meet in rows. PAIRS: there may be dropout and slopes (attn_hopper_pairs.cuh). BLOCKS: keys
+ * come in steps, each of which says what the next one is (attn_hopper_blocks.cuh). */
+template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_rows {
+    typedef hopper_forward_shape<D, BLOCKS> M;
     enum { BN = HOPPER_KEYS, TURN = 1, OWN = 8 };      /* named barriers: the turn of warpgroup 0; of its own warps */
     static constexpr float NOTHING = -1e38f, RISE = 8; /* bits by which slopes may lift a block over its reference */
     static constexpr int LATE = PAIRS ? BN / 8 : M::LATE;
@@ -189,12 +190,13 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
         most0 = fmaxf(quad_max(most0) * p.a.log2_scale, NOTHING);
         most1 = fmaxf(quad_max(most1) * p.a.log2_scale, NOTHING);
     }
-    /* `first`: the block's first key. What the mask needs is read again each time: registers are for the main loop. */
-    __device__ __forceinline__ void mask(int slot, int first)
+    /* `first`: the block's first key, `until`: BLOCKS, where its keys end. What the mask needs is read again each time:
+     * registers are for the main loop. */
+    __device__ __forceinline__ void mask(int slot, int first, int until)
     {
         const volatile attn_tile &t = tile(slot).t;
-        const int row = t.first + w * 64 + warp * 16 + lane / 4, at = first + lane % 4 * 2, live = t.live - at,
-                  high = row + t.after + 1 - at, low = row - t.before - at;
+        const int row = t.first + w * 64 + warp * 16 + lane / 4, at = first + lane % 4 * 2,
+                  live = (BLOCKS ? until : t.live) - at, high = row + t.after + 1 - at, low = row - t.before - at;
         const int high0 = min(live, high), high1 = min(live, high + 8), low1 = low + 8;
 #pragma unroll
         for (int i = 0; i < BN / 8; i++) {
@@ -381,8 +383,25 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
             if (i + 8 < end) put_lse(at + 8 * (int64_t)step, f.g, lse_of(top1, total1), -INFINITY);
         }
         const float all = weight();
+        const float weight0 = total0 == 0 ? 0 : all / total0, weight1 = total1 == 0 ? 0 : all / total1;
         meet(); /* all warps are past their last use of the queries */
-        store(slot, total0 == 0 ? 0 : all / total0, total1 == 0 ? 0 : all / total1);
+        if (BLOCKS && cut(slot)) put_rows(slot, weight0, weight1, 0);
+        else store(slot, weight0, weight1);
+    }
+    /* BLOCKS: do rows of the next block follow among this warpgroup's 64? They are another tile's. */
+    __device__ __forceinline__ bool cut(int slot) const
+    {
+        const volatile attn_tile &t = tile(slot).t;
+        return t.end < t.first + 64 * (w + 1) && t.end < t.q1;
+    }
+    /* the thread's rows one by one; after: those that later branches reach, a bit a row */
+    __device__ __forceinline__ void put_rows(int slot, float weight0, float weight1, uint32_t after)
+    {
+        const volatile hopper_forward_tile &f = tile(slot);
+        const int i = f.t.first + w * 64 + warp * 16 + lane / 4, end = f.t.end, step = f.step;
+        const int64_t at = f.at + (int64_t)i * step;
+        if (i < end) put_row(at, 0, weight0, !(after & 1));
+        if (i + 8 < end) put_row(at + 8 * (int64_t)step, 2, weight1, !(after >> 8 & 1));
     }
 
     /* ---- branches that meet ---- */
@@ -457,11 +476,9 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
             if (i < end) put_lse(at, f.g, lse_of(top0, total0), old0);
             if (i + 8 < end) put_lse(at + 8 * (int64_t)step, f.g, lse_of(top1, total1), old1);
         }
-        if (f.after[2 * w] | f.after[2 * w + 1]) {
-            const uint32_t after = f.after[2 * w + warp / 2] >> (warp % 2 * 16 + lane / 4);
-            if (i < end) put_row(at, 0, weight0, !(after & 1));
-            if (i + 8 < end) put_row(at + 8 * (int64_t)step, 2, weight1, !(after >> 8 & 1));
-        } else {
+        if (f.after[2 * w] | f.after[2 * w + 1] || (BLOCKS && cut(slot)))
+            put_rows(slot, weight0, weight1, f.after[2 * w + warp / 2] >> (warp % 2 * 16 + lane / 4));
+        else {
             meet();
             store(slot, weight0, weight1);
         }
@@ -480,6 +497,16 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
         say_done(slot);
         stored = true;
         clear();
+    }
+    __device__ __forceinline__ void no_keys(int slot) /* for any of the rows */
+    {
+        top0 = top1 = sum0 = sum1 = 0;
+        if (MEETS) {
+            carry(slot, top0, top1);
+            if (lane % 4 == 0) sum0 = top0 != -INFINITY, sum1 = top1 != -INFINITY;
+            if (PAIRS && !p.a.sum) scale(undropped(), undropped());
+        }
+        finish(slot);
     }
     /* the product and the results that are due, where no next tile hides them */
     __device__ __forceinline__ void flush(int slot)
@@ -519,11 +546,12 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
         }
         block++;
     }
-    /* MASKED: are there masked pairs in the block? then `key`: its first key; `fresh`: rows may have seen nothing yet;
-     * `half`: all pairs with the second half of the keys are masked, whose exponentials are zero and not worked out.
-     * Their products are not saved: a choice between two widths makes the compiler run products one after the other.
-     * Blocks without masked pairs have code of their own, because every branch in the softmax costs them 2%. */
-    template <bool MASKED> __device__ __forceinline__ void later_block(int slot, bool fresh, int key, bool half)
+    /* MASKED: are there masked pairs in the block? then `key`, `until`: its keys; `fresh`: rows may have seen nothing
+     * yet; `half`: all pairs with the second half of the keys are masked, whose exponentials are zero and not worked
+     * out. Their products are not saved: a choice between two widths makes the compiler run products one after the
+     * other. Blocks without masked pairs have code of their own, because every branch in the softmax costs them 2%. */
+    template <bool MASKED>
+    __device__ __forceinline__ void later_block(int slot, bool fresh, int key, int until, bool half)
     {
         if (PAIRS && p.dropout.dropped) choose(slot, key);
         wait_keys(block);
@@ -536,7 +564,7 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
         hopper_pin(s);
         float shrink0 = 1, shrink1 = 1;
         if (PAIRS && p.a.slopes) lean(slot, key);
-        if (MASKED) mask(slot, key);
+        if (MASKED) mask(slot, key, until);
         if (PAIRS || (MASKED && fresh)) {
             float most0, most1;
             maxima(most0, most1);
@@ -581,7 +609,7 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
             if (__any_sync(~0u, shrink0 != 1 || shrink1 != 1)) scale(shrink0, shrink1);
         } else if (__any_sync(~0u, !(sum0 < most() && sum1 < most()))) {
             multiply_again(slot);
-            if (MASKED) mask(slot, key);
+            if (MASKED) mask(slot, key, until);
             float most0, most1;
             maxima(most0, most1);
             raise(fmaxf(most0, top0), fmaxf(most1, top1), shrink0, shrink1);
@@ -594,6 +622,11 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
         if (!PAIRS) sum0 = fmaf(kept0, shrink0, sum0), sum1 = fmaf(kept1, shrink1, sum1);
     }
     __device__ __forceinline__ void run()
+    {
+        if constexpr (BLOCKS) run_steps();
+        else run_blocks();
+    }
+    __device__ __forceinline__ void run_blocks()
     {
         if (w == 0) hopper_meet(TURN, 256); /* warpgroup 0 has the first turn */
         for (;; tiles++) {
@@ -613,7 +646,7 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
                 first_block(slot);
                 if (MEETS) carry(slot, old0, old1);
                 if (PAIRS && p.a.slopes) lean(slot, low + lead * BN);
-                if (lead < plain || lead >= full) mask(slot, low + lead * BN);
+                if (lead < plain || lead >= full) mask(slot, low + lead * BN, 0);
                 first_softmax(old0, old1);
                 /* the store of the last tile's results has read its memory by the end of the next block */
                 if (stop - lead == 1) {
@@ -624,24 +657,17 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
 #pragma unroll 1
                 while (block < ending) {
                     if (block > from && block < until)
-                        later_block<false>(slot, false, PAIRS ? low + (int)(block - start) * BN : 0, false);
+                        later_block<false>(slot, false, PAIRS ? low + (int)(block - start) * BN : 0, 0, false);
                     else
-                        later_block<true>(slot, block <= from, low + (int)(block - start) * BN,
+                        later_block<true>(slot, block <= from, low + (int)(block - start) * BN, 0,
                                           block + 1 == ending && part.y & 1);
                     if (++block == release + 1) free_stored();
                 }
                 held = true, due = block - 1;
             } else {
                 free_stored();
-                if (w < all.w) { /* rows without a key */
-                    top0 = top1 = sum0 = sum1 = 0;
-                    if (MEETS) {
-                        carry(slot, top0, top1);
-                        if (lane % 4 == 0) sum0 = top0 != -INFINITY, sum1 = top1 != -INFINITY;
-                        if (PAIRS && !p.a.sum) scale(undropped(), undropped());
-                    }
-                    finish(slot);
-                } else say_done(slot);
+                if (w < all.w) no_keys(slot);
+                else say_done(slot);
             }
             /* the last product waits for the next tile only if the values that are skipped meanwhile find room */
             if (held && blocks - stop >= M::STAGES) flush(slot);
@@ -651,6 +677,70 @@ template <class T, int D, bool MEETS, bool PAIRS> struct hopper_rows {
                 free_slot(slot);
                 stored = false;
             }
+        }
+        if (held) flush((tiles - 1) & 1);
+        if (thread == 0) hopper_bulk_done();
+    }
+
+    /* ---- a tile of active blocks ---- */
+
+    /* the step after that of block c, which has come; all lanes know its kinds */
+    __device__ __forceinline__ int4 step_after(uint32_t c) const
+    {
+        int4 step = hopper_four(memory + M::STEPS + c % (2 * M::STAGES) * (int)sizeof(hopper_step));
+        step.z = __shfl_sync(~0u, step.z, 0);
+        return step;
+    }
+    __device__ __forceinline__ bool is(const int4 &step, int kind) const { return step.z >> HOPPER_GROUP * w & kind; }
+    __device__ __forceinline__ void run_steps()
+    {
+        if (w == 0) hopper_meet(TURN, 256);
+        for (;; tiles++) {
+            const int slot = tiles & 1;
+            hopper_wait(memory + M::Q_FULL + 8 * slot, tiles >> 1 & 1);
+            const uint32_t record = memory + M::TILE + HOPPER_TILE * slot;
+            const int4 all = same(hopper_four(record));
+            int4 step = same(hopper_four(record + 16));
+            if (all.x == HOPPER_STOP) break;
+            const bool sees = w < all.w && step.z;
+            if (held && !sees) flush(slot ^ 1);
+            if (sees) {
+                const uint32_t release = block + 1;
+                float old0, old1;
+                bool fresh = is(step, HOPPER_MASKED); /* may rows have seen nothing yet? */
+                first_block(slot);
+                if (MEETS) carry(slot, old0, old1);
+                if (fresh) mask(slot, step.x, step.y);
+                first_softmax(old0, old1);
+                step = step_after(block - 1);
+                if (!step.z) {
+                    if (MEETS) meet();
+                    free_stored();
+                }
+#pragma unroll 1
+                while (step.z) {
+                    const bool masked = is(step, HOPPER_MASKED);
+                    wait_keys(block);
+                    const int4 then = step_after(block); /* here, because it takes a while */
+                    if (!masked && !fresh) later_block<false>(slot, false, 0, 0, false);
+                    else later_block<true>(slot, fresh, step.x, step.y, is(step, HOPPER_HALF));
+                    fresh = fresh && masked;
+                    step = then;
+                    if (++block == release + 1) free_stored();
+                }
+                held = true, due = block - 1;
+                continue;
+            }
+            free_stored();
+            if (w < all.w) no_keys(slot);
+            else say_done(slot);
+            while (step.z) {
+                skip();
+                step = step_after(block - 1);
+            }
+            meet();
+            free_slot(slot);
+            stored = false;
         }
         if (held) flush((tiles - 1) & 1);
         if (thread == 0) hopper_bulk_done();

@@ -235,6 +235,19 @@ HOPPER_FN void hopper_fetch(float &x, float &y, const float *from, int wanted)
                  : "l"(from), "r"(wanted)
                  : "memory");
 }
+/* a byte, if `wanted`, else 0; asked for here, whatever waits for it later */
+HOPPER_FN int hopper_byte(const uint8_t *from, int wanted)
+{
+    int x = 0;
+    asm volatile("{\n"
+                 ".reg .pred wanted;\n"
+                 "setp.ne.s32 wanted, %2, 0;\n"
+                 "@wanted ld.global.nc.u8 %0, [%1];\n"
+                 "}"
+                 : "+r"(x)
+                 : "l"(from), "r"(wanted));
+    return x;
+}
 HOPPER_FN float2 hopper_pair(uint32_t at)
 {
     float2 v;

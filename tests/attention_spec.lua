@@ -319,6 +319,12 @@ describe("lac.attention", function()
     assert.matches("; portable %(chosen%)$", kernel({ kernel = "portable" }, 64, half()))
     assert.matches("; hopper %(chosen%), an error on other GPUs$", kernel({ kernel = "hopper" }, 63, half()))
     assert.matches("; hopper %(chosen%) fails: head_dim is", kernel({ kernel = "hopper" }, 64, half(36)))
+    local function sparse(block)
+      local o = { variant = "block_sparse", pattern = "full()", block = block, heads = 2 }
+      return lac.attention(o):explain(256, { dtype = "bf16", device = "cuda", as = "table" }).kernel
+    end
+    assert.matches(call, sparse(64))
+    assert.matches("; portable: a branch has fewer than 64 rows a block$", sparse(63))
     assert.matches("^cpu: kernel 'hopper' %(chosen%) fails",
       kernel({ kernel = "hopper" }, 64, { device = "cpu" }))
     local x = lac.randn{ 1, 4, 1, 2, device = "cpu" }

@@ -35,9 +35,9 @@ function pairs_of.mask(c, share)
   return filled(shape_of(c, c.N, c.M), function() return chance(share) end)
 end
 
---- Active blocks, a share of them, of at least 16 rows.
-function pairs_of.blocks(c, share)
-  c.block = pick { 16, 16, 17, 32 }
+--- Active blocks, a share of them, of at least 16 rows or of one of `sizes`.
+function pairs_of.blocks(c, share, sizes)
+  c.block = pick(sizes or { 16, 16, 17, 32 })
   local shape = shape_of(c, math.ceil(c.N / c.block), math.ceil(c.M / c.block))
   c.blocks = filled(shape, function() return chance(share) end)
 end

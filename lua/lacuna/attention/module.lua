@@ -177,6 +177,14 @@ end
 
 local FEW = 4 -- rows that kernels/attn_few.cu takes
 
+-- do active blocks fill half of a tile of the kernel for Hopper? as in kernels/attn.cu
+local function blocks_pay(pattern, n, block)
+  for g, segment in ipairs(pattern.segments) do
+    if math.floor((math.min(segment, n, block) - 1) / pattern.dilations[g]) + 1 < 64 then return false end
+  end
+  return true
+end
+
 -- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none
 local function kernel_of(name, dtype, kernel, refusal, n)
   if (name or device.default_device()):find "^cuda" then
@@ -250,7 +258,9 @@ function Attention:explain(n, sizes)
   if self.record.blocks then t.blocks = blocks end
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
   local refusal = core.hopper_refusal(plan, dtype, o.kernel)
-  refusal = refusal or self.record.blocks and "there is a block_mask"
+  if not refusal and self.record.blocks and o.kernel ~= "hopper" and not blocks_pay(p, n, o.block) then
+    refusal = "a branch has fewer than 64 rows a block"
+  end
   t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n)
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end

@@ -1,0 +1,11 @@
+/* attn_hopper_blocks.cu: instances of the forward on Hopper for calls with active blocks; a file of their own, so that
+ * they are compiled beside the others. attn_hopper_blocks.cuh says what they do.
+ */
+#include "attn_hopper_launch.cuh"
+
+template <class T> int attn_hopper_forward_blocks(const hopper_forward_args &p)
+{
+    return launch_shape<T, false, true>(p);
+}
+template int attn_hopper_forward_blocks<f16>(const hopper_forward_args &);
+template int attn_hopper_forward_blocks<bf16>(const hopper_forward_args &);
