@@ -495,7 +495,6 @@ int attn_keys_tensor(attn_args &a, const lac_plan *plan, int dtype);
 int attn_queries_tensor(attn_args &a, const lac_plan *plan, int dtype);
 /* on Hopper: NULL, or why its kernel cannot do this; and the forward itself */
 const char *attn_hopper_forward_fits(const lac_a_attend *f);
-int attn_hopper_forward(attn_args &a, const lac_a_attend *f, bool gaps);
 /* numbers the tiles of `height` rows, which end where blocks of `block` rows end (0: no blocks); gives their count in
  * *tiles */
 int attn_number(attn_args &a, const lac_plan *plan, bool keys, int height, int64_t *tiles, int block = 0);

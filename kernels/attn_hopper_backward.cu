@@ -190,17 +190,16 @@ __device__ __forceinline__ int sums_of(const attn_args &a, const hopper_args &p,
 
 /* x[0..7] += eight columns of row `at` (see sums_of), from chunk 8 of the row's columns on. The order of a block is
  * that of the product's registers: rows eight apart share sixteen bytes. */
-__device__ __forceinline__ int sums_columns(const attn_args &a) { return (a.head_dim + 7) / 8 * 8; }
-__device__ __forceinline__ const float *sums_at(const attn_args &a, const hopper_args &p, int at, int chunk)
+__device__ __forceinline__ const float *sums_at(int columns, const hopper_args &p, int at, int chunk)
 {
     const int r = at % HOPPER_ROWS;
-    return p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * sums_columns(a)) + chunk * 512 +
-           (r / 16 * 32 + r % 8 * 4) * 4 + r / 8 % 2 * 2;
+    return p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * columns) + chunk * 512 + (r / 16 * 32 + r % 8 * 4) * 4 +
+           r / 8 % 2 * 2;
 }
-__device__ __forceinline__ void add_sums(const attn_args &a, const hopper_args &p, float (&x)[8], int at, int chunk)
+__device__ __forceinline__ void add_sums(int columns, const hopper_args &p, float (&x)[8], int at, int chunk)
 {
     if (at < 0) return;
-    const float *from = sums_at(a, p, at, chunk);
+    const float *from = sums_at(columns, p, at, chunk);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         const float2 v = *(const float2 *)(from + 4 * k);
@@ -229,8 +228,9 @@ __device__ __forceinline__ float put_dq(T *to, const float (&x)[8], float scale,
 }
 
 /* Eight columns of rows n and n + 8 a thread: the sums of all branches, in their order. Of a branch without dilation
- * both rows are read at once, 64 bytes in a row. A unit is 16 rows of a head. */
-template <class T, int D>
+ * both rows are read at once, 64 bytes in a row. A unit is 16 rows of a head. FULL: D is the head dimension and dq is
+ * aligned, as always on Hopper, so that no column has to be asked for; else rows have up to D columns. */
+template <class T, int D, bool FULL>
 __global__ void __launch_bounds__(THREADS)
     hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks)
 {
@@ -239,6 +239,7 @@ __global__ void __launch_bounds__(THREADS)
     const unsigned id = blockIdx.x * (THREADS / UNIT) + threadIdx.x / UNIT, most = (unsigned)a.batch * slabs * heads;
     const unsigned unit = id < most ? id : most - 1, rest = unit / heads;
     const int h = (int)(unit % heads), b = (int)(rest / slabs), lane = threadIdx.x % 32;
+    const int width = FULL ? D : a.head_dim, columns = FULL ? D : (width + 7) / 8 * 8;
     const int n = (int)(rest % slabs) * 16 + lane % 8, chunk = threadIdx.x % UNIT / 8;
     float x[8] = {}, y[8] = {};
     for (int g = 0; g < a.branches; g += EACH) {
@@ -247,27 +248,27 @@ __global__ void __launch_bounds__(THREADS)
         const int first = one ? sums_of(a, p, mine, b, n, h) : -1, second = two ? sums_of(a, p, mine, b, n + 8, h) : -1;
         for (int e = 0; e < EACH && g + e < a.branches; e++) {
             const int i = __shfl_sync(~0u, first, e * 8 + lane % 8), j = __shfl_sync(~0u, second, e * 8 + lane % 8);
-            if (chunk * 8 >= a.head_dim) continue;
+            if (chunk * 8 >= width) continue;
             if (i >= 0 && j == i + 8 && i % 16 < 8) {
-                const float4 *from = (const float4 *)sums_at(a, p, i, chunk);
+                const float4 *from = (const float4 *)sums_at(columns, p, i, chunk);
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
                     const float4 v = from[k];
                     x[2 * k] += v.x, x[2 * k + 1] += v.y, y[2 * k] += v.z, y[2 * k + 1] += v.w;
                 }
             } else {
-                add_sums(a, p, x, i, chunk);
-                add_sums(a, p, y, j, chunk);
+                add_sums(columns, p, x, i, chunk);
+                add_sums(columns, p, y, j, chunk);
             }
         }
     }
-    if (id >= most || chunk * 8 >= a.head_dim) return;
-    T *to = dq + (((int64_t)b * a.n + n) * a.heads + h) * a.head_dim + chunk * 8;
-    const int left = a.head_dim - chunk * 8;
-    const bool whole = a.head_dim % 8 == 0 && (uintptr_t)dq % 16 == 0;
+    if (id >= most || chunk * 8 >= width) return;
+    T *to = dq + (((int64_t)b * a.n + n) * a.heads + h) * width + chunk * 8;
+    const int left = width - chunk * 8;
+    const bool whole = FULL || (width % 8 == 0 && (uintptr_t)dq % 16 == 0);
     float probe = 0;
     if (n < a.n) probe += put_dq(to, x, (float)a.scale, left, whole);
-    if (n + 8 < a.n) probe += put_dq(to + (int64_t)8 * a.heads * a.head_dim, y, (float)a.scale, left, whole);
+    if (n + 8 < a.n) probe += put_dq(to + (int64_t)8 * a.heads * width, y, (float)a.scale, left, whole);
     if (masks && probe != 0) *p.spoilt = 1;
 }
 
@@ -404,14 +405,21 @@ template <class T, class A> static int redo(const A &a, const hopper_args &h, co
     return lac_cuda_launched("attention");
 }
 
+template <class T, int D>
+static void launch_dq(const attn_args &a, const hopper_args &h, T *dq, unsigned blocks, bool masks)
+{
+    const bool full = a.head_dim == D && (uintptr_t)dq % 16 == 0;
+    if (full) hopper_dq_kernel<T, D, true><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
+    else hopper_dq_kernel<T, D, false><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
+}
 template <class T> static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
     const bool masks = a.causal || a.window >= 0 || a.lengths || a.padding || a.dedup;
     const int64_t units = (int64_t)a.batch * ((a.n + 15) / 16) * a.heads;
     const unsigned blocks = blocks_for(units * (a.head_dim <= 64 ? 64 : 128), THREADS);
     T *dq = (T *)w->dq.data;
-    if (a.head_dim <= 64) hopper_dq_kernel<T, 64><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
-    else hopper_dq_kernel<T, 128><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
+    if (a.head_dim <= 64) launch_dq<T, 64>(a, h, dq, blocks, masks);
+    else launch_dq<T, 128>(a, h, dq, blocks, masks);
     LAC_TRY(lac_cuda_launched("attention"));
     if (!masks) return 0;
     return hopper_pairs(a) ? redo<T>(a, h, w) : redo<T>((const attn_args &)a, h, w);

@@ -87,9 +87,11 @@ describe("the NaN watch", function()
       local q, k, v = lac.ones{ 3, 1, 2, 4 }, lac.ones{ 3, 4, 2, 4 }, lac.ones{ 3, 4, 2, 4 }
       q[{ bad, 1, 2 }] = 1e30
       k[{ bad, 1, 2 }] = 1e30
+      -- the score is beyond f32; a few rows on CUDA are summed in f64, where only their lse is too large
+      local made = lac.default_device() == "cpu" and "nan at %[%d, 1, 2, 1%] of f32 %[3 x 1 x 2 x 4%]"
+        or "inf at %[%d, 1, 2%] of f32 %[3 x 1 x 2%]"
       blame(function() decoder:attend(q, k, v, { 3, 2, 1 }) end,
-        "attention made nan at %[" .. bad .. ", 1, 2, 1%] of f32 %[3 x 1 x 2 x 4%]",
-        "q f32 %[3 x 1 x 2 x 4%] %(finite%)")
+        "attention made " .. made:gsub("%%d", tostring(bad)), "q f32 %[3 x 1 x 2 x 4%] %(finite%)")
     end
     lac.detect_anomaly(function()
       for _ = 1, 3 do -- where the results lie, NaN lay before
