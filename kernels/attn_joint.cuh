@@ -13,13 +13,14 @@
  * of half of the rows and the results of half of the columns, so they give each other their halves of P^T and dS^T by
  * way of shared memory, as they do with dS for dq. Fetches and stores for 320 products of 16 x 8 x 16: 144, where the
  * two passes had 272 for 448, and FlashAttention-2's tiles take 152. At the share of their floor that the two passes
- * reach that would be 1.2 times FlashAttention-2's speed; a step's barriers and waits, with two warps a scheduler, take
- * it back.
+ * reach, 77%, that would be 1.2 times FlashAttention-2's speed. It is not reached; barriers and waits with two warps a
+ * scheduler may be why, which no profile has shown.
  *
  * A step has two barriers: one when its rows are there, one when its dS are. A turn is looked at by one thread a step
  * ahead; the sums so far become the accumulators of dS K, so nothing is added, and they are asked for while products of
  * dk and dv run. The turn is passed on in the next step, when the stores have long arrived, behind a fence that comes
- * before anything is asked for: with the look and the fence in the step itself a step took 3 to 5% longer.
+ * before anything is asked for. A form with look and fence in one place in the step, what each warp sees worked out
+ * anew, and a loop over keys that was not unrolled gave 205, 225, 241, 240 (causal 164, 198, 235, 246) in another run.
  *
  * Measured, bf16, one H200, 32768 rows in all, heads x D = 2048, TFLOP/s, medians of five: this, two passes, and
  * PyTorch's FlashAttention-2 in the same run (target 0.9 of it):
@@ -28,8 +29,9 @@
  *     D = 128         211, 174, 229      232, 189, 267      249, 203, 301      250, 206, 308
  *     causal          166, 142, 169      202, 169, 221      242, 196, 288      254, 210, 316
  *
- * 0.92, 0.87, 0.83, 0.81 and 0.98, 0.91, 0.84, 0.80: missed from 2k rows on, causal from 8k. Turns that are not waited
- * for: 0 to 2% faster; dq neither read nor stored: 6 to 10%; vector atomics instead of loads and stores: no difference.
+ * 0.92, 0.87, 0.83, 0.81 and 0.98, 0.91, 0.84, 0.80: missed from 2k rows on, causal from 8k; the benchmark's section
+ * read 0.96 and 0.92 at 1k and 2k (218, 240) later. Of that earlier form: turns that are not waited for, 0 to 2%
+ * faster; neither those nor dq read or stored, 5 to 10%; vector atomics instead of loads and stores, within 1%.
  *
  * D = 64 was written as well (four warps, P^T and dS^T in registers, two blocks a multiprocessor: 152 fetches where the
  * two passes have 200): 182, 199, 214, 217 and causal 144, 174, 206, 214, where two passes reach 189, 207, 224, 228 and

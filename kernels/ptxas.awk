@@ -9,7 +9,7 @@ BEGIN {
         # are stored before the main loop and read in every step (SASS). On sm_80 also one sum of a row's softmax a
         # thread for D = 64 (20 bytes) and three for D = 128 (44), read and stored once in a step of 700 and 1,100
         # instructions; not measured on an A100. Both words in shared memory leave 8 bytes (24 on sm_80), of sums.
-        # Fewer columns a step cost more. The query pass for D = 64 has two words.
+        # Fewer columns a step cost more. The query pass for D = 64 may keep two words, and keeps none on sm_90.
         for (j = split("bf16 f16", half, " "); j > 0; j--) {
             prefix = length(half[j]) + 3 "op_" half[j]
             allowed["attn_forward_kernelI9attn_args" prefix " " name[i]] = name[i] == "sm_80" ? 44 : 8
