@@ -42,7 +42,11 @@ return {
   name = "hopper_blocks",
   about = "attention in a tenth of the blocks on Hopper, as a share of the dense rate",
   device = "cuda",
+  once = true,
   run = function(b)
+    if not pcall(lac.zeros, { 1 }, { device = "cuda" }) then
+      return b:value{ what = "active blocks on Hopper", problem = "no CUDA device" }
+    end
     for _, head_dim in ipairs{ 64, 128 } do
       for _, block in ipairs(b:size({ 128, 256, 64 }, { 128 })) do
         for _, causal in ipairs{ false, true } do
