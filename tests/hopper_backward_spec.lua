@@ -47,12 +47,6 @@ local function on(kernel, dtype, c, lists, layout)
   return r
 end
 
-local function largest(list)
-  local most = 0
-  for _, x in ipairs(list) do most = math.max(most, x == x and math.abs(x) or 0) end
-  return most
-end
-
 for _, kernel in ipairs { "hopper", "portable" } do
   describe("the backward of attention in one pass, " .. kernel .. " #gpu", function()
     local function one_pass_config(options) return config(kernel, options) end
@@ -185,7 +179,7 @@ for _, kernel in ipairs { "hopper", "portable" } do
         c.kernel = kernel == "hopper" and "portable" or nil
         local other = attn.run(C.LAC_CUDA, "bf16", c, lists)
         for _, name in ipairs(GRADIENTS) do
-          local most = 2 ^ -6 * (1 + largest(other[name]))
+          local most = 2 ^ -6 * (1 + direct.largest(other[name]))
           assert.is_true(direct.max_diff(mine[name], other[name]) <= most, name .. " in " .. attn.text(c))
         end
       end
@@ -207,7 +201,7 @@ for _, kernel in ipairs { "hopper", "portable" } do
         local width = #hit / c.B / (key and c.M or c.N)
         for e = 1, width do hit[position * width + e] = bad end
         local got, most = on_device("bf16", c, lists), {}
-        for _, name in ipairs(GRADIENTS) do most[name] = 2 ^ -6 * (1 + largest(want[name])) end
+        for _, name in ipairs(GRADIENTS) do most[name] = 2 ^ -6 * (1 + direct.largest(want[name])) end
         local function same(name, b, count, row, heads, h)
           for e = 1, c.D do
             local at = ((b * count + row) * heads + h) * c.D + e

@@ -1,11 +1,11 @@
 --- cuda_exact.lua: attention in f32 on a GPU beside PyTorch's memory-efficient kernel.
 --
 -- 8,192 kept rows, heads times head_dim 1,024; exact f32 (multiply-adds of the processor) and tf32 (the
--- tensor cores, lac.use_tf32). The peer has one kernel for f32, whose products are three of tf32 each: it
--- stands beside both of ours. On an H200 tf32 ran 1.35 to 3.2 times as fast as it, exact f32 at 0.50 to 0.83
--- of its speed: 25 TFLOP/s of multiply-adds beside its 32 to 44 on the tensor cores. Its inputs are
--- gathered and contiguous. Sides take turns as in hopper.lua; times are medians over the rounds, forward and
--- backward apart.
+-- tensor cores, lac.use_tf32). The peer has one kernel for f32, which stands beside both of ours; its speed
+-- is beyond multiply-adds, so its products are probably several of tf32 each, which we have not looked up. On
+-- an H200 tf32 ran 1.35 to 3.25 times as fast as it, exact f32 at 0.50 to 0.83 of its speed: 15 to 28 TFLOP/s
+-- of multiply-adds beside its 26 to 44. Its inputs are gathered and contiguous. Sides take turns as in
+-- hopper.lua; times are medians over the rounds, forward and backward apart.
 
 local lac = require "lacuna"
 local bench = require "lacuna.bench"
