@@ -163,9 +163,10 @@ test-gpu: all ## the specs that need a CUDA device
 # Hopper's: there one lane arrives at a barrier for its warp, after __syncwarp, and the tool takes the other lanes' writes
 # for unordered.
 .PHONY: sanitize-gpu
-sanitize-gpu: all ## attention on the device under compute-sanitizer, memcheck and racecheck: any report fails
+sanitize-gpu: all ## attention on the device under compute-sanitizer (memcheck, racecheck, synccheck): any report fails
 	compute-sanitizer --tool memcheck --error-exitcode 3 $(COMMAND) tests/sanitize.lua
 	compute-sanitizer --tool racecheck --error-exitcode 3 $(COMMAND) tests/sanitize.lua portable pairs
+	compute-sanitizer --tool synccheck --error-exitcode 3 $(COMMAND) tests/sanitize.lua
 
 PEER ?= python3
 .PHONY: bench

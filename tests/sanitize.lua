@@ -2,12 +2,14 @@
 --
 --   compute-sanitizer --tool memcheck --error-exitcode 3 build/bin/lacuna tests/sanitize.lua
 --   compute-sanitizer --tool racecheck --error-exitcode 3 build/bin/lacuna tests/sanitize.lua portable pairs
+--   compute-sanitizer --tool synccheck --error-exitcode 3 build/bin/lacuna tests/sanitize.lua
 --
--- `make sanitize-gpu` runs both. Each case is a forward and a backward with rows, keys and head dimensions
--- that fill no tile, so that every edge is met; what comes out must be finite. Values are the specs' matter:
--- under these tools a kernel runs up to a thousand times slower, and the specs with their oracle for hours.
--- Arguments name the families to run, all of them by default; a line says what each case took. LuaJIT
--- compiles nothing here: under the tool a process that runs compiled code is aborted after a while.
+-- `make sanitize-gpu` runs all three. Each case is a forward and a backward with rows, keys and head
+-- dimensions that fill no tile, so that every edge is met; what comes out must be finite. Values are the
+-- specs' matter: under these tools a kernel runs up to a thousand times slower, and the specs with their
+-- oracle for hours. Arguments name the families to run, all of them by default; a line says what each case
+-- took. LuaJIT compiles nothing here: under the tool a process that runs compiled code is aborted after a
+-- while.
 
 local lac = require "lacuna"
 local sys = require "lacuna.sys"
