@@ -10,6 +10,13 @@ local cases = require "support.cases"
 
 -- plain generator, so that inputs do not depend on the engine
 local state = 12345
+
+-- the same inputs for the same text, whatever was drawn before
+local function seed(text)
+  state = 12345
+  for i = 1, #text do state = (state * 31 + text:byte(i)) % 2147483646 + 1 end
+end
+
 local function uniform()
   state = state * 16807 % 2147483647
   return state / 2147483648
@@ -76,5 +83,5 @@ local function strided(array, dtype, device)
   return rows:permute(order)
 end
 
-return { is_float = is_float, array_for = array_for, dtype_of = dtype_of, contiguous = contiguous,
-         strided = strided }
+return { seed = seed, is_float = is_float, array_for = array_for, dtype_of = dtype_of,
+         contiguous = contiguous, strided = strided }
