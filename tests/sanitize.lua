@@ -74,6 +74,7 @@ function run.portable()
   both("duplicates once", { dedup = true })
   both("constants of the merge", { merge = "lse_detach" })
   both("few rows of many keys", { n = 3, m = 290, align = "end", causal = true })
+  both("few rows, keys shared out", { n = 4, m = 5000, segments = { 1000, 6000 }, align = "end" })
 end
 
 function run.pairs()
@@ -111,6 +112,12 @@ function run.hopper()
         case("dropout and slopes", { segments = { 100, 400 }, dilations = { 1, 2 }, dropout = 0.3,
           alibi = true })
         case("packed", { segments = { 300 }, dilations = { 1 }, cu_seqlens = { 0, 100, 300 } })
+        for _, block in ipairs{ 16, 64, 128 } do -- forward only, as below
+          local cells = math.ceil(300 / block)
+          local active = lac.rand{ 4, cells, cells }:gt(0.4):logical_or(lac.eye(cells):gt(0))
+          case(("blocks of %d"):format(block), { segments = { 300 }, dilations = { 1 }, forward = true,
+            block = block, block_mask = active })
+        end
       end
     end
     for _, d in ipairs{ 32, 80 } do -- forward only: the backward is the portable one's
