@@ -793,6 +793,7 @@ local function probe()
 end
 
 local function settle()
+  jit.flush() -- compiled code keeps what was constant in it
   for _ = 1, 3 do collectgarbage() end
   return lac.memory().live
 end
