@@ -49,8 +49,7 @@ lac.nan_watch, lac.detect_anomaly = watch.nan_watch, watch.detect_anomaly
 lac.engine = lib.path
 
 -- upper modules by name; each is a file that may or may not be there in a trimmed installation
-local LAZY = { "nn", "optim", "io", "data", "log", "train", "dist", "sweep", "bench", "plot", "repl",
-               "notebook", "profile" }
+local LAZY = { "nn", "optim", "io", "data", "log", "train", "bench", "plot", "repl", "profile" }
 local lazy = {}
 for _, name in ipairs(LAZY) do lazy[name] = true end
 lazy.gradcheck, lazy.attend, lazy.attention, lazy.config = true, true, true, true
@@ -93,6 +92,9 @@ local function unknown(_, name)
   for key in pairs(lazy) do names[#names + 1] = key end
   schema.fail("lacuna", "there is no lac.%s%s", tostring(name), schema.hint(name, names, "lac.%s"))
 end
+
+-- only an error needs it
+lib.memory_detail = function(pool) return require("lacuna.memory").detail(pool) end
 
 local setting = os.getenv("LACUNA_MEMORY")
 if setting and setting ~= "" then require("lacuna.memory").configure(setting) end

@@ -212,7 +212,7 @@ function lib.memory_stats(device)
            storages = tonumber(stats.storages), soft = tonumber(stats.soft) }
 end
 
---- What holds most of the pool, as text for the error of a full one; memory.lua sets it while it tracks.
+--- What holds most of the pool, as text for the error of a full one; init.lua sets it.
 lib.memory_detail = nil
 
 -- of the pool that the message is about

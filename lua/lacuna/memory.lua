@@ -195,14 +195,16 @@ end
 
 local tracking = false
 
--- for the error of a full pool
-local function detail(pool)
+--- What holds most of a pool, for the error of a full one: by line while lines are tracked, else by dtype and shape.
+function memory.detail(pool)
   local parts = {}
-  for i, g in ipairs(group(memory.blocks(pool), KEYS.line)) do
+  for i, g in ipairs(group(memory.blocks(pool), tracking and KEYS.line or KEYS.shape)) do
     if i > 5 then break end
     parts[i] = ("\n  %12s in %5d blocks  %s"):format(bytes_text(g.bytes), g.count, g.name)
   end
-  return #parts > 0 and "; most of it was made by" .. table.concat(parts) .. "\n" or ""
+  if #parts == 0 then return "" end
+  return "; most of it " .. (tracking and "was made by" or "is (lac.memory_tracking(true) names the lines)")
+    .. table.concat(parts) .. "\n"
 end
 
 --- Remember for every new tensor which line of the script made it; costs some microseconds a tensor.
@@ -214,7 +216,6 @@ function memory.tracking(on)
   if on ~= tracking then
     tracking = on
     sites.track(on)
-    lib.memory_detail = on and detail or nil
   end
   return tracking
 end
