@@ -285,6 +285,10 @@ describe("lac.attention", function()
                                  causal = true }
     assert.are.equal("attention longnet(2 heads, segments {4, 8}, dilations {1, 2}, all, offset mod, "
       .. "merge lse, causal)", tostring(attn))
+    local blocks = lac.attention { variant = "block_sparse", pattern = "full()", block = 16, heads = 2,
+                                   of = "longnet", segments = { 4 }, dilations = { 1 } }
+    assert.are.equal("attention block_sparse(longnet, 2 heads, segments {4}, dilations {1}, all, offset mod, "
+      .. "merge lse, block 16, pattern full())", tostring(blocks))
     local text = attn:explain(8)
     -- pairs per head: branch 1: 2 (1+2+3+4) = 20, branch 2: 1+2+3+4 = 10; dense causal: 36 per head.
     -- q, k, v, out: 8 x 2 x 64 x 4 bytes each; lse: 8 x 2 x 4; 4 D FLOPs a pair
@@ -375,14 +379,22 @@ describe("lac.attention", function()
   end)
 
   it("takes new variants from scripts", function()
-    lac.attention.variants:add("test_local", {
+    local record = {
       doc = "a window",
       options = { reach = { type = "integer", min = 1, required = true } },
       build = function(o) return { segments = { 2 ^ 40 }, dilations = { 1 }, window = o.reach } end,
-    })
+    }
+    local variants = lac.attention.variants
+    variants:add("test_local", record)
     local attn = lac.attention { variant = "test_local", heads = 1, reach = 2 }
-    assert.matches("window 2", tostring(attn))
+    assert.matches("window 2, reach 2%)$", tostring(attn))
+    variants:replace("test_local", { build = function() return 3 end })
+    refused("build of variant 'test_local' must return a table of segments, .* got 3", lac.attention,
+            { variant = "test_local", heads = 1 })
+    assert.matches("window 2", tostring(attn)) -- it keeps what it was made from
+    variants:replace("test_local", record)
     refused("reach is required", lac.attention, { variant = "test_local", heads = 1 })
-    refused("already registered", function() lac.attention.variants:add("dense", {}) end)
+    refused("already registered; :replace puts another in its place",
+      function() lac.attention.variants:add("dense", {}) end)
   end)
 end)

@@ -75,6 +75,15 @@ describe("the variant 'block_sparse'", function()
         lac.attention { variant = "block_sparse", pattern = text, heads = 2 }
       end, "pattern must be an expression of block patterns")
     end
+    for text, why in pairs {
+      ["full() + globl_tokens(3)"] = "; unknown pattern 'globl_tokens', did you mean 'global_tokens'%?",
+      ["local_window(0)"] = "; window must be an integer of at least 1, got 0",
+      ["full("] = "; unexpected symbol near '<eof>'" } do
+      assert.error_matches(function()
+        lac.attention { variant = "block_sparse", pattern = text, heads = 2 }
+      end, why)
+    end
+    assert.equal("random(0.1234567, 3)", tostring(masks.random(0.1234567, 3))) -- read back, it is the same
     assert.error_matches(function()
       local mine = masks.rule("mine", function() return true end)
       lac.attention { variant = "block_sparse", pattern = mine, heads = 2 }

@@ -195,7 +195,8 @@ end
 
 local tracking = false
 
---- What holds most of a pool, for the error of a full one: by line while lines are tracked, else by dtype and shape.
+--- What holds most of a pool, for the error of a full one: by line while lines are tracked, else by dtype
+-- and shape.
 function memory.detail(pool)
   local parts = {}
   for i, g in ipairs(group(memory.blocks(pool), tracking and KEYS.line or KEYS.shape)) do

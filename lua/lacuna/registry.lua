@@ -4,7 +4,8 @@
 -- with the nearest right one and the whole list, so that a sweep over names fails with a sentence. It exists
 -- once so that every "unknown variant" reads the same. A research script adds its own variant with
 -- lac.attention.variants:add("mine", { doc = "...", build = function(options) ... end }) and it is then as
--- good as the built-in ones. Rejected: discovery by scanning a directory, which makes the set of names depend
+-- good as the built-in ones; :replace does so again, for a cell or a session in which it is being written.
+-- Rejected: discovery by scanning a directory, which makes the set of names depend
 -- on the working directory.
 
 local schema = require "lacuna.schema"
@@ -20,11 +21,19 @@ end
 
 --- Add an entry. Raises if the name is taken or not a string.
 function Registry:add(name, value)
+  if self.entries[name] ~= nil then
+    schema.fail(self.op, "%s '%s' is already registered; :replace puts another in its place", self.what, name)
+  end
+  return self:replace(name, value)
+end
+
+--- Add an entry, also under a name that is taken. What was made from the old entry keeps
+-- it; a copy of that is made from the new one.
+function Registry:replace(name, value)
   if type(name) ~= "string" or name == "" then
     schema.fail(self.op, "the name of a %s must be a nonempty string, got %s", self.what, schema.show(name))
   end
   if value == nil then schema.fail(self.op, "%s '%s' needs a value, got nil", self.what, name) end
-  if self.entries[name] ~= nil then schema.fail(self.op, "%s '%s' is already registered", self.what, name) end
   self.entries[name] = value
   return value
 end

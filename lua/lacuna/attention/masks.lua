@@ -277,7 +277,7 @@ end
 function masks.random(density, seed)
   share("density", density)
   seed = count("seed", seed or 0)
-  return Pattern(("random(%g, %d)"):format(density, seed), true, function(z, h)
+  return Pattern(("random(%.14g, %d)"):format(density, seed), true, function(z, h)
     local on = draw(z, density, generator(seed * 65537 + h))
     return function(i, j) return on[i * z.columns + j] or false end
   end, { open = false })

@@ -68,6 +68,10 @@ local function configure(options)
   local o = schema.options(OP, options, rules)
   check_heads(o)
   local pattern, reason = variant.build(o, fail)
+  if type(pattern) ~= "table" then
+    fail(OP, "build of variant '%s' must return a table of segments, dilations, heads, offset and merge, "
+      .. "got %s", options.variant, show(pattern))
+  end
   for _, name in ipairs { "causal", "dedup", "align", "window" } do
     if pattern[name] == nil then pattern[name] = o[name] end
   end
@@ -269,15 +273,39 @@ function Attention:explain(n, sizes)
     device.dtype_name[dtype]), t)
 end
 
+-- options that have a place of their own in the text, or are in the pattern
+local SAID = { of = true, ranks = true, layout = true, scheme = true }
+
+--- What a variant's own options add to its text: those that are not at their default, and the size of blocks.
+-- @tparam table o the options @tparam table record the variant
+-- @treturn string ", block 64, pattern local_window(512)", or ""
+function Attention.own_text(o, record)
+  local parts = {}
+  for _, name in ipairs(schema.keys(record.options or {})) do
+    local value, kept = o[name], SAID[name] or name ~= "block" and o[name] == record.options[name].default
+    if value ~= nil and not kept and type(value) ~= "table" then
+      parts[#parts + 1] = (", %s %s"):format(name, tostring(value))
+    end
+  end
+  return table.concat(parts)
+end
+
+-- a whole sequence as one segment has no size to tell
+local function branches_text(p)
+  if #p.segments == 1 and p.segments[1] >= 2 ^ 40 then return "" end
+  return (", segments {%s}, dilations {%s}"):format(table.concat(p.segments, ", "),
+    table.concat(p.dilations, ", "))
+end
+
 function Attention:__tostring()
   local p, o = self.pattern, self.options
-  local segments = self.variant == "dense" and "" or (", segments {%s}, dilations {%s}"):format(
-    table.concat(p.segments, ", "), table.concat(p.dilations, ", "))
-  return ("attention %s(%s%d heads%s%s, %s, offset %s, merge %s%s%s)"):format(
-    self.variant, o.ranks and ("%s over %d ranks, %s, "):format(o.of, o.ranks, o.layout) or "",
-    o.heads, o.kv_heads ~= o.heads and (", %d for keys and values"):format(o.kv_heads) or "",
-    segments, p.heads, p.offset, p.merge, p.causal and ", causal" or "",
-    p.window and (", window %d"):format(p.window) or "")
+  local over = o.ranks and ("%s over %d ranks, %s, "):format(o.of, o.ranks, o.layout)
+    or o.of and o.of ~= "dense" and o.of .. ", " or ""
+  return ("attention %s(%s%d heads%s%s, %s, offset %s, merge %s%s%s%s)"):format(
+    self.variant, over, o.heads,
+    o.kv_heads ~= o.heads and (", %d for keys and values"):format(o.kv_heads) or "",
+    branches_text(p), p.heads, p.offset, p.merge, p.causal and ", causal" or "",
+    p.window and (", window %d"):format(p.window) or "", Attention.own_text(o, self.record))
 end
 
 --- @tparam table c the core; gets options_of

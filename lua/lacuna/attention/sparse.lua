@@ -19,18 +19,32 @@ local OP = "attention"
 
 local sparse = {}
 
+-- what a text may name, and the environment in which it is evaluated
+local CONSTRUCTORS = { "axial", "diagonal", "dilated_sparse", "full", "global_local", "global_tokens",
+  "hierarchical", "local_window", "per_head", "random" }
+local scope = {}
+for _, name in ipairs(CONSTRUCTORS) do scope[name] = masks[name] end
+setmetatable(scope, { __index = function(_, name) schema.unknown(OP, "pattern", name, CONSTRUCTORS) end })
+
+-- a message without who says it and where: the line of the caller comes at the end
+local function reason(message)
+  return (tostring(message):gsub(" %[[^%]]*%]$", ""):gsub("^%a+:%d*:? ", ""))
+end
+
 --- The pattern of a text.
 function sparse.parse(text)
   local plain = text:find "^[%w_%s%(%){},=%.%+%-%*]+$" and not text:find "function"
-  local chunk = plain and loadstring("return " .. text)
-  local ok, pattern = false, nil
+  local chunk, why
+  if plain then chunk, why = loadstring("return " .. text, "=pattern") end
+  local ok, pattern = false, why
   if chunk then
-    setfenv(chunk, setmetatable({}, { __index = function(_, name) return rawget(masks, name) end }))
+    setfenv(chunk, scope)
     ok, pattern = pcall(chunk)
   end
   if not ok or not masks.is(pattern) then
     fail(OP, "pattern must be an expression of block patterns, such as "
-      .. "'local_window(512) + global_tokens(64)', got %s", schema.show(text))
+      .. "'local_window(512) + global_tokens(64)', got %s%s", schema.show(text),
+      not ok and pattern and "; " .. reason(pattern) or "")
   end
   return pattern
 end

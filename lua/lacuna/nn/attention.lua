@@ -429,6 +429,7 @@ function Attention:extra()
   text = ("%s%s, offset %s, merge %s"):format(text, p.heads, p.offset, p.merge)
   if p.causal then text = text .. ", causal" end
   if p.window then text = ("%s, window %d"):format(text, p.window) end
+  text = text .. self.attention.own_text(self.attention.options, self.attention.record)
   return o.positions == "none" and text or text .. ", " .. o.positions
 end
 
