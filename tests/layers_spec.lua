@@ -52,6 +52,7 @@ local LUA = {
   "dist*",
   "sweep bench",
   "cli",
+  "help",
   "repl notebook",
   "init",
 }

@@ -281,6 +281,42 @@ describe("repl: help and history", function()
     assert.equal("{ 1, 2 }\n", feed "help({ 1, 2 })")
   end)
 
+  it("help reads the comments of the source", function()
+    local lac = require "lacuna"
+    for name, text in pairs {
+      memory_limit = "^lac%.memory_limit%(bytes, options%)\n  Limits of a pool in bytes; 0 removes one.*\n"
+        .. "  bytes %(integer|table%): hard limit .*\n  options %(table, optional%): soft = 0",
+      roll = "^lac%.roll%(x, shifts, dims%)\n  Elements moved along dimensions",
+      sum = "^lac%.sum%(x, dim, keepdim%)\n  sum%(x, dim, keepdim%): the sum over dim",
+      argmin = "where the smallest element is",
+      gather = "^lac%.gather%(x, dim, idx%)\n  gather",
+      exp = "^lac%.exp%(.*\n  Elementwise",
+      ["nn.Linear"] = "^lac%.nn%.Linear%(inputs, outputs, options%)\n  y = x W%^T %+ b%.\n  inputs %(int",
+      ["attention.masks.local_window"] = "^lac%.attention%.masks%.local_window%(window%)\n  Key blocks",
+      ["attention"] = "\n  longnet +every head in every branch",
+      narrow = "positions of dimension dim",
+    } do
+      assert.matches(text, lac.help(name))
+    end
+    assert.equal(lac.help "attend", lac.help(lac.attend))
+    assert.is_nil(lac.help(lac.ones { 2 }))
+    assert.error_matches(function() lac.help "sofmax" end, "there is no 'sofmax', did you mean 'softmax'?")
+    --- One of a script.
+    -- @tparam number x of any size
+    local function mine(x, ...) return x, ... end
+    assert.equal("function(x, ...)\n  One of a script.\n  x (number): of any size", lac.help(mine))
+    assert.matches("no comment at tests/repl_spec", lac.help(function() end))
+  end)
+
+  it("help knows every function of lac", function()
+    local lac = require "lacuna"
+    for name, value in pairs(lac) do
+      if type(value) == "function" and name ~= "class" then
+        assert.not_matches("no comment", lac.help(value), nil, name)
+      end
+    end
+  end)
+
   it("the history is where the environment says", function()
     local function path(environment) return repl.history_path(function(name) return environment[name] end) end
     assert.equal("/h", path { LACUNA_HISTORY = "/h", XDG_STATE_HOME = "/s", HOME = "/home" })

@@ -260,8 +260,9 @@ function create.eye(...)
   return finish("eye", t, options)
 end
 
--- x_like(t, options): the shape, dtype and device of t unless the options say otherwise
 local function like(name, make)
+  --- x_like(t, options), full_like(t, value, options): the shape, dtype and device of t, unless the options
+  -- say otherwise.
   create[name .. "_like"] = function(t, options, value)
     local op = name .. "_like"
     tensor.expect(op, "the first argument", t)

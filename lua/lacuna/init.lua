@@ -56,7 +56,7 @@ lazy.gradcheck, lazy.attend, lazy.attention, lazy.config = true, true, true, tru
 -- functions of upper modules: { module, name there }
 local FUNCTIONS = { memory_report = { "memory", "report" }, memory_tracking = { "memory", "tracking" },
                     leak_check = { "memory", "leak_check" }, memory_profile = { "timeline", "run" },
-                    graph = { "graph", "new" } }
+                    graph = { "graph", "new" }, help = { "help", "about" } }
 for name in pairs(FUNCTIONS) do lazy[name] = true end
 
 local function load_lazy(name)

@@ -258,18 +258,14 @@ local HELP = [[
   for i = 1, 3 do    an unfinished entry goes on in the next line (Ctrl-C drops it)
   x = lac.randn{2,3} a global stays; a `local` lives only inside its entry
   lac.at<Tab>        names of globals, fields and methods
-  help(x)            what x is
+  help(lac.attend)   what it does and takes; so help "softmax", help(x)
   Up, Ctrl-R         earlier entries, also those of other days
   Ctrl-C             stops what runs; at the prompt it clears the line
   Ctrl-D, os.exit()  leave]]
 
 local function help_about(value)
-  local docs
   local lac = package.loaded["lacuna"]
-  local explain = lac and lookup(lac, "help")
-  if explain ~= nil then docs = explain(value) end
-  local text = repl.show(value)
-  return docs ~= nil and text .. "\n" .. tostring(docs) or text
+  return lac and lac.help(value) or repl.show(value)
 end
 
 local Session = {}

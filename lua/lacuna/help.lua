@@ -1,0 +1,203 @@
+--- What a value is for, read off the comments of the source: the session's help(lac.randn), help "softmax".
+--
+-- A function knows the file and line where it was written, and in this library the comment above that line is
+-- its reference (the one that `make docs` prints). So help reads that file when it is asked, and a script's
+-- own functions have help like ours if they carry a comment. The arguments come from the function itself. A
+-- class is explained by the comment of its `init`. Operators of one form (sum, mean, max) are made by one
+-- function, each call of which has a comment: those are found by the name in the call. Elementwise ones are
+-- made in a loop out of c/maps.def, and that is what is said of them.
+--
+-- Rejected: texts registered at load (memory and start-up time for everybody, for what few read), and a
+-- generated file of texts (it is one more thing that can be old).
+
+local schema = require "lacuna.schema"
+local tensor = require "lacuna.tensor"
+
+local help = {}
+
+-- code between a comment and the line of its function: a record's first lines, never a blank, an `end` or
+-- another function
+local REACH = 4
+
+-- ---- names ----------------------------------------------------------------------------------------
+
+-- what a loaded table calls the value; raw, so that nothing is loaded or run
+local function name_in(t, value, prefix)
+  local found
+  for name, field in next, t do
+    if field == value and type(name) == "string" and (not found or name < found) then found = name end
+  end
+  return found and prefix .. found
+end
+
+local UPPER = { "nn", "optim", "io", "data", "train", "log", "plot", "bench", "attention", "attention.masks" }
+
+local function name_of(value)
+  local lac = package.loaded["lacuna"]
+  local name = lac and name_in(lac, value, "lac.") or name_in(tensor.methods, value, "x:")
+  for i = 1, name and 0 or #UPPER do
+    local t = package.loaded["lacuna." .. UPPER[i]]
+    name = name or type(t) == "table" and name_in(t, value, "lac." .. UPPER[i] .. ".")
+  end
+  return name
+end
+
+-- several operators that one line of a loop has made
+local function is_shared(info)
+  local n = 0
+  for _, f in next, tensor.methods do
+    if type(f) == "function" then
+      local other = debug.getinfo(f, "S")
+      if other.source == info.source and other.linedefined == info.linedefined then n = n + 1 end
+    end
+  end
+  return n > 2
+end
+
+-- ---- comments -------------------------------------------------------------------------------------
+
+local function lines_of(path)
+  local file = io.open(path, "rb")
+  if not file then return nil end
+  local list = {}
+  for line in file:lines() do list[#list + 1] = line end
+  file:close()
+  return list
+end
+
+-- the comment that belongs to line `at`, without its dashes, or nil
+local function comment_above(lines, at)
+  local last = at - 1
+  while last > 0 and last >= at - REACH and not lines[last]:match "^%s*%-%-" do
+    local line = lines[last]
+    if line:match "^%s*$" or line:match "^%s*end" or line:match "function" then return nil end
+    last = last - 1
+  end
+  local block, i = {}, last
+  while i > 0 and lines[i]:match "^%s*%-%-" do
+    table.insert(block, 1, (lines[i]:gsub("^%s*%-%-+ ?", "")))
+    if lines[i]:match "^%s*%-%-%-" then return block end
+    i = i - 1
+  end
+  return i < last and not (block[1] or ""):match "^%-" and block or nil
+end
+
+-- the comment of the call that made an operator of this name: define_reduction("sum", or name = "roll"
+local function comment_of_name(lines, name)
+  for at, line in ipairs(lines) do
+    if line:match '^[%w_.]+%s*%(?%s*"([%w_]+)"' == name or line:match 'name = "([%w_]+)"' == name then
+      local block = comment_above(lines, at)
+      if block then return block end
+    end
+  end
+end
+
+local function colon(text) return text ~= "" and ": " .. text or "" end
+
+-- `@tparam[opt] table options text` -> `options (table, optional): text`
+local TAGS = {
+  tparam = function(rest, optional)
+    local kind, name, text = rest:match "^(%S+)%s+(%S+)%s*(.*)$"
+    return kind and ("%s (%s%s)%s"):format(name, kind, optional, colon(text)) or rest
+  end,
+  param = function(rest) return (rest:gsub("^(%S+)%s+", "%1: ")) end,
+  treturn = function(rest) return "returns " .. rest:gsub("^(%S+)%s+", "%1: ") end,
+  ["return"] = function(rest) return "returns " .. rest end,
+  raise = function(rest) return "raises " .. rest end,
+}
+
+local function tag_text(line)
+  local tag, flag, rest = line:match "^@(%a+)(%[?[^%]%s]*%]?)%s+(.*)$"
+  if not tag or not TAGS[tag] then return line end
+  return TAGS[tag](rest, flag:find "opt" and ", optional" or "")
+end
+
+local function tidy(block)
+  local out = {}
+  for _, line in ipairs(block) do
+    for part in (line:gsub("%s+(@t?param)", "\n%1"):gsub("%s+(@t?return)", "\n%1") .. "\n"):gmatch "(.-)\n" do
+      if part ~= "" or #out > 0 then out[#out + 1] = "  " .. tag_text(part) end
+    end
+  end
+  return out
+end
+
+-- ---- functions and classes ------------------------------------------------------------------------
+
+local function arguments(f, from)
+  local info, names = debug.getinfo(f, "u"), {}
+  for i = from, info.nparams do names[#names + 1] = debug.getlocal(f, i) end
+  if info.isvararg then names[#names + 1] = "..." end
+  return "(" .. table.concat(names, ", ") .. ")"
+end
+
+-- heading and comment of a function; from: its first argument that is shown
+local function about_function(f, name, from)
+  local info = debug.getinfo(f, "S")
+  if info.what == "C" then return name and name .. ": a function of C" end
+  local out = { (name or "function") .. arguments(f, from) }
+  local path = info.source:match "^@(.*)$"
+  local lines = path and lines_of(path) or {}
+  local block = not is_shared(info) and comment_above(lines, info.linedefined)
+    or name and comment_of_name(lines, name:match "[%w_]+$")
+  if not block and path and path:match "ops/map%.lua$" then
+    block = { "Elementwise: any strides, broadcasting. Its formula is in c/maps.def." }
+  end
+  for _, line in ipairs(block and tidy(block) or {}) do out[#out + 1] = line end
+  if not block then out[#out + 1] = ("  no comment at %s:%d"):format(info.short_src, info.linedefined) end
+  return table.concat(out, "\n")
+end
+
+local function about_class(cls)
+  local name = name_of(cls) or rawget(cls, "__name")
+  local init = cls.init
+  return type(init) == "function" and about_function(init, name, 2) or name
+end
+
+-- an object with a registry of things that are chosen by name
+local function about_variants(value)
+  local out = { tostring(value) }
+  for _, name in ipairs(value.variants:names()) do
+    out[#out + 1] = ("  %-14s%s"):format(name, value.variants:get(name).doc or "")
+  end
+  return table.concat(out, "\n")
+end
+
+--- What a function, a class, lac.attention or an operator by its name is for, out of the comments of its
+-- source.
+-- @param value one of these, or a text: "softmax", "nn.Linear", "view"
+-- @treturn string|nil nil if there is nothing to say beyond what the value prints
+function help.about(value)
+  if type(value) == "string" then
+    local found = help.named(value)
+    if found == nil then
+      local names = schema.keys(require "lacuna")
+      for name in next, tensor.methods do names[#names + 1] = name end
+      schema.fail("help", "there is no '%s'%s", value, schema.hint(value, names))
+    end
+    return help.about(found) or tostring(found)
+  end
+  if type(value) == "function" then
+    local name = name_of(value)
+    return about_function(value, name, name and name:match "^x:" and 2 or 1)
+  end
+  if type(value) ~= "table" then return nil end
+  if value == package.loaded["lacuna.attention"] then return about_variants(value) end
+  if rawget(value, "__name") and rawget(value, "__index") then return about_class(value) end
+  return nil
+end
+
+--- The value that a text names: "softmax" and "lac.softmax", "nn.Linear", "view" (a method of tensors).
+-- @tparam string text
+-- @return the value, or nil
+function help.named(text)
+  local value = require "lacuna"
+  for part in text:gsub("^lac%.", ""):gmatch "[^.:]+" do
+    local ok, field = pcall(function() return value[part] end)
+    value = ok and field or nil
+    if value == nil then return tensor.methods[text:match "^x?:?([%w_]+)$" or ""] end
+  end
+  return value
+end
+
+return help
