@@ -70,6 +70,27 @@ describe("nn modules", function()
       tostring(net))
   end)
 
+  it("has activations as modules, which refuse what they would ignore", function()
+    local x = lac.randn{ 3, 4, dtype = "f64" }
+    for name, case in pairs {
+      GELU = { "gelu" }, GELUTanh = { "gelu_tanh" }, Softplus = { "softplus" }, Mish = { "mish" },
+      LeakyReLU = { "leaky_relu", 0.3 }, ELU = { "elu", 0.7 }, Softmax = { "softmax", 1 },
+      LogSoftmax = { "log_softmax", 1 },
+    } do
+      assert.is_true(nn[name](case[2])(x):equal(x[case[1]](x, case[2])), name)
+      assert.is_true(nn[name]()(x):equal(x[case[1]](x)), name)
+      assert.equal(name .. (case[2] and "(" .. case[2] .. ")" or "()"), tostring(nn[name](case[2])))
+      assert.error_matches(function() nn[name]({ inplace = true }) end, name .. ": ")
+    end
+    assert.is_true(nn.Identity()(x) == x)
+    assert.error_matches(function() nn.GELU "tanh" end, "takes no options, got 'tanh'; .* is GELUTanh")
+    assert.error_matches(function() nn.ELU(1, 2) end, "takes no more than its alpha, got 2")
+    assert.error_matches(function() nn.MSELoss { reduction = "summ" } end, "unknown reduction 'summ'")
+    assert.equal("KLDivLoss(reduction batchmean)", tostring(nn.KLDivLoss { reduction = "batchmean" }))
+    assert.error_matches(function() x:pad { left = 1 } end, "pad: amounts must be a list .* the key 'left'")
+    assert.error_matches(function() x:tile { dims = 1 } end, "tile: the numbers are a list, got the key")
+  end)
+
   it("has a residual norm with the numbers, dropout and gradients of its three parts", function()
     for _, p in ipairs{ 0, 0.3 } do
       for _, dtype in ipairs{ "f64", "f32", "bf16" } do

@@ -245,14 +245,33 @@ end
 
 function Dropout:extra() return ("%g"):format(self.p) end
 
-local function activation(name, method)
+-- A method of tensors as a module. `rule` (with a name) is that of the one argument which it may take
+-- besides: nn.LeakyReLU(0.2), nn.Softmax(2). Anything else is refused, for it would be ignored.
+local function activation(name, method, rule)
   local Activation = base.define(name)
-  function Activation.forward(_, x)
-    tensor.expect(method, "the input", x)
-    return x[method](x)
+  function Activation:init(value, ...)
+    if value ~= nil and not rule or select("#", ...) > 0 then
+      fail(name, "takes %s, got %s%s", rule and "no more than its " .. rule.name or "no options",
+        show(rule and (...) or value), name == "GELU" and "; the approximation by tanh is GELUTanh" or "")
+    end
+    if value ~= nil then schema.check(name, rule.name, value, rule) end
+    self.value = value ~= nil and { value } or {}
   end
+  function Activation:forward(x)
+    tensor.expect(method, "the input", x)
+    return x[method](x, self.value[1])
+  end
+  function Activation:extra() return self.value[1] and ("%g"):format(self.value[1]) or "" end
   return Activation
 end
+
+local function number(name) return { name = name, type = "number" } end
+local DIM = { name = "dim", type = "integer" }
+
+local Identity = base.define("Identity")
+
+--- Its input.
+function Identity.forward(_, x) return x end
 
 -- ---- containers -------------------------------------------------------------------------------------------
 
@@ -309,7 +328,11 @@ return {
   Linear = Linear, Embedding = Embedding, LayerNorm = LayerNorm, Dropout = Dropout,
   GELU = activation("GELU", "gelu"), ReLU = activation("ReLU", "relu"), SiLU = activation("SiLU", "silu"),
   Tanh = activation("Tanh", "tanh"), Sigmoid = activation("Sigmoid", "sigmoid"),
-  Mish = activation("Mish", "mish"),
+  Mish = activation("Mish", "mish"), GELUTanh = activation("GELUTanh", "gelu_tanh"),
+  LeakyReLU = activation("LeakyReLU", "leaky_relu", number "slope"),
+  ELU = activation("ELU", "elu", number "alpha"),
+  Softplus = activation("Softplus", "softplus"), Softmax = activation("Softmax", "softmax", DIM),
+  LogSoftmax = activation("LogSoftmax", "log_softmax", DIM), Identity = Identity,
   RMSNorm = RMSNorm, GroupNorm = GroupNorm,
   SwiGLU = gated("SwiGLU", "swiglu"), GeGLU = gated("GeGLU", "geglu"),
   ModuleList = ModuleList, Sequential = Sequential,

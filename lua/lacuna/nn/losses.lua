@@ -1,19 +1,21 @@
 --- nn/losses.lua: losses as modules, for scripts that choose one by name.
 --
 -- Each keeps the options of its function and passes them on: nn.CrossEntropyLoss{label_smoothing = 0.1}(x, t)
--- is lac.cross_entropy(x, t, {label_smoothing = 0.1}). Option names are checked when the module is made,
--- their values by the function, at the first call, against the tensors they belong to. Rejected: state
--- (running class weights and the like): a loss with parameters is a module of its own.
+-- is lac.cross_entropy(x, t, {label_smoothing = 0.1}). Option names and the reduction are checked when the
+-- module is made, other values by the function, at the first call, against the tensors they belong to.
+-- Rejected: state (running class weights and the like): a loss with parameters is a module of its own.
 
 local schema = require "lacuna.schema"
 local ops = require("lacuna.ops").fn
 local base = require "lacuna.nn.module"
 
 local ANY = { type = "any" }
+local REDUCTIONS = { "mean", "sum", "none" }
 
 local function loss(name, f, names)
   local Loss, spec = base.define(name), {}
   for option in names:gmatch("%S+") do spec[option] = ANY end
+  spec.reduction = { one_of = name == "KLDivLoss" and { "batchmean", unpack(REDUCTIONS) } or REDUCTIONS }
   function Loss:init(options) self.options = schema.options(name, options, spec) end
   function Loss:forward(x, target) return f(x, target, self.options) end
   function Loss:extra()

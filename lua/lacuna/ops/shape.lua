@@ -61,6 +61,9 @@ function pad_op.forward(x, amounts, options)
   if type(amounts) ~= "table" or is(amounts) then
     fail("pad", "amounts must be a list {before, after, ...}, got %s", show(amounts))
   end
+  if #amounts == 0 and next(amounts) ~= nil then
+    fail("pad", "amounts must be a list {before, after, ...}, got the key %s", show((next(amounts))))
+  end
   for i = 1, #amounts do
     if not is_integer(amounts[i]) then fail("pad", "amount %d must be an integer, got %s", i,
       show(amounts[i])) end
@@ -90,6 +93,9 @@ define(pad_op)
 local function integers(op, what, first, ...)
   local list = first
   if type(first) ~= "table" or is(first) then list = { first, ... } end
+  if #list == 0 and next(list) ~= nil then
+    fail(op, "%ss are a list, got the key %s", what, show((next(list))))
+  end
   for i = 1, #list do
     if not is_integer(list[i]) then fail(op, "%s %d must be an integer, got %s", what, i, show(list[i])) end
   end
