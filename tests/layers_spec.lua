@@ -27,7 +27,7 @@ end
 local LUA = {
   "lib",
   "sys json class",
-  "schema",
+  "schema synonyms",
   "registry device scope config",
   "tensor sites",
   "pretty create",

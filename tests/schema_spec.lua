@@ -120,6 +120,33 @@ describe("the namespace", function()
     assert.error_matches(function() return lac.attention.atend end, "did you mean 'attend'")
   end)
 
+  it("knows what PyTorch calls things", function()
+    local x = lac.zeros { 2 }
+    for text, f in pairs {
+      ["no field or method 'shape', did you mean x:size%(%)%?"] = function() return x.shape end,
+      ["no field or method 'unbind', did you mean x:split"] = function() x:unbind() end,
+      ["no lac.scaled_dot_product_attention, did you mean lac.attend%(q"] = function()
+        return lac.scaled_dot_product_attention
+      end,
+      ["no lac.amax, did you mean x:max"] = function() return lac.amax end,
+      ["no lac.float32, did you mean the name of a dtype, 'f32'"] = function() return lac.float32 end,
+      ["nn: there is no 'MultiheadAttention', did you mean nn.MultiheadDilatedAttention{"] = function()
+        return lac.nn.MultiheadAttention
+      end,
+      ["zeros: unknown dtype 'bfloat16', did you mean bf16%? valid:"] = function()
+        lac.zeros { 2, dtype = "bfloat16" }
+      end,
+      ["to: unknown dtype 'float16', did you mean f16"] = function() x:to "float16" end,
+    } do
+      assert.error_matches(f, text)
+    end
+    for kind, t in pairs { tensor = lac.zeros { 1 }, lac = lac, nn = lac.nn } do
+      for name in pairs(require("lacuna.synonyms")[kind]) do -- none that exists
+        assert.is_false(pcall(function() return t[name] end), name)
+      end
+    end
+  end)
+
   it("checks the engine's ABI against this tree", function()
     assert.are.equal(1, require("lacuna.lib").C.LAC_ABI)
     assert.matches("^%d+%.%d+%.%d+$", lac.version())

@@ -10,6 +10,7 @@
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
+local synonyms = require "lacuna.synonyms"
 
 local C, ffi = lib.C, lib.ffi
 local fail = schema.fail
@@ -32,7 +33,7 @@ local default_dtype = C.LAC_F32
 function device.dtype(op, name)
   if name == nil then return default_dtype end
   local code = type(name) == "string" and device.dtype_code[name]
-  if not code then schema.unknown(op, "dtype", name, DTYPE_NAMES) end
+  if not code then schema.unknown(op, "dtype", name, DTYPE_NAMES, synonyms.dtype) end
   return code
 end
 

@@ -14,6 +14,7 @@
 local lib = require "lacuna.lib"
 local class = require "lacuna.class"
 local schema = require "lacuna.schema"
+local synonyms = require "lacuna.synonyms"
 local registry = require "lacuna.registry"
 local device = require "lacuna.device"
 local scope = require "lacuna.scope"
@@ -85,12 +86,18 @@ local function load_lazy(name)
   return value
 end
 
+-- functions of tensors have the names that methods have
+local words = setmetatable({}, { __index = function(_, name)
+  return synonyms.lac[name] or synonyms.tensor[name]
+    or synonyms.dtype[name] and ("the name of a dtype, '%s'"):format(synonyms.dtype[name])
+end })
+
 local function unknown(_, name)
   local value = lazy[name] and load_lazy(name)
   if value ~= nil and value ~= false then return value end
   local names = schema.keys(lac)
   for key in pairs(lazy) do names[#names + 1] = key end
-  schema.fail("lacuna", "there is no lac.%s%s", tostring(name), schema.hint(name, names, "lac.%s"))
+  schema.fail("lacuna", "there is no lac.%s%s", tostring(name), schema.hint(name, names, "lac.%s", words))
 end
 
 -- only an error needs it

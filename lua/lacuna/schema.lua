@@ -65,7 +65,9 @@ lib.nearest = schema.nearest
 --- The end of a message about an unknown name: ", did you mean 'mean'?", or "" when none is near.
 -- @tparam string name @tparam table candidates list of strings
 -- @tparam[opt="'%s'"] string format how the nearest one is written
-function schema.hint(name, candidates, format)
+-- @tparam[opt] table words what to write instead of names that other libraries have (synonyms.lua)
+function schema.hint(name, candidates, format, words)
+  if words and words[name] then return (", did you mean %s?"):format(words[name]) end
   local nearest = schema.nearest(tostring(name), candidates)
   return nearest and (", did you mean " .. (format or "'%s'") .. "?"):format(nearest) or ""
 end
@@ -111,14 +113,15 @@ end
 local is_integer = schema.is_integer
 
 --- Fail for a name that is not in a list: `unknown merge 'meen', did you mean 'mean'? valid: lse, mean, sum`.
-function schema.unknown(op, what, name, valid)
+-- `words` as of schema.hint.
+function schema.unknown(op, what, name, valid, words)
   local sorted = {}
   for i = 1, #valid do sorted[i] = valid[i] end
   table.sort(sorted)
   if type(name) ~= "string" then
     fail(op, "%s must be one of %s, got %s", what, table.concat(sorted, ", "), show(name))
   end
-  local hint = schema.hint(name, sorted)
+  local hint = schema.hint(name, sorted, nil, words)
   fail(op, "unknown %s %s%s valid: %s", what, show(name), hint == "" and ";" or hint,
        table.concat(sorted, ", "))
 end

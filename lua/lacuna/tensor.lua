@@ -17,6 +17,7 @@
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
+local synonyms = require "lacuna.synonyms"
 local device = require "lacuna.device"
 local scope = require "lacuna.scope"
 
@@ -581,18 +582,12 @@ local function field_names()
   return names
 end
 
--- what other libraries call things; nearer in meaning than in spelling
-local SYNONYM = { shape = "size", ndim = "dim", T = "t", mm = "matmul", bmm = "matmul", dot = "matmul",
-                  numpy = "totable", tolist = "totable", cuda = "to", cpu = "to", type = "dtype",
-                  nElement = "numel" }
-
 local function special(t, key)
   local kind = type(key)
   if kind == "string" then
     if OPTIONAL[key] then return nil end
-    local other = SYNONYM[key]
     fail("tensor", "there is no field or method '%s'%s", key,
-         other and (", did you mean '%s'?"):format(other) or schema.hint(key, field_names()))
+         schema.hint(key, field_names(), nil, synonyms.tensor))
   end
   return tensor.get(t, key) -- ops/view.lua
 end

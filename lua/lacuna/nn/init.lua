@@ -8,6 +8,7 @@
 -- nil.
 
 local schema = require "lacuna.schema"
+local synonyms = require "lacuna.synonyms"
 local base = require "lacuna.nn.module"
 
 local nn = { module = base.define, Module = base.Module, is_module = base.is_module }
@@ -20,5 +21,6 @@ for _, file in ipairs{ "layers", "conv", "losses", "cache", "block_cache", "samp
 end
 
 return setmetatable(nn, { __index = function(_, name)
-  schema.fail("nn", "there is no '%s'%s", tostring(name), schema.hint(name, schema.keys(nn)))
+  schema.fail("nn", "there is no '%s'%s", tostring(name),
+    schema.hint(name, schema.keys(nn), nil, synonyms.nn))
 end })

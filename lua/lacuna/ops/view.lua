@@ -10,6 +10,7 @@
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
+local synonyms = require "lacuna.synonyms"
 local device = require "lacuna.device"
 local tensor = require "lacuna.tensor"
 local ops = require "lacuna.ops.base"
@@ -64,7 +65,8 @@ local to_op = { name = "to" }
 function to_op.forward(x, options)
   receiver("to", x)
   if type(options) == "string" then
-    options = device.dtype_code[options] and { dtype = options } or { device = options }
+    local is_dtype = device.dtype_code[options] or synonyms.dtype[options]
+    options = is_dtype and { dtype = options } or { device = options }
   end
   options = schema.options("to", options, TO)
   local dtype = options.dtype and device.dtype("to", options.dtype) or x.c.dtype
