@@ -238,9 +238,26 @@ describe("lacuna, the command", function()
     assert.equal(0, status)
   end)
 
+  it("says which variable of the environment is misspelt", function()
+    local text, status = run({ "-e", "require 'lacuna'" }, nil,
+                             { LACUNA_MEMROY = "trace", LACUNA_TRACE = "yes", LACUNA_MINE = "1" })
+    assert.equal("lacuna: LACUNA_TRACE is 1 or 0, 'yes' is ignored\n"
+      .. "lacuna: nothing reads LACUNA_MEMROY, did you mean LACUNA_MEMORY?\n", text)
+    assert.equal(0, status)
+    local complaints = require("lacuna.environment").complaints
+    assert.same({}, complaints "LACUNA_CPU=avx2\0LACUNA_GPU=1\0MEMROY=1\0LACUNA_TRACE=1\0")
+    assert.equal(2, #complaints "LACUNA_DEVCIE=cuda\0LACUNA_CUDASYNC=1\0")
+    local source = io.popen "grep -rhoE 'getenv[ (\"]+LACUNA_[A-Z_]+' lua c kernels tests experiments"
+    for name in source:read("*a"):gmatch "LACUNA_([A-Z_]+)" do
+      assert.same({}, complaints("LACUNA_" .. name .. "=1\0"), name) -- whatever is read is known
+    end
+    source:close()
+  end)
+
   it("prints its usage, on standard output", function()
     local text, status = run { "--help" }
-    for _, option in ipairs { "-i", "-e", "devices", "variants", "--version", "LACUNA_TRACE" } do
+    for _, option in ipairs { "-i", "-e", "devices", "variants", "--version", "LACUNA_TRACE",
+                              "LACUNA_DEVICE" } do
       assert.truthy(text:find(option, 1, true), option)
     end
     assert.equal(0, status)

@@ -28,7 +28,7 @@ local LUA = {
   "lib",
   "sys json class",
   "schema synonyms",
-  "registry device scope config",
+  "registry device scope config environment",
   "tensor sites",
   "pretty create",
   "ops*",

@@ -169,7 +169,7 @@ function cli.main(spec, args, main)
   end
   local good, reason = xpcall(main, function(message)
     if type(message) == "string" and message:match("interrupted!?$") then return "interrupted" end
-    return os.getenv("LACUNA_TRACE") and debug.traceback(message, 2) or message
+    return os.getenv("LACUNA_TRACE") == "1" and debug.traceback(message, 2) or message
   end, options)
   if not good then
     io.stderr:write(spec.program, ": ", tostring(reason), "\n")

@@ -103,6 +103,7 @@ end
 -- only an error needs it
 lib.memory_detail = function(pool) return require("lacuna.memory").detail(pool) end
 
+require("lacuna.environment").check()
 local setting = os.getenv("LACUNA_MEMORY")
 if setting and setting ~= "" then require("lacuna.memory").configure(setting) end
 
