@@ -146,6 +146,8 @@ int lac_backend_load(const char *path)
     char why[480];
     if (!path) LAC_FAIL(ARGUMENT, "cuda: no path of a plug-in");
     if (cuda_backend) return 0;
+    if (access(path, F_OK) != 0)
+        return plug_in_refuse("there is no liblacuna_cuda.so beside the engine (make builds it where nvcc is)");
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!library) return plug_in_refuse(dlerror());
     /* the plug-in answers with its table, or with NULL and the reason why this machine cannot use it */

@@ -238,6 +238,16 @@ describe("lacuna, the command", function()
     assert.equal(0, status)
   end)
 
+  it("says in one clause that there is no CUDA plug-in", function()
+    local engine = os.getenv "LACUNA_LIBRARY" or "build/lib/liblacuna.so"
+    local alone = temporary(read_file(engine), ".so")
+    local text = run({ "-e", "print(select(2, pcall(require('lacuna').zeros, { 1, device = 'cuda' })))", "-e",
+                       "print(require('lacuna').devices())" }, nil, { LACUNA_LIBRARY = alone })
+    assert.matches("zeros: device 'cuda' is not available: cuda: there is no liblacuna_cuda.so beside the "
+      .. "engine %(make builds it where nvcc is%) %[", text)
+    assert.matches("\ncuda: there is no liblacuna_cuda.so beside the engine %(", text)
+  end)
+
   it("says which variable of the environment is misspelt", function()
     local text, status = run({ "-e", "require 'lacuna'" }, nil,
                              { LACUNA_MEMROY = "trace", LACUNA_TRACE = "yes", LACUNA_MINE = "1" })

@@ -70,6 +70,22 @@ describe("nn modules", function()
       tostring(net))
   end)
 
+  it("go to a dtype or a device by its name, and say what is no module", function()
+    local layer = nn.Linear(2, 2)
+    assert.equal("f16", layer:to("f16").weight:dtype())
+    assert.equal("f16", layer:to("cpu").weight:dtype())
+    assert.error_matches(function() layer:to "float16" end, "unknown dtype 'float16', did you mean f16?")
+    assert.error_matches(function() layer:to "i64" end, "parameters are floating%-point numbers, got dtype")
+    local Mine = lac.class("Mine", nn.Module)
+    function Mine:init() self.layer = nn.Linear(2, 2) end
+    for _, use in ipairs { "parameters", "state_dict", "eval" } do
+      assert.error_matches(function()
+        local m = Mine()
+        m[use](m)
+      end, "Mine: was made by lac.class, .* nn.module%('Mine'%)")
+    end
+  end)
+
   it("has activations as modules, which refuse what they would ignore", function()
     local x = lac.randn{ 3, 4, dtype = "f64" }
     for name, case in pairs {

@@ -37,6 +37,12 @@ function device.dtype(op, name)
   return code
 end
 
+--- Options of `to` for a name alone: that of a dtype (also one that other libraries have, for the error) or a
+-- device.
+function device.target(name)
+  return (device.dtype_code[name] or synonyms.dtype[name]) and { dtype = name } or { device = name }
+end
+
 --- Is a dtype code one of the floating-point types?
 function device.is_float(code) return code <= C.LAC_BF16 end
 

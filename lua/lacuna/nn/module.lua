@@ -175,6 +175,10 @@ function Module:relabel(name) rawset(self, "_label", name) end
 
 --- Children as a list of { name, module }. Containers with numbered children override this.
 function Module:children()
+  if not is_module(self) then
+    fail(class_name(self), "was made by lac.class, so nothing knows its parameters; nn.module('%s') makes "
+      .. "the class of a module", class_name(self))
+  end
   local list = {}
   for i, name in ipairs(self._children) do list[i] = { name, rawget(self, name) } end
   return list
@@ -187,8 +191,9 @@ end
 -- ---- walking ----------------------------------------------------------------------------------------------
 
 local function walk(module, prefix, visit)
+  local children = module:children()
   visit(module, prefix)
-  for _, pair in ipairs(module:children()) do walk(pair[2], prefix .. pair[1] .. ".", visit) end
+  for _, pair in ipairs(children) do walk(pair[2], prefix .. pair[1] .. ".", visit) end
 end
 
 --- Every module of the tree with its dotted path ("" for the root), parents first.
@@ -266,11 +271,15 @@ end
 
 --- Another dtype or device for every parameter and (floating-point) buffer. The tensors are replaced, sharing
 -- is kept, gradients are dropped: make the optimizer afterwards.
--- @tparam table options dtype, device
+-- @tparam table|string options dtype, device, or just the name of one
 -- @treturn Module self
 function Module:to(options)
+  if type(options) == "string" then options = device.target(options) end
   local o = schema.options(class_name(self) .. ".to", options, { dtype = { type = "string" },
     device = { type = "string" } })
+  if o.dtype and not device.is_float(device.dtype(class_name(self) .. ".to", o.dtype)) then
+    fail(class_name(self) .. ".to", "parameters are floating-point numbers, got dtype '%s'", o.dtype)
+  end
   local moved = {}
   local function move(t, trained)
     if not moved[t] then

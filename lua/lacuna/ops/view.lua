@@ -10,7 +10,6 @@
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
-local synonyms = require "lacuna.synonyms"
 local device = require "lacuna.device"
 local tensor = require "lacuna.tensor"
 local ops = require "lacuna.ops.base"
@@ -64,10 +63,7 @@ local to_op = { name = "to" }
 --   script's own affair.
 function to_op.forward(x, options)
   receiver("to", x)
-  if type(options) == "string" then
-    local is_dtype = device.dtype_code[options] or synonyms.dtype[options]
-    options = is_dtype and { dtype = options } or { device = options }
-  end
+  if type(options) == "string" then options = device.target(options) end
   options = schema.options("to", options, TO)
   local dtype = options.dtype and device.dtype("to", options.dtype) or x.c.dtype
   local dev = options.device and device.code("to", options.device) or x.c.device
