@@ -23,7 +23,9 @@ local SPEC = {
   { name = "keep", type = "integer", min = 1, default = 2, help = "blocks that a row keeps" },
   { name = "steps", type = "integer", min = 1, default = 300, help = "training steps of each" },
   { name = "seed", type = "integer", min = 0, default = 1, help = "of everything that is drawn" },
+  { name = "quick", type = "boolean", help = "a run of seconds (other options still apply)" },
 }
+local QUICK = { blocks = 4, steps = 20 }
 
 local function permutation(n)
   local p = lac.randperm(n):totable()
@@ -131,6 +133,7 @@ local function content_task(o)
 end
 
 cli.main(SPEC, arg, function(o)
+  if o.quick then cli.preset(o, QUICK) end
   lac.manual_seed(o.seed)
   print(("density %.3f, %d steps"):format(o.keep / o.blocks, o.steps))
   for _, task in ipairs { { "fixed", "learned", fixed_task }, { "by content", "adaptive", content_task } } do

@@ -162,6 +162,21 @@ end
 -- a file being read: `sum` is the running checksum (false: not wanted), `claimed` what it must become
 local function new_reader(file, fail) return { file = file, fail = fail, sum = false, claimed = false } end
 
+-- what is often taken for a safetensors file: its first bytes, and what to say where they are no size
+local FOREIGN = {
+  { "^PK\3\4", "a zip archive, as torch.save writes; safetensors.torch.save_file writes what is read here" },
+  { "^\128[\2-\5]", "a pickle, as torch.save wrote; safetensors.torch.save_file writes what is read here" },
+  { "^\147NUMPY", "an array of NumPy; safetensors.numpy.save_file writes what is read here" },
+  { "^GGUF", "a GGUF file" },
+}
+
+local function refuse_length(prefix, why, fail)
+  for _, kind in ipairs(FOREIGN) do
+    if prefix:find(kind[1]) then fail("it is " .. kind[2]) end
+  end
+  fail(why)
+end
+
 local function read_header(reader, verify)
   local file, fail = reader.file, reader.fail
   local size, reason = file:seek("end")
@@ -173,10 +188,12 @@ local function read_header(reader, verify)
   local length = 0
   for i = 8, 1, -1 do length = length * 256 + prefix:byte(i) end
   if length > HEADER_LIMIT then
-    fail(("it claims a header of %.0f bytes; more than %d are refused"):format(length, HEADER_LIMIT))
+    refuse_length(prefix, ("it claims a header of %.0f bytes; more than %d are refused"):format(length,
+      HEADER_LIMIT), fail)
   end
   if length > size - 8 then
-    fail(("it claims a header of %.0f bytes, but only %.0f follow (truncated?)"):format(length, size - 8))
+    refuse_length(prefix, ("it claims a header of %.0f bytes, but only %.0f follow (truncated?)"):format(
+      length, size - 8), fail)
   end
   local text = length > 0 and file:read(length) or ""
   if #text < length then fail("cannot read its header") end
