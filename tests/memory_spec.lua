@@ -28,6 +28,8 @@ describe("pool", function()
     assert.is_true(during.live - before.live >= 4e6)
     assert.is_true(during.live - before.live <= 4e6 * 1.25 + 128)
     assert.are.equal(before.live_blocks + 1, during.live_blocks)
+    assert.matches(("^memory: %%d.* live in %d blocks, peak .*, limit none, soft limit none$"):format(
+      during.live_blocks), tostring(during))
     t = nil -- luacheck: ignore 311
     local after = settle()
     assert.are.equal(before.live, after.live)

@@ -176,7 +176,7 @@ end
 --- Memory statistics of a device.
 -- @tparam[opt] string name "cpu" (the default), "cuda", or "pinned" for page-locked host memory
 -- @treturn table {live, cached, peak, limit, live_blocks, allocations, reused, storages, soft}; bytes and
---   counts
+--   counts; print it for a sentence
 function device.memory(name)
   return lib.memory_stats(device.pool("memory", name or "cpu"))
 end

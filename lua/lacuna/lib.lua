@@ -203,13 +203,23 @@ function lib.bytes_text(n)
   return (i == 1 and "%d %s" or "%.1f %s"):format(n, units[i])
 end
 
---- Statistics of the pool as a Lua table of numbers (bytes, and counts).
+local Stats = {}
+Stats.__index = Stats
+
+function Stats:__tostring()
+  local text = lib.bytes_text
+  return ("memory: %s live in %d blocks, peak %s, cached %s, limit %s, soft limit %s"):format(text(self.live),
+    self.live_blocks, text(self.peak), text(self.cached), self.limit > 0 and text(self.limit) or "none",
+    self.soft > 0 and text(self.soft) or "none")
+end
+
+--- Statistics of the pool as a Lua table of numbers (bytes, and counts), which prints as a sentence.
 function lib.memory_stats(device)
   C.lac_memory(device or C.LAC_CPU, stats)
-  return { live = tonumber(stats.live), cached = tonumber(stats.cached), peak = tonumber(stats.peak),
-           limit = tonumber(stats.limit), live_blocks = tonumber(stats.live_blocks),
-           allocations = tonumber(stats.allocations), reused = tonumber(stats.reused),
-           storages = tonumber(stats.storages), soft = tonumber(stats.soft) }
+  return setmetatable({ live = tonumber(stats.live), cached = tonumber(stats.cached),
+    peak = tonumber(stats.peak), limit = tonumber(stats.limit), live_blocks = tonumber(stats.live_blocks),
+    allocations = tonumber(stats.allocations), reused = tonumber(stats.reused),
+    storages = tonumber(stats.storages), soft = tonumber(stats.soft) }, Stats)
 end
 
 --- What holds most of the pool, as text for the error of a full one; init.lua sets it.

@@ -146,10 +146,7 @@ local Report = {}
 Report.__index = Report
 
 function Report:__tostring()
-  local s = self.stats
-  local lines = { ("memory: %s live in %d blocks, peak %s, cached %s, limit %s, soft limit %s"):format(
-    bytes_text(s.live), s.live_blocks, bytes_text(s.peak), bytes_text(s.cached),
-    s.limit > 0 and bytes_text(s.limit) or "none", s.soft > 0 and bytes_text(s.soft) or "none") }
+  local lines = { tostring(self.stats) }
   for _, by in ipairs(ORDER) do
     if self[by] then rows_text(lines, TITLES[by], self[by], self.bytes, self.top) end
   end
