@@ -290,7 +290,7 @@ describe("repl: help and history", function()
       sum = "^lac%.sum%(x, dim, keepdim%)\n  sum%(x, dim, keepdim%): the sum over dim",
       argmin = "where the smallest element is",
       gather = "^lac%.gather%(x, dim, idx%)\n  gather",
-      exp = "^lac%.exp%(.*\n  Elementwise",
+      exp = "^lac%.exp%(x%)\n  Elementwise",
       ["nn.Linear"] = "^lac%.nn%.Linear%(inputs, outputs, options%)\n  y = x W%^T %+ b%.\n  inputs %(int",
       ["attention.masks.local_window"] = "^lac%.attention%.masks%.local_window%(window%)\n  Key blocks",
       ["attention"] = "\n  longnet +every head in every branch",

@@ -126,7 +126,10 @@ end
 
 local function arguments(f, from)
   local info, names = debug.getinfo(f, "u"), {}
-  for i = from, info.nparams do names[#names + 1] = debug.getlocal(f, i) end
+  for i = from, info.nparams do
+    local name = debug.getlocal(f, i)
+    if name ~= "more" then names[#names + 1] = name end -- what is one argument too many, to be refused
+  end
   if info.isvararg then names[#names + 1] = "..." end
   return "(" .. table.concat(names, ", ") .. ")"
 end
