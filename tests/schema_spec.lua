@@ -118,6 +118,10 @@ describe("the namespace", function()
                          "no field or method 'szie', did you mean 'size'")
     assert.error_matches(function() lac.zeros { 2 }.gard = 1 end, "did you mean 'grad'")
     assert.error_matches(function() return lac.attention.atend end, "did you mean 'attend'")
+    assert.error_matches(function() return lac.optim.AdamW end,
+                         "there is no lac.optim.AdamW, did you mean lac.optim.adamw%?")
+    assert.error_matches(function() return lac.optim.schedule.cosin end, "mean lac.optim.schedule.cosine%?")
+    assert.error_matches(function() return lac.io.lod end, "did you mean lac.io.load%?")
   end)
 
   it("knows what PyTorch calls things", function()

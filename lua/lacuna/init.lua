@@ -60,6 +60,15 @@ local FUNCTIONS = { memory_report = { "memory", "report" }, memory_tracking = { 
                     graph = { "graph", "new" }, help = { "help", "about" } }
 for name in pairs(FUNCTIONS) do lazy[name] = true end
 
+-- reading a field that is not there is an error with the nearest one, as for lac itself
+local function strict(name, t)
+  if type(t) ~= "table" or getmetatable(t) then return t end
+  return setmetatable(t, { __index = function(_, key)
+    schema.fail("lacuna", "there is no lac.%s.%s%s", name, tostring(key),
+      schema.hint(key, schema.keys(t), "lac." .. name .. ".%s"))
+  end })
+end
+
 local function load_lazy(name)
   if name == "config" then -- the owners of the kinds register them
     lac.config = require "lacuna.config"
@@ -81,7 +90,8 @@ local function load_lazy(name)
   end
   local path = "lacuna." .. name
   if not package.loaded[path] and not package.searchpath(path, package.path) then return nil end
-  local value = require(path)
+  local value = strict(name, require(path))
+  if name == "optim" then strict("optim.schedule", value.schedule) end
   lac[name] = value
   return value
 end
