@@ -68,6 +68,8 @@ describe("plot", function()
     assert.error_matches(function() plot.lines{ series = {} } end, "series is empty")
     assert.error_matches(function() plot.lines{ series = { { y = {} } } } end, "series%[1%] is empty")
     assert.error_matches(function() plot.lines{ y = { 1 }, style = "bars" } end, "lines")
+    assert.error_matches(function() plot.heatmap{ z = lac.zeros{ 2, 3, 3 } } end,
+      "z must be a list of rows of numbers, or a 2%-D tensor, got Tensor f32 %[2 x 3 x 3%] cpu")
     assert.error_matches(function() plot.heatmap{ z = { { 1, 2 }, { 3 } } } end,
       "row 2 has 1 columns, row 1 has 2")
     assert.error_matches(function() plot.lines{ y = { 1, 2 }, output = "/nonexistent/x.png" } end,

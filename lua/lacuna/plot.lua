@@ -333,7 +333,10 @@ function plot.heatmap(spec)
   local kind = output_kind(spec)
   local z = as_list(spec.z, "z")
   local columns = type(z[1]) == "table" and #z[1] or 0
-  if columns == 0 then schema.fail("plot.heatmap", "z must be a list of rows of numbers, or a 2-D tensor") end
+  if columns == 0 or type(z[1][1]) == "table" then
+    schema.fail("plot.heatmap", "z must be a list of rows of numbers, or a 2-D tensor, got %s",
+      schema.show(spec.z))
+  end
   for i = 1, #z do
     if type(z[i]) ~= "table" or #z[i] ~= columns then
       schema.fail("plot.heatmap", "row %d has %d columns, row 1 has %d", i, type(z[i]) == "table" and #z[i]
