@@ -86,6 +86,22 @@ describe("nn modules", function()
     end
   end)
 
+  it("say what has taken the place of a part", function()
+    local Pair = nn.module("Pair")
+    function Pair:init()
+      self.layer = nn.Linear(2, 2)
+      self:buffer("mean", lac.zeros { 2 })
+    end
+    local m = Pair()
+    m.mean = 3
+    assert.error_matches(function() m:state_dict() end, "Pair: mean must be a tensor, got 3")
+    m.layer = nil
+    for _, use in ipairs { "parameters", "state_dict", "zero_grad", "clone" } do
+      assert.error_matches(function() m[use](m) end, "child 'layer' must stay a module, it was set to nil")
+    end
+    assert.error_matches(function() return tostring(m) end, "child 'layer' must stay a module")
+  end)
+
   it("has activations as modules, which refuse what they would ignore", function()
     local x = lac.randn{ 3, 4, dtype = "f64" }
     for name, case in pairs {

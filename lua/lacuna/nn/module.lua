@@ -180,7 +180,13 @@ function Module:children()
       .. "the class of a module", class_name(self))
   end
   local list = {}
-  for i, name in ipairs(self._children) do list[i] = { name, rawget(self, name) } end
+  for i, name in ipairs(self._children) do
+    local child = rawget(self, name)
+    if not is_module(child) then
+      fail(class_name(self), "child '%s' must stay a module, it was set to %s", name, show(child))
+    end
+    list[i] = { name, child }
+  end
   return list
 end
 
@@ -344,6 +350,7 @@ function Module:state_dict()
     for _, list in ipairs{ m._params, m._buffers } do
       for _, name in ipairs(list) do
         local t = rawget(m, name)
+        tensor.expect(class_name(m), name, t)
         if not seen[t] then
           seen[t] = true
           state[prefix .. name] = t:detach()
