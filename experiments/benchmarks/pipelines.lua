@@ -30,8 +30,9 @@ local function ours(t, pattern, backward)
     for _, x in ipairs{ q, k, v } do x:requires_grad_() end
   end
   local out = lac.attend(q, k, v, pattern)
-  if backward then out:backward(t.grad) end
-  return out, q.grad, k.grad, v.grad
+  if not backward then return out end
+  -- not out:backward(): the gradients of views of tensors from outside live on until the collector finds them
+  return out, unpack(lac.grad(out, { q, k, v }, { grad_outputs = { t.grad } }))
 end
 
 local function compare_results(b, theirs, t, pattern, backward)
