@@ -6,60 +6,38 @@
 -- oracle in the dtype's rounding and the CPU in the dtype. For sizes where the oracle takes minutes, past one
 -- tile in every direction, the CPU stands in for it, which attend_spec holds against the oracle.
 
-local it = os.getenv "LACUNA_GPU" == "1" and it or pending
+local attn_device = require "support.attn_device"
+local it = attn_device.it(it, pending)
 
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
-local philox = require "support.philox"
 local lac = require "lacuna"
 local C = direct.C
 local NAN = 0 / 0
 
 local attn = require "support.attn_random"
-local random, pick, chance, fresh, text = attn.random, attn.pick, attn.chance, attn.fresh, attn.text
-local random_config, inputs, poison = attn.random_config, attn.inputs, attn.poison
-local poison_pool, run, together, worse = attn.poison_pool, attn.run, attn.together, attn.worse
-local complain = attn.complain
+local random, pick, fresh, text = attn.random, attn.pick, attn.fresh, attn.text
+local random_config, inputs, run, together = attn.random_config, attn.inputs, attn.run, attn.together
+local judge = attn_device.judge
+
+local function dtype_of(trial) return ({ "f64", "f32", "bf16", "f16" })[trial % 4 + 1] end
+local function layout_of() return pick { false, "heads", "inner", "reversed" } or nil end
 
 describe("attention on CUDA #gpu", function()
-  setup(function() -- the plug-in is loaded when a device is named
-    if os.getenv "LACUNA_GPU" == "1" then lac.zeros{ 1, device = "cuda" } end
-  end)
-
-  local errors
-  setup(function()
-    C.lac_memory_guard(1)
-    errors = C.lac_memory_guard_errors()
-  end)
-  teardown(function()
-    direct.device = 0
-    C.lac_memory_guard(0)
-  end)
+  local unharmed = attn_device.guard(setup, teardown)
 
   it("equals the oracle in every dtype, in 320 random configurations", function()
     local seed = fresh()
     attn.seed(seed)
     for trial = 1, 320 do
-      local dtype = ({ "f64", "f32", "bf16", "f16" })[trial % 4 + 1]
+      local dtype, layout = dtype_of(trial), layout_of()
       local most, D = trial % 10 == 0 and 90 or 30, trial % 3 == 0 and pick { 8, 16, 24, 64 } or nil
       local c = random_config { most = most, D = D }
-      local lists = { inputs(c, seed + trial, dtype) }
-      if chance(0.5) then lists[5] = nil end
-      poison(c, unpack(lists, 1, 4))
-      poison_pool(c)
-      local layout = pick { false, "heads", "inner", "reversed" } or nil
+      local lists = attn_device.inputs(c, seed + trial, dtype, true)
       local got = run(C.LAC_CUDA, dtype, c, lists, layout)
-      local keep = philox.keep(c)
-      local q, k, v, dout, dlse = unpack(lists, 1, 5)
-      local exact = oracle.run(c, q, k, v, dout, dlse, { keep = keep })
-      local naive = dtype ~= "f64" and oracle.run(c, q, k, v, dout, dlse,
-        { keep = keep, rounding = { result = direct.round[dtype], sum = direct.round.f32 } })
-      if naive then naive = worse(exact, naive, run(0, dtype, c, lists)) end
-      got, exact, naive = together(got), together(exact), naive and together(naive)
-      for name, data in pairs(got) do
-        complain(dtype, name, data, exact[name], naive and naive[name],
-                 ("trial %d of seed %d, layout %s: %s"):format(trial, seed, tostring(layout), text(c)))
-      end
+      local exact, naive = attn_device.references(c, dtype, lists)
+      judge(dtype, got, exact, naive,
+        ("trial %d of seed %d, layout %s: %s"):format(trial, seed, tostring(layout), text(c)))
     end
   end)
 
@@ -68,24 +46,15 @@ describe("attention on CUDA #gpu", function()
     local seed = fresh() + 3
     attn.seed(seed)
     for trial = 1, 120 do
-      local dtype = ({ "f64", "f32", "bf16", "f16" })[trial % 4 + 1]
+      local dtype, layout = dtype_of(trial), layout_of()
       local c = random_config { most = trial % 3 == 0 and 500 or 60, segment = 400,
                                 D = pick { 1, 3, 8, 16, 40, 64, 72, 128, 130, 256 } }
       c.N, c.align, c.padding, c.lengths, c.dropout = random(4), "end", nil, nil, 0
-      local lists = { inputs(c, seed + trial, dtype) }
-      poison(c, unpack(lists, 1, 4))
-      poison_pool(c)
-      local got = run(C.LAC_CUDA, dtype, c, lists, pick { false, "heads", "inner", "reversed" } or nil)
-      local q, k, v, dout, dlse = unpack(lists, 1, 5)
-      local exact = oracle.run(c, q, k, v, dout, dlse)
-      local naive = dtype ~= "f64" and oracle.run(c, q, k, v, dout, dlse,
-        { rounding = { result = direct.round[dtype], sum = direct.round.f32 } })
-      if naive then naive = worse(exact, naive, run(0, dtype, c, lists)) end
-      got, exact, naive = together(got), together(exact), naive and together(naive)
-      for name, data in pairs(got) do
-        complain(dtype, name, data, exact[name], naive and naive[name],
-                 ("trial %d of seed %d: %s"):format(trial, seed, text(c)))
-      end
+      local lists = attn_device.inputs(c, seed + trial, dtype, true)
+      local got = run(C.LAC_CUDA, dtype, c, lists, layout)
+      local exact, naive = attn_device.references(c, dtype, lists)
+      judge(dtype, got, exact, naive,
+        ("trial %d of seed %d, layout %s: %s"):format(trial, seed, tostring(layout), text(c)))
     end
   end)
 
@@ -94,20 +63,13 @@ describe("attention on CUDA #gpu", function()
     local seed = fresh() + 1
     attn.seed(seed)
     for trial = 1, 40 do
-      local dtype = ({ "f64", "f32", "bf16", "f16" })[trial % 4 + 1]
+      local dtype = dtype_of(trial)
       local c = random_config { most = 700, segment = 500, heads = 2,
                                 D = pick { 16, 33, 64, 80, 128, 136, 256 } }
-      local lists = { inputs(c, seed + trial, dtype) }
-      poison(c, unpack(lists, 1, 4))
-      poison_pool(c)
+      local lists = attn_device.inputs(c, seed + trial, dtype, true)
       local got = run(C.LAC_CUDA, dtype, c, lists, pick { false, "heads" } or nil)
-      local exact = run(0, "f64", c, lists)
-      local naive = dtype ~= "f64" and run(0, dtype, c, lists)
-      got, exact, naive = together(got), together(exact), naive and together(naive)
-      for name, data in pairs(got) do
-        complain(dtype, name, data, exact[name], naive and naive[name],
-                 ("trial %d of seed %d: %s"):format(trial, seed, text(c)))
-      end
+      local exact, naive = attn_device.cpu(run, c, dtype, lists)
+      judge(dtype, got, exact, naive, ("trial %d of seed %d: %s"):format(trial, seed, text(c)))
     end
   end)
 
@@ -144,11 +106,7 @@ describe("attention on CUDA #gpu", function()
       local c = random_config { most = 600, segment = 300, D = pick { 32, 64, 128 } }
       local lists = { inputs(c, 3, dtype) }
       local first = run(C.LAC_CUDA, dtype, c, lists)
-      for _ = 1, 3 do
-        for name, data in pairs(run(C.LAC_CUDA, dtype, c, lists)) do
-          assert.are.equal(0, direct.max_diff(data, first[name]), name .. " in " .. text(c))
-        end
-      end
+      for _ = 1, 3 do attn_device.same(run(C.LAC_CUDA, dtype, c, lists), first, text(c)) end
     end
   end)
 
@@ -207,14 +165,14 @@ describe("attention on CUDA #gpu", function()
       local got = together(run(C.LAC_CUDA, "f32", c, lists))
       lac.use_tf32(false)
       for name, data in pairs(got) do
-        complain("f16", name .. " in tf32", data, exact[name], naive[name], text(c))
+        attn.complain("f16", name .. " in tf32", data, exact[name], naive[name], text(c))
       end
       local again = together(run(C.LAC_CUDA, "f32", c, lists))
       local plain = oracle.run(c, q, k, v, dout, dlse,
                                { rounding = { result = direct.round.f32, sum = direct.round.f32 } })
       plain = together(plain)
       for name, data in pairs(again) do
-        complain("f32", name, data, exact[name], plain[name], text(c))
+        attn.complain("f32", name, data, exact[name], plain[name], text(c))
       end
     end
   end)
@@ -255,10 +213,5 @@ describe("attention on CUDA #gpu", function()
     assert.matches("head_dim 264 is not supported on cuda, the largest is 256", tostring(message))
   end)
 
-  it("wrote over no guard bytes", function()
-    collectgarbage()
-    collectgarbage()
-    lac.trim()
-    assert.are.equal(errors, C.lac_memory_guard_errors())
-  end)
+  it("wrote over no guard bytes", unharmed)
 end)

@@ -5,11 +5,11 @@
 -- gradients, that of the bias among them, are judged as in attend_cuda_spec: against the oracle, or against
 -- the CPU in f64 where the oracle takes minutes. attend_pairs_spec holds the CPU against the oracle.
 
-local it = os.getenv "LACUNA_GPU" == "1" and it or pending
+local attn_device = require "support.attn_device"
+local it = attn_device.it(it, pending)
 
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
-local philox = require "support.philox"
 local attn = require "support.attn_random"
 local P = require "support.attn_pairs"
 local lac = require "lacuna"
@@ -24,54 +24,21 @@ local function run(device, dtype, c, lists, layout)
   return found
 end
 
--- the gradients obey the tolerance rule together
-local function together(r)
-  local all = {}
-  for _, name in ipairs { "dq", "dk", "dv", "dbias" } do
-    for _, x in ipairs(r[name] or {}) do all[#all + 1] = x end
-  end
-  return { out = r.out, lse = r.lse, gradients = all }
-end
-
-local function judge(dtype, got, exact, naive, what)
-  got, exact, naive = together(got), together(exact), naive and together(naive)
-  for name, data in pairs(got) do
-    attn.complain(dtype, name, data, exact[name], naive and naive[name], what)
-  end
-end
-
 local function with_oracle(c, dtype, lists, layout, what)
-  local options = { keep = philox.keep(c) }
-  local q, k, v, dout, dlse = unpack(lists, 1, 5)
-  local got, exact = run(C.LAC_CUDA, dtype, c, lists, layout), oracle.run(c, q, k, v, dout, dlse, options)
-  local naive
-  if dtype ~= "f64" then
-    options.rounding = { result = direct.round[dtype], sum = direct.round.f32 }
-    naive = oracle.run(c, q, k, v, dout, dlse, options)
-    naive = attn.worse(exact, naive, run(0, dtype, c, lists))
-  end
-  judge(dtype, got, exact, naive, what)
+  local exact, naive = attn_device.references(c, dtype, lists, run)
+  attn_device.judge(dtype, run(C.LAC_CUDA, dtype, c, lists, layout), exact, naive, what)
 end
 
 local function with_cpu(c, dtype, lists, layout, what)
-  local got, exact = run(C.LAC_CUDA, dtype, c, lists, layout), run(0, "f64", c, lists)
-  judge(dtype, got, exact, dtype ~= "f64" and run(0, dtype, c, lists), what)
+  local exact, naive = attn_device.cpu(run, c, dtype, lists)
+  attn_device.judge(dtype, run(C.LAC_CUDA, dtype, c, lists, layout), exact, naive, what)
 end
 
 local function dtype_of(trial) return ({ "f64", "f32", "bf16", "f16" })[trial % 4 + 1] end
 local function layout_of() return P.pick { false, "heads", "inner", "reversed" } or nil end
 
 describe("options of single pairs on CUDA #gpu", function()
-  local errors
-  setup(function()
-    if os.getenv "LACUNA_GPU" == "1" then lac.zeros{ 1, device = "cuda" } end
-    C.lac_memory_guard(1)
-    errors = C.lac_memory_guard_errors()
-  end)
-  teardown(function()
-    direct.device = 0
-    C.lac_memory_guard(0)
-  end)
+  local unharmed = attn_device.guard(setup, teardown)
 
   it("equal the oracle in every dtype, in 240 random configurations", function()
     local seed = attn.fresh() + 10
@@ -120,8 +87,8 @@ describe("options of single pairs on CUDA #gpu", function()
       local ok, got = pcall(run, C.LAC_CUDA, "f32", c, lists)
       lac.use_tf32(false)
       assert(ok, got)
-      for name, data in pairs(together(got)) do
-        local want = together(exact)[name]
+      for name, data in pairs(attn.together(got)) do
+        local want = attn.together(exact)[name]
         local found, most = direct.max_diff(data, want), 2 ^ -8 * (1 + direct.largest(want))
         assert.is_true(found <= most, ("%s: %g > %g in %s"):format(name, found, most, P.text(c)))
       end
@@ -190,11 +157,7 @@ describe("options of single pairs on CUDA #gpu", function()
       local c = P.config { most = 400, segment = 300, D = P.pick { 32, 64, 128 }, blocks = trial % 2 == 0 }
       local lists = { P.inputs(c, 3, dtype) }
       local first = run(C.LAC_CUDA, dtype, c, lists)
-      for _ = 1, 3 do
-        for name, data in pairs(run(C.LAC_CUDA, dtype, c, lists)) do
-          assert.are.equal(0, direct.max_diff(data, first[name]), name .. " in " .. P.text(c))
-        end
-      end
+      for _ = 1, 3 do attn_device.same(run(C.LAC_CUDA, dtype, c, lists), first, P.text(c)) end
     end
   end)
 
@@ -274,10 +237,5 @@ describe("options of single pairs on CUDA #gpu", function()
     end
   end)
 
-  it("write over no guard bytes", function()
-    collectgarbage()
-    collectgarbage()
-    lac.trim()
-    assert.are.equal(errors, C.lac_memory_guard_errors())
-  end)
+  it("write over no guard bytes", unharmed)
 end)

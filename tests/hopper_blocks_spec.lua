@@ -5,17 +5,16 @@
 -- heads; blocks are of any size, for all heads, a head or a batch item, in any layout, and some rows have
 -- none. Rows that no branch keeps are NaN, and in every other trial those that no active block has.
 
-local it = os.getenv "LACUNA_GPU" == "1" and it or pending
+local attn_device = require "support.attn_device"
+local it = attn_device.it(it, pending)
 
 local direct = require "support.attn_direct"
-local oracle = require "support.oracle"
 local attn = require "support.attn_random"
 local P = require "support.attn_pairs"
-local cases = require "support.cases"
-local lac = require "lacuna"
 local C = direct.C
 local NAN = 0 / 0
 local pick, chance = attn.pick, attn.chance
+local forward = attn_device.forward
 local SIZES = { 16, 17, 32, 64, 64, 100, 128, 128, 128, 192, 256 }
 
 local function seeded(seed)
@@ -70,45 +69,13 @@ local function poison_inactive(c, lists)
 end
 
 local function inputs(c, seed, dtype, poisoned)
-  local lists = { attn.inputs(c, seed, dtype) }
-  attn.poison(c, unpack(lists, 1, 4))
+  local lists = attn_device.inputs(c, seed, dtype)
   if poisoned then poison_inactive(c, lists) end
-  attn.poison_pool(c)
   return lists
 end
 
-local function run(device, dtype, c, lists, kernel, layout)
-  local before = c.kernel
-  c.kernel = device ~= 0 and (kernel or before) or nil
-  direct.device = device
-  local ok, r = pcall(direct.forward, c, lists[1], lists[2], lists[3], { dtype = dtype, layout = layout })
-  local found = ok and { out = direct.read(r.out), lse = direct.read(r.lse),
-                         branch_lse = r.branch_lse.storage ~= nil and direct.read(r.branch_lse) or nil }
-  direct.device, c.kernel = 0, before
-  if not ok then error(r, 0) end
-  return found
-end
-
-local function complain(dtype, got, exact, naive, what)
-  for _, name in ipairs { "out", "lse", "branch_lse" } do
-    if exact[name] and got[name] then
-      local message = cases.compare(name == "out" and dtype or "f32", got[name], exact[name], naive[name])
-      if message then error(("%s %s: %s in %s"):format(dtype, name, message, what), 0) end
-    end
-  end
-end
-
 describe("active blocks in the forward on Hopper #gpu", function()
-  local errors
-  setup(function()
-    if os.getenv "LACUNA_GPU" == "1" then lac.zeros{ 1, device = "cuda" } end -- loads the plug-in
-    C.lac_memory_guard(1)
-    errors = C.lac_memory_guard_errors()
-  end)
-  teardown(function()
-    direct.device = 0
-    C.lac_memory_guard(0)
-  end)
+  local unharmed = attn_device.guard(setup, teardown)
 
   it("give the oracle's results in 60 random configurations", function()
     local seed = attn.fresh() + 30
@@ -116,11 +83,9 @@ describe("active blocks in the forward on Hopper #gpu", function()
     for trial = 1, 60 do
       local c, dtype = config(trial % 6 == 0 and 150 or 50), pick { "bf16", "f16" }
       local lists = inputs(c, seed + trial, dtype, trial % 2 == 0)
-      local got = run(C.LAC_CUDA, dtype, c, lists, nil, pick { false, "heads" } or nil)
-      local exact = oracle.run(c, lists[1], lists[2], lists[3])
-      local rounding = { result = direct.round[dtype], sum = direct.round.f32 }
-      local naive = oracle.run(c, lists[1], lists[2], lists[3], nil, nil, { rounding = rounding })
-      complain(dtype, got, exact, naive, ("trial %d of seed %d: %s"):format(trial, seed, P.text(c)))
+      local got = forward(C.LAC_CUDA, dtype, c, lists, pick { false, "heads" } or nil)
+      local exact, naive = attn_device.references(c, dtype, lists)
+      attn_device.judge(dtype, got, exact, naive, ("trial %d of seed %d: %s"):format(trial, seed, P.text(c)))
     end
   end)
 
@@ -133,9 +98,9 @@ describe("active blocks in the forward on Hopper #gpu", function()
       if chance(0.2) then -- peaked: nearly one key a row
         for i, x in ipairs(lists[1]) do lists[1][i] = direct.round[dtype](8 * x) end
       end
-      local got = run(C.LAC_CUDA, dtype, c, lists)
-      complain(dtype, got, run(0, "f64", c, lists), run(0, dtype, c, lists),
-               ("trial %d of seed %d: %s"):format(trial, seed, P.text(c)))
+      local got = forward(C.LAC_CUDA, dtype, c, lists)
+      local exact, naive = attn_device.cpu(forward, c, dtype, lists)
+      attn_device.judge(dtype, got, exact, naive, ("trial %d of seed %d: %s"):format(trial, seed, P.text(c)))
     end
   end)
 
@@ -144,23 +109,11 @@ describe("active blocks in the forward on Hopper #gpu", function()
     for trial = 1, 12 do
       local c, dtype = config(1500, 1), pick { "bf16", "f16" }
       local lists = inputs(c, trial, dtype)
-      local first = run(C.LAC_CUDA, dtype, c, lists)
-      for name, data in pairs(run(C.LAC_CUDA, dtype, c, lists, "portable")) do
-        assert.is_true(direct.max_diff(data, first[name]) <= 2 ^ -6 * (1 + direct.largest(data)),
-                       name .. " in " .. P.text(c))
-      end
-      for _ = 1, 3 do
-        for name, data in pairs(run(C.LAC_CUDA, dtype, c, lists)) do
-          assert.are.equal(0, direct.max_diff(data, first[name]), name .. " in " .. P.text(c))
-        end
-      end
+      local first = forward(C.LAC_CUDA, dtype, c, lists)
+      attn_device.near(forward(C.LAC_CUDA, dtype, c, lists, nil, "portable"), first, P.text(c))
+      for _ = 1, 3 do attn_device.same(forward(C.LAC_CUDA, dtype, c, lists), first, P.text(c)) end
     end
   end)
 
-  it("wrote over no guard bytes", function()
-    collectgarbage()
-    collectgarbage()
-    lac.trim()
-    assert.are.equal(errors, C.lac_memory_guard_errors())
-  end)
+  it("wrote over no guard bytes", unharmed)
 end)

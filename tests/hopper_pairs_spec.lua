@@ -5,13 +5,11 @@
 -- poisoned. Which pairs dropout keeps must be the same everywhere, bit by bit: weights that are all equal
 -- times values that are one key each show it. The CPU in f64 stands in for the oracle past a few tiles.
 
-local it = os.getenv "LACUNA_GPU" == "1" and it or pending
+local attn_device = require "support.attn_device"
+local it = attn_device.it(it, pending)
 
 local direct = require "support.attn_direct"
-local oracle = require "support.oracle"
 local attn = require "support.attn_random"
-local keep_of = require("support.philox").keep
-local lac = require "lacuna"
 local C = direct.C
 local random, pick, chance = attn.random, attn.pick, attn.chance
 local NAN = 0 / 0
@@ -38,51 +36,10 @@ local function config(options)
   end
 end
 
-local function forward(device, dtype, c, lists, layout)
-  local kernel = c.kernel
-  if device == 0 then c.kernel = nil end
-  direct.device = device
-  local ok, r = pcall(direct.forward, c, lists[1], lists[2], lists[3], { dtype = dtype, layout = layout })
-  direct.device, c.kernel = 0, kernel
-  if not ok then error(r, 0) end
-  return { out = direct.read(r.out), lse = direct.read(r.lse) }
-end
-local function both(device, dtype, c, lists, layout)
-  local kernel = c.kernel
-  if device == 0 then c.kernel = nil end
-  local ok, r = pcall(attn.run, device, dtype, c, lists, layout)
-  direct.device, c.kernel = 0, kernel
-  if not ok then error(r, 0) end
-  return attn.together(r)
-end
-
-local function exact_and_naive(c, dtype, lists, backward)
-  local q, k, v, dout, dlse = unpack(lists, 1, 5)
-  if not backward then dout, dlse = nil, nil end
-  local rounding = { result = direct.round[dtype], sum = direct.round.f32 }
-  return oracle.run(c, q, k, v, dout, dlse, { keep = keep_of(c) }),
-         oracle.run(c, q, k, v, dout, dlse, { keep = keep_of(c), rounding = rounding })
-end
+local forward, both = attn_device.forward, attn_device.both
 
 describe("dropout and slopes on Hopper #gpu", function()
-  local errors
-  setup(function()
-    if os.getenv "LACUNA_GPU" == "1" then lac.zeros({ 1 }, { device = "cuda" }) end -- loads the plug-in
-    C.lac_memory_guard(1)
-    errors = C.lac_memory_guard_errors()
-  end)
-  teardown(function()
-    direct.device = 0
-    C.lac_memory_guard(0)
-  end)
-
-  local function prepared(c, seed, dtype)
-    local lists = { attn.inputs(c, seed, dtype) }
-    if chance(0.5) then lists[5] = nil end
-    attn.poison(c, unpack(lists, 1, 4))
-    attn.poison_pool(c)
-    return lists, pick { false, false, "heads" } or nil
-  end
+  local unharmed = attn_device.guard(setup, teardown)
 
   it("equal the oracle in 40 random forwards", function()
     local seed = attn.fresh()
@@ -90,13 +47,11 @@ describe("dropout and slopes on Hopper #gpu", function()
     for trial = 1, 40 do
       local c, dtype = config { most = trial % 5 == 0 and 150 or 50, segment = 50, forward = true },
                        pick { "bf16", "f16" }
-      local lists, layout = prepared(c, seed + trial, dtype)
-      local got = forward(C.LAC_CUDA, dtype, c, lists, layout)
-      local exact, naive = exact_and_naive(c, dtype, lists)
-      for _, name in ipairs { "out", "lse" } do
-        attn.complain(dtype, name, got[name], exact[name], naive[name],
-                      ("trial %d of seed %d: %s"):format(trial, seed, attn.text(c)))
-      end
+      local lists = attn_device.inputs(c, seed + trial, dtype)
+      local got = forward(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
+      local exact, naive = attn_device.references(c, dtype, lists)
+      attn_device.judge(dtype, got, exact, naive,
+        ("trial %d of seed %d: %s"):format(trial, seed, attn.text(c)))
     end
   end)
 
@@ -106,13 +61,11 @@ describe("dropout and slopes on Hopper #gpu", function()
     for trial = 1, 160 do
       local most, dtype = trial % 8 == 0 and 1200 or 400, pick { "bf16", "f16" }
       local c = config { most = most, segment = most, heads = 1, forward = true }
-      local lists, layout = prepared(c, seed + trial, dtype)
-      local got = forward(C.LAC_CUDA, dtype, c, lists, layout)
-      local exact, naive = forward(0, "f64", c, lists), forward(0, dtype, c, lists)
-      for _, name in ipairs { "out", "lse" } do
-        attn.complain(dtype, name, got[name], exact[name], naive[name],
-                      ("trial %d of seed %d: %s"):format(trial, seed, attn.text(c)))
-      end
+      local lists = attn_device.inputs(c, seed + trial, dtype)
+      local got = forward(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
+      local exact, naive = attn_device.cpu(forward, c, dtype, lists)
+      attn_device.judge(dtype, got, exact, naive,
+        ("trial %d of seed %d: %s"):format(trial, seed, attn.text(c)))
     end
   end)
 
@@ -123,16 +76,13 @@ describe("dropout and slopes on Hopper #gpu", function()
       local dtype, small = pick { "bf16", "f16" }, trial <= 5
       local most = small and 80 or trial % 40 == 0 and 1000 or trial % 8 == 0 and 400 or 160
       local c = config { most = most, segment = most, heads = small and 1 or 2 }
-      local lists, layout = prepared(c, seed + trial, dtype)
-      local got = both(C.LAC_CUDA, dtype, c, lists, layout)
+      local lists = attn_device.inputs(c, seed + trial, dtype, true)
+      local got = both(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
       local exact, naive
-      if small then
-        exact, naive = exact_and_naive(c, dtype, lists, true)
-        exact, naive = attn.together(exact), attn.together(attn.worse(exact, naive,
-          attn.run(0, dtype, setmetatable({ kernel = "auto" }, { __index = c }), lists)))
-      else exact, naive = both(0, "f64", c, lists), both(0, dtype, c, lists) end
-      attn.complain(dtype, "gradients", got.gradients, exact.gradients, naive.gradients,
-                    ("trial %d of seed %d: %s"):format(trial, seed, attn.text(c)))
+      if small then exact, naive = attn_device.references(c, dtype, lists)
+      else exact, naive = attn_device.cpu(both, c, dtype, lists) end
+      attn_device.judge(dtype, got, exact, naive,
+        ("trial %d of seed %d: %s"):format(trial, seed, attn.text(c)))
     end
   end)
 
@@ -162,11 +112,9 @@ describe("dropout and slopes on Hopper #gpu", function()
       local first = pick { 0, 72 }
       local lists = { zeros(n * 2 * D), zeros(c.M * 2 * D), units(2, first), units(2, first) }
       for i = #lists[3], c.M * 2 * D + 1, -1 do lists[3][i] = nil end
-      local mine = attn.run(C.LAC_CUDA, "bf16", c, lists)
-      c.kernel = "portable"
-      local portable = attn.run(C.LAC_CUDA, "bf16", c, lists)
-      c.kernel = nil
-      local cpu = attn.run(0, "bf16", c, lists)
+      local mine = both(C.LAC_CUDA, "bf16", c, lists)
+      local portable = both(C.LAC_CUDA, "bf16", c, lists, nil, "portable")
+      local cpu = both(0, "bf16", c, lists)
       local seen, dropped = 0, 0
       for _, name in ipairs { "out", "dv" } do
         for i, x in ipairs(mine[name]) do
@@ -189,14 +137,11 @@ describe("dropout and slopes on Hopper #gpu", function()
       c.causal, c.align, c.M = true, nil, c.N
       local lists = { attn.inputs(c, 3, dtype) }
       lists[5] = nil
-      local first = attn.run(C.LAC_CUDA, dtype, c, lists)
-      local again = attn.run(C.LAC_CUDA, dtype, c, lists)
-      for _, name in ipairs { "out", "lse", "dq", "dk", "dv" } do
-        assert.are.equal(0, direct.max_diff(again[name], first[name]), name .. " in " .. attn.text(c))
-      end
+      local first = both(C.LAC_CUDA, dtype, c, lists)
+      attn_device.same(both(C.LAC_CUDA, dtype, c, lists), first, attn.text(c))
       local key = c.N - 2 -- the last two rows of item 0 may see it
       for d = 1, c.Hk * c.D do lists[3][key * c.Hk * c.D + d] = NAN end
-      local spoilt = attn.run(C.LAC_CUDA, dtype, c, lists)
+      local spoilt = both(C.LAC_CUDA, dtype, c, lists)
       for i = 1, key * c.H * c.D do
         local x, y = spoilt.out[i], first.out[i]
         assert.is_true(math.abs(x - y) <= 2 ^ -6 * (1 + math.abs(y)), ("out[%d]: %s"):format(i, attn.text(c)))
@@ -204,10 +149,5 @@ describe("dropout and slopes on Hopper #gpu", function()
     end
   end)
 
-  it("wrote over no guard bytes", function()
-    collectgarbage()
-    collectgarbage()
-    lac.trim()
-    assert.are.equal(errors, C.lac_memory_guard_errors())
-  end)
+  it("wrote over no guard bytes", unharmed)
 end)

@@ -1,0 +1,120 @@
+--- What the specs of attention's kernels on CUDA do alike: guard bytes, forwards, references, equal bits.
+--
+-- Configurations, poison and the rule by which results are judged are attn_random's; a spec says which
+-- configurations its kernels take, how many, and what else must hold.
+
+local direct = require "support.attn_direct"
+local oracle = require "support.oracle"
+local attn = require "support.attn_random"
+local philox = require "support.philox"
+local lac = require "lacuna"
+local assert = require "luassert"
+local C = direct.C
+
+local device = {}
+
+--- `it` where specs of a device run, else a test that counts as skipped.
+function device.it(it, pending) return os.getenv "LACUNA_GPU" == "1" and it or pending end
+
+--- Guard bytes round every block of the pool, within the describe whose setup and teardown these are. Gives
+-- the body of its last test: none of them was written over.
+function device.guard(setup, teardown)
+  local errors
+  setup(function()
+    if os.getenv "LACUNA_GPU" == "1" then lac.zeros({ 1 }, { device = "cuda" }) end -- loads the plug-in
+    C.lac_memory_guard(1)
+    errors = C.lac_memory_guard_errors()
+  end)
+  teardown(function()
+    direct.device = 0
+    C.lac_memory_guard(0)
+  end)
+  return function()
+    collectgarbage()
+    collectgarbage()
+    lac.trim()
+    assert.are.equal(errors, C.lac_memory_guard_errors())
+  end
+end
+
+--- q, k, v, poisoned as attn_random does it, and the pool with them; backward: also the gradient of the
+-- output and, every other time, of lse.
+function device.inputs(c, seed, dtype, backward)
+  local lists = { attn.inputs(c, seed, dtype) }
+  attn.poison(c, unpack(lists, 1, 4))
+  attn.poison_pool(c)
+  if not backward then return { unpack(lists, 1, 3) } end
+  if attn.chance(0.5) then lists[5] = nil end
+  return lists
+end
+
+-- f with c.kernel, which is for the device only
+local function with_kernel(where, c, kernel, f, ...)
+  local before = c.kernel
+  c.kernel = where ~= 0 and (kernel or before) or nil
+  local ok, found = pcall(f, ...)
+  direct.device, c.kernel = 0, before
+  if not ok then error(found, 0) end
+  return found
+end
+
+--- out, lse and, where the merge makes them, branch_lse of a forward alone.
+function device.forward(where, dtype, c, lists, layout, kernel)
+  return with_kernel(where, c, kernel, function()
+    direct.device = where
+    local r = direct.forward(c, lists[1], lists[2], lists[3], { dtype = dtype, layout = layout })
+    local found = { out = direct.read(r.out), lse = direct.read(r.lse) }
+    if r.branch_lse.storage ~= nil then found.branch_lse = direct.read(r.branch_lse) end
+    return found
+  end)
+end
+
+--- out, lse, dq, dk, dv.
+function device.both(where, dtype, c, lists, layout, kernel)
+  return with_kernel(where, c, kernel, attn.run, where, dtype, c, lists, layout)
+end
+
+--- Results of the oracle: exact, and as a naive program in the dtype has them (nil for f64). Gradients, and
+-- the worse of that program and of the CPU's `run` (device.both), if the lists have a gradient of the output.
+function device.references(c, dtype, lists, run)
+  local options = { keep = philox.keep(c) }
+  local q, k, v, dout, dlse = unpack(lists, 1, 5)
+  local exact = oracle.run(c, q, k, v, dout, dlse, options)
+  if dtype == "f64" then return exact end
+  options.rounding = { result = direct.round[dtype], sum = direct.round.f32 }
+  local naive = oracle.run(c, q, k, v, dout, dlse, options)
+  return exact, dout and attn.worse(exact, naive, (run or device.both)(0, dtype, c, lists)) or naive
+end
+
+--- Results of the CPU in f64 and in the dtype, for sizes where the oracle takes minutes; run: device.forward
+-- or device.both.
+function device.cpu(run, c, dtype, lists)
+  return run(0, "f64", c, lists), dtype ~= "f64" and run(0, dtype, c, lists) or nil
+end
+
+--- Every result obeys the rule; gradients together, where there are any.
+function device.judge(dtype, got, exact, naive, what)
+  if got.dq then
+    got, exact, naive = attn.together(got), attn.together(exact), naive and attn.together(naive)
+  end
+  for name, data in pairs(got) do
+    if exact[name] then attn.complain(dtype, name, data, exact[name], naive and naive[name], what) end
+  end
+end
+
+--- The same bits in every result.
+function device.same(got, first, what)
+  for name, data in pairs(got) do
+    assert.are.equal(0, direct.max_diff(data, first[name]), name .. " in " .. what)
+  end
+end
+
+--- Two kernels' results, to the rounding of bf16 (lse: of f32).
+function device.near(got, want, what)
+  for name, data in pairs(got) do
+    local most = (name:match "lse" and 1e-4 or 2 ^ -6) * (1 + direct.largest(want[name]))
+    assert.is_true(direct.max_diff(data, want[name]) <= most, name .. " in " .. what)
+  end
+end
+
+return device
