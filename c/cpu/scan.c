@@ -2,11 +2,13 @@
  *
  * A line is scanned from one end to the other by one thread, so the order of its additions is that of its elements and
  * nothing depends on the number of threads; what runs in parallel are lines. Lines whose elements lie together are
- * taken one at a time; otherwise up to 128 neighbouring lines go side by side, row of memory by row of memory, with one
- * accumulator each, which uses whole cache lines and vectorises. Both are one loop over tiles of n rows and w lines;
- * for w = 1 it is compiled again. Accumulators are double (int64_t for integers), so the f32 sum of a million terms is
- * exact to its last bit or two. A log-sum-exp is kept as a largest element and the sum of exponentials relative to it,
- * the online form, which never overflows.
+ * taken one at a time; otherwise up to 1024 neighbouring lines go side by side, row of memory by row of memory, with
+ * one accumulator each, which vectorises and goes through memory in order (128 lines at a time, pieces of 512 bytes,
+ * took several times as long). Both are one loop over tiles of n rows and w lines; for w = 1 it is compiled again.
+ * Arrays of the compute type are read and written in place; results larger than the caches are written past them.
+ * Accumulators are double (int64_t for integers), so the f32 sum of a million terms is exact to its last bit or two. A
+ * log-sum-exp is kept as a largest element and the sum of exponentials relative to it, the online form, which never
+ * overflows. The sum of one line would wait four cycles for each addition: four lines are summed at once.
  *
  * Gradients walk the line backwards, with factors that are read and never divided by:
  *   cumprod       S_i = g_i + x_(i+1) S_(i+1), dx_i = y_(i-1) S_i (Horner's rule): exact also where x has zeros;
@@ -17,7 +19,7 @@
 #include "cpu.h"
 #include "simd.h"
 
-enum { TILE = 1024, WIDEST = 128, LEAST = 8, MOST_VIEWS = 4 };
+enum { TILE = 1024, WIDEST = TILE, LEAST = 8, MOST_VIEWS = 4, LINES = 4, PIECE = TILE / LINES };
 
 /* one line's accumulators, for up to WIDEST lines */
 typedef struct {
@@ -60,6 +62,30 @@ ACCUMULATE(sum_i, int64_t, uint64_t, sum, +) /* wraps */
 ACCUMULATE(prod_f, float, double, a, *)
 ACCUMULATE(prod_d, double, double, a, *)
 ACCUMULATE(prod_i, int64_t, uint64_t, sum, *)
+
+/* LINES lines of n elements, each from one end to the other, as sum_f and sum_d have it */
+#define SUM_LINES(name, T)                                                                                             \
+    static void name(const void *const *from, void *const *to, int64_t n, bool stream)                                 \
+    {                                                                                                                  \
+        const T *a = from[0], *b = from[1], *c = from[2], *d = from[3];                                                \
+        double sa = 0, sb = 0, sc = 0, sd = 0;                                                                         \
+        for (int64_t at = 0; at < n; at += PIECE) {                                                                    \
+            T piece[LINES][PIECE];                                                                                     \
+            int64_t m = n - at < PIECE ? n - at : PIECE;                                                               \
+            for (int64_t i = 0; i < m; i++) {                                                                          \
+                piece[0][i] = (T)(sa += (double)a[at + i]);                                                            \
+                piece[1][i] = (T)(sb += (double)b[at + i]);                                                            \
+                piece[2][i] = (T)(sc += (double)c[at + i]);                                                            \
+                piece[3][i] = (T)(sd += (double)d[at + i]);                                                            \
+            }                                                                                                          \
+            for (int k = 0; k < LINES; k++) {                                                                          \
+                if (stream) v_stream((T *)to[k] + at, piece[k], (size_t)m * sizeof(T));                                \
+                else memcpy((T *)to[k] + at, piece[k], (size_t)m * sizeof(T));                                         \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+SUM_LINES(sum_lines_f, float)
+SUM_LINES(sum_lines_d, double)
 
 /* tile[2]: positions; NaN, which no comparison holds for, always takes over and is only left for another */
 #define EXTREME(name, T, A, field, operator)                                                                           \
@@ -153,6 +179,7 @@ typedef struct {
     const lac_view *views[MOST_VIEWS];
     bool made[MOST_VIEWS]; /* the others are read */
     int count, fn;
+    bool stream; /* the results are larger than the caches */
     bool reverse, backward,
         shifted; /* shifted: view 2 is read one element earlier in the line, and 1 before its first */
     tile_rule *rule;
@@ -181,6 +208,13 @@ static void state_reset(const scan_job *job, state *s)
 /* the compute type of view v: positions are integers beside any values */
 static int ctype_of(const scan_job *job, int v) { return lac_compute_type(job->views[v]->dtype); }
 
+/* is a tile of view v an array of its compute type where it lies? */
+static bool tile_is_array(const scan_job *job, int v, int64_t n, int64_t w)
+{
+    int64_t size = (int64_t)lac_compute_size(ctype_of(job, v));
+    return (n == 1 || job->stride[v] == w * size) && lac_is_native(job->views[v]->dtype);
+}
+
 /* rows [first, first + n) of the scan, w lines, into a dense tile; `line` is row 0 of the scan */
 static void tile_load(const scan_job *job, int v, const char *line, int64_t first, int64_t n, int64_t w, char *tile)
 {
@@ -202,6 +236,10 @@ static void tile_store(const scan_job *job, int v, char *line, int64_t first, in
 {
     const lac_view *x = job->views[v];
     int64_t bytes = lac_bytes_of(x->dtype), size = (int64_t)lac_compute_size(ctype_of(job, v));
+    if (job->stream && tile_is_array(job, v, n, w)) {
+        v_stream(line + first * job->stride[v], tile, (size_t)(n * w * size));
+        return;
+    }
     if (w == 1) {
         LAC_CPU(store)(x->dtype, tile, line + first * job->stride[v], job->stride[v], n);
         return;
@@ -221,6 +259,30 @@ static void tile_shifted(const scan_job *job, const char *line, int64_t first, i
     }
 }
 
+static void ask_ahead(const char *x, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += V_LINE) v_ask(x + i);
+}
+
+/* can LINES lines be summed at once? */
+static bool lines_fit(const scan_job *job)
+{
+    bool dense = job->width == 1 && tile_is_array(job, 0, 2, 1) && tile_is_array(job, 1, 2, 1);
+    return dense && (job->rule == sum_f || job->rule == sum_d);
+}
+
+static void sum_lines(const scan_job *job, const lac_cursor *c, int64_t line)
+{
+    const int64_t *out = job->nest.stride[0], *in = job->nest.stride[1];
+    const void *from[LINES];
+    void *to[LINES];
+    for (int k = 0; k < LINES; k++) {
+        to[k] = c->at[0] + (line + k) * out[job->nest.ndim - 1];
+        from[k] = c->at[1] + (line + k) * in[job->nest.ndim - 1];
+    }
+    (job->rule == sum_f ? sum_lines_f : sum_lines_d)(from, to, job->n, job->stream);
+}
+
 static void scan_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const scan_job *job = context;
@@ -232,25 +294,35 @@ static void scan_task(void *context, int64_t begin, int64_t end, int thread)
     state s;
     lac_cursor c;
     (void)thread;
-    for (int v = 0; v < MOST_VIEWS; v++) tile[v] = space[v];
+    const bool lines = lines_fit(job);
     for (int64_t t = begin; t < end; t++) {
         int64_t from = t % job->blocks * job->width, w = length - from < job->width ? length - from : job->width;
         int64_t most = TILE / w;
         if (t == begin) LAC_CPU(cursor_set)(nest, &c, t / job->blocks);
         else if (from == 0) lac_cursor_next(nest, &c);
+        if (lines && end - t >= LINES && length - from >= LINES) {
+            sum_lines(job, &c, from);
+            t += LINES - 1;
+            continue;
+        }
         state_reset(job, &s);
         for (int64_t first = 0; first < job->n; first += most) {
             int64_t n = job->n - first < most ? job->n - first : most;
             for (int v = 0; v < job->count; v++) {
-                const char *line = c.at[v] + from * nest->stride[v][last];
+                char *line = c.at[v] + from * nest->stride[v][last];
+                bool in_place = tile_is_array(job, v, n, w) && !(job->made[v] ? job->stream : v == 2 && job->shifted);
+                tile[v] = in_place ? line + first * job->stride[v] : (char *)space[v];
+                if (in_place && job->stream) ask_ahead(tile[v], n * w * (int64_t)lac_compute_size(ctype_of(job, v)));
                 if (v == 2 && job->shifted) tile_shifted(job, line, first, n, w, tile[v]);
-                else if (!job->made[v]) tile_load(job, v, line, first, n, w, tile[v]);
+                else if (!job->made[v] && tile[v] == space[v]) tile_load(job, v, line, first, n, w, tile[v]);
             }
             job->rule(&s, tile, first, n, w);
             for (int v = 0; v < job->count; v++)
-                if (job->made[v]) tile_store(job, v, c.at[v] + from * nest->stride[v][last], first, n, w, tile[v]);
+                if (job->made[v] && tile[v] == space[v])
+                    tile_store(job, v, c.at[v] + from * nest->stride[v][last], first, n, w, tile[v]);
         }
     }
+    if (job->stream) v_stream_end();
 }
 
 /* Do neighbouring lines lie side by side in every view, while the elements of a line do not? */
@@ -273,6 +345,7 @@ static int scan_run(const char *op, scan_job *job, int dim)
     if (numel == 0) return 0;
     job->n = job->views[0]->shape[dim];
     job->ctype = ctype_of(job, 0);
+    job->stream = numel * lac_bytes_of(job->views[0]->dtype) >= LAC_STREAM_BYTES;
     for (int v = 0; v < job->count; v++) {
         int64_t step = job->views[v]->stride[dim] * lac_bytes_of(job->views[v]->dtype);
         rest[v] = *job->views[v];
