@@ -243,7 +243,8 @@ LAC_INLINE float v_softplusf(float x)
 
 /* ---- float erf and the normal distribution ---- */
 
-/* erf(u) = -expm1(-u q(u)): q = -log(erfc(u))/u is smooth, so there is one branch and no cancellation near 0 */
+/* erf(u) = -expm1(-u q(u)): q = -log(erfc(u))/u is smooth, so there is one branch and no cancellation near 0.
+ * Rejected, here and for tanh: u P(u^2) / Q(u^2), half the steps, but off by 5.8 ulp (tanh 4.7) where it nears 1. */
 LAC_INLINE float v_erff(float x)
 {
     uint32_t k, sign = v_bits(x) & 0x80000000u;
@@ -257,44 +258,47 @@ LAC_INLINE float v_erff(float x)
 }
 
 /* The upper tail of the normal distribution Q(u) = erfc(u / sqrt(2)) / 2, u >= 0, as a product of its density
- * *e = e^(-u^2/2) (0 from u = 13.2 on, where it leaves the normal floats) and the returned ratio, which is smooth.
- * u^2 is taken in two parts: rounded, it would cost 8 ulp at u = 5. */
+ * *e = e^(-u^2/2) (0 from u = 13.25 on, below the normal floats) and the returned ratio, a quotient of polynomials
+ * whose coefficients are all positive, so that nothing cancels. -u^2/2 is not rounded before its whole part is taken
+ * off: that would cost 8 ulp at u = 5. Rejected: a polynomial in (u - 2) / (u + 3), which needs the division too and
+ * 8 steps more; 1 / y by Newton's steps, which take more of AVX-512's two ports than a division does. */
+#define V_TAIL_END 13.27f /* e^(-u^2/2) rounds to 2^-127 there, whose bits are those of 0 */
 LAC_INLINE float v_normal_tailf(float u, float *e)
 {
-    const float magic = 12582912.0f;
-    float c = v_at_most(u, 13.2f), h = c * c;
+    const float magic = 12582912.0f + 127.0f; /* with the bias of an exponent, as above */
+    float c = v_at_most(u, V_TAIL_END), half = -0.5f * c;
 #ifdef __FP_FAST_FMAF
-    float low = __builtin_fmaf(c, c, -h);
+    float t = half * c * 1.44269504f + magic, n = t - magic;
+    float r = __builtin_fmaf(half, c, n * -0.693359375f) + n * 2.12194440e-4f;
 #else
-    float head = v_float(v_bits(c) & 0xfffff000u), low = (c - head) * (c + head);
-    h = head * head; /* 12 bits: exact */
+    float head = v_float(v_bits(c) & 0xfffff000u), low = (c - head) * (half + -0.5f * head), h = -0.5f * head * head;
+    float t = h * 1.44269504f + magic, n = t - magic; /* head has 12 bits: its square is exact */
+    float r = ((h - n * 0.693359375f) + n * 2.12194440e-4f) + low;
 #endif
-    float t = h * -0.721347520f + magic, n = t - magic;
-    float r = -0.5f * h - n * 0.693359375f;
-    r = (r + n * 2.12194440e-4f) - 0.5f * low;
-    float z = r * r; /* as in v_expf */
-    float p = (5.0000000000e-1f + 1.6666576846e-1f * r) +
-              z * ((4.1666554432e-2f + 8.3632029716e-3f * r) + 1.3926213835e-3f * z);
-    p = (1.0f + (r + z * p)) * v_float((v_bits(t) << 23) + 0x3f800000u);
-    *e = u >= 13.2f ? 0.0f : p;
-    float w = 1.0f / (c + 3.0f), s = (c - 2.0f) * w, s2 = s * s, s4 = s2 * s2; /* Q / e (u + 3), 4e-8 */
-    float g = ((0.840510011f - 0.727946937f * s) + (0.367684126f - 0.0627620369f * s) * s2) +
-              ((-0.034298528f + 0.012425988f * s) + (0.00613203086f - 0.00170802488f * s) * s2) * s4;
-    return (g - 0.0011834061f * (s4 * s4)) * w;
+    *e = v_exp_poly(r) * v_float(v_bits(t) << 23);
+    float p = 0.508964f * c + 5.0620623f, q = 1.2757654f * c + 12.689643f; /* Q / e = p / q, 9e-9 */
+    p = p * c + 22.953695f;
+    p = p * c + 55.158436f;
+    p = p * c + 63.300518f;
+    q = q * c + 58.79122f;
+    q = q * c + 151.22324f;
+    q = q * c + 211.32993f;
+    q = q * c + 126.601036f;
+    return p / q;
 }
 
-/* gelu(x) = x cdf(x) = relu(x) - |x| Q(|x|): 4 ulp, also in the lower tail down to 2^-126 (0 below) */
+/* gelu(x) = x cdf(x) = relu(x) - |x| Q(|x|): 5.3 ulp, also in the lower tail down to 2^-126 (0 below) */
 LAC_INLINE float v_geluf(float x)
 {
     float e, u = fabsf(x), ratio = v_normal_tailf(u, &e);
     /* the bound keeps inf * 0 away; NaN comes through relu */
-    return (x < 0.0f ? 0.0f : x) - v_at_most(u, 13.2f) * ratio * e;
+    return (x < 0.0f ? 0.0f : x) - v_at_most(u, V_TAIL_END) * ratio * e;
 }
 /* its slope, cdf(x) + x density(x) */
 LAC_INLINE float v_gelu_gradf(float x)
 {
     float e, u = fabsf(x), ratio = v_normal_tailf(u, &e);
-    float d = (ratio - v_at_most(u, 13.2f) * 0.398942280f) * e;
+    float d = (ratio - v_at_most(u, V_TAIL_END) * 0.398942280f) * e;
     return v_float(v_bits(x > 0.0f ? 1.0f - d : d) | v_nan_bits(x));
 }
 
