@@ -82,6 +82,9 @@ typedef struct { lac_view param, grad, m, v, master; double lr, weight_decay; } 
 /* coupled: decay is added to the gradient; beta1 is SGD's momentum, which also has dampening and nesterov */
 typedef struct { int rule; const char *name; const lac_a_optim_item *items; int64_t n, step; double beta1, beta2, eps, dampening, grad_scale, grad_limit; bool nesterov, coupled; } lac_a_optim;
 typedef struct { const lac_view *items; int64_t n; double *norm; } lac_a_norm;
+/* x [B, N, H, D], f32, f16 or bf16; values: the same, f32, contiguous, each number rounded to e4m3 after division by its
+ * head's scale, and multiplied by it; scale [B, H] f32 contiguous: largest finite magnitude / 448 */
+typedef struct { lac_view x, scale, values; } lac_a_e4m3;
 /* clang-format on */
 /* lse and delta layouts and the meaning of every field: plan.h */
 typedef struct lac_a_attend lac_a_attend;

@@ -50,6 +50,8 @@ static int get_optional(const lac_plan *p, const lac_attn_args *args, lac_a_atte
                  "attention: kernel 'hopper' is for cuda, q is %s; move q, k and v there or leave the choice to "
                  "kernel 'auto'",
                  lac_describe(args->q));
+    if (args->fp8) LAC_TRY(lac_fp8_check(args));
+    a->fp8 = args->fp8;
     a->kernel = args->kernel;
     a->scale = args->scale != 0 ? args->scale : 1 / sqrt((double)d->head_dim);
     a->dropout = args->dropout;
@@ -154,6 +156,7 @@ int lac_attend_bwd(lac_plan *plan, const lac_attn_args *args, const lac_tensor *
     dq->storage = dk->storage = dv->storage = NULL;
     if (dbias) dbias->storage = NULL;
     LAC_TRY(get_inputs(plan, args, &a.forward));
+    if (args->fp8) LAC_FAIL(ARGUMENT, "attention: fp8 has no backward; leave fp8 out where gradients are wanted");
     LAC_TRY(get_saved(&a, args, out, lse, branch_lse, dout, dlse));
     int status = dbias ? lac_attn_bias_begin(&a, args, &pairs) : 0;
     if (!status) status = attend_bwd(&a, args, dq, dk, dv);

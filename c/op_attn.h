@@ -1,5 +1,5 @@
 /* op_attn.h: what the front end of attention consists of: op_attn.c calls these parts for options of single pairs, for
- * packed sequences and for long ones.
+ * packed sequences, for long ones and for rounded inputs.
  */
 #ifndef LAC_OP_ATTN_H
 #define LAC_OP_ATTN_H
@@ -11,6 +11,12 @@ int lac_attn_pairs(const lac_plan *p, const lac_attn_args *args, lac_a_attend *a
 /* makes the dense gradient of bias before the backward, and sums it to bias' shape and dtype afterwards */
 int lac_attn_bias_begin(lac_a_attend_bwd *a, const lac_attn_args *args, lac_tensor *pairs);
 int lac_attn_bias_end(const lac_attn_args *args, const lac_tensor *pairs, lac_tensor *dbias);
+
+/* op_fp8.c */
+/* checks that q's dtype and device can be rounded to e4m3 */
+int lac_fp8_check(const lac_attn_args *args);
+/* the slot attend; of rounded q, k and v if the call wants them so */
+int lac_fp8_attend(const lac_a_attend *a, int device);
 
 /* op_packed.c */
 /* checks the starts of packed sequences against the plan and the other arguments */

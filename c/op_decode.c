@@ -21,11 +21,12 @@ static int check_args(const lac_plan *p, const lac_attn_args *args, const int64_
     if (!position || !key_start)
         LAC_FAIL(ARGUMENT, "%s: %s is a null pointer", op, position ? "key_start" : "position");
     if (args->key_padding || args->key_lengths || args->dropout != 0 || args->mask || args->bias || args->block_mask ||
-        args->sequences || args->kernel)
-        LAC_FAIL(ARGUMENT,
-                 "%s: decoding takes no key padding, key lengths, mask, bias, block_mask, packed sequences, dropout or "
-                 "choice of kernel",
-                 op);
+        args->sequences || args->kernel || args->fp8)
+        LAC_FAIL(
+            ARGUMENT,
+            "%s: decoding takes no key padding, key lengths, mask, bias, block_mask, packed sequences, dropout, fp8 "
+            "or choice of kernel",
+            op);
     if (!isfinite(args->scale)) LAC_FAIL(ARGUMENT, "%s: scale must be finite, got %g", op, args->scale);
     return 0;
 }

@@ -90,10 +90,7 @@ int lac_packed_attend(const lac_a_attend *all, const lac_attn_args *args)
 {
     int device = args->q->device;
     uint64_t draw = 0;
-    if (!args->sequences) {
-        LAC_RUN(attend, device, all);
-        return 0;
-    }
+    if (!args->sequences) return lac_fp8_attend(all, device);
     for (int64_t s = 0, items; s < args->sequences; s += items) {
         int64_t rows = args->starts[s + 1] - args->starts[s];
         items = alike(args, s);
@@ -102,7 +99,7 @@ int lac_packed_attend(const lac_a_attend *all, const lac_attn_args *args)
         lac_a_attend a = part(all, args->starts[s], rows, items, &placed);
         a.draw = draw;
         draw += draws(all, rows, items);
-        LAC_RUN(attend, device, &a);
+        LAC_TRY(lac_fp8_attend(&a, device));
     }
     return 0;
 }

@@ -175,6 +175,8 @@ COST(multinomial, lac_a_multinomial, .flops = 2.0 * all(&a->weights), .bytes = B
 COST(dropout, lac_a_dropout, .flops = all(&a->out), .bytes = BYTES(&a->x, &a->out))
 COST(optim_many, lac_a_optim, .flops = optim_flops(a), .bytes = optim_bytes(a), .function = a->name)
 COST(norm_many, lac_a_norm, .flops = 2.0 * norm_sum(a, all), .bytes = norm_sum(a, bytes_of))
+/* read twice: for its scale, and to be rounded */
+COST(e4m3, lac_a_e4m3, .flops = 4.0 * all(&a->x), .bytes = bytes_of(&a->x) + BYTES(&a->x, &a->scale, &a->values))
 COST(attend, lac_a_attend, .flops = a->plan->info.flops_forward,
      .bytes = BYTES(&a->q, &a->k, &a->v, &a->padding, &a->lengths, &a->mask, &a->bias, &a->out, &a->lse,
                     &a->branch_lse))

@@ -227,6 +227,7 @@ function direct.args(c, q, k, v)
   a.q, a.k, a.v = q, k, v
   a.scale, a.dropout, a.seed, a.offset = c.scale or 0, c.dropout or 0, c.seed or 0, c.rng_offset or 0
   a.kernel = KERNEL[c.kernel or "auto"]
+  a.fp8 = c.fp8 and 1 or 0
   if c.padding then -- flat [B * M] booleans
     local bytes = {}
     for i, keep_key in ipairs(c.padding) do bytes[i] = keep_key and 1 or 0 end

@@ -462,9 +462,10 @@ local function pattern_options()
     causal = { true, false }, dedup = { true, false }, merge = { "mean", "sum", "lse", "lse_detach" },
     offset = { "mod", "branch", "block" }, align = { "start", "end" }, window = { 0, 1, 3 },
     dropout = { 0, 0.3 }, scale = { 0.5, -1 }, return_lse = { true, false },
+    fp8 = { true, false },
   }
   for _, name in ipairs { "causal", "dedup", "merge", "offset", "align", "window", "dropout", "scale",
-                          "return_lse" } do
+                          "return_lse", "fp8" } do
     if chance(25) then o[name] = one_of(maybe[name]) end
   end
   if chance(30) then o[one_of(NAMES)] = argument() end

@@ -133,11 +133,17 @@ function explain.text(title, t)
   coverage_lines(lines, t.coverage)
   lines[#lines + 1] = "  kernel         " .. t.kernel
   lines[#lines + 1] = traffic_line("forward", t.flops_forward, t.bytes_forward)
-  lines[#lines + 1] = traffic_line("backward", t.flops_backward, t.bytes_backward)
+  lines[#lines + 1] = t.fp8 and "  backward       none with fp8"
+    or traffic_line("backward", t.flops_backward, t.bytes_backward)
   lines[#lines + 1] = ("  workspace      forward %s, backward %s a CPU thread"):format(
     lib.bytes_text(t.workspace_forward), lib.bytes_text(t.workspace_backward))
-  lines[#lines + 1] = ("  kept           %s for the backward, beside q, k and v"):format(
-    lib.bytes_text(t.saved))
+  if not t.fp8 then
+    lines[#lines + 1] = ("  kept           %s for the backward, beside q, k and v"):format(
+      lib.bytes_text(t.saved))
+  else
+    lines[#lines + 1] = ("  fp8            scales %s, rounded copies in f32 %s while it runs"):format(
+      lib.bytes_text(t.fp8.scales), lib.bytes_text(t.fp8.copies))
+  end
   if t.element == 2 then
     lines[#lines + 1] = ("  f32 sums       forward %s, backward %s"):format(
       lib.bytes_text(t.accumulate_forward), lib.bytes_text(t.accumulate_backward))

@@ -65,6 +65,7 @@ local RUN = {
   training = { type = "boolean", default = true },
   key_padding = { type = "tensor" }, key_lengths = { type = "tensor" },
   kernel = { one_of = { "auto", "portable", "hopper" }, default = "auto" },
+  fp8 = { type = "boolean", default = false },
   mask = { type = "tensor" }, bias = { type = "tensor" }, alibi = alibi.option,
   block_mask = { of_a_call = true, check = function(v)
     if not tensor.is(v) and not masks.is(v) then
@@ -170,6 +171,7 @@ local function fill_args(q, k, v, o)
   if o.starts then args.starts, args.sequences = o.starts, o.sequences end
   args.scale, args.dropout, args.seed, args.offset = o.scale or 0, o.p, o.seed, o.at
   args.kernel = KERNEL[o.kernel or "auto"]
+  args.fp8 = o.fp8 and 1 or 0
   return args
 end
 
@@ -195,6 +197,10 @@ local CONSTANT = { "key_padding", "key_lengths", "mask", "alibi", "block_mask" }
 
 -- run: what run_options makes; the bias is the operator's fourth input
 local function attend(plan, q, k, v, run)
+  if run.fp8 and ops.wants(q, k, v, run.bias) then
+    fail(OP, "fp8 is for forward passes: its gradients would be those of another function; call it inside "
+      .. "lac.no_grad, or leave fp8 out where gradients are wanted")
+  end
   local out, lse, branch = forward_raw(plan, q, k, v, run)
   if ops.wants(q, k, v, run.bias) then
     local node = ops.record(attend_op, out, q, k, v, run.bias)
@@ -265,8 +271,8 @@ local function run_options(o, q, blocks)
   if p > 0 then seed, at = create.draw() end
   local starts, sequences
   if o.cu_seqlens then starts, sequences = packed.starts(o.cu_seqlens) end
-  return { scale = o.scale, p = p, seed = seed, at = at, kernel = o.kernel, key_padding = o.key_padding,
-           key_lengths = o.key_lengths, mask = o.mask, bias = o.bias,
+  return { scale = o.scale, p = p, seed = seed, at = at, kernel = o.kernel, fp8 = o.fp8,
+           key_padding = o.key_padding, key_lengths = o.key_lengths, mask = o.mask, bias = o.bias,
            alibi = o.alibi and alibi.tensor(o.alibi, q), block_mask = blocks, block = o.block or BLOCK,
            starts = starts, sequences = sequences }
 end
@@ -316,7 +322,10 @@ end
 --   nothing, or a pattern of attention.masks; block (128, at least 16); cu_seqlens, S + 1 numbers from 0 to N
 --   (list or tensor): packed sequences, each as if called alone; return_lse (true);
 --   need_weights (false); kernel on a GPU: "auto", "portable" or "hopper", an error where
---   that one cannot do the call
+--   that one cannot do the call; fp8 (false): q, k and v (f32, f16, bf16) are rounded to e4m3, each head of
+--   each item with a scale of its own, the largest finite magnitude of all its rows / 448. Without gradients;
+--   not on cuda yet, and no faster on the CPU. Root mean square error of out against f64, 2048 normal rows,
+--   D 64 and 128: 4.2 to 4.8% of out, 14 times that of bf16; one number in 1000 ten times as large: 8 to 10%
 -- @treturn Tensor out [B, N, H, D]; rows without a key are 0
 -- @treturn Tensor lse [B, N, H] f32 (f64 for f64), natural logarithm; -inf for rows without a key; absent
 --   with return_lse = false

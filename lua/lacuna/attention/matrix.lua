@@ -6,9 +6,10 @@
 -- cannot claim what is not so, and a variant that a script registers is judged like the others.
 --
 -- A probe is {option, make = options of the object, call = options of the call, sizes, base = options that
--- both sides have}; with `module` it tries nn's multi-head module, whose options these are then, with the
--- same numbers in the parameters of either side. `unprobed` names the options of plans and calls without a
--- probe, so that the suite notices a new one. Rejected: a table written by hand.
+-- both sides have}; `forward`: only a forward pass without gradients, in f32; with `module` it tries nn's
+-- multi-head module, whose options these are then, with the same numbers in the parameters of either side.
+-- `unprobed` names the options of plans and calls without a probe, so that the suite notices a new one.
+-- Rejected: a table written by hand.
 
 local schema = require "lacuna.schema"
 local create = require "lacuna.create"
@@ -16,14 +17,14 @@ local grad = require "lacuna.grad"
 
 local H, N, D = 4, 12, 2
 
-local function values(shape, seed) -- numbers that do not disturb the global stream
+local function values(shape, seed, dtype) -- numbers that do not disturb the global stream
   local n, x, list = 1, seed, {}
   for i = 1, #shape do n = n * shape[i] end
   for i = 1, n do
     x = (x * 16807) % 2147483647
     list[i] = x / 2147483647 * 2 - 1
   end
-  return create.tensor(list, { dtype = "f64", shape = shape })
+  return create.tensor(list, { dtype = dtype or "f64", shape = shape })
 end
 
 local function flags(shape, step) -- every step-th is false
@@ -52,6 +53,7 @@ local PROBES = {
   { "key_padding", call = { key_padding = function() return flags({ 1, N }, 5) end } },
   { "key_lengths", call = { key_lengths = function() return create.tensor({ 7 }, { dtype = "i64" }) end } },
   { "kernel = hopper", make = { kernel = "hopper" } }, -- never for f64, so it must be refused
+  { "fp8", make = { fp8 = true }, forward = true }, -- no gradients, no f64
   { "mask", call = { mask = function() return flags({ N, N }, 3) end } },
   { "bias", call = { bias = function() return values({ N, N }, 9) end } },
   { "alibi", call = { alibi = function() return true end } },
@@ -80,6 +82,12 @@ local function merged(...)
     for key, value in pairs((select(i, ...)) or {}) do all[key] = value end
   end
   return all
+end
+
+-- what a forward pass without gradients gives in f32, as a list of tensors
+local function forward_signature(attention, options)
+  local function input(seed) return values({ 1, N, H, D }, seed, "f32") end
+  return grad.no_grad(function() return { attention(options)(input(11), input(12), input(13)) } end)
 end
 
 -- everything that an option could change, as a list of tensors
@@ -129,6 +137,10 @@ local function both_sides(attention, base, probe)
   if probe.module then
     local without, like = module_signature(attention, base)
     return without, pcall(module_signature, attention, merged(base, probe.module), probe.call, like)
+  end
+  if probe.forward then
+    base = merged(base, base.dtype and { dtype = "f32" }) -- a scorer's
+    return forward_signature(attention, base), pcall(forward_signature, attention, merged(base, probe.make))
   end
   local plain = merged(base, probe.base)
   local without = signature(attention, plain, probe.both and probe.sizes or {}, nil)

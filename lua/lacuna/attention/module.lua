@@ -160,6 +160,7 @@ function Attention:decoder(head_dim)
   if o.kernel ~= "auto" then
     fail(OP, "decoding has one kernel: kernel = '%s' cannot be honoured", o.kernel)
   end
+  if o.fp8 then fail(OP, "decoding has no fp8: make %s without it", self.variant) end
   if record.decoder then return record.decoder(self, head_dim) end
   local pattern = {}
   for name, value in pairs(self.pattern) do pattern[name] = value end
@@ -190,7 +191,11 @@ local function blocks_pay(pattern, n, block)
 end
 
 -- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none
-local function kernel_of(name, dtype, kernel, refusal, n)
+local function kernel_of(name, dtype, kernel, refusal, n, fp8)
+  if fp8 and dtype == C.LAC_F64 then return "fp8 fails: it takes f32, f16 or bf16" end
+  if fp8 and (name or device.default_device()):find "^cuda" then
+    return "cuda: fp8 fails: it is not available there yet"
+  end
   if (name or device.default_device()):find "^cuda" then
     local half, choice = device.dtype_size[dtype] == 2, choice_of(kernel, refusal)
     if n <= FEW and kernel == "auto" then
@@ -204,7 +209,8 @@ local function kernel_of(name, dtype, kernel, refusal, n)
   device.code(OP, name) -- refuses what is no device
   if kernel == "hopper" then return "cpu: kernel 'hopper' (chosen) fails: it is for cuda" end
   local isa = tostring(device.devices()):match("cpu: ([^\n]*)") or "cpu"
-  return "cpu: " .. CPU:format(isa, dtype == C.LAC_F64 and "f64" or "f32", device.threads())
+  return "cpu: " .. (fp8 and "q, k and v rounded to e4m3, then " or "")
+    .. CPU:format(isa, dtype == C.LAC_F64 and "f64" or "f32", device.threads())
 end
 
 -- ranks and bytes of K and V that travel, for a variant in shards
@@ -220,6 +226,13 @@ local function ring_of(self, n, m, row)
   t.bytes_ring, t.bytes_allgather = plan.traffic.ring * row, plan.traffic.allgather * row
   t.held_ring, t.held_allgather = plan.traffic.ring_held * row, plan.traffic.allgather_held * row
   return t
+end
+
+-- bytes that fp8 takes on the CPU while a call runs: a scale for each head of each item, copies in f32
+local function fp8_of(t, element)
+  local out = t.batch * t.n * t.heads * t.head_dim
+  local copies = (element < 4 and 2 or 1) * out + 2 * t.batch * t.m * t.kv_heads * t.head_dim
+  return { scales = 4 * t.batch * (t.heads + 2 * t.kv_heads), copies = 4 * copies }
 end
 
 local EXPLAIN -- made at the first call: the core is not there yet
@@ -265,7 +278,8 @@ function Attention:explain(n, sizes)
   if not refusal and self.record.blocks and o.kernel ~= "hopper" and not blocks_pay(p, n, o.block) then
     refusal = "a branch has fewer than 64 rows a block"
   end
-  t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n)
+  t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n, o.fp8)
+  t.fp8 = o.fp8 and fp8_of(t, element) or nil
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
   return explain.text(("%s at N = %d%s, batch %d, head_dim %d, %s"):format(

@@ -48,6 +48,7 @@ local PATTERN = {
   dedup = { type = "boolean", default = false },
   causal = { type = "boolean", default = false },
   window = { type = "integer", min = 0 },
+  fp8 = { type = "boolean", default = false },
 }
 
 local OPTIONS = {
@@ -122,8 +123,9 @@ config.define("multihead", function(options) return (configure(options)) end)
 --- Make the module.
 -- @tparam table options embed_dim E, heads H; variant = "custom" (any of lac.attention's) and what it takes:
 --   segments, dilations, for "custom" scheme = "all" | "split"; offset, merge (default: the variant's),
---   dedup, causal, window, scale; kv_heads = heads; kdim, vdim = E (widths of key and value); dropout = 0 (on
---   the attention weights, in training); bias = true; fused = false; layer_norm = true; gamma = 1; positions
+--   dedup, causal, window, scale, fp8 (no gradients, no decoding); kv_heads = heads; kdim, vdim = E (widths
+--   of key and value); dropout = 0 (on the attention weights, in training); bias = true; fused = false;
+--   layer_norm = true; gamma = 1; positions
 --   = "none" | "rope" | "xpos" | "alibi", rope_base, xpos_base, origin (position of the first row);
 --   add_bias_kv, add_zero_attn = false (a learned key and value, a key and value of zeros, that every query
 --   has too); batch_first = true; dtype, device

@@ -79,8 +79,8 @@ local ENCODER = spec{
 
 --- @tparam table options context, segments, dilations; vocab (without it the inputs are rows [B, N, width],
 --   not tokens); size, layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width, scheme, offset, merge,
---   dedup, window, positions = "xpos", fused, dropout, attention_dropout, checkpoint_activations, dtype,
---   device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
+--   dedup, window, fp8, positions = "xpos", fused, dropout, attention_dropout, checkpoint_activations,
+--   dtype, device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
 function Encoder:init(options)
   local o = schema.options("LongNetEncoder", parts.sized("LongNetEncoder", options), ENCODER)
   self.options, self.context, self.has_vocab = o, o.context, o.vocab ~= nil

@@ -284,11 +284,11 @@ local OPTIONS = spec{
 
 --- @tparam table options context, segments, dilations; size = "125M" | "350M" | "760M" | "2.7B" (the paper's
 --   layers, width, heads, segments and dilations, and vocab = 50304; other options given win); vocab = 256,
---   layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width; scheme, offset, merge, dedup, window as
---   in MultiheadDilatedAttention (always causal); positions = "xpos" | "rope" | "alibi" | "none"; tied = true
---   (output layer shares the embedding); fused = false (projections); dropout, attention_dropout = 0;
---   checkpoint_activations = false (true: a block keeps only its input for the backward pass and is computed
---   again there); dtype, device
+--   layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width; scheme, offset, merge, dedup, window,
+--   fp8 as in MultiheadDilatedAttention (always causal); positions = "xpos" | "rope" | "alibi" | "none";
+--   tied = true (output layer shares the embedding); fused = false (projections); dropout,
+--   attention_dropout = 0; checkpoint_activations = false (true: a block keeps only its input for the
+--   backward pass and is computed again there); dtype, device
 function LongNetLM:init(options)
   local o = schema.options("LongNetLM", sized("LongNetLM", options), OPTIONS)
   o.ffn = o.ffn or 4 * o.width
