@@ -2,10 +2,12 @@
  *
  * The CPU's kernels are compiled once per instruction set (baseline, AVX2, AVX-512; attention also for AMX) from the
  * same sources and the best table that this processor can run is picked at start; LACUNA_CPU or lac_isa() force
- * another one, which is how the tests cover all of them. AMX has to be asked for: f32 in parts loses digits below
- * 2^-102, and the unit's speed depends on what else the processor does. A CUDA back end is a plug-in that is loaded at
- * run time and exports `lac_backend_v1`; its first fields are the ABI, so a stale plug-in is refused with what to
- * rebuild. Nothing ever moves to another device by itself.
+ * another one, which is how the tests cover all of them. Linux grants the matrix unit (AMX) to a process that asks for
+ * it, unless one of its threads has an alternate stack for signals that is too small for the unit's registers; then, as
+ * where the kernel does not know the unit, AVX-512 is the best. Once granted, such small stacks are refused to the
+ * process, so it is asked for only when the table is chosen. A CUDA back end is a plug-in that is loaded at run time
+ * and exports `lac_backend_v1`; its first fields are the ABI, so a stale plug-in is refused with what to rebuild.
+ * Nothing ever moves to another device by itself.
  */
 #include "device.h"
 #include <cblas.h>
@@ -94,7 +96,7 @@ static const lac_backend *isa_table(const char *name)
 
 __attribute__((constructor)) static void choose_cpu(void)
 {
-    static const char *const best_first[] = {"avx512", "avx2", "baseline"};
+    static const char *const best_first[] = {"amx", "avx512", "avx2", "baseline"};
     const char *forced = getenv("LACUNA_CPU");
     /* a constructor cannot fail: the host compares lac_isa(NULL) with the variable and refuses (lib.lua does) */
     if (forced) cpu_backend = isa_table(forced);

@@ -75,6 +75,13 @@ describe("attn:explain", function()
     assert.are.equal(4 * q + 4 * k + lse, t.bytes_backward)
     assert.are.equal(q + 3 * lse, t.saved) -- out, merged lse, one for each branch
     assert.matches("^cpu: tiles in %w+, f32 sums, %d+ threads$", t.kernel)
+    if lac.devices():find "cpu: amx" then -- the matrix unit takes long rows of f32 and half types
+      for set, o in pairs { amx = { 64, "bf16" }, avx512 = { 64, "f64" } } do
+        local of = attn:explain(16, { as = "table", head_dim = o[1], dtype = o[2], device = "cpu" })
+        assert.matches("^cpu: tiles in " .. set .. ",", of.kernel)
+      end
+      assert.matches("^cpu: tiles in avx512,", t.kernel)
+    end
     assert.are.equal("cuda: tensor cores, f32 sums; portable: a branch has fewer than 64 rows a segment",
       attn:explain(16, { as = "table", dtype = "bf16", device = "cuda" }).kernel)
     -- on a GPU: two passes where lattices are short, statistics of both branches and f32 sums of dq, dk, dv

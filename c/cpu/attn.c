@@ -11,7 +11,8 @@
  * threads, past the caches: with a dilation of 16 that is more memory than everything else touches.
  *
  * Where the processor has a matrix unit (AMX) the file is compiled once more, as the attention of the table "amx":
- * f32, f16 and bf16 then make their products in parts (attn_parts.inc). LACUNA_CPU=amx asks for it.
+ * f32, f16 and bf16 then make their products in parts (attn_parts.inc), which is the default there. f64, short rows and
+ * active blocks go on to the attention of AVX-512.
  *
  * Rejected: one thread per (batch, head), which leaves cores idle for long sequences; atomics; OpenMP's dynamic
  * schedule, which promises no order.
@@ -162,7 +163,7 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #define IREAL int32_t
 #ifdef ATTN_AMX
 #define ATTN_PARTS 1
-#define ATTN_PARTS_LEAST 48 /* numbers of a row: at 32 multiply-adds are as fast, the softmax is the same */
+#define ATTN_PARTS_LEAST 32 /* numbers of a row: of fewer, whose tiles are filled up, multiply-adds are as fast */
 #define ATTN_PARTS_KEYS 128 /* probabilities of so many keys are taken apart at a time */
 #define ATTN_GATHER 32      /* rows that are packed together */
 #define ATTN_HEIGHT AMX_SIDE

@@ -36,10 +36,24 @@
 --     against 163: twice the forward, more than twice the backward. Measured for N = 2048, times of SDPA over
 --     ours, with multiply-adds and with the unit: forward D = 64 1.14 -> 1.44, causal 1.46 -> 1.67; D = 128
 --     1.08 -> 1.56, causal 1.27 -> 1.82; backward D = 64 1.05 -> 1.29, causal 1.37 -> 1.56; D = 128
---     1.02 -> 1.34, causal 1.25 -> 1.52. At D = 32 nothing (1.24 and 1.01), so rows below 48 do without it.
+--     1.02 -> 1.34, causal 1.25 -> 1.52. At D = 32 nothing (1.24 and 1.01).
 --     Errors against f64 are 0.5 to 0.9 of those of multiply-adds. Neighbours on the host slow the
 --     unit, and it alone, to 110 GFLOP/s for milliseconds to minutes; then it is 0.7 to 0.9 of multiply-adds.
---     So it is not the default: LACUNA_CPU=amx asks for it, and pays on a machine of one's own.
+--     Over an hour on a busy host it was the slower one in 10 of 41 pairs of calls 75 s apart (D = 64; in 5
+--     or 6 at D = 128); the medians were 1.22 and 1.18 times as fast at D = 64, 1.53 and 1.34 at D = 128.
+--     So it is the default.
+--   * Half types take as few parts as they have, bf16 one product of keys instead of six, of values three.
+--     P and dS taken apart as they are made, for 32 rows and 128 keys at a time. Expected of counting: 24
+--     instructions a vector of scores in the forward, 35 in the backward. By processor time, N = 2048, 2
+--     heads, ms before and after, forward and backward: bf16 D = 64 13.0 -> 9.4 and 34 -> 21.2, D = 128
+--     21.5 -> 13.3 and 62 -> 38; f32 D = 64 13.5 -> 12.3 and 35.0 -> 32.0, D = 128 21.3 -> 20.5 and
+--     62 -> 59. At D = 32, where multiply-adds took 10 and 23: f32 9.5 and 20, bf16 8.1 and 16; so rows of
+--     32 numbers on have it. What is left of f32 are products: 1.2 to 1.8 of the time they take in the loop.
+--     Beside SDPA, processes in turns, the fastest of four turns of 8 calls on a busy host, SDPA's time over
+--     ours, forward and backward, with the unit (with multiply-adds): D = 32 1.19 and 1.18 (1.13, 1.02),
+--     D = 64 1.47 and 1.38 (1.12, 1.08), D = 128 1.64 and 1.37 (1.04, 0.97). In bf16, where SDPA rounds P to
+--     bf16 as well, D = 32 0.95 and 2.0, D = 64 0.83 and 1.8, D = 128 0.71 and 1.25. In the first turn the
+--     unit was slow: D = 64 0.67 and 0.65 of SDPA, where multiply-adds, as disturbed, had 0.72 and 0.68.
 --   * Tiles of other sizes (12, 48 rows; 256, 384, 1024 keys; in the backward 48, 192 rows, 64 to 256 keys):
 --     within 3%, or slower.
 --   * lse_detach, three branches with segments of 1024 rows: deltas made in the pass of the gradients:

@@ -169,6 +169,7 @@ function Attention:decoder(head_dim)
 end
 
 local CPU = "tiles in %s, %s sums, %d threads"
+local PARTS_LEAST = 32 -- head dimension from which amx is used, as in c/cpu/attn.c; never for active blocks
 
 -- the kernel of a GPU, as far as it does not depend on the call; refusal: why it is not the one for Hopper
 local function choice_of(kernel, refusal)
@@ -191,7 +192,7 @@ local function blocks_pay(pattern, n, block)
 end
 
 -- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none
-local function kernel_of(name, dtype, kernel, refusal, n, fp8)
+local function kernel_of(name, dtype, kernel, refusal, n, fp8, head_dim)
   if fp8 and dtype == C.LAC_F64 then return "fp8 fails: it takes f32, f16 or bf16" end
   if fp8 and (name or device.default_device()):find "^cuda" then
     return "cuda: fp8 fails: it is not available there yet"
@@ -209,6 +210,7 @@ local function kernel_of(name, dtype, kernel, refusal, n, fp8)
   device.code(OP, name) -- refuses what is no device
   if kernel == "hopper" then return "cpu: kernel 'hopper' (chosen) fails: it is for cuda" end
   local isa = tostring(device.devices()):match("cpu: ([^\n]*)") or "cpu"
+  if isa == "amx" and (dtype == C.LAC_F64 or head_dim < PARTS_LEAST) then isa = "avx512" end
   return "cpu: " .. (fp8 and "q, k and v rounded to e4m3, then " or "")
     .. CPU:format(isa, dtype == C.LAC_F64 and "f64" or "f32", device.threads())
 end
@@ -278,7 +280,8 @@ function Attention:explain(n, sizes)
   if not refusal and self.record.blocks and o.kernel ~= "hopper" and not blocks_pay(p, n, o.block) then
     refusal = "a branch has fewer than 64 rows a block"
   end
-  t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n, o.fp8)
+  local amx_dim = self.record.blocks and 0 or z.head_dim
+  t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n, o.fp8, amx_dim)
   t.fp8 = o.fp8 and fp8_of(t, element) or nil
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
