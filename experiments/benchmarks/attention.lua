@@ -39,8 +39,9 @@
 --     1.02 -> 1.34, causal 1.25 -> 1.52. At D = 32 nothing (1.24 and 1.01).
 --     Errors against f64 are 0.5 to 0.9 of those of multiply-adds. Neighbours on the host slow the
 --     unit, and it alone, to 110 GFLOP/s for milliseconds to minutes; then it is 0.7 to 0.9 of multiply-adds.
---     Over an hour on a busy host it was the slower one in 10 of 41 pairs of calls 75 s apart (D = 64; in 5
---     or 6 at D = 128); the medians were 1.22 and 1.18 times as fast at D = 64, 1.53 and 1.34 at D = 128.
+--     Over 100 minutes on a busy host, 77 pairs of calls 75 s apart, medians and, in brackets, ratios of the
+--     mean times: 1.22 (1.10) forward and 1.18 (1.05) backward at D = 64, 1.48 (1.33) and 1.33 (1.20) at
+--     D = 128. It was the slower one in 21, 20, 12 and 15 of the pairs.
 --     So it is the default.
 --   * Half types take as few parts as they have, bf16 one product of keys instead of six, of values three.
 --     P and dS taken apart as they are made, for 32 rows and 128 keys at a time. Expected of counting: 24
@@ -54,6 +55,9 @@
 --     D = 64 1.47 and 1.38 (1.12, 1.08), D = 128 1.64 and 1.37 (1.04, 0.97). In bf16, where SDPA rounds P to
 --     bf16 as well, D = 32 0.95 and 2.0, D = 64 0.83 and 1.8, D = 128 0.71 and 1.25. In the first turn the
 --     unit was slow: D = 64 0.67 and 0.65 of SDPA, where multiply-adds, as disturbed, had 0.72 and 0.68.
+--     This section by itself, wall time, N = 2048, half a minute on the same host: D = 32 1.19 and 1.23,
+--     D = 64 1.32 and 1.02, D = 128 1.02 and 1.76, ratios of turns between 0.7 and 2.3: 1.2 and 1.3 of SDPA
+--     are there at D = 64 and 128 while the unit is left alone, and not shown otherwise, nor at D = 32.
 --   * Tiles of other sizes (12, 48 rows; 256, 384, 1024 keys; in the backward 48, 192 rows, 64 to 256 keys):
 --     within 3%, or slower.
 --   * lse_detach, three branches with segments of 1024 rows: deltas made in the pass of the gradients:
