@@ -6,9 +6,11 @@
 -- backward, for blocks of 128. Smaller blocks are shown beside it: each key that is packed serves so many
 -- fewer queries.
 --
--- On the CPU with AVX-512, one thread, the fastest by processor time of 18 calls of ours and 6 of dense:
--- blocks of 128 D 64 1.20 and 1.28, causal 1.11 and 1.15; D 128 1.18 and 1.28, causal 1.15 and 1.16; blocks
--- of 64 D 64 1.37 and 1.42, causal 1.38 and 1.34. On a busy machine a pair varies by a tenth and more.
+-- On the CPU by multiply-adds (LACUNA_CPU=avx512), one thread, the fastest by processor time of 18 calls of
+-- ours and 6 of dense: blocks of 128 D 64 1.20 and 1.28, causal 1.11 and 1.15; D 128 1.18 and 1.28, causal
+-- 1.15 and 1.16; blocks of 64 D 64 1.37 and 1.42, causal 1.38 and 1.34. On a busy machine a pair varies by a
+-- tenth and more. Where there is a matrix unit dense attention is faster by what attention.lua states, active
+-- blocks do not use the unit, and against that the target is missed.
 --
 -- On CUDA both sides are the portable kernels' in bf16, with 16 heads, so that either side has several
 -- tiles a multiprocessor. An H200, blocks of 128, in one run, forward and backward, then causal: D 64 1.56
