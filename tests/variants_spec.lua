@@ -15,7 +15,8 @@ local REFUSED = {
   ["merge = lse_detach"] = "adaptive auto block_sparse dense dilated distributed hierarchical improved",
   ["merge = sum"] = "adaptive auto block_sparse dense dilated distributed hierarchical improved longnet ring",
   dedup = "adaptive block_sparse dense dilated distributed hierarchical improved ring",
-  dropout = "distributed ring", fp8 = "distributed ring", ["kernel = hopper"] = "*",
+  dropout = "distributed ring", ["kernel = hopper"] = "*",
+  fp8 = lac.default_device() == "cpu" and "distributed ring" or "*",
   block_mask = "adaptive block_sparse distributed hierarchical ring",
   ["cu_seqlens (packed)"] = "adaptive block_sparse hierarchical",
 }
