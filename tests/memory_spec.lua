@@ -7,6 +7,7 @@
 local lac = require "lacuna"
 local lib = require "lacuna.lib"
 local sys = require "lacuna.sys"
+local COMMAND = os.getenv("LACUNA_COMMAND") or "build/bin/lacuna"
 local C = lib.C
 
 local function settle()
@@ -387,13 +388,13 @@ describe("memory report", function()
 
   it("obeys LACUNA_MEMORY", function()
     local code = [[-e 'lac = require "lacuna"; KEPT = lac.ones{ 3 }']]
-    local status, _, err = sys.run("LACUNA_MEMORY=exit build/bin/lacuna " .. code)
+    local status, _, err = sys.run("LACUNA_MEMORY=exit " .. COMMAND .. " " .. code)
     assert.are.equal(0, status)
     assert.matches("alive at exit: 1 block, 64 B, survives:.*command line", err)
-    status, _, err = sys.run("LACUNA_MEMORY=trace build/bin/lacuna " .. code)
+    status, _, err = sys.run("LACUNA_MEMORY=trace " .. COMMAND .. " " .. code)
     assert.are.equal(0, status)
     assert.are.equal("", err)
-    status, _, err = sys.run("LACUNA_MEMORY=trase build/bin/lacuna " .. code)
+    status, _, err = sys.run("LACUNA_MEMORY=trase " .. COMMAND .. " " .. code)
     assert.are.equal(1, status)
     assert.matches("did you mean 'trace'", err)
   end)

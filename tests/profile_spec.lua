@@ -9,6 +9,7 @@
 local lac = require "lacuna"
 local lib = require "lacuna.lib"
 local sys = require "lacuna.sys"
+local COMMAND = os.getenv("LACUNA_COMMAND") or "build/bin/lacuna"
 local json = require "lacuna.json"
 
 local function profile(fn, options)
@@ -250,17 +251,17 @@ describe("lac.profile", function()
     file:write("local lac = require 'lacuna'\n",
       "print(select('#', ...), lac.ones{ 3 }:tanh():sum():item() > 2, ...)")
     file:close()
-    local status, out, err = sys.run("build/bin/lacuna profile " .. script .. " a b")
+    local status, out, err = sys.run(COMMAND .. " profile " .. script .. " a b")
     assert.are.equal(0, status, err)
     assert.matches("^2\ttrue\ta\tb\n", out)
     assert.matches("profile: .*operator +pass.*tanh +fwd +1 .*line +calls.*%.lua:2 +3 ", out)
-    status, out, err = sys.run("build/bin/lacuna profile")
+    status, out, err = sys.run(COMMAND .. " profile")
     assert.are.equal(2, status, out)
     assert.matches("'profile' needs a script to run", err)
     file = assert(io.open(script, "wb"))
     file:write("error('mine')")
     file:close()
-    status, out, err = sys.run("build/bin/lacuna profile " .. script)
+    status, out, err = sys.run(COMMAND .. " profile " .. script)
     assert.are.equal(1, status, out)
     assert.matches("mine", err)
   end)
