@@ -234,8 +234,8 @@ describe("nn.LongNetEncoderDecoder", function()
     for b = 1, 8 do
       for i = 1, 4 do right = right + (got[b][i] == target[b][i] and 1 or 0) end
     end
-    -- chance is 6; sums in another order are like another seed, and those reach 24 to 31
-    assert.is_true(right >= (lac.default_device() == "cpu" and 30 or 20), right .. " of 32")
+    -- chance is 6; sums in another order, which another processor makes, are like another seed: 24 to 31
+    assert.is_true(right >= 20, right .. " of 32")
   end)
 
   it("names what is wrong", function()
