@@ -219,11 +219,11 @@ describe("nn.LongNetEncoderDecoder", function()
       end
       return source, input, target
     end
-    for _ = 1, 250 do
+    for step = 1, 400 do
       lac.scope(function()
         local source, input, target = batch(16)
         model:loss(ids(source), ids(input), ids(target)):backward()
-        optimizer:step{ clip = 1 }
+        optimizer:step{ clip = 1, factor = 1 - step / 401 } -- or the last steps throw it about
         optimizer:zero_grad()
       end)
     end
@@ -234,8 +234,8 @@ describe("nn.LongNetEncoderDecoder", function()
     for b = 1, 8 do
       for i = 1, 4 do right = right + (got[b][i] == target[b][i] and 1 or 0) end
     end
-    -- chance is 6; sums in another order, which another processor makes, are like another seed: 24 to 31
-    assert.is_true(right >= 20, right .. " of 32")
+    -- chance is 6; sums in another order, which another processor makes, are like another seed
+    assert.is_true(right >= 30, right .. " of 32")
   end)
 
   it("names what is wrong", function()
