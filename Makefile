@@ -102,8 +102,9 @@ $(COMMAND): c/main.c c/interrupt.c c/interrupt.h c/lacuna.h
 
 # ---- CUDA ----
 
-# Kernels are compiled once, as PTX of the first architecture, from which each architecture's instructions are made;
-# only those of Hopper alone (attn_hopper_*.cu) for each architecture. PTX is for later devices.
+# Kernels are compiled for each architecture, because from Hopper on they may start while the one before ends
+# (kernels/launch.cuh); the portable ones of attention, which take longest, once, as PTX of the first architecture, from
+# which each architecture's instructions are made. PTX is for later devices.
 CUDA_ARCH ?= 80 90a
 GENCODE := $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
            -gencode arch=compute_$(firstword $(CUDA_ARCH)),code=compute_$(firstword $(CUDA_ARCH))
@@ -128,13 +129,13 @@ compile_cuda = $(NVCC) -O3 -std=c++17 --extended-lambda $(1) -Ic -Xcompiler -fPI
 $(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
-	$(Q)$(call compile_cuda,$(if $(findstring hopper,$<),$(GENCODE),$(PLAIN_CODE))) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
+	$(Q)$(call compile_cuda,$(if $(filter kernels/attn_hopper% kernels/attn_few%,$<),$(GENCODE),$(PLAIN_CODE))) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
 	$(Q)awk -f kernels/ptxas.awk $@.log || { rm $@; exit 1; }
 
 $(BUILD)/obj/cuda/%.o: kernels/%.cu
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
-	$(Q)$(call compile_cuda,$(PLAIN_CODE)) -c $< -o $@
+	$(Q)$(call compile_cuda,$(GENCODE)) -c $< -o $@
 
 $(PLUGIN): $(KERNELS)
 	@mkdir -p $(@D)

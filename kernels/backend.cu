@@ -141,12 +141,14 @@ static int wait(const char *op)
 /* ---- launches ---- */
 
 enum { KERNELS_KNOWN = 4096 };
-static struct {
+struct known_kernel {
     const void *kernel;
     CUfunction function;
-} known[KERNELS_KNOWN];
+    bool overlaps; /* may it start while the kernel before it ends? */
+};
+static known_kernel known[KERNELS_KNOWN];
 static CUresult (*driver_launch)(const CUlaunchConfig *, CUfunction, void **, void **);
-static bool overlaps; /* may a kernel start while the one before it ends? */
+static bool device_overlaps; /* has the device programmatic dependent launch? */
 static cudaError_t launch_error;
 
 static void launcher_open(int major)
@@ -157,29 +159,33 @@ static void launcher_open(int major)
     if (error == cudaSuccess && found == cudaDriverEntryPointSuccess)
         driver_launch = (CUresult(*)(const CUlaunchConfig *, CUfunction, void **, void **))entry;
     cudaGetLastError();
-    overlaps = major >= 9;
+    device_overlaps = major >= 9;
 }
 
-/* the driver's name for a kernel, or NULL if the runtime does not say or the table is full */
-static CUfunction function_of(const void *kernel)
+/* The driver's name for a kernel, or NULL if the runtime does not say or the table is full. Only what was compiled from
+ * PTX of Hopper and later waits by itself (launch.cuh), so only that may start early: not what a Hopper runs that was
+ * made from an older device's PTX. */
+static const known_kernel *function_of(const void *kernel)
 {
     uint64_t at = (uint64_t)(uintptr_t)kernel * UINT64_C(0x9e3779b97f4a7c15) >> 52;
     for (int i = 0; i < 16; i++, at = (at + 1) % KERNELS_KNOWN) {
-        if (known[at].kernel == kernel) return known[at].function;
+        if (known[at].kernel == kernel) return &known[at];
         if (known[at].kernel) continue;
         CUfunction f = NULL;
-        if (cudaGetFuncBySymbol((cudaFunction_t *)&f, kernel) != cudaSuccess)
-            return cudaGetLastError(), (CUfunction)NULL;
-        known[at] = {kernel, f};
-        return f;
+        cudaFuncAttributes made;
+        if (cudaGetFuncBySymbol((cudaFunction_t *)&f, kernel) != cudaSuccess ||
+            cudaFuncGetAttributes(&made, kernel) != cudaSuccess)
+            return cudaGetLastError(), (const known_kernel *)NULL;
+        known[at] = {kernel, f, device_overlaps && made.ptxVersion >= 90};
+        return &known[at];
     }
     return NULL;
 }
 
 void lac_cuda_launch(const void *kernel, dim3 grid, unsigned threads, size_t shared, void **arguments)
 {
-    CUfunction f = driver_launch ? function_of(kernel) : NULL;
-    if (!f) {
+    const known_kernel *k = driver_launch ? function_of(kernel) : NULL;
+    if (!k) {
         cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared, lac_cuda_stream); /* keeps its error itself */
         return;
     }
@@ -192,11 +198,11 @@ void lac_cuda_launch(const void *kernel, dim3 grid, unsigned threads, size_t sha
     c.sharedMemBytes = (unsigned)shared;
     c.hStream = lac_cuda_stream;
     c.attrs = &overlap;
-    c.numAttrs = overlaps;
-    CUresult result = driver_launch(&c, f, arguments, NULL);
+    c.numAttrs = k->overlaps;
+    CUresult result = driver_launch(&c, k->function, arguments, NULL);
     if (result == CUDA_ERROR_INVALID_CONTEXT || result == CUDA_ERROR_CONTEXT_IS_DESTROYED) { /* a thread's first call */
         cudaSetDevice(0);
-        result = driver_launch(&c, f, arguments, NULL);
+        result = driver_launch(&c, k->function, arguments, NULL);
     }
     if (!launch_error) launch_error = (cudaError_t)result; /* one numbering */
 }
