@@ -129,7 +129,8 @@ compile_cuda = $(NVCC) -O3 -std=c++17 --extended-lambda $(1) -Ic -Xcompiler -fPI
 $(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
-	$(Q)$(call compile_cuda,$(if $(filter kernels/attn_hopper% kernels/attn_few%,$<),$(GENCODE),$(PLAIN_CODE))) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
+	$(Q)$(call compile_cuda,$(if $(filter kernels/attn_hopper% kernels/attn_few%,$<),$(GENCODE),$(PLAIN_CODE))) \
+	  -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
 	$(Q)awk -f kernels/ptxas.awk $@.log || { rm $@; exit 1; }
 
 $(BUILD)/obj/cuda/%.o: kernels/%.cu
