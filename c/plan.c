@@ -107,15 +107,6 @@ static void branch_heads(const lac_attn_desc *d, int g, int32_t *head0, int32_t 
     *heads = split ? each + (g < more) : d->heads;
 }
 
-int64_t lac_plan_offset(const lac_attn_desc *d, int32_t branch, int32_t head)
-{
-    int64_t r = d->dilation[branch];
-    if (d->offset_rule == LAC_OFFSET_BRANCH) return branch % r;
-    if (d->offset_rule == LAC_OFFSET_MOD) return head % r;
-    int64_t per = (d->heads - 1) / r + 1; /* ceil(H / r) */
-    return head / per;
-}
-
 static int check_offsets(const lac_attn_desc *d)
 {
     for (int32_t g = 0; g < d->branches; g++) {

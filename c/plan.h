@@ -142,7 +142,14 @@ static inline bool lac_plan_one_pass(const lac_plan *p)
 void lac_plan_parts(const lac_plan *p, int64_t *items, int64_t *rows);
 
 /* offset of the lattice that head `head` keeps in branch `branch` */
-int64_t lac_plan_offset(const lac_attn_desc *d, int32_t branch, int32_t head);
+static inline int64_t lac_plan_offset(const lac_attn_desc *d, int32_t branch, int32_t head)
+{
+    int64_t r = d->dilation[branch];
+    if (d->offset_rule == LAC_OFFSET_BRANCH) return branch % r;
+    if (d->offset_rule == LAC_OFFSET_MOD) return head % r;
+    int64_t per = (d->heads - 1) / r + 1; /* ceil(H / r) */
+    return head / per;
+}
 
 /* One segment of one lattice: row i has position base + i r; queries are q0 <= i < q1, keys 0 <= i < keys. */
 typedef struct lac_span {

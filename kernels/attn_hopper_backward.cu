@@ -38,6 +38,13 @@ static int tile_groups(int head_dim, bool joint) { return joint ? 2 : attn_hoppe
 struct hopper_sizes {
     int64_t blocks, tiles;
 };
+/* has the branch keys at all? not where there are no more of them than its lattices' offset */
+static bool has_keys(const lac_plan *p, int g)
+{
+    for (int h = p->head0[g]; h < p->head0[g] + p->heads[g]; h++)
+        if (lac_plan_offset(&p->desc, g, h) < p->desc.m) return true;
+    return false;
+}
 /* The branches of the list; their segments are those with keys. Tiles are claimed in the order of ranks: where branches
  * meet, a tile adds its keys' gradients to those of smaller rank. */
 static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint)
@@ -45,9 +52,14 @@ static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint)
     const lac_attn_desc *d = &p->desc;
     const int groups = tile_groups(d->head_dim, joint);
     hopper_sizes all = {};
-    int64_t before = 0, needs = 0; /* tiles of all ranks before, and of the one before */
+    int64_t before = 0; /* tiles of all ranks before */
+    int awaits = -1, needs = 0;
+    bool keys = false; /* has the rank any, so far? */
     for (int i = 0, rank = 0; i < d->branches * p->backward_phases; i++, rank = i / d->branches) {
-        if (i % d->branches == 0) needs = all.tiles - before, before = all.tiles;
+        if (i % d->branches == 0) {
+            if (keys) awaits = rank - 1, needs = (int)(all.tiles - before);
+            before = all.tiles, keys = false;
+        }
         const int g = i % d->branches;
         if (p->backward_phase[g] != p->backward_phases - 1 - rank) continue;
         hopper_branch &b = h.branch[g];
@@ -57,7 +69,8 @@ static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint)
         b.tiles = up(up(hopper_lattice_rows(p, g, d->m), HOPPER_ROWS), groups);
         items = d->batch * b.segments * p->heads[g];
         b.group = interleaved(d, b.tiles, rows, items);
-        b.needs = (int)needs;
+        b.awaits = awaits, b.needs = needs;
+        keys = keys || has_keys(p, g);
         b.first_block = (int)all.blocks, b.first_tile = (int)all.tiles;
         b.segment = divider((uint32_t)p->segment[g]);
         b.dilation = divider((uint32_t)(d->dilation[g] < INT32_MAX ? d->dilation[g] : INT32_MAX));

@@ -10,6 +10,11 @@
  * number of the tile that may add next, and whoever has added passes the turn on. The first one stores instead, so that
  * the sums need not be cleared, and a block that nobody touched is known by its turn. Tiles are claimed in the order of
  * their numbers, so a tile waits only for tiles that run already.
+ *
+ * Where branches meet, their ranks add to dk and dv one after the other. A tile with keys waits until all tiles of the
+ * last rank before that has any are done; one of these waited in the same way, so that all earlier ranks are done too.
+ * Tiles without keys are done at once. A rank may have none but these (fewer keys than its offset): it waits for
+ * nothing, and waiting for it would tell nothing about those before.
  */
 #ifndef LAC_CUDA_ATTN_HOPPER_BACKWARD_CUH
 #define LAC_CUDA_ATTN_HOPPER_BACKWARD_CUH
@@ -26,7 +31,7 @@ struct hopper_branch {
     int first_block, blocks; /* blocks of all items before this branch's, and of one item */
     int first_tile, tiles;   /* the same for tiles; a list entry may turn out to have no keys */
     int segments, group;     /* group: items whose tiles are interleaved in the list */
-    int needs;               /* tiles of the rank before */
+    int awaits, needs;       /* the last rank before that has keys, or -1; its tiles */
     divider segment, dilation;
 };
 /* One tile; read by threads that have few registers, so everything that takes arithmetic is done beforehand. */

@@ -27,7 +27,8 @@
 struct hopper_keys_branch {
     CUtensorMap q, k, v, g, dk, dv;
     int blocks, dilation, after, before;
-    int rank, meets, needs; /* meets: others may reach its keys; needs: warpgroups of the rank before */
+    int rank, meets;   /* meets: others may reach its keys */
+    int awaits, needs; /* as in hopper_branch, but warpgroups */
 };
 struct hopper_keys_args {
     hopper_keys_branch branch[LAC_HOPPER_BRANCHES];
@@ -525,11 +526,11 @@ template <class T, int D, bool MASKS, bool PAIRS> struct hopper_group {
             merge_row(dv, i, p.weight, p.a.out2, p.a.acc2, at, others);
         }
     }
-    /* the rank before has been added by all (they were claimed earlier, so this seldom waits); this tile has */
+    /* ranks before have been added by all (they were claimed earlier, so this seldom waits); this tile has */
     __device__ __forceinline__ void meet(const volatile hopper_tile &t, const hopper_keys_branch &branch, bool busy)
     {
-        if (busy && branch.rank > 0) {
-            if (thread == 0) hopper_counted(p.ready + branch.rank - 1, branch.needs);
+        if (busy && branch.awaits >= 0) {
+            if (thread == 0) hopper_counted(p.ready + branch.awaits, branch.needs);
             hopper_sync(1 + w, 128);
         }
         if (busy) merge(t, branch);
@@ -666,10 +667,7 @@ static int make_branch(hopper_keys_branch &b, const attn_args &a, const hopper_a
     b.before = a.window < 0 ? 1 << 30 : a.window / r;
     b.after = a.causal ? 0 : b.before;
     b.rank = a.branch[g].rank, b.meets = a.ranks > 1;
-    for (int e = 0; e < a.branches; e++)
-        if (a.branch[e].rank == b.rank - 1)
-            b.needs +=
-                a.batch * h.branch[e].segments * a.branch[e].heads * h.branch[e].tiles * attn_hopper_groups(a.head_dim);
+    b.awaits = h.branch[g].awaits, b.needs = h.branch[g].needs * attn_hopper_groups(a.head_dim);
     return 0;
 }
 

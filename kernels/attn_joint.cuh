@@ -365,9 +365,9 @@ __global__ void __launch_bounds__(joint_shape<Op>::THREADS_, 1)
     if (threadIdx.x == 0 && done >= 0) hopper_pass(p.turn + done, x.order);
     const bool masks = a.causal || a.window >= 0 || a.dedup || a.lengths || pad;
     if (masks && !(finite(dk) && finite(dv))) *p.spoilt = 1;
-    const int rank = a.branch[t.g].rank;
-    if (rank > 0) {
-        if (threadIdx.x == 0) hopper_counted(p.ready + rank - 1, p.branch[t.g].needs);
+    const int awaits = p.branch[t.g].awaits;
+    if (awaits >= 0) {
+        if (threadIdx.x == 0) hopper_counted(p.ready + awaits, p.branch[t.g].needs);
         __syncthreads();
     }
     float *sums = attn_floats(memory, 0, warp * (32 * 64));
@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(joint_shape<Op>::THREADS_, 1)
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        atomicAdd(p.ready + rank, 1);
+        atomicAdd(p.ready + a.branch[t.g].rank, 1);
     }
 }
 

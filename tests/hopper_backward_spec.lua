@@ -105,6 +105,29 @@ for _, kernel in ipairs { "hopper", "portable" } do
       end
     end)
 
+    -- The second branch's offset is beyond the last key. The third adds to the keys before the first does and
+    -- takes longer: many blocks of rows see its keys, one sees those of the first.
+    it("adds in the order of branches where one between others has no keys", function()
+      attn.seed(17)
+      for trial = 1, 6 do
+        local split = trial % 2 == 0
+        local c = { M = 1, Hk = pick { 2, 6 }, dilations = { 1, 2, 1 }, heads = "all", offset = "branch" }
+        if split then
+          c = { M = random(2), Hk = 1, dilations = { 1, 8, 1 }, heads = "split", offset = "mod" }
+        end
+        c.B, c.N, c.H, c.segments = 2, 1500, 6, { 64, 256, 1500 }
+        c.D = kernel == "hopper" and pick { 64, 128 } or pick { 72, 128 }
+        c.merge = pick { "lse", "lse_detach", "mean" }
+        c = direct.fill(c)
+        local dtype = pick { "bf16", "f16" }
+        local lists = attn_device.inputs(c, trial, dtype, true)
+        local first = on_device(dtype, c, lists)
+        local exact, naive = by_cpu(c, dtype, lists)
+        attn_device.judge(dtype, first, exact, naive, attn.text(c))
+        for _ = 1, 3 do attn_device.same(on_device(dtype, c, lists), first, attn.text(c)) end
+      end
+    end)
+
     it("cuts long sequences and large batches, and gives the bits of their parts", function()
       local function run(x, options)
         local inputs = {}
