@@ -1,6 +1,6 @@
 /* op_parts.c: the backward of attention on a device, a part of a long sequence or of a large batch at a time.
  *
- * Beside tensors, the backward of 16-bit inputs needs f32 sums and statistics, about twice what its results take. But
+ * Beside tensors, the backward of 16-bit inputs needs f32 sums and statistics, about as much as its results take. But
  * nothing attends across the end of a window, the longest segment, if that is a multiple of all others. So batch items
  * and runs of windows are calls of their own: slices of the same tensors, with the plan placed at their length
  * (lac_plan_place()), one after the other. They use the same scratch memory, which then does not grow with the

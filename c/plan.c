@@ -503,16 +503,17 @@ void lac_plan_parts(const lac_plan *p, int64_t *items, int64_t *rows)
     if (*rows == d->n && (d->n != d->m || *items > d->batch / 2)) *items = d->batch;
 }
 
-/* As kernels/attn.cu takes it: statistics of rows, f32 sums of gradients that branches share, and the work list of one
- * pass (kernels/attn_hopper_backward.cu): sums of dq in blocks of 64 rows, each with its statistics, 64 bytes a tile
- * of 128 keys. */
+/* As kernels/attn.cu takes it: statistics of rows, f32 sums of gradients that branches share (in one pass only what
+ * lac_plan_sum_bytes() says), and the work list of one pass (kernels/attn_hopper_backward.cu): sums of dq in blocks of
+ * 64 rows, each with its statistics, 64 bytes a tile of 128 keys. */
 static int64_t device_bytes(const lac_plan *p)
 {
     const lac_attn_desc *d = &p->desc;
     const int64_t rows = d->batch * d->n * d->heads, columns = round_up(d->head_dim, 8);
     const bool one_pass = lac_plan_one_pass(p) && d->head_dim >= 64;
     int64_t bytes = 16 * rows * (lac_plan_branch_delta(p) ? d->branches : 1);
-    if (p->backward_phases > 1) bytes += 8 * d->batch * d->m * d->kv_heads * d->head_dim;
+    if (one_pass) bytes += lac_plan_sum_bytes(p);
+    else if (p->backward_phases > 1) bytes += 8 * d->batch * d->m * d->kv_heads * d->head_dim;
     if (!one_pass && p->forward_phases > 1) bytes += 4 * rows * d->head_dim;
     for (int g = 0; one_pass && g < d->branches; g++) {
         const int64_t w = p->segment[g], r = d->dilation[g], items = d->batch * p->heads[g] * ((d->m - 1) / w + 1);

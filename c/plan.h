@@ -137,6 +137,16 @@ static inline bool lac_plan_one_pass(const lac_plan *p)
     return true;
 }
 
+/* In one pass dk and dv of branches that meet are summed in 24 bits (kernels/attn_sums.cuh): sixteen lie in their own
+ * memory, eight in that of dq, which is written later. Bytes beside these: none, unless there are more rows of keys
+ * than of queries; then the eight have memory of their own. */
+static inline int64_t lac_plan_sum_bytes(const lac_plan *p)
+{
+    const int64_t queries = p->desc.batch * p->desc.n * p->desc.heads;
+    const int64_t keys = p->desc.batch * p->desc.m * p->desc.kv_heads;
+    return p->backward_phases == 1 || keys <= queries ? 0 : 2 * keys * p->desc.head_dim;
+}
+
 /* Parts in which the backward of 16-bit tensors runs on a device (op_parts.c): batch items and rows of one; all of them
  * if it is not cut. */
 void lac_plan_parts(const lac_plan *p, int64_t *items, int64_t *rows);

@@ -8,12 +8,14 @@
  * without dilation reaches every row.
  *
  * Memory beside tensors: f32 sums of f16 and bf16 results where branches meet in a row (one copy of the result, none
- * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters; with one pass f32
- * sums of dq for every branch, about twice dq (lac_plan_info says how much). f64 and, unless lac.use_tf32 says
- * otherwise, f32 are computed exactly (attn_exact_*.cuh); everything else on tensor cores. Calls with options of single
- * pairs run instances of their own (attn_pairs_*.cu), up to four rows without such options kernels that cut the keys
- * instead (attn_few.cu). Branches run in the reverse order of the plan's phases: the last to run is then usually the
- * one without dilation, which reaches every row, so that each row is rounded once and most sums stay in the cache.
+ * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters. The backward in
+ * one pass has no sums of dk and dv beside the results (attn_sums.cuh), but f32 sums of dq for every branch, about four
+ * times dq for LongNet's five (lac_plan_info says how much); they are a block of the pool by themselves, because it
+ * rounds blocks up by as much as a quarter. f64 and, unless lac.use_tf32 says otherwise, f32 are computed exactly
+ * (attn_exact_*.cuh); everything else on tensor cores. Calls with options of single pairs run instances of their own
+ * (attn_pairs_*.cu), up to four rows without such options kernels that cut the keys instead (attn_few.cu). Branches run
+ * in the reverse order of the plan's phases: the last to run is then usually the one without dilation, which reaches
+ * every row, so that each row is rounded once and most sums stay in the cache.
  */
 #include "attn_few.cuh"
 #include "attn_hopper_backward.cuh"
@@ -400,8 +402,9 @@ static int queries_pass(attn_pair_args &a, const lac_a_attend *f)
     return paired(f) ? attn_pairs_queries_tensor(a, f->plan, dtype) : attn_queries_tensor(a, f->plan, dtype);
 }
 
+/* list, sums: of one pass, or NULL */
 static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc,
-                        char *list, bool joint)
+                        void *list, void *sums, bool joint)
 {
     const lac_a_attend *f = &w->forward;
     LAC_TRY(make_stats(a, w));
@@ -410,7 +413,7 @@ static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_a
         LAC_TRY(queries_pass(a, f));
         a.deltas = 0;
     }
-    if (list) return attn_hopper_backward(a, w, joint, list, dk_acc, dv_acc);
+    if (list) return attn_hopper_backward(a, w, joint, list, sums, dk_acc, dv_acc);
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(keys_pass(a, f));
     a.out = w->dq.data, a.acc = dq_acc;
@@ -438,20 +441,22 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     }
     size_t c = f->q.dtype == LAC_F64 ? 8 : 4, rows = (size_t)a.batch * (size_t)a.n * (size_t)a.heads;
     size_t stats = rows * (size_t)(a.per_branch ? a.branches : 1) * c;
-    size_t all = a.sum && w->dlse.data ? rows * sizeof(double) : 0;
-    size_t qs = once ? 0 : acc_bytes(&w->dq, p->forward_phases), ks = acc_bytes(&w->dk, p->backward_phases);
-    size_t list = once ? (attn_hopper_backward_bytes(p, joint) + 127) / 128 * 128 : 0;
+    size_t all = a.sum && w->dlse.data ? (rows + 1) / 2 * 2 * sizeof(double) : 0, list = 0, sums = 0;
+    size_t qs = once ? 0 : acc_bytes(&w->dq, p->forward_phases);
+    size_t ks = once ? (size_t)lac_plan_sum_bytes(p) / 2 : acc_bytes(&w->dk, p->backward_phases);
+    if (once) list = (attn_hopper_backward_bytes(p, joint, &sums) + 127) / 128 * 128;
     stats = (stats + 15) / 16 * 16;
-    lac_scratch space("attention", list + all + qs + 2 * ks + 4 * stats + counters(a));
-    if (!space.data) return LAC_E_MEMORY;
+    lac_scratch dq_sums("attention", sums), space("attention", list + all + qs + 2 * ks + 4 * stats + counters(a));
+    if (!dq_sums.data || !space.data) return LAC_E_MEMORY;
     char *at = (char *)space.data + list;
     if (all) a.lse_all = (double *)at;
     at += all;
-    char *dq_acc = qs ? at : (char *)w->dq.data, *dk_acc = ks ? at + qs : (char *)w->dk.data;
-    char *dv_acc = ks ? at + qs + ks : (char *)w->dv.data;
+    char *dq_acc = qs ? at : (char *)w->dq.data, *dk_acc = (char *)w->dk.data, *dv_acc = (char *)w->dv.data;
+    if (ks) dk_acc = at + qs, dv_acc = dk_acc + ks;
+    else if (once) dk_acc = (char *)w->dq.data, dv_acc = dk_acc + lac_view_numel(&w->dk); /* attn_sums.cuh */
     at += qs + 2 * ks;
     a.lse2 = at, a.lse2_low = at + stats, a.delta = at + 2 * stats;
     if (!a.per_branch) a.delta_low = at + 3 * stats;
     a.counter = (int *)(at + 4 * stats);
-    return run_backward(a, w, dq_acc, dk_acc, dv_acc, once ? (char *)space.data : NULL, joint);
+    return run_backward(a, w, dq_acc, dk_acc, dv_acc, once ? space.data : NULL, dq_sums.data, joint);
 }

@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
         mine[lane] = f;
     }
     __syncwarp();
-    attn_write<T, DP>(a, a.out, a.acc, sums, mine, w1 - w0);
+    attn_write<T, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, mine, w1 - w0);
     attn_signal<false>(a, t);
 }
 

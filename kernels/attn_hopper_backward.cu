@@ -10,8 +10,9 @@
  * heavy tiles come early, and neighbours in the list, which run at the same time, add to different blocks.
  *
  * Memory: f32 sums of dq for every branch (rows of its lattices, rounded up to blocks), 8 bytes a row and head for the
- * statistics. Rejected: one f32 copy of dq for all branches (sums of rows that are no neighbours cannot be added in
- * bulk), dq by a pass of its own (two products more, 40%).
+ * statistics. Sums of dk and dv between branches are in the results' memory (attn_sums.cuh). Rejected: one f32 copy of
+ * dq for all branches (sums of rows that are no neighbours cannot be added in bulk), dq by a pass of its own (two
+ * products more, 40%).
  */
 #include "attn_hopper_backward.cuh"
 #include "attn_hopper_pairs.cuh"
@@ -386,28 +387,26 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
 static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
 /* the list's parts in `space`, one after the other; returns their size */
-static size_t carve(hopper_args &h, const lac_plan *p, bool joint, char *space)
+static size_t carve(hopper_args &h, const lac_plan *p, bool joint, char *space, size_t *sums)
 {
     const hopper_sizes n = list_branches(h, p, joint);
     const size_t blocks = (size_t)n.blocks, columns = (size_t)(p->desc.head_dim + 7) / 8 * 8;
-    const size_t dq = blocks * HOPPER_ROWS * columns * sizeof(float);
     const size_t stats = blocks * 2 * HOPPER_ROWS * sizeof(float), tiles = (size_t)n.tiles * sizeof(hopper_tile);
     const size_t turns = rounded(blocks * sizeof(int)), counters = (size_t)(p->backward_phases + 3) * sizeof(int);
-    h.dq = (float *)space;
-    h.stats = (float *)(space + dq);
-    h.tile = (hopper_tile *)(space + dq + stats);
-    h.turn = (int *)(space + dq + stats + rounded(tiles));
-    h.counter = (int *)(space + dq + stats + rounded(tiles) + turns);
+    *sums = blocks * HOPPER_ROWS * columns * sizeof(float);
+    h.stats = (float *)space;
+    h.tile = (hopper_tile *)(space + stats);
+    h.turn = (int *)(space + stats + rounded(tiles));
+    h.counter = (int *)(space + stats + rounded(tiles) + turns);
     h.spoilt = h.counter + 1, h.delta_counter = h.counter + 2, h.ready = h.counter + 3;
-    h.delta_tile = (hopper_delta_tile *)h.dq;
     h.tiles = (int)n.tiles;
-    return dq + stats + rounded(tiles) + turns + counters;
+    return stats + rounded(tiles) + turns + counters;
 }
 
-size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint)
+size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint, size_t *sums)
 {
     hopper_args h;
-    return carve(h, plan, joint, NULL);
+    return carve(h, plan, joint, NULL, sums);
 }
 
 template <class T, class A> static int redo(const A &a, const hopper_args &h, const lac_a_attend_bwd *w)
@@ -438,12 +437,14 @@ template <class T> static int finish(const attn_pair_args &a, const hopper_args 
     return hopper_pairs(a) ? redo<T>(a, h, w) : redo<T>((const attn_args &)a, h, w);
 }
 
-int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *dk_acc,
-                         void *dv_acc)
+int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *sums,
+                         void *dk_acc, void *dv_acc)
 {
     hopper_args h;
+    size_t bytes;
     const lac_plan *p = w->forward.plan;
-    carve(h, p, joint, (char *)space);
+    carve(h, p, joint, (char *)space, &bytes);
+    h.dq = (float *)sums, h.delta_tile = (hopper_delta_tile *)sums;
     int64_t most = 1;
     a.ranks = p->backward_phases;
     for (int g = 0; g < a.branches; g++) {

@@ -83,10 +83,11 @@ inline int attn_hopper_groups(int head_dim) { return head_dim == 64 ? 3 : 2; }
 bool attn_hopper_keys_exist(void);
 /* The backward as lac_cuda_attend_bwd() calls it. Fits: NULL, or why these kernels cannot do it. */
 const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w);
-/* Of device memory beside statistics; and all but those. Joint: tiles by the portable kernel. */
-size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint);
-int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *dk_acc,
-                         void *dv_acc);
+/* Of device memory beside statistics: the list's, *sums those of dq. Joint: tiles by the portable kernel. */
+size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint, size_t *sums);
+/* all but statistics; dk_acc, dv_acc: low bytes of what branches add to these (attn_sums.cuh) */
+int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *sums,
+                         void *dk_acc, void *dv_acc);
 /* The same with the portable kernel for tiles (attn_joint.cu): can it do the call? has the device the memory for it? */
 bool attn_joint_fits(const lac_a_attend_bwd *w);
 bool attn_joint_runs(int head_dim);

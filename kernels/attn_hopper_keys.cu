@@ -23,6 +23,7 @@
 #include "attn_hopper_backward.cuh"
 #include "attn_hopper_pairs.cuh"
 #include "attn_mma.cuh"
+#include "attn_sums.cuh"
 
 struct hopper_keys_branch {
     CUtensorMap q, k, v, g, dk, dv;
@@ -494,22 +495,50 @@ template <class T, int D, bool MASKS, bool PAIRS> struct hopper_group {
         hopper_bulk_commit();
         hopper_bulk_read();
     }
+    template <class Q> static __device__ __forceinline__ auto &word(Q &x, int e) /* of an array of uint4 */
+    {
+        uint4 &v = x[e / 4];
+        return e % 4 == 0 ? v.x : e % 4 == 1 ? v.y : e % 4 == 2 ? v.z : v.w;
+    }
     /* One row of x times `by` where branches meet: sums of earlier branches are added, those for later ones stay in
-     * f32. All are read before the first is written: one wait. */
-    __device__ __forceinline__ void merge_row(const float (&x)[D / 2], int i, float by, void *out, void *acc,
+     * 24 bits (attn_sums.cuh), a thread's side by side in the row, whatever their columns. All are read before the
+     * first is written: one wait, and a row's last results do not fall on what its other threads have still to read. */
+    __device__ __forceinline__ void merge_row(const float (&x)[D / 2], int i, float by, void *out, void *low,
                                               int64_t at, int others)
     {
-        const int64_t from = at * D + lane % 4 * 2;
+        uint4 *const upper = (uint4 *)((T *)out + at * D) + lane % 4 * (D / 32);
+        uint4 *const rest = (uint4 *)((uint8_t *)low + at * D) + lane % 4 * (D / 64);
+        uint4 u[D / 32] = {}, r[D / 64] = {};
+        if (others & 1) {
+#pragma unroll
+            for (int e = 0; e < D / 32; e++) u[e] = __ldcg(upper + e);
+#pragma unroll
+            for (int e = 0; e < D / 64; e++) r[e] = __ldcg(rest + e);
+        }
         float2 sum[D / 8];
 #pragma unroll
-        for (int e = 0; e < D / 8; e++)
-            sum[e] = others & 1 ? __ldcg((const float2 *)((const float *)acc + from) + 4 * e) : make_float2(0, 0);
-#pragma unroll
         for (int e = 0; e < D / 8; e++) {
+            sum[e] = attn_joined_two(word(u, e), word(r, e / 2), e % 2);
             sum[e].x += x[4 * e + 2 * i] * by, sum[e].y += x[4 * e + 2 * i + 1] * by;
-            if (others & 2) *((float2 *)((float *)acc + from) + 4 * e) = sum[e];
-            else *((uint32_t *)((T *)out + from) + 4 * e) = hopper_pack<T>(sum[e].x, sum[e].y);
         }
+        if (others & 2) {
+#pragma unroll
+            for (int e = 0; e < D / 8; e += 2) {
+                const uint32_t a = attn_cut(sum[e].x), b = attn_cut(sum[e].y);
+                const uint32_t c = attn_cut(sum[e + 1].x), d = attn_cut(sum[e + 1].y);
+                word(u, e) = attn_upper_two(a, b), word(u, e + 1) = attn_upper_two(c, d);
+                word(r, e / 2) = __byte_perm(attn_low_two(a, b), attn_low_two(c, d), 0x5410);
+            }
+#pragma unroll
+            for (int e = 0; e < D / 32; e++) upper[e] = u[e];
+#pragma unroll
+            for (int e = 0; e < D / 64; e++) rest[e] = r[e];
+            return;
+        }
+        __syncwarp(0xfu << lane / 4 * 4);
+        uint32_t *const to = (uint32_t *)((T *)out + at * D) + lane % 4;
+#pragma unroll
+        for (int e = 0; e < D / 8; e++) to[4 * e] = hopper_pack<T>(sum[e].x, sum[e].y);
     }
     __device__ __forceinline__ void merge(const volatile hopper_tile &t, const hopper_keys_branch &branch)
     {

@@ -372,11 +372,12 @@ __global__ void __launch_bounds__(joint_shape<Op>::THREADS_, 1)
     }
     float *sums = attn_floats(memory, 0, warp * (32 * 64));
     attn_row<float> *what = (attn_row<float> *)attn_floats(memory, M::SUMS, 0) + warp * 32;
-    auto put = [&](const float(&c)[2][8][4], void *out, void *acc, float own) {
+    auto put = [&](const float(&c)[2][8][4], void *out, void *low, float own) {
         attn_stash<64>(sums, c);
         if (w0 + lane < t.end) what[lane] = attn_summed<true>(a, t, w0 + lane, own);
         __syncwarp();
-        attn_write<T, 64>(a, out, acc, sums, what, min(32, t.end - w0), 64 * half);
+        attn_write<T, 64>(a, out, attn_cut_sums{(uint16_t *)out, (uint8_t *)low}, sums, what, min(32, t.end - w0),
+                          64 * half);
     };
     put(dk, a.out, a.acc, (float)a.scale);
     put(dv, a.out2, a.acc2, gz);

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
         else attn_stash<DP>(sums, x);
         if (lane < WM && w0 + lane < w1) mine[lane] = attn_summed<true>(a, t, w0 + lane, own);
         __syncwarp();
-        attn_write<T, DP>(a, out, acc, sums, mine, w1 - w0);
+        attn_write<T, DP>(a, out, attn_f32_sums{(float *)acc}, sums, mine, w1 - w0);
     };
     if constexpr (PARTS & PART_DK) put(0, dk, a.out, a.acc, (float)a.scale);
     if constexpr (PARTS & PART_DV) put(1, dv, a.out2, a.acc2, spoilt ? 1.f : gz); /* slow rows have it already */

@@ -21,6 +21,7 @@
 #define LAC_CUDA_ATTN_MMA_CUH
 #include "attn_pairs.cuh"
 #include "attn_slow.cuh"
+#include "attn_sums.cuh"
 
 /* ---- tiles ---- */
 
@@ -523,12 +524,13 @@ __device__ __forceinline__ void attn_stash_slow(float *sums, int row, const floa
 }
 
 /* Writes `count` rows, columns from `first` on: the sums so far are added (factor `before`; 0: there are none) to `own`
- * times the row, which is stored in `acc` (f32) or, if this branch is the row's last, rounded in `out`. */
-template <class T, int DP>
-__device__ __forceinline__ void attn_write(const attn_args &a, void *out, void *acc, float *sums,
+ * times the row, which becomes the sums so far (attn_sums.cuh) or, if this branch is the row's last, rounded in `out`.
+ */
+template <class T, int DP, class S>
+__device__ __forceinline__ void attn_write(const attn_args &a, void *out, S so_far, float *sums,
                                            const attn_row<float> *rows, int count, int first = 0)
 {
-    const bool whole = a.head_dim % 4 == 0 && ((uintptr_t)out | (uintptr_t)acc) % 16 == 0;
+    const bool whole = a.head_dim % 4 == 0 && (uintptr_t)out % 16 == 0 && so_far.aligned();
 #pragma unroll 1
     for (int c = threadIdx.x % 32; c < count * (DP / 4); c += 32) {
         const int row = c / (DP / 4), column = c % (DP / 4) * 4, left = a.head_dim - first - column;
@@ -539,21 +541,21 @@ __device__ __forceinline__ void attn_write(const attn_args &a, void *out, void *
         float x[4] = {v.x * f.own, v.y * f.own, v.z * f.own, v.w * f.own};
         if (whole) {
             if (f.before != 0) {
-                const float4 old = __ldcg((const float4 *)((const float *)acc + at));
+                const float4 old = so_far.four(at);
                 x[0] += f.before * old.x, x[1] += f.before * old.y, x[2] += f.before * old.z, x[3] += f.before * old.w;
             }
             if (f.last)
                 *(attn_four<T> *)((T *)out + at) = {from_compute<T>(x[0]), from_compute<T>(x[1]), from_compute<T>(x[2]),
                                                     from_compute<T>(x[3])};
-            else *(float4 *)((float *)acc + at) = {x[0], x[1], x[2], x[3]};
+            else so_far.put_four(at, x);
             continue;
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (i >= left) break;
-            if (f.before != 0) x[i] += f.before * __ldcg((const float *)acc + at + i);
+            if (f.before != 0) x[i] += f.before * so_far.one(at + i);
             if (f.last) ((T *)out)[at + i] = from_compute<T>(x[i]);
-            else ((float *)acc)[at + i] = x[i];
+            else so_far.put(at + i, x[i]);
         }
     }
     __syncwarp();

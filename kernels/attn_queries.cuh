@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
     else attn_stash<DP>(sums, dq);
     if (lane < WM && w0 + lane < w1) mine[lane] = attn_summed<false>(a, t, w0 + lane, (float)a.scale);
     __syncwarp();
-    attn_write<T, DP>(a, a.out, a.acc, sums, mine, w1 - w0);
+    attn_write<T, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, mine, w1 - w0);
     attn_signal<false>(a, t);
 }
 
