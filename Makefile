@@ -126,10 +126,11 @@ CUDA_LIB := $(abspath $(dir $(NVCC))../lib64)
 # Attention kernels may neither spill registers nor have their products serialised: ptxas.awk reads what ptxas says.
 compile_cuda = $(NVCC) -O3 -std=c++17 --extended-lambda $(1) -Ic -Xcompiler -fPIC,-Wall,-fvisibility=hidden -MMD -MP
 
+ATTN_EACH := kernels/attn.cu kernels/attn_hopper% kernels/attn_few%
 $(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
-	$(Q)$(call compile_cuda,$(if $(filter kernels/attn_hopper% kernels/attn_few%,$<),$(GENCODE),$(PLAIN_CODE))) \
+	$(Q)$(call compile_cuda,$(if $(filter $(ATTN_EACH),$<),$(GENCODE),$(PLAIN_CODE))) \
 	  -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
 	$(Q)awk -f kernels/ptxas.awk $@.log || { rm $@; exit 1; }
 

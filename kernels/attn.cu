@@ -20,6 +20,7 @@
 #include "attn_few.cuh"
 #include "attn_hopper_backward.cuh"
 #include "attn_hopper_pairs.cuh"
+#include "launch.cuh"
 #include <cmath>
 
 /* ---- arguments ---- */
@@ -240,6 +241,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
     int64_t x[EACH], y[EACH];
     C sums[EACH] = {};
     int b, n, h;
+    previous_done();
 #pragma unroll
     for (int k = 0; k < EACH; k++) { /* the last row again: all lanes take part in the sum */
         stats_place(a, first + 4 * k < a.rows ? first + 4 * k : a.rows - 1, &b, &n, &h);
@@ -309,8 +311,7 @@ static int make_stats(attn_args &a, const lac_a_attend_bwd *w)
     s.lse_all = (double *)a.lse_all;
     return dispatch_float(w->forward.q.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
-        attn_stats_kernel<T>
-            <<<blocks_for(s.rows, THREADS / 8 * (sizeof(T) == 2 ? 4 : 1)), THREADS, 0, lac_cuda_stream>>>(s);
+        launch(attn_stats_kernel<T>, blocks_for(s.rows, THREADS / 8 * (sizeof(T) == 2 ? 4 : 1)), THREADS, 0, s);
         return lac_cuda_launched("attention");
     });
 }

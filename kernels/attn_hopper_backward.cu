@@ -4,7 +4,9 @@
  *
  * Launches: the list (tiles, turns, statistics block by block), the tiles of all branches, dq from the sums of all
  * branches, and, where masks can meet NaN, a look at whether anything has to be done again. Nothing is cleared
- * beforehand: dq's last pass writes every row, also those that no branch keeps.
+ * beforehand: dq's last pass writes every row, also those that no branch keeps, and the list's kernel clears the
+ * counters. Each starts while the one before it ends (launch.cuh); so does the forward's launch
+ * (attn_hopper_launch.cuh).
  *
  * The list is made on the device by arithmetic, so nothing is uploaded. Tiles of several items are interleaved in it:
  * heavy tiles come early, and neighbours in the list, which run at the same time, add to different blocks.
@@ -17,6 +19,7 @@
 #include "attn_hopper_backward.cuh"
 #include "attn_hopper_pairs.cuh"
 #include "attn_slow.cuh"
+#include "launch.cuh"
 
 /* ---- geometry ---- */
 
@@ -148,6 +151,7 @@ __device__ __forceinline__ int first_turn(const attn_args &a, const attn_tile &t
 }
 
 enum { LIST_BLOCKS = THREADS / HOPPER_ROWS };
+enum { COUNTERS = 3 }; /* beside those of ranks, see carve() */
 static __global__ void __launch_bounds__(THREADS)
     hopper_list_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, int most)
 {
@@ -156,6 +160,8 @@ static __global__ void __launch_bounds__(THREADS)
     const int g = blockIdx.y, heads = a.branch[g].heads, row = threadIdx.x % HOPPER_ROWS;
     const hopper_branch &br = p.branch[g];
     const int items = a.batch * br.segments * heads;
+    previous_done();
+    if (blockIdx.x + blockIdx.y == 0 && threadIdx.x < a.ranks + COUNTERS) p.counter[threadIdx.x] = 0;
     for (int id = blockIdx.x * THREADS + threadIdx.x; id < items * br.tiles; id += gridDim.x * THREADS)
         p.tile[br.first_tile + id] = make_tile(a, p, g, most, id);
     attn_tile &t = shared[threadIdx.x / HOPPER_ROWS];
@@ -256,6 +262,7 @@ __global__ void __launch_bounds__(THREADS)
     const int width = FULL ? D : a.head_dim, columns = FULL ? D : (width + 7) / 8 * 8;
     const int n = (int)(rest % slabs) * 16 + lane % 8, chunk = threadIdx.x % UNIT / 8;
     float x[8] = {}, y[8] = {};
+    previous_done();
     for (int g = 0; g < a.branches; g += EACH) {
         const int mine = g + lane / 8;
         const bool one = mine < a.branches && n < a.n, two = mine < a.branches && n + 8 < a.n;
@@ -318,6 +325,7 @@ template <class T, class A>
 __global__ void __launch_bounds__(THREADS)
     hopper_redo_kernel(const __grid_constant__ A a, const int *spoilt, T *dq, T *dk, T *dv)
 {
+    previous_done();
     if (!*spoilt) return;
     const int64_t queries = (int64_t)a.batch * a.n * a.heads, keys = (int64_t)a.batch * a.m * a.kv_heads;
     const int64_t warp = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, warps = gridDim.x * (THREADS / 32);
@@ -392,7 +400,8 @@ static size_t carve(hopper_args &h, const lac_plan *p, bool joint, char *space, 
     const hopper_sizes n = list_branches(h, p, joint);
     const size_t blocks = (size_t)n.blocks, columns = (size_t)(p->desc.head_dim + 7) / 8 * 8;
     const size_t stats = blocks * 2 * HOPPER_ROWS * sizeof(float), tiles = (size_t)n.tiles * sizeof(hopper_tile);
-    const size_t turns = rounded(blocks * sizeof(int)), counters = (size_t)(p->backward_phases + 3) * sizeof(int);
+    const size_t turns = rounded(blocks * sizeof(int)),
+                 counters = (size_t)(p->backward_phases + COUNTERS) * sizeof(int);
     *sums = blocks * HOPPER_ROWS * columns * sizeof(float);
     h.stats = (float *)space;
     h.tile = (hopper_tile *)(space + stats);
@@ -412,8 +421,8 @@ size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint, size_t *sums
 template <class T, class A> static int redo(const A &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
     const int64_t rows = (int64_t)a.batch * a.n * a.heads;
-    hopper_redo_kernel<T, A><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(
-        a, h.spoilt, (T *)w->dq.data, (T *)w->dk.data, (T *)w->dv.data);
+    launch(hopper_redo_kernel<T, A>, blocks_filling(rows, THREADS / 32, 2), THREADS, 0, a, h.spoilt, (T *)w->dq.data,
+           (T *)w->dk.data, (T *)w->dv.data);
     return lac_cuda_launched("attention");
 }
 
@@ -421,8 +430,7 @@ template <class T, int D>
 static void launch_dq(const attn_args &a, const hopper_args &h, T *dq, unsigned blocks, bool masks)
 {
     const bool full = a.head_dim == D && (uintptr_t)dq % 16 == 0;
-    if (full) hopper_dq_kernel<T, D, true><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
-    else hopper_dq_kernel<T, D, false><<<blocks, THREADS, 0, lac_cuda_stream>>>(a, h, dq, masks);
+    launch(full ? hopper_dq_kernel<T, D, true> : hopper_dq_kernel<T, D, false>, blocks, THREADS, 0, a, h, dq, masks);
 }
 template <class T> static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
@@ -454,10 +462,9 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool join
         a.branch[g].segment0 = 0, a.branch[g].segments = b.segments;
         if (items * b.blocks > most) most = items * b.blocks;
     }
-    CUDA_TRY("attention", cudaMemsetAsync(h.counter, 0, (size_t)(a.ranks + 3) * sizeof(int), lac_cuda_stream));
     if (a.per_branch && !joint && !hopper_pairs(a)) LAC_TRY(attn_hopper_deltas(a, h, w));
     const dim3 grid(blocks_filling(most, LIST_BLOCKS), (unsigned)a.branches);
-    hopper_list_kernel<<<grid, THREADS, 0, lac_cuda_stream>>>(a, h, tile_groups(a.head_dim, joint));
+    launch(hopper_list_kernel, grid, THREADS, 0, a, h, tile_groups(a.head_dim, joint));
     LAC_TRY(lac_cuda_launched("attention"));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(joint ? attn_joint_tiles(a, h, w->forward.q.dtype) : attn_hopper_keys(a, h, w));

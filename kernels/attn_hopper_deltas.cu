@@ -14,6 +14,7 @@
  */
 #include "attn_hopper_backward.cuh"
 #include "attn_mma.cuh"
+#include "launch.cuh"
 
 enum { KEYS = 128, GROUPS = 3 }; /* keys of a block; warpgroups, each with 64 rows */
 enum { TOGETHER = 24 << 20 };    /* bytes of keys and values of interleaved items; they stay in the cache */
@@ -75,6 +76,8 @@ static __global__ void __launch_bounds__(THREADS) hopper_delta_list_kernel(const
     const attn_args &a = p.a;
     const int g = blockIdx.y, heads = a.branch[g].heads;
     const hopper_delta_branch &br = p.branch[g];
+    previous_done();
+    if (blockIdx.x + blockIdx.y + threadIdx.x == 0) *p.counter = 0;
     for (int id = blockIdx.x * THREADS + threadIdx.x; id < br.items * br.tiles; id += gridDim.x * THREADS) {
         const int item = id / br.tiles, tile = id % br.tiles, h = a.branch[g].head0 + item % heads;
         const int s = item / heads % br.segments, b = item / heads / br.segments;
@@ -303,6 +306,7 @@ __global__ void __launch_bounds__(hopper_delta_shape<D>::THREADS_, 1)
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    previous_done();
     __syncthreads();
     if (threadIdx.x < 128) {
         hopper_fewer<32>();
@@ -348,7 +352,7 @@ template <class T, int D> static int launch(const hopper_delta_args &p)
     const int memory = hopper_delta_shape<D>::MEMORY;
     if (p.tiles == 0) return 0;
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
-    kernel<<<min(p.tiles, lac_cuda_processors), hopper_delta_shape<D>::THREADS_, memory, lac_cuda_stream>>>(p);
+    launch(kernel, min(p.tiles, lac_cuda_processors), hopper_delta_shape<D>::THREADS_, memory, p);
     return lac_cuda_launched("attention");
 }
 
@@ -364,7 +368,7 @@ int attn_hopper_deltas(const attn_args &a, const hopper_args &h, const lac_a_att
     int64_t most = 0;
     for (int g = 0; g < a.branches; g++) most = max(most, (int64_t)p.branch[g].items * p.branch[g].tiles);
     const dim3 grid(blocks_filling(most, THREADS), (unsigned)a.branches);
-    hopper_delta_list_kernel<<<grid, THREADS, 0, lac_cuda_stream>>>(p);
+    launch(hopper_delta_list_kernel, grid, THREADS, 0, p);
     LAC_TRY(lac_cuda_launched("attention"));
     const bool half = w->forward.q.dtype == LAC_F16;
     if (a.head_dim == 64) return half ? launch<f16, 64>(p) : launch<bf16, 64>(p);

@@ -22,6 +22,7 @@ static __device__ int hopper_claims[2], hopper_spoilt; /* spoilt: the number of 
 template <class T, class A>
 __global__ void __launch_bounds__(THREADS) attn_hopper_redo_kernel(const __grid_constant__ A a, int call)
 {
+    previous_done();
     if (hopper_spoilt != call) return;
     const int64_t rows = (int64_t)a.batch * a.n * a.heads, warps = (int64_t)gridDim.x * (THREADS / 32);
     for (int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; row < rows; row += warps) {
@@ -100,7 +101,7 @@ static hopper_lattices lattices_of(const attn_args &a)
 template <class T, class A> static int redo(const A &a, int call)
 {
     const int64_t rows = (int64_t)a.batch * a.n * a.heads;
-    attn_hopper_redo_kernel<T, A><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream>>>(a, call);
+    launch(attn_hopper_redo_kernel<T, A>, blocks_filling(rows, THREADS / 32, 2), THREADS, 0, a, call);
     return lac_cuda_launched("attention");
 }
 

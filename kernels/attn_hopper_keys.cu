@@ -24,6 +24,7 @@
 #include "attn_hopper_pairs.cuh"
 #include "attn_mma.cuh"
 #include "attn_sums.cuh"
+#include "launch.cuh"
 
 struct hopper_keys_branch {
     CUtensorMap q, k, v, g, dk, dv;
@@ -668,6 +669,7 @@ __global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
         hopper_barrier(memory + M::DQ_FREE, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    previous_done();
     __syncthreads();
     if (threadIdx.x < 128) {
         hopper_fewer<M::LOADER_REGISTERS>();
@@ -706,7 +708,7 @@ template <class T, int D, bool MASKS, bool PAIRS> static int launch(const hopper
     const int memory = hopper_shape<D>::MEMORY, blocks = p.tiles < lac_cuda_processors ? p.tiles : lac_cuda_processors;
     if (p.tiles == 0) return 0;
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
-    kernel<<<blocks, hopper_shape<D>::THREADS_, memory, lac_cuda_stream>>>(p);
+    launch(kernel, blocks, hopper_shape<D>::THREADS_, memory, p);
     return lac_cuda_launched("attention");
 }
 

@@ -7,6 +7,7 @@
 #define LAC_CUDA_ATTN_HOPPER_LAUNCH_CUH
 #include "attn_hopper_blocks.cuh"
 #include "attn_hopper_rows.cuh"
+#include "launch.cuh"
 
 template <int D, bool BLOCKS> HOPPER_FN void feed(const hopper_forward_args &p, uint32_t memory)
 {
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(hopper_forward_shape<D, BLOCKS>::THREADS_, 1)
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    previous_done();
     __syncthreads();
     if (threadIdx.x < 128) {
         hopper_fewer<M::FEEDER_REGISTERS>();
@@ -60,7 +62,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> static int launch
     const int memory = M::MEMORY;
     const int blocks = p.gaps ? lac_cuda_processors : min(p.tiles, lac_cuda_processors);
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
-    kernel<<<blocks, M::THREADS_, memory, lac_cuda_stream>>>(p);
+    launch(kernel, blocks, M::THREADS_, memory, p);
     return lac_cuda_launched("attention");
 }
 template <class T, bool PAIRS, bool BLOCKS> static int launch_shape(const hopper_forward_args &p)
