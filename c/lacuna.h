@@ -409,7 +409,8 @@ typedef struct lac_attn_args {
     const int64_t *starts;
     int64_t sequences;               /* 0: not packed */
     /* Not 0: q, k and v (f32, f16, bf16) are rounded to e4m3, each head of each item with a scale of its own, the
-     * largest finite magnitude of its rows / 448; results have q's dtype. On the CPU. There is no backward. */
+     * largest finite magnitude of its rows / 448; results have q's dtype. On a GPU f16 and bf16, on Hopper, and what weighs v is
+     * rounded too. There is no backward. */
     int32_t fp8;
 } lac_attn_args;
 int lac_plan_get(const lac_attn_desc *desc, lac_plan **out); /* from the cache or new; one reference for the caller */

@@ -1,6 +1,7 @@
 /* op_fp8.c: attention of q, k and v that are rounded to eight bits (e4m3), a scale for each head of each batch item.
  *
- * On the CPU the option is a definition, not a gain: inputs are rounded by the slot e4m3 into f32 tensors of what the
+ * On a GPU the back end rounds to the same bits and multiplies them, as far as it can (kernels/attn_hopper_fp8.cu). On
+ * the CPU the option is a definition, not a gain: inputs are rounded by the slot e4m3 into f32 tensors of what the
  * eight bits stand for, the ordinary kernels attend to them, and the result is rounded to q's dtype. Scores, weights
  * and sums are f32. So everything that attention has (masks, bias, dropout, packed sequences, any head dimension) works
  * with it, and a device's kernels have something to be compared with. Packed sequences have scales of their own, as
@@ -16,10 +17,6 @@ enum { PARTS = 4 }; /* q, k, v, out */
 
 int lac_fp8_check(const lac_attn_args *args)
 {
-    if (args->q->device >= LAC_CUDA)
-        LAC_FAIL(DEVICE,
-                 "attention: fp8 is not available on cuda yet, q is %s; leave fp8 out, or move q, k and v to the cpu",
-                 lac_describe(args->q));
     if (args->q->dtype == LAC_F64)
         LAC_FAIL(DTYPE, "attention: fp8 takes f32, f16 or bf16, q is %s; convert it first", lac_describe(args->q));
     return 0;
@@ -54,7 +51,7 @@ static int attend(const lac_a_attend *a, int device, lac_tensor *made)
 
 int lac_fp8_attend(const lac_a_attend *a, int device)
 {
-    if (!a->fp8) {
+    if (!a->fp8 || device >= LAC_CUDA) { /* there the back end rounds */
         LAC_RUN(attend, device, a);
         return 0;
     }

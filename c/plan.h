@@ -224,7 +224,7 @@ struct lac_a_attend {
     double dropout;   /* [0, 1) */
     uint64_t seed, offset;
     int32_t kernel;      /* LAC_KERNEL_* */
-    bool fp8;            /* the front end's (op_fp8.c): back ends get q, k and v that are rounded already */
+    bool fp8;            /* q, k and v rounded to e4m3: for the CPU by the front end (op_fp8.c), else by the back end */
     uint64_t draw;       /* added to a pair's number: sequences of one packed call have draws of their own */
     lac_view out;        /* [B, N, H, D] contiguous, of q's dtype */
     lac_view lse;        /* [B, N, H] contiguous, f32 (f64 for f64): of the merged softmax */

@@ -11,14 +11,16 @@
  * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters. The backward in
  * one pass has no sums of dk and dv beside the results (attn_sums.cuh), but f32 sums of dq for every branch, about four
  * times dq for LongNet's five (lac_plan_info says how much); they are a block of the pool by themselves, because it
- * rounds blocks up by as much as a quarter. f64 and, unless lac.use_tf32 says otherwise, f32 are computed exactly
- * (attn_exact_*.cuh); everything else on tensor cores. Calls with options of single pairs run instances of their own
- * (attn_pairs_*.cu), up to four rows without such options kernels that cut the keys instead (attn_few.cu). Branches run
- * in the reverse order of the plan's phases: the last to run is then usually the one without dilation, which reaches
- * every row, so that each row is rounded once and most sums stay in the cache.
+ * rounds blocks up by as much as a quarter. fp8 rounds q, k and v beside them (plan_fp8.h) and runs on Hopper or not at
+ * all. f64 and, unless lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cuh); everything else on
+ * tensor cores. Calls with options of single pairs run instances of their own (attn_pairs_*.cu), up to four rows
+ * without such options kernels that cut the keys instead (attn_few.cu). Branches run in the reverse order of the plan's
+ * phases: the last to run is then usually the one without dilation, which reaches every row, so that each row is
+ * rounded once and most sums stay in the cache.
  */
 #include "attn_few.cuh"
 #include "attn_hopper_backward.cuh"
+#include "attn_hopper_fp8.cuh"
 #include "attn_hopper_pairs.cuh"
 #include "launch.cuh"
 #include <cmath>
@@ -354,12 +356,48 @@ static bool blocks_pay(const attn_pair_args &a)
     return true;
 }
 
+/* results, their sums between branches and counters, in memory from `at` on; lse of branches is -inf where they do not
+ * reach */
+static int results_of(attn_args &a, const lac_a_attend *f, char *at, size_t sums)
+{
+    a.out = f->out.data;
+    a.acc = sums ? at : f->out.data;
+    a.counter = (int *)(at + sums);
+    a.lse = f->lse.data, a.branch_lse = f->branch_lse.data;
+    a.branch_stride = f->branch_lse.stride[0];
+    for (int g = 0; f->branch_lse.data && g < a.branches; g++) {
+        lac_view one = f->branch_lse; /* contiguous by itself */
+        one.data = (char *)one.data + g * one.stride[0] * dtype_bytes(one.dtype);
+        one.shape[0] = 1;
+        LAC_TRY(fill_lse(&one));
+    }
+    return 0;
+}
+
+/* q, k and v rounded to e4m3: by the kernel for Hopper or not at all */
+static int attend_eight(attn_pair_args &a, const lac_a_attend *f)
+{
+    const lac_plan *p = f->plan;
+    const char *why = f->kernel == LAC_KERNEL_PORTABLE ? "kernel 'portable' has none" : attn_hopper_fp8_fits(f);
+    if (why)
+        LAC_FAIL(ARGUMENT,
+                 "attention: fp8 on cuda cannot do this call: %s; leave fp8 out, or move q, k and v to the cpu", why);
+    lac_fp8_space eight;
+    lac_plan_fp8_space(p, &eight);
+    const size_t sums = acc_bytes(&f->out, p->forward_phases), bytes = (size_t)eight.bytes;
+    lac_scratch space("attention", bytes + sums + counters(a));
+    if (!space.data) return LAC_E_MEMORY;
+    LAC_TRY(results_of(a, f, (char *)space.data + bytes, sums));
+    return attn_hopper_fp8(a, f, !covered(p) || p->shift < 0, (char *)space.data);
+}
+
 extern "C" int lac_cuda_attend(const lac_a_attend *f)
 {
     attn_pair_args a;
     bool hopper;
     const lac_plan *p = f->plan;
     LAC_TRY(args_of(a, f));
+    if (f->fp8) return attend_eight(a, f);
     if (attn_few_fits(f)) return attn_few_forward(a, f);
     const lac_a_attend plain = without_blocks(f);
     const char *why = attn_hopper_forward_fits(&plain);
@@ -370,20 +408,10 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
         LAC_TRY(clear(&f->out));
         LAC_TRY(fill_lse(&f->lse));
     }
-    for (int g = 0; f->branch_lse.data && g < p->desc.branches; g++) {
-        lac_view one = f->branch_lse; /* contiguous by itself */
-        one.data = (char *)one.data + g * one.stride[0] * dtype_bytes(one.dtype);
-        one.shape[0] = 1;
-        LAC_TRY(fill_lse(&one));
-    }
     size_t sums = acc_bytes(&f->out, p->forward_phases);
     lac_scratch space("attention", sums + counters(a));
     if (!space.data) return LAC_E_MEMORY;
-    a.out = f->out.data;
-    a.acc = sums ? space.data : f->out.data;
-    a.counter = (int *)((char *)space.data + sums);
-    a.lse = f->lse.data, a.branch_lse = f->branch_lse.data;
-    a.branch_stride = f->branch_lse.stride[0];
+    LAC_TRY(results_of(a, f, (char *)space.data, sums));
     if (hopper) return attn_hopper_forward(a, f, gaps);
     if (exact(f->q.dtype)) return attn_forward_exact(a, p, f->q.dtype);
     return paired(f) ? attn_pairs_forward_tensor(a, p, f->q.dtype) : attn_forward_tensor(a, p, f->q.dtype);

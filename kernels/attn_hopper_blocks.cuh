@@ -17,9 +17,8 @@
 #define LAC_CUDA_ATTN_HOPPER_BLOCKS_CUH
 #include "attn_hopper_forward.cuh"
 
-template <int D> struct hopper_block_feeder : hopper_feeder<D, true> {
-    typedef hopper_forward_shape<D, true> M;
-    typedef hopper_feeder<D, true> base;
+template <class M> struct hopper_block_feeder : hopper_feeder<M> {
+    typedef hopper_feeder<M> base;
     using base::memory;
     using base::p;
     using base::slot;

@@ -17,29 +17,13 @@ static __device__ int hopper_claims[2], hopper_spoilt; /* spoilt: the number of 
 /* ---- values that are not finite ---- */
 
 /* A masked pair is a product with zero, and zero times NaN is NaN: rows that are not finite are computed again from the
- * pairs that they see (attn_slow.cuh), branch after branch. All rows are looked at, but only if one is known to be
- * spoilt. */
+ * pairs that they see (attn_slow.cuh). */
 template <class T, class A>
 __global__ void __launch_bounds__(THREADS) attn_hopper_redo_kernel(const __grid_constant__ A a, int call)
 {
     previous_done();
     if (hopper_spoilt != call) return;
-    const int64_t rows = (int64_t)a.batch * a.n * a.heads, warps = (int64_t)gridDim.x * (THREADS / 32);
-    for (int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; row < rows; row += warps) {
-        const int h = (int)(row % a.heads), n = (int)(row / a.heads % a.n), b = (int)(row / a.heads / a.n);
-        const T *out = (const T *)a.out + row * a.head_dim;
-        float probe = 0;
-        for (int d = threadIdx.x % 32; d < a.head_dim; d += 32) probe += to_compute(out[d]) * 0;
-        if (!__any_sync(~0u, probe != 0)) continue;
-        const int position = n + a.shift;
-        for (int rank = 0; rank < a.ranks; rank++)
-            for (int g = 0; g < a.branches; g++) {
-                attn_tile t;
-                if (a.branch[g].rank != rank || position < 0 || !attn_keeps(a, g, h, (unsigned)position)) continue;
-                attn_span(a, g, b, h, position / a.branch[g].segment, t);
-                attn_slow_forward<T>(a, t, (int)((position - t.base) / t.r));
-            }
-    }
+    hopper_redo<T>(a, [&](const attn_tile &t, int i) { attn_slow_forward<T>(a, t, i); });
 }
 
 /* ---- the host's side ---- */
@@ -115,14 +99,13 @@ template <class T> static int launch(const hopper_forward_args &p, bool pairs)
     return pairs || p.a.block ? redo<T>(p.a, p.call) : redo<T>((const attn_args &)p.a, p.call);
 }
 
-int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps)
+int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_attend *f, bool gaps)
 {
     static int calls;
-    hopper_forward_args p = {};
     const lac_plan *plan = f->plan;
     int64_t tiles;
-    LAC_TRY(attn_number(a, plan, false, a.head_dim <= 64 && !a.block ? 192 : 128, &tiles, a.block));
-    if (tiles == 0 && !gaps) return 0;
+    p = {};
+    LAC_TRY(attn_number(a, plan, false, a.head_dim <= 64 && !a.block && !f->fp8 ? 192 : 128, &tiles, a.block));
     p.tiles = (int)tiles;
     p.turns = turns_of(a);
     p.masks = a.causal || a.window >= 0 || a.block;
@@ -148,6 +131,14 @@ int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps)
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.claims, hopper_claims));
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.spoilt, hopper_spoilt));
     p.dropout = hopper_dropout_of(a);
+    return 0;
+}
+
+int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps)
+{
+    hopper_forward_args p;
+    LAC_TRY(attn_hopper_prepare(p, a, f, gaps));
+    if (p.tiles == 0 && !gaps) return 0;
     const bool pairs = hopper_pairs(a);
     return f->q.dtype == LAC_F16 ? launch<f16>(p, pairs) : launch<bf16>(p, pairs);
 }

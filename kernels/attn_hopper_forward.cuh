@@ -23,8 +23,10 @@
  */
 #ifndef LAC_CUDA_ATTN_HOPPER_FORWARD_CUH
 #define LAC_CUDA_ATTN_HOPPER_FORWARD_CUH
+#include "attn_hopper_fp8.cuh"
 #include "attn_hopper_pairs.cuh"
 #include "hopper.cuh"
+#include <cfloat>
 
 enum { HOPPER_BRANCHES = 16 }; /* most branches of a plan: every one has its tensor maps among the arguments */
 enum { HOPPER_KEYS = 128 };    /* keys of a block */
@@ -63,6 +65,7 @@ struct hopper_forward_args {
     int *spoilt,
         call; /* the number of the last call with a result that is not finite where pairs are masked; and of this */
     hopper_dropout dropout;
+    hopper_eight eight;
 };
 
 /* Of a tile's blocks of keys, what one warpgroup needs: blocks [lead, ends / 2) hold keys of its rows, and if `ends` is
@@ -89,21 +92,29 @@ struct alignas(16) hopper_forward_tile {
     int kv_head, map;
     uint32_t before[6], after[6]; /* where branches meet: rows that earlier, later ones reach, a bit a row */
     float slope;                  /* what a score loses for each key of the lattice between it and the row */
+    /* eight bits: base-2 scores are products times `score`, results sums times `value`; the lattice's values */
+    float score, value;
+    int values;
 };
 static_assert(sizeof(hopper_forward_tile) == HOPPER_TILE, "copied by 16 bytes");
 
-/* Sizes, and addresses in shared memory. BLOCKS: there are active blocks (attn_hopper_blocks.cuh). */
-template <int D, bool BLOCKS> struct hopper_forward_shape {
+/* Sizes, and addresses in shared memory. T: of q, k and v. BLOCKS: there are active blocks (attn_hopper_blocks.cuh). Of
+ * eight bits, rows of 64 numbers take the 128 bytes of an operand's rows too. */
+template <class T, int D, bool BLOCKS> struct hopper_forward_shape {
+    static constexpr bool EIGHT = std::is_same_v<T, e4m3>, STEPPED = BLOCKS;
     enum {
-        GROUPS = D == 64 && !BLOCKS ? 3 : 2, /* warpgroups with rows; the usual block has 128 */
-        STAGES = D == 64 ? 4 : 2,            /* of keys, and of values; a power of two: others cost registers */
-        SLOTS = 2,                           /* of queries; results leave through the same memory */
+        DIM = D,
+        GROUPS = D == 64 && !BLOCKS && !EIGHT ? 3 : 2, /* warpgroups with rows; the usual block has 128 */
+        STAGES = D == 64 || EIGHT ? 4 : 2, /* of keys, and of values; a power of two: others cost registers */
+        SLOTS = 2,                         /* of queries; results leave through the same memory */
         LATE = D == 64 ? 12 : 8, /* columns, in eighths, exponentiated before the product with values is waited for */
         THREADS_ = 128 * (GROUPS + 1),
         PANELS = D / 64,
         PANEL = 64 * 128, /* 64 rows of 64 columns */
         QUERIES = GROUPS * PANELS * PANEL,
-        BLOCK = HOPPER_KEYS * D * 2
+        READ = EIGHT ? 1 : PANELS, /* panels of queries and keys: 128 bytes of a row each */
+        ALIGNED = EIGHT ? 16 : 1,  /* blocks of keys begin at multiples */
+        BLOCK = HOPPER_KEYS * READ * 128
     };
     enum {
         Q = 0,
@@ -176,10 +187,21 @@ HOPPER_FN bool hopper_piece(const attn_pair_args &a, int number, int height, att
     return t.first < t.end;
 }
 
-/* Tile number -> tile; false if it has no rows. */
-template <int D, bool BLOCKS> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id, hopper_forward_tile &f)
+/* eight bits: what turns products into scores and sums into results, and where the values are */
+HOPPER_FN void hopper_scales(const hopper_forward_args &p, hopper_forward_tile &f, int segment)
 {
-    constexpr int GROUPS = hopper_forward_shape<D, BLOCKS>::GROUPS;
+    const hopper_eight &x = p.eight;
+    const int kv = f.t.b * p.a.kv_heads + f.kv_head;
+    f.score = (float)((double)x.q[f.t.b * p.a.heads + f.t.h] * (double)x.k[kv] * (p.a.scale * ATTN_LOG2E));
+    f.score = fmaxf(f.score, FLT_MIN); /* masked scores are -inf, and zero times that is NaN */
+    f.value = x.v[kv];
+    f.values = (hopper_values(x, p.a.branch[f.g], f.g, f.t.b, f.t.h, segment) + 1) * p.a.head_dim;
+}
+
+/* Tile number -> tile; false if it has no rows. */
+template <class M> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id, hopper_forward_tile &f)
+{
+    constexpr int GROUPS = M::GROUPS;
     const attn_pair_args &a = p.a;
     int g = 0;
     if (p.turns > 1) {
@@ -203,7 +225,7 @@ template <int D, bool BLOCKS> HOPPER_FN bool hopper_find(const hopper_forward_ar
     const int x = item - outer * inner, y = outer - b * span;
     attn_span(a, g, b, br.head0 + (a.ranks > 1 ? y : x), br.segment0 + (a.ranks > 1 ? x : y), t);
     f.rows = t.q1 - t.q0;
-    if constexpr (BLOCKS) {
+    if constexpr (M::STEPPED) {
         if (!hopper_piece(a, block, 64 * GROUPS, t)) return false;
         f.groups = (t.end - t.first + 63) / 64;
     } else {
@@ -214,11 +236,12 @@ template <int D, bool BLOCKS> HOPPER_FN bool hopper_find(const hopper_forward_ar
         t.first = t.q0 + 64 * (block * each + max(block - fewer, 0));
         t.end = min(t.q1, t.first + 64 * f.groups);
     }
-    const int low = max(t.first - t.before, 0), high = min(t.live, t.end + t.after);
+    const int least = max(t.first - t.before, 0), high = min(t.live, t.end + t.after);
+    const int low = least / M::ALIGNED * M::ALIGNED;
     f.g = g;
     f.low = low;
-    f.blocks = high > low ? (high - low + HOPPER_KEYS - 1) / HOPPER_KEYS : 0;
-    if constexpr (!BLOCKS) {
+    f.blocks = high > least ? (high - low + HOPPER_KEYS - 1) / HOPPER_KEYS : 0;
+    if constexpr (!M::STEPPED) {
 #pragma unroll 1
         for (int w = 0; w < GROUPS; w++) hopper_part(f, w);
     }
@@ -228,6 +251,7 @@ template <int D, bool BLOCKS> HOPPER_FN bool hopper_find(const hopper_forward_ar
     f.step = t.r * a.heads;
     f.kv_head = t.h / hopper_opaque(a.group);
     f.map = p.same[g];
+    if constexpr (M::EIGHT) hopper_scales(p, f, a.ranks > 1 ? x : y);
     return true;
 }
 
@@ -272,10 +296,8 @@ template <int GROUPS> HOPPER_FN void hopper_others(const hopper_forward_args &p,
 }
 
 /* All lanes do the same, except where branches meet. */
-template <int D, bool MEETS, bool PAIRS, bool BLOCKS>
-HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
+template <class M, bool MEETS, bool PAIRS> HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
 {
-    typedef hopper_forward_shape<D, BLOCKS> M;
     hopper_forward_tile &f = *(hopper_forward_tile *)__cvta_shared_to_generic(memory + M::FOUND);
     const int lane = threadIdx.x % 32;
     int id = blockIdx.x, free = 1;
@@ -284,7 +306,7 @@ HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
         hopper_wait(memory + M::FOUND_FREE, free);
         int next = 0;
         if (lane == 0) next = atomicAdd(p.claims, 1) + (int)gridDim.x; /* takes a while, and not too early */
-        const bool rows = hopper_find<D, BLOCKS>(p, id, f);
+        const bool rows = hopper_find<M>(p, id, f);
         __syncwarp();
         if (rows) {
             if (PAIRS) f.slope = hopper_slope(p.a, f.t.h, f.t.r);
@@ -333,8 +355,7 @@ template <int D> HOPPER_FN void hopper_fill(const hopper_forward_args &p, int wa
 /* Where branches meet: a warp that fetches the lse that a tile's rows begin with, once all earlier branches' sums are
  * out, and that says when a tile's own are. It never waits for one of the two, because the other may be what some tile
  * that it waits for is waiting for. */
-template <int D, bool BLOCKS> struct hopper_carrier {
-    typedef hopper_forward_shape<D, BLOCKS> M;
+template <class M> struct hopper_carrier {
     const hopper_forward_args &p;
     const uint32_t memory;
     const int lane;
@@ -403,8 +424,7 @@ template <int D, bool BLOCKS> struct hopper_carrier {
     }
 };
 
-template <int D, bool BLOCKS> struct hopper_feeder {
-    typedef hopper_forward_shape<D, BLOCKS> M;
+template <class M> struct hopper_feeder {
     const hopper_forward_args &p;
     const uint32_t memory;
     int slot, slot_free, stage, stage_free;
@@ -421,11 +441,11 @@ template <int D, bool BLOCKS> struct hopper_feeder {
         const int rows = f.rows, row = HOPPER_WRAP - rows + f.t.first - f.t.q0, head = f.t.h, groups = f.groups;
         const int z = f.t.b * p.q_step + f.query + rows * f.t.r;
         const uint32_t to = memory + M::Q + slot * M::QUERIES, full = memory + M::Q_FULL + 8 * slot;
-        hopper_expect(full, groups * (int)M::PANELS * (int)M::PANEL);
+        hopper_expect(full, groups * (int)M::READ * (int)M::PANEL);
 #pragma unroll 1
         for (int g = 0; g < groups; g++)
 #pragma unroll
-            for (int c = 0; c < M::PANELS; c++)
+            for (int c = 0; c < M::READ; c++)
                 hopper_load(to + (c * M::GROUPS + g) * M::PANEL, &map.q, full, 64 * c, row + 64 * g, z, head);
     }
     __device__ __forceinline__ void keys(const volatile hopper_forward_tile &f, const hopper_forward_maps &map)
@@ -438,15 +458,21 @@ template <int D, bool BLOCKS> struct hopper_feeder {
             hopper_wait(barriers + M::K_FREE, stage_free);
             hopper_expect(barriers + M::K_FULL, M::BLOCK);
 #pragma unroll
-            for (int c = 0; c < M::PANELS; c++)
+            for (int c = 0; c < M::READ; c++)
                 hopper_load(to + M::K + c * HOPPER_KEYS * 128, &map.k, barriers + M::K_FULL, 64 * c,
                             row + i * HOPPER_KEYS, k, head);
             hopper_wait(barriers + M::V_FREE, stage_free);
-            hopper_expect(barriers + M::V_FULL, M::BLOCK);
+            if constexpr (M::EIGHT) { /* D rows of keys */
+                hopper_expect(barriers + M::V_FULL, M::DIM * 128);
+                hopper_load(to + M::V, &p.map[f.g].v, barriers + M::V_FULL, f.low + i * HOPPER_KEYS,
+                            HOPPER_WRAP - p.a.head_dim, f.values, 0);
+            } else {
+                hopper_expect(barriers + M::V_FULL, M::BLOCK);
 #pragma unroll
-            for (int c = 0; c < M::PANELS; c++)
-                hopper_load(to + M::V + c * HOPPER_KEYS * 128, &map.v, barriers + M::V_FULL, 64 * c,
-                            row + i * HOPPER_KEYS, v, head);
+                for (int c = 0; c < M::PANELS; c++)
+                    hopper_load(to + M::V + c * HOPPER_KEYS * 128, &map.v, barriers + M::V_FULL, 64 * c,
+                                row + i * HOPPER_KEYS, v, head);
+            }
             step(stage, stage_free, M::STAGES);
         }
     }

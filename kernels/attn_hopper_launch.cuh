@@ -9,18 +9,40 @@
 #include "attn_hopper_rows.cuh"
 #include "launch.cuh"
 
-template <int D, bool BLOCKS> HOPPER_FN void feed(const hopper_forward_args &p, uint32_t memory)
+/* All rows are looked at, and those that are not finite done again by `again`, branch after branch; only if one is
+ * known to be spoilt. */
+template <class T, class F> HOPPER_FN void hopper_redo(const attn_args &a, F &&again)
 {
-    if constexpr (BLOCKS) hopper_block_feeder<D>(p, memory).run();
-    else hopper_feeder<D, false>(p, memory).run();
+    const int64_t rows = (int64_t)a.batch * a.n * a.heads, warps = (int64_t)gridDim.x * (THREADS / 32);
+    for (int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; row < rows; row += warps) {
+        const int h = (int)(row % a.heads), n = (int)(row / a.heads % a.n), b = (int)(row / a.heads / a.n);
+        const T *out = (const T *)a.out + row * a.head_dim;
+        float probe = 0;
+        for (int d = threadIdx.x % 32; d < a.head_dim; d += 32) probe += to_compute(out[d]) * 0;
+        if (!__any_sync(~0u, probe != 0)) continue;
+        const int position = n + a.shift;
+        for (int rank = 0; rank < a.ranks; rank++)
+            for (int g = 0; g < a.branches; g++) {
+                attn_tile t;
+                if (a.branch[g].rank != rank || position < 0 || !attn_keeps(a, g, h, (unsigned)position)) continue;
+                attn_span(a, g, b, h, position / a.branch[g].segment, t);
+                again(t, (int)((position - t.base) / t.r));
+            }
+    }
+}
+
+template <class M> HOPPER_FN void feed(const hopper_forward_args &p, uint32_t memory)
+{
+    if constexpr (M::STEPPED) hopper_block_feeder<M>(p, memory).run();
+    else hopper_feeder<M>(p, memory).run();
 }
 
 template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS>
-__global__ void __launch_bounds__(hopper_forward_shape<D, BLOCKS>::THREADS_, 1)
+__global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS>::THREADS_, 1)
     attn_hopper_forward_kernel(const __grid_constant__ hopper_forward_args p)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    typedef hopper_forward_shape<D, BLOCKS> M;
+    typedef hopper_forward_shape<T, D, BLOCKS> M;
     extern __shared__ __align__(1024) uint8_t bytes[]; /* nothing else is shared: swizzled tiles begin at multiples */
     const uint32_t memory = attn_shared(bytes);
     if (threadIdx.x == 0) {
@@ -44,9 +66,9 @@ __global__ void __launch_bounds__(hopper_forward_shape<D, BLOCKS>::THREADS_, 1)
     __syncthreads();
     if (threadIdx.x < 128) {
         hopper_fewer<M::FEEDER_REGISTERS>();
-        if (threadIdx.x < (BLOCKS ? 32 : 1)) feed<D, BLOCKS>(p, memory);
-        else if (threadIdx.x / 32 == 1) hopper_scout<D, MEETS, PAIRS, BLOCKS>(p, memory);
-        else if (MEETS && threadIdx.x / 32 == 2) hopper_carrier<D, BLOCKS>(p, memory).run();
+        if (threadIdx.x < (BLOCKS ? 32 : 1)) feed<M>(p, memory);
+        else if (threadIdx.x / 32 == 1) hopper_scout<M, MEETS, PAIRS>(p, memory);
+        else if (MEETS && threadIdx.x / 32 == 2) hopper_carrier<M>(p, memory).run();
         else if (threadIdx.x >= 64 && p.gaps) hopper_fill<D>(p, 3 - threadIdx.x / 32, 2 - MEETS);
     } else {
         hopper_more<M::GROUP_REGISTERS>();
@@ -57,7 +79,7 @@ __global__ void __launch_bounds__(hopper_forward_shape<D, BLOCKS>::THREADS_, 1)
 
 template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> static int launch_one(const hopper_forward_args &p)
 {
-    typedef hopper_forward_shape<D, BLOCKS> M;
+    typedef hopper_forward_shape<T, D, BLOCKS> M;
     auto kernel = attn_hopper_forward_kernel<T, D, MEETS, PAIRS, BLOCKS>;
     const int memory = M::MEMORY;
     const int blocks = p.gaps ? lac_cuda_processors : min(p.tiles, lac_cuda_processors);
@@ -72,6 +94,9 @@ template <class T, bool PAIRS, bool BLOCKS> static int launch_shape(const hopper
         return small ? launch_one<T, 64, true, PAIRS, BLOCKS>(p) : launch_one<T, 128, true, PAIRS, BLOCKS>(p);
     return small ? launch_one<T, 64, false, PAIRS, BLOCKS>(p) : launch_one<T, 128, false, PAIRS, BLOCKS>(p);
 }
+
+/* all arguments but those of eight bits (attn_hopper_forward.cu) */
+int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_attend *f, bool gaps);
 
 /* the same with dropout or slopes (attn_hopper_pairs.cu) and with active blocks (attn_hopper_blocks.cu) */
 template <class T> int attn_hopper_forward_pairs(const hopper_forward_args &p);

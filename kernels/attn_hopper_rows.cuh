@@ -46,17 +46,23 @@ template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
 }
 
 /* MEETS: several branches meet in rows. PAIRS: there may be dropout and slopes (attn_hopper_pairs.cuh). BLOCKS: keys
- * come in steps, each of which says what the next one is (attn_hopper_blocks.cuh). */
+ * come in steps, each of which says what the next one is (attn_hopper_blocks.cuh). T e4m3: queries, keys, values and
+ * weights are of eight bits (attn_hopper_fp8.cuh). */
 template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_rows {
-    typedef hopper_forward_shape<D, BLOCKS> M;
+    typedef hopper_forward_shape<T, D, BLOCKS> M;
     enum { BN = HOPPER_KEYS, TURN = 1, OWN = 8 };      /* named barriers: the turn of warpgroup 0; of its own warps */
     static constexpr float NOTHING = -1e38f, RISE = 8; /* bits by which slopes may lift a block over its reference */
+    static constexpr bool EIGHT = M::EIGHT, RUNNING = PAIRS || EIGHT; /* RUNNING: the reference follows the maximum */
+    static constexpr float LIFT = EIGHT ? 8 : 0;                      /* bits by which weights exceed their share */
     static constexpr int LATE = PAIRS ? BN / 8 : M::LATE;
     const hopper_forward_args &p;
     const uint32_t memory;
     const int w, thread, lane, warp;
-    float s[BN / 2], o[D / 2], top0, top1, sum0, sum1; /* rows lane / 4 and lane / 4 + 8 of the warp's 16 */
-    uint32_t weights[BN / 4], kept[BN / 64];           /* kept: a bit a register of s; PAIRS */
+    float s[BN / 2], o[D / 2], top0, top1, sum0, sum1;        /* rows lane / 4 and lane / 4 + 8 of the warp's 16 */
+    uint32_t weights[EIGHT ? BN / 8 : BN / 4], kept[BN / 64]; /* kept: a bit a register of s; PAIRS */
+    /* EIGHT: base-2 scores are products times unit; results of one block; what turns those before it into the
+     * references that it has */
+    float unit, part[EIGHT ? D / 2 : 1], late0, late1;
     /* blocks of keys taken so far (values lag by one while a product is due), tiles, block of the product that is due
      */
     uint32_t block, tiles, due;
@@ -67,6 +73,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
           lane(threadIdx.x % 32), warp(threadIdx.x % 128 / 32), block(0), tiles(0), due(0), held(false), stored(false)
     {
         top0 = top1 = sum0 = sum1 = 0;
+        if (EIGHT) unit = 0, late0 = late1 = 1;
         clear();
     }
     __device__ __forceinline__ void clear()
@@ -139,47 +146,78 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
         const uint32_t k = hopper_operand(memory + M::K + block % M::STAGES * M::BLOCK, 16);
         hopper_pin(s);
         hopper_product_fence();
+        if constexpr (EIGHT) {
 #pragma unroll
-        for (int i = 0; i < D / 16; i++)
-            hopper_product<T, 0>(s, hopper_descriptor(q, (i >> 2) * M::GROUPS * M::PANEL + (i & 3) * 32),
-                                 hopper_descriptor(k, (i >> 2) * BN * 128 + (i & 3) * 32), i > 0);
+            for (int i = 0; i < D / 32; i++)
+                hopper_product_eight(s, hopper_descriptor(q, i * 32), hopper_descriptor(k, i * 32), i > 0);
+        } else
+#pragma unroll
+            for (int i = 0; i < D / 16; i++)
+                hopper_product<T, 0>(s, hopper_descriptor(q, (i >> 2) * M::GROUPS * M::PANEL + (i & 3) * 32),
+                                     hopper_descriptor(k, (i >> 2) * BN * 128 + (i & 3) * 32), i > 0);
         hopper_product_commit();
     }
     __device__ __forceinline__ void queue_values(uint32_t c) /* O += P V */
     {
         const uint32_t v = hopper_operand(memory + M::V + c % M::STAGES * M::BLOCK, BN * 128);
-        hopper_pin(o);
+        if constexpr (!EIGHT) hopper_pin(o);
         hopper_pin(weights);
         hopper_product_fence();
+        if constexpr (EIGHT) {
+            hopper_product_eight_first(part, weights, hopper_descriptor(v, 0));
 #pragma unroll
-        for (int i = 0; i < BN / 16; i++) hopper_product_from<T>(o, weights + 4 * i, hopper_descriptor(v, i * 2048));
+            for (int i = 1; i < BN / 32; i++)
+                hopper_product_eight_from(part, weights + 4 * i, hopper_descriptor(v, i * 32));
+        } else {
+#pragma unroll
+            for (int i = 0; i < BN / 16; i++)
+                hopper_product_from<T>(o, weights + 4 * i, hopper_descriptor(v, i * 2048));
+        }
         hopper_product_commit();
+    }
+    /* when the products with values are there. EIGHT: their sums keep 14 bits, so that long ones would lose more than
+     * rounding does: a block's are added here */
+    __device__ __forceinline__ void have_values()
+    {
+        if constexpr (EIGHT) {
+            hopper_pin(part);
+#pragma unroll
+            for (int i = 0; i < D / 2; i++) o[i] = fmaf(o[i], i & 2 ? late1 : late0, part[i]);
+        } else hopper_pin(o);
+        hopper_pin(weights);
     }
     __device__ __forceinline__ void settle_values(uint32_t c)
     {
         hopper_product_wait<0>();
-        hopper_pin(o);
-        hopper_pin(weights);
+        have_values();
         free_values(c);
     }
 
     /* ---- softmax ---- */
 
+    __device__ __forceinline__ float log2_scale() const { return EIGHT ? unit : p.a.log2_scale; }
     __device__ __forceinline__ void exponentials(int i) /* of 8 columns */
     {
-        s[4 * i] = attn_ex2(fmaf(s[4 * i], p.a.log2_scale, -top0));
-        s[4 * i + 1] = attn_ex2(fmaf(s[4 * i + 1], p.a.log2_scale, -top0));
-        s[4 * i + 2] = attn_ex2(fmaf(s[4 * i + 2], p.a.log2_scale, -top1));
-        s[4 * i + 3] = attn_ex2(fmaf(s[4 * i + 3], p.a.log2_scale, -top1));
+        s[4 * i] = attn_ex2(fmaf(s[4 * i], log2_scale(), -top0));
+        s[4 * i + 1] = attn_ex2(fmaf(s[4 * i + 1], log2_scale(), -top0));
+        s[4 * i + 2] = attn_ex2(fmaf(s[4 * i + 2], log2_scale(), -top1));
+        s[4 * i + 3] = attn_ex2(fmaf(s[4 * i + 3], log2_scale(), -top1));
         sum0 += s[4 * i] + s[4 * i + 1];
         sum1 += s[4 * i + 2] + s[4 * i + 3];
     }
     __device__ __forceinline__ void pack(int i)
     {
-        weights[2 * i] = hopper_pack<T>(s[4 * i], s[4 * i + 1]);
-        weights[2 * i + 1] = hopper_pack<T>(s[4 * i + 2], s[4 * i + 3]);
+        if constexpr (EIGHT) { /* of 16 columns, when the second 8 are there */
+            const float *x = s + 4 * i - 4;
+            if (i % 2 == 0) return;
+            weights[i - 1] = hopper_pack_eight(x[0], x[1], x[4], x[5]);
+            weights[i] = hopper_pack_eight(x[2], x[3], x[6], x[7]);
+        } else {
+            weights[2 * i] = hopper_pack<T>(s[4 * i], s[4 * i + 1]);
+            weights[2 * i + 1] = hopper_pack<T>(s[4 * i + 2], s[4 * i + 3]);
+        }
     }
-    __device__ __forceinline__ void maxima(float &most0, float &most1) /* of the block's scores, in base 2 */
+    __device__ __forceinline__ void maxima(float &most0, float &most1) /* references of the block's scores, in base 2 */
     {
         most0 = fmaxf(s[0], s[1]), most1 = fmaxf(s[2], s[3]);
 #pragma unroll
@@ -187,8 +225,8 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
             most0 = fmaxf(most0, fmaxf(s[4 * i], s[4 * i + 1]));
             most1 = fmaxf(most1, fmaxf(s[4 * i + 2], s[4 * i + 3]));
         }
-        most0 = fmaxf(quad_max(most0) * p.a.log2_scale, NOTHING);
-        most1 = fmaxf(quad_max(most1) * p.a.log2_scale, NOTHING);
+        most0 = fmaxf(quad_max(most0) * log2_scale() - LIFT, NOTHING);
+        most1 = fmaxf(quad_max(most1) * log2_scale() - LIFT, NOTHING);
     }
     /* `first`: the block's first key, `until`: BLOCKS, where its keys end. What the mask needs is read again each time:
      * registers are for the main loop. */
@@ -271,18 +309,19 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
                 }
         }
     }
-    __device__ __forceinline__ void first_softmax(float old0, float old1)
+    __device__ __forceinline__ void first_softmax(int slot, float old0, float old1)
     {
         maxima(top0, top1);
         sum0 = sum1 = 0;
+        if (EIGHT) late0 = late1 = 1;
         float share0, share1;
         if (MEETS) {
-            top0 = fmaxf(top0, old0), top1 = fmaxf(top1, old1);
+            top0 = fmaxf(top0, old0 - LIFT), top1 = fmaxf(top1, old1 - LIFT);
             share0 = attn_ex2(old0 - top0), share1 = attn_ex2(old1 - top1);
             if (lane % 4 == 0) sum0 = share0, sum1 = share1; /* once a row */
         }
         weigh();
-        if (MEETS && PAIRS) share0 *= undropped(), share1 *= undropped();
+        if (MEETS && RUNNING) share0 *= unweighted(slot), share1 *= unweighted(slot);
         if (MEETS) scale(share0, share1);
     }
     /* all weights of the block */
@@ -303,11 +342,15 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
         }
     }
     /* Results are times this, and what they begin with over it: weights are not multiplied one by one. */
-    __device__ __forceinline__ float weight() const
+    __device__ __forceinline__ float weight(int slot) const
     {
+        if (EIGHT) return (float)p.a.gscale * tile(slot).value;
         return (float)(PAIRS ? p.a.gscale * p.a.keep_scale : p.a.gscale);
     }
-    __device__ __forceinline__ float undropped() const { return (float)(1 / p.a.keep_scale); }
+    __device__ __forceinline__ float unweighted(int slot) const
+    {
+        return EIGHT ? 1 / tile(slot).value : (float)(1 / p.a.keep_scale);
+    }
     /* new references; shrink0 and shrink1 turn what was summed up with the old ones into what it is with these */
     __device__ __forceinline__ void raise(float most0, float most1, float &shrink0, float &shrink1)
     {
@@ -334,6 +377,11 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
         for (int i = 0; i < D / 2; i++) probe += o[i] * 0;
         if (probe != 0) *p.spoilt = p.call; /* NaN is not 0 either */
     }
+    __device__ __forceinline__ uint32_t pair(float low, float high) const
+    {
+        if constexpr (!EIGHT) return hopper_pack<T>(low, high);
+        return p.eight.half ? hopper_pack<f16>(low, high) : hopper_pack<bf16>(low, high);
+    }
     __device__ __forceinline__ void store(int slot, float weight0, float weight1)
     {
         const uint32_t to = memory + M::Q + slot * M::QUERIES + w * M::PANEL;
@@ -341,10 +389,10 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
             const float *x = o + 8 * k;
-            hopper_put<false>(
-                to + (k >> 2) * M::GROUPS * M::PANEL + row * 128 + (((k & 3) * 2 + (lane >> 4)) ^ (row & 7)) * 16,
-                hopper_pack<T>(x[0] * weight0, x[1] * weight0), hopper_pack<T>(x[2] * weight1, x[3] * weight1),
-                hopper_pack<T>(x[4] * weight0, x[5] * weight0), hopper_pack<T>(x[6] * weight1, x[7] * weight1));
+            hopper_put<false>(to + (k >> 2) * M::GROUPS * M::PANEL + row * 128 +
+                                  (((k & 3) * 2 + (lane >> 4)) ^ (row & 7)) * 16,
+                              pair(x[0] * weight0, x[1] * weight0), pair(x[2] * weight1, x[3] * weight1),
+                              pair(x[4] * weight0, x[5] * weight0), pair(x[6] * weight1, x[7] * weight1));
         }
         hopper_shared_fence();
         meet();
@@ -382,7 +430,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
             if (i < end) put_lse(at, f.g, lse_of(top0, total0), -INFINITY);
             if (i + 8 < end) put_lse(at + 8 * (int64_t)step, f.g, lse_of(top1, total1), -INFINITY);
         }
-        const float all = weight();
+        const float all = weight(slot);
         const float weight0 = total0 == 0 ? 0 : all / total0, weight1 = total1 == 0 ? 0 : all / total1;
         meet(); /* all warps are past their last use of the queries */
         if (BLOCKS && cut(slot)) put_rows(slot, weight0, weight1, 0);
@@ -437,12 +485,12 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
     __device__ __forceinline__ void put_row(int64_t row, int first, float weight, bool last)
     {
         float *acc = (float *)p.a.acc + row * p.a.head_dim + lane % 4 * 2;
-        T *out = (T *)p.a.out + row * p.a.head_dim + lane % 4 * 2;
+        uint16_t *out = (uint16_t *)p.a.out + row * p.a.head_dim + lane % 4 * 2;
 #pragma unroll
         for (int e = 0; e < D / 8; e++) {
             if (8 * e >= p.a.head_dim) break;
             const float2 v = {o[4 * e + first] * weight, o[4 * e + first + 1] * weight};
-            if (last) *(uint32_t *)(out + 8 * e) = hopper_pack<T>(v.x, v.y);
+            if (last) *(uint32_t *)(out + 8 * e) = pair(v.x, v.y);
             else *(float2 *)(acc + 8 * e) = v;
         }
     }
@@ -460,7 +508,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
     }
     __device__ __forceinline__ void finish_together(int slot, float total0, float total1)
     {
-        const float all = weight();
+        const float all = weight(slot);
         float weight0 = total0 == 0 ? 0 : all / total0, weight1 = total1 == 0 ? 0 : all / total1;
         float old0 = -INFINITY, old1 = -INFINITY;
         if (p.a.sum) { /* branches have a softmax each, and their results are added up */
@@ -504,7 +552,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
         if (MEETS) {
             carry(slot, top0, top1);
             if (lane % 4 == 0) sum0 = top0 != -INFINITY, sum1 = top1 != -INFINITY;
-            if (PAIRS && !p.a.sum) scale(undropped(), undropped());
+            if (RUNNING && !p.a.sum) scale(unweighted(slot), unweighted(slot));
         }
         finish(slot);
     }
@@ -532,8 +580,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
             pass_turn();
             hopper_product_wait<0>();
             hopper_pin(s);
-            hopper_pin(o);
-            hopper_pin(weights);
+            have_values();
             free_keys(block);
             free_values(due);
             finish(slot ^ 1);
@@ -565,10 +612,13 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
         float shrink0 = 1, shrink1 = 1;
         if (PAIRS && p.a.slopes) lean(slot, key);
         if (MASKED) mask(slot, key, until);
-        if (PAIRS || (MASKED && fresh)) {
+        if (EIGHT) free_keys(block);
+        if (RUNNING || (MASKED && fresh)) {
             float most0, most1;
             maxima(most0, most1);
-            if (PAIRS) { /* slopes: near keys weigh more, often by far */
+            if (EIGHT) {
+                raise(fmaxf(most0, top0), fmaxf(most1, top1), shrink0, shrink1);
+            } else if (PAIRS) { /* slopes: near keys weigh more, often by far */
                 raise(most0 > top0 + RISE ? most0 : top0, most1 > top1 + RISE ? most1 : top1, shrink0, shrink1);
             } else {
                 top0 = top0 <= NOTHING ? most0 : top0;
@@ -580,7 +630,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
             for (int i = BN / 4; i < BN / 2; i++) s[i] = 0;
         }
         const float kept0 = sum0, kept1 = sum1;
-        if (PAIRS) sum0 *= shrink0, sum1 *= shrink1;
+        if (RUNNING) sum0 *= shrink0, sum1 *= shrink1;
         else sum0 = sum1 = 0;
 #pragma unroll
         for (int i = 0; i < BN / 16; i++) exponentials(i);
@@ -607,6 +657,8 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
 #pragma unroll
             for (int i = 0; i < BN / 8; i++) pack(i);
             if (__any_sync(~0u, shrink0 != 1 || shrink1 != 1)) scale(shrink0, shrink1);
+        } else if constexpr (EIGHT) {
+            late0 = shrink0, late1 = shrink1;
         } else if (__any_sync(~0u, !(sum0 < most() && sum1 < most()))) {
             multiply_again(slot);
             if (MASKED) mask(slot, key, until);
@@ -618,8 +670,8 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
             scale(shrink0, shrink1);
             __syncwarp(); /* all lanes have read the keys before lane 0 frees them */
         }
-        free_keys(block);
-        if (!PAIRS) sum0 = fmaf(kept0, shrink0, sum0), sum1 = fmaf(kept1, shrink1, sum1);
+        if (!EIGHT) free_keys(block);
+        if (!RUNNING) sum0 = fmaf(kept0, shrink0, sum0), sum1 = fmaf(kept1, shrink1, sum1);
     }
     __device__ __forceinline__ void run()
     {
@@ -644,10 +696,11 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
                 float old0, old1;
                 if (PAIRS && p.dropout.dropped) choose(slot, low + lead * BN);
                 first_block(slot);
+                if (EIGHT) unit = tile(slot).score;
                 if (MEETS) carry(slot, old0, old1);
                 if (PAIRS && p.a.slopes) lean(slot, low + lead * BN);
                 if (lead < plain || lead >= full) mask(slot, low + lead * BN, 0);
-                first_softmax(old0, old1);
+                first_softmax(slot, old0, old1);
                 /* the store of the last tile's results has read its memory by the end of the next block */
                 if (stop - lead == 1) {
                     if (MEETS) meet();
@@ -711,7 +764,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
                 first_block(slot);
                 if (MEETS) carry(slot, old0, old1);
                 if (fresh) mask(slot, step.x, step.y);
-                first_softmax(old0, old1);
+                first_softmax(slot, old0, old1);
                 step = step_after(block - 1);
                 if (!step.z) {
                     if (MEETS) meet();

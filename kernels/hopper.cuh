@@ -29,7 +29,7 @@ enum { HOPPER_WRAP = 1 << 30 }; /* rows of a clipping map */
 bool hopper_readable(const lac_view *x, const char **why);
 /* tokens from one batch item to the next */
 int hopper_batch_step(const lac_view *x);
-/* the map of x for dilation r, in boxes of `rows` rows of 64 columns */
+/* the map of x for dilation r, in boxes of `rows` rows of 128 bytes */
 int hopper_map(CUtensorMap *map, const lac_view *x, int64_t r, int rows);
 /* Is the device a Hopper, and was `kernel` compiled for it? Else it is empty: made from an older device's PTX. */
 bool hopper_compiled(const void *kernel);

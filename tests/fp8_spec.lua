@@ -1,6 +1,5 @@
 --- Attention of inputs that are rounded to e4m3 (fp8 = true): rounding and scales number by number,
--- everything else against the oracle in f64 with inputs that are rounded here, by arithmetic that knows
--- nothing of bits.
+-- everything else against the oracle in f64 with inputs that support/e4m3.lua rounds.
 --
 -- Where a segment is one position, a row sees one key, its weight is 1 and out is that key's value, rounded:
 -- so rounding is seen through the attention itself, to the last bit. With the oracle, an f32 attention of the
@@ -9,53 +8,13 @@
 
 local lac = require "lacuna"
 local direct = require "support.attn_direct"
+local e4m3 = require "support.e4m3"
 local oracle = require "support.oracle"
 local philox = require "support.philox"
 local P = require "support.attn_pairs"
 local ffi, C = direct.ffi, direct.C
 
-local f32, MOST, LEAST = direct.round.f32, 448, math.ldexp(1, -126)
-
--- the nearest number with four bits of mantissa and exponents from -6 on, ties to even, at most 448
-local function e4m3(x)
-  local size = math.min(math.abs(x), MOST)
-  local _, e = math.frexp(size)
-  local unit = math.ldexp(1, math.max(e - 4, -9))
-  local low = math.floor(size / unit)
-  local rest = size / unit - low
-  if rest > 0.5 or (rest == 0.5 and low % 2 == 1) then low = low + 1 end
-  return (x < 0 and -1 or 1) * math.min(low * unit, MOST)
-end
-
--- a flat [B, N, H, D] array as the option sees it
-local function rounded(x, B, N, H, D)
-  local out = {}
-  for b = 0, B - 1 do
-    for h = 0, H - 1 do
-      local function each(f)
-        for n = 0, N - 1 do
-          for d = 1, D do f(((b * N + n) * H + h) * D + d) end
-        end
-      end
-      local most = 0
-      each(function(i)
-        local size = math.abs(x[i])
-        if size < math.huge and size > most then most = size end
-      end)
-      local scale = most == 0 and 1 or math.max(f32(most / MOST), LEAST)
-      each(function(i)
-        local finite = x[i] - x[i] == 0
-        out[i] = finite and f32(e4m3(f32(x[i] / scale)) * scale) or 0 / 0
-      end)
-    end
-  end
-  return out
-end
-
--- q, k and v of a configuration, rounded
-local function rounded_inputs(c, q, k, v)
-  return rounded(q, c.B, c.N, c.H, c.D), rounded(k, c.B, c.M, c.Hk, c.D), rounded(v, c.B, c.M, c.Hk, c.D)
-end
+local f32, rounded, rounded_inputs = direct.round.f32, e4m3.rounded, e4m3.inputs
 
 local function refused(pattern, f, ...)
   local ok, message = pcall(f, ...)
@@ -225,9 +184,15 @@ describe("attention of inputs rounded to e4m3", function()
     assert.matches("kernel +cpu: q, k and v rounded to e4m3, then tiles", text)
     assert.matches("backward +none with fp8", text)
     assert.matches("fp8 +scales 48 B, rounded copies in f32 6.0 KiB", text)
-    assert.are.same({ scales = 48, copies = 8192 }, t.fp8)
-    assert.matches("^cuda: fp8 fails: it is not available there yet$",
-      eight:explain(16, { device = "cuda", dtype = "bf16", as = "table" }).kernel)
+    assert.are.same({ scales = 48, copies = 8192, of = "f32" }, t.fp8)
+    local there = eight:explain(16, { device = "cuda", dtype = "bf16", as = "table", head_dim = 8 })
+    assert.matches("^cuda: products of e4m3, f32 sums; hopper", there.kernel)
+    -- rows of q and k in 16 bytes; values: 2 heads, 4 segments of 4 keys in 16; one of 8 keys in 16
+    assert.are.same({ scales = 48, copies = 2 * 16 * 2 * 16 + 2 * 8 * 16 * (4 + 1), of = "e4m3" }, there.fp8)
+    for dtype, why in pairs { f32 = "neither f16 nor bf16", bf16 = "head_dim is above 128" } do
+      assert.matches("^cuda: fp8 fails: .*" .. why,
+        eight:explain(16, { device = "cuda", dtype = dtype, as = "table", head_dim = 136 }).kernel)
+    end
     assert.matches("^fp8 fails: it takes f32", eight:explain(16, { dtype = "f64", as = "table" }).kernel)
     assert.is_nil(attn:explain(16, { as = "table" }).fp8)
 

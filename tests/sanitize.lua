@@ -112,6 +112,9 @@ function run.hopper()
         case("dropout and slopes", { segments = { 100, 400 }, dilations = { 1, 2 }, dropout = 0.3,
           alibi = true })
         case("packed", { segments = { 300 }, dilations = { 1 }, cu_seqlens = { 0, 100, 300 } })
+        case("fp8", { segments = { 100, 200, 400 }, dilations = { 1, 2, 3 }, kv = 2, fp8 = true, window = 150,
+          forward = true })
+        case("fp8, one branch", { segments = { 300 }, dilations = { 1 }, fp8 = true, forward = true })
         for _, block in ipairs{ 16, 64, 128 } do -- forward only, as below
           local cells = math.ceil(300 / block)
           local active = lac.rand{ 4, cells, cells }:gt(0.4):logical_or(lac.eye(cells):gt(0))

@@ -6,6 +6,14 @@
 
 local lac = require "lacuna"
 
+-- fp8 on cuda: not on every GPU, and not with blocks
+local function no_fp8()
+  if lac.default_device() == "cpu" then return "distributed ring" end
+  local x = lac.zeros({ 1, 8, 1, 8 }, { dtype = "bf16" })
+  local o = { segments = { 8 }, dilations = { 1 }, fp8 = true }
+  return pcall(lac.attend, x, x, x, o) and "adaptive block_sparse distributed hierarchical ring" or "*"
+end
+
 -- what is refused; everything else must act
 local REFUSED = {
   segments = "adaptive block_sparse dense hierarchical",
@@ -16,7 +24,7 @@ local REFUSED = {
   ["merge = sum"] = "adaptive auto block_sparse dense dilated distributed hierarchical improved longnet ring",
   dedup = "adaptive block_sparse dense dilated distributed hierarchical improved ring",
   dropout = "distributed ring", ["kernel = hopper"] = "*",
-  fp8 = lac.default_device() == "cpu" and "distributed ring" or "*",
+  fp8 = no_fp8(),
   block_mask = "adaptive block_sparse distributed hierarchical ring",
   ["cu_seqlens (packed)"] = "adaptive block_sparse hierarchical",
 }

@@ -3,8 +3,9 @@
 -- 32768 kept rows in all, heads times head_dim 2048, bf16. The peers' inputs are gathered and contiguous; the
 -- faster one counts. A turn is some idle time, one call that is not timed, and one that is: several forwards
 -- in a row. The sides take turns in a new order each round, because the order alone moves results by several
--- percent; times are medians over the rounds. The portable kernel is a side as well. Dilation is measured at
--- equal rows, kept and written, and several branches in one launch against the sum of their own times.
+-- percent; times are medians over the rounds. The portable kernel is a side as well, and in rows of their own
+-- fp8 beside bf16. Dilation is measured at equal rows, kept and written, and several branches in one launch
+-- against the sum of their own times.
 -- kernels/HOPPER.md has the record: floors, expectations, what was tried.
 
 local lac = require "lacuna"
@@ -21,7 +22,7 @@ local function forwards(o, times)
   local x, shape = {}, { o.batch or 1, o.n, heads_of(o.head_dim), o.head_dim }
   for i = 1, 3 do x[i] = lac.randn(shape, { dtype = "bf16", device = "cuda" }) end
   local options = { segments = o.segments, dilations = o.dilations, offset = o.offset or "mod",
-    causal = o.causal, kernel = o.kernel or "hopper" }
+    causal = o.causal, kernel = o.kernel or "hopper", fp8 = o.fp8 }
   local function body()
     for _ = 1, times do lac.attend(x[1], x[2], x[3], options) end
     lac.synchronize()
@@ -33,12 +34,13 @@ end
 -- median seconds of the sides
 local function medians(b, sides) return bench.shuffled(sides, b:size(ROUNDS, 1), IDLE) end
 
-local function against_peers(b, n, head_dim, causal, target)
+-- ours: two sides, the first of which counts
+local function against_peers(b, n, head_dim, causal, ours, target)
   local what = ("D %d, %d rows%s"):format(head_dim, n, causal and ", causal" or "")
   local count, times, sides, dropped = b:size(ROWS / n, 1), n > 8192 and 1 or 5, {}, {}
-  for i, kernel in ipairs{ "hopper", "portable" } do
+  for i, side in ipairs(ours) do
     sides[i] = forwards({ n = count * n, segments = { n }, dilations = { 1 }, head_dim = head_dim,
-      causal = causal, kernel = kernel }, times)
+      causal = causal, kernel = side.kernel, fp8 = side.fp8 }, times)
   end
   for _, backend in ipairs{ "cudnn", "flash" } do
     local side, problem = b:case("hopper", "forward", { segments = count, rows = n,
@@ -50,25 +52,39 @@ local function against_peers(b, n, head_dim, causal, target)
   local t = medians(b, sides)
   for _, side in ipairs(dropped) do side:drop() end
   local work = 4 * n ^ 2 * heads_of(head_dim) * head_dim * count / (causal and 2 or 1) * times / 1e12
-  b:value{ what = ("%s: %.0f TFLOP/s, portable %.0f, cuDNN %.0f, FA2 %.0f"):format(what, work / t[1],
-    work / t[2], work / t[3], work / t[4]), value = math.min(t[3], t[4]) / t[1], unit = "x",
+  local rates = ("%s: %s%.0f TFLOP/s, %s %.0f, cuDNN %.0f, FA2 %.0f"):format(what, ours[1].name, work / t[1],
+    ours[2].name, work / t[2], work / t[3], work / t[4])
+  b:value{ what = rates, value = math.min(t[3], t[4]) / t[1], unit = "x",
     at_least = target }
 end
 
 -- at 1024 rows, and from 2048 on
 local TARGET = { [64] = { 1.1, 1.2 }, [128] = { 1.05, 1.12 } }
 
+local BF16 = { { name = "", kernel = "hopper" }, { name = "portable", kernel = "portable" } }
+local FP8 = { { name = "fp8 ", kernel = "hopper", fp8 = true }, { name = "bf16", kernel = "hopper" } }
+
 local function rows(b)
   for _, head_dim in ipairs{ 64, 128 } do
     for _, causal in ipairs{ false, true } do
       for _, n in ipairs(b:size({ 1024, 2048, 4096, 8192, 32768 }, { 1024 })) do
-        lac.scope(against_peers, b, n, head_dim, causal, TARGET[head_dim][n > 1024 and 2 or 1])
+        lac.scope(against_peers, b, n, head_dim, causal, BF16, TARGET[head_dim][n > 1024 and 2 or 1])
       end
     end
   end
   for _, head_dim in ipairs(b:size({ 32, 80, 96 }, { 32 })) do -- padded to 64 and 128
     for _, causal in ipairs{ false, true } do
-      lac.scope(against_peers, b, b:size(4096, 1024), head_dim, causal)
+      lac.scope(against_peers, b, b:size(4096, 1024), head_dim, causal, BF16)
+    end
+  end
+end
+
+local function eight_bits(b)
+  for _, head_dim in ipairs{ 64, 128 } do
+    for _, causal in ipairs{ false, true } do
+      for _, n in ipairs(b:size({ 1024, 4096, 32768 }, { 1024 })) do
+        lac.scope(against_peers, b, n, head_dim, causal, FP8)
+      end
     end
   end
 end
@@ -135,6 +151,7 @@ return {
       return b:value{ what = "attention's forward on Hopper", problem = "no CUDA device" }
     end
     rows(b)
+    eight_bits(b)
     for _, head_dim in ipairs{ 64, 128 } do
       for _, causal in ipairs{ false, true } do lac.scope(dilated, b, head_dim, causal) end
     end

@@ -12,7 +12,8 @@
 -- every tensor that an operator would write (scores, probabilities, outputs, ...) and every partial sum. Its
 -- backward then has only what a backward that saves out and lse has: probabilities exp(s - lse) and the
 -- inner product of dout and out, each rounded. (One that keeps the whole probability matrix is a little
--- better in peaked rows.)
+-- better in peaked rows.) A third function, weight, rounds the softmax' exponentials where they weigh values
+-- but not in their sum.
 --
 -- Arrays are flat, row-major, from 1. Configurations as in attn_direct (filled).
 
@@ -95,7 +96,10 @@ local function softmax(c, s, count, ro)
     sum = ro.sum(sum + p[j])
   end
   if sum == 0 then return p, -math.huge, p end
-  for j = 1, c.M do p[j] = ro.result(p[j] / sum) end
+  for j = 1, c.M do
+    local x = ro.weight and count[j] > 0 and count[j] * ro.weight(p[j] / count[j]) or p[j]
+    p[j] = ro.result(x / sum)
+  end
   local lse = ro.sum(top + math.log(sum))
   if ro == exact then return p, lse, p end
   local again = {} -- what a backward gets back from s and the saved lse

@@ -141,8 +141,8 @@ function explain.text(title, t)
     lines[#lines + 1] = ("  kept           %s for the backward, beside q, k and v"):format(
       lib.bytes_text(t.saved))
   else
-    lines[#lines + 1] = ("  fp8            scales %s, rounded copies in f32 %s while it runs"):format(
-      lib.bytes_text(t.fp8.scales), lib.bytes_text(t.fp8.copies))
+    lines[#lines + 1] = ("  fp8            scales %s, rounded copies in %s %s while it runs"):format(
+      lib.bytes_text(t.fp8.scales), t.fp8.of, lib.bytes_text(t.fp8.copies))
   end
   if t.element == 2 then
     lines[#lines + 1] = ("  f32 sums       forward %s, backward %s"):format(

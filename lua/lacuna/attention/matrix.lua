@@ -6,7 +6,7 @@
 -- cannot claim what is not so, and a variant that a script registers is judged like the others.
 --
 -- A probe is {option, make = options of the object, call = options of the call, sizes, base = options that
--- both sides have}; `forward`: only a forward pass without gradients, in f32; with `module` it tries nn's
+-- both sides have}; `forward`: only a forward pass without gradients, in bf16; with `module` it tries nn's
 -- multi-head module, whose options these are then, with the same numbers in the parameters of either side.
 -- `unprobed` names the options of plans and calls without a probe, so that the suite notices a new one.
 -- Rejected: a table written by hand.
@@ -53,7 +53,7 @@ local PROBES = {
   { "key_padding", call = { key_padding = function() return flags({ 1, N }, 5) end } },
   { "key_lengths", call = { key_lengths = function() return create.tensor({ 7 }, { dtype = "i64" }) end } },
   { "kernel = hopper", make = { kernel = "hopper" } }, -- never for f64, so it must be refused
-  { "fp8", make = { fp8 = true }, forward = true }, -- no gradients, no f64
+  { "fp8", make = { fp8 = true }, forward = true }, -- no gradients, no f64, on cuda only 16 bits
   { "mask", call = { mask = function() return flags({ N, N }, 3) end } },
   { "bias", call = { bias = function() return values({ N, N }, 9) end } },
   { "alibi", call = { alibi = function() return true end } },
@@ -84,9 +84,9 @@ local function merged(...)
   return all
 end
 
--- what a forward pass without gradients gives in f32, as a list of tensors
+-- what a forward pass without gradients gives in bf16, as a list of tensors
 local function forward_signature(attention, options)
-  local function input(seed) return values({ 1, N, H, D }, seed, "f32") end
+  local function input(seed) return values({ 1, N, H, 4 * D }, seed, "bf16") end
   return grad.no_grad(function() return { attention(options)(input(11), input(12), input(13)) } end)
 end
 
@@ -139,7 +139,7 @@ local function both_sides(attention, base, probe)
     return without, pcall(module_signature, attention, merged(base, probe.module), probe.call, like)
   end
   if probe.forward then
-    base = merged(base, base.dtype and { dtype = "f32" }) -- a scorer's
+    base = merged(base, base.dtype and { dtype = "bf16", head_dim = 4 * D }) -- a scorer's
     return forward_signature(attention, base), pcall(forward_signature, attention, merged(base, probe.make))
   end
   local plain = merged(base, probe.base)

@@ -195,7 +195,9 @@ end
 local function kernel_of(name, dtype, kernel, refusal, n, fp8, head_dim)
   if fp8 and dtype == C.LAC_F64 then return "fp8 fails: it takes f32, f16 or bf16" end
   if fp8 and (name or device.default_device()):find "^cuda" then
-    return "cuda: fp8 fails: it is not available there yet"
+    if refusal then return "cuda: fp8 fails: " .. refusal end
+    return "cuda: products of e4m3, f32 sums; hopper, an error on other GPUs and with "
+      .. "padding, dropout or options of pairs"
   end
   if (name or device.default_device()):find "^cuda" then
     local half, choice = device.dtype_size[dtype] == 2, choice_of(kernel, refusal)
@@ -230,11 +232,38 @@ local function ring_of(self, n, m, row)
   return t
 end
 
--- bytes that fp8 takes on the CPU while a call runs: a scale for each head of each item, copies in f32
-local function fp8_of(t, element)
+local function round_up(x, to) return math.ceil(x / to) * to end
+
+-- bytes of the rounded copies on a GPU, as c/plan_fp8.h has them: rows of q and k; values of each lattice
+local function device_copies(t, p)
+  local group, shift = t.heads / t.kv_heads, p.align == "end" and t.m - t.n or 0
+  local rows = t.batch * (t.n * t.heads + t.m * t.kv_heads) * round_up(t.head_dim, 16)
+  for _, s in ipairs(t.strips) do
+    local items, w = s.heads, s.segment
+    if s.dilation == 1 or p.offset == "branch" then -- one lattice for all heads
+      items = math.floor((s.head0 + s.heads - 1) / group) - math.floor(s.head0 / group) + 1
+    end
+    local segments = math.floor((shift + t.n - 1) / w) + 1 - math.floor(math.max(shift, 0) / w)
+    local keys = round_up(math.floor((math.min(w, t.m) - 1) / s.dilation) + 1, 16)
+    rows = rows + t.batch * segments * items * t.head_dim * keys
+  end
+  return rows
+end
+
+-- bytes that fp8 takes while a call runs: scales for each head of each item, copies, on the CPU in f32
+local function fp8_of(t, element, p, on_cuda)
+  local scales = 4 * t.batch * (t.heads + 2 * t.kv_heads)
+  if on_cuda then return { scales = 2 * scales, copies = device_copies(t, p), of = "e4m3" } end
   local out = t.batch * t.n * t.heads * t.head_dim
   local copies = (element < 4 and 2 or 1) * out + 2 * t.batch * t.m * t.kv_heads * t.head_dim
-  return { scales = 4 * t.batch * (t.heads + 2 * t.kv_heads), copies = 4 * copies }
+  return { scales = scales, copies = 4 * copies, of = "f32" }
+end
+
+-- why a plan, or a choice of kernel, has no fp8 on a GPU
+local function fp8_refusal(plan, dtype, o)
+  if o.kernel == "portable" then return "kernel 'portable' has none" end
+  return core.hopper_refusal(plan, dtype, "hopper") or o.alibi and "there are alibi slopes"
+    or o.dropout > 0 and "there is dropout"
 end
 
 local EXPLAIN -- made at the first call: the core is not there yet
@@ -281,8 +310,9 @@ function Attention:explain(n, sizes)
     refusal = "a branch has fewer than 64 rows a block"
   end
   local amx_dim = self.record.blocks and 0 or z.head_dim
+  if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or self.record.blocks and "there is a block_mask" end
   t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n, o.fp8, amx_dim)
-  t.fp8 = o.fp8 and fp8_of(t, element) or nil
+  t.fp8 = o.fp8 and fp8_of(t, element, p, (z.device or device.default_device()):find "^cuda") or nil
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
   return explain.text(("%s at N = %d%s, batch %d, head_dim %d, %s"):format(

@@ -1,0 +1,63 @@
+--- Numbers rounded to e4m3 as the option fp8 has them, by arithmetic that knows nothing of bits.
+
+local direct = require "support.attn_direct"
+
+local f32, MOST, LEAST = direct.round.f32, 448, math.ldexp(1, -126)
+local e4m3 = {}
+
+--- The nearest number with four bits of mantissa and exponents from -6 on, ties to even, at most 448.
+function e4m3.round(x)
+  local size = math.min(math.abs(x), MOST)
+  local _, e = math.frexp(size)
+  local unit = math.ldexp(1, math.max(e - 4, -9))
+  local low = math.floor(size / unit)
+  local rest = size / unit - low
+  if rest > 0.5 or (rest == 0.5 and low % 2 == 1) then low = low + 1 end
+  return (x < 0 and -1 or 1) * math.min(low * unit, MOST)
+end
+
+--- A flat [B, N, H, D] array: every head of every item is divided by its largest finite magnitude / 448,
+-- rounded, and multiplied again.
+function e4m3.rounded(x, B, N, H, D)
+  local out = {}
+  for b = 0, B - 1 do
+    for h = 0, H - 1 do
+      local function each(f)
+        for n = 0, N - 1 do
+          for d = 1, D do f(((b * N + n) * H + h) * D + d) end
+        end
+      end
+      local most = 0
+      each(function(i)
+        local size = math.abs(x[i])
+        if size < math.huge and size > most then most = size end
+      end)
+      local scale = most == 0 and 1 or math.max(f32(most / MOST), LEAST)
+      each(function(i)
+        local finite = x[i] - x[i] == 0
+        out[i] = finite and f32(e4m3.round(f32(x[i] / scale)) * scale) or 0 / 0
+      end)
+    end
+  end
+  return out
+end
+
+--- q, k and v of a configuration, rounded.
+function e4m3.inputs(c, q, k, v)
+  local rounded = e4m3.rounded
+  return rounded(q, c.B, c.N, c.H, c.D), rounded(k, c.B, c.M, c.Hk, c.D), rounded(v, c.B, c.M, c.Hk, c.D)
+end
+
+--- What a naive program on tensor cores makes of rounded q, k and v, as `rounding` of the oracle: sums of
+-- products keep 14 bits (DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2), and what weighs
+-- values is rounded too, where the largest weight of a row is 2^8.
+e4m3.naive = {
+  result = f32,
+  sum = function(x)
+    local m, e = math.frexp(x)
+    return x - x == 0 and math.ldexp(math.floor(math.ldexp(m, 14) + 0.5), e - 14) or x
+  end,
+  weight = function(x) return e4m3.round(256 * x) / 256 end,
+}
+
+return e4m3
