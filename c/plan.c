@@ -509,8 +509,9 @@ void lac_plan_parts(const lac_plan *p, int64_t *items, int64_t *rows)
 static int64_t device_bytes(const lac_plan *p)
 {
     const lac_attn_desc *d = &p->desc;
-    const int64_t rows = d->batch * d->n * d->heads, columns = round_up(d->head_dim, 8);
-    const bool one_pass = lac_plan_one_pass(p) && d->head_dim >= 64;
+    const int64_t rows = d->batch * d->n * d->heads;
+    const bool one_pass = lac_plan_one_pass(p) && (d->head_dim > 64 || d->head_dim % 8 == 0);
+    const int64_t columns = d->head_dim % 8 ? round_up(d->head_dim, 8) : d->head_dim <= 64 ? 64 : 128;
     int64_t bytes = 16 * rows * (lac_plan_branch_delta(p) ? d->branches : 1);
     if (one_pass) bytes += lac_plan_sum_bytes(p);
     else if (p->backward_phases > 1) bytes += 8 * d->batch * d->m * d->kv_heads * d->head_dim;

@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(THREADS)
     const unsigned id = blockIdx.x * (THREADS / UNIT) + threadIdx.x / UNIT, most = (unsigned)a.batch * slabs * heads;
     const unsigned unit = id < most ? id : most - 1, rest = unit / heads;
     const int h = (int)(unit % heads), b = (int)(rest / slabs), lane = threadIdx.x % 32;
-    const int width = FULL ? D : a.head_dim, columns = FULL ? D : (width + 7) / 8 * 8;
+    const int width = FULL ? D : a.head_dim, columns = FULL ? D : p.columns;
     const int n = (int)(rest % slabs) * 16 + lane % 8, chunk = threadIdx.x % UNIT / 8;
     float x[8] = {}, y[8] = {};
     previous_done();
@@ -374,13 +374,10 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
     const lac_plan *p = f->plan;
     const lac_attn_desc *d = &p->desc;
     const lac_view *read[] = {&f->q, &f->k, &f->v, &w->dout};
-    const char *why = hopper_no_pairs(f);
+    const char *why = lac_plan_no_hopper(p, f->q.dtype);
+    if (!why) why = hopper_no_pairs(f);
     if (why) return why;
-    if (f->q.dtype != LAC_BF16 && f->q.dtype != LAC_F16) return "tensors are neither f16 nor bf16";
-    if (d->head_dim != 64 && d->head_dim != 128) return "head_dim is neither 64 nor 128";
-    if (d->dedup) return "pairs that several branches keep are to be counted once";
     if (d->heads / d->kv_heads > 32) return "more than 32 query heads share a key/value head";
-    if (d->branches > LAC_HOPPER_BRANCHES) return "there are more than 16 branches";
     for (int i = 0; i < 4; i++)
         if (!hopper_readable(read[i], &why)) return why;
     for (int g = 0; g < d->branches; g++)
@@ -398,11 +395,12 @@ static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
 static size_t carve(hopper_args &h, const lac_plan *p, bool joint, char *space, size_t *sums)
 {
     const hopper_sizes n = list_branches(h, p, joint);
-    const size_t blocks = (size_t)n.blocks, columns = (size_t)(p->desc.head_dim + 7) / 8 * 8;
+    const size_t blocks = (size_t)n.blocks;
     const size_t stats = blocks * 2 * HOPPER_ROWS * sizeof(float), tiles = (size_t)n.tiles * sizeof(hopper_tile);
     const size_t turns = rounded(blocks * sizeof(int)),
                  counters = (size_t)(p->backward_phases + COUNTERS) * sizeof(int);
-    *sums = blocks * HOPPER_ROWS * columns * sizeof(float);
+    h.columns = joint ? (p->desc.head_dim + 7) / 8 * 8 : attn_hopper_columns(p->desc.head_dim);
+    *sums = blocks * HOPPER_ROWS * (size_t)h.columns * sizeof(float);
     h.stats = (float *)space;
     h.tile = (hopper_tile *)(space + stats);
     h.turn = (int *)(space + stats + rounded(tiles));

@@ -2,9 +2,9 @@
  * device memory, and turns.
  *
  * Terms. An item is one segment of one branch for one batch item and head. A block is 64 query rows of an item,
- * numbered over all branches; it owns 128 numbers of statistics (64 base-2 lse, 64 delta), 64 x D sums of dq in f32 and
- * one `turn`. A tile is 64 to 192 keys of an item: what a thread block owns (its dk and dv) and what it adds to the
- * blocks that see these keys.
+ * numbered over all branches; it owns 128 numbers of statistics (64 base-2 lse, 64 delta), sums of dq in f32 for 64
+ * rows (of 64 or 128 columns on Hopper) and one `turn`. A tile is 64 to 192 keys of an item: what a thread block owns
+ * (its dk and dv) and what it adds to the blocks that see these keys.
  *
  * Turns make the sums of dq deterministic. The tiles of an item are numbered by their keys; a block's turn is the
  * number of the tile that may add next, and whoever has added passes the turn on. The first one stores instead, so that
@@ -57,7 +57,8 @@ struct hopper_args {
     hopper_branch branch[LAC_MAX_BRANCHES];
     hopper_tile *tile;
     float *stats;                  /* [blocks][2][64]: lse, delta */
-    float *dq;                     /* [blocks][64 D], in the order of the products' registers */
+    float *dq;                     /* [blocks][64 columns], in the order of the products' registers */
+    int columns;                   /* of a row of these sums: at least the head dimension */
     int *turn;                     /* [blocks] */
     int tiles;                     /* entries of the list */
     int *counter;                  /* tiles claimed beyond the first of every thread block */
@@ -77,8 +78,9 @@ inline int64_t hopper_lattice_rows(const lac_plan *p, int g, int64_t n)
     int64_t w = p->segment[g] < n ? p->segment[g] : n;
     return (w - 1) / p->desc.dilation[g] + 1;
 }
-/* groups of 64 keys of a tile */
-inline int attn_hopper_groups(int head_dim) { return head_dim == 64 ? 3 : 2; }
+/* groups of 64 keys of a tile; columns that tiles compute: the tensor maps fill up those that rows do not have */
+inline int attn_hopper_groups(int head_dim) { return head_dim <= 64 ? 3 : 2; }
+inline int attn_hopper_columns(int head_dim) { return head_dim <= 64 ? 64 : 128; }
 /* can this process's device run its kernels, and were they compiled for it? */
 bool attn_hopper_keys_exist(void);
 /* The backward as lac_cuda_attend_bwd() calls it. Fits: NULL, or why these kernels cannot do it. */

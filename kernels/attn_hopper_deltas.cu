@@ -371,6 +371,6 @@ int attn_hopper_deltas(const attn_args &a, const hopper_args &h, const lac_a_att
     launch(hopper_delta_list_kernel, grid, THREADS, 0, p);
     LAC_TRY(lac_cuda_launched("attention"));
     const bool half = w->forward.q.dtype == LAC_F16;
-    if (a.head_dim == 64) return half ? launch<f16, 64>(p) : launch<bf16, 64>(p);
+    if (a.head_dim <= 64) return half ? launch<f16, 64>(p) : launch<bf16, 64>(p);
     return half ? launch<f16, 128>(p) : launch<bf16, 128>(p);
 }

@@ -1,5 +1,5 @@
-/* attn_hopper_keys.cu: the backward of attention on Hopper, head dimensions 64 and 128: dk, dv, and what every tile of
- * keys adds to dq. One launch for all branches.
+/* attn_hopper_keys.cu: the backward of attention on Hopper, head dimensions 64 and 128, to which the bulk copies pad
+ * others with zeros: dk, dv, and what every tile of keys adds to dq. One launch for all branches.
  *
  * A thread block owns a tile of keys, one warpgroup 64 of them, and walks over blocks of 64 query rows. Scores come out
  * transposed, S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are, in the registers where they are made, the left
@@ -501,12 +501,37 @@ template <class T, int D, bool MASKS, bool PAIRS> struct hopper_group {
         uint4 &v = x[e / 4];
         return e % 4 == 0 ? v.x : e % 4 == 1 ? v.y : e % 4 == 2 ? v.z : v.w;
     }
+    /* merge_row() for rows that are padded: every sum where its column is, because a thread's may not begin evenly */
+    __device__ __forceinline__ void merge_padded(const float (&x)[D / 2], int i, float by, void *out, void *low,
+                                                 int64_t at, int others)
+    {
+        const int64_t from = (at * p.a.head_dim) / 2 + lane % 4;
+        const uint32_t eights = ~0u >> (32 - p.a.head_dim / 8); /* a bit for eight columns that rows have */
+        uint32_t *const upper = (uint32_t *)out + from;
+        uint16_t *const rest = (uint16_t *)low + from;
+        uint32_t u[D / 8], r[D / 8];
+#pragma unroll
+        for (int e = 0; e < D / 8; e++) {
+            const bool add = (others & 1 ? eights : 0) >> e & 1;
+            u[e] = add ? __ldcg(upper + 4 * e) : 0, r[e] = add ? __ldcg(rest + 4 * e) : 0;
+        }
+#pragma unroll
+        for (int e = 0; e < D / 8; e++) {
+            if (!(eights >> e & 1)) break;
+            float2 sum = attn_joined_two(u[e], r[e], 0);
+            sum.x += x[4 * e + 2 * i] * by, sum.y += x[4 * e + 2 * i + 1] * by;
+            const uint32_t a = attn_cut(sum.x), b = attn_cut(sum.y);
+            upper[4 * e] = others & 2 ? attn_upper_two(a, b) : hopper_pack<T>(sum.x, sum.y);
+            if (others & 2) rest[4 * e] = (uint16_t)attn_low_two(a, b);
+        }
+    }
     /* One row of x times `by` where branches meet: sums of earlier branches are added, those for later ones stay in
      * 24 bits (attn_sums.cuh), a thread's side by side in the row, whatever their columns. All are read before the
      * first is written: one wait, and a row's last results do not fall on what its other threads have still to read. */
     __device__ __forceinline__ void merge_row(const float (&x)[D / 2], int i, float by, void *out, void *low,
                                               int64_t at, int others)
     {
+        if (p.a.head_dim != D) return merge_padded(x, i, by, out, low, at, others);
         uint4 *const upper = (uint4 *)((T *)out + at * D) + lane % 4 * (D / 32);
         uint4 *const rest = (uint4 *)((uint8_t *)low + at * D) + lane % 4 * (D / 64);
         uint4 u[D / 32] = {}, r[D / 64] = {};
@@ -735,7 +760,7 @@ int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_
     p.weight = (float)(a.gscale * a.keep_scale), p.scale = (float)a.scale;
     p.dropout = hopper_dropout_of(a);
     const bool half = w->forward.q.dtype == LAC_F16;
-    if (a.head_dim == 64) return half ? launch<f16, 64>(p, masks) : launch<bf16, 64>(p, masks);
+    if (a.head_dim <= 64) return half ? launch<f16, 64>(p, masks) : launch<bf16, 64>(p, masks);
     return half ? launch<f16, 128>(p, masks) : launch<bf16, 128>(p, masks);
 }
 

@@ -14,9 +14,9 @@ local C = direct.C
 local random, pick, chance = attn.random, attn.pick, attn.chance
 local NAN = 0 / 0
 
--- options: those of attn_random; forward: head dimensions of the forward alone
+-- options: those of attn_random; forward: alone, with any number of rows
 local function config(options)
-  options.D = options.forward and pick { 64, 128, 8 * random(16) } or pick { 64, 128 }
+  options.D = pick { 64, 128, 8 * random(16) }
   while true do
     local c = attn.random_config(options)
     local fits = true

@@ -66,15 +66,19 @@ end
 local TARGET = { [64] = { 1.2, 1.27 }, [128] = { 1.05, 1.05 } }
 
 local function rows(b)
-  for _, head_dim in ipairs{ 64, 128 } do
-    for _, causal in ipairs{ false, true } do
-      for _, n in ipairs(b:size({ 1024, 2048, 8192, 32768 }, { 1024 })) do
-        lac.scope(function()
-          against_peers(b, { rows = n, segments = b:size(ROWS / n, 1), head_dim = head_dim, causal = causal },
-            ("D %d, %d rows%s"):format(head_dim, n, causal and ", causal" or ""),
-            TARGET[head_dim][causal and 2 or 1])
-        end)
-      end
+  local function row(head_dim, n, causal)
+    lac.scope(function()
+      against_peers(b, { rows = n, segments = b:size(ROWS / n, 1), head_dim = head_dim, causal = causal },
+        ("D %d, %d rows%s"):format(head_dim, n, causal and ", causal" or ""),
+        TARGET[head_dim] and TARGET[head_dim][causal and 2 or 1])
+    end)
+  end
+  for _, causal in ipairs{ false, true } do
+    for _, head_dim in ipairs{ 64, 128 } do
+      for _, n in ipairs(b:size({ 1024, 2048, 8192, 32768 }, { 1024 })) do row(head_dim, n, causal) end
+    end
+    for _, head_dim in ipairs(b:size({ 16, 32, 80, 96 }, { 32 })) do -- padded to 64 and 128
+      row(head_dim, b:size(4096, 1024), causal)
     end
   end
 end
