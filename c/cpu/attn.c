@@ -462,9 +462,17 @@ static attn_task decode(const attn_job *job, int64_t number)
 
 static void run_task(const attn_job *job, int64_t number, char *workspace, bool wide)
 {
-    attn_task t = decode(job, number);
-    if (job->bwd) (wide ? attn_f64_backward_task : attn_f32_backward_task)(job, &t, workspace, job->rows, job->keys);
-    else (wide ? attn_f64_forward_task : attn_f32_forward_task)(job, &t, workspace, job->rows);
+    attn_task t = decode(job, number), after;
+    const attn_task *next = NULL;
+    if (job->bwd) {
+        (wide ? attn_f64_backward_task : attn_f32_backward_task)(job, &t, workspace, job->rows, job->keys);
+        return;
+    }
+    if (number + job->threads < job->tasks) { /* most likely this thread's next one */
+        after = decode(job, number + job->threads);
+        next = &after;
+    }
+    (wide ? attn_f64_forward_task : attn_f32_forward_task)(job, &t, next, workspace, job->rows);
 }
 
 /* Runs the tasks on up to `threads` threads, which take them in order: a task may wait for those before it. */

@@ -86,6 +86,48 @@ static inline int64_t attn_ahead_of(const lac_view *v, int64_t r)
     return attn_ahead(r, v->stride[1] * r * lac_bytes_of(v->dtype));
 }
 
+/* Rows of a head, at, at + step, ..., of which `left` are still to be asked for. */
+typedef struct attn_rows {
+    const lac_view *t;
+    int64_t batch, head, at, step, left;
+} attn_rows;
+
+/* What is loaded next, asked for into the second cache in even pieces while the processor multiplies: a copy of a row
+ * that is not there yet runs at the pace of memory, with nothing to do meanwhile. */
+typedef struct attn_wishes {
+    attn_rows rows[5];
+    int count;
+    int64_t each; /* rows in one go */
+} attn_wishes;
+
+static inline void attn_wish(attn_wishes *w, const lac_view *t, int64_t batch, int64_t head, int64_t at, int64_t step,
+                             int64_t rows)
+{
+    if (rows > 0) w->rows[w->count++] = (attn_rows){t, batch, head, at, step, rows};
+}
+
+/* Deals the wishes out to `times` calls of attn_ask. */
+static inline void attn_share(attn_wishes *w, int64_t times)
+{
+    w->each = times - 1;
+    for (int i = 0; i < w->count; i++) w->each += w->rows[i].left;
+    w->each /= times;
+}
+
+static inline void attn_ask(attn_wishes *w)
+{
+    for (int64_t k = 0; k < w->each && w->count; k++) {
+        attn_rows *x = &w->rows[w->count - 1];
+        const lac_view *t = x->t;
+        int64_t bytes = lac_bytes_of(t->dtype);
+        const char *row =
+            (const char *)t->data + (x->batch * t->stride[0] + x->at * t->stride[1] + x->head * t->stride[2]) * bytes;
+        for (int64_t e = 0; e < t->shape[3] * bytes; e += 64) __builtin_prefetch(row + e, 0, 2);
+        x->at += x->step;
+        if (--x->left == 0) w->count--;
+    }
+}
+
 /* Waits until `turn` tasks have added to a block of rows of dq. Returns false if the job is stopped. */
 static inline bool attn_wait(const attn_job *job, int64_t block, int32_t turn)
 {

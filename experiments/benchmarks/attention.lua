@@ -63,6 +63,19 @@
 --   * lse_detach, three branches with segments of 1024 rows: deltas made in the pass of the gradients:
 --     forward and backward together 567 -> 451 ms (the pattern of torchscale in pipelines.lua).
 --
+-- On one core of an EPYC with AVX-512 (Zen 4, 118 GFLOP/s in the bare loop, sgemm 0.79 to 0.85 of it), the
+-- pattern of pipelines.lua with every head in every branch, processor time, fastest of many calls in
+-- turns:
+--   * What follows is asked for between the products (attn_forward.inc). In the caches a segment of 1024
+--     rows takes 1.44 ms, beyond them 1.50, so 4% was expected. Measured: 127 -> 122 ms, heads divided
+--     over branches 42.7 -> 40.7. In the backward (in the caches 3.60, beyond them 3.70): 332 -> 332 ms,
+--     dropped.
+--   * The sums of P and P dP in vectors, where a chain of scalar additions had been 31 ms of 386, and the
+--     tiles of the gradients from the last to the first, while they are in the second cache: 386 -> 335
+--     ms. Tiles of 48 rows instead of 96, which halves what is held: the same time.
+--   * The products run at 0.90 to 0.97 of the bare loop there (samples of a dense call); 1.3 of SDPA's
+--     backward at D = 128, N = 2048 would be 0.95 of it for everything, and is 0.85.
+--
 -- The other side is measured in turns with ours (see lua/lacuna/bench.lua); gathering is not counted against
 -- PyTorch: its inputs are contiguous and gathered already.
 
