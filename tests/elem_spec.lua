@@ -54,7 +54,7 @@ end
 
 -- promised units of the last place
 local PROMISE = { exp = 1.1, expm1 = 1.7, log = 1, log1p = 1.5, tanh = 2.3, sigmoid = 2.5, softplus = 2.3,
-                  erf = 2.3, gelu = 6, silu = 3.5, sin = 1, cos = 1 }
+                  erf = 2.3, gelu = 6, silu = 3.5, sin = 1, cos = 1, exp2 = 1.3, log2 = 1.5 }
 
 local function isas()
   local list, now = {}, ffi.string(C.lac_isa(nil))

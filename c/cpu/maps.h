@@ -142,8 +142,6 @@ LAC_INLINE float f_erfc(float x)
     double e = v_erfc_d(fabs((double)x));
     return (float)(x < 0 ? 2 - e : e);
 }
-LAC_INLINE float f_exp2(float x) { return (float)v_exp_d((double)x * 0.69314718055994530942); }
-LAC_INLINE float f_log2(float x) { return (float)(v_log_d((double)x) * 1.44269504088896340736); }
 LAC_INLINE float f_log10(float x) { return (float)(v_log_d((double)x) * 0.43429448190325182765); }
 LAC_INLINE float f_atan(float x) { return (float)v_atan_d((double)x); }
 LAC_INLINE float f_asin(float x)
@@ -278,8 +276,8 @@ LAC_INLINE double d_logaddexp(double x, double y) { return d_max(x, y) + log1p(e
 #define F_shift_left(x, y) i_shift_left(x, y)
 #define F_shift_right(x, y) i_shift_right(x, y)
 #define F_erfc(x) GENERIC2(x, f_erfc, erfc)(x)
-#define F_exp2(x) GENERIC2(x, f_exp2, exp2)(x)
-#define F_log2(x) GENERIC2(x, f_log2, log2)(x)
+#define F_exp2(x) GENERIC2(x, v_exp2f, exp2)(x)
+#define F_log2(x) GENERIC2(x, v_log2f, log2)(x)
 #define F_log10(x) GENERIC2(x, f_log10, log10)(x)
 #define F_tan(x) GENERIC2(x, tanf, tan)(x)
 #define F_asin(x) GENERIC2(x, f_asin, asin)(x)

@@ -5,13 +5,13 @@
  * intrinsics (except for half-precision conversions and stores past the caches, which gcc cannot express), and why libm
  * is not called: its functions are scalar, and its vector variants need -ffast-math, which would break -inf and NaN.
  *
- * The functions that models call on whole activations (exp, expm1, log, log1p, tanh, sigmoid, softplus, erf, the normal
- * distribution) are computed in float, below 2 ulp; tests/elem_spec.lua measures each over all of its range. Long
- * polynomials are split in even and odd parts (Estrin): a loop body then is not one chain of dependent multiplications
- * that the processor's window cannot overlap. Rarer float functions are computed in double inside, to a relative 1e-10,
- * and rounded once: no ulp analysis, and still 4 to 8 lanes. Functions of double arguments go to libm: f64 exists for
- * gradient checks, where accuracy is everything. Polynomials are our own fits, nearly minimax; the range and the
- * largest error stand next to each. Rejected: tables (gathers are slow before AVX-512), _Float16 (library calls
+ * The functions that models call on whole activations (exp, exp2, expm1, log, log2, log1p, tanh, sigmoid, softplus,
+ * erf, the normal distribution) are computed in float, below 2 ulp; tests/elem_spec.lua measures each over all of its
+ * range. Long polynomials are split in even and odd parts (Estrin): a loop body then is not one chain of dependent
+ * multiplications that the processor's window cannot overlap. Rarer float functions are computed in double inside, to a
+ * relative 1e-10, and rounded once: no ulp analysis, and still 4 to 8 lanes. Functions of double arguments go to libm:
+ * f64 exists for gradient checks, where accuracy is everything. Polynomials are our own fits, nearly minimax; the range
+ * and the largest error stand next to each. Rejected: tables (gathers are slow before AVX-512), _Float16 (library calls
  * without AVX512-FP16).
  */
 #ifndef LAC_CPU_SIMD_H
@@ -130,7 +130,25 @@ LAC_INLINE float v_expf(float x)
     return p * v_float(half << 23) * v_float(rest << 23);
 }
 
-/* The same in fewer steps: 0 below -87.68 and infinity above 88.37, where e^x leaves the normal floats. `bounded`: x is
+/* 2^x, with the exponent as in v_expf; r = x - n is exact */
+LAC_INLINE float v_exp2f(float x)
+{
+    const float magic = 12582912.0f + 254.0f;
+    float c = x < -150.5f ? -150.5f : x;
+    int32_t sum = (int32_t)v_bits(c + magic), most = (int32_t)v_bits(magic + 128.0f);
+    float t = v_float((uint32_t)(sum < most ? sum : most)), r = c - (t - magic);
+    float p = 1.5594678169e-4f; /* 2^r on |r| <= 1/2, 3e-9 */
+    p = p * r + 1.3406643902e-3f;
+    p = p * r + 9.6176929730e-3f;
+    p = p * r + 5.5503105510e-2f;
+    p = p * r + 2.4022652783e-1f;
+    p = p * r + 6.9314721497e-1f;
+    p = p * r + 1.0f;
+    uint32_t half = v_bits(t) >> 1, rest = v_bits(t) - half;
+    return p * v_float(half << 23) * v_float(rest << 23);
+}
+
+/* v_expf in fewer steps: 0 below -87.68 and infinity above 88.37, where e^x leaves the normal floats. `bounded`: x is
  * known to be at most 88; `loose`: for terms of a sum whose largest is 1 (relative error 3e-9 |x| more). */
 LAC_INLINE float v_exp_normal(float x, bool bounded, bool loose)
 {
@@ -191,26 +209,51 @@ LAC_INLINE float v_sigmoidf(float x) { return 1.0f / (1.0f + v_exp_flushf(-x)); 
 
 /* ---- float log ---- */
 
-/* log(1 + f) + k ln2 for 1 + f in [sqrt(1/2), sqrt(2)] */
-LAC_INLINE float v_log_poly(float f, float k)
+/* log(1 + f) - f + f^2/2 for 1 + f in [sqrt(1/2), sqrt(2)]; z = f^2 */
+LAC_INLINE float v_log_rest(float f, float z)
 {
-    float z = f * f, z2 = z * z; /* (log(1 + f) - f + f^2/2) / f^3, 6e-9 of log(1 + f) */
+    float z2 = z * z; /* over f^3, 6e-9 of log(1 + f) */
     float p = ((0.333333313f - 0.250008196f * f) + (0.200012431f - 0.166234106f * f) * z) +
               ((0.142015398f - 0.131595507f * f) + (0.127624854f - 0.0763694048f * f) * z) * z2;
-    float t = f * z * p - k * 2.12194440e-4f;
+    return f * z * p;
+}
+
+/* log(1 + f) + k ln2 */
+LAC_INLINE float v_log_poly(float f, float k)
+{
+    float z = f * f, t = v_log_rest(f, z) - k * 2.12194440e-4f;
     t = t - 0.5f * z;
     return (f + t) + k * 0.693359375f;
 }
 
-LAC_INLINE float v_logf(float x)
+/* x = (1 + f) 2^k for x > 0 */
+LAC_INLINE float v_log_split(float x, float *k)
 {
     float big = x < 0x1p-126f ? x * 0x1p23f : x, extra = x < 0x1p-126f ? -23.0f : 0.0f;
-    int32_t k = (int32_t)(v_bits(big) - 0x3f3504f3u) >> 23; /* the mantissa in [sqrt(1/2), sqrt(2)) */
-    float m = v_float(v_bits(big) - ((uint32_t)k << 23));
-    float y = v_log_poly(m - 1.0f, (float)k + extra);
+    int32_t n = (int32_t)(v_bits(big) - 0x3f3504f3u) >> 23; /* the mantissa in [sqrt(1/2), sqrt(2)) */
+    *k = (float)n + extra;
+    return v_float(v_bits(big) - ((uint32_t)n << 23)) - 1.0f;
+}
+
+/* y = log of x > 0 in some base, with what is special about the others */
+LAC_INLINE float v_log_cases(float x, float y)
+{
     y = x == INFINITY ? x : y;
     y = x == 0.0f ? -INFINITY : y;
     return x >= 0.0f ? y : NAN;
+}
+
+LAC_INLINE float v_logf(float x)
+{
+    float k, f = v_log_split(x, &k);
+    return v_log_cases(x, v_log_poly(f, k));
+}
+
+/* log(1 + f) is a sum u + e of two floats here, and so is log2(e): their product is rounded once */
+LAC_INLINE float v_log2f(float x)
+{
+    float k, f = v_log_split(x, &k), z = f * f, t = v_log_rest(f, z) - 0.5f * z, u = f + t, e = (f - u) + t;
+    return v_log_cases(x, (u * 1.44269502f + (e * 1.44269502f + u * 1.92596299e-8f)) + k);
 }
 
 /* what 1 + x rounds away is added to the mantissa: near 0 the polynomial then sees x itself */
