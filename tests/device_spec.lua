@@ -28,8 +28,8 @@ local ELSEWHERE = {
     "timeline",
   },
   ["no tensors, or those of a child process"] = {
-    "bench", "command", "dispatch", "experiments", "layers", "log", "plan", "plot", "queue", "readme",
-    "repl", "schema",
+    "arguments", "bench", "command", "dispatch", "experiments", "layers", "log", "plan", "plot", "queue",
+    "readme", "repl", "schema",
   },
 }
 

@@ -26,7 +26,8 @@ end
 -- one entry per layer; modules of one layer do not require each other, except inside a package (nn*, dist*)
 local LUA = {
   "lib",
-  "sys json class",
+  "sys json arguments",
+  "class",
   "schema synonyms",
   "registry device scope config environment",
   "tensor sites",
@@ -156,7 +157,7 @@ describe("layers", function()
   end)
 
   it("notice an upward require and an upward include", function() -- the checks can fail
-    assert.are.same({ "ops (layer 7) requires grad (layer 8)" },
+    assert.are.same({ "ops (layer 8) requires grad (layer 9)" },
                     check_lua("ops", 'local g = require "lacuna.grad"'))
     assert.are.same({}, check_lua("grad", 'local o = require("lacuna.ops") -- require "lacuna.nn"'))
     assert.are.equal(1, #check_lua("nowhere", ""))

@@ -11,8 +11,10 @@
 -- because it sits above this file.
 
 local lib = require "lacuna.lib"
+local arguments = require "lacuna.arguments"
 
 local function class_call(cls, ...)
+  arguments.for_class(cls, ...)
   local object = setmetatable({}, cls)
   if object.init then object:init(...) end
   return object

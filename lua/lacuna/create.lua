@@ -404,10 +404,12 @@ local LINSPACE = with_common { steps = { type = "integer", min = 1 } }
 --- steps numbers from start to stop, both included: lac.linspace{0, 1, steps = 5}.
 function create.linspace(...)
   local list, options = split("linspace", LINSPACE, ...)
-  if #list == 3 and not options.steps then options.steps = list[3] end
-  local n = options.steps
-  schema.check("linspace", "steps", n == nil and false or n, LINSPACE.steps)
-  if #list < 2 then fail("linspace", "takes {start, stop, steps = n}, got %d numbers", #list) end
+  if #list ~= (options.steps and 2 or 3) then
+    fail("linspace", "takes {start, stop, steps = n} or {start, stop, n}, got %d numbers%s", #list,
+         options.steps and " and steps" or "")
+  end
+  local n = options.steps or list[3]
+  schema.check("linspace", "steps", n, LINSPACE.steps)
   local start, stop = list[1], list[2]
   schema.check("linspace", "start", start, { type = "number" })
   schema.check("linspace", "stop", stop, { type = "number" })

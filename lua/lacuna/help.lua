@@ -10,6 +10,7 @@
 -- Rejected: texts registered at load (memory and start-up time for everybody, for what few read), and a
 -- generated file of texts (it is one more thing that can be old).
 
+local arguments = require "lacuna.arguments"
 local schema = require "lacuna.schema"
 local tensor = require "lacuna.tensor"
 
@@ -47,7 +48,7 @@ local function is_shared(info)
   local n = 0
   for _, f in next, tensor.methods do
     if type(f) == "function" then
-      local other = debug.getinfo(f, "S")
+      local other = debug.getinfo(arguments.inner(f), "S")
       if other.source == info.source and other.linedefined == info.linedefined then n = n + 1 end
     end
   end
@@ -124,21 +125,22 @@ end
 
 -- ---- functions and classes ------------------------------------------------------------------------
 
-local function arguments(f, from)
-  local info, names = debug.getinfo(f, "u"), {}
-  for i = from, info.nparams do
-    local name = debug.getlocal(f, i)
-    if name ~= "more" then names[#names + 1] = name end -- what is one argument too many, to be refused
+local function signature(f, from)
+  local count, all = arguments.of(f)
+  local names = {}
+  for i = from, #all do
+    if all[i] ~= "more" then names[#names + 1] = all[i] end -- what is one argument too many, to be refused
   end
-  if info.isvararg then names[#names + 1] = "..." end
+  if count == math.huge then names[#names + 1] = "..." end
   return "(" .. table.concat(names, ", ") .. ")"
 end
 
 -- heading and comment of a function; from: its first argument that is shown
 local function about_function(f, name, from)
+  f = arguments.inner(f)
   local info = debug.getinfo(f, "S")
   if info.what == "C" then return name and name .. ": a function of C" end
-  local out = { (name or "function") .. arguments(f, from) }
+  local out = { (name or "function") .. signature(f, from) }
   local path = info.source:match "^@(.*)$"
   local lines = path and lines_of(path) or {}
   local block = not is_shared(info) and comment_above(lines, info.linedefined)

@@ -12,6 +12,7 @@
 -- go to files and into gather; positions inside attention strips are 0-based as in the mathematics.
 
 local lib = require "lacuna.lib"
+local arguments = require "lacuna.arguments"
 local class = require "lacuna.class"
 local schema = require "lacuna.schema"
 local synonyms = require "lacuna.synonyms"
@@ -73,26 +74,33 @@ local function load_lazy(name)
   if name == "config" then -- the owners of the kinds register them
     lac.config = require "lacuna.config"
     for _, owner in ipairs { "attention", "nn", "memory" } do require("lacuna." .. owner) end
+    arguments.guard(lac.config, "config.")
     return lac.config
   end
   if name == "attend" or name == "attention" then
     local attention = require "lacuna.attention"
-    lac.attend, lac.attention = attention.attend, attention
     require "lacuna.nn.masks" -- the scorer of "adaptive"
     -- what attention/matrix.lua tries
     attention.multihead = function(options) return lac.nn.MultiheadDilatedAttention(options) end
+    arguments.guard(attention, "")
+    arguments.guard(attention.masks, "masks.")
+    lac.attend, lac.attention = attention.attend, attention
     return lac[name]
   end
   local from = FUNCTIONS[name]
   if from then
-    lac[name] = require("lacuna." .. from[1])[from[2]]
+    lac[name] = arguments.exact(name, require("lacuna." .. from[1])[from[2]])
     return lac[name]
   end
   local path = "lacuna." .. name
   if not package.loaded[path] and not package.searchpath(path, package.path) then return nil end
   local value = strict(name, require(path))
-  if name == "optim" then strict("optim.schedule", value.schedule) end
-  lac[name] = value
+  if name == "optim" then
+    strict("optim.schedule", value.schedule)
+    arguments.guard(value.schedule, "optim.schedule.")
+  end
+  if type(value) == "table" then arguments.guard(value, name .. ".") end
+  lac[name] = type(value) == "function" and arguments.exact(name, value) or value
   return value
 end
 
@@ -112,6 +120,9 @@ end
 
 -- only an error needs it
 lib.memory_detail = function(pool) return require("lacuna.memory").detail(pool) end
+
+arguments.guard(tensor.methods, "")
+arguments.guard(lac, "")
 
 require("lacuna.environment").check()
 local setting = os.getenv("LACUNA_MEMORY")

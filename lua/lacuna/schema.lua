@@ -98,6 +98,7 @@ function schema.show(value)
   return "a " .. kind
 end
 local show = schema.show
+lib.show = show
 
 --- Raise an error with the user's line: schema.fail("attention", "segments[%d] must be positive", 2).
 function schema.fail(op, format, ...)

@@ -347,7 +347,7 @@ function Given:init(model, source, options)
 end
 
 function Given:parameters() return self.model:parameters() end
-function Given:train() return self end -- the memory was computed in evaluation mode, and decoding is, too
+function Given:train(_) return self end -- the memory was computed in evaluation mode, and decoding is, too
 function Given:eval() return self end
 
 --- An empty cache. @tparam table options batch (must be the source's)

@@ -21,12 +21,13 @@
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
+local arguments = require "lacuna.arguments"
 local class = require "lacuna.class"
 local device = require "lacuna.device"
 local tensor = require "lacuna.tensor"
 local grad = require "lacuna.grad"
 
-local C = lib.C
+local C, counts = lib.C, arguments.counts
 local fail, show = schema.fail, schema.show
 
 local Module = class("Module")
@@ -86,12 +87,17 @@ local function new_field(self, key, value)
   rawset(self, key, value)
 end
 
+local function step(self) return rawget(self, "_label") or class_name(self) end
+
 -- forward's results pass through a call, so that this frame is on the stack while forward runs (see
 -- lib.frame_name)
 local function pass(...) return ... end
-local function call(self, ...) return pass(self:forward(...)) end
+local function call(self, ...)
+  local forward = self.forward
+  if select("#", ...) >= counts[forward] then arguments.check(forward, step, self, ...) end
+  return pass(forward(self, ...))
+end
 
-local function step(self) return rawget(self, "_label") or class_name(self) end
 lib.frame_name(call, step)
 
 --- Make a module class. Define `init` (runs once; fields made there are the only ones) and `forward` in it.
@@ -112,6 +118,7 @@ local function define(name, parent)
   cls.__tostring = Module.__tostring
   local meta = getmetatable(cls)
   meta.__call = function(_, ...)
+    arguments.for_class(cls, ...)
     local object = setmetatable({ _params = {}, _buffers = {}, _children = {}, _kinds = {},
       training = true }, cls)
     local init = cls.init
@@ -190,7 +197,7 @@ function Module:children()
   return list
 end
 
-function Module:forward()
+function Module:forward(...) -- luacheck: ignore 212
   fail(class_name(self), "has no forward method")
 end
 

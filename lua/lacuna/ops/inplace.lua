@@ -8,6 +8,7 @@
 -- Rejected: differentiable in-place operators, which save one copy and need a second tape.
 
 local lib = require "lacuna.lib"
+local arguments = require "lacuna.arguments"
 local schema = require "lacuna.schema"
 local device = require "lacuna.device"
 local tensor = require "lacuna.tensor"
@@ -94,7 +95,7 @@ end
 
 -- name_ (t, y, ...): t becomes name(t, y, ...), which must have t's shape and dtype
 local function in_place(name)
-  local f = fn[name]
+  local f = arguments.exact(name, fn[name])
   local op = name .. "_"
   methods[op] = function(t, y, z, w)
     receiver(op, t)

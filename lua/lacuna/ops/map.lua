@@ -248,7 +248,12 @@ end
 
 local function constant(name, i, value)
   local entry = CONSTANTS[name][i]
-  if not entry then return 0 end
+  if not entry then
+    if value ~= nil then
+      too_many(name, i == 1 and "one tensor" or i == 2 and "one constant" or "two constants", value)
+    end
+    return 0
+  end
   if value == nil then value = entry[2] end
   if type(value) ~= "number" then
     fail(name, "%s must be a number, got %s", entry[1], value == false and "nothing" or show(value))
@@ -299,13 +304,14 @@ end
 
 local function define_map3(name, id, forward)
   local op = { name = name, saves = "abc", id = id, backward = map3_backward }
-  op.forward = function(...) return forward(op, ...) end
+  op.forward = function(x, y, z, value) return forward(op, x, y, z, value) end
   define(op)
 end
 
 local MAP3 = {
   -- lerp(x, y, w) = x + w (y - x); w a tensor or a number
-  lerp = function(op, x, y, w)
+  lerp = function(op, x, y, w, more)
+    if more ~= nil then too_many("lerp", "(x, y, w)", more) end
     expect("lerp", "x", x)
     expect("lerp", "y", y)
     if type(w) == "number" then w = scalar_like(w, x) end

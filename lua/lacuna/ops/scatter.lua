@@ -12,6 +12,7 @@
 -- a transposed index.
 
 local lib = require "lacuna.lib"
+local arguments = require "lacuna.arguments"
 local schema = require "lacuna.schema"
 local device = require "lacuna.device"
 local tensor = require "lacuna.tensor"
@@ -339,17 +340,20 @@ end }
 -- name_(t, dim, idx, src, ...): what the functional form does, into t
 local function in_place(name, run)
   local op = name .. "_"
-  methods[op] = function(t, dim, idx, src, ...)
+  local function forward(t, dim, idx, src, p, q)
     receiver(op, t)
     expect(op, "idx", idx)
     local k = axis(op, t, dim)
     src = as_source(op, src, t)
     ops.writable(op, t, src)
     if src.root == t.root then src = tensor.cast(src, src.c.dtype) end
-    run(t, k, idx, src, ...)
+    run(t, k, idx, src, p, q)
     tensor.touch(t)
     return t
   end
+  local _, names = arguments.of(run) -- (t, k, idx, src, ...)
+  names[2] = "dim"
+  methods[op] = arguments.exact(op, forward, 1, names)
 end
 
 in_place("scatter", function(t, k, idx, src) call(C.lac_scatter, t.c, k, idx.c, src.c, SET, 1) end)
