@@ -158,6 +158,35 @@ describe("optim.adamw", function()
     assert.error_matches(function() opt:load_state_dict(state, 1) end, "'m.first' is Tensor f64 %[2%]")
   end)
 
+  it("notices a parameter that was replaced in its module", function()
+    for _, way in ipairs { "assigned", "moved" } do
+      local layer, x = lac.nn.Linear(2, 2), lac.ones{ 1, 2 }
+      local optimizer = optim.adamw(layer:parameters(), { skip_missing = true })
+      local function step()
+        layer(x):sum():backward()
+        optimizer:step()
+      end
+      step()
+      local old = layer.weight
+      if way == "assigned" then layer.weight = lac.randn{ 2, 2, grad = true } else layer:to "f64" end
+      x = x:to{ dtype = layer.weight:dtype() }
+      assert.error_matches(step, "adamw: parameter '.*' is not the 'weight' of its Linear any more: .*anew")
+      assert.error_matches(function() optimizer:grad_norm() end, "is not the 'weight' of its Linear any more")
+      optimizer = optim.adamw(layer:parameters())
+      step()
+      if way == "assigned" then
+        layer.weight = old
+        assert.error_matches(step, "'weight' of its Linear")
+      end
+    end
+    -- shared by two modules, one of which is gone from the model: still a parameter of the other
+    local a, b = lac.nn.Linear(2, 2), lac.nn.Linear(2, 2)
+    b.weight = a.weight
+    local optimizer = optim.sgd(lac.nn.Sequential(a, b), { lr = 1 })
+    b(a(lac.ones{ 1, 2 })):sum():backward()
+    optimizer:step()
+  end)
+
   it("skips parameters without gradients only when asked", function()
     local p, q = leaf{ 1 }, leaf{ 1 }
     local opt = optim.adamw({ p, q }, { skip_missing = true, lr = 0.1, weight_decay = 0 })

@@ -142,12 +142,26 @@ function Optimizer:__tostring()
     self.lr, self:extra(), self.steps)
 end
 
+-- an update of a tensor that its module has not any more would train nothing
+local function expect_in_place(self, e)
+  local home = rawget(e.param, "parameter")
+  if not home then return end
+  local module, field = home()
+  if module and rawget(module, field) ~= e.param then
+    fail(self.op, "parameter '%s' is not the '%s' of its %s any more: another tensor was put there after the "
+      .. "optimizer was made. Make the optimizer anew, or leave the parameter and copy the values into it: "
+      .. "lac.no_grad(function() m.%s:copy_(values) end)", e.name, field,
+      rawget(getmetatable(module), "__name"), field)
+  end
+end
+
 -- gradients into self.grads; returns how many, and two lists: the entries that have one, and the (contiguous)
 -- gradients themselves, which must live as long as self.grads is used
 local function collect(self)
   local taken, alive = {}, {}
   for _, e in ipairs(self.entries) do
     local grad = e.param.grad
+    expect_in_place(self, e)
     if grad == nil then
       if not self.skip_missing then
         fail(self.op, "parameter '%s' has no gradient: it took no part in the loss, or backward() was not "

@@ -133,6 +133,19 @@ end
 -- `loss`).
 local function entry_point(f) lib.frame_name(f, step) end
 
+-- Where a parameter is a field, left in the tensor: an optimizer asks whether it still is. The module is held
+-- weakly, as a tensor must not keep its model alive, and behind a function, where no scope looks for tensors.
+local WEAK = { __mode = "v" }
+local function put_home(t, module, name)
+  local home = rawget(t, "parameter")
+  if home then
+    local m, n = home()
+    if m == module and n == name then return end
+  end
+  local held = setmetatable({ module }, WEAK)
+  t.parameter = function() return held[1], name end
+end
+
 -- ---- building ---------------------------------------------------------------------------------------------
 
 --- Declare a parameter: it is trained, saved and moved.
@@ -154,6 +167,7 @@ function Module:param(name, t, kind)
   self._params[#self._params + 1] = name
   self._kinds[name] = kind
   rawset(self, name, t)
+  put_home(t, self, name)
   return t
 end
 
@@ -227,6 +241,7 @@ function Module:parameter_list()
       tensor.expect(class_name(m), name, t)
       if not seen[t] then
         seen[t] = true
+        put_home(t, m, name)
         list[#list + 1] = { name = prefix .. name, tensor = t, kind = m._kinds[name], module = m }
       end
     end
