@@ -87,6 +87,49 @@ describe("lac.scope", function()
     assert.are.same({ 2, 2, 2 }, w.grad:totable())
   end)
 
+  it("ends the gradient of a view with the view, whatever it looks into", function()
+    local x, kept = lac.ones { 2, 2 }, nil
+    lac.scope(function() -- one that was made here
+      local leaf = x:detach():requires_grad_(true)
+      lac.scope(function() (leaf * 2):sum():backward() end)
+      assert.are.same({ { 2, 2 }, { 2, 2 } }, leaf.grad:totable())
+      kept = leaf.grad
+    end)
+    assert.is_true(kept:is_released())
+    local outer = x:view(4):requires_grad_(true)
+    lac.scope(function() (outer * 3):sum():backward() end)
+    assert.are.same({ 3, 3, 3, 3 }, outer.grad:totable())
+    -- returned, or held by a name: it goes on in the scope around
+    local held
+    lac.scope(function()
+      local returned = lac.scope(function()
+        held = x:view(4):requires_grad_(true)
+        local leaf = x:view(4):requires_grad_(true)
+        leaf:sum():backward()
+        return leaf
+      end)
+      lac.scope(function() (returned * held):sum():backward() end)
+      assert.are.same({ 2, 2, 2, 2 }, returned.grad:totable())
+      assert.are.same({ 1, 1, 1, 1 }, held.grad:totable())
+    end)
+    lac.scope(function()
+      held.grad = nil
+      held:sum():backward()
+    end)
+    assert.are.same({ 1, 1, 1, 1 }, held.grad:totable())
+    -- a loop over views leaves nothing to the collector
+    collectgarbage()
+    collectgarbage()
+    collectgarbage "stop"
+    local before = lac.memory().live
+    for _ = 1, 10 do
+      lac.scope(function() (x[1]:requires_grad_(true) * 2):sum():backward() end)
+    end
+    local after = lac.memory().live
+    collectgarbage "restart"
+    assert.are.equal(before, after)
+  end)
+
   it("keeps the graph of a returned loss", function()
     local w = lac.ones { 3, grad = true }
     local loss = lac.scope(function()

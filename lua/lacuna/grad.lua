@@ -494,6 +494,7 @@ function methods.requires_grad_(t, on)
   if t.node and not on then
     fail("requires_grad_", "%s is the result of recorded operators; use detach()", show(t))
   end
+  if on and t.root ~= t and not t.node and not t.requires_grad then scope.leaf(t) end
   t.requires_grad = on
   return t
 end

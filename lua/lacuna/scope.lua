@@ -12,8 +12,10 @@
 -- of a returned tensor's graph, as long as backward has not freed it; everything passed to lac.keep. A view
 -- of an outer tensor that was made inside releases nothing: only owners are listed. Each owner has a `level`,
 -- the depth of the scope that will release it; moving a tensor outwards only lowers its level, and list
--- entries whose level does not match are skipped. Rejected: reference counts in Lua (every assignment of a
--- script would have to take part).
+-- entries whose level does not match are skipped. A view's level is the scope that made it: a view that
+-- requires a gradient (x:detach():requires_grad_()) is listed too, and its gradient ends with it, not with
+-- the tensor that it looks into. Rejected: reference counts in Lua (every assignment of a script would have
+-- to take part).
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
@@ -52,27 +54,33 @@ function scope.owners()
     local list, s = {}, stack[depth]
     for i = 1, s.n do
       local t = s.list[i]
-      if t and t.level == depth then list[#list + 1] = t end
+      if t and t.level == depth and t.root == t then list[#list + 1] = t end
     end
     result[depth] = list
   end
   return result
 end
 
-local function move(root, level)
-  if root.level <= level then return end
-  root.level = level
+local function enlist(t, level)
+  t.level = level
   if level > 0 then
     local s = stack[level]
     s.n = s.n + 1
-    s.list[s.n] = root
+    s.list[s.n] = t
   end
 end
+
+local function move(t, level)
+  if t.level > level then enlist(t, level) end
+end
+
+--- A view that begins to require a gradient.
+function scope.leaf(t) enlist(t, math.min(t.level, scope.depth)) end
 
 --- Let tensor t live at least as long as the tensor `holder` does: a gradient and its leaf, a moment and
 -- its parameter. Reports of memory call it `role`, by default what an optimizer keeps.
 function scope.follow(t, holder, role)
-  move(t.root, holder.root.level)
+  move(t.root, holder.level)
   C.lac_tensor_role(t.c, role or C.LAC_ROLE_OPTIMIZER)
 end
 
@@ -94,7 +102,10 @@ local function move_reachable(value, level)
     n = n - 1
     if type(v) == "table" then
       local root = rawget(v, "root")
-      if root and rawget(v, "c") then move(root, level) end
+      if root and rawget(v, "c") then
+        move(root, level)
+        if v ~= root then move(v, level) end
+      end
       for key, item in next, v do
         push(key)
         push(item)
@@ -133,8 +144,12 @@ local function leave(results, count)
   for i = 1, s.n do
     local t = list[i]
     if t and t.level == depth then
-      t.level = 0
-      C.lac_tensor_release(t.c)
+      if t.root == t then
+        t.level = 0
+        C.lac_tensor_release(t.c)
+      else
+        move(t, depth - 1) -- the script may hold it
+      end
     end
   end
 end

@@ -62,8 +62,8 @@ tensor.adopt = adopt
 local function alias(t)
   local c = ctensor()
   ffi_copy(c, t.c, SIZE)
-  return setmetatable({ c = c, root = t.root, node = false, requires_grad = false, version = 0, level = 0 },
-                      Tensor)
+  return setmetatable({ c = c, root = t.root, node = false, requires_grad = false, version = 0,
+                        level = scope.depth }, Tensor)
 end
 tensor.alias = alias
 
