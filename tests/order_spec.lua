@@ -79,6 +79,17 @@ describe("order", function()
     assert.are.equal(results[1], results[2])
   end)
 
+  it("calls equal infinities close and NaN close to nothing; wraps no integers", function()
+    local a, b = lac.tensor{ 1, inf, inf, -inf, nan, 3, 1 }, lac.tensor{ 1, inf, -inf, 5, nan, inf, 1.1 }
+    assert.are.same({ true, true, false, false, false, false, false }, a:isclose(b):totable())
+    local x, y = lac.tensor({ 250, 3 }, { dtype = "u8" }), lac.tensor({ 3, 3 }, { dtype = "u8" })
+    assert.are.same({ false, true }, x:isclose(y):totable())
+    assert.is_true(x:isclose(y, { atol = 247 }):all():item())
+    local p = lac.zeros { 2, 2, grad = true }
+    p:cdist(lac.zeros { 2, 2 }):sum():backward() -- the gradient at distance 0 is 0
+    assert.are.same({ { 0, 0 }, { 0, 0 } }, p.grad:totable())
+  end)
+
   it("accepts what is empty", function()
     assert.are.same({ 0, 3 }, { unpack(lac.zeros { 0, 3 }:sort(1):size()) })
     assert.are.same({ 2, 0 }, { unpack((lac.zeros { 2, 3 }:topk(0)):size()) })

@@ -755,6 +755,8 @@ cases.helpers = {
   without = without, insert = insert, fold = fold, along = along, dot = dot, total = total, same = same,
   softmax_of = softmax_of, row_loss = row_loss, linear = linear, erf = erf, phi = phi, mean = mean,
 }
-for _, part in ipairs { "index", "elem", "scan", "fused" } do require("support.cases_" .. part)(cases) end
+for _, part in ipairs { "index", "elem", "scan", "fused", "compare" } do
+  require("support.cases_" .. part)(cases)
+end
 
 return cases

@@ -3,7 +3,8 @@
 -- A package by kind of operator: base (records, the tape), map (elementwise), view (casts, views, slices),
 -- inplace, reduce (and softmax), linear (products, norms), fused (several of these as one), index (and
 -- joining, dropout), sort (and what follows from order), scan (running sums and extremes), scatter (and
--- counting), shape (padding, windows, diagonals), product (einsum and the named products), conv, loss,
+-- counting), shape (padding, windows, diagonals), product (einsum and the named products), compare
+-- (distances, differences), conv, loss,
 -- position (rotary and linear biases, masks, draws by weight).
 -- Each file defines its operators into the one table of base; this file only loads them, in the order in
 -- which they need each other. tests/support/cases.lua must have a case for each name; a spec says so.
@@ -26,6 +27,7 @@ require "lacuna.ops.scan"
 require "lacuna.ops.scatter"
 require "lacuna.ops.shape"
 require "lacuna.ops.product"
+require "lacuna.ops.compare"
 require "lacuna.ops.conv"
 require "lacuna.ops.loss"
 require "lacuna.ops.position"
