@@ -378,6 +378,18 @@ describe("lac.attention", function()
             attn, x, x, x)
   end)
 
+  it("says what a record of a variant cannot have", function()
+    local variants = lac.attention.variants
+    local function build() return {} end
+    refused("variant 'test_x': unknown option 'bild', did you mean 'build'", variants.add, variants, "test_x",
+      { bild = build })
+    refused("variant 'test_x': build is required", variants.add, variants, "test_x", { doc = "none" })
+    refused("variant 'test_x': mask must be true or false, got 1", variants.replace, variants, "test_x",
+      { build = build, mask = 1 })
+    refused("options must be a table, got a function", variants.add, variants, "test_x", build)
+    assert.error_matches(function() variants:get "test_x" end, "unknown variant 'test_x'")
+  end)
+
   it("takes new variants from scripts", function()
     local record = {
       doc = "a window",

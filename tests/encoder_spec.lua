@@ -252,6 +252,18 @@ describe("nn.LongNetEncoderDecoder", function()
   end)
 end)
 
+describe("models of a variant", function()
+  it("say where its own options go", function()
+    local o = { vocab = 8, layers = 1, width = 8, heads = 2, context = 16, variant = "auto", length = 16 }
+    for _, name in ipairs { "LongNetLM", "LongNetEncoder", "LongNetEncoderDecoder" } do
+      assert.error_matches(function() nn[name](o) end, name .. ": 'length' is an option of variant 'auto', "
+        .. "not of the model: attention = { variant = 'auto', length = 16 }")
+    end
+    o.attention, o.variant, o.length = { variant = "auto", length = 16 }, nil, nil
+    assert.are.equal("auto", nn.LongNetLM(o).layers[1].attention.options.variant)
+  end)
+end)
+
 describe("the sizes of the paper", function()
   it("have the parameters of their names", function()
     for name, millions in pairs{ ["125M"] = 125, ["350M"] = 350, ["760M"] = 760, ["2.7B"] = 2650 } do

@@ -100,6 +100,7 @@ describe("attn:explain", function()
     assert.is_nil(t.ring)
     assert.error_matches(function() attn:explain(16, { as = "tabel" }) end,
       "unknown as 'tabel', did you mean 'table'")
+    assert.error_matches(function() attn:explain(16, { as = "plot" }) end, "lac.plot.coverage")
     assert.error_matches(function() attn:explain(16, { device = "gpu" }) end, "gpu")
   end)
 

@@ -91,6 +91,16 @@ describe("patterns of blocks", function()
   end)
 
   it("are pictures, in the terminal and as files", function()
+    local window = masks.local_window(32) + masks.global_tokens(16)
+    assert.are.equal("local_window(32) + global_tokens(16)\n#####\n###..\n####.\n#.###\n#..##",
+      tostring(window:picture{ n = 80, block = 16 }))
+    assert.matches("\n#5\n5#$", tostring(masks.per_head{ masks.full(), masks.diagonal() }
+      :picture{ n = 32, block = 16, heads = 2 }))
+    assert.matches("^density 0.76: 19 of 25 blocks a head, 4864 pairs, forward 1.25 MFLOP, 0 rows",
+      tostring(window:statistics{ n = 80, block = 16 }))
+    assert.error_matches(function() window:picture(80) end, "options of a picture must be a table, got 80")
+    assert.error_matches(function() window:statistics(80) end, "of statistics must be a table, got 80")
+    assert.error_matches(function() return masks.locl_window end, "did you mean '?local_window'?")
     local text = lac.plot.heatmap(masks.local_window(32):picture(FIVE))
     assert.matches("local_window%(32%)", text)
     for _, kind in ipairs { "png", "svg" } do

@@ -299,6 +299,11 @@ describe("repl: help and history", function()
       assert.matches(text, lac.help(name))
     end
     assert.equal(lac.help "attend", lac.help(lac.attend))
+    assert.matches("\n  heatmap%(spec%) +A matrix as colours %(viridis%), row 1 at the", lac.help(lac.plot))
+    assert.matches("\n  Linear%(inputs, outputs, options%) +y = x W%^T %+ b\n", lac.help "nn")
+    assert.matches("\n  local_window%(window%) +Key blocks within", lac.help(lac.attention.masks))
+    assert.matches("^lac.attention.masks.random%(density, seed%)\n", lac.help "masks.random")
+    assert.matches("^x:scatter_add_%(dim, idx, src%)\n", lac.help "scatter_add_")
     assert.is_nil(lac.help(lac.ones { 2 }))
     assert.error_matches(function() lac.help "sofmax" end, "there is no 'sofmax', did you mean 'softmax'?")
     --- One of a script.

@@ -121,6 +121,8 @@ describe("the namespace", function()
     assert.error_matches(function() return lac.optim.AdamW end,
                          "there is no lac.optim.AdamW, did you mean lac.optim.adamw%?")
     assert.error_matches(function() return lac.optim.schedule.cosin end, "mean lac.optim.schedule.cosine%?")
+    assert.error_matches(function() return lac.plot.bar end,
+                         "^there is no lac.plot.bar; there are area, coverage, heatmap, lines, scatter %[")
     assert.error_matches(function() return lac.io.lod end, "did you mean lac.io.load%?")
   end)
 

@@ -19,6 +19,7 @@ local help = {}
 -- code between a comment and the line of its function: a record's first lines, never a blank, an `end` or
 -- another function
 local REACH = 4
+local LINE = 80 -- letters of a sentence in a list
 
 -- ---- names ----------------------------------------------------------------------------------------
 
@@ -145,6 +146,8 @@ local function about_function(f, name, from)
   local lines = path and lines_of(path) or {}
   local block = not is_shared(info) and comment_above(lines, info.linedefined)
     or name and comment_of_name(lines, name:match "[%w_]+$")
+  local plain = not block and name and name:match "([%w_]+)_$"
+  if plain then block = comment_of_name(lines, plain) or { "As " .. plain .. ", in place." } end
   if not block and path and path:match "ops/map%.lua$" then
     block = { "Elementwise: any strides, broadcasting. Its formula is in c/maps.def." }
   end
@@ -168,9 +171,39 @@ local function about_variants(value)
   return table.concat(out, "\n")
 end
 
---- What a function, a class, lac.attention or an operator by its name is for, out of the comments of its
--- source.
--- @param value one of these, or a text: "softmax", "nn.Linear", "view"
+local function is_class(value)
+  return type(value) == "table" and rawget(value, "__name") and rawget(value, "__index")
+end
+
+-- the part of an explanation that fits on a line: its first sentence
+local function first_sentence(text)
+  local rest = text:match "^[^\n]*\n(.*)$"
+  if not rest or rest:match "^%s*no comment" then return "" end
+  rest = rest:gsub("%s+", " "):gsub("^ ", ""):gsub(" et al%.", " et al")
+  for _, tag in ipairs { "^[%w_]+ %([%a|]+%)", "^[%w_]+ %([%a|]+, optional%)", "^returns " } do
+    if rest:match(tag) then return "" end -- arguments, and no word about the whole
+  end
+  local sentence = (rest:match "^(.-)%.%s" or rest):gsub("%.$", "")
+  return #sentence <= LINE and sentence or sentence:sub(1, LINE):match "^(.*) " .. " ..."
+end
+
+-- a module of the library: a line for each function and class
+local function about_module(value, name)
+  local out = { "lac." .. name }
+  for _, key in ipairs(schema.keys(value)) do
+    local field = rawget(value, key)
+    local text = type(field) == "function" and about_function(field, key, 1)
+      or is_class(field) and type(field.init) == "function" and about_function(field.init, key, 2)
+    if text and key:sub(1, 1) ~= "_" then
+      out[#out + 1] = ("  %-36s %s"):format(text:match "^[^\n]*", first_sentence(text)):gsub(" *$", "")
+    end
+  end
+  return table.concat(out, "\n")
+end
+
+--- What a function, a class, a module (lac.plot), lac.attention or an operator by its name is for, out of the
+-- comments of its source.
+-- @param value one of these, or a text: "softmax", "nn.Linear", "view", "plot"
 -- @treturn string|nil nil if there is nothing to say beyond what the value prints
 function help.about(value)
   if type(value) == "string" then
@@ -188,15 +221,19 @@ function help.about(value)
   end
   if type(value) ~= "table" then return nil end
   if value == package.loaded["lacuna.attention"] then return about_variants(value) end
-  if rawget(value, "__name") and rawget(value, "__index") then return about_class(value) end
+  if is_class(value) then return about_class(value) end
+  for _, name in ipairs(UPPER) do
+    if value == package.loaded["lacuna." .. name] then return about_module(value, name) end
+  end
   return nil
 end
 
---- The value that a text names: "softmax" and "lac.softmax", "nn.Linear", "view" (a method of tensors).
+--- The value that a text names: "softmax" and "lac.softmax", "nn.Linear", "masks.full", "view" (a method).
 -- @tparam string text
 -- @return the value, or nil
 function help.named(text)
-  local value = require "lacuna"
+  local lac = require "lacuna"
+  local value = text:match "^masks" and lac.attention or lac
   for part in text:gsub("^lac%.", ""):gmatch "[^.:]+" do
     local ok, field = pcall(function() return value[part] end)
     value = ok and field or nil

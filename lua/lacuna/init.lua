@@ -61,12 +61,14 @@ local FUNCTIONS = { memory_report = { "memory", "report" }, memory_tracking = { 
                     graph = { "graph", "new" }, help = { "help", "about" } }
 for name in pairs(FUNCTIONS) do lazy[name] = true end
 
--- reading a field that is not there is an error with the nearest one, as for lac itself
+-- reading a field that is not there is an error with the nearest one, as for lac itself, or with all
 local function strict(name, t)
   if type(t) ~= "table" or getmetatable(t) then return t end
   return setmetatable(t, { __index = function(_, key)
-    schema.fail("lacuna", "there is no lac.%s.%s%s", name, tostring(key),
-      schema.hint(key, schema.keys(t), "lac." .. name .. ".%s"))
+    local names = schema.keys(t)
+    local hint = schema.hint(key, names, "lac." .. name .. ".%s")
+    lib.fail("there is no lac.%s.%s%s", name, tostring(key),
+      hint ~= "" and hint or "; there are " .. table.concat(names, ", "))
   end })
 end
 
@@ -115,7 +117,7 @@ local function unknown(_, name)
   if value ~= nil and value ~= false then return value end
   local names = schema.keys(lac)
   for key in pairs(lazy) do names[#names + 1] = key end
-  schema.fail("lacuna", "there is no lac.%s%s", tostring(name), schema.hint(name, names, "lac.%s", words))
+  lib.fail("there is no lac.%s%s", tostring(name), schema.hint(name, names, "lac.%s", words))
 end
 
 -- only an error needs it

@@ -15,8 +15,9 @@ local Registry = class("Registry")
 
 --- @tparam string op the name that starts error messages ("attention")
 -- @tparam string what what an entry is called in messages ("variant")
-function Registry:init(op, what)
-  self.op, self.what, self.entries = op, what, {}
+-- @tparam[opt] table fields of an entry by name, rules of schema: what an entry may and must have
+function Registry:init(op, what, fields)
+  self.op, self.what, self.fields, self.entries = op, what, fields or false, {}
 end
 
 --- Add an entry. Raises if the name is taken or not a string.
@@ -34,6 +35,7 @@ function Registry:replace(name, value)
     schema.fail(self.op, "the name of a %s must be a nonempty string, got %s", self.what, schema.show(name))
   end
   if value == nil then schema.fail(self.op, "%s '%s' needs a value, got nil", self.what, name) end
+  if self.fields then schema.options(("%s: %s '%s'"):format(self.op, self.what, name), value, self.fields) end
   self.entries[name] = value
   return value
 end

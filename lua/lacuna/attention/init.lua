@@ -429,8 +429,15 @@ end
 
 -- ---- the module form -------------------------------------------------------------------------------
 
+local CALLED, SAID = { type = "function" }, { type = "boolean" }
+
 --- Registry of variants. Scripts may add their own: see attention/variants.lua for what a record has.
-attention.variants = Registry("attention", "variant")
+attention.variants = Registry("attention", "variant", {
+  doc = { type = "string" }, build = { type = "function", required = true }, options = { type = "table" },
+  example = { type = "table" }, bare = SAID, mask = SAID, bias = SAID, alibi = SAID, cu_seqlens = SAID,
+  run = CALLED, prepare = CALLED, sharding = CALLED, scorer = CALLED, blocks = CALLED,
+  decoder = { type = { "table", "function" } },
+})
 
 local core = {
   variants = attention.variants, pattern_spec = PATTERN, run_spec = RUN, merged_spec = merged_spec,

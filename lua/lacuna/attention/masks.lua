@@ -350,13 +350,21 @@ end
 
 -- ---- statistics ------------------------------------------------------------------------------------
 
---- What a pattern amounts to at given sizes.
+local Statistics = {}
+function Statistics:__tostring()
+  local text = "density %.4g: %g of %d blocks a head, %d pairs, forward %.3g MFLOP, %g rows of blocks empty%s"
+  return text:format(self.density, self.active, self.allowed, self.pairs, self.flops_forward / 1e6,
+    self.empty_rows, self.coverage and (", coverage %.4g"):format(self.coverage) or "")
+end
+
+--- What a pattern amounts to at given sizes. It prints as a sentence.
 -- @tparam table options those of tensor(); head_dim (64); probability: a tensor [heads, n, m] of dense
 --   attention's weights, for coverage
 -- @treturn table active, cells, allowed (of one head, mean), density (active / allowed), pairs (of tokens,
 --   all heads), flops_forward, flops_backward, empty_rows, and coverage: the share of the dense attention's
 --   mass that falls into active blocks
 function Pattern:statistics(options)
+  schema.check(OP, "the options of statistics", options, { type = "table" })
   local plain = {}
   for name, value in pairs(options) do
     if name ~= "head_dim" and name ~= "probability" then plain[name] = value end
@@ -382,7 +390,7 @@ function Pattern:statistics(options)
   local d = options.head_dim or 64
   s.flops_forward, s.flops_backward = 4 * d * s.pairs, 10 * d * s.pairs
   if options.probability then s.coverage = masks.coverage_of(all, z, options.probability) end
-  return s
+  return setmetatable(s, Statistics)
 end
 
 --- Token pairs of a cell: ends are ragged and the diagonal is triangular.
@@ -415,10 +423,26 @@ function masks.coverage_of(all, z, probability)
   return total > 0 and inside / total or 0
 end
 
---- What a picture shows: 1 where a block is active, 0 where not; the mean over heads.
--- @tparam table options those of tensor(); output: a .png or .svg path (else it becomes text); title; head
--- @treturn table what lac.plot.heatmap draws
+-- a letter a block: `#` active, `.` not, 1 to 9 the tenths of the heads for which it is
+local Picture = {}
+function Picture:__tostring()
+  local lines = { self.title }
+  for i, row in ipairs(self.z) do
+    local letters = {}
+    for j, part in ipairs(row) do
+      letters[j] = part == 0 and "." or part == 1 and "#" or tostring(max(1, min(9, floor(10 * part))))
+    end
+    lines[i + 1] = table.concat(letters)
+  end
+  return table.concat(lines, "\n")
+end
+
+--- A picture: 1 where a block is active, 0 where not; the mean over heads. It prints as letters (rows are
+-- query blocks), and lac.plot.heatmap(picture) draws it.
+-- @tparam table options those of tensor(); output: a .png or .svg path, for heatmap; title; head
+-- @treturn table what lac.plot.heatmap takes
 function Pattern:picture(options)
+  schema.check(OP, "the options of a picture", options, { type = "table" })
   local plain = {}
   for name, value in pairs(options) do
     if name ~= "output" and name ~= "title" and name ~= "head" then plain[name] = value end
@@ -435,8 +459,8 @@ function Pattern:picture(options)
       rows[i][j] = sum / #picked
     end
   end
-  return { z = rows, title = options.title or self.text, xlabel = "key block",
-    ylabel = "query block", zlabel = "active", zrange = { 0, 1 }, output = options.output }
+  return setmetatable({ z = rows, title = options.title or self.text, xlabel = "key block",
+    ylabel = "query block", zlabel = "active", zrange = { 0, 1 }, output = options.output }, Picture)
 end
 
 return setmetatable(masks, { __index = function(_, name)

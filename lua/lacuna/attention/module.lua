@@ -279,6 +279,9 @@ function Attention:explain(n, sizes)
   EXPLAIN = EXPLAIN or { batch = core.sizes.batch, m = core.sizes.m, head_dim = core.sizes.head_dim,
     dtype = { type = "string" }, device = { type = "string" }, as = { one_of = { "text", "table" },
     default = "text" } }
+  if type(sizes) == "table" and sizes.as == "plot" then
+    fail(OP, "as is 'text' or 'table'; lac.plot.coverage(attn, n) draws the plot")
+  end
   local z = schema.options(OP, sizes, EXPLAIN)
   local dtype = device.dtype(OP, z.dtype)
   if not device.is_float(dtype) then

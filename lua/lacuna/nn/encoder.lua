@@ -82,7 +82,7 @@ local ENCODER = spec{
 --   dedup, window, fp8, positions = "xpos", fused, dropout, attention_dropout, checkpoint_activations,
 --   dtype, device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
 function Encoder:init(options)
-  local o = schema.options("LongNetEncoder", parts.sized("LongNetEncoder", options), ENCODER)
+  local o = schema.options("LongNetEncoder", parts.sized("LongNetEncoder", options, ENCODER), ENCODER)
   self.options, self.context, self.has_vocab = o, o.context, o.vocab ~= nil
   if o.vocab then self.embedding = embedding(o, o.vocab) end
   self.dropout = layers.Dropout(o.dropout)
@@ -208,7 +208,7 @@ local BOTH = spec{
 --   context, encoder_layers = layers; cross_segments, cross_dilations (default: every row reads the whole
 --   memory)
 function EncoderDecoder:init(options)
-  local o = schema.options(ED, parts.sized(ED, options), BOTH)
+  local o = schema.options(ED, parts.sized(ED, options, BOTH), BOTH)
   if (o.cross_segments == nil) ~= (o.cross_dilations == nil) then
     fail(ED, "cross_segments and cross_dilations come together")
   end

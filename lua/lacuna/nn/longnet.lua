@@ -226,9 +226,24 @@ local SIZES = {
 local SIZE_NAMES = { "125M", "350M", "760M", "2.7B" }
 local SIZED = { vocab = 50304, segments = { 2048, 4096, 8192, 16384, 32768 }, dilations = { 1, 2, 4, 6, 12 } }
 
+-- options that only the variant has are not the model's
+local function refuse_inner(op, options, spec)
+  local name = options.variant
+  if type(name) ~= "string" then return end
+  local own = attention.options_of(name, options)
+  for _, key in ipairs(schema.keys(options)) do
+    if own[key] and not spec[key] then
+      fail(op, "'%s' is an option of variant '%s', not of the model: attention = { variant = '%s', %s = %s }",
+        key, name, name, key, schema.show(options[key]))
+    end
+  end
+end
+
 -- options with those of a size of the paper filled in where the script gives none
-local function sized(op, options)
-  if type(options) ~= "table" or rawget(options, "size") == nil then return options end
+local function sized(op, options, spec)
+  if type(options) ~= "table" then return options end
+  refuse_inner(op, options, spec)
+  if rawget(options, "size") == nil then return options end
   schema.check(op, "size", options.size, { one_of = SIZE_NAMES })
   local o = {}
   for name, value in pairs(SIZED) do o[name] = value end
@@ -290,7 +305,7 @@ local OPTIONS = spec{
 --   attention_dropout = 0; checkpoint_activations = false (true: a block keeps only its input for the
 --   backward pass and is computed again there); dtype, device
 function LongNetLM:init(options)
-  local o = schema.options("LongNetLM", sized("LongNetLM", options), OPTIONS)
+  local o = schema.options("LongNetLM", sized("LongNetLM", options, OPTIONS), OPTIONS)
   o.ffn = o.ffn or 4 * o.width
   self.options, self.vocab, self.context = o, o.vocab, o.context
   local gamma = magneto_gain(o.layers)
