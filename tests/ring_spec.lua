@@ -101,14 +101,16 @@ describe("lac.attention over virtual ranks", function()
   local function leaf(...) return lac.randn({ ... }, { dtype = "f64", grad = true }) end
   local function far(a, b) return lac.where(a:eq(b), 0, a - b):abs():max():item() end
 
-  local function compare(c, m, layout, ranks, kv_heads, extra)
+  local function compare(c, m, layout, ranks, kv_heads, extra, sizes)
     local M = c.M or c.N
     local q = lac.randn({ 2, c.N, 4, 3 }, { dtype = "f64", grad = true })
     local k = lac.randn({ 2, M, kv_heads, 3 }, { dtype = "f64", grad = true })
     local v = lac.randn({ 2, M, kv_heads, 3 }, { dtype = "f64", grad = true })
     local o = { variant = "custom", heads = 4, kv_heads = kv_heads, segments = { 4, 9, 16 },
                 dilations = { 1, 2, 4 }, causal = c.causal, window = c.window, align = c.align }
-    for name, value in pairs(m) do o[name] = value end
+    for _, from in ipairs { m, sizes } do
+      for name, value in pairs(from) do o[name] = value end
+    end
     local one = lac.attention(o)
     o.variant, o.of, o.ranks, o.layout = "ring", "custom", ranks, layout
     o.schedule = ranks % 2 == 0 and "allgather" or "ring"
@@ -169,6 +171,75 @@ describe("lac.attention over virtual ranks", function()
       end
     end)
   end
+
+  -- blocks of 16 and 32 over shards that end with blocks and shards that do not, rows at steps of 1 and 2
+  it("runs active blocks only, given with a call or as a pattern of the variant", function()
+    lac.manual_seed(6)
+    local masks = lac.attention.masks
+    local given = {
+      masks.local_window(32) + masks.global_tokens(16),
+      masks.per_head{ masks.random(0.4, 1), masks.axial(3) },
+      lac.rand({ 2, 1, 6, 6 }):lt(0.5),
+    }
+    local turn = 0
+    for _, c in ipairs { { N = 96 }, { N = 96, causal = true }, { N = 96, causal = true, window = 40 },
+                         { N = 90, M = 96, causal = true, align = "end" }, { N = 96, window = 20 } } do
+      for p, blocks in ipairs(given) do
+        for _, layout in ipairs(shard.LAYOUTS) do
+          for _, ranks in ipairs { 3, 4, 2 } do
+            turn = turn + 1
+            local lopsided = layout == "striped" and (c.window or not c.causal)
+            if turn % 3 == 0 and not lopsided then
+              compare(c, MERGES[turn % 5 + 1], layout, ranks, turn % 2 == 0 and 2 or 4, function(N, M)
+                return { block_mask = blocks, block = 16, bias = p == 1 and leaf(N, M) or nil,
+                         alibi = p == 2 or nil, mask = p == 3 and lac.rand({ N, M }):lt(0.9) or nil }
+              end, { segments = { 32, 96 }, dilations = { 1, 2 } })
+            end
+          end
+        end
+      end
+    end
+    local o = { heads = 2, segments = { 64, 128 }, dilations = { 1, 2 }, causal = true, block = 32,
+                pattern = masks.local_window(64) + masks.global_tokens(32) }
+    local function make(more)
+      local all = {}
+      for _, from in ipairs { o, more } do
+        for name, value in pairs(from) do all[name] = value end
+      end
+      return lac.attention(all)
+    end
+    local one, x = make { variant = "block_sparse", of = "longnet" }, leaf(1, 128, 2, 4)
+    for _, layout in ipairs(shard.LAYOUTS) do
+      local many = make { variant = "ring", ranks = 4, layout = layout }
+      assert.is_true(far(one(x, x, x), many(x, x, x)) < 1e-12)
+      local a = lac.grad((one(x, x, x)):square():sum(), { x })[1]
+      local b = lac.grad((many(x, x, x)):square():sum(), { x })[1]
+      assert.is_true(far(a, b) < 1e-11)
+      assert.matches("block 32, pattern local_window%(64%) %+ global_tokens%(32%)", tostring(many))
+      assert.matches("\n  blocks  ", many:explain(128))
+      assert.is_true(many.options == lac.attention(many.options).options)
+    end
+  end)
+
+  it("costs its active blocks where shards end with blocks", function()
+    local x = lac.randn { 1, 256, 1, 8 }
+    -- engine calls, and whether blocks were spelled out as masks of pairs
+    local function work(more)
+      local o = { variant = "ring", of = "dense", ranks = 4, heads = 1 }
+      for name, value in pairs(more) do o[name] = value end
+      local attn = lac.attention(o)
+      local p = lac.profile(function() lac.no_grad(function() attn(x, x, x) end) end, { print = false })
+      local calls = {}
+      for _, row in ipairs(p:rows "op") do calls[row.name] = row.calls end
+      return calls.attend, calls.index_select ~= nil
+    end
+    assert.are.same({ 16, false }, { work {} })
+    assert.are.same({ 4, false }, { work { pattern = "diagonal()", block = 16 } })
+    assert.are.same({ 10, false }, { work { pattern = "local_window(128)", block = 64 } })
+    assert.are.same({ 16, false }, { work { pattern = "full()", block = 64, layout = "striped" } })
+    assert.are.same({ 16, true }, { work { pattern = "full()", block = 32, layout = "striped" } })
+    assert.are.same({ 13, true }, { work { pattern = "diagonal()", block = 64, ranks = 5 } })
+  end)
 
   it("takes packed sequences, each as if alone", function()
     lac.manual_seed(4)
@@ -258,12 +329,22 @@ describe("lac.attention over virtual ranks", function()
     refused("unknown layout 'zigzg', did you mean 'zigzag'", make, { layout = "zigzg" })
     refused("unknown schedule 'rings', did you mean 'ring'", make, { schedule = "rings" })
     refused("ranks must be positive, got 0", make, { ranks = 0 })
+    refused("pattern must be a block pattern or its text, got 3", make, { pattern = 3 })
+    refused("block = 64 is the size of a pattern's blocks", make, { block = 64 })
+    refused("cannot wrap 'block_sparse', which wraps another one itself; give 'ring' its pattern", make,
+            { of = "block_sparse" })
+    local rows, on = lac.randn { 1, 32, 4, 8 }, lac.ones { 2, 2, dtype = "bool" }
+    local function blocks(options, more) return make(more or {})(rows, rows, rows, options) end
+    refused("block_mask is Tensor bool %[2 x 2%] cpu, 32 queries and 32 keys are 1 x 1 blocks of 128", blocks,
+            { block_mask = on })
+    refused("block_mask must be bool", blocks, { block_mask = on:float(), block = 16 })
+    refused("combined with cu_seqlens", blocks, { block_mask = on, block = 16, cu_seqlens = { 0, 32 } })
+    refused("has the pattern full%(%): no block_mask of a call", blocks, { block_mask = on, block = 16 },
+            { pattern = "full()" })
     refused("unknown variant 'lonnet', did you mean 'longnet'", make, { of = "lonnet" })
     refused("cannot wrap 'distributed', which wraps another one", make, { of = "distributed" })
     local x = lac.zeros { 1, 8, 4, 2 }
     refused("variant 'ring' has no dropout", make {}, x, x, x, { dropout = 0.5 })
-    refused("variant 'ring' cannot honour block_mask", make {}, x, x, x,
-            { block_mask = lac.ones({ 1, 1 }, { dtype = "bool" }) })
     refused("no alibi with layout 'striped' unless causal", make { layout = "striped" }, x, x, x,
             { alibi = true })
     refused("no alibi with layout 'striped' unless causal", make, { layout = "striped", alibi = true })

@@ -25,7 +25,7 @@ local REFUSED = {
   dedup = "adaptive block_sparse dense dilated distributed hierarchical improved ring",
   dropout = "distributed ring", ["kernel = hopper"] = "*",
   fp8 = no_fp8(),
-  block_mask = "adaptive block_sparse distributed hierarchical ring",
+  block_mask = "adaptive block_sparse hierarchical",
   ["cu_seqlens (packed)"] = "adaptive block_sparse hierarchical",
 }
 

@@ -435,6 +435,7 @@ local CALLED, SAID = { type = "function" }, { type = "boolean" }
 attention.variants = Registry("attention", "variant", {
   doc = { type = "string" }, build = { type = "function", required = true }, options = { type = "table" },
   example = { type = "table" }, bare = SAID, mask = SAID, bias = SAID, alibi = SAID, cu_seqlens = SAID,
+  block_mask = SAID,
   run = CALLED, prepare = CALLED, sharding = CALLED, scorer = CALLED, blocks = CALLED,
   decoder = { type = { "table", "function" } },
 })
@@ -443,7 +444,7 @@ local core = {
   variants = attention.variants, pattern_spec = PATTERN, run_spec = RUN, merged_spec = merged_spec,
   sizes = SIZES, complete = complete, pattern_key = pattern_key, plan_for = plan_for,
   refuse_unknown = refuse_unknown, check_block = check_block, apply = apply, info_of = info_of,
-  hopper_refusal = hopper_refusal,
+  hopper_refusal = hopper_refusal, blocks_of = blocks_of,
   decoder = attention.decoder, forward_raw = forward_raw, backward_raw = backward_raw,
 }
 local Attention = require "lacuna.attention.module"(core)

@@ -145,6 +145,12 @@ lib.frame_name(Attention.__call, function(self)
   return "attention(" .. tostring(rawget(self, "variant")) .. ")"
 end)
 
+--- Does it run in active blocks? Variants in shards do if they were given a pattern.
+function Attention:in_blocks()
+  local record = self.record
+  return record.blocks ~= nil and (not record.sharding or self.options.pattern ~= nil)
+end
+
 --- What decodes row by row what this computes at once: see lac.attention.decoder; with active blocks see
 -- decode_blocks.lua.
 -- @tparam integer head_dim
@@ -153,7 +159,8 @@ function Attention:decoder(head_dim)
   if not self.pattern.causal then
     fail(OP, "only causal attention can be decoded row by row; make %s with causal = true", self.variant)
   end
-  if record.blocks and not record.decoder then
+  local blocks = self:in_blocks()
+  if blocks and not record.decoder then
     fail(OP, "variant '%s' cannot be decoded row by row: which blocks it keeps depends on all of them",
          self.variant)
   end
@@ -161,7 +168,7 @@ function Attention:decoder(head_dim)
     fail(OP, "decoding has one kernel: kernel = '%s' cannot be honoured", o.kernel)
   end
   if o.fp8 then fail(OP, "decoding has no fp8: make %s without it", self.variant) end
-  if record.decoder then return record.decoder(self, head_dim) end
+  if blocks then return record.decoder(self, head_dim) end
   local pattern = {}
   for name, value in pairs(self.pattern) do pattern[name] = value end
   pattern.scale, pattern.alibi = o.scale, o.alibi
@@ -292,8 +299,8 @@ function Attention:explain(n, sizes)
   local info = core.info_of(plan)
   local element = device.dtype_size[dtype]
   local branches = p.heads == "all" and (p.merge == "mean" or p.merge == "sum") and #p.segments or 1
-  local blocks, cells
-  if self.record.blocks then
+  local in_blocks, blocks, cells = self:in_blocks(), nil, nil
+  if in_blocks then
     blocks, cells = self.record.blocks(self, n, m, z.head_dim)
     if self.options.of == "dense" then -- else the strips' counts are an upper bound
       info.pairs = blocks.pairs
@@ -306,14 +313,14 @@ function Attention:explain(n, sizes)
     element = element, lse = dtype == C.LAC_F64 and 8 or 4, softmaxes = branches > 1 and branches or 0,
     cells = cells, block = o.block,
   })
-  if self.record.blocks then t.blocks = blocks end
+  t.blocks = blocks
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
   local refusal = core.hopper_refusal(plan, dtype, o.kernel)
-  if not refusal and self.record.blocks and o.kernel ~= "hopper" and not blocks_pay(p, n, o.block) then
+  if not refusal and in_blocks and o.kernel ~= "hopper" and not blocks_pay(p, n, o.block) then
     refusal = "a branch has fewer than 64 rows a block"
   end
-  local amx_dim = self.record.blocks and 0 or z.head_dim
-  if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or self.record.blocks and "there is a block_mask" end
+  local amx_dim = in_blocks and 0 or z.head_dim
+  if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or in_blocks and "there is a block_mask" end
   t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n, o.fp8, amx_dim)
   t.fp8 = o.fp8 and fp8_of(t, element, p, (z.device or device.default_device()):find "^cuda") or nil
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)

@@ -9,10 +9,10 @@
 --
 -- The ranks are virtual: one process, one after the other, each reading the rows of its own shard and of the
 -- shard that visits. Schedules: "ring" visits in the order i, i - 1, i - 2, ...; "allgather" in the order of
--- the ranks (a real one gathers first); "auto" takes what sends less. Masks, biases and slopes are cut
--- for each task (pairs.lua); packed sequences are so many sets of tasks. What a shard cannot honour is
--- refused: dropout draws by the row of a whole sequence, dedup compares branches across shards, blocks do not
--- end where shards do, and a window in a striped layout is asymmetric, as is ALiBi there unless causal.
+-- the ranks (a real one gathers first); "auto" takes what sends less. Masks, biases, slopes and active blocks
+-- are cut for each task (pairs.lua); packed sequences are so many sets of tasks. What shards cannot honour is
+-- refused: dropout draws by the row of a whole sequence, dedup compares branches across shards, and a window
+-- in a striped layout is asymmetric, as is ALiBi there unless causal.
 
 local schema = require "lacuna.schema"
 local create = require "lacuna.create"
@@ -99,9 +99,10 @@ local function each_call(x, task, f)
                    q = padded(queries(x.q), a.before), k = padded(keys(x.k), a.keys_before),
                    v = padded(keys(x.v), a.keys_before),
                    run = { scale = x.scale, p = 0, seed = 0, at = 0, kernel = x.kernel, key_padding = mask } }
-    pairs_of(x, task, q, a, run, call)
-    call.plan = dense(a, call.q:size(1), call.q:size(2), call.k:size(2), run[2], run[4], call.q:size(4))
-    f(call)
+    if pairs_of(x, task, q, a, run, call) then
+      call.plan = dense(a, call.q:size(1), call.q:size(2), call.k:size(2), run[2], run[4], call.q:size(4))
+      f(call)
+    end
   end
 end
 
@@ -181,7 +182,7 @@ local ring_op = grad.custom_op {
     ctx.x = x
     local out, lse = forward(x)
     ctx:save(q, k, v, lse, unpack(x.out))
-    for _, name in ipairs { "padding", "mask", "alibi", "bias" } do
+    for _, name in ipairs { "padding", "mask", "alibi", "bias", "block_mask" } do
       if x[name] then ctx:save(x[name]) end
     end
     return out, lse
@@ -195,7 +196,7 @@ local ring_op = grad.custom_op {
 
 local HONOURED = { scale = true, training = true, return_lse = true, need_weights = true, key_padding = true,
                    key_lengths = true, kernel = true, mask = true, bias = true, alibi = true,
-                   cu_seqlens = true, block = true } -- without a block_mask, its size says nothing
+                   cu_seqlens = true, block = true, block_mask = true }
 
 -- options that shards cannot honour, at configuration and at a call
 local function refuse(o, run, name)
@@ -216,14 +217,17 @@ local function refuse_slopes(o, slopes, name)
   end
 end
 
---- What cuts a sequence: the options of a variant in shards, with the defaults of this one.
+--- What cuts a sequence: the options of a variant in shards, with the defaults of this one. `pattern` and
+-- `block` are those of block_sparse, on top of what is cut.
 -- @tparam string of the variant inside @tparam integer ranks @tparam string schedule
-function ring.options(of, ranks, schedule)
+-- @tparam function pattern_rule says what is wrong with a pattern
+function ring.options(of, ranks, schedule, pattern_rule)
   return {
     of = { type = "string", default = of },
     ranks = { type = "integer", min = 1, max = 4096, default = ranks },
     layout = { one_of = shard.LAYOUTS, default = "contiguous" },
     schedule = { one_of = ring.SCHEDULES, default = schedule },
+    pattern = { check = pattern_rule }, block = { type = "integer", min = 16 },
   }
 end
 
@@ -301,14 +305,19 @@ function ring.run(module, q, k, v, run)
   local o, p = module.options, module.pattern
   refuse(o, run, module.variant)
   refuse_slopes(o, run.alibi, module.variant)
-  pairs_of.check(run, q, k)
+  local blocks = core.blocks_of(run, p, q, k)
+  if blocks and run.cu_seqlens then
+    fail(OP, "block_mask cannot be combined with cu_seqlens: blocks are those of one sequence")
+  end
+  local block = run.block or 128
+  pairs_of.check(run, q, k, blocks, block)
   local list = run.cu_seqlens and packed.list(run, q, k)
   local plan = planned(module, q:size(2), k:size(2), list)
   return ring_op(q, k, v, run.bias or false, {
     tasks = plan.tasks, schedule = plan.schedule, pattern = p, causal = p.causal, window = p.window,
     separate = partial.separate(p), group = o.heads / o.kv_heads, scale = run.scale, kernel = run.kernel,
     padding = padding_of(run, k), mask = run.mask, bias_trains = run.bias and run.bias.requires_grad or false,
-    alibi = run.alibi and alibi.tensor(run.alibi, q),
+    alibi = run.alibi and alibi.tensor(run.alibi, q), block_mask = blocks, block = block,
   })
 end
 

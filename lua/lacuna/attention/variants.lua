@@ -49,21 +49,47 @@ end
 local function inside(registry, name, o, fail)
   local inner = registry:get(o.of)
   if inner.run or inner.prepare then
-    fail("attention", "variant '%s' cannot wrap '%s', which wraps another one itself", name, o.of)
+    fail("attention", "variant '%s' cannot wrap '%s', which wraps another one itself%s", name, o.of,
+      o.ranks == nil and inner.sharding and ("; make '%s' with this pattern"):format(o.of)
+      or o.ranks and inner.blocks and not inner.sharding and ("; give '%s' its pattern"):format(name) or "")
   end
   return inner
 end
 
 -- ---- the sequence in shards ------------------------------------------------------------------------------
 
-local function sharded(registry, ring, name, doc, options)
-  config.define(name, function(given) return schema.options(name, given, options) end)
+-- a pattern of blocks, if there is one, and the size of its blocks
+local function settle_blocks(o, name, sparse)
+  if o.pattern then
+    o.block = o.block or sparse.options.block.default
+    sparse.settle(o)
+  elseif o.block then
+    schema.fail(name, "block = %d is the size of a pattern's blocks, and there is no pattern", o.block)
+  end
+  return o
+end
+
+local function sharded(registry, ring, sparse, name, doc, of, ranks, schedule)
+  local options = ring.options(of, ranks, schedule, sparse.options.pattern.check)
+  config.define(name, function(given)
+    return settle_blocks(schema.options(name, given, options), name, sparse)
+  end)
   local record = { doc = doc, options = options, run = ring.run, sharding = ring.plan, mask = true,
-                   bias = true, alibi = true, cu_seqlens = true }
+                   bias = true, alibi = true, cu_seqlens = true, block_mask = true,
+                   blocks = sparse.statistics, decoder = sparse.decoder }
   function record.build(o, fail)
     local inner = inside(registry, name, o, fail)
     ring.check(o, name)
+    settle_blocks(o, "attention", sparse)
     return inner.build(o, fail)
+  end
+  function record.prepare(module, q, k, run)
+    if not module.options.pattern then return run end
+    if run.block_mask then
+      schema.fail("attention", "variant '%s' has the pattern %s: no block_mask of a call", name,
+        module.options.pattern)
+    end
+    return sparse.prepare(module, q, k, run)
   end
   registry:add(name, record)
 end
@@ -209,10 +235,10 @@ return function(registry, ring, sparse, masks)
     end,
   })
 
-  sharded(registry, ring, "ring", "another variant (of), its sequence in shards over a ring of virtual ranks",
-          ring.options("longnet", 2, "ring"))
-  sharded(registry, ring, "distributed", "'improved' in shards, the schedule chosen by what it sends",
-          ring.options("improved", 1, "auto"))
+  sharded(registry, ring, sparse, "ring",
+          "another variant (of), its sequence in shards over a ring of virtual ranks", "longnet", 2, "ring")
+  sharded(registry, ring, sparse, "distributed",
+          "'improved' in shards, the schedule chosen by what it sends", "improved", 1, "auto")
 
   blocked(registry, "block_sparse", {
     doc = "another variant (of) in active blocks only: pattern = masks.local_window(512) + ..., or its text",

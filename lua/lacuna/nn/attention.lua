@@ -366,7 +366,7 @@ function Attention:cache(options)
     fail(OP .. ".cache",
       "only causal attention can be decoded row by row; make the module with causal = true")
   end
-  local kind = self.attention.record.blocks and BlockCache or KVCache
+  local kind = self.attention:in_blocks() and BlockCache or KVCache
   form(self, {})
   return kind{ decoder = self.attention:decoder(self.head_dim), batch = o.batch, keep = o.keep,
     rows = o.rows, heads = self.kv_heads, head_dim = self.head_dim,
