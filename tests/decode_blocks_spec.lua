@@ -28,6 +28,7 @@ local INSIDE = {
   { of = "dilated", segments = { 24, 100 }, dilations = { 1, 3 } },
   { of = "custom", segments = { 24, 100, 500 }, dilations = { 1, 2, 5 }, merge = "mean" },
   { of = "custom", segments = { 24, 100 }, dilations = { 1, 2 }, merge = "lse_detach", offset = "block" },
+  { variant = "ring", of = "longnet", segments = { 24, 100 }, dilations = { 1, 3 }, ranks = 3 },
 }
 
 local function make(pattern, more)

@@ -81,7 +81,7 @@ local function fill(bytes, starts, context, tokens, targets)
   end
 end
 
-local Bytes = class("Bytes")
+local Bytes = class("Bytes", nil, true)
 
 local function expect_bytes(op, value)
   if type(value) ~= "table" or getmetatable(value) ~= Bytes then
@@ -150,10 +150,10 @@ local BATCH = {
 -- @tparam table options batch, context, seed
 -- @treturn table list of `batch` positions p with p + context + 1 <= size
 function Bytes:window_starts(k, options)
-  local o = schema.options("data.batch", options, BATCH) -- `device` is for batch()
   if type(k) ~= "number" or k < 1 or k % 1 ~= 0 then
-    schema.fail("data.batch", "batches are numbered from 1, got %s", tostring(k))
+    schema.fail("data.batch", "batches are numbered from 1, got %s", schema.show(k))
   end
+  local o = schema.options("data.batch", options, BATCH) -- `device` is for batch()
   local last = self.size - o.context - 1 -- the last possible start
   if last < 0 then
     schema.fail("data.batch", "context %d needs %d bytes, %s has %d", o.context, o.context + 1, self.path,
@@ -240,7 +240,7 @@ function Bytes:windows(options)
   end
 end
 
-local Order2 = class("Order2")
+local Order2 = class("Order2", nil, true)
 
 --- Counts of a byte after the two, one and zero bytes before it.
 function Order2:init(bytes)

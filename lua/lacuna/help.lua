@@ -187,6 +187,25 @@ local function first_sentence(text)
   return #sentence <= LINE and sentence or sentence:sub(1, LINE):match "^(.*) " .. " ..."
 end
 
+-- an object: a line for each method of its class, the nearest definition of each
+local function about_object(value, cls)
+  local lines, names = {}, {}
+  local c = cls
+  while c do
+    for key, f in next, c do
+      if type(f) == "function" and not lines[key] and key ~= "init" and not key:find "^_" then
+        local text = about_function(f, key, 2)
+        lines[key] = ("  :%-36s %s"):format(text:match "^[^\n]*", first_sentence(text)):gsub(" *$", "")
+        names[#names + 1] = key
+      end
+    end
+    c = rawget(c, "__parent")
+  end
+  table.sort(names)
+  for i, key in ipairs(names) do names[i] = lines[key] end
+  return tostring(value):match "^[^\n]*" .. "\n" .. table.concat(names, "\n")
+end
+
 -- a module of the library: a line for each function and class
 local function about_module(value, name)
   local out = { "lac." .. name }
@@ -201,8 +220,8 @@ local function about_module(value, name)
   return table.concat(out, "\n")
 end
 
---- What a function, a class, a module (lac.plot), lac.attention or an operator by its name is for, out of the
--- comments of its source.
+--- What a function, a class, a module (lac.plot), an object (its methods), lac.attention or an operator by
+-- its name is for, out of the comments of its source.
 -- @param value one of these, or a text: "softmax", "nn.Linear", "view", "plot"
 -- @treturn string|nil nil if there is nothing to say beyond what the value prints
 function help.about(value)
@@ -225,6 +244,8 @@ function help.about(value)
   for _, name in ipairs(UPPER) do
     if value == package.loaded["lacuna." .. name] then return about_module(value, name) end
   end
+  local cls = getmetatable(value)
+  if is_class(cls) and not tensor.is(value) then return about_object(value, cls) end
   return nil
 end
 

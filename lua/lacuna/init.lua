@@ -65,7 +65,10 @@ for name in pairs(FUNCTIONS) do lazy[name] = true end
 local function strict(name, t)
   if type(t) ~= "table" or getmetatable(t) then return t end
   return setmetatable(t, { __index = function(_, key)
-    local names = schema.keys(t)
+    local names = {}
+    for _, one in ipairs(schema.keys(t)) do
+      if one:sub(1, 1) ~= "_" then names[#names + 1] = one end
+    end
     local hint = schema.hint(key, names, "lac." .. name .. ".%s")
     lib.fail("there is no lac.%s.%s%s", name, tostring(key),
       hint ~= "" and hint or "; there are " .. table.concat(names, ", "))

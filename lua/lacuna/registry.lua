@@ -11,7 +11,7 @@
 local schema = require "lacuna.schema"
 local class = require "lacuna.class"
 
-local Registry = class("Registry")
+local Registry = class("Registry", nil, true)
 
 --- @tparam string op the name that starts error messages ("attention")
 -- @tparam string what what an entry is called in messages ("variant")
