@@ -64,6 +64,7 @@ describe("the variant 'adaptive'", function()
     local t = attn:explain(96, { as = "table" })
     assert.equal(11, t.blocks.active)
     assert.matches("blocks +11 of 36 a head active", attn:explain(96))
+    assert.matches("some branch may attend to: contents choose the blocks", attn:explain(96))
   end)
 
   it("knows nothing of later rows where it is causal, in training and after", function()

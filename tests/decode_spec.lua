@@ -528,6 +528,13 @@ describe("generate", function()
     assert.equal(texts[2], (bytes:generate("abcde", 7, { seed = 1 })))
   end)
 
+  it("takes tokens as tensors", function()
+    local model, list = tiny(), { { 1, 2, 3 }, { 4, 5, 6 } }
+    local both = lac.tensor(list, { dtype = "i64" })
+    assert.are.same(model:generate(list, 5, { seed = 1 }), (model:generate(both, 5, { seed = 1 })))
+    assert.are.same(model:generate(list[2], 5), (model:generate(both[2]:int(), 5)))
+  end)
+
   it("stops at a token or a text, calls back, and tells why it ended", function()
     local model = tiny()
     local free = model:generate({ 1, 2 }, 40, { seed = 1 })

@@ -73,12 +73,35 @@ describe("README", function()
     pipe:close()
   end)
 
-  it("agrees with a walk through notebooks/first_steps.lua", function()
-    local pipe = io.popen(COMMAND .. " notebooks/first_steps.lua 2>&1; echo status $?")
+  local function walk(name)
+    local pipe = io.popen(COMMAND .. " notebooks/" .. name .. " 2>&1; echo status $?")
     local output = pipe:read("*a")
     pipe:close()
     assert.matches("status 0%s*$", output, nil, nil, output)
+    return output
+  end
+
+  it("agrees with a walk through notebooks/first_steps.lua", function()
+    local output = walk "first_steps.lua"
     assert.matches("module form differ by%s+0%s", output)
     assert.matches("did you mean", output)
+  end)
+
+  it("agrees with a walk through notebooks/patterns.lua", function()
+    local output = walk "patterns.lua"
+    assert.matches("\n####%.%.%.%.%.%.%.%.%.%.%.%.\n#%.###", output)
+    assert.is_true(tonumber(output:match "over 4 ranks it differs by%s+(%S+)") < 1e-5)
+    local losses = output:match "guessing is.*"
+    local function loss(name) return tonumber(losses:match("\n" .. name .. "%s+(%d%S*)")) end
+    assert.is_true(loss "scales" < 0.5 and loss "dense" < 0.5)
+    assert.is_true(loss "window" > 1.5)
+    local function mass(name) return tonumber(output:match("\n" .. name .. "[^\n]*coverage (%S+)\n")) end
+    assert.is_true(mass "log_sparse" > mass "random")
+  end)
+
+  it("names every notebook", function()
+    for _, file in ipairs(posix.dir("notebooks")) do
+      if file:match "%.lua$" then assert.matches("notebooks/" .. file, readme, 1, true) end
+    end
   end)
 end)

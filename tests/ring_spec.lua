@@ -217,6 +217,7 @@ describe("lac.attention over virtual ranks", function()
       assert.is_true(far(a, b) < 1e-11)
       assert.matches("block 32, pattern local_window%(64%) %+ global_tokens%(32%)", tostring(many))
       assert.matches("\n  blocks  ", many:explain(128))
+      assert.matches("K and V, as if all blocks were active\n", many:explain(128))
       assert.is_true(many.options == lac.attention(many.options).options)
     end
   end)

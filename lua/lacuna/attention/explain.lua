@@ -101,8 +101,9 @@ end
 
 local BAR = 24
 
-local function coverage_lines(lines, groups)
-  lines[#lines + 1] = "  distance       pairs that some branch attends to"
+local function coverage_lines(lines, groups, open)
+  lines[#lines + 1] = "  distance       pairs that some branch "
+    .. (open and "may attend to: contents choose the blocks" or "attends to")
   for _, g in ipairs(groups) do
     local range = g.from == g.to and tostring(g.from) or ("%d to %d"):format(g.from, g.to)
     local bar = ("#"):rep(math.ceil(g.share * BAR - 1e-9))
@@ -110,11 +111,12 @@ local function coverage_lines(lines, groups)
   end
 end
 
-local function ring_lines(lines, r)
+local function ring_lines(lines, r, blocks)
   lines[#lines + 1] = ("  ranks          %d, %s, %d to %d rows each, schedule %s"):format(r.ranks,
     r.layout, r.least, r.most, r.schedule)
-  lines[#lines + 1] = ("  traffic        ring %s, all-gather %s forward, K and V"):format(
-    lib.bytes_text(r.bytes_ring), lib.bytes_text(r.bytes_allgather))
+  lines[#lines + 1] = ("  traffic        ring %s, all-gather %s forward, K and V%s"):format(
+    lib.bytes_text(r.bytes_ring), lib.bytes_text(r.bytes_allgather),
+    blocks and ", as if all blocks were active" or "")
   lines[#lines + 1] = ("  visiting rows  ring %s, all-gather %s at most at a rank"):format(
     lib.bytes_text(r.held_ring), lib.bytes_text(r.held_allgather))
 end
@@ -130,7 +132,7 @@ function explain.text(title, t)
   lines[#lines + 1] = ("  rows covered   %.1f%% of (position, head)"):format(100 * t.covered)
   lines[#lines + 1] = ("  pairs          %s per batch item, %.2f%% of dense%s"):format(
     grouped(t.pairs), 100 * t.share, t.causal and " causal" or "")
-  coverage_lines(lines, t.coverage)
+  coverage_lines(lines, t.coverage, t.blocks and not t.cells)
   lines[#lines + 1] = "  kernel         " .. t.kernel
   lines[#lines + 1] = traffic_line("forward", t.flops_forward, t.bytes_forward)
   lines[#lines + 1] = t.fp8 and "  backward       none with fp8"
@@ -154,7 +156,7 @@ function explain.text(title, t)
     lines[#lines + 1] = ("  blocks         %s of %s a head active, density %.4f of those allowed"):format(
       grouped(t.blocks.active), grouped(t.blocks.cells), t.blocks.density)
   end
-  if t.ring then ring_lines(lines, t.ring) end
+  if t.ring then ring_lines(lines, t.ring, t.blocks) end
   return table.concat(lines, "\n")
 end
 

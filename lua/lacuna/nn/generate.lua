@@ -201,14 +201,16 @@ local function result_of(item)
 end
 
 --- Continue one prompt or several. The model is in evaluation mode meanwhile.
--- @tparam string|table prompt bytes, or a list of tokens; or a list of such prompts, of any lengths
+-- @tparam string|table|Tensor prompt bytes, or a list of tokens [N]; or a list of such prompts, of any
+--   lengths ([B, N])
 -- @tparam integer n tokens to add at most
 -- @tparam[opt] table options temperature = 1 (0: the most likely), top_k, top_p, min_p, repetition_penalty
 --   (see sampling.lua); seed = 0 (item b of a batch draws from seed + b - 1; or a list of one per item); stop
 --   = a token, a string or a list of them: the continuation ends with the first that it contains; on_token =
 --   function(byte or token, item, log-probability) called for every token, false ends the item; logprobs =
 --   false; cache = true; stride = context / 2: by how much the window moves when the context is full
--- @treturn string|table the continuation alone, of the prompt's type (a list of them for a list of prompts)
+-- @treturn string|table the continuation alone, of the prompt's type (a list of them for a list of prompts;
+--   lists for tensors)
 -- @treturn table { tokens =, stop = "length" | "stop" | "on_token", logprobs = natural logarithms of the
 --   model's own probabilities, before temperature and filters, if asked for } (a list of these for a list of
 --   prompts)
@@ -219,6 +221,7 @@ return function(model, prompt, n, options)
   if o.stride > model.context then
     fail(OP, "stride %d must not exceed the context of %d", o.stride, model.context)
   end
+  if tensor.is(prompt) and (prompt:dim() == 1 or prompt:dim() == 2) then prompt = prompt:totable() end
   local batch = is_batch(prompt)
   local prompts, items, stops = batch and prompt or { prompt }, {}, stop_lists(model.vocab, o.stop)
   if type(o.seed) == "table" and #o.seed ~= #prompts then
