@@ -193,3 +193,92 @@ describe("learned patterns", function()
     assert.is_true(blocks.key_out.weight.grad:abs():max():item() > 0)
   end)
 end)
+
+describe("the variant 'learned'", function()
+  local H, D, BLOCK = 4, 4, 16
+  local function randn(...) return lac.randn({ ... }, { dtype = "f64" }) end
+  local function far(a, b) return (a - b):abs():max():item() end
+  local function make(more)
+    local o = { variant = "learned", heads = H, kv_heads = 2, block = BLOCK, keep = 2, length = 120,
+                causal = true, dtype = "f64" }
+    for name, value in pairs(more or {}) do o[name] = value end
+    lac.manual_seed(8)
+    local attn = lac.attention(o)
+    attn.scorer.scores:detach():normal_(0, 1)
+    return attn
+  end
+
+  it("is the variant inside in the blocks of the best scores", function()
+    for _, o in ipairs { {}, { causal = false }, { causal = true, align = "end", m = 106 },
+                         { of = "longnet", segments = { 24, 120 }, dilations = { 1, 3 } } } do
+      local attn = make(o.m and { align = "end" } or o):eval()
+      local n, m = 90, o.m or 90
+      local q, k, v = randn(2, n, H, D), randn(2, m, 2, D), randn(2, m, 2, D)
+      local scores, from = attn.scorer.scores:totable(), (m - n) / BLOCK
+      local on = {}
+      for h = 1, H do
+        on[h] = {}
+        for i = 1, 6 do
+          local order, columns = {}, o.causal == false and math.ceil(m / BLOCK) or i + from
+          for j = 1, columns do order[j] = j end
+          table.sort(order, function(a, b) return scores[h][i + from][a] > scores[h][i + from][b] end)
+          on[h][i] = {}
+          for j = 1, math.ceil(m / BLOCK) do on[h][i][j] = false end
+          for j = 1, math.min(2, columns) do on[h][i][order[j]] = true end
+        end
+      end
+      local same = lac.attention { variant = "custom", of = nil, heads = H, kv_heads = 2,
+        segments = o.segments or { 999 }, dilations = o.dilations or { 1 }, causal = o.causal ~= false,
+        align = o.m and "end" or nil }
+      local mask = lac.tensor(on, { dtype = "bool" })
+      assert.is_true(far((attn(q, k, v)), (same(q, k, v, { block_mask = mask, block = BLOCK }))) < 1e-14)
+      assert.are.same(on, attn.scorer:pattern { n = n, m = m, causal = o.causal ~= false,
+        align = o.m and "end" or "start" }:tensor { n = n, m = m, heads = H, block = BLOCK }:totable())
+    end
+  end)
+
+  it("trains, copies and saves its scores, and knows what it keeps", function()
+    local options = { embed_dim = 16, heads = H, variant = "learned", keep = 1, block = BLOCK, length = 64 }
+    local m = nn.MultiheadDilatedAttention(options)
+    assert.are.same({ 4, 4, 4 }, { unpack(m:state_dict()["scorer.scores"]:size()) })
+    local x, before = lac.randn { 1, 64, 16 }, m.scorer.scores:detach():clone()
+    local optimizer = lac.optim.adamw(m, { lr = 1e-2 })
+    m(x):square():sum():backward()
+    assert.is_true(m.scorer.scores.grad:abs():max():item() > 0)
+    optimizer:step()
+    assert.is_false(before:equal(m.scorer.scores:detach()))
+    local copy = m:clone()
+    copy.scorer.scores:detach():fill_(0)
+    assert.is_false(m.scorer.scores:detach():equal(copy.scorer.scores:detach()))
+    assert.is_true(copy:load_state_dict(m:state_dict()):eval()(x):equal(m:eval()(x)))
+    assert.matches("blocks +4 of 16 a head active, density 0.25", m.attention:explain(64))
+  end)
+
+  it("is decoded as it is computed, holding what a later row will have", function()
+    for _, more in ipairs { {}, { of = "longnet", segments = { 24, 120 }, dilations = { 1, 3 } } } do
+      local attn = make(more):eval()
+      local q, k, v = randn(2, 120, H, D), randn(2, 120, 2, D), randn(2, 120, 2, D)
+      local out, at = attn(q, k, v), 0
+      local cache = nn.BlockCache { decoder = attn:decoder(D), batch = 2, heads = 2, head_dim = D,
+                                    dtype = "f64" }
+      for _, n in ipairs { 30, 1, 1, 20, 40, 5, 23 } do
+        local function part(t) return t:narrow(2, at + 1, n) end
+        assert.is_true(far((cache:attend(part(q), part(k), part(v))), part(out)) < 1e-12)
+        at = at + n
+      end
+      local function nine(t) return t:narrow(2, 1, 9) end
+      assert.error_matches(function() cache:attend(nine(q), nine(k), nine(v)) end,
+        "learned has 8 x 8 blocks, not row 9")
+    end
+  end)
+
+  it("names what is wrong", function()
+    local q, k = randn(1, 121, H, D), randn(1, 121, 2, D)
+    assert.error_matches(function() make()(q, k, k) end,
+      "has scores for 120 x 120 positions, got 121 queries and 121 keys")
+    q, k = randn(1, 20, H, D), randn(1, 30, 2, D)
+    assert.error_matches(function() make { align = "end" }(q, k, k) end, "whole blocks of 16, got 30 and 20")
+    assert.error_matches(function() make { length = false } end, "length must be an integer")
+    assert.error_matches(function() make { soft = true }:decoder(D) end, "with soft = true")
+  end)
+end)

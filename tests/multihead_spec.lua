@@ -19,7 +19,7 @@ local VARIANTS = {
   ring = { ranks = 3 }, distributed = { ranks = 2, layout = "zigzag" },
   block_sparse = { pattern = "local_window(32)", block = 16 },
   hierarchical = { levels = { { stride = 16, window = 16 } }, block = 16 },
-  adaptive = { keep = 2, block = 16 },
+  adaptive = { keep = 2, block = 16 }, learned = { keep = 2, block = 16, length = 40 },
 }
 
 local function options_of(variant, more)

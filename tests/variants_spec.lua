@@ -11,26 +11,28 @@ local function no_fp8()
   if lac.default_device() == "cpu" then return "distributed ring" end
   local x = lac.zeros({ 1, 8, 1, 8 }, { dtype = "bf16" })
   local o = { segments = { 8 }, dilations = { 1 }, fp8 = true }
-  return pcall(lac.attend, x, x, x, o) and "adaptive block_sparse distributed hierarchical ring" or "*"
+  return pcall(lac.attend, x, x, x, o) and "adaptive block_sparse distributed hierarchical learned ring" or "*"
 end
 
 -- what is refused; everything else must act
 local REFUSED = {
-  segments = "adaptive block_sparse dense hierarchical",
-  dilations = "adaptive block_sparse dense hierarchical",
-  scheme = "adaptive auto block_sparse dense dilated distributed hierarchical improved longnet ring",
-  offset = "adaptive auto block_sparse dense dilated distributed hierarchical improved",
-  ["merge = lse_detach"] = "adaptive auto block_sparse dense dilated distributed hierarchical improved",
-  ["merge = sum"] = "adaptive auto block_sparse dense dilated distributed hierarchical improved longnet ring",
-  dedup = "adaptive block_sparse dense dilated distributed hierarchical improved ring",
+  segments = "adaptive block_sparse dense hierarchical learned",
+  dilations = "adaptive block_sparse dense hierarchical learned",
+  scheme = "adaptive auto block_sparse dense dilated distributed hierarchical improved learned longnet ring",
+  offset = "adaptive auto block_sparse dense dilated distributed hierarchical improved learned",
+  ["merge = lse_detach"] =
+    "adaptive auto block_sparse dense dilated distributed hierarchical improved learned",
+  ["merge = sum"] =
+    "adaptive auto block_sparse dense dilated distributed hierarchical improved learned longnet ring",
+  dedup = "adaptive block_sparse dense dilated distributed hierarchical improved learned ring",
   dropout = "distributed ring", ["kernel = hopper"] = "*",
-  fp8 = no_fp8(),
-  block_mask = "adaptive block_sparse hierarchical",
-  ["cu_seqlens (packed)"] = "adaptive block_sparse hierarchical",
+  align = "learned", fp8 = no_fp8(),
+  block_mask = "adaptive block_sparse hierarchical learned",
+  ["cu_seqlens (packed)"] = "adaptive block_sparse hierarchical learned",
 }
 
 local NAMES = { "adaptive", "auto", "block_sparse", "custom", "dense", "dilated", "distributed",
-                "hierarchical", "improved", "longnet", "ring" }
+                "hierarchical", "improved", "learned", "longnet", "ring" }
 
 describe("every option of every variant", function()
   local matrix = lac.attention.matrix(NAMES)
@@ -86,7 +88,7 @@ describe("every option of every variant", function()
   it("prints as a table with the words of each refusal", function()
     local text = tostring(matrix)
     assert.matches("^option +adaptive +auto +block_sparse +custom +dense", text)
-    assert.matches("\ncausal +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+ +%+\n", text)
+    assert.matches("\ncausal" .. (" +%+"):rep(#NAMES) .. "\n", text)
     assert.matches("dedup: variant 'dense' has one branch", text)
     local p = assert(io.popen "build/bin/lacuna variants")
     local printed = p:read "*a"

@@ -341,6 +341,32 @@ function masks.per_head(list)
     { later = of "later", open = open })
 end
 
+--- Cells that are known: as Pattern:cells gives them, made for causal attention to be decoded. There are no
+-- others: a row or a key beyond them is an error.
+-- @tparam string text how it is written @tparam table all [heads or 1][rows][columns] booleans
+function masks.known(text, all)
+  local function list(h) return all[#all == 1 and 1 or h + 1] end
+  local function rule(_, h)
+    return function(i, j)
+      local row = list(h)[i + 1]
+      if not row or row[j + 1] == nil then
+        fail(OP, "%s has %d x %d blocks, not row %d, column %d", text, #all[1], #all[1][1], i + 1, j + 1)
+      end
+      return row[j + 1]
+    end
+  end
+  local function later(_, h)
+    return function(i, j)
+      local rows = list(h)
+      for r = i + 1, #rows do
+        if rows[r][j + 1] then return true end
+      end
+      return false
+    end
+  end
+  return Pattern(text, #all > 1, rule, { later = later })
+end
+
 --- A rule of one's own: f(i, j, h, size) in blocks from 0.
 function masks.rule(name, f)
   if type(name) ~= "string" or type(f) ~= "function" then fail(OP, "rule takes a name and a function") end

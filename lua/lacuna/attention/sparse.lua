@@ -7,8 +7,9 @@
 -- run as here.
 --
 -- "adaptive" has no pattern but a scorer that reads q and k (nn.AdaptiveBlocks) and says for every call which
--- blocks are active. It is `scorer` of the object; a module that contains the attention has the scorer as a
--- child, which trains, copies and saves it.
+-- blocks are active; that of "learned" has a score for each cell of a head (nn.LearnedBlocks). It is `scorer`
+-- of the object; a module that contains the attention has the scorer as a child, which trains, copies and
+-- saves it.
 
 local schema = require "lacuna.schema"
 local device = require "lacuna.device"
@@ -64,14 +65,24 @@ function sparse.settle(o)
   return o
 end
 
-sparse.adaptive_options = {
-  of = sparse.options.of, block = sparse.options.block,
-  keep = { type = "integer", min = 1, default = 4 },
+local function scored(own)
+  local rules = {
+    of = sparse.options.of, block = sparse.options.block,
+    keep = { type = "integer", min = 1, default = 4 },
+    temperature = { type = "number", above = 0, default = 1 },
+    noise = { type = "boolean", default = false }, soft = { type = "boolean", default = false },
+    dtype = { type = "string" }, device = { type = "string" },
+  }
+  for name, rule in pairs(own) do rules[name] = rule end
+  return rules
+end
+
+sparse.adaptive_options = scored {
   head_dim = { type = "integer", min = 1, required = true },
   hidden = { type = "integer", min = 1, default = 32 }, rank = { type = "integer", min = 1, default = 16 },
-  temperature = { type = "number", above = 0, default = 1 },
-  noise = { type = "boolean", default = false }, soft = { type = "boolean", default = false },
-  dtype = { type = "string" }, device = { type = "string" },
+}
+sparse.learned_options = scored {
+  length = { type = "integer", min = 1, required = true }, noise = { type = "boolean", default = true },
 }
 
 -- the pattern of a module, made once
@@ -140,10 +151,30 @@ function sparse.prepare_adaptive(module, q, k, run)
   return call
 end
 
+-- what a learned pattern has become, for a number of positions
+local function learned(module, n, m)
+  return module.scorer:pattern { n = n, m = m, causal = module.pattern.causal, align = module.pattern.align }
+end
+
+--- Statistics and cells of what "learned" keeps now; for explain.
+function sparse.learned_statistics(module, n, m, head_dim)
+  local pattern, z = learned(module, n, m), sparse.sizes(module, n, m)
+  local cells = pattern:cells(z)
+  z.head_dim = head_dim
+  return pattern:statistics(z), cells
+end
+
 --- @tparam table decoders of decode_blocks.lua
 -- @treturn table sparse, with what decodes a module row by row (record.decoder)
 return function(decoders)
   function sparse.decoder(module, head_dim) return decoders.blocks(module, pattern_of(module), head_dim) end
   sparse.adaptive_decoder = decoders.adaptive
+  function sparse.learned_decoder(module, head_dim)
+    if module.options.soft then
+      fail(OP, "variant 'learned' cannot be decoded row by row with soft = true: its weights are biases")
+    end
+    local n = module.options.length
+    return decoders.blocks(module, learned(module, n, n), head_dim)
+  end
   return sparse
 end

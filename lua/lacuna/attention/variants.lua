@@ -268,9 +268,16 @@ return function(registry, ring, sparse, masks)
     options = sparse.adaptive_options, example = { keep = 1, block = 16, head_dim = 2, dtype = "f64" },
     prepare = sparse.prepare_adaptive, blocks = sparse.most, decoder = sparse.adaptive_decoder,
   }
-  blocked(registry, "adaptive", adaptive, function()
-    if not adaptive.scorer then
-      schema.fail("attention", "variant 'adaptive' has its scorer from lacuna.nn: require that first")
-    end
-  end)
+  local learned = {
+    doc = "another variant (of) in the blocks with the best of trained scores, `keep` a row, up to `length`",
+    options = sparse.learned_options, example = { keep = 1, block = 16, length = 16, dtype = "f64" },
+    prepare = sparse.prepare_adaptive, blocks = sparse.learned_statistics, decoder = sparse.learned_decoder,
+  }
+  for name, record in pairs { adaptive = adaptive, learned = learned } do
+    blocked(registry, name, record, function()
+      if not record.scorer then
+        schema.fail("attention", "variant '%s' has its scorer from lacuna.nn: require that first", name)
+      end
+    end)
+  end
 end

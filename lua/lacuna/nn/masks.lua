@@ -16,8 +16,8 @@
 -- A causal choice must not know what comes later. The means of a block do, for its own first rows. So a row
 -- of blocks is judged by the queries of the row before it, looks at the contents of blocks that are complete
 -- before it begins, and always keeps those that it stands in itself, with a score of 0. Keys that padding
--- hides do not count in a mean, blocks of nothing else are left out. The variant "adaptive" of lac.attention
--- has its scorer from here.
+-- hides do not count in a mean, blocks of nothing else are left out. The variants "adaptive" and "learned" of
+-- lac.attention have their scorers from here.
 
 local schema = require "lacuna.schema"
 local create = require "lacuna.create"
@@ -112,6 +112,46 @@ function LearnedBlocks:init(options)
   local rows, columns = math.ceil(self.n / o.block), math.ceil(self.m / o.block)
   self:param("scores", create.randn({ o.heads, rows, columns },
     { std = 0.01, dtype = o.dtype, device = o.device }))
+end
+
+-- the scores [H, rows, columns] of the first blocks, and which causality leaves; o: causal, align
+local function part_of(self, n, m, o)
+  local rows, columns = math.ceil(n / self.block), math.ceil(m / self.block)
+  local shift = o.align == "end" and m - n or 0
+  local from = shift / self.block
+  if from % 1 ~= 0 or from < 0 then
+    fail("LearnedBlocks", "with align = 'end' keys and queries must differ by whole blocks of %d, got %d and "
+      .. "%d", self.block, m, n)
+  end
+  if from * self.block + n > self.n or m > self.m then
+    fail("LearnedBlocks", "has scores for %d x %d positions, got %d queries and %d keys%s", self.n, self.m,
+      n, m, from > 0 and " at the end" or "")
+  end
+  local open = o.causal and allowed(self.scores:size(2), self.scores:size(3), self.scores:device())
+  local function cut(t, dim) return t:narrow(dim, from + 1, rows):narrow(dim + 1, 1, columns) end
+  return cut(self.scores, 2), open and cut(open, 1) or nil
+end
+
+--- Which blocks attention of q to k keeps.
+-- @tparam Tensor q [B, N, H, D] @tparam Tensor k [B, M, Hk, D]
+-- @tparam table o causal, align, training
+-- @treturn table options of lac.attend; block_mask [H, blocks of queries, blocks of keys]
+function LearnedBlocks:choose(q, k, o)
+  local n, m = q:size(2), k:size(2)
+  local scores, open = part_of(self, n, m, o)
+  return choose(self, scores, n, m, open, nil, o.training)
+end
+
+--- What the scores keep now, as a pattern of lac.attention.masks.
+-- @tparam[opt] table options n, m (the module's), causal (the module's), align
+-- @treturn Pattern
+function LearnedBlocks:pattern(options)
+  local o = schema.options("LearnedBlocks.pattern", options, { n = { type = "integer", min = 1 },
+    m = { type = "integer", min = 1 }, causal = { type = "boolean", default = self.causal },
+    align = { one_of = { "start", "end" }, default = "start" } })
+  local scores, open = part_of(self, o.n or self.n, o.m or o.n or self.m, o)
+  local on = choose(self, scores:detach(), 1, 1, open, nil, false).block_mask
+  return attention.masks.known("learned", on:totable())
 end
 
 --- @treturn table options of lac.attend
@@ -251,6 +291,12 @@ attention.variants:get("adaptive").scorer = function(o)
   local own = {}
   for name in pairs(ADAPTIVE) do own[name] = o[name] end
   return AdaptiveBlocks(own)
+end
+
+attention.variants:get("learned").scorer = function(o)
+  local own = { n = o.length }
+  for name in pairs(COMMON) do own[name] = o[name] end
+  return LearnedBlocks(own)
 end
 
 return { LearnedBlocks = LearnedBlocks, AdaptiveBlocks = AdaptiveBlocks }
