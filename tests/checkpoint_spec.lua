@@ -274,6 +274,30 @@ describe("checkpoints", function()
     assert.error_matches(function() lac.train.load_model(dir) end, "there is no checkpoint in")
   end)
 
+  it("make models of any attention again, with patterns of blocks and what was learned", function()
+    local masks = lac.attention.masks
+    local x = lac.randint { 1, 40, high = 256 }
+    for _, attention in ipairs {
+      { variant = "block_sparse", pattern = masks.local_window(32) + masks.global_tokens(16), block = 16 },
+      { variant = "ring", of = "dilated", ranks = 3, segments = { 8, 64 }, dilations = { 1, 2 },
+        pattern = masks.axial(2), block = 16 },
+      { variant = "hierarchical", levels = { { stride = 16, window = 32 } }, block = 16 },
+      { variant = "adaptive", keep = 2, block = 16 }, { variant = "auto", length = 64 },
+      { variant = "learned", keep = 1, block = 16, length = 64 },
+    } do
+      local model = lac.nn.LongNetLM { layers = 1, width = 16, heads = 2, context = 64,
+                                       attention = attention }
+      checkpoint.save(path, { model = model, step = 1 })
+      local again = lac.train.load_model(path)
+      assert.is_true(again(x):equal(model:eval()(x)), attention.variant)
+      assert.are.equal(tostring(model), tostring(again))
+      attention.embed_dim, attention.heads = 16, 2
+      checkpoint.save(path, { model = lac.nn.MultiheadDilatedAttention(attention), step = 1 })
+      assert.is_true(lac.train.load_model(path).options == lac.config.multihead(attention))
+      os.remove(path)
+    end
+  end)
+
   it("say when they fit neither format nor optimizer", function()
     local model = model_of(2)
     lac.io.save(path, { a = lac.ones{ 1 } })

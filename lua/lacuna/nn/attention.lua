@@ -115,6 +115,9 @@ local function configure(options)
   for name in pairs(own) do inner[name] = o[name] end
   for name in pairs(PATTERN) do inner[name] = o[name] end
   local made = attention(inner)
+  for name in pairs(own) do -- a pattern of blocks as its text: that prints, compares and goes to a checkpoint
+    if attention.masks.is(o[name]) then o[name] = made.options[name] end
+  end
   extra_keys.check(OP, o, made.pattern)
   return o, made
 end

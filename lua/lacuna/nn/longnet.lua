@@ -288,7 +288,14 @@ local function self_attention(o, causal)
   for name in pairs(attn.PATTERN) do
     if name ~= "causal" then pattern[name] = o[name] end
   end
-  for name, value in pairs(o.attention or {}) do pattern[name] = value end
+  if o.attention then
+    local given = {} -- a pattern of blocks as its text, as checkpoints keep it
+    for name, value in pairs(o.attention) do
+      given[name] = attention.masks.is(value) and tostring(value) or value
+      pattern[name] = given[name]
+    end
+    o.attention = given
+  end
   return pattern
 end
 
