@@ -230,7 +230,8 @@ describe("errors of lac.attend", function()
       { segments = { 1, 1, 1 }, dilations = { 1, 1, 1 }, heads = "split" })
   bad("branch 1 keeps nothing for head 2: its offset 1 is not below the segment 1",
       { segments = { 1 }, dilations = { 2 } })
-  bad("option 'rope' is not supported by this engine yet", { segments = one, dilations = one, rope = true })
+  bad("q and k are not rotated here (option 'rope'): call lac.rope",
+      { segments = one, dilations = one, rope = true })
   bad("alibi must have a slope for each of the 2 heads, got f64 [1]",
       { segments = one, dilations = one, alibi = { 1 } })
   bad("causal must be true or false, got 1", { segments = one, dilations = one, causal = 1 })
@@ -351,7 +352,7 @@ describe("lac.attention", function()
 
   it("checks its configuration when it is made", function()
     refused("variant is required; valid: adaptive, auto, block_sparse, custom, dense, dilated, distributed, "
-      .. "hierarchical, improved, longnet, ring",
+      .. "hierarchical, improved, learned, longnet, ring",
             lac.attention, { heads = 1 })
     refused("unknown variant 'longnt', did you mean 'longnet'%? valid: adaptive, auto, block_sparse, ",
             lac.attention, { variant = "longnt", heads = 1 })

@@ -288,6 +288,7 @@ describe("nn modules", function()
     assert.error_matches(function() nn.Linear(2, 4, { parts = { 1, 2 } }) end,
       "parts add up to 3, not to the 4 outputs")
     assert.error_matches(function() nn.Sequential(nn.GELU(), 3) end, "item 2 must be a module, got 3")
+    assert.error_matches(function() nn.Sequential{ nn.GELU() } end, "one by one: nn.Sequential%(a, b%)")
     assert.error_matches(function() nn.Dropout(1) end, "p must be below 1")
   end)
 

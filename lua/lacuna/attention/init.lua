@@ -76,16 +76,16 @@ local RUN = {
   return_lse = { type = "boolean", default = true }, need_weights = { type = "boolean", default = false },
 }
 
--- known to attention, not to this engine: refused by name, with what there is instead
-local NOT_YET = {
-  rope = "call lac.rope on q and k first", xpos = "call lac.rope{scale_base = 512} on q and k first",
+-- what attention does not do itself: refused by name, with what does
+local ELSEWHERE = {
+  rope = "call lac.rope on q and k first, or take nn.MultiheadDilatedAttention{ positions = 'rope' }",
+  xpos = "call lac.rope with scale_base on q and k first, or take nn.MultiheadDilatedAttention{ positions = "
+    .. "'xpos' }",
 }
 
 local function refuse_unknown(options)
-  for name, instead in pairs(NOT_YET) do
-    if options[name] ~= nil and options[name] ~= false then
-      fail(OP, "option '%s' is not supported by this engine yet; %s", name, instead)
-    end
+  for name, instead in pairs(ELSEWHERE) do
+    if options[name] ~= nil then fail(OP, "q and k are not rotated here (option '%s'): %s", name, instead) end
   end
 end
 
@@ -94,7 +94,6 @@ local function merged_spec(...)
   for i = 1, select("#", ...) do
     for name, rule in pairs((select(i, ...))) do spec[name] = rule end
   end
-  for name in pairs(NOT_YET) do spec[name] = { check = function() end } end -- false says "off" and is allowed
   return spec
 end
 

@@ -312,6 +312,10 @@ local Sequential = base.define("Sequential", ModuleList)
 
 --- Modules applied one after the other: nn.Sequential(a, b, c).
 function Sequential:init(...)
+  local first = ...
+  if type(first) == "table" and not base.is_module(first) and base.is_module(first[1]) then
+    fail("Sequential", "takes modules one by one: nn.Sequential(a, b), not a list of them")
+  end
   ModuleList.init(self, { ... })
   if #self ~= select("#", ...) or #self == 0 then fail("Sequential", "takes one or more modules") end
   for i = 1, #self do rawget(self, i):relabel(("[%d]"):format(i)) end
