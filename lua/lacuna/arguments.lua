@@ -10,8 +10,14 @@
 --
 -- Rejected: a check in every function (four hundred of them, and the next one forgets it), and `...` with
 -- select("#", ...), which no longer costs nothing.
+--
+-- The guard leaves by a tail call, since it does not know how many results there are, and LuaJIT gives up a
+-- loop with more tail calls than it would unroll turns of one, 15 by default: a few operators or a module. So
+-- that limit is raised.
 
 local lib = require "lacuna.lib"
+
+require("jit.opt").start("loopunroll=60")
 
 local arguments = {}
 
@@ -64,52 +70,43 @@ function arguments.exact(op, f, from, given)
   return outer
 end
 
---- How many arguments a method takes, `self` among them whether it names it or not; by the function.
-local counts = setmetatable({}, { __mode = "k", __index = function(t, f)
-  t[f] = math.max(1, (arguments.of(f)))
-  return t[f]
-end })
-arguments.counts = counts
-
---- Raise unless f(self, ...) takes all of it.
--- @tparam function f @tparam string|function op what starts the message, or a function of self that says so
-function arguments.check(f, op, self, ...)
-  local count = counts[f]
-  if select("#", ...) >= count then
-    local extra = select(count, ...)
-    if extra ~= nil then
-      local _, names = arguments.of(f)
-      arguments.refuse(type(op) == "function" and op(self) or op, names, 2, extra)
-    end
-  end
-end
-
 local own_prefix = "@" .. lib.dir .. "/lacuna/"
 
-local CHECKED = { init = true, forward = true } -- when they are called, by whom they belong to
+local function is_own(f) return debug.getinfo(f, "S").source:sub(1, #own_prefix) == own_prefix end
+
+-- what a method takes, `self` among it whether it names it or not
+local function with_self(f)
+  local count, names = arguments.of(f)
+  return count == 0 and { "self" } or names, math.max(1, count)
+end
 
 local function guard_methods(cls)
   cls.__guarded = true
   local name = rawget(cls, "__name")
   for key, f in next, cls do
-    if type(f) == "function" and not CHECKED[key] and (key == "__call" or not key:find "^_")
-      and debug.getinfo(f, "S").source:sub(1, #own_prefix) == own_prefix then
-      -- one that does not name `self` is given it all the same
-      local names = arguments.of(f) == 0 and { "self" } or nil
-      cls[key] = arguments.exact(key == "__call" and name or name .. "." .. key, f, 2, names)
+    local of_class = key == "__call" or key == "forward" -- what calls the object
+    if type(f) == "function" and key ~= "init" and (of_class or not key:find "^_")
+      and (key == "forward" or is_own(f)) then
+      local names, count = with_self(f)
+      local given = count < math.huge and names or nil
+      cls[key] = arguments.exact(of_class and name or name .. "." .. key, f, 2, given)
     end
   end
 end
 
---- Before an instance is made: are these arguments of `init`? At the first, guard the methods of the class
--- and its parents that are the library's (a script's own may take and ignore what they like).
+--- Before an instance is made: are these arguments of `init`? At the first, guard `forward` of the class and
+-- its parents, and the methods that are the library's (a script's own may take and ignore what they like).
 function arguments.for_class(cls, ...)
   local c = cls
   while c and not rawget(c, "__guarded") do
     guard_methods(c)
     c = rawget(c, "__parent")
   end
-  if cls.init then arguments.check(cls.init, cls.__name, cls, ...) end
+  local init = cls.init
+  if not init or select("#", ...) == 0 then return end
+  local names, count = with_self(init)
+  local extra = select("#", ...) >= count and select(count, ...)
+  if extra then arguments.refuse(cls.__name, names, 2, extra) end
 end
 
 --- Guard the functions of a table in place; those of classes in it wait for their first instance.

@@ -27,7 +27,7 @@ local device = require "lacuna.device"
 local tensor = require "lacuna.tensor"
 local grad = require "lacuna.grad"
 
-local C, counts = lib.C, arguments.counts
+local C = lib.C
 local fail, show = schema.fail, schema.show
 
 local Module = class("Module")
@@ -92,11 +92,7 @@ local function step(self) return rawget(self, "_label") or class_name(self) end
 -- forward's results pass through a call, so that this frame is on the stack while forward runs (see
 -- lib.frame_name)
 local function pass(...) return ... end
-local function call(self, ...)
-  local forward = self.forward
-  if select("#", ...) >= counts[forward] then arguments.check(forward, step, self, ...) end
-  return pass(forward(self, ...))
-end
+local function call(self, ...) return pass(self:forward(...)) end
 
 lib.frame_name(call, step)
 
