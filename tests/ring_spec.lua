@@ -336,7 +336,7 @@ describe("lac.attention over virtual ranks", function()
             { of = "block_sparse" })
     local rows, on = lac.randn { 1, 32, 4, 8 }, lac.ones { 2, 2, dtype = "bool" }
     local function blocks(options, more) return make(more or {})(rows, rows, rows, options) end
-    refused("block_mask is Tensor bool %[2 x 2%] cpu, 32 queries and 32 keys are 1 x 1 blocks of 128", blocks,
+    refused("block_mask is Tensor bool %[2 x 2%] %S+, 32 queries and 32 keys are 1 x 1 blocks of 128", blocks,
             { block_mask = on })
     refused("block_mask must be bool", blocks, { block_mask = on:float(), block = 16 })
     refused("combined with cu_seqlens", blocks, { block_mask = on, block = 16, cu_seqlens = { 0, 32 } })

@@ -14,7 +14,7 @@ local VARIANTS = {
   ring = { ranks = 3 }, distributed = { ranks = 2, layout = "zigzag" },
   block_sparse = { block = 16, pattern = "local_window(32) + global_tokens(16)" },
   hierarchical = { block = 16, levels = { { stride = 16, window = 16 }, { stride = 32, window = -1 } } },
-  adaptive = { block = 16, keep = 2 }, learned = { block = 16, keep = 2, length = 80 },
+  adaptive = { block = 16, keep = 2 }, learned = { block = 16, keep = 2, length = 80, noise = false },
 }
 
 local function far(a, b) return (a:to { device = "cpu" } - b:to { device = "cpu" }):abs():max():item() end
