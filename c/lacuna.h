@@ -417,9 +417,10 @@ int lac_plan_get(const lac_attn_desc *desc, lac_plan **out); /* from the cache o
 void lac_plan_drop(lac_plan *plan);
 int lac_plan_describe(const lac_plan *plan, lac_plan_info *out);
 int lac_plan_strip(const lac_plan *plan, int32_t index, lac_strip *out);
-/* NULL: on a Hopper GPU, choice `kernel` (auto or hopper) runs kernel 'hopper' for this plan and dtype, unless a call has
- * a mask, a bias, key padding, a negative scale or rows that are not aligned; else the reason why not */
-const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel);
+/* NULL: on a Hopper GPU, choice `kernel` (auto or hopper) runs kernel 'hopper' for this plan, dtype and active blocks of
+ * `block` rows (0: none), unless a call has a mask, a bias, key padding, a negative scale or rows that are not aligned;
+ * else the reason why not */
+const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel, int64_t block);
 typedef struct lac_cache_stats { int64_t size, capacity, hits, misses, evictions; } lac_cache_stats;
 int lac_plan_cache(lac_cache_stats *out);
 int lac_plan_cache_resize(int64_t capacity); /* 0 empties it and keeps nothing */

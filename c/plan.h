@@ -104,8 +104,8 @@ int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase);
 bool lac_plan_key_whole(const lac_plan *p, int32_t branch);
 
 /* Kernels for Hopper (sm_90a) do a part of all plans: NULL, or what of plan and dtype they cannot do. The rest depends
- * on the call (attn_hopper_forward_fits). Pays: no branch has so few rows a segment that tiles would be mostly empty.
- */
+ * on the call (attn_hopper_forward_fits). Pays: no branch has so few rows a segment, or a block (0: there are none),
+ * that tiles of 128 would be mostly empty. */
 enum { LAC_HOPPER_BRANCHES = 16, LAC_HOPPER_ROWS = 64 };
 static inline const char *lac_plan_no_hopper(const lac_plan *p, int dtype)
 {
@@ -116,10 +116,11 @@ static inline const char *lac_plan_no_hopper(const lac_plan *p, int dtype)
     if (d->branches > LAC_HOPPER_BRANCHES) return "there are more than 16 branches";
     return NULL;
 }
-static inline bool lac_plan_hopper_pays(const lac_plan *p)
+static inline bool lac_plan_hopper_pays(const lac_plan *p, int64_t block)
 {
     for (int g = 0; g < p->desc.branches; g++) {
         int64_t w = p->segment[g] < p->desc.n ? p->segment[g] : p->desc.n;
+        if (block > 0 && block < w) w = block;
         if ((w - 1) / p->desc.dilation[g] + 1 < LAC_HOPPER_ROWS) return false;
     }
     return true;

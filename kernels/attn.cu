@@ -347,14 +347,6 @@ static lac_a_attend without_blocks(const lac_a_attend *f)
     plain.blocks.data = NULL;
     return plain;
 }
-/* A block costs Hopper's forward whole tiles of 128 x 128 lattice rows. Half a tile of rows and keys still pays beside
- * the portable kernel (kernels/HOPPER.md). attention/module.lua says the same. */
-static bool blocks_pay(const attn_pair_args &a)
-{
-    for (int g = 0; a.block && g < a.branches; g++)
-        if ((min(a.branch[g].segment, a.block) - 1) / a.branch[g].dilation + 1 < LAC_HOPPER_ROWS) return false;
-    return true;
-}
 
 /* results, their sums between branches and counters, in memory from `at` on; lse of branches is -inf where they do not
  * reach */
@@ -402,7 +394,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     const lac_a_attend plain = without_blocks(f);
     const char *why = attn_hopper_forward_fits(&plain);
     if (!why && a.block && hopper_pairs(a)) why = "there is a block_mask, with dropout or alibi slopes";
-    LAC_TRY(choose(f, why, lac_plan_hopper_pays(p) && blocks_pay(a), &hopper));
+    LAC_TRY(choose(f, why, lac_plan_hopper_pays(p, a.block), &hopper));
     const bool gaps = !covered(p) || p->shift < 0;
     if (gaps && !hopper) {
         LAC_TRY(clear(&f->out));

@@ -11,7 +11,8 @@ local function no_fp8()
   if lac.default_device() == "cpu" then return "distributed ring" end
   local x = lac.zeros({ 1, 8, 1, 8 }, { dtype = "bf16" })
   local o = { segments = { 8 }, dilations = { 1 }, fp8 = true }
-  return pcall(lac.attend, x, x, x, o) and "adaptive block_sparse distributed hierarchical learned ring" or "*"
+  local taken = pcall(lac.attend, x, x, x, o)
+  return taken and "adaptive block_sparse distributed hierarchical learned ring" or "*"
 end
 
 -- what is refused; everything else must act

@@ -356,8 +356,8 @@ local SIZES = {
 }
 
 -- nil if this choice of kernel runs the one for Hopper there, else why not
-local function hopper_refusal(plan, dtype, kernel)
-  local why = C.lac_plan_hopper(plan, dtype, KERNEL[kernel])
+local function hopper_refusal(plan, dtype, kernel, block)
+  local why = C.lac_plan_hopper(plan, dtype, KERNEL[kernel], block or 0)
   return why ~= nil and ffi.string(why) or nil
 end
 

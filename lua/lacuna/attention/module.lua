@@ -190,14 +190,6 @@ end
 
 local FEW = 4 -- rows that kernels/attn_few.cu takes
 
--- do active blocks fill half of a tile of the kernel for Hopper? as in kernels/attn.cu
-local function blocks_pay(pattern, n, block)
-  for g, segment in ipairs(pattern.segments) do
-    if math.floor((math.min(segment, n, block) - 1) / pattern.dilations[g]) + 1 < 64 then return false end
-  end
-  return true
-end
-
 -- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none
 local function kernel_of(name, dtype, kernel, refusal, n, fp8, head_dim)
   if fp8 and dtype == C.LAC_F64 then return "fp8 fails: it takes f32, f16 or bf16" end
@@ -315,10 +307,7 @@ function Attention:explain(n, sizes)
   })
   t.blocks = blocks
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
-  local refusal = core.hopper_refusal(plan, dtype, o.kernel)
-  if not refusal and in_blocks and o.kernel ~= "hopper" and not blocks_pay(p, n, o.block) then
-    refusal = "a branch has fewer than 64 rows a block"
-  end
+  local refusal = core.hopper_refusal(plan, dtype, o.kernel, in_blocks and o.block)
   local amx_dim = in_blocks and 0 or z.head_dim
   if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or in_blocks and "there is a block_mask" end
   t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n, o.fp8, amx_dim)
