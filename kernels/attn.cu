@@ -57,7 +57,6 @@ static void pairs_of(attn_pair_args &a, const lac_a_attend *f)
     if (!a.blocks) return;
     int64_t most = d->n > d->m ? d->n : d->m;
     a.block = (int)(f->block < most ? f->block : most);
-    a.row_cells = (int)((d->n - 1) / a.block) + 1, a.columns = (int)((d->m - 1) / a.block) + 1;
 }
 
 static int least(int64_t x, int64_t most) { return (int)(x < most ? x : most); }

@@ -429,10 +429,12 @@ __device__ __forceinline__ void attn_load(uint32_t to, const attn_args &a, const
 
 /* The same for tiles that follow each other, without padding: the thread's address moves along, so that a chunk costs a
  * comparison and an addition. `quick` says whether a tensor can be read so. */
-template <class Tile, class T, int ROWS, int DP, int THREADS_> struct attn_stream {
+template <class Tile, class T, int ROWS, int DP, int THREADS_, bool FOLLOW> struct attn_stream {
     enum { PER = 16 / (int)sizeof(T), CHUNKS = DP / PER, EACH = THREADS_ / CHUNKS, TURNS = ROWS / EACH };
     static_assert(THREADS_ % CHUNKS == 0 && ROWS % EACH == 0, "a thread always has the same chunk");
     const char *from;
+    attn_stream() = default;
+    __device__ __forceinline__ attn_stream(const char *&) {}
     __device__ __forceinline__ void start(const attn_args &a, const attn_tensor &x, const attn_tile &t, int h,
                                           int shift, int first)
     {
@@ -441,7 +443,7 @@ template <class Tile, class T, int ROWS, int DP, int THREADS_> struct attn_strea
                               (t.base - shift) * x.stride[1] + row * ((int64_t)t.r * x.stride[1]) + chunk * PER);
     }
     /* the tile that begins `first` rows into the lattice, which has `limit` */
-    __device__ __forceinline__ void next(uint32_t to, const attn_args &a, const attn_tensor &x, const attn_tile &t,
+    __device__ __forceinline__ void next(uint32_t to, const attn_args &a, const attn_tensor &x, const attn_tile &t, int,
                                          int first, int limit)
     {
         const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS,
@@ -451,6 +453,33 @@ template <class Tile, class T, int ROWS, int DP, int THREADS_> struct attn_strea
         for (int i = 0; i < TURNS; i++) {
             attn_copy16(to + Tile::at(i * EACH + row, chunk), from, i * EACH < left);
             from += hop;
+        }
+    }
+};
+/* The same for tiles anywhere in the lattice and in any head; where the lattice begins lies in shared memory (`start`
+ * is followed by a barrier). */
+template <class Tile, class T, int ROWS, int DP, int THREADS_> struct attn_stream<Tile, T, ROWS, DP, THREADS_, false> {
+    enum { PER = 16 / (int)sizeof(T), CHUNKS = DP / PER, EACH = THREADS_ / CHUNKS, TURNS = ROWS / EACH };
+    static_assert(THREADS_ % CHUNKS == 0 && ROWS % EACH == 0, "a thread always has the same chunk");
+    const char *&origin;
+    __device__ __forceinline__ attn_stream(const char *&origin) : origin(origin) {}
+    __device__ __forceinline__ void start(const attn_args &, const attn_tensor &x, const attn_tile &t, int, int shift,
+                                          int)
+    {
+        if (threadIdx.x == 0)
+            origin = (const char *)((const T *)x.data + (int64_t)t.b * x.stride[0] + (t.base - shift) * x.stride[1]);
+    }
+    __device__ __forceinline__ void next(uint32_t to, const attn_args &a, const attn_tensor &x, const attn_tile &t,
+                                         int h, int first, int limit)
+    {
+        const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS,
+                  step = t.r * (int)x.stride[1] * (int)sizeof(T);
+        const int left = chunk * PER < a.head_dim ? limit - first - row : 0;
+        const char *from = origin + h * (x.stride[2] * (int)sizeof(T)) + (int64_t)(first + row) * step + chunk * 16;
+#pragma unroll
+        for (int i = 0; i < TURNS; i++) {
+            attn_copy16(to + Tile::at(i * EACH + row, chunk), from, i * EACH < left);
+            from += EACH * step;
         }
     }
 };

@@ -18,7 +18,7 @@ template <class X> struct exact_stats { /* per row of the own side (queries), or
 };
 
 template <class X>
-__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const __grid_constant__ attn_pair_args a)
+__global__ void __launch_bounds__(EXACT_THREADS, 2) attn_exact_queries_kernel(const __grid_constant__ attn_pair_args a)
 {
     typedef typename X::C C;
     constexpr int R = X::R, S = X::S, BM = X::BM, BN = X::BN, E = X::E;
@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const
     C *q = (C *)memory, *g = q + BM * X::ROW, *k = g + BM * X::ROW, *v = k + BN * X::ROW, *p = v + BN * X::ROW;
     __shared__ uint64_t seen[BM], kept[BM];
     __shared__ attn_tile t;
+    __shared__ attn_spans list;
     if (!attn_next<false>(a, BM, t)) return;
     const int hk = t.h / a.group;
     int low = t.first - t.before, high = t.end - 1 + t.after + 1;
@@ -50,9 +51,9 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_queries_kernel(const
     attn_load<X, C, BM, X::DP, EXACT_THREADS>(attn_shared(g), a, a.g, t, t.h, a.shift, t.first, t.end, false);
     if (attn_wants_bias(a)) attn_wait<false>(a, t);
     attn_walk<attn_pair_args, false> walk;
-    walk.start(a, t, t.h);
+    walk.start();
 #pragma unroll 1
-    for (int end, k0 = walk.seek(a, t, low, high, BN, &end); k0 < high; k0 = walk.seek(a, t, end, high, BN, &end)) {
+    for (int end = low, k0; (k0 = walk.seek(a, t, list, t.h, end, high, BN, &end)) < high;) {
         const int limit = attn_limit(a, end, t.live);
         __syncthreads();
         attn_load<X, C, BN, X::DP, EXACT_THREADS>(attn_shared(k), a, a.k, t, hk, 0, k0, limit, pad);
@@ -132,6 +133,7 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __
     __shared__ uint64_t seen[BM], kept[BM];
     __shared__ C lse[BN], lse_low[BN], delta[BN], delta_low[BN];
     __shared__ attn_tile t;
+    __shared__ attn_spans list;
     if (!attn_next<true>(a, BM, t)) return;
     if (!attn_leads(a, t.g, t.h)) {
         attn_signal<true>(a, t);
@@ -155,9 +157,9 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __
     attn_walk<attn_pair_args, true> walk;
 #pragma unroll 1
     for (int h = t.h; h >= 0; h = attn_follows(a, t.g, h)) {
-        walk.start(a, t, h);
+        walk.start();
 #pragma unroll 1
-        for (int end, i0 = walk.seek(a, t, low, high, BN, &end); i0 < high; i0 = walk.seek(a, t, end, high, BN, &end)) {
+        for (int end = low, i0; (i0 = walk.seek(a, t, list, h, end, high, BN, &end)) < high;) {
             const int limit = attn_limit(a, end, t.q1);
             __syncthreads();
             attn_load<X, C, BN, X::DP, EXACT_THREADS>(attn_shared(q), a, a.q, t, h, a.shift, i0, limit, false);

@@ -2,15 +2,15 @@
  * products.
  *
  * Exponentials are exp2f and exp2, not the fast instruction: what is asked for here is the accuracy of the CPU. Keys
- * and values are not double-buffered; shared memory holds two blocks a multiprocessor instead, and one computes while
- * the other waits. Bound by multiply-adds: 4 D a pair at 2 D operations each.
+ * and values are not double-buffered; shared memory holds two or three blocks a multiprocessor instead, and one
+ * computes while others wait. Bound by multiply-adds: 4 D a pair at 2 D operations each.
  */
 #ifndef LAC_CUDA_ATTN_EXACT_FORWARD_CUH
 #define LAC_CUDA_ATTN_EXACT_FORWARD_CUH
 #include "attn_exact.cuh"
 
 template <class X>
-__global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const __grid_constant__ attn_pair_args a)
+__global__ void __launch_bounds__(EXACT_THREADS, 3) attn_exact_forward_kernel(const __grid_constant__ attn_pair_args a)
 {
     typedef typename X::C C;
     constexpr int R = X::R, S = X::S, BM = X::BM, BN = X::BN, E = X::E;
@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const
     C *q = (C *)memory, *k = q + BM * X::ROW, *v = k + BN * X::ROW, *p = v + BN * X::ROW;
     __shared__ uint64_t seen[BM], kept[BM];
     __shared__ attn_tile t;
+    __shared__ attn_spans list;
     if (!attn_next<false>(a, BM, t)) return;
     const int hk = t.h / a.group;
     int low = t.first - t.before, high = t.end - 1 + t.after + 1;
@@ -31,9 +32,9 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_forward_kernel(const
     for (int i = 0; i < R; i++) top[i] = -(C)INFINITY, sum[i] = 0;
     attn_load<X, C, BM, X::DP, EXACT_THREADS>(attn_shared(q), a, a.q, t, t.h, a.shift, t.first, t.end, false);
     attn_walk<attn_pair_args, false> walk;
-    walk.start(a, t, t.h);
+    walk.start();
 #pragma unroll 1
-    for (int end, k0 = walk.seek(a, t, low, high, BN, &end); k0 < high; k0 = walk.seek(a, t, end, high, BN, &end)) {
+    for (int end = low, k0; (k0 = walk.seek(a, t, list, t.h, end, high, BN, &end)) < high;) {
         const int limit = attn_limit(a, end, t.live);
         __syncthreads();
         attn_load<X, C, BN, X::DP, EXACT_THREADS>(attn_shared(k), a, a.k, t, hk, 0, k0, limit, pad);

@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
     __shared__ attn_row<float> rows[BM];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     __shared__ attn_tile t;
+    __shared__ typename attn_walk<A, false>::list list;
     if (!attn_next<false>(a, BM, t)) return;
     const int hk = t.h / a.group, w0 = t.first + warp * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
     int low = t.first - t.before, high = t.end - 1 + t.after + 1;
@@ -49,17 +50,13 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
     const bool pad = a.padding != NULL;
     float o[M][E][4], top[M][2], sum[M][2];
     const bool quick = attn_quick(a, a.k, t) && attn_quick(a, a.v, t);
-    attn_stream<Tile, T, BN, DP, WARPS * 32> ks, vs;
+    attn_stream<Tile, T, BN, DP, WARPS * 32, attn_follow<A>> ks(list.origin[0]), vs(list.origin[1]);
     ks.start(a, a.k, t, hk, 0, low);
     vs.start(a, a.v, t, hk, 0, low);
     auto load = [&](int k0, int k1, int stage) {
         if (quick) {
-            if (attn_paired<A>) { /* steps need not follow each other */
-                ks.start(a, a.k, t, hk, 0, k0);
-                vs.start(a, a.v, t, hk, 0, k0);
-            }
-            ks.next(sk + stage * KB, a, a.k, t, k0, attn_limit(a, k1, t.live));
-            vs.next(sv + stage * KB, a, a.v, t, k0, attn_limit(a, k1, t.live));
+            ks.next(sk + stage * KB, a, a.k, t, hk, k0, attn_limit(a, k1, t.live));
+            vs.next(sv + stage * KB, a, a.v, t, hk, k0, attn_limit(a, k1, t.live));
         } else {
             attn_load<Tile, T, BN, DP, WARPS * 32>(sk + stage * KB, a, a.k, t, hk, 0, k0, attn_limit(a, k1, t.live),
                                                    pad);
@@ -69,7 +66,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
     };
     attn_load<Tile, T, BM, DP, WARPS * 32>(sq, a, a.q, t, t.h, a.shift, t.first, t.end, false);
     attn_walk<A, false> walk;
-    walk.start(a, t, t.h);
+    walk.start();
     clear(o);
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -80,7 +77,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
         attn_arrived();
         __syncthreads();
         const int limit = attn_limit(a, end, t.live);
-        next = walk.seek(a, t, end, high, BN, &end);
+        next = walk.seek(a, t, list, t.h, end, high, BN, &end);
         if (next < high) load(next, end, stage ^ 1);
         attn_commit();
         if (k0 < 0 || w0 >= w1 || k0 > w1 - 1 + t.after || k0 + BN <= w0 - t.before) continue;

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(joint_shape<Op>::THREADS_, 1)
     const bool pad = a.padding != NULL;
     __shared__ bool quick;
     if (threadIdx.x == 0) quick = attn_quick(a, a.q, t) && attn_quick(a, a.g, t);
-    attn_stream<Tile, T, M::ROWS, DP, M::THREADS_> qs, gs;
+    attn_stream<Tile, T, M::ROWS, DP, M::THREADS_, true> qs, gs;
     auto block_of = [&](joint_step s) { return x.block + s.head * blocks + s.row / HOPPER_ROWS; };
     auto load = [&](joint_step s, int stage) {
         const int h = hk * a.group + s.head, i0 = t.q0 + s.row;
@@ -216,8 +216,8 @@ __global__ void __launch_bounds__(joint_shape<Op>::THREADS_, 1)
                 qs.start(a, a.q, t, h, a.shift, i0);
                 gs.start(a, a.g, t, h, a.shift, i0);
             }
-            qs.next(to + M::Q, a, a.q, t, i0, t.q1);
-            gs.next(to + M::G, a, a.g, t, i0, t.q1);
+            qs.next(to + M::Q, a, a.q, t, h, i0, t.q1);
+            gs.next(to + M::G, a, a.g, t, h, i0, t.q1);
         } else {
             attn_load<Tile, T, M::ROWS, DP, M::THREADS_>(to + M::Q, a, a.q, t, h, a.shift, i0, t.q1, false);
             attn_load<Tile, T, M::ROWS, DP, M::THREADS_>(to + M::G, a, a.g, t, h, a.shift, i0, t.q1, false);

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     __shared__ __align__(16) float lse[2][BQ], delta[2][BQ];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     __shared__ attn_tile t;
+    __shared__ typename attn_walk<A, true>::list list;
     if (!attn_next<true>(a, BK, t)) return;
     if (!attn_leads(a, t.g, t.h)) {
         attn_signal<true>(a, t);
@@ -42,15 +43,16 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     const float gz = (float)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
     const bool quick = attn_quick(a, a.q, t) && attn_quick(a, a.g, t);
-    attn_stream<Tile, T, BQ, DP, WARPS * 32> qs, gs;
+    attn_stream<Tile, T, BQ, DP, WARPS * 32, attn_follow<A>> qs(list.origin[0]), gs(list.origin[1]);
+    auto begin = [&](int h) {
+        qs.start(a, a.q, t, h, a.shift, low);
+        gs.start(a, a.g, t, h, a.shift, low);
+    };
+    begin(t.h);
     auto load = [&](int h, int i0, int i2, int stage) {
         if (quick) {
-            if (attn_paired<A> || i0 == low) {
-                qs.start(a, a.q, t, h, a.shift, i0);
-                gs.start(a, a.g, t, h, a.shift, i0);
-            }
-            qs.next(sq + stage * QB, a, a.q, t, i0, attn_limit(a, i2, t.q1));
-            gs.next(sg + stage * QB, a, a.g, t, i0, attn_limit(a, i2, t.q1));
+            qs.next(sq + stage * QB, a, a.q, t, h, i0, attn_limit(a, i2, t.q1));
+            gs.next(sg + stage * QB, a, a.g, t, h, i0, attn_limit(a, i2, t.q1));
         } else {
             attn_load<Tile, T, BQ, DP, WARPS * 32>(sq + stage * QB, a, a.q, t, h, a.shift, i0, attn_limit(a, i2, t.q1),
                                                    false);
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     attn_load<Tile, T, BK, DP, WARPS * 32>(sv, a, a.v, t, hk, 0, t.first, attn_limit(a, t.end, t.live), pad);
     attn_commit(); /* by itself: without query rows the loop commits nothing, and keys would fall on the results */
     attn_walk<A, true> walk;
-    walk.start(a, t, t.h);
+    walk.start();
     int end = low, i1 = -1, next = t.h;
     float dk[M][PARTS & PART_DK ? E : 1][4], dv[M][PARTS & PART_DV ? E : 1][4];
     clear(dk);
@@ -85,10 +87,11 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
         attn_arrived();
         __syncthreads();
         const int i = i1, head = next, limit = attn_limit(a, end, t.q1);
-        i1 = walk.seek(a, t, end, high, BQ, &end);
-        while (i1 >= high && (next = attn_follows(a, t.g, next)) >= 0) { /* a head may have no active block */
-            walk.start(a, t, next);
-            i1 = walk.seek(a, t, low, high, BQ, &end);
+        while ((i1 = walk.seek(a, t, list, next, end, high, BQ, &end)) >= high) {
+            if ((next = attn_follows(a, t.g, next)) < 0) break;
+            walk.start(); /* may end at once: a head may have no active block */
+            if (attn_follow<A>) begin(next);
+            end = low;
         }
         if (next >= 0) load(next, i1, end, stage ^ 1);
         attn_commit();

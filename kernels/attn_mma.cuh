@@ -315,7 +315,7 @@ __device__ __forceinline__ uint32_t attn_take_mask(const uint8_t *from, int64_t 
 }
 
 __device__ __forceinline__ uint64_t attn_within(const attn_args &, int, int) { return ~(uint64_t)0; }
-__device__ __forceinline__ uint64_t attn_within(const attn_pair_args &, int first, int end)
+__device__ __forceinline__ uint64_t attn_within(const attn_block_args &, int first, int end)
 {
     return attn_below(end - first); /* steps may be short */
 }

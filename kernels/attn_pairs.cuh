@@ -1,8 +1,10 @@
 /* attn_pairs.cuh: options of single pairs (mask, bias, slopes, active blocks) as the kernels of attention see them.
  *
- * Kernels on tensor cores are templates over their arguments: attn_args, or attn_pair_args, which add the options. What
- * a kernel asks for here is declared for both, and costs nothing for the first: calls without options run the code that
- * they would run if there were none. The second is one more instance a kernel, which decides at run time what there is.
+ * Kernels on tensor cores are templates over their arguments: attn_args, attn_block_args, which add active blocks, or
+ * attn_pair_args, which add the rest. What a kernel asks for here is declared for all, and costs nothing where it is
+ * not there: calls without options run the code that they would run if there were none. The last is one more instance a
+ * kernel, which decides at run time what there is; the second runs half types to D = 128 that have nothing but blocks,
+ * and has steps and tiles of its own.
  * The exact kernels, which wait for arithmetic, have only the second.
  *
  * Mask and bias of a step come to a part of shared memory that is the warp's own, four keys a lane, as one f32 matrix
@@ -13,10 +15,13 @@
  * them).
  *
  * Blocks: a tile of rows ends where a block of rows ends, so that all its rows have the same active blocks, and the
- * walk over the other side jumps from run to run. A warp holds 32 cells of the block row as bits: a look at memory for
- * each 32 blocks. Steps do not cross the end of a run. So the cost follows the active blocks, and tiles fit best where
- * a block is a multiple of a tile's height. Rejected: lists of active blocks (another launch and a wait for its sizes),
- * tiles across blocks of rows (a step for the union of what their rows see: at 10% of blocks that is most of them).
+ * walk over the other side jumps from run to run. A warp finds the runs of 128 cells of the block row at a time and
+ * lists them in shared memory, some hundred steps ahead, so a step reads where it begins and ends. Steps do not cross
+ * the end of a run. So the cost follows the active blocks, and tiles fit best where a block is a multiple of a tile's
+ * height. Rejected: runs looked for in every step, by every warp (a look at memory for each 32 cells and a division a
+ * run, all while nothing else is under way: a fifth of a step), lists in memory (another launch and a wait for its
+ * sizes), tiles across blocks of rows (a step for the union of what their rows see: at 10% of blocks that is most of
+ * them).
  *
  * The gradient of a bias is dS, which the query pass has in its registers: stored one number a pair, as on the CPU, by
  * the one tile of a branch that has the pair, and added in the order of ranks where branches share pairs.
@@ -25,22 +30,26 @@
 #define LAC_CUDA_ATTN_PAIRS_CUH
 #include "attn.cuh"
 
-struct attn_pair_args : attn_args {
-    const uint8_t *mask, *blocks; /* NULL: none; strides: batch items, heads, rows, columns */
+struct attn_block_args : attn_args {
+    const uint8_t *blocks; /* NULL: none; strides: batch items, heads, rows, columns */
+    int64_t blocks_stride[4];
+    int block; /* rows of a block, 0: no blocks */
+};
+struct attn_pair_args : attn_block_args {
+    const uint8_t *mask; /* NULL: none; strides as of blocks */
     const char *bias;
     const void *slopes; /* compute type */
     void *dbias;        /* compute type; NULL: not asked for */
-    int64_t mask_stride[4], blocks_stride[4], bias_stride[4], dbias_stride[4], slopes_stride;
-    int bias_wide;          /* in the compute type, not in that of q */
-    int block;              /* rows of a block, 0: no blocks */
-    int row_cells, columns; /* blocks of queries and of keys */
-    double unit;            /* 1 / scale: scores have not been multiplied yet when something is added to them */
+    int64_t mask_stride[4], bias_stride[4], dbias_stride[4], slopes_stride;
+    int bias_wide; /* in the compute type, not in that of q */
+    double unit;   /* 1 / scale: scores have not been multiplied yet when something is added to them */
 };
 
-/* ---- tiles ---- */
+/* do steps follow each other? */
+template <class A> constexpr bool attn_follow = false;
+template <> inline constexpr bool attn_follow<attn_args> = true;
 
-__device__ __forceinline__ int attn_block(const attn_args &) { return 0; }
-__device__ __forceinline__ int attn_block(const attn_pair_args &a) { return a.block; }
+/* ---- tiles ---- */
 
 /* tiles that the rows of one block can be in a segment */
 __host__ __device__ inline int attn_pieces(const attn_branch &b, int block, int height)
@@ -56,7 +65,7 @@ template <bool KEYS> __device__ __forceinline__ void attn_rows(const attn_args &
     t.end = t.first + height < last ? t.first + height : last;
 }
 template <bool KEYS>
-__device__ __forceinline__ void attn_rows(const attn_pair_args &a, int number, int height, attn_tile &t)
+__device__ __forceinline__ void attn_rows(const attn_block_args &a, int number, int height, attn_tile &t)
 {
     if (!a.block) {
         attn_rows<KEYS>((const attn_args &)a, number, height, t);
@@ -87,68 +96,113 @@ template <bool KEYS, class A> __device__ __forceinline__ bool attn_next(const A 
 
 /* ---- the walk over the other side ---- */
 
-/* KEYS: the tile owns keys and walks over query rows. `seek` gives the first lattice index from k on that the tile must
- * look at (not below `high`: none), and where the step that begins there ends; all lanes of a warp call it. */
+/* Runs of active blocks in a part of the row of blocks, as lattice rows [x, y); behind them x = -1: there is more to
+ * look at, or `high`. */
+struct attn_spans {
+    enum { MOST = 128, CELLS = 128 }; /* cells that are looked at together, every other one of which may begin a run */
+    int2 run[MOST + 1];
+    const char *origin[2]; /* of attn_stream */
+};
+
+/* Lists what is active from k on in head h; KEYS: the tile owns keys and walks over query rows. Not inlined: it is run
+ * once in some hundred steps, and took registers from all of them. */
+template <bool KEYS>
+static __device__ __noinline__ void attn_list(const attn_block_args &a, const attn_tile &t, attn_spans &list, int h,
+                                              int k, int high)
+{
+    __syncthreads(); /* nobody reads what was there */
+    if (threadIdx.x < 32) {
+        const int lane = (int)threadIdx.x, row = (int)(t.base + (int64_t)t.first * t.r - (KEYS ? 0 : a.shift));
+        const int64_t zero = t.base - (KEYS ? a.shift : 0);
+        const uint8_t *on = a.blocks + t.b * a.blocks_stride[0] + h * a.blocks_stride[1] +
+                            row / a.block * a.blocks_stride[KEYS ? 3 : 2];
+        const int cells = k < high ? (int)(zero + (int64_t)(high - 1) * t.r) / a.block + 1 : 0;
+        int cell = k < high ? (int)(zero + (int64_t)k * t.r) / a.block : 0, count = 0;
+#pragma unroll 1
+        for (; cell < cells && count <= attn_spans::MOST - attn_spans::CELLS / 2; cell += attn_spans::CELLS) {
+            uint32_t active = 0;
+#pragma unroll
+            for (int w = 0; w < attn_spans::CELLS / 32; w++) {
+                const int at = cell + 32 * w + lane;
+                if (at < cells && on[at * a.blocks_stride[KEYS ? 2 : 3]]) active |= 1u << w;
+            }
+#pragma unroll 1
+            for (int w = 0; w < attn_spans::CELLS / 32; w++) {
+                const uint32_t bits = __ballot_sync(~0u, active >> w & 1), rest = ~(bits >> lane);
+                const int length = rest ? __ffs((int)rest) - 1 : 32;
+                const int64_t at = (int64_t)(cell + 32 * w + lane) * a.block;
+                const int first = max(k, attn_count(zero, t.r, at));
+                const int end = min(high, attn_count(zero, t.r, at + (int64_t)length * a.block));
+                const bool begins = (bits & ~(bits << 1)) >> lane & 1 && first < end;
+                const uint32_t all = __ballot_sync(~0u, begins);
+                if (begins) list.run[count + __popc(all & ((1u << lane) - 1))] = {first, end};
+                count += __popc(all);
+            }
+        }
+        if (lane == 0) list.run[count] = cell < cells ? int2{-1, -1} : int2{high, INT32_MAX};
+    }
+    __syncthreads();
+}
+
+/* `seek` gives the first lattice index from k on that the tile must look at (not below `high`: none), and where the
+ * step that begins there ends; k is where the step before ended, or, after `start`, where the walk begins. All threads
+ * of a block call it. */
 template <class A, bool KEYS> struct attn_walk {
-    __device__ __forceinline__ void start(const A &, const attn_tile &, int) {}
-    __device__ __forceinline__ int seek(const A &, const attn_tile &, int k, int, int step, int *end)
+    struct list {
+        const char *origin[2];
+    };
+    __device__ __forceinline__ void start() {}
+    __device__ __forceinline__ int seek(const A &, const attn_tile &, list &, int, int k, int, int step, int *end)
     {
         *end = k + step;
         return k;
     }
 };
-template <bool KEYS> struct attn_walk<attn_pair_args, KEYS> {
-    const uint8_t *on;
-    int cell; /* bits: cells [cell, cell + 32) */
-    uint32_t bits;
-    __device__ __forceinline__ void start(const attn_pair_args &a, const attn_tile &t, int h)
+template <bool KEYS> struct attn_walk<attn_block_args, KEYS> {
+    typedef attn_spans list;
+    int at; /* number of the run */
+    __device__ __forceinline__ void start() { at = -1; }
+    __device__ __forceinline__ int seek(const attn_block_args &a, const attn_tile &t, attn_spans &list, int h, int k,
+                                        int high, int step, int *end)
     {
-        if (!a.block) return;
-        const int64_t position = t.base + (int64_t)t.first * t.r - (KEYS ? 0 : a.shift);
-        on = a.blocks + t.b * a.blocks_stride[0] + h * a.blocks_stride[1] +
-             position / a.block * a.blocks_stride[KEYS ? 3 : 2];
-        cell = -32;
-        bits = 0;
-    }
-    __device__ __forceinline__ int seek(const attn_pair_args &a, const attn_tile &t, int k, int high, int step,
-                                        int *end)
-    {
-        *end = k + step;
-        if (!a.block) return k;
-        const int64_t zero = t.base - (KEYS ? a.shift : 0);
-        while (k < high) {
-            const int at = (int)(unsigned)(zero + (int64_t)k * t.r) / a.block;
-            if ((unsigned)(at - cell) >= 32) {
-                const int mine = at + (int)threadIdx.x % 32;
-                cell = at;
-                bits = __ballot_sync(~0u, mine < (KEYS ? a.row_cells : a.columns) &&
-                                              on[mine * a.blocks_stride[KEYS ? 2 : 3]]);
-            }
-            const uint32_t rest = bits >> (at - cell);
-            const int skip = rest ? __ffs((int)rest) - 1 : 32 - (at - cell);
-            if (skip == 0) {
-                const int run = ~rest ? __ffs((int)~rest) - 1 : 32;
-                const int stop = attn_count(zero, t.r, (int64_t)(at + run) * a.block);
-                *end = stop < k + step ? stop : k + step;
-                return k;
-            }
-            k = attn_count(zero, t.r, (int64_t)(at + skip) * a.block);
+        int2 run = {-1, -1};
+        if (at >= 0) {
+            run = list.run[at];
+            if (run.y <= k) run = list.run[++at];
         }
-        return high;
+        if (run.x < 0) {
+            attn_list<KEYS>(a, t, list, h, k, high);
+            run = list.run[at = 0];
+        }
+        k = max(k, run.x);
+        *end = min(k + step, run.y);
+        return k;
+    }
+};
+template <bool KEYS> struct attn_walk<attn_pair_args, KEYS> : attn_walk<attn_block_args, KEYS> {
+    __device__ __forceinline__ int seek(const attn_pair_args &a, const attn_tile &t, attn_spans &list, int h, int k,
+                                        int high, int step, int *end)
+    {
+        if (a.block) return attn_walk<attn_block_args, KEYS>::seek(a, t, list, h, k, high, step, end);
+        *end = k + step;
+        return k;
     }
 };
 
 /* a step's end, or a tile's, where `last` rows are all that may be loaded */
 __device__ __forceinline__ int attn_limit(const attn_args &, int, int last) { return last; }
-__device__ __forceinline__ int attn_limit(const attn_pair_args &, int end, int last) { return end < last ? end : last; }
+__device__ __forceinline__ int attn_limit(const attn_block_args &, int end, int last)
+{
+    return end < last ? end : last;
+}
 
 /* ---- pairs that are hidden ---- */
 
-/* does a step of `step` pairs a row that ends before `end` need the words of its rows? */
 __device__ __forceinline__ bool attn_hides(const attn_args &) { return false; }
 __device__ __forceinline__ bool attn_hides(const attn_pair_args &a) { return a.mask || a.bias; }
+/* does a step of `step` pairs a row that ends before `end` need the words of its rows? */
 __device__ __forceinline__ bool attn_short(const attn_args &, int, int, int) { return false; }
-__device__ __forceinline__ bool attn_short(const attn_pair_args &, int first, int end, int step)
+__device__ __forceinline__ bool attn_short(const attn_block_args &, int first, int end, int step)
 {
     return end < first + step;
 }
@@ -163,6 +217,10 @@ __device__ __forceinline__ int64_t attn_pair_at(const int64_t (&stride)[4], int 
     return b * stride[0] + h * stride[1] + n * stride[2] + key * stride[3];
 }
 /* do mask and bias show the pair of query row n and the key? */
+template <class T> __device__ __forceinline__ bool attn_open(const attn_args &, int, int, int64_t, int64_t)
+{
+    return true;
+}
 template <class T>
 __device__ __forceinline__ bool attn_open(const attn_pair_args &a, int b, int h, int64_t n, int64_t key)
 {
@@ -170,7 +228,7 @@ __device__ __forceinline__ bool attn_open(const attn_pair_args &a, int b, int h,
     return !a.bias || attn_bias<T>(a, attn_pair_at(a.bias_stride, b, h, n, key)) != -(compute_t<T>)INFINITY;
 }
 /* is the block of the pair active? */
-__device__ __forceinline__ bool attn_active(const attn_pair_args &a, int b, int h, int64_t n, int64_t key)
+__device__ __forceinline__ bool attn_active(const attn_block_args &a, int b, int h, int64_t n, int64_t key)
 {
     return !a.block || a.blocks[attn_pair_at(a.blocks_stride, b, h, n / a.block, key / a.block)];
 }
@@ -182,9 +240,8 @@ __device__ __forceinline__ uint64_t attn_row_shown(const attn_args &, const attn
 {
     return ~(uint64_t)0;
 }
-template <class T, bool ALONE>
-__device__ __forceinline__ uint64_t attn_row_shown(const attn_pair_args &a, const attn_tile &t, int h, int i, int first,
-                                                   int end)
+template <class T, bool ALONE, class A>
+__device__ __forceinline__ uint64_t attn_row_shown(const A &a, const attn_tile &t, int h, int i, int first, int end)
 {
     const int64_t n = t.base + (int64_t)i * t.r - a.shift;
     bool shown[2];
@@ -204,9 +261,8 @@ __device__ __forceinline__ uint64_t attn_key_shown(const attn_args &, const attn
 {
     return ~(uint64_t)0;
 }
-template <class T, bool ALONE>
-__device__ __forceinline__ uint64_t attn_key_shown(const attn_pair_args &a, const attn_tile &t, int h, int j, int first,
-                                                   int end)
+template <class T, bool ALONE, class A>
+__device__ __forceinline__ uint64_t attn_key_shown(const A &a, const attn_tile &t, int h, int j, int first, int end)
 {
     uint64_t mine = attn_below(end - first);
     if ((!attn_hides(a) && !ALONE) || j >= t.live) return mine;
@@ -262,11 +318,18 @@ template <class C> __device__ __forceinline__ void attn_put_dbias(const attn_pai
 
 /* ---- launches ---- */
 
-template <class A> constexpr bool attn_paired = false;
-template <> inline constexpr bool attn_paired<attn_pair_args> = true;
-
 inline int attn_block_of(const attn_args &) { return 0; }
-inline int attn_block_of(const attn_pair_args &a) { return a.block; }
+inline int attn_block_of(const attn_block_args &a) { return a.block; }
+
+/* are blocks all that there is? */
+inline bool attn_only_blocks(const attn_pair_args &a) { return a.block && !a.mask && !a.bias && !a.slopes; }
+/* has no block more than 64 rows? */
+inline bool attn_low_blocks(const attn_block_args &a)
+{
+    for (int g = 0; g < a.branches; g++)
+        if (attn_pieces(a.branch[g], a.block, 64) > 1) return false;
+    return true;
+}
 
 int attn_pairs_forward_tensor(attn_pair_args &a, const lac_plan *plan, int dtype);
 int attn_pairs_keys_tensor(attn_pair_args &a, const lac_plan *plan, int dtype);

@@ -1,13 +1,23 @@
 /* attn_pairs_forward.cu: attn_forward.cuh's kernel with options of single pairs.
  *
- * Steps are a power of two long, so that blocks are multiples of them, and shorter than without options where registers
- * are scarce.
+ * Steps are a power of two long, so that blocks are multiples of them, and with other options than blocks shorter where
+ * registers are scarce. Tiles have 64 rows, by two warps, where no block has more.
  */
 #include "attn_forward.cuh"
+
+template <template <int> class Op> static int blocks(attn_block_args &a, const lac_plan *plan)
+{
+    const bool low = attn_low_blocks(a);
+    if (a.head_dim <= 64)
+        return low ? launch<Op<64>, 64, 2, 2, 64, 4>(a, plan) : launch<Op<64>, 64, 2, 4, 64, 2>(a, plan);
+    return low ? launch<Op<128>, 128, 2, 2, 32, 4>(a, plan) : launch<Op<128>, 128, 2, 4, 64, 2>(a, plan);
+}
 
 int attn_pairs_forward_tensor(attn_pair_args &a, const lac_plan *plan, int dtype)
 {
     int d = a.head_dim;
+    if (attn_only_blocks(a) && d <= 128 && dtype != LAC_F32)
+        return dtype == LAC_BF16 ? blocks<op_bf16>(a, plan) : blocks<op_f16>(a, plan);
     if (dtype == LAC_BF16)
         return d <= 64    ? launch<op_bf16<64>, 64, 2, 4, 64, 2>(a, plan)
                : d <= 128 ? launch<op_bf16<128>, 128, 2, 4, 32, 2>(a, plan)

@@ -8,25 +8,20 @@ BEGIN {
         # The forward, whose sums take half of the registers: two words (where the keys end, how rows are loaded) that
         # are stored before the main loop and read in every step (SASS). On sm_80 also one sum of a row's softmax a
         # thread for D = 64 (20 bytes) and three for D = 128 (44), read and stored once in a step of 700 and 1,100
-        # instructions; not measured on an A100. Both words in shared memory leave 8 bytes (24 on sm_80), of sums.
-        # Fewer columns a step cost more. The query pass for D = 64 may keep two words, and keeps none on sm_90.
+        # instructions; not measured on an A100. With active blocks for D = 128 four sums. Both words in shared memory
+        # leave 12 bytes (36 on sm_80), of sums, and cost 2% for D = 64, 5% for D = 128. Fewer columns a step cost more.
+        # The pass over the keys of active blocks keeps two words.
         for (j = split("bf16 f16", half, " "); j > 0; j--) {
             prefix = length(half[j]) + 3 "op_" half[j]
             allowed["attn_forward_kernelI9attn_args" prefix " " name[i]] = name[i] == "sm_80" ? 44 : 8
-            allowed["attn_queries_kernelI9attn_args" prefix "ILi64E " name[i]] = 8
+            allowed["attn_forward_kernelI15attn_block_args" prefix "ILi128E " name[i]] = 56
+            allowed["attn_keys_kernelI15attn_block_args" prefix "ILi64E sm_80"] = 8
         }
-        # Instances with options of single pairs have addresses beside what the others have: a few words.
-        allowed["I14attn_pair_args " name[i]] = 24
-        # The exact forward decides about options at run time and waits for arithmetic: 40 bytes for D = 64 in f32,
-        # six words that are stored and read once in a step of 64 keys.
-        allowed["attn_exact_forward_kernel " name[i]] = 40
+        # Around a call that lists active blocks, once in some hundred steps.
+        allowed["attn_queries_kernelI14attn_pair_args7op_tf32ILi256E " name[i]] = 60
         # What repeats rows with values that are not finite is slow in any case.
         allowed["hopper_redo_kernel " name[i]] = 64
     }
-    # So does the exact query pass, and both have more sums than registers on sm_80 for D above 128: the forward keeps
-    # eight of them in memory, also within the product with v.
-    allowed["attn_exact_queries_kernel sm_80"] = 120
-    allowed["attn_exact_forward_kernelI5exactIfLi256E sm_80"] = 200
 }
 /Compiling entry function/ {
     split($0, part, "'")

@@ -76,6 +76,41 @@ describe("options of single pairs on CUDA #gpu", function()
     end
   end)
 
+  -- half types have kernels of their own for this, with tiles of 64 rows where no block has more
+  it("equal the CPU with active blocks alone, in 80 random configurations", function()
+    local seed = attn.fresh() + 14
+    P.seed(seed)
+    for trial = 1, 80 do
+      local dtype = trial % 8 == 0 and "f32" or P.pick { "bf16", "f16" }
+      local c = P.config { most = 700, segment = trial % 4 == 0 and 100 or 600,
+                           D = P.pick { 8, 33, 64, 80, 128 }, blocks = "alone" }
+      P.blocks(c, P.pick { 0.1, 0.3, 0.8 }, { 16, 17, 32, 50, 64, 100, 128, 192, 256 })
+      c.kernel = "portable"
+      local lists = { P.inputs(c, seed + trial, dtype) }
+      if P.chance(0.5) then lists[5] = nil end
+      with_cpu(c, dtype, lists, P.pick { false, "heads" } or nil,
+        ("trial %d of seed %d: %s"):format(trial, seed, P.text(c)))
+    end
+  end)
+
+  -- a tile lists some hundred runs of active blocks at a time
+  it("equal the CPU where a row or a column has hundreds of runs of active blocks", function()
+    P.seed(15)
+    for trial = 1, 16 do
+      local dtype, long = dtype_of(trial), trial % 2 == 0
+      local c = direct.fill { N = long and 20 or 7000, M = long and 7000 or 20, H = 2, Hk = 1,
+                              D = P.pick { 16, 80 }, segments = { 8000 }, dilations = { P.pick { 1, 3 } },
+                              offset = "mod", kernel = "portable" }
+      local rows, columns, data = math.ceil(c.N / 16), math.ceil(c.M / 16), {}
+      for i = 0, rows * columns - 1 do
+        local along = math.floor(i / columns) + i % columns
+        data[i + 1] = along % 2 == 0 and along % 150 < 140 or P.chance(0.05)
+      end
+      c.block, c.blocks = 16, { shape = { rows, columns }, data = data }
+      with_cpu(c, dtype, { P.inputs(c, trial, dtype) }, nil, ("trial %d: %s"):format(trial, P.text(c)))
+    end
+  end)
+
   it("round f32 products to 11 bits where use_tf32 allows it, and no more", function()
     P.seed(77)
     for trial = 1, 12 do

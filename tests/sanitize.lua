@@ -91,6 +91,8 @@ function run.pairs()
       case("slopes", { alibi = true })
       case("blocks", { block_mask = lac.rand{ 3, 3 }:gt(0.4), block = 64, segments = { 300 },
         dilations = { 1 } })
+      case("blocks of 128", { block_mask = lac.rand{ 2, 2 }:gt(0.4), block = 128, segments = { 300 },
+        dilations = { 1 } })
       case("packed", { cu_seqlens = { 0, 60, 61, 150 } })
     end
     lac.use_tf32(false)

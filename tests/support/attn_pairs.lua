@@ -51,7 +51,8 @@ function pairs_of.bias(c, seed, holes)
 end
 
 --- Any valid configuration.
--- @tparam table options most (rows), D, segment (longest), plain (no padding, dropout or dedup)
+-- @tparam table options most (rows), D, segment (longest), plain (no padding, dropout or dedup), blocks
+-- (true: beside the rest; "alone": nothing else of single pairs)
 function pairs_of.config(options)
   while true do
     local most, longest = options.most or 30, options.segment or 24
@@ -77,9 +78,10 @@ function pairs_of.config(options)
       if chance(0.25) then c.dropout, c.seed, c.rng_offset = 0.3, random(1000), 5 end
     end
     c = direct.fill(c)
-    if chance(0.6) then c.mask = pairs_of.mask(c, pick { 0.5, 0.8, 0.1 }) end
-    if chance(0.6) then c.bias = pairs_of.bias(c, random(1000), chance(0.3)) end
-    if chance(0.4) then
+    local more = options.blocks ~= "alone"
+    if more and chance(0.6) then c.mask = pairs_of.mask(c, pick { 0.5, 0.8, 0.1 }) end
+    if more and chance(0.6) then c.bias = pairs_of.bias(c, random(1000), chance(0.3)) end
+    if more and chance(0.4) then
       c.alibi = {}
       for h = 1, c.H do c.alibi[h] = direct.round.f32(0.7 * 2 ^ -h) end
     end
