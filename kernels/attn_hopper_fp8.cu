@@ -39,16 +39,16 @@ struct fp8_values_args {
 
 /* ---- one number ---- */
 
+HOPPER_FN bool fp8_finite(float x) { return fabsf(x) <= FLT_MAX; }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* A head of zeros has scale 1; no scale is subnormal, whose inverse may be infinite. */
 HOPPER_FN float fp8_scale(uint32_t bits)
 {
     const float most = __uint_as_float(bits);
     return most == 0 ? 1 : fmaxf(__fdiv_rn(most, 448.f), FLT_MIN);
 }
-HOPPER_FN bool fp8_finite(float x) { return fabsf(x) <= FLT_MAX; }
 HOPPER_FN float fp8_part(float x, float scale) { return fp8_finite(x) ? __fdiv_rn(x, scale) : NAN; }
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* what the eight bits of x stand for */
 HOPPER_FN float fp8_rounded(float x, float scale)
 {
