@@ -48,16 +48,19 @@ function e4m3.inputs(c, q, k, v)
   return rounded(q, c.B, c.N, c.H, c.D), rounded(k, c.B, c.M, c.Hk, c.D), rounded(v, c.B, c.M, c.Hk, c.D)
 end
 
---- What a naive program on tensor cores makes of rounded q, k and v, as `rounding` of the oracle: sums of
--- products keep 14 bits (DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2), and what weighs
--- values is rounded too, where the largest weight of a row is 2^8.
-e4m3.naive = {
-  result = f32,
-  sum = function(x)
-    local m, e = math.frexp(x)
-    return x - x == 0 and math.ldexp(math.floor(math.ldexp(m, 14) + 0.5), e - 14) or x
-  end,
-  weight = function(x) return e4m3.round(256 * x) / 256 end,
-}
+-- sums of products on tensor cores keep 14 bits (DeepSeek-V3 technical report, arXiv 2412.19437, 3.3.2)
+local function sum(x)
+  local m, e = math.frexp(x)
+  return x - x == 0 and math.ldexp(math.floor(math.ldexp(m, 14) + 0.5), e - 14) or x
+end
+
+--- What naive programs on tensor cores make of rounded q, k and v, as `rounding` of the oracle: sums of 14
+-- bits, and what weighs values is rounded too. Where a weight lies between two numbers of four bits depends
+-- on what weights are relative to, so there are four programs: with few keys one may be right by luck.
+e4m3.naive = {}
+for i = 1, 4 do
+  local unit = 256 * 2 ^ ((1 - i) / 4)
+  e4m3.naive[i] = { result = f32, sum = sum, weight = function(x) return e4m3.round(unit * x) / unit end }
+end
 
 return e4m3

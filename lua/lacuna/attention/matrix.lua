@@ -139,7 +139,7 @@ local function both_sides(attention, base, probe)
     return without, pcall(module_signature, attention, merged(base, probe.module), probe.call, like)
   end
   if probe.forward then
-    base = merged(base, base.dtype and { dtype = "bf16", head_dim = 4 * D }) -- a scorer's
+    base = merged(base, base.dtype and { dtype = "bf16", head_dim = base.head_dim and 4 * D }) -- a scorer's
     return forward_signature(attention, base), pcall(forward_signature, attention, merged(base, probe.make))
   end
   local plain = merged(base, probe.base)
