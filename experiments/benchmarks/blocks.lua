@@ -28,12 +28,12 @@ local masks = require "lacuna.attention.masks"
 
 local DENSITY = 0.1
 local CPU = { n = 4096, heads = 2, head_dims = { 64, 128 } }
-local CUDA = { n = 16384, heads = 16, head_dims = { 64, 128 }, dtype = "bf16", kernel = "portable" }
+local CUDA = { n = 32768, width = 2048, head_dims = { 64, 128 }, dtype = "bf16", kernel = "portable" }
 local QUICK = { n = 512, heads = 2, head_dims = { 64 } }
 
 -- a call without and with blocks; o: sizes; grad: of the backward alone
 local function sides(o, head_dim, block, causal, grad)
-  local n, heads = o.n, o.heads
+  local n, heads = o.n, o.heads or o.width / head_dim
   local function random() return lac.randn{ 1, n, heads, head_dim, grad = grad, dtype = o.dtype } end
   local q, k, v = random(), random(), random()
   local z = { n = n, heads = heads, block = block, causal = causal }

@@ -48,14 +48,16 @@ function e4m3.inputs(c, q, k, v)
   return rounded(q, c.B, c.N, c.H, c.D), rounded(k, c.B, c.M, c.Hk, c.D), rounded(v, c.B, c.M, c.Hk, c.D)
 end
 
--- sums of products on tensor cores keep 14 bits (DeepSeek-V3 technical report, arXiv 2412.19437, 3.3.2)
+-- Sums of products on tensor cores keep 14 bits, and the rest is cut off (DeepSeek-V3 technical report, arXiv
+-- 2412.19437, section 3.3.2), which is as far off as 13 bits that are rounded. Cutting here, where products
+-- are added one by one and not 32 at a time, would drift much further.
 local function sum(x)
   local m, e = math.frexp(x)
-  return x - x == 0 and math.ldexp(math.floor(math.ldexp(m, 14) + 0.5), e - 14) or x
+  return x - x == 0 and math.ldexp(math.floor(math.ldexp(m, 13) + 0.5), e - 13) or x
 end
 
---- What naive programs on tensor cores make of rounded q, k and v, as `rounding` of the oracle: sums of 14
--- bits, and what weighs values is rounded too. Where a weight lies between two numbers of four bits depends
+--- What naive programs on tensor cores make of rounded q, k and v, as `rounding` of the oracle: such sums,
+-- and what weighs values is rounded too. Where a weight lies between two numbers of four bits depends
 -- on what weights are relative to, so there are four programs: with few keys one may be right by luck.
 e4m3.naive = {}
 for i = 1, 4 do
