@@ -12,16 +12,15 @@
 -- tenth and more. Where there is a matrix unit dense attention is faster by what attention.lua states, active
 -- blocks do not use the unit, and against that the target is missed.
 --
--- On CUDA both sides are the portable kernels' in bf16, with 16 heads, so that either side has several
--- tiles a multiprocessor. An H200, one run, forward and backward, then causal; 32768 rows, heads times
--- head_dim 2048, before in brackets: blocks of 128, D 64 1.25 and 1.14, 1.34 and 1.25 (1.45 and 1.45, 1.51
--- and 1.56); D 128 1.16 and 1.23, 1.34 and 1.29 (1.65 and 1.63, 1.80 and 1.67); blocks of 64, D 64 1.28 and
--- 1.18, 1.40 and 1.32 (2.8 and 2.7, 2.9 and 2.9); D 128 1.53 and 1.34, 1.75 and 1.43 (3.1 and 1.7, 3.2 and
--- 1.7). Steps as long as without options, and runs of blocks listed some hundred steps ahead, gave most of
--- it: with all blocks active instances take 0.98 to 1.11 of dense time. At the 16384 rows of this file, with
--- half of the blocks a tile, it is 1.73 and 1.32, 1.58 and 1.45; 1.42 and 1.31, 1.42 and 1.46: what a tile
--- and a call cost whatever they hold, and the last tiles of a launch, of unequal length. Blocks of 32 pay for
--- tiles of 64 rows.
+-- On CUDA both sides are the portable kernels' in bf16. An H200, one run, seven rounds in turns, forward and
+-- backward, then causal, before in brackets: blocks of 128, D 64 1.28 and 1.16, 1.35 and 1.26 (1.45 and 1.45,
+-- 1.51 and 1.56); D 128 1.19 and 1.26, 1.35 and 1.34 (1.65 and 1.63, 1.80 and 1.67); blocks of 64, D 64 1.33
+-- and 1.19, 1.42 and 1.33 (2.8 and 2.7, 2.9 and 2.9); D 128 1.46 and 1.36, 1.66 and 1.48 (3.1 and 1.7, 3.2
+-- and 1.7). By this file, D 64: 1.23 and 1.15, 1.31 and 1.26; blocks of 64 1.24 and 1.17, 1.36 and 1.32.
+-- Steps as long as without options, and runs of blocks listed some hundred steps ahead, gave most of it. With
+-- 16384 rows of 16 heads and half of the blocks a tile it is 1.3 to 1.7, by what a tile and a call cost
+-- whatever they hold and the last tiles of a launch, of unequal length (not separated). Blocks of 32 pay for
+-- tiles of 64 rows: 5.0 and 3.1.
 
 local lac = require "lacuna"
 local masks = require "lacuna.attention.masks"
