@@ -122,6 +122,35 @@ function device.same(got, first, what)
   end
 end
 
+--- One value of an input that is not finite, in one key or row of batch item 0: rows that do not see it keep
+-- their results. allowed(y): how far a result may be from y. before: what the value is at first, if not what
+-- the input has (fp8's scales depend on all of an input).
+function device.keeps_away(c, lists, allowed, what, before)
+  local which, bad = attn.random(3), attn.pick { 0 / 0, math.huge, -math.huge }
+  local position, hit = attn.random(which == 1 and c.N or c.M) - 1, lists[which]
+  local width = #hit / c.B / (which == 1 and c.N or c.M)
+  local function set(x)
+    for e = 1, width do hit[position * width + e] = x end
+  end
+  if before then set(before) end
+  local want = device.forward(C.LAC_CUDA, "bf16", c, lists).out
+  set(bad)
+  local got = device.forward(C.LAC_CUDA, "bf16", c, lists).out
+  for b = 0, c.B - 1 do for h = 0, c.H - 1 do for n = 0, c.N - 1 do
+    local touched = b == 0 and which == 1 and n == position
+    for g = 1, b == 0 and which > 1 and #c.segments or 0 do
+      touched = touched or oracle.attends(c, g, b, h, n, position)
+    end
+    for d = 1, touched and 0 or c.D do
+      local at = ((b * c.N + n) * c.H + h) * c.D + d
+      local x, y = got[at], want[at]
+      assert.is_true(x == y or math.abs(x - y) <= allowed(y),
+        ("out[%d,%d,%d] is %g, was %g before input %d at %d was %g: %s"):format(
+          b, n, h, x, y, which, position, bad, what))
+    end
+  end end end
+end
+
 --- Two kernels' results, to the rounding of bf16 (lse: of f32).
 function device.near(got, want, what)
   for name, data in pairs(got) do
