@@ -11,11 +11,11 @@
  * otherwise), four numbers a row and head in the backward (per branch if deltas are), a few counters. The backward in
  * one pass has no sums of dk and dv beside the results (attn_sums.cuh), but f32 sums of dq for every branch, about four
  * times dq for LongNet's five (lac_plan_info says how much); they are a block of the pool by themselves, because it
- * rounds blocks up by as much as a quarter. fp8 rounds q, k and v beside them (plan_fp8.h) and runs on Hopper or not at
- * all. f64 and, unless lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cuh); everything else on
- * tensor cores. Calls with options of single pairs run instances of their own (attn_pairs_*.cu), up to four rows
- * without such options kernels that cut the keys instead (attn_few.cu). Branches run in the reverse order of the plan's
- * phases: the last to run is then usually the one without dilation, which reaches every row, so that each row is
+ * rounds blocks up by as much as a quarter. fp8 rounds q, k and v beside them (attn_hopper_fp8.cuh) and runs on Hopper
+ * or not at all. f64 and, unless lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cuh); everything
+ * else on tensor cores. Calls with options of single pairs run instances of their own (attn_pairs_*.cu), up to four
+ * rows without such options kernels that cut the keys instead (attn_few.cu). Branches run in the reverse order of the
+ * plan's phases: the last to run is then usually the one without dilation, which reaches every row, so that each row is
  * rounded once and most sums stay in the cache.
  */
 #include "attn_few.cuh"
@@ -373,8 +373,8 @@ static int attend_eight(attn_pair_args &a, const lac_a_attend *f)
     if (why)
         LAC_FAIL(ARGUMENT,
                  "attention: fp8 on cuda cannot do this call: %s; leave fp8 out, or move q, k and v to the cpu", why);
-    lac_fp8_space eight;
-    lac_plan_fp8_space(p, &eight);
+    hopper_eight_space eight;
+    hopper_eight_place(p, &eight);
     const size_t sums = acc_bytes(&f->out, p->forward_phases), bytes = (size_t)eight.bytes;
     lac_scratch space("attention", bytes + sums + counters(a));
     if (!space.data) return LAC_E_MEMORY;

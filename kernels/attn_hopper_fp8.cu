@@ -258,8 +258,8 @@ const char *attn_hopper_fp8_fits(const lac_a_attend *f)
     if (compiled < 0)
         compiled = hopper_compiled((const void *)attn_hopper_forward_kernel<e4m3, 64, false, false, false>);
     if (!compiled) return "the device is not a Hopper, or the plug-in was not compiled for sm_90a";
-    lac_fp8_space space;
-    lac_plan_fp8_space(p, &space);
+    hopper_eight_space space;
+    hopper_eight_place(p, &space);
     const lac_attn_desc *d = &p->desc;
     const lac_view q = bytes_of(NULL, d->batch, d->n, d->heads, d->head_dim, space.wide),
                    k = bytes_of(NULL, d->batch, d->m, d->kv_heads, d->head_dim, space.wide);
@@ -274,7 +274,8 @@ const char *attn_hopper_fp8_fits(const lac_a_attend *f)
     return NULL;
 }
 
-template <class T> static int round_all(const attn_args &a, const lac_fp8_space &space, char *at, hopper_eight *eight)
+template <class T>
+static int round_all(const attn_args &a, const hopper_eight_space &space, char *at, hopper_eight *eight)
 {
     fp8_round_args r = {};
     const int count[] = {a.heads, a.kv_heads, a.kv_heads}, n[] = {a.n, a.m, a.m};
@@ -298,7 +299,7 @@ template <class T> static int round_all(const attn_args &a, const lac_fp8_space 
 }
 
 template <class T>
-static int turn_values(const attn_args &a, const lac_fp8_space &space, char *at, const hopper_eight &eight)
+static int turn_values(const attn_args &a, const hopper_eight_space &space, char *at, const hopper_eight &eight)
 {
     fp8_values_args v = {};
     v.a = a, v.to = (uint8_t *)at, v.scale = eight.v, v.eight = eight;
@@ -315,7 +316,7 @@ static int turn_values(const attn_args &a, const lac_fp8_space &space, char *at,
     return lac_cuda_launched("attention");
 }
 
-template <class T> static int run(hopper_forward_args &p, const lac_fp8_space &space, char *at)
+template <class T> static int run(hopper_forward_args &p, const hopper_eight_space &space, char *at)
 {
     LAC_TRY(round_all<T>(p.a, space, at, &p.eight));
     LAC_TRY(turn_values<T>(p.a, space, at, p.eight));
@@ -330,8 +331,8 @@ template <class T> static int run(hopper_forward_args &p, const lac_fp8_space &s
 int attn_hopper_fp8(attn_pair_args &a, const lac_a_attend *f, bool gaps, char *at)
 {
     const lac_attn_desc *d = &f->plan->desc;
-    lac_fp8_space space;
-    lac_plan_fp8_space(f->plan, &space);
+    hopper_eight_space space;
+    hopper_eight_place(f->plan, &space);
     lac_a_attend eight = *f;
     eight.q = bytes_of(at + space.q, d->batch, d->n, d->heads, d->head_dim, space.wide);
     eight.k = eight.v = bytes_of(at + space.k, d->batch, d->m, d->kv_heads, d->head_dim, space.wide);

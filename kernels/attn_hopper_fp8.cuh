@@ -24,11 +24,6 @@
 #define LAC_CUDA_ATTN_HOPPER_FP8_CUH
 #include "attn_pairs.cuh"
 #include "hopper.cuh"
-extern "C" {
-#define atomic_int int
-#include "plan_fp8.h"
-#undef atomic_int
-}
 
 struct e4m3 {
     uint8_t bits;
@@ -109,9 +104,40 @@ HOPPER_FN uint32_t hopper_pack_eight(float a, float b, float c, float d)
 
 /* ---- the host's side ---- */
 
+/* Memory beside tensors while a call runs (explain() states the same, lua/lacuna/attention/module.lua). q and k are
+ * rounded row by row, `wide` bytes each; values lie as items of [head_dim, keys], `items` for each batch item, segment
+ * and branch: `share` neighbouring heads have one, from number `first` on. Offsets are bytes. */
+struct hopper_eight_space {
+    int64_t wide, q, k, bytes;
+    struct {
+        int64_t at, keys, first, items, share;
+    } v[LAC_MAX_BRANCHES];
+};
+inline int64_t hopper_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+inline void hopper_eight_place(const lac_plan *p, hopper_eight_space *x)
+{
+    const lac_attn_desc *d = &p->desc;
+    x->wide = hopper_up(d->head_dim, 16);
+    x->q = hopper_up(2 * d->batch * (d->heads + 2 * d->kv_heads) * 4, 256); /* maxima and scales */
+    x->k = x->q + hopper_up(d->batch * d->n * d->heads * x->wide, 256);
+    x->bytes = x->k + hopper_up(d->batch * d->m * d->kv_heads * x->wide, 256);
+    for (int g = 0; g < d->branches; g++) {
+        int64_t first = 0, last = 0, most = p->segment[g] < d->m ? p->segment[g] : d->m;
+        lac_plan_segments(p, g, &first, &last);
+        const bool one = d->dilation[g] == 1 || d->offset_rule == LAC_OFFSET_BRANCH; /* lattice for all heads */
+        x->v[g].at = x->bytes;
+        x->v[g].keys = hopper_up((most - 1) / d->dilation[g] + 1, 16);
+        x->v[g].share = one ? d->heads / d->kv_heads : 1;
+        x->v[g].first = p->head0[g] / x->v[g].share;
+        x->v[g].items = p->heads[g] ? (p->head0[g] + p->heads[g] - 1) / x->v[g].share - x->v[g].first + 1 : 0;
+        x->bytes +=
+            hopper_up(d->batch * (last > first ? last - first : 0) * x->v[g].items * d->head_dim * x->v[g].keys, 256);
+    }
+}
+
 /* NULL, or why a call with fp8 cannot run */
 const char *attn_hopper_fp8_fits(const lac_a_attend *f);
-/* the forward; space: memory, lac_plan_fp8_space() */
+/* the forward; space: memory, hopper_eight_place() */
 int attn_hopper_fp8(attn_pair_args &a, const lac_a_attend *f, bool gaps, char *space);
 
 #endif

@@ -5,7 +5,7 @@
  * not there: calls without options run the code that they would run if there were none. The last is one more instance a
  * kernel, which decides at run time what there is; the second runs half types to D = 128 that have nothing but blocks,
  * and has steps and tiles of its own.
- * The exact kernels, which wait for arithmetic, have only the second.
+ * The exact kernels, which wait for arithmetic, have only the last.
  *
  * Mask and bias of a step come to a part of shared memory that is the warp's own, four keys a lane, as one f32 matrix
  * over the scale (which multiplies the scores afterwards); a hidden pair is what makes its score infinitely small. It

@@ -326,7 +326,7 @@ end
 --   on cuda f16 and bf16 on Hopper, head dimensions in multiples of 8 to 128, without mask, bias, alibi,
 --   block_mask, key_padding, dropout and dedup; no faster on the CPU. Root mean square error of out against
 --   f64, 2048 normal rows, D 64 and 128: 4.2 to 4.8% of out, 14 times that of bf16; one number in 1000 ten
---   times as large: 8 to 10%. On cuda weights are rounded too, by at most 1/16: 4.7 to 5.6%; lse within 0.001
+--   times as large: 8 to 10%. On cuda weights are rounded too, by at most 1/16: 3.6 to 5.6%; lse within 0.001
 -- @treturn Tensor out [B, N, H, D]; rows without a key are 0
 -- @treturn Tensor lse [B, N, H] f32 (f64 for f64), natural logarithm; -inf for rows without a key; absent
 --   with return_lse = false

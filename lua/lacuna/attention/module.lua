@@ -233,7 +233,8 @@ end
 
 local function round_up(x, to) return math.ceil(x / to) * to end
 
--- bytes of the rounded copies on a GPU, as c/plan_fp8.h has them: rows of q and k; values of each lattice
+-- bytes of the rounded copies on a GPU, as kernels/attn_hopper_fp8.cuh has them: rows of q and k; values of
+-- each lattice
 local function device_copies(t, p)
   local group, shift = t.heads / t.kv_heads, p.align == "end" and t.m - t.n or 0
   local rows = t.batch * (t.n * t.heads + t.m * t.kv_heads) * round_up(t.head_dim, 16)
