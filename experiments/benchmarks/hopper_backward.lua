@@ -14,12 +14,14 @@ local device = require "lacuna.device"
 local ROUNDS, IDLE = 13, 0.03
 local ROWS, WIDTH = 32768, 2048
 
+local function heads_of(head_dim) return math.floor(WIDTH / head_dim) end
+
 -- backwards of one call
 local function repeats(o) return o.rows > 8192 and 1 or 5 end
 
 local function ours(o)
   local r = o.dilation or 1
-  local n, heads = o.segments * o.rows * r, WIDTH / o.head_dim
+  local n, heads = o.segments * o.rows * r, heads_of(o.head_dim)
   local options = { dtype = "bf16", device = "cuda", grad = true }
   local inputs = {}
   for i = 1, 3 do inputs[i] = lac.randn({ 1, n, heads, o.head_dim }, options) end
@@ -47,7 +49,7 @@ local function against_peers(b, o, what, target)
   end
   for _, backend in ipairs{ "cudnn", "flash" } do
     local side, problem = b:case("hopper_backward", "backward", { segments = o.segments, rows = o.rows,
-      heads = WIDTH / o.head_dim, head_dim = o.head_dim, causal = o.causal or false, backend = backend,
+      heads = heads_of(o.head_dim), head_dim = o.head_dim, causal = o.causal or false, backend = backend,
       times = repeats(o) })
     if not side then return b:value{ what = what, problem = problem } end
     dropped[#dropped + 1] = side
@@ -55,7 +57,8 @@ local function against_peers(b, o, what, target)
   end
   local t = medians(b, sides)
   for _, side in ipairs(dropped) do side:drop() end
-  local flops = 10 * o.rows ^ 2 * WIDTH * o.segments / (o.causal and 2 or 1) * repeats(o)
+  local width = heads_of(o.head_dim) * o.head_dim
+  local flops = 10 * o.rows ^ 2 * width * o.segments / (o.causal and 2 or 1) * repeats(o)
   local function speed(i) return flops / t[i] / 1e12 end
   b:value{ what = ("%s: %.0f TFLOP/s, cuDNN %.0f, FA2 %.0f"):format(what, speed(1), speed(3), speed(4)),
     value = math.min(t[3], t[4]) / t[1], unit = "x", at_least = target }
