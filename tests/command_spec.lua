@@ -238,6 +238,25 @@ describe("lacuna, the command", function()
     assert.equal(0, status)
   end)
 
+  it("tells OpenBLAS which kernels an Intel processor runs that it does not know", function()
+    local kernels, avx512 = require("lacuna.lib").blas_kernels, "avx512f avx512dq avx512cd avx512bw avx512vl"
+    local function processor(model, flags, vendor, family)
+      return ("vendor_id\t: %s\ncpu family\t: %d\nmodel\t\t: %d\nmodel name\t: Intel(R) Xeon(R)\n"
+        .. "flags\t\t: fpu %s ht\nbugs\t\t: none\n")
+        :format(vendor or "GenuineIntel", family or 6, model, flags)
+    end
+    assert.equal("SKYLAKEX", kernels(processor(0xcf, "fma avx2 " .. avx512)))
+    assert.equal("HASWELL", kernels(processor(0xb7, "fma avx2 avx512f")))
+    assert.is_nil(kernels(processor(0xcf, "fma"))) -- neither
+    assert.is_nil(kernels(processor(0x8f, "fma avx2 " .. avx512))) -- Sapphire Rapids is known
+    assert.is_nil(kernels(processor(0xcf, "fma avx2 " .. avx512, "AuthenticAMD", 25)))
+    assert.is_nil(kernels(processor(0xcf, "fma avx2 " .. avx512, nil, 15)))
+    assert.is_nil(kernels "")
+    local blas = run({ "devices" }, nil, { OPENBLAS_CORETYPE = "HASWELL" }):match "blas: ([^\n]*)"
+    assert.matches("Haswell", blas) -- the user's choice stands
+    assert.not_matches("Prescott", run({ "devices" }):match "blas: ([^\n]*)")
+  end)
+
   it("says in one clause that there is no CUDA plug-in", function()
     local engine = os.getenv "LACUNA_LIBRARY" or "build/lib/liblacuna.so"
     local alone = temporary(read_file(engine), ".so")

@@ -58,18 +58,51 @@ local function find_library()
     .. table.concat(tried, "\n  "), 0)
 end
 
+local function setenv(name, value)
+  pcall(ffi.cdef, "int setenv(const char *name, const char *value, int overwrite);")
+  ffi.C.setenv(name, value, 0)
+end
+
 -- OpenMP's threads wait for the next loop by spinning, by default for milliseconds. Beside one other busy
 -- process that makes two threads slower than one; not spinning at all costs about a tenth on an idle machine.
 -- A short spin keeps nearly all of both. Read once by libgomp when it loads; a setting of the user stands.
 local function calm_threads()
   if os.getenv("OMP_WAIT_POLICY") or os.getenv("GOMP_SPINCOUNT") then return end
-  pcall(ffi.cdef, "int setenv(const char *name, const char *value, int overwrite);")
-  ffi.C.setenv("GOMP_SPINCOUNT", "1000", 0)
+  setenv("GOMP_SPINCOUNT", "1000")
+end
+
+--- The kernels that OpenBLAS must be told to take, or nil where it knows the processor itself.
+-- Those of a processor it does not know are its oldest, SSE3's, an eighth of the speed. The version in Debian
+-- 12 (0.3.21) knows Intel's up to model 0xa7; later ones run those of Skylake-X or Haswell.
+-- @tparam string cpuinfo as /proc/cpuinfo has it
+-- @treturn ?string a value of OPENBLAS_CORETYPE
+function lib.blas_kernels(cpuinfo)
+  local family, model = cpuinfo:match "cpu family%s*:%s*(%d+)", cpuinfo:match "model%s*:%s*(%d+)"
+  local flags = " " .. (cpuinfo:match "flags%s*:([^\n]*)" or "") .. " "
+  local function has(...)
+    for _, flag in ipairs{ ... } do
+      if not flags:find(" " .. flag .. " ", 1, true) then return false end
+    end
+    return true
+  end
+  if not cpuinfo:find("GenuineIntel", 1, true) or family ~= "6" or tonumber(model) <= 0xa7 then return nil end
+  if has("avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl") then return "SKYLAKEX" end
+  return has("avx2", "fma") and "HASWELL" or nil
+end
+
+-- read once by OpenBLAS when it loads; a setting of the user stands
+local function choose_blas_kernels()
+  local f = not os.getenv("OPENBLAS_CORETYPE") and io.open("/proc/cpuinfo")
+  if not f then return end
+  local kernels = lib.blas_kernels(f:read(8192) or "") -- the first processor's lines are enough
+  f:close()
+  if kernels then setenv("OPENBLAS_CORETYPE", kernels) end
 end
 
 local function load_library()
   local path = find_library()
   calm_threads()
+  choose_blas_kernels()
   local ok, C = pcall(ffi.load, path)
   if not ok then error("lacuna: cannot load " .. path .. ": " .. tostring(C), 0) end
   -- busted and `package.loaded[...] = nil` load this file again in one process: declarations exist then
