@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
                                                    pad);
         }
     };
-    attn_load<Tile, T, BM, DP, WARPS * 32>(sq, a, a.q, t, t.h, a.shift, t.first, t.end, false);
+    attn_load_once<Tile, T, BM, DP, WARPS * 32>(sq, a, a.q, t, t.h, a.shift, t.first, t.end, false);
     attn_walk<A, false> walk;
     walk.start();
     clear(o);

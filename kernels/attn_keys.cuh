@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
             }
         }
     };
-    attn_load<Tile, T, BK, DP, WARPS * 32>(sk, a, a.k, t, hk, 0, t.first, attn_limit(a, t.end, t.live), pad);
-    attn_load<Tile, T, BK, DP, WARPS * 32>(sv, a, a.v, t, hk, 0, t.first, attn_limit(a, t.end, t.live), pad);
+    attn_load_once<Tile, T, BK, DP, WARPS * 32>(sk, a, a.k, t, hk, 0, t.first, attn_limit(a, t.end, t.live), pad);
+    attn_load_once<Tile, T, BK, DP, WARPS * 32>(sv, a, a.v, t, hk, 0, t.first, attn_limit(a, t.end, t.live), pad);
     attn_commit(); /* by itself: without query rows the loop commits nothing, and keys would fall on the results */
     attn_walk<A, true> walk;
     walk.start();

@@ -491,6 +491,25 @@ __device__ __forceinline__ float quad_max(float x)
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
+/* ---- loads of tiles that a block keeps ---- */
+
+/* attn_load(); where active blocks are all that there is, without its loop if the tensor can be read so */
+template <class Tile, class T, int ROWS, int DP, int THREADS_, class A>
+__device__ __forceinline__ void attn_load_once(uint32_t to, const A &a, const attn_tensor &x, const attn_tile &t, int h,
+                                               int shift, int first, int limit, bool padding)
+{
+    if constexpr (attn_blocks_alone<A>) {
+        const int64_t step = (int64_t)t.r * x.stride[1]; /* as attn_quick() */
+        if (x.vec && !padding && step < 1 << 23 && step > -(1 << 23)) {
+            attn_stream<Tile, T, ROWS, DP, THREADS_, true> rows;
+            rows.start(a, x, t, h, shift, first);
+            rows.next(to, a, x, t, h, first, limit);
+            return;
+        }
+    }
+    attn_load<Tile, T, ROWS, DP, THREADS_>(to, a, x, t, h, shift, first, limit, padding);
+}
+
 /* ---- results ---- */
 
 /* Sums leave the registers by way of shared memory, a part of it that is the warp's own, and reach memory in whole
@@ -523,14 +542,48 @@ __device__ __forceinline__ void attn_stash_slow(float *sums, int row, const floa
     __syncwarp();
 }
 
+/* Writes `count` rows that are this branch's alone, some at a time: with active blocks tiles are short, and a warp
+ * would wait for each. */
+template <class T, int DP>
+__device__ __forceinline__ void attn_write_alone(const attn_args &a, T *out, int columns, float *sums,
+                                                 const attn_row<float> *rows, int count)
+{
+    constexpr int EACH = 4, APART = 32 / (DP / 4);
+    const int column = threadIdx.x % (DP / 4) * 4;
+#pragma unroll 1
+    for (int row = threadIdx.x % 32 / (DP / 4); row < count && column < columns; row += EACH * APART) {
+        float4 x[EACH];
+        float own[EACH];
+        int64_t at[EACH];
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int i = min(row + e * APART, count - 1);
+            x[e] = *(const float4 *)attn_sum_at<DP>(sums, i, column);
+            own[e] = rows[i].own, at[e] = rows[i].at;
+        }
+#pragma unroll
+        for (int e = 0; e < EACH; e++)
+            if (row + e * APART < count)
+                *(attn_four<T> *)(out + at[e] * a.head_dim +
+                                  column) = {from_compute<T>(x[e].x * own[e]), from_compute<T>(x[e].y * own[e]),
+                                             from_compute<T>(x[e].z * own[e]), from_compute<T>(x[e].w * own[e])};
+    }
+    __syncwarp();
+}
+
 /* Writes `count` rows, columns from `first` on: the sums so far are added (factor `before`; 0: there are none) to `own`
  * times the row, which becomes the sums so far (attn_sums.cuh) or, if this branch is the row's last, rounded in `out`.
  */
-template <class T, int DP, class S>
-__device__ __forceinline__ void attn_write(const attn_args &a, void *out, S so_far, float *sums,
-                                           const attn_row<float> *rows, int count, int first = 0)
+template <class T, int DP, class A, class S>
+__device__ __forceinline__ void attn_write(const A &a, void *out, S so_far, float *sums, const attn_row<float> *rows,
+                                           int count, int first = 0)
 {
     const bool whole = a.head_dim % 4 == 0 && (uintptr_t)out % 16 == 0 && so_far.aligned();
+    if constexpr (attn_blocks_alone<A>)
+        if (whole && a.ranks == 1) {
+            attn_write_alone<T, DP>(a, (T *)out + first, a.head_dim - first, sums, rows, count);
+            return;
+        }
 #pragma unroll 1
     for (int c = threadIdx.x % 32; c < count * (DP / 4); c += 32) {
         const int row = c / (DP / 4), column = c % (DP / 4) * 4, left = a.head_dim - first - column;

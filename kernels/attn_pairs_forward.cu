@@ -2,6 +2,9 @@
  *
  * Steps are a power of two long, so that blocks are multiples of them, and with other options than blocks shorter where
  * registers are scarce. Tiles have 64 rows, by two warps, where no block has more.
+ *
+ * Blocks of 128 alone for D = 64, causal, time over density x dense: as they are 1.255; 32 keys a step, three blocks a
+ * multiprocessor 1.372; tiles of 64 rows with 64 keys and four blocks 1.280, with 32 keys and six 1.399.
  */
 #include "attn_forward.cuh"
 

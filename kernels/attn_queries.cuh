@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
                                                    pad);
         }
     };
-    attn_load<Tile, T, BM, DP, WARPS * 32>(sq, a, a.q, t, t.h, a.shift, t.first, t.end, false);
-    attn_load<Tile, T, BM, DP, WARPS * 32>(sg, a, a.g, t, t.h, a.shift, t.first, t.end, false);
+    attn_load_once<Tile, T, BM, DP, WARPS * 32>(sq, a, a.q, t, t.h, a.shift, t.first, t.end, false);
+    attn_load_once<Tile, T, BM, DP, WARPS * 32>(sg, a, a.g, t, t.h, a.shift, t.first, t.end, false);
     attn_walk<A, false> walk;
     walk.start();
     if (attn_wants_bias(a)) attn_wait<false>(a, t);

@@ -98,8 +98,8 @@ describe("options of single pairs on CUDA #gpu", function()
     P.seed(15)
     for trial = 1, 16 do
       local dtype, long = dtype_of(trial), trial % 2 == 0
-      local c = direct.fill { N = long and 20 or 7000, M = long and 7000 or 20, H = 2, Hk = 1,
-                              D = P.pick { 16, 80 }, segments = { 8000 }, dilations = { P.pick { 1, 3 } },
+      local c = direct.fill { N = long and 20 or 14000, M = long and 14000 or 20, H = 2, Hk = 1,
+                              D = P.pick { 16, 80 }, segments = { 16000 }, dilations = { P.pick { 1, 3 } },
                               offset = "mod", kernel = "portable" }
       local rows, columns, data = math.ceil(c.N / 16), math.ceil(c.M / 16), {}
       for i = 0, rows * columns - 1 do

@@ -12,15 +12,15 @@
 -- tenth and more. Where there is a matrix unit dense attention is faster by what attention.lua states, active
 -- blocks do not use the unit, and against that the target is missed.
 --
--- On CUDA both sides are the portable kernels' in bf16. An H200, one run, seven rounds in turns, forward and
--- backward, then causal, before in brackets: blocks of 128, D 64 1.28 and 1.16, 1.35 and 1.26 (1.45 and 1.45,
--- 1.51 and 1.56); D 128 1.19 and 1.26, 1.35 and 1.34 (1.65 and 1.63, 1.80 and 1.67); blocks of 64, D 64 1.33
--- and 1.19, 1.42 and 1.33 (2.8 and 2.7, 2.9 and 2.9); D 128 1.46 and 1.36, 1.66 and 1.48 (3.1 and 1.7, 3.2
--- and 1.7). By this file, D 64: 1.23 and 1.15, 1.31 and 1.26; blocks of 64 1.24 and 1.17, 1.36 and 1.32.
--- Steps as long as without options, and runs of blocks listed some hundred steps ahead, gave most of it. With
--- 16384 rows of 16 heads and half of the blocks a tile it is 1.3 to 1.7, by what a tile and a call cost
--- whatever they hold and the last tiles of a launch, of unequal length (not separated). Blocks of 32 pay for
--- tiles of 64 rows: 5.0 and 3.1.
+-- On CUDA both sides are the portable kernels' in bf16. An H200, one run, seven rounds in turns, blocks of
+-- 128, forward and backward, then causal, before in brackets: D 64 1.19 and 1.12, 1.26 and 1.20 (1.23 and
+-- 1.14, 1.31 and 1.25); D 128 1.15 and 1.21, 1.26 and 1.25 (1.18 and 1.24, 1.31 and 1.31). With all blocks
+-- active it is 0.98 to 1.11; the rest is what a tile costs before its first step and behind its last, which
+-- was shortened (a model of the multiprocessors with 14 us of that for a tile gives what was before), and the
+-- last tiles of a launch. Not measured since: blocks of 64, D 64 1.33 and 1.19, 1.42 and 1.33; D 128 1.46 and
+-- 1.36, 1.66 and 1.48; with 16384 rows of 16 heads and half of the blocks a tile 1.3 to 1.7; blocks of 32,
+-- which pay for tiles of 64 rows, 5.0 and 3.1. Before runs of blocks were listed some hundred steps ahead:
+-- blocks of 128 1.45 to 1.8, of 64 1.7 to 3.2.
 
 local lac = require "lacuna"
 local masks = require "lacuna.attention.masks"
