@@ -4,7 +4,8 @@
  * What it takes: loads of 16 bytes of which a thread has four or more on the way, types known when compiled, and few
  * partial results, because a tensor of 50 MB is read in 12 us and a second kernel costs two. Rows: a warp adds four
  * rows at a time. Columns: a lane has the columns of one vector, a block of 16 warps takes a run of rows, and a second
- * kernel adds the blocks' shares. All: the last block to finish adds the others' shares, in order.
+ * kernel adds the blocks' shares. All: the last block to finish adds the others' shares, in order. (Columns too, of
+ * narrow groups: 5% faster for 768 columns of bf16, 4% slower for wider ones and f32.)
  *
  * Sums are in double, as in reduce.cu; up to eight numbers of a half type, whose sum fits a float but for rounding far
  * below the result's, are added in float first. No atomics but the ticket of the last block: same shape, same bits.
@@ -76,12 +77,13 @@ template <int DTYPE> __global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_co
     bool inside = column < j.outputs;
     const char *x = j.x + column * (16 / N);
     double s[N] = {};
-    int64_t r = begin + warp;
-    for (; inside && r + (FLIGHT - 1) * COLUMN_WARPS < end; r += FLIGHT * COLUMN_WARPS) {
+    /* the last rows like the others, with zeros past the end: alone, each would wait for memory once more */
+    for (int64_t r = begin + warp; inside && r < end; r += FLIGHT * COLUMN_WARPS) {
         uint4 raw[FLIGHT];
         float v[FLIGHT][8];
 #pragma unroll
-        for (int u = 0; u < FLIGHT; u++) raw[u] = *(const uint4 *)(x + (r + u * COLUMN_WARPS) * j.step);
+        for (int u = 0; u < FLIGHT; u++)
+            raw[u] = r + u * COLUMN_WARPS < end ? *(const uint4 *)(x + (r + u * COLUMN_WARPS) * j.step) : uint4{};
 #pragma unroll
         for (int u = 0; u < FLIGHT; u++) unpack(DTYPE, raw[u], v[u]);
 #pragma unroll
@@ -89,12 +91,6 @@ template <int DTYPE> __global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_co
             if (DTYPE == LAC_F32) s[i] += ((double)v[0][i] + (double)v[1][i]) + ((double)v[2][i] + (double)v[3][i]);
             else s[i] += (double)((v[0][i] + v[1][i]) + (v[2][i] + v[3][i]));
         }
-    }
-    for (; inside && r < end; r += COLUMN_WARPS) {
-        float v[8];
-        unpack(DTYPE, *(const uint4 *)(x + r * j.step), v);
-#pragma unroll
-        for (int i = 0; i < N; i++) s[i] += (double)v[i];
     }
 #pragma unroll
     for (int half = COLUMN_WARPS / 2; half; half /= 2) {
@@ -121,10 +117,16 @@ __global__ void __launch_bounds__(SHARE_THREADS) add_shares(sum_job j, const dou
     __shared__ double space[SHARE_THREADS / LANES][LANES];
     int lane = threadIdx.x % LANES, deep = threadIdx.x / LANES;
     int64_t column = (int64_t)blockIdx.x * LANES + lane;
+    constexpr int DEEP = SHARE_THREADS / LANES, FLIGHT = 4;
     double s = 0;
-#pragma unroll 4
-    for (int64_t p = deep; p < parts; p += SHARE_THREADS / LANES)
-        if (column < j.outputs) s += shares[p * j.outputs + column];
+    for (int64_t p = deep; p < parts; p += FLIGHT * DEEP) {
+        double v[FLIGHT];
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++)
+            v[u] = p + u * DEEP < parts && column < j.outputs ? shares[(p + u * DEEP) * j.outputs + column] : 0;
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) s += v[u];
+    }
     space[deep][lane] = s;
     __syncthreads();
     if (deep || column >= j.outputs) return;
@@ -146,14 +148,13 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS) sum_all(sum_job 
     int64_t vectors = j.count / N, step = (int64_t)gridDim.x * THREADS, i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     const uint4 *x = (const uint4 *)j.x;
     double s = 0;
-    for (; i + (FLIGHT - 1) * step < vectors; i += FLIGHT * step) {
+    for (; i < vectors; i += FLIGHT * step) { /* as above */
         uint4 raw[FLIGHT];
 #pragma unroll
-        for (int u = 0; u < FLIGHT; u++) raw[u] = x[i + u * step];
+        for (int u = 0; u < FLIGHT; u++) raw[u] = i + u * step < vectors ? x[i + u * step] : uint4{};
 #pragma unroll
         for (int u = 0; u < FLIGHT; u++) s += add_up<DTYPE>(raw[u]);
     }
-    for (; i < vectors; i += step) s += add_up<DTYPE>(x[i]);
     s = block_sum(s, space);
     if (threadIdx.x == 0) {
         shares[blockIdx.x] = s;
