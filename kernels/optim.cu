@@ -88,28 +88,41 @@ __device__ __forceinline__ void update_chunk(const optim_args &a, const optim_it
     T *p = (T *)item.p;
     const T *g = (const T *)item.g;
     C *m = (C *)item.m, *v = (C *)item.v, *master = (C *)item.master;
+    const void *streams[] = {p, g, m, v, master};
+#pragma unroll
+    for (const void *s : streams) __builtin_assume(__isGlobal(s)); /* a pointer that was read may be of any memory */
     int64_t begin = chunk * CHUNK, end = begin + CHUNK < item.n ? begin + CHUNK : item.n, rest = begin;
     if (aligned_four<T>(p) && aligned_four<T>(g) && aligned_four<C>(m) && aligned_four<C>(v) &&
         aligned_four<C>(master)) {
+        constexpr int FLIGHT = sizeof(T) < 8 ? 2 : 1, STEP = 4 * THREADS;
         rest = begin + (end - begin) / 4 * 4;
-#pragma unroll 2
-        for (int64_t i = begin + 4 * threadIdx.x; i < rest; i += 4 * THREADS) {
-            four<C> value = four_at<C>(master, i), mi = four_at<C>(m, i), vi = four_at<C>(v, i);
-            four<T> gi = four_at<T>(g, i), pi;
-            if (!master) {
-                pi = four_at<T>(p, i);
+        /* all loads before the first store, which the compiler must take for one of what is loaded next */
+        for (int64_t first = begin + 4 * threadIdx.x; first < rest; first += FLIGHT * STEP) {
+            four<C> value[FLIGHT], mi[FLIGHT], vi[FLIGHT];
+            four<T> gi[FLIGHT], pi[FLIGHT];
 #pragma unroll
-                for (int k = 0; k < 4; k++) value.at[k] = to_compute(pi.at[k]);
+            for (int u = 0; u < FLIGHT; u++) {
+                int64_t i = first + u * STEP;
+                if (i >= rest) break;
+                value[u] = four_at<C>(master, i), mi[u] = four_at<C>(m, i), vi[u] = four_at<C>(v, i);
+                gi[u] = four_at<T>(g, i);
+                if (!master) pi[u] = four_at<T>(p, i);
             }
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                update(a, item, (C)to_compute(gi.at[k]), value.at[k], mi.at[k], vi.at[k]);
-                pi.at[k] = from_compute<T>(value.at[k]);
+            for (int u = 0; u < FLIGHT; u++) {
+                int64_t i = first + u * STEP;
+                if (i >= rest) break;
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (!master) value[u].at[k] = to_compute(pi[u].at[k]);
+                    update(a, item, (C)to_compute(gi[u].at[k]), value[u].at[k], mi[u].at[k], vi[u].at[k]);
+                    pi[u].at[k] = from_compute<T>(value[u].at[k]);
+                }
+                if (m) *(four<C> *)(m + i) = mi[u];
+                if (v) *(four<C> *)(v + i) = vi[u];
+                if (master) *(four<C> *)(master + i) = value[u];
+                *(four<T> *)(p + i) = pi[u];
             }
-            if (m) *(four<C> *)(m + i) = mi;
-            if (v) *(four<C> *)(v + i) = vi;
-            if (master) *(four<C> *)(master + i) = value;
-            *(four<T> *)(p + i) = pi;
         }
     }
     for (int64_t i = rest + threadIdx.x; i < end; i += THREADS) {
