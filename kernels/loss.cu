@@ -17,7 +17,7 @@
 #include "rows.cuh"
 #include "short.cuh"
 
-enum { LOSS_THREADS = 512, CHUNK_ELEMENTS = 1 << 27 };
+enum { LOSS_THREADS = 512, DENSE_THREADS = 256, CHUNK_ELEMENTS = 1 << 27 };
 
 static int64_t numel(const lac_view *v)
 {
@@ -157,19 +157,21 @@ __global__ void __launch_bounds__(LOSS_THREADS)
 
 /* ---- the same for dense rows and classes as targets, without smoothing ---- */
 
-enum { LOSS_GROUP = 8 }; /* neighbours that a thread takes at once */
-template <class T> struct loss_group {
+enum { LOSS_GROUP = 8 }; /* n is a multiple */
+/* G neighbours that a thread takes at once: 16 bytes of the narrower side, because half of a sector of 32 bytes that is
+ * written alone costs as much as the whole */
+template <class T, int G> struct loss_group {
     enum { N = 16 / sizeof(T) };
-    row_access<T, N> part[LOSS_GROUP / N];
-    __device__ __forceinline__ void get(float (&v)[LOSS_GROUP]) const
+    row_access<T, N> part[G / N];
+    __device__ __forceinline__ void get(float (&v)[G]) const
     {
 #pragma unroll
-        for (int p = 0; p < LOSS_GROUP / N; p++) row_unpack<T, N>(part[p], *(float(*)[N])(v + p * N));
+        for (int p = 0; p < G / N; p++) row_unpack<T, N>(part[p], *(float(*)[N])(v + p * N));
     }
-    __device__ __forceinline__ void put(const float (&v)[LOSS_GROUP])
+    __device__ __forceinline__ void put(const float (&v)[G])
     {
 #pragma unroll
-        for (int p = 0; p < LOSS_GROUP / N; p++) part[p] = row_pack<T, N>(*(const float(*)[N])(v + p * N));
+        for (int p = 0; p < G / N; p++) part[p] = row_pack<T, N>(*(const float(*)[N])(v + p * N));
     }
 };
 
@@ -180,53 +182,109 @@ template <class T> static __device__ __forceinline__ float loss_exp(float x)
     else return short_exp(x);
 }
 
+/* the larger of two pairs of half numbers, or of two floats; of NaN and a number, the number */
+template <class T> static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b)
+{
+    if constexpr (std::is_same_v<T, float>) {
+        return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+    } else {
+        typedef std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2> pair;
+        pair most = __hmax2(*(const pair *)&a, *(const pair *)&b);
+        return *(const uint32_t *)&most;
+    }
+}
+/* of all of COUNT groups */
+template <class T, int COUNT, int G> static __device__ __forceinline__ float largest(const loss_group<T, G> *raw)
+{
+    uint32_t top = raw[0].part[0].word.x;
+#pragma unroll
+    for (int u = 0; u < COUNT; u++)
+#pragma unroll
+        for (const auto &p : raw[u].part) {
+            const uint32_t word[4] = {p.word.x, p.word.y, p.word.z, p.word.w};
+#pragma unroll
+            for (uint32_t w : word) top = larger<T>(top, w);
+        }
+    if constexpr (std::is_same_v<T, float>) {
+        return __uint_as_float(top);
+    } else {
+        float pair[2];
+        const uint32_t both = top;
+        if constexpr (std::is_same_v<T, bf16>)
+            pair[0] = __uint_as_float(both << 16), pair[1] = __uint_as_float(both & 0xffff0000u);
+        else pair[0] = __low2float(*(const __half2 *)&both), pair[1] = __high2float(*(const __half2 *)&both);
+        return fmaxf(pair[0], pair[1]);
+    }
+}
+
 /* The log-sum-exp of what one thread reads: sum times e^most. Of half types both are to the base 2, and `most` the
  * rounded product that is subtracted, so that it takes no accuracy from the result however large it is. */
 template <class T> struct running_sum {
     static constexpr bool HALF = sizeof(T) == 2;
+    enum { G = 16 / sizeof(T) };
     float most = -INFINITY;
     double sum = 0;
     static __device__ __forceinline__ float power(float x) { return HALF ? short_exp2(x) : expf(x); }
-    template <int FLIGHT> __device__ __forceinline__ void add(const loss_group<T> (&raw)[FLIGHT])
+    template <int COUNT> __device__ __forceinline__ void add(const loss_group<T, G> *raw)
     {
-        float v[FLIGHT][LOSS_GROUP], top = -INFINITY, part = 0;
-#pragma unroll
-        for (int u = 0; u < FLIGHT; u++) {
-            raw[u].get(v[u]);
-#pragma unroll
-            for (int i = 0; i < LOSS_GROUP; i++) top = fmaxf(top, v[u][i]);
-        }
+        float top = largest<T, COUNT>(raw), part = 0;
         top = fmaxf(most, HALF ? top * LOG2_E : top);
         float shift = top > -INFINITY ? top : 0;
         if (top > most) sum *= (double)power(most - shift);
         most = top;
 #pragma unroll
-        for (int u = 0; u < FLIGHT; u++)
+        for (int u = 0; u < COUNT; u++) {
+            float v[G];
+            raw[u].get(v);
 #pragma unroll
-            for (int i = 0; i < LOSS_GROUP; i++) part += power(HALF ? fmaf(v[u][i], LOG2_E, -shift) : v[u][i] - shift);
+            for (int i = 0; i < G; i++) part += power(HALF ? fmaf(v[i], LOG2_E, -shift) : v[i] - shift);
+        }
         sum += (double)part;
     }
 };
 
+/* FLIGHT groups of a row from number c on, STEP apart; those past its end are left out */
+template <int STEP, class T, int G, int FLIGHT>
+static __device__ __forceinline__ void load_groups(const loss_group<T, G> *x, int c, int groups,
+                                                   loss_group<T, G> (&raw)[FLIGHT])
+{
+#pragma unroll
+    for (int u = 0; u < FLIGHT; u++)
+        if (c + u * STEP < groups) raw[u] = x[c + u * STEP];
+}
+
+/* A thread's next groups, at last those of the block's next row, are on their way while it adds, and while the block
+ * adds up. */
 template <class T>
-__global__ void __launch_bounds__(LOSS_THREADS, 2)
+__global__ void __launch_bounds__(DENSE_THREADS, 4)
     loss_dense(loss_rows<T> a, loss_target<float> t, lac_cuda_reporter bad)
 {
     previous_done();
-    constexpr int FLIGHT = sizeof(T) == 2 ? 4 : 2;
-    __shared__ float space[LOSS_THREADS / 32];
-    __shared__ double wide_space[LOSS_THREADS / 32];
+    constexpr int G = running_sum<T>::G, FLIGHT = 4;
+    __shared__ float space[DENSE_THREADS / 32];
+    __shared__ double wide_space[DENSE_THREADS / 32];
+    int groups = (int)(a.n / G);
+    loss_group<T, G> raw[FLIGHT], next[FLIGHT];
+    auto row_at = [&](int64_t r) { return (const loss_group<T, G> *)(a.logits + r * a.row_stride); };
+    if (blockIdx.x < a.rows) load_groups<DENSE_THREADS>(row_at(blockIdx.x), threadIdx.x, groups, raw);
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
-        const loss_group<T> *x = (const loss_group<T> *)(a.logits + r * a.row_stride);
-        int groups = (int)(a.n / LOSS_GROUP), c = threadIdx.x;
+        const loss_group<T, G> *x = row_at(r);
         running_sum<T> mine;
-        for (; c + (FLIGHT - 1) * LOSS_THREADS < groups; c += FLIGHT * LOSS_THREADS) {
-            loss_group<T> raw[FLIGHT];
+        for (int c = threadIdx.x; c < groups; c += FLIGHT * DENSE_THREADS) {
+            int then = c + FLIGHT * DENSE_THREADS;
+            if (then < groups) load_groups<DENSE_THREADS>(x, then, groups, next);
+            else if (r + gridDim.x < a.rows)
+                load_groups<DENSE_THREADS>(row_at(r + gridDim.x), threadIdx.x, groups, next);
+            if (c + (FLIGHT - 1) * DENSE_THREADS < groups) {
+                mine.template add<FLIGHT>(raw);
+            } else {
 #pragma unroll
-            for (int u = 0; u < FLIGHT; u++) raw[u] = x[c + u * LOSS_THREADS];
-            mine.add(raw);
+                for (int u = 0; u < FLIGHT; u++)
+                    if (c + u * DENSE_THREADS < groups) mine.template add<1>(raw + u);
+            }
+#pragma unroll
+            for (int u = 0; u < FLIGHT; u++) raw[u] = next[u];
         }
-        for (; c < groups; c += LOSS_THREADS) mine.add({x[c]});
         float all = block_max(mine.most, space);
         double sum = mine.most < all ? mine.sum * (double)mine.power(mine.most - all) : mine.sum;
         sum = block_sum(sum, wide_space);
@@ -246,31 +304,29 @@ __global__ void __launch_bounds__(LOSS_THREADS)
     gradient_dense(loss_rows<T> a, loss_target<float> t, U *y, lac_cuda_reporter bad)
 {
     previous_done();
-    constexpr int FLIGHT = 2;
+    constexpr int G = 16 / sizeof(U), FLIGHT = sizeof(U) == 4 ? 4 : 2;
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
-        const loss_group<T> *x = (const loss_group<T> *)(a.logits + r * a.row_stride);
-        loss_group<U> *out = (loss_group<U> *)(y + r * a.y_stride);
+        const loss_group<T, G> *x = (const loss_group<T, G> *)(a.logits + r * a.row_stride);
+        loss_group<U, G> *out = (loss_group<U, G> *)(y + r * a.y_stride);
         int64_t row = a.first + r, k = t.at(row);
         bool outside = k < 0 || k >= a.n, dead = k == t.ignore || outside;
         if (outside && k != t.ignore && threadIdx.x == 0) bad.report(row, k);
         float lse = a.lse[row], scale = dead ? 0 : a.g[row * a.g_stride] * (t.weight ? t.weight[k] : 1);
-        int groups = (int)(a.n / LOSS_GROUP), hit = dead ? -1 : (int)(k / LOSS_GROUP), at = (int)(k % LOSS_GROUP);
+        int groups = (int)(a.n / G), hit = dead ? -1 : (int)(k / G), at = (int)(k % G);
         for (int first = 0; first < groups; first += FLIGHT * LOSS_THREADS) {
             int c = first + (int)threadIdx.x;
-            loss_group<T> raw[FLIGHT];
-#pragma unroll
-            for (int u = 0; u < FLIGHT; u++)
-                if (c + u * LOSS_THREADS < groups) raw[u] = x[c + u * LOSS_THREADS];
+            loss_group<T, G> raw[FLIGHT];
+            load_groups<LOSS_THREADS>(x, c, groups, raw);
             if (sizeof(U) < sizeof(T)) __syncthreads(); /* as above */
 #pragma unroll
             for (int u = 0; u < FLIGHT; u++) {
                 int group = c + u * LOSS_THREADS;
-                float v[LOSS_GROUP];
-                loss_group<U> result;
+                float v[G];
+                loss_group<U, G> result;
                 if (group >= groups) break;
                 raw[u].get(v);
 #pragma unroll
-                for (int i = 0; i < LOSS_GROUP; i++) {
+                for (int i = 0; i < G; i++) {
                     v[i] = loss_exp<U>(v[i] - lse);
                     if (group == hit && i == at) v[i] -= 1;
                     v[i] = dead ? 0 : v[i] * scale;
@@ -297,7 +353,7 @@ static int run_loss(const char *op, const loss_rows<T> &r, const loss_target<com
     unsigned blocks = row_blocks_of(r.rows);
     if constexpr (sizeof(T) < 8)
         if (loss_is_dense(r, t)) {
-            launch(loss_dense<T>, blocks, LOSS_THREADS, 0, r, t, bad);
+            launch(loss_dense<T>, blocks_filling(r.rows, 1, 4), DENSE_THREADS, 0, r, t, bad);
             return lac_cuda_launched(op);
         }
     launch(loss_kernel<T, S>, blocks, LOSS_THREADS, 0, r, t, bad);
