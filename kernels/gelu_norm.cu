@@ -52,32 +52,28 @@ __global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(forward_regi
 
 /* dx of the norm is rounded, then goes through gelu's derivative */
 template <class T> struct gelu_norm_back {
-    template <class U, int KEEP> static constexpr int registers = KEEP;
+    enum { STREAMS = 2 };
     const T *x, *g;
     T *dx;
     int64_t n;
-    __device__ const T *x_at(int64_t r) const { return x + r * n; }
-    __device__ const T *g_at(int64_t r) const { return g + r * n; }
-    template <int ROW, int N, int KEEP> struct state {
-        float slope[KEEP];
-        /* v becomes gelu of itself */
-        __device__ __forceinline__ state(const gelu_norm_back &p, int64_t, row<T, ROW, N, KEEP> &v)
+    __device__ __forceinline__ int64_t step(int) const { return n; }
+    __device__ __forceinline__ const T *row(int stream, int64_t r) const { return (stream ? g : x) + r * n; }
+    template <int N, int KEEP, int ROWS> struct state {
+        float slope[ROWS][KEEP];
+        /* x becomes gelu of itself */
+        __device__ __forceinline__ void before(float (&e)[N], int u, int k)
         {
 #pragma unroll
-            for (int k = 0; k < KEEP; k += N) {
-                float e[N];
-                row_unpack<T, N>(v.kept[k / N], e);
-#pragma unroll
-                for (int i = 0; i < N; i++) e[i] = gelu_of<T>(e[i], &slope[k + i]);
-                v.kept[k / N] = row_pack<T, N>(e);
-            }
+            for (int i = 0; i < N; i++) e[i] = gelu_of<T>(e[i], &slope[u][k + i]);
+            row_unpack<T, N>(row_pack<T, N>(e), e);
         }
-        __device__ __forceinline__ void store(const gelu_norm_back &p, int64_t at, int k, float (&e)[N]) const
+        __device__ __forceinline__ void after(const gelu_norm_back &, T *dx, int u, int k, float (&e)[N],
+                                              const row_access<T, N> *) const
         {
             row_unpack<T, N>(row_pack<T, N>(e), e);
 #pragma unroll
-            for (int i = 0; i < N; i++) e[i] *= slope[k + i];
-            *(row_access<T, N> *)(p.dx + at) = row_pack<T, N>(e);
+            for (int i = 0; i < N; i++) e[i] *= slope[u][k + i];
+            row_store(dx, row_pack<T, N>(e));
         }
     };
 };

@@ -4,7 +4,7 @@
  * last gives each thread one line and neighbouring threads neighbouring lines, in two passes (maximum and sum together,
  * rescaling as the maximum grows).
  * layernorm centres before it squares, as on the CPU: the sum of squares loses everything when the mean is large. Its
- * backward is norm_bwd.cuh's where registers hold the rows. rmsnorm is layernorm with a mean of 0.
+ * backward is norm_bwd.cuh's where rows are dense and fit a block. rmsnorm is layernorm with a mean of 0.
  */
 #include "norm_bwd.cuh"
 
@@ -337,19 +337,20 @@ __global__ void __launch_bounds__(row_threads<ROW>)
     }
 }
 
-/* rows that registers hold: dx and the parameters' gradients in one pass */
+/* rows that fit a block and are equally far apart: dx and the parameters' gradients in one pass */
 template <class T> struct layernorm_back {
-    template <class U, int KEEP> static constexpr int registers = 0;
-    view_walk x_rows, g_rows;
+    enum { STREAMS = 2 };
     const T *x, *g;
+    int64_t x_step, g_step;
     T *dx;
-    __device__ const T *x_at(int64_t r) const { return x + x_rows.offset(r); }
-    __device__ const T *g_at(int64_t r) const { return g + g_rows.offset(r); }
-    template <int ROW, int N, int KEEP> struct state {
-        __device__ __forceinline__ state(const layernorm_back &, int64_t, row<T, ROW, N, KEEP> &) {}
-        __device__ __forceinline__ void store(const layernorm_back &p, int64_t at, int, float (&e)[N]) const
+    __device__ __forceinline__ int64_t step(int stream) const { return stream ? g_step : x_step; }
+    __device__ __forceinline__ const T *row(int stream, int64_t r) const { return (stream ? g : x) + r * step(stream); }
+    template <int N, int KEEP, int ROWS> struct state {
+        __device__ __forceinline__ void before(float (&)[N], int, int) {}
+        __device__ __forceinline__ void after(const layernorm_back &, T *dx, int, int, float (&e)[N],
+                                              const row_access<T, N> *) const
         {
-            *(row_access<T, N> *)(p.dx + at) = row_pack<T, N>(e);
+            row_store(dx, row_pack<T, N>(e));
         }
     };
 };
@@ -396,13 +397,13 @@ static int norm_bwd_run(const char *op, const lac_a_layernorm_bwd *a)
         constexpr int64_t V = 16 / sizeof(T);
         bool dense =
             rows_dense(&a->x, V) && rows_dense(&a->g, V) && rows_dense(&a->dx, V) && parameters_dense(&a->gamma);
-        bool keep = dense && sizeof(T) < 8 && n % V == 0 && n <= ROW_KEPT;
+        bool keep = dense && sizeof(T) < 8 && n % V == 0 && n <= ROW_KEPT && j.x.ndim <= 1 && j.g.ndim <= 1;
         const T *x = (const T *)a->x.data, *g = (const T *)a->g.data, *gamma = (const T *)a->gamma.data;
         const C *mean = (const C *)a->mean.data, *rstd = (const C *)a->rstd.data;
         if constexpr (sizeof(T) < 8)
             if (keep) {
                 norm_grad<T> norm = {j.rows, n, gamma, mean, rstd, NULL};
-                layernorm_back<T> back = {j.x, j.g, x, g, (T *)a->dx.data};
+                layernorm_back<T> back = {x, g, j.x.stride[0], j.g.stride[0], (T *)a->dx.data};
                 return norm_bwd_run<T>(op, norm, back, &a->dgamma, &a->dbeta);
             }
         int64_t parts = !shares ? 0 : j.rows < 64 ? (j.rows ? j.rows : 1) : 64;

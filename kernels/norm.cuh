@@ -64,10 +64,15 @@ __global__ void __launch_bounds__(COMBINE)
     const compute_t<T> *from = share + (blockIdx.y ? n : 0);
     T *out = blockIdx.y ? dbeta : dgamma;
     if (!out) return;
+    constexpr int DEEP = COMBINE / 32, FLIGHT = 5; /* all at once if every multiprocessor of 160 had a block */
     double s = 0;
-#pragma unroll 8
-    for (int64_t p = ty; p < parts; p += COMBINE / 32)
-        if (i < n) s += (double)from[p * 2 * n + i];
+    for (int64_t p = ty; p < parts; p += FLIGHT * DEEP) {
+        compute_t<T> v[FLIGHT];
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) v[u] = p + u * DEEP < parts && i < n ? from[(p + u * DEEP) * 2 * n + i] : 0;
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) s += (double)v[u];
+    }
     space[ty][tx] = s;
     __syncthreads();
     if (ty || i >= n) return;

@@ -1,22 +1,27 @@
-/* norm_bwd.cuh: the backward of a layer norm over rows that registers hold, and of what is fused with it (norm.cu,
+/* norm_bwd.cuh: the backward of a layer norm over rows that fit a block, and of what is fused with it (norm.cu,
  * residual.cu, gelu_norm.cu).
  *
- * dx = s (p - mean(p) - z mean(p z)) with p = g gamma and z = (x - m) s: two sums along a row, and two along a column,
- * those of dgamma and dbeta. A block keeps its columns' sums in shared memory, where a thread alone reads and writes
- * what is its own, 16 bytes at a time and without a barrier; the blocks' shares are added in order by a second kernel
- * (norm.cuh). No atomics. Kept in registers, two for each element of a thread, the sums left a multiprocessor 12 warps,
- * which hide neither memory nor each other's arithmetic: half of a copy's bandwidth. A barrier concerns the threads of
- * one row only, and one a row is enough: the sums' places take turns.
+ * dx = s (q - mean(q) - z mean(q z)) with q = g gamma and z = (x - m) s: two sums along a row, and two along a column,
+ * those of dgamma and dbeta. A thread has the same 8 columns of every row that its team takes (16 of rows longer than
+ * 4,096), so that the columns' sums stay in registers; the blocks' shares are added in order by a second kernel
+ * (norm.cuh). No atomics.
  *
- * What is fused is a policy P: where a row's x and g are, what becomes of x before the norm, and of dx behind it. Which
- * products and sums are one instruction is written out, so that dx has the same bits whatever P is.
+ * Registers could not also hold what hides the latency of memory. So rows come by cp.async, a step ahead; each thread
+ * fetches what it will read itself, which takes no barrier. A step is 32 bytes of a tensor for each thread, two rows of
+ * a half type, whose four sums are added up across lanes in six exchanges instead of twenty. One block fills a
+ * multiprocessor: the fewer blocks, the fewer shares there are to add, which nothing hides.
+ * Rejected: threads with 24 elements of a row, whose columns' sums lay in shared memory and were read, added to and
+ * written there for every row: 68% of a copy's bandwidth at 32768 x 768 in bf16. Two blocks a multiprocessor: 3% to 5%
+ * slower. Two steps ahead: no faster.
+ *
+ * What is fused is a policy P: where a row's streams are (x, g and more), what becomes of x before the norm, and of dx
+ * behind it. Which products and sums are one instruction is written out, so that dx has the same bits whatever P is.
  */
 #ifndef LAC_CUDA_NORM_BWD_CUH
 #define LAC_CUDA_NORM_BWD_CUH
 #include "norm.cuh"
 
-/* threads of a block, which has one or several rows of ROW threads */
-template <int ROW> inline constexpr int back_threads = ROW == 96 ? 288 : 256;
+enum { BACK_STAGES = 2, BACK_MOST = 768, BACK_TEAM = 512 /* threads of a row at most */ };
 
 template <class T> struct norm_grad {
     int64_t rows, n;
@@ -25,172 +30,227 @@ template <class T> struct norm_grad {
     float *share;             /* [block][2][n], or NULL */
 };
 
-/* registers of a thread: x and g as they are stored, what P keeps, and the rest */
+/* rows of a step */
+template <class T, int KEEP>
+inline constexpr int back_rows = KEEP *(int)sizeof(T) < 32 ? 32 / (KEEP * (int)sizeof(T)) : 1;
+/* threads of a block: all that a multiprocessor holds, with 80 registers each, or 128 */
+template <int KEEP> inline constexpr int back_most = KEEP > 8 ? (int)BACK_TEAM : (int)BACK_MOST;
+
+/* sums of COUNT numbers, 2 or 4, over a row's threads; lanes share the numbers as they add. `space`: COUNT x warps of
+ * this row */
+template <int COUNT>
+static __device__ __forceinline__ void team_sums(float (&v)[COUNT], float *space, int threads, int team)
+{
+    const unsigned all = 0xffffffffu;
+    int lane = threadIdx.x % 32, warp = (threadIdx.x - team * threads) / 32, warps = threads / 32;
+    bool high = lane & 16, odd = lane & 8;
+    float x;
+    if constexpr (COUNT == 4) {
+        float a = (high ? v[2] : v[0]) + __shfl_xor_sync(all, high ? v[0] : v[2], 16);
+        float b = (high ? v[3] : v[1]) + __shfl_xor_sync(all, high ? v[1] : v[3], 16);
+        x = (odd ? b : a) + __shfl_xor_sync(all, odd ? a : b, 8);
+    } else {
+        x = (high ? v[1] : v[0]) + __shfl_xor_sync(all, high ? v[0] : v[1], 16);
+        x += __shfl_xor_sync(all, x, 8);
+    }
+#pragma unroll
+    for (int o = 4; o; o >>= 1) x += __shfl_xor_sync(all, x, o);
+    if (lane % (32 / COUNT) == 0) space[warp * COUNT + lane / (32 / COUNT)] = x;
+    if (warps == 1) __syncwarp();
+    else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(threads) : "memory");
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) v[i] = space[i];
+    for (int w = 1; w < warps; w++)
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) v[i] += space[w * COUNT + i];
+}
+
+static __device__ __forceinline__ void fetch16(uint32_t to, const void *from, bool valid)
+{
+    int bytes = valid ? 16 : 0; /* the rest is filled with zeros */
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+/* waits until all but the last `stages` - 1 steps that this thread asked for are there */
+static __device__ __forceinline__ void fetched(int stages)
+{
+    if (stages == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
+    else asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
+
+/* the sums of the columns of a block's teams, KEEP of dgamma and then of dbeta for each thread, to share[2][n] */
+template <int N, int KEEP>
+static __device__ __forceinline__ void store_columns(const float (&sums)[2 * KEEP], float *share, int n, int threads,
+                                                     float4 *space)
+{
+    int team = threadIdx.x / threads, lane = threadIdx.x % threads, teams = blockDim.x / threads;
+#pragma unroll
+    for (int i = 0; i < KEEP / 2; i++)
+        space[i * blockDim.x + threadIdx.x] =
+            make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+    __syncthreads();
+    for (int i = team; i < KEEP / 2; i += teams) {
+        int k = i % (KEEP / 4) * 4, first = (k / N * threads + lane) * N + k % N;
+        if (first >= n) continue;
+        float4 sum = space[i * blockDim.x + lane];
+        for (int t = 1; t < teams; t++) {
+            float4 a = space[i * blockDim.x + t * threads + lane];
+            sum.x += a.x, sum.y += a.y, sum.z += a.z, sum.w += a.w;
+        }
+        store_words(share + (i < KEEP / 4 ? 0 : n) + first, __float_as_uint(sum.x), __float_as_uint(sum.y),
+                    __float_as_uint(sum.z), __float_as_uint(sum.w));
+    }
+}
+
+/* A team of `threads` takes a run of rows; the teams of a block are neighbours. */
 template <class T, int KEEP, class P>
-inline constexpr int back_registers = 2 * KEEP *(int)sizeof(T) / 4 + P::template registers<T, KEEP> + 48;
-template <int ROW, int KEEP> inline constexpr int back_shared = 2 * KEEP *back_threads<ROW> *(int)sizeof(float);
-template <class T, int ROW, int KEEP, class P> constexpr int back_blocks()
-{
-    int by_registers = 65536 / (back_threads<ROW> * back_registers<T, KEEP, P>),
-        by_shared = (224 << 10) / back_shared<ROW, KEEP>;
-    int blocks = by_registers < by_shared ? by_registers : by_shared;
-    return blocks < 1 ? 1 : blocks > 8 ? 8 : blocks;
-}
-
-/* sums of two over a row's threads; `space`: 2 x 2 x warps of a row, of this row of threads alone */
-template <int ROW> static __device__ __forceinline__ void team_sums(float *x, float *y, float *space, int turn)
-{
-    *x = warp_sum(*x);
-    *y = warp_sum(*y);
-    if constexpr (ROW > 32) {
-        constexpr int WARPS = ROW / 32;
-        float *at = space + turn * 2 * WARPS;
-        int warp = threadIdx.x % ROW / 32;
-        if (threadIdx.x % 32 == 0) at[warp] = *x, at[WARPS + warp] = *y;
-        asm volatile("bar.sync %0, %1;" ::"r"((int)threadIdx.x / ROW + 1), "n"(ROW) : "memory");
-        *x = at[0];
-        *y = at[WARPS];
-#pragma unroll
-        for (int w = 1; w < WARPS; w++) *x += at[w], *y += at[WARPS + w];
-    }
-}
-
-/* the sums of a thread's columns: dgamma's KEEP, then dbeta's, four at a time */
-template <int ROW, int N, int KEEP> struct column_sums {
-    enum { BACK = back_threads<ROW> };
-    float4 (*cell)[BACK];
-    __device__ __forceinline__ column_sums(void *space) : cell((float4(*)[BACK])space)
-    {
-#pragma unroll
-        for (int i = 0; i < KEEP / 2; i++) cell[i][threadIdx.x] = make_float4(0, 0, 0, 0);
-    }
-    __device__ __forceinline__ void add(int k, const float (&d)[N], const float (&z)[N]) const
-    {
-#pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            float4 *gamma = &cell[(k + i) / 4][threadIdx.x], *beta = &cell[(KEEP + k + i) / 4][threadIdx.x];
-            float4 a = *gamma, b = *beta;
-            a.x += d[i] * z[i], a.y += d[i + 1] * z[i + 1], a.z += d[i + 2] * z[i + 2], a.w += d[i + 3] * z[i + 3];
-            b.x += d[i], b.y += d[i + 1], b.z += d[i + 2], b.w += d[i + 3];
-            *gamma = a;
-            *beta = b;
-        }
-    }
-    /* to share[2][n]: every row of threads writes some of what all have of the same columns */
-    __device__ __forceinline__ void store(float *share, int n) const
-    {
-        constexpr int TEAMS = BACK / ROW;
-        int team = threadIdx.x / ROW, lane = threadIdx.x % ROW;
-        __syncthreads();
-        for (int i = team; i < KEEP / 2; i += TEAMS) {
-            int k = i % (KEEP / 4) * 4, first = (k / N * ROW + lane) * N + k % N;
-            if (first >= n) continue;
-            float4 sum = cell[i][lane];
-#pragma unroll
-            for (int t = 1; t < TEAMS; t++) {
-                float4 a = cell[i][t * ROW + lane];
-                sum.x += a.x, sum.y += a.y, sum.z += a.z, sum.w += a.w;
-            }
-            *(float4 *)(share + (i < KEEP / 4 ? 0 : n) + first) = sum;
-        }
-    }
-};
-
-/* q = d gamma, of N columns; gamma may be NULL */
-template <int N, class T>
-static __device__ __forceinline__ void scaled(const T *gamma, int64_t first, const float (&d)[N], float (&q)[N])
-{
-    float w[N];
-    if (gamma) load_run<N>(gamma, first, 1, w);
-#pragma unroll
-    for (int i = 0; i < N; i++) q[i] = gamma ? __fmul_rn(w[i], d[i]) : d[i];
-}
-
-template <class T, int ROW, int N, int KEEP, class P>
-__global__ void __launch_bounds__(back_threads<ROW>, back_blocks<T, ROW, KEEP, P>()) norm_bwd_rows(norm_grad<T> a, P p)
+__global__ void __launch_bounds__(back_most<KEEP>, 1) norm_bwd_rows(norm_grad<T> a, int threads, int stages, P p)
 {
     previous_done();
-    typedef row<T, ROW, N, KEEP> values;
-    constexpr int BACK = back_threads<ROW>;
+    constexpr int N = 16 / sizeof(T), ROWS = back_rows<T, KEEP>, STREAMS = P::STREAMS;
+    typedef row_access<T, N> vector;
     extern __shared__ float4 norm_space[];
-    __shared__ float space[BACK / 32 * 4];
-    column_sums<ROW, N, KEEP> columns(norm_space);
-    float share_of_mean = a.mean ? 1.0f / (float)a.n : 0, *team_space = space + threadIdx.x / ROW * (ROW / 32 * 4);
-    int turn = 0;
-    for (int64_t r = (int64_t)blockIdx.x * (BACK / ROW) + threadIdx.x / ROW; r < a.rows;
-         r += (int64_t)gridDim.x * (BACK / ROW), turn ^= 1) {
-        values v(p.x_at(r), a.n, 1), w(p.g_at(r), a.n, 1);
-        float m = a.mean ? a.mean[r] : 0, s = a.rstd[r], total = 0, dot = 0;
-        typename P::template state<ROW, N, KEEP> more(p, r, v);
-        v.groups([&](float(&e)[N], int64_t first, int k) {
-            float d[N], q[N], z[N];
-            w.group(first, k, d);
-            scaled<N>(a.gamma, first, d, q);
+    __shared__ float space[2][BACK_MOST / 32 * 2 * ROWS];
+    int n = (int)a.n, team = threadIdx.x / threads, lane = threadIdx.x % threads, teams = blockDim.x / threads;
+    int64_t runs = (int64_t)gridDim.x * teams, run = (int64_t)blockIdx.x * teams + team;
+    int64_t begin = a.rows * run / runs;
+    int count = (int)(a.rows * (run + 1) / runs - begin);
+    float part = 1.0f / (float)n, *team_space = space[0] + team * (threads / 32) * 2 * ROWS;
+    const T *from[STREAMS];
+    bool inside[KEEP / N];
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                z[i] = __fmul_rn(e[i] - m, s);
-                total += q[i];
-                dot = fmaf(q[i], z[i], dot);
+    for (int stream = 0; stream < STREAMS; stream++) from[stream] = p.row(stream, begin) + lane * N;
+#pragma unroll
+    for (int k = 0; k < KEEP; k += N) inside[k / N] = (k / N * threads + lane) * N < n;
+    vector *mine = (vector *)norm_space + threadIdx.x;
+    uint32_t mine_at = (uint32_t)__cvta_generic_to_shared(mine);
+    asm volatile("" : "+r"(mine_at)); /* not to be computed again for every step */
+    auto place = [&](int stage, int u, int stream, int k) {
+        return (((stage * ROWS + u) * STREAMS + stream) * (KEEP / N) + k / N) * (int)blockDim.x;
+    };
+    auto slot = [&](int stage, int u, int stream, int k) { return mine + place(stage, u, stream, k); };
+    /* rows r ..; those before were fetched */
+    auto fetch = [&](int r, int stage) {
+#pragma unroll
+        for (int u = 0; u < ROWS; u++)
+#pragma unroll
+            for (int stream = 0; stream < STREAMS; stream++) {
+#pragma unroll
+                for (int k = 0; k < KEEP; k += N)
+                    fetch16(mine_at + place(stage, u, stream, k) * 16, from[stream] + k * threads,
+                            r + u < count && inside[k / N] && (stream < 2 || p.row(stream, 0)));
+                from[stream] += p.step(stream);
             }
-            if (a.share) columns.add(k, d, z);
-        });
-        team_sums<ROW>(&total, &dot, team_space, turn);
-        total = __fmul_rn(total, share_of_mean);
-        dot /= (float)a.n;
-        v.groups([&](float(&e)[N], int64_t first, int k) {
-            float d[N], q[N];
-            w.group(first, k, d);
-            scaled<N>(a.gamma, first, d, q);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    /* past the end those of the last row: what they are multiplied with is 0 */
+    const float *mean = (a.mean ? a.mean : a.rstd) + begin, *rstd = a.rstd + begin;
+    float m[ROWS], s[ROWS];
+    auto statistics = [&](int r) {
 #pragma unroll
-            for (int i = 0; i < N; i++) e[i] = __fmul_rn(s, fmaf(-__fmul_rn(e[i] - m, s), dot, q[i] - total));
-            more.store(p, r * a.n + first, k, e);
-        });
+        for (int u = 0; u < ROWS; u++) {
+            int at = r + u < count ? r + u : count - 1;
+            m[u] = mean[at], s[u] = rstd[at];
+            if (!a.mean) m[u] = 0;
+        }
+    };
+    for (int stage = 0; stage < stages; stage++) fetch(stage * ROWS, stage);
+    if (count > 0) statistics(0);
+    float w[KEEP], sums[2 * KEEP] = {};
+#pragma unroll
+    for (int k = 0; k < KEEP; k += N) {
+        float v[N] = {};
+        if (inside[k / N] && a.gamma) load_run<N>(a.gamma, k * threads + lane * N, 1, v);
+#pragma unroll
+        for (int i = 0; i < N; i++) w[k + i] = a.gamma ? v[i] : 1;
     }
-    if (a.share) columns.store(a.share + (int64_t)blockIdx.x * 2 * a.n, (int)a.n);
-}
-
-/* calls f(ROW, N, KEEP as constants) for rows of length n, which is at most ROW_KEPT: as with_rows, but for the width
- * of many models in f32, where 96 threads with 8 elements are faster than 32 with 24; no instance is made of either
- * where it cannot run */
-template <class T, class F> void with_back_rows(int64_t n, F f)
-{
-    constexpr bool F32 = sizeof(T) == 4;
-    if constexpr (F32)
-        if (n > 512 && n <= 768)
-            return f(std::integral_constant<int, 96>(), std::integral_constant<int, 4>(),
-                     std::integral_constant<int, 8>());
-    with_rows<T>(n, true, [&](auto rt, auto nt, auto kt) {
-        constexpr int ROW = decltype(rt)::value, KEEP = decltype(kt)::value;
-        if constexpr (KEEP > 0 && !(F32 && ROW == 32 && KEEP == 24)) f(rt, nt, kt);
-    });
+    T *to = p.dx + begin * n + lane * N;
+    int stage = 0, turn = 0;
+    for (int r = 0; r < count; r += ROWS, turn ^= 1) {
+        typename P::template state<N, KEEP, ROWS> more;
+        float z[ROWS][KEEP], both[2 * ROWS];
+        fetched(stages);
+#pragma unroll
+        for (int u = 0; u < ROWS; u++) {
+            float total = 0, dot = 0, shift = -(m[u] * s[u]); /* its rounding is no more than that of m */
+#pragma unroll
+            for (int k = 0; k < KEEP; k += N) {
+                float e[N], d[N];
+                row_unpack<T, N>(*slot(stage, u, 0, k), e);
+                row_unpack<T, N>(*slot(stage, u, 1, k), d);
+                more.before(e, u, k);
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    float q = __fmul_rn(w[k + i], d[i]);
+                    e[i] = sizeof(T) == 2 ? fmaf(e[i], s[u], shift) : __fmul_rn(e[i] - m[u], s[u]);
+                    total += q;
+                    dot = fmaf(q, e[i], dot);
+                    sums[k + i] = fmaf(d[i], e[i], sums[k + i]);
+                    sums[KEEP + k + i] += d[i];
+                    z[u][k + i] = e[i];
+                }
+            }
+            both[2 * u] = total, both[2 * u + 1] = dot;
+        }
+        team_sums(both, team_space + turn * (BACK_MOST / 32 * 2 * ROWS), threads, team);
+#pragma unroll
+        for (int u = 0; u < ROWS; u++) {
+            float total = a.mean ? -s[u] * (both[2 * u] * part) : 0, dot = -s[u] * (both[2 * u + 1] * part);
+#pragma unroll
+            for (int k = 0; k < KEEP; k += N) {
+                float e[N];
+                if (r + u >= count || !inside[k / N]) break;
+                row_unpack<T, N>(*slot(stage, u, 1, k), e);
+#pragma unroll
+                for (int i = 0; i < N; i++) e[i] = fmaf(z[u][k + i], dot, fmaf(__fmul_rn(w[k + i], e[i]), s[u], total));
+                more.after(p, to + k * threads, u, k, e, slot(stage, u, STREAMS - 1, k));
+            }
+            to += n;
+        }
+        fetch(r + stages * ROWS, stage);
+        statistics(r + ROWS);
+        stage = stages - 1 - stage; /* of one or two */
+    }
+    if (!a.share) return;
+    fetched(1);
+    __syncthreads();
+    store_columns<N, KEEP>(sums, a.share + (int64_t)blockIdx.x * 2 * n, n, threads, norm_space);
 }
 
 /* launches it and adds the shares of dgamma and dbeta up; `a` lacks only where those are */
-template <class T, class P>
-int norm_bwd_run(const char *op, norm_grad<T> a, const P &p, const lac_view *dgamma, const lac_view *dbeta)
+template <int KEEP, class T, class P>
+int norm_bwd_kept(const char *op, norm_grad<T> a, const P &p, const lac_view *dgamma, const lac_view *dbeta)
 {
-    int status = 0;
-    with_back_rows<T>(a.n, [&](auto rt, auto nt, auto kt) {
-        constexpr int ROW = decltype(rt)::value, N = decltype(nt)::value, KEEP = decltype(kt)::value;
-        constexpr int BACK = back_threads<ROW>;
-        bool shares = dgamma->data || dbeta->data;
-        unsigned blocks = blocks_filling(a.rows, BACK / ROW, back_blocks<T, ROW, KEEP, P>());
-        lac_scratch share(op, shares ? (size_t)(blocks * 2 * a.n) * sizeof(float) : 1);
-        auto kernel = norm_bwd_rows<T, ROW, N, KEEP, P>;
-        static cudaError_t allowed =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, back_shared<ROW, KEEP>);
-        status = lac_cuda_check(op, allowed);
-        if (!share.data) status = LAC_E_MEMORY;
-        if (status) return;
-        a.share = shares ? (float *)share.data : NULL;
-        launch(kernel, blocks, BACK, back_shared<ROW, KEEP>, a, p);
-        status = lac_cuda_launched(op);
-        if (status || !shares) return;
-        launch(layernorm_combine<T>, dim3(blocks_for(a.n, 32), 2), COMBINE, 0, a.n, (int64_t)blocks, a.share,
-               (T *)dgamma->data, (T *)dbeta->data);
-        status = lac_cuda_launched(op);
-    });
-    return status;
+    constexpr int STEP = back_rows<T, KEEP> * P::STREAMS * KEEP * (int)sizeof(T);
+    auto kernel = norm_bwd_rows<T, KEEP, P>;
+    static int shared_most = 0;
+    static cudaError_t allowed = [&] {
+        cudaError_t e = cudaDeviceGetAttribute(&shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+        shared_most -= 1 << 10; /* what the kernel has besides */
+        return e ? e : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_most);
+    }();
+    LAC_TRY(lac_cuda_check(op, allowed));
+    int threads = (int)((a.n + 32 * KEEP - 1) / (32 * KEEP)) * 32, stages = BACK_STAGES;
+    unsigned block = (unsigned)(threads * (back_most<KEEP> / threads));
+    while (stages > 1 && (int)block * STEP * stages > shared_most) stages--;
+    size_t shared = (size_t)block * STEP * stages, columns = block * KEEP * 2 * sizeof(float);
+    unsigned blocks = blocks_filling(a.rows, block / threads, 1);
+    bool shares = dgamma->data || dbeta->data;
+    lac_scratch share(op, shares ? (size_t)(blocks * 2 * a.n) * sizeof(float) : 1);
+    if (!share.data) return LAC_E_MEMORY;
+    a.share = shares ? (float *)share.data : NULL;
+    launch(kernel, blocks, block, shared > columns ? shared : columns, a, threads, stages, p);
+    LAC_TRY(lac_cuda_launched(op));
+    if (!shares) return 0;
+    launch(layernorm_combine<T>, dim3(blocks_for(a.n, 32), 2), COMBINE, 0, a.n, (int64_t)blocks, a.share,
+           (T *)dgamma->data, (T *)dbeta->data);
+    return lac_cuda_launched(op);
+}
+/* rows of at most ROW_KEPT elements */
+template <class T, class P>
+int norm_bwd_run(const char *op, const norm_grad<T> &a, const P &p, const lac_view *dgamma, const lac_view *dbeta)
+{
+    return a.n <= 8 * BACK_TEAM ? norm_bwd_kept<8>(op, a, p, dgamma, dbeta)
+                                : norm_bwd_kept<16>(op, a, p, dgamma, dbeta);
 }
 
 #endif

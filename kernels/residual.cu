@@ -57,34 +57,34 @@ __global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(2 * forward_
 
 /* dx of the norm is rounded, then the sum's own gradient is added; with dropout that of h follows from it */
 template <class T> struct residual_back {
-    template <class U, int KEEP> static constexpr int registers = KEEP *(int)sizeof(U) / 4;
+    enum { STREAMS = 3 };
     residual_args a;
     const T *sum, *g, *g_sum;
     T *dx, *dh;
-    __device__ const T *x_at(int64_t r) const { return sum + r * a.n; }
-    __device__ const T *g_at(int64_t r) const { return g + r * a.n; }
-    template <int ROW, int N, int KEEP> struct state {
-        row<T, ROW, N, KEEP> u;
-        __device__ __forceinline__ state(const residual_back &p, int64_t r, row<T, ROW, N, KEEP> &)
-            : u(p.g_sum + r * p.a.n, p.g_sum ? p.a.n : 0, 1)
-        {
-        }
-        __device__ __forceinline__ void store(const residual_back &p, int64_t at, int k, float (&e)[N]) const
+    __device__ __forceinline__ int64_t step(int stream) const { return stream < 2 || g_sum ? a.n : 0; }
+    __device__ __forceinline__ const T *row(int stream, int64_t r) const
+    {
+        return (stream == 0 ? sum : stream == 1 ? g : g_sum) + r * step(stream);
+    }
+    template <int N, int KEEP, int ROWS> struct state {
+        __device__ __forceinline__ void before(float (&)[N], int, int) {}
+        __device__ __forceinline__ void after(const residual_back &p, T *dx, int, int, float (&e)[N],
+                                              const row_access<T, N> *g_sum) const
         {
             row_access<T, N> result = row_pack<T, N>(e);
             if (p.g_sum) {
                 float d[N];
                 row_unpack<T, N>(result, e);
-                u.group(0, k, d);
+                row_unpack<T, N>(*g_sum, d);
 #pragma unroll
                 for (int i = 0; i < N; i++) e[i] += d[i];
                 result = row_pack<T, N>(e);
             }
-            *(row_access<T, N> *)(p.dx + at) = result;
+            row_store(dx, result);
             if (!p.dh) return;
             row_unpack<T, N>(result, e);
-            drop<T, N>(p.a, at, e);
-            *(row_access<T, N> *)(p.dh + at) = row_pack<T, N>(e);
+            drop<T, N>(p.a, dx - p.dx, e);
+            row_store(p.dh + (dx - p.dx), row_pack<T, N>(e));
         }
     };
 };

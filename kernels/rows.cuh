@@ -68,6 +68,17 @@ template <class T, int N> __device__ __forceinline__ row_access<T, N> row_pack(c
     return a;
 }
 
+/* One instruction where the compiler would make four of it, as of what is stored through a policy (norm_bwd.cuh) */
+static __device__ __forceinline__ void store_words(void *to, uint32_t x, uint32_t y, uint32_t z, uint32_t w)
+{
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+template <class T, int N> __device__ __forceinline__ void row_store(T *to, const row_access<T, N> &a)
+{
+    if constexpr (N == 1) *to = a.word;
+    else store_words(to, a.word.x, a.word.y, a.word.z, a.word.w);
+}
+
 /* T: storage; ROW: threads of a row; N: elements of an access; KEEP: how many a thread keeps in registers, or 0 */
 template <class T, int ROW, int N, int KEEP> struct row {
     typedef compute_t<T> C;
