@@ -12,16 +12,18 @@
  * one pass has no sums of dk and dv beside the results (attn_sums.cuh), but f32 sums of dq for every branch, about four
  * times dq for LongNet's five (lac_plan_info says how much); they are a block of the pool by themselves, because it
  * rounds blocks up by as much as a quarter. fp8 rounds q, k and v beside them (attn_hopper_fp8.cuh) and runs on Hopper
- * or not at all. f64 and, unless lac.use_tf32 says otherwise, f32 are computed exactly (attn_exact_*.cuh); everything
- * else on tensor cores. Calls with options of single pairs run instances of their own (attn_pairs_*.cu), up to four
- * rows without such options kernels that cut the keys instead (attn_few.cu). Branches run in the reverse order of the
- * plan's phases: the last to run is then usually the one without dilation, which reaches every row, so that each row is
- * rounded once and most sums stay in the cache.
+ * or not at all. f64 is computed by multiply-adds (attn_exact_*.cuh), everything else on tensor cores, f32 in parts
+ * that make it exact (attn_parts_*.cuh; where these do not run by multiply-adds) unless lac.use_tf32 says otherwise.
+ * Calls with options of single pairs run instances of their own (attn_pairs_*.cu), up to four rows without such options
+ * kernels that cut the keys instead (attn_few.cu). Branches run in the reverse order of the plan's phases: the last to
+ * run is then usually the one without dilation, which reaches every row, so that each row is rounded once and most sums
+ * stay in the cache.
  */
 #include "attn_few.cuh"
 #include "attn_hopper_backward.cuh"
 #include "attn_hopper_fp8.cuh"
 #include "attn_hopper_pairs.cuh"
+#include "attn_parts.cuh"
 #include "launch.cuh"
 #include <cmath>
 
@@ -176,13 +178,19 @@ static int clear(const lac_view *v)
         "attention", cudaMemsetAsync(v->data, 0, (size_t)(lac_view_numel(v) * dtype_bytes(v->dtype)), lac_cuda_stream));
 }
 
+/* ---- which kernels ---- */
+
+static bool exact(int dtype) { return dtype == LAC_F64 || (dtype == LAC_F32 && !lac_cuda_engine->settings->tf32); }
+/* exactly, but by tensor cores? */
+static bool parts(int dtype, int head_dim) { return exact(dtype) && dtype == LAC_F32 && attn_parts_fits(head_dim); }
+
 /* ---- statistics of rows for the backward ---- */
 
 struct stats_args {
     attn_tensor out, g, lse, branch_lse, dlse; /* strides of lse: B, N, H; of branch_lse: G, B, N, H */
     int64_t rows;                              /* B N H */
     int n, heads, head_dim, branches;
-    bool per_branch, branch_softmax;
+    bool per_branch, branch_softmax, parts;
     void *lse2, *lse2_low, *delta, *delta_low;
     double *lse_all;
 };
@@ -230,9 +238,46 @@ __device__ __forceinline__ void stats_products(const stats_args &a, const int64_
     }
 }
 
-/* Eight lanes a row, four rows one after the other in f16 and bf16. In f32 and f64 one lane multiplies dout and out in
- * the order of the exact kernels' products: where one key has all the weight, out is its value and dP - delta cancels
- * to the last bit, as it should. */
+/* dout times out of the warp's four rows, summed as attn_parts.cuh's kernels sum dP; x, y: of the lane's row, lane / 8
+ */
+__device__ __forceinline__ float stats_parts(const stats_args &a, int64_t x, int64_t y)
+{
+    const int lane = threadIdx.x % 32, from = lane / 4 % 4 * 8;
+    const float *out = (const float *)a.out.data + __shfl_sync(~0u, x, from);
+    const float *g = (const float *)a.g.data + __shfl_sync(~0u, y, from);
+    float high[1][2][4] = {}, low[1][2][4] = {}; /* rows repeat: 16 x 16 pairs for four on the diagonal */
+#pragma unroll 1
+    for (int k = 0; k < a.head_dim; k += 16) {
+        uint32_t left[PARTS][1][4], right[PARTS][1][4];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float u[2], v[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int d = k + 8 * half + lane % 4 * 2 + i;
+                u[i] = d < a.head_dim ? g[d * a.g.stride[3]] : 0;
+                v[i] = d < a.head_dim ? out[d * a.out.stride[3]] : 0;
+            }
+            uint32_t l[PARTS], r[PARTS];
+            parts_of(l, u[0], u[1]);
+            parts_of(r, v[0], v[1]);
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) {
+                left[p][0][2 * half] = left[p][0][2 * half + 1] = l[p];
+                right[p][0][half] = right[p][0][2 + half] = r[p];
+            }
+        }
+        parts_apart<false, false>(high, low, left, right);
+    }
+    const int row = lane / 8, at = row * 4 + row / 2;
+    const float even = __shfl_sync(~0u, high[0][0][0] + low[0][0][0], at);
+    const float odd = __shfl_sync(~0u, high[0][0][1] + low[0][0][1], at);
+    return row % 2 ? odd : even;
+}
+
+/* Eight lanes a row, four rows one after the other in f16 and bf16. In f32 and f64 dout and out are multiplied in the
+ * order of the kernels' products, which is that of one lane where they are multiply-adds: where one key has all the
+ * weight, out is its value and dP - delta cancels to the last bit, as it should. */
 template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(const __grid_constant__ stats_args a)
 {
     typedef compute_t<T> C;
@@ -262,6 +307,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
             for (int k = 0; k < EACH; k++)
 #pragma unroll
                 for (int o = 1; o < 8; o *= 2) sums[k] += __shfl_xor_sync(~0u, sums[k], o);
+        } else if (sizeof(T) == 4 && a.parts) {
+            sums[0] = stats_parts(a, x[0], y[0]);
         } else if (lane == 0) {
             for (int d = 0; d < a.head_dim; d++)
                 sums[0] = fma(to_compute(((const T *)a.g.data)[y[0] + d * a.g.stride[3]]),
@@ -307,7 +354,7 @@ static int make_stats(attn_args &a, const lac_a_attend_bwd *w)
     s.branch_lse = tensor_of(&w->forward.branch_lse);
     s.rows = (int64_t)a.batch * a.n * a.heads;
     s.n = a.n, s.heads = a.heads, s.head_dim = a.head_dim, s.branches = a.branches;
-    s.per_branch = a.per_branch, s.branch_softmax = a.sum;
+    s.per_branch = a.per_branch, s.branch_softmax = a.sum, s.parts = parts(w->forward.q.dtype, a.head_dim);
     s.lse2 = a.lse2, s.lse2_low = a.lse2_low, s.delta = a.delta, s.delta_low = a.delta_low,
     s.lse_all = (double *)a.lse_all;
     return dispatch_float(w->forward.q.dtype, [&](auto tag) {
@@ -318,8 +365,6 @@ static int make_stats(attn_args &a, const lac_a_attend_bwd *w)
 }
 
 /* ---- operators ---- */
-
-static bool exact(int dtype) { return dtype == LAC_F64 || (dtype == LAC_F32 && !lac_cuda_engine->settings->tf32); }
 
 /* f32 sums between branches for a half tensor; the tensor itself otherwise */
 static size_t acc_bytes(const lac_view *v, int phases)
@@ -404,6 +449,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     if (!space.data) return LAC_E_MEMORY;
     LAC_TRY(results_of(a, f, (char *)space.data, sums));
     if (hopper) return attn_hopper_forward(a, f, gaps);
+    if (parts(f->q.dtype, a.head_dim)) return attn_forward_parts(a, p);
     if (exact(f->q.dtype)) return attn_forward_exact(a, p, f->q.dtype);
     return paired(f) ? attn_pairs_forward_tensor(a, p, f->q.dtype) : attn_forward_tensor(a, p, f->q.dtype);
 }
@@ -412,12 +458,14 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
 static int keys_pass(attn_pair_args &a, const lac_a_attend *f)
 {
     int dtype = f->q.dtype;
+    if (parts(dtype, a.head_dim)) return attn_keys_parts(a, f->plan);
     if (exact(dtype)) return attn_keys_exact(a, f->plan, dtype);
     return paired(f) ? attn_pairs_keys_tensor(a, f->plan, dtype) : attn_keys_tensor(a, f->plan, dtype);
 }
 static int queries_pass(attn_pair_args &a, const lac_a_attend *f)
 {
     int dtype = f->q.dtype;
+    if (parts(dtype, a.head_dim)) return attn_queries_parts(a, f->plan);
     if (exact(dtype)) return attn_queries_exact(a, f->plan, dtype);
     return paired(f) ? attn_pairs_queries_tensor(a, f->plan, dtype) : attn_queries_tensor(a, f->plan, dtype);
 }

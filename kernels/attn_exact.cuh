@@ -1,4 +1,5 @@
-/* attn_exact.cuh: products of tiles by plain multiply-adds, for attention in f32 without TF32 and in f64.
+/* attn_exact.cuh: products of tiles by plain multiply-adds, for attention in f64, and in f32 without TF32 where
+ * attn_parts.cuh does not run (head dimensions above 128, little shared memory).
  *
  * 128 threads as 16 x 8: a thread has R rows (16 apart) and some columns (8 apart). Both products read 16 bytes at a
  * time from shared memory; rows are 16 bytes longer than the data, so that the four rows or eight columns that a warp
@@ -6,8 +7,7 @@
  * limit. The second product's left operand goes through shared memory, because its rows and columns belong to other
  * threads.
  *
- * Rejected: TF32 three times with split operands (the tensor cores' sums are truncated, which costs the last bits that
- * "exact" promises); one kernel for all head dimensions (accumulators must be indexed by constants).
+ * Rejected: one kernel for all head dimensions (accumulators must be indexed by constants).
  */
 #ifndef LAC_CUDA_ATTN_EXACT_CUH
 #define LAC_CUDA_ATTN_EXACT_CUH

@@ -8,9 +8,9 @@ BEGIN {
         # The forward, whose sums take half of the registers: two words (where the keys end, how rows are loaded) that
         # are stored before the main loop and read in every step (SASS). On sm_80 also one sum of a row's softmax a
         # thread for D = 64 (20 bytes) and three for D = 128 (44), read and stored once in a step of 700 and 1,100
-        # instructions; not measured on an A100. With active blocks for D = 128 four sums and words that are stored before
-        # the loop. Both words in shared memory leave 12 bytes (36 on sm_80), of sums, and cost 2% for D = 64, 5% for
-        # D = 128. Fewer columns a step cost more.
+        # instructions; not measured on an A100. With active blocks for D = 128 four sums and words that are stored
+        # before the loop. Both words in shared memory leave 12 bytes (36 on sm_80), of sums, and cost 2% for D = 64, 5%
+        # for D = 128. Fewer columns a step cost more.
         # The pass over the keys of active blocks keeps two words.
         for (j = split("bf16 f16", half, " "); j > 0; j--) {
             prefix = length(half[j]) + 3 "op_" half[j]
@@ -18,6 +18,10 @@ BEGIN {
             allowed["attn_forward_kernelI15attn_block_args" prefix "ILi128E " name[i]] = 60
             allowed["attn_keys_kernelI15attn_block_args" prefix "ILi64E sm_80"] = 8
         }
+        # f32 in parts, on sm_80 alone: the forward for D = 64 keeps four words, of which three are read and stored once
+        # in a step of 3,000 instructions (SASS), for D = 128 one before the loop; not measured on an A100.
+        allowed["attn_parts_forward_kernel sm_80"] = 36
+        allowed["attn_parts_keys_kernelILi64E sm_80"] = 32
         # Around a call that lists active blocks, once in some hundred steps.
         allowed["attn_queries_kernelI14attn_pair_args7op_tf32ILi256E " name[i]] = 60
         # What repeats rows with values that are not finite is slow in any case.

@@ -1,11 +1,22 @@
 --- cuda_exact.lua: attention in f32 on a GPU beside PyTorch's memory-efficient kernel.
 --
--- 8,192 kept rows, heads times head_dim 1,024; exact f32 (multiply-adds of the processor) and tf32 (the
--- tensor cores, lac.use_tf32). The peer has one kernel for f32, which stands beside both of ours; its speed
--- is beyond multiply-adds, so its products are probably several of tf32 each, which we have not looked up. On
--- an H200 tf32 ran 1.35 to 3.25 times as fast as it, exact f32 at 0.50 to 0.83 of its speed: 15 to 28 TFLOP/s
--- of multiply-adds beside its 26 to 44. Its inputs are gathered and contiguous. Sides take turns as in
--- hopper.lua; times are medians over the rounds, forward and backward apart.
+-- 8,192 kept rows, heads times head_dim 1,024; f32 in three parts of bf16 (as exact as f32) and tf32, both
+-- on the tensor cores (lac.use_tf32). The peer has one kernel for f32, which stands beside both of ours;
+-- its speed is beyond multiply-adds, so its products are probably several of tf32 each, which we have not
+-- looked up. Its inputs are gathered and contiguous. Sides take turns as in hopper.lua; times are medians
+-- over the rounds, forward and backward apart.
+--
+-- On one H200 tf32 ran 1.35 to 3.25 times as fast as it, multiply-adds, which f32 had before, at 0.50 to
+-- 0.83 of its speed: 15 to 28 TFLOP/s. In parts, TFLOP/s, ours, the peer's in a run before (causal: our
+-- form then as well, with four warps a block in the backward for D = 128):
+--
+--                     1024 rows             8192 rows             causal, 1024 and 8192 rows
+--     D = 64          54.2, 31.2 (1.7)      59.1, 33.9 (1.7)      38.4, 26.5 (1.4)   47.8, 29.8 (1.6)
+--       backward      36.1, 32.4 (1.1)      39.6, 34.5 (1.1)      28.4, 26.3 (1.1)   35.0, 31.4 (1.1)
+--     D = 128         53.8, 41.6 (1.3)      58.1, 44.5 (1.3)      37.3, 33.7 (1.1)   46.9, 39.7 (1.2)
+--       backward      30.6, 33.1 (0.9)      33.5, 36.4 (0.9)      19.2, 26.0 (0.7)   25.5, 34.3 (0.7)
+--
+-- The backward takes two passes, seven products of which one pass would need five.
 
 local lac = require "lacuna"
 local bench = require "lacuna.bench"
