@@ -437,7 +437,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     if (attn_few_fits(f)) return attn_few_forward(a, f);
     const lac_a_attend plain = without_blocks(f);
     const char *why = attn_hopper_forward_fits(&plain);
-    if (!why && a.block && hopper_pairs(a)) why = "there is a block_mask, with dropout or alibi slopes";
+    if (!why && a.block && hopper_options(a)) why = "there is a block_mask, with padding, dropout or alibi slopes";
     LAC_TRY(choose(f, why, lac_plan_hopper_pays(p, a.block), &hopper));
     const bool gaps = !covered(p) || p->shift < 0;
     if (gaps && !hopper) {
@@ -445,10 +445,15 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
         LAC_TRY(fill_lse(&f->lse));
     }
     size_t sums = acc_bytes(&f->out, p->forward_phases);
-    lac_scratch space("attention", sums + counters(a));
+    const size_t ends = sums + counters(a);
+    lac_scratch space("attention", ends + (hopper ? attn_hopper_ends_bytes(a) : 0));
     if (!space.data) return LAC_E_MEMORY;
     LAC_TRY(results_of(a, f, (char *)space.data, sums));
-    if (hopper) return attn_hopper_forward(a, f, gaps);
+    if (hopper) {
+        const int *holes;
+        LAC_TRY(attn_hopper_ends(a, (int *)((char *)space.data + ends), &holes));
+        return attn_hopper_forward(a, f, gaps, holes);
+    }
     if (parts(f->q.dtype, a.head_dim)) return attn_forward_parts(a, p);
     if (exact(f->q.dtype)) return attn_forward_exact(a, p, f->q.dtype);
     return paired(f) ? attn_pairs_forward_tensor(a, p, f->q.dtype) : attn_forward_tensor(a, p, f->q.dtype);
@@ -470,18 +475,18 @@ static int queries_pass(attn_pair_args &a, const lac_a_attend *f)
     return paired(f) ? attn_pairs_queries_tensor(a, f->plan, dtype) : attn_queries_tensor(a, f->plan, dtype);
 }
 
-/* list, sums: of one pass, or NULL */
+/* list, sums: of one pass, or NULL; holes: attn_hopper_ends() */
 static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc,
-                        void *list, void *sums, bool joint)
+                        void *list, void *sums, bool joint, const int *holes)
 {
     const lac_a_attend *f = &w->forward;
     LAC_TRY(make_stats(a, w));
-    if (a.per_branch && (!list || joint || hopper_pairs(a))) {
+    if (a.per_branch && (!list || joint || hopper_options(a))) {
         a.deltas = 1;
         LAC_TRY(queries_pass(a, f));
         a.deltas = 0;
     }
-    if (list) return attn_hopper_backward(a, w, joint, list, sums, dk_acc, dv_acc);
+    if (list) return attn_hopper_backward(a, w, joint, list, sums, dk_acc, dv_acc, holes);
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(keys_pass(a, f));
     a.out = w->dq.data, a.acc = dq_acc;
@@ -514,7 +519,8 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     size_t ks = once ? (size_t)lac_plan_sum_bytes(p) / 2 : acc_bytes(&w->dk, p->backward_phases);
     if (once) list = (attn_hopper_backward_bytes(p, joint, &sums) + 127) / 128 * 128;
     stats = (stats + 15) / 16 * 16;
-    lac_scratch dq_sums("attention", sums), space("attention", list + all + qs + 2 * ks + 4 * stats + counters(a));
+    lac_scratch dq_sums("attention", sums), space("attention", list + all + qs + 2 * ks + 4 * stats + counters(a) +
+                                                                   (hopper ? attn_hopper_ends_bytes(a) : 0));
     if (!dq_sums.data || !space.data) return LAC_E_MEMORY;
     char *at = (char *)space.data + list;
     if (all) a.lse_all = (double *)at;
@@ -526,5 +532,7 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     a.lse2 = at, a.lse2_low = at + stats, a.delta = at + 2 * stats;
     if (!a.per_branch) a.delta_low = at + 3 * stats;
     a.counter = (int *)(at + 4 * stats);
-    return run_backward(a, w, dq_acc, dk_acc, dv_acc, once ? space.data : NULL, dq_sums.data, joint);
+    const int *holes = NULL;
+    if (hopper) LAC_TRY(attn_hopper_ends(a, (int *)(at + 4 * stats + counters(a)), &holes));
+    return run_backward(a, w, dq_acc, dk_acc, dv_acc, once ? space.data : NULL, dq_sums.data, joint, holes);
 }

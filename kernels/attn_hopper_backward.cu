@@ -440,11 +440,11 @@ template <class T> static int finish(const attn_pair_args &a, const hopper_args 
     else launch_dq<T, 128>(a, h, dq, blocks, masks);
     LAC_TRY(lac_cuda_launched("attention"));
     if (!masks) return 0;
-    return hopper_pairs(a) ? redo<T>(a, h, w) : redo<T>((const attn_args &)a, h, w);
+    return hopper_options(a) ? redo<T>(a, h, w) : redo<T>((const attn_args &)a, h, w);
 }
 
 int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *sums,
-                         void *dk_acc, void *dv_acc)
+                         void *dk_acc, void *dv_acc, const int *holes)
 {
     hopper_args h;
     size_t bytes;
@@ -460,11 +460,11 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool join
         a.branch[g].segment0 = 0, a.branch[g].segments = b.segments;
         if (items * b.blocks > most) most = items * b.blocks;
     }
-    if (a.per_branch && !joint && !hopper_pairs(a)) LAC_TRY(attn_hopper_deltas(a, h, w));
+    if (a.per_branch && !joint && !hopper_options(a)) LAC_TRY(attn_hopper_deltas(a, h, w));
     const dim3 grid(blocks_filling(most, LIST_BLOCKS), (unsigned)a.branches);
     launch(hopper_list_kernel, grid, THREADS, 0, a, h, tile_groups(a.head_dim, joint));
     LAC_TRY(lac_cuda_launched("attention"));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
-    LAC_TRY(joint ? attn_joint_tiles(a, h, w->forward.q.dtype) : attn_hopper_keys(a, h, w));
+    LAC_TRY(joint ? attn_joint_tiles(a, h, w->forward.q.dtype) : attn_hopper_keys(a, h, w, holes));
     return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w) : finish<bf16>(a, h, w);
 }

@@ -5,7 +5,7 @@
 
 template <class T> int attn_hopper_forward_blocks(const hopper_forward_args &p)
 {
-    return launch_shape<T, false, true>(p);
+    return launch_shape<T, HOPPER_PLAIN, true>(p);
 }
 template int attn_hopper_forward_blocks<f16>(const hopper_forward_args &);
 template int attn_hopper_forward_blocks<bf16>(const hopper_forward_args &);

@@ -39,7 +39,7 @@ const char *attn_hopper_forward_fits(const lac_a_attend *f)
         if (!hopper_readable(read[i], &why)) return why;
     static int compiled = -1; /* unknown; asking takes microseconds */
     if (compiled < 0)
-        compiled = hopper_compiled((const void *)attn_hopper_forward_kernel<bf16, 64, false, false, false>);
+        compiled = hopper_compiled((const void *)attn_hopper_forward_kernel<bf16, 64, false, HOPPER_PLAIN, false>);
     if (!compiled) return "the device is not a Hopper, or the plug-in was not compiled for sm_90a";
     return NULL;
 }
@@ -89,17 +89,18 @@ template <class T, class A> static int redo(const A &a, int call)
     return lac_cuda_launched("attention");
 }
 
-template <class T> static int launch(const hopper_forward_args &p, bool pairs)
+template <class T> static int launch(const hopper_forward_args &p, int options)
 {
-    const int status = p.a.block ? attn_hopper_forward_blocks<T>(p)
-                       : pairs   ? attn_hopper_forward_pairs<T>(p)
-                                 : launch_shape<T, false, false>(p);
+    const int status = p.a.block                 ? attn_hopper_forward_blocks<T>(p)
+                       : options & HOPPER_PADDED ? attn_hopper_forward_padded<T>(p)
+                       : options                 ? attn_hopper_forward_pairs<T>(p)
+                                                 : launch_shape<T, HOPPER_PLAIN, false>(p);
     LAC_TRY(status);
     if (!p.masks) return 0;
-    return pairs || p.a.block ? redo<T>(p.a, p.call) : redo<T>((const attn_args &)p.a, p.call);
+    return options || p.a.block ? redo<T>(p.a, p.call) : redo<T>((const attn_args &)p.a, p.call);
 }
 
-int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_attend *f, bool gaps)
+int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_attend *f, bool gaps, const int *holes)
 {
     static int calls;
     const lac_plan *plan = f->plan;
@@ -108,7 +109,7 @@ int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_a
     LAC_TRY(attn_number(a, plan, false, a.head_dim <= 64 && !a.block && !f->fp8 ? 192 : 128, &tiles, a.block));
     p.tiles = (int)tiles;
     p.turns = turns_of(a);
-    p.masks = a.causal || a.window >= 0 || a.block;
+    p.masks = a.causal || a.window >= 0 || a.block || a.padding;
     p.call = ++calls;
     for (int g = 0; g < a.branches; g++) {
         const attn_branch &b = a.branch[g];
@@ -131,14 +132,15 @@ int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_a
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.claims, hopper_claims));
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.spoilt, hopper_spoilt));
     p.dropout = hopper_dropout_of(a);
+    p.holes = holes;
     return 0;
 }
 
-int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps)
+int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps, const int *holes)
 {
     hopper_forward_args p;
-    LAC_TRY(attn_hopper_prepare(p, a, f, gaps));
+    LAC_TRY(attn_hopper_prepare(p, a, f, gaps, holes));
     if (p.tiles == 0 && !gaps) return 0;
-    const bool pairs = hopper_pairs(a);
-    return f->q.dtype == LAC_F16 ? launch<f16>(p, pairs) : launch<bf16>(p, pairs);
+    const int options = hopper_options(a);
+    return f->q.dtype == LAC_F16 ? launch<f16>(p, options) : launch<bf16>(p, options);
 }

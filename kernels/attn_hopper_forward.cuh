@@ -66,6 +66,7 @@ struct hopper_forward_args {
         call; /* the number of the last call with a result that is not finite where pairs are masked; and of this */
     hopper_dropout dropout;
     hopper_eight eight;
+    const int *holes; /* has a batch item padding in front of its last key? NULL: none has */
 };
 
 /* Of a tile's blocks of keys, what one warpgroup needs: blocks [lead, ends / 2) hold keys of its rows, and if `ends` is
@@ -94,7 +95,10 @@ struct alignas(16) hopper_forward_tile {
     float slope;                  /* what a score loses for each key of the lattice between it and the row */
     /* eight bits: base-2 scores are products times `score`, results sums times `value`; the lattice's values */
     float score, value;
-    int values;
+    union {
+        int values;
+        int holes; /* may keys of the batch item be padding? */
+    };
 };
 static_assert(sizeof(hopper_forward_tile) == HOPPER_TILE, "copied by 16 bytes");
 
@@ -296,7 +300,7 @@ template <int GROUPS> HOPPER_FN void hopper_others(const hopper_forward_args &p,
 }
 
 /* All lanes do the same, except where branches meet. */
-template <class M, bool MEETS, bool PAIRS> HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
+template <class M, bool MEETS, int OPTIONS> HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
 {
     hopper_forward_tile &f = *(hopper_forward_tile *)__cvta_shared_to_generic(memory + M::FOUND);
     const int lane = threadIdx.x % 32;
@@ -309,7 +313,8 @@ template <class M, bool MEETS, bool PAIRS> HOPPER_FN void hopper_scout(const hop
         const bool rows = hopper_find<M>(p, id, f);
         __syncwarp();
         if (rows) {
-            if (PAIRS) f.slope = hopper_slope(p.a, f.t.h, f.t.r);
+            if (OPTIONS & HOPPER_PAIRS) f.slope = hopper_slope(p.a, f.t.h, f.t.r);
+            if (OPTIONS & HOPPER_PADDED) f.holes = p.holes ? p.holes[f.t.b] : 0;
             if (MEETS) hopper_others<M::GROUPS>(p, f, lane);
             __syncwarp();
             if (lane == 0) hopper_arrive(memory + M::FOUND_FULL);

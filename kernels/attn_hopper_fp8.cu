@@ -256,7 +256,7 @@ const char *attn_hopper_fp8_fits(const lac_a_attend *f)
     if (f->scale < 0) return "the scale is negative";
     static int compiled = -1; /* unknown; asking takes microseconds */
     if (compiled < 0)
-        compiled = hopper_compiled((const void *)attn_hopper_forward_kernel<e4m3, 64, false, false, false>);
+        compiled = hopper_compiled((const void *)attn_hopper_forward_kernel<e4m3, 64, false, HOPPER_PLAIN, false>);
     if (!compiled) return "the device is not a Hopper, or the plug-in was not compiled for sm_90a";
     hopper_eight_space space;
     hopper_eight_place(p, &space);
@@ -337,7 +337,7 @@ int attn_hopper_fp8(attn_pair_args &a, const lac_a_attend *f, bool gaps, char *a
     eight.q = bytes_of(at + space.q, d->batch, d->n, d->heads, d->head_dim, space.wide);
     eight.k = eight.v = bytes_of(at + space.k, d->batch, d->m, d->kv_heads, d->head_dim, space.wide);
     hopper_forward_args p;
-    LAC_TRY(attn_hopper_prepare(p, a, &eight, gaps));
+    LAC_TRY(attn_hopper_prepare(p, a, &eight, gaps, NULL));
     if (p.tiles == 0 && !gaps) return 0;
     p.eight.half = f->q.dtype == LAC_F16;
     for (int g = 0; g < a.branches; g++) {

@@ -43,6 +43,7 @@ struct hopper_keys_args {
     int batch_step[6]; /* tokens from one batch item to the next, in the order of the maps */
     int heads_each, masks;
     float log2_scale, masked, weight, scale; /* masked: the score of a masked pair; weight: what dout is times */
+    const int *holes;                        /* has a batch item padding in front of its last key? NULL: none has */
 };
 
 /* Sizes, and addresses in shared memory. */
@@ -222,10 +223,11 @@ template <int D> HOPPER_FN void hopper_carrier(const hopper_keys_args &p, uint32
 
 /* ---- the warpgroups ---- */
 
-/* 64 keys of one warpgroup, everything it holds in registers. MASKS: causal or a window. PAIRS: there may be dropout
- * and slopes (attn_hopper_pairs.cuh). */
-template <class T, int D, bool MASKS, bool PAIRS> struct hopper_group {
+/* 64 keys of one warpgroup, everything it holds in registers. MASKS: causal or a window. OPTIONS: there may be
+ * dropout, slopes and padding (attn_hopper_pairs.cuh). */
+template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
     typedef hopper_shape<D> M;
+    static constexpr bool PAIRS = OPTIONS & HOPPER_PAIRS, PADDED = OPTIONS & HOPPER_PADDED;
     const hopper_keys_args &p;
     const uint32_t memory;
     const int w, thread, lane, warp;
@@ -234,6 +236,7 @@ template <class T, int D, bool MASKS, bool PAIRS> struct hopper_group {
     int ts = 0, tp = 0, qs = 0, qp = 0;
     int after, before; /* MASKS: of the tile's branch, lattice rows that a row may see */
     uint32_t kept;     /* PAIRS: does dropout keep the pair of this register of s? */
+    int padded;        /* PADDED: are the thread's keys padding? a bit each */
     bool first, held;  /* no block before in this tile; q and dout of the block before are still being read */
 
     __device__ __forceinline__ hopper_group(const hopper_keys_args &args, uint32_t at)
@@ -353,7 +356,9 @@ template <class T, int D, bool MASKS, bool PAIRS> struct hopper_group {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int more = e / 2 * 8, further = ahead + more - 8 * i - e % 2;
-                if (key + more >= left || (MASKS && (further > after || further < -before))) s[4 * i + e] = p.masked;
+                if (key + more >= left || (MASKS && (further > after || further < -before)) ||
+                    (PADDED && padded >> e / 2 & 1))
+                    s[4 * i + e] = p.masked;
             }
     }
 
@@ -455,7 +460,7 @@ template <class T, int D, bool MASKS, bool PAIRS> struct hopper_group {
         if constexpr (PAIRS) from -= 64 * step.x;
         else if constexpr (MASKS) from -= 64 * hopper_four(memory + M::STEP + 16 * (qs + M::STAGES * qp)).x;
         if (PAIRS && p.a.slopes) lean(from, dilation, step.w);
-        if (left < 64 || (MASKS && (from + 63 > after || from - 63 < -before))) mask(from, left);
+        if (left < 64 || (MASKS && (from + 63 > after || from - 63 < -before)) || (PADDED && padded)) mask(from, left);
         const uint32_t stats = memory + M::STATS + qs * 512 + lane % 4 * 8;
         probabilities(stats);
         hopper_product_wait<0>();
@@ -610,12 +615,24 @@ template <class T, int D, bool MASKS, bool PAIRS> struct hopper_group {
         }
     }
 
+    /* PADDED: which of the thread's two keys are none */
+    __device__ __forceinline__ void look(const volatile hopper_tile &t, int dilation)
+    {
+        padded = 0;
+        if (!p.holes || !p.holes[t.batch]) return;
+#pragma unroll
+        for (int y = 0; y < 2; y++) {
+            const int row = (t.first + w) * 64 + warp * 16 + lane / 4 + 8 * y;
+            if (row < t.live && hopper_padded(p.a, t.batch, t.key0 + row * dilation)) padded |= 1 << y;
+        }
+    }
     /* the keys of one tile */
     __device__ __forceinline__ void tile(const volatile hopper_tile &t)
     {
         const bool busy = w < __shfl_sync(~0u, t.width, 0);
         const hopper_keys_branch &branch = p.branch[__shfl_sync(~0u, t.branch, 0)];
         if (MASKS) after = branch.after, before = branch.before;
+        if (PADDED) look(t, branch.dilation);
         first = true;
         bool last = false; /* did this warpgroup multiply in the last head's last block? */
 #pragma unroll
@@ -668,7 +685,7 @@ template <class T, int D, bool MASKS, bool PAIRS> struct hopper_group {
     }
 };
 
-template <class T, int D, bool MASKS, bool PAIRS>
+template <class T, int D, bool MASKS, int OPTIONS>
 __global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
     attn_hopper_keys_kernel(const __grid_constant__ hopper_keys_args p)
 {
@@ -705,7 +722,7 @@ __global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
         else hopper_value_loader<D>(p, memory);
     } else {
         hopper_more<M::GROUP_REGISTERS>();
-        hopper_group<T, D, MASKS, PAIRS>(p, memory).run();
+        hopper_group<T, D, MASKS, OPTIONS>(p, memory).run();
     }
 #endif
 }
@@ -727,9 +744,9 @@ static int make_branch(hopper_keys_branch &b, const attn_args &a, const hopper_a
     return 0;
 }
 
-template <class T, int D, bool MASKS, bool PAIRS> static int launch(const hopper_keys_args &p)
+template <class T, int D, bool MASKS, int OPTIONS> static int launch(const hopper_keys_args &p)
 {
-    auto kernel = attn_hopper_keys_kernel<T, D, MASKS, PAIRS>;
+    auto kernel = attn_hopper_keys_kernel<T, D, MASKS, OPTIONS>;
     const int memory = hopper_shape<D>::MEMORY, blocks = p.tiles < lac_cuda_processors ? p.tiles : lac_cuda_processors;
     if (p.tiles == 0) return 0;
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
@@ -737,14 +754,21 @@ template <class T, int D, bool MASKS, bool PAIRS> static int launch(const hopper
     return lac_cuda_launched("attention");
 }
 
-/* with dropout or slopes the masks are looked at in any case: half as many instances */
+/* with dropout, slopes or padding the masks are looked at in any case: half as many instances */
 template <class T, int D> static int launch(const hopper_keys_args &p, bool masks)
 {
-    if (hopper_pairs(p.a)) return launch<T, D, true, true>(p);
-    return masks ? launch<T, D, true, false>(p) : launch<T, D, false, false>(p);
+    switch (hopper_options(p.a)) {
+    case HOPPER_PAIRS:
+        return launch<T, D, true, HOPPER_PAIRS>(p);
+    case HOPPER_PADDED:
+        return launch<T, D, true, HOPPER_PADDED>(p);
+    case HOPPER_PADDED | HOPPER_PAIRS:
+        return launch<T, D, true, HOPPER_PADDED | HOPPER_PAIRS>(p);
+    }
+    return masks ? launch<T, D, true, HOPPER_PLAIN>(p) : launch<T, D, false, HOPPER_PLAIN>(p);
 }
 
-int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
+int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w, const int *holes)
 {
     hopper_keys_args p = {};
     const lac_view *view[] = {&w->forward.q, &w->forward.k, &w->forward.v, &w->dout, &w->dk, &w->dv};
@@ -756,6 +780,7 @@ int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_
     p.stats = h.stats, p.dq = h.dq, p.turn = h.turn, p.counter = h.counter, p.ready = h.ready, p.spoilt = h.spoilt;
     p.heads_each = a.group;
     p.masks = masks || a.lengths;
+    p.holes = holes;
     p.log2_scale = a.log2_scale, p.masked = a.scale > 0 ? -INFINITY : INFINITY;
     p.weight = (float)(a.gscale * a.keep_scale), p.scale = (float)a.scale;
     p.dropout = hopper_dropout_of(a);
@@ -766,5 +791,5 @@ int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_
 
 bool attn_hopper_keys_exist(void)
 {
-    return hopper_compiled((const void *)attn_hopper_keys_kernel<bf16, 64, true, false>);
+    return hopper_compiled((const void *)attn_hopper_keys_kernel<bf16, 64, true, HOPPER_PLAIN>);
 }

@@ -1,7 +1,7 @@
 /* attn_hopper_launch.cuh: the forward's kernel on Hopper and its launch, as a template over what has instances of its
- * own: dtype, head dimension (64, 128), whether branches meet, and whether there are dropout or slopes, or active
- * blocks. Those without are made in attn_hopper_forward.cu, those with in attn_hopper_pairs.cu and
- * attn_hopper_blocks.cu.
+ * own: dtype, head dimension (64, 128), whether branches meet, what options of pairs there are
+ * (attn_hopper_pairs.cuh), and whether there are active blocks. Those without are made in attn_hopper_forward.cu, those
+ * with in attn_hopper_pairs.cu, attn_hopper_padded.cu and attn_hopper_blocks.cu.
  */
 #ifndef LAC_CUDA_ATTN_HOPPER_LAUNCH_CUH
 #define LAC_CUDA_ATTN_HOPPER_LAUNCH_CUH
@@ -37,7 +37,7 @@ template <class M> HOPPER_FN void feed(const hopper_forward_args &p, uint32_t me
     else hopper_feeder<M>(p, memory).run();
 }
 
-template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS>
+template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS>
 __global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS>::THREADS_, 1)
     attn_hopper_forward_kernel(const __grid_constant__ hopper_forward_args p)
 {
@@ -67,39 +67,41 @@ __global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS>::THREADS_, 
     if (threadIdx.x < 128) {
         hopper_fewer<M::FEEDER_REGISTERS>();
         if (threadIdx.x < (BLOCKS ? 32 : 1)) feed<M>(p, memory);
-        else if (threadIdx.x / 32 == 1) hopper_scout<M, MEETS, PAIRS>(p, memory);
+        else if (threadIdx.x / 32 == 1) hopper_scout<M, MEETS, OPTIONS>(p, memory);
         else if (MEETS && threadIdx.x / 32 == 2) hopper_carrier<M>(p, memory).run();
         else if (threadIdx.x >= 64 && p.gaps) hopper_fill<D>(p, 3 - threadIdx.x / 32, 2 - MEETS);
     } else {
         hopper_more<M::GROUP_REGISTERS>();
-        hopper_rows<T, D, MEETS, PAIRS, BLOCKS>(p, memory).run();
+        hopper_rows<T, D, MEETS, OPTIONS, BLOCKS>(p, memory).run();
     }
 #endif
 }
 
-template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> static int launch_one(const hopper_forward_args &p)
+template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> static int launch_one(const hopper_forward_args &p)
 {
     typedef hopper_forward_shape<T, D, BLOCKS> M;
-    auto kernel = attn_hopper_forward_kernel<T, D, MEETS, PAIRS, BLOCKS>;
+    auto kernel = attn_hopper_forward_kernel<T, D, MEETS, OPTIONS, BLOCKS>;
     const int memory = M::MEMORY;
     const int blocks = p.gaps ? lac_cuda_processors : min(p.tiles, lac_cuda_processors);
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
     launch(kernel, blocks, M::THREADS_, memory, p);
     return lac_cuda_launched("attention");
 }
-template <class T, bool PAIRS, bool BLOCKS> static int launch_shape(const hopper_forward_args &p)
+template <class T, int OPTIONS, bool BLOCKS> static int launch_shape(const hopper_forward_args &p)
 {
     const bool small = p.a.head_dim <= 64;
     if (p.a.ranks > 1)
-        return small ? launch_one<T, 64, true, PAIRS, BLOCKS>(p) : launch_one<T, 128, true, PAIRS, BLOCKS>(p);
-    return small ? launch_one<T, 64, false, PAIRS, BLOCKS>(p) : launch_one<T, 128, false, PAIRS, BLOCKS>(p);
+        return small ? launch_one<T, 64, true, OPTIONS, BLOCKS>(p) : launch_one<T, 128, true, OPTIONS, BLOCKS>(p);
+    return small ? launch_one<T, 64, false, OPTIONS, BLOCKS>(p) : launch_one<T, 128, false, OPTIONS, BLOCKS>(p);
 }
 
 /* all arguments but those of eight bits (attn_hopper_forward.cu) */
-int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_attend *f, bool gaps);
+int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_attend *f, bool gaps, const int *holes);
 
-/* the same with dropout or slopes (attn_hopper_pairs.cu) and with active blocks (attn_hopper_blocks.cu) */
+/* The same with dropout or slopes (attn_hopper_pairs.cu), with padding too (attn_hopper_padded.cu), and with active
+ * blocks (attn_hopper_blocks.cu). */
 template <class T> int attn_hopper_forward_pairs(const hopper_forward_args &p);
+template <class T> int attn_hopper_forward_padded(const hopper_forward_args &p);
 template <class T> int attn_hopper_forward_blocks(const hopper_forward_args &p);
 
 #endif

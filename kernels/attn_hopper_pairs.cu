@@ -5,7 +5,7 @@
 
 template <class T> int attn_hopper_forward_pairs(const hopper_forward_args &p)
 {
-    return launch_shape<T, true, false>(p);
+    return launch_shape<T, HOPPER_PAIRS, false>(p);
 }
 template int attn_hopper_forward_pairs<f16>(const hopper_forward_args &);
 template int attn_hopper_forward_pairs<bf16>(const hopper_forward_args &);

@@ -1,5 +1,6 @@
-/* attn_hopper_pairs.cuh: dropout and slopes (ALiBi) in the kernels for Hopper, which have instances of their own for
- * calls with one of them, so that all others run the code that they would run if there were none.
+/* attn_hopper_pairs.cuh: options of single pairs in the kernels for Hopper, which have instances of their own for calls
+ * with dropout or slopes (ALiBi) and for those with padding, so that all others run the code that they would run if
+ * there were none.
  *
  * Bits of dropout are those of every other kernel (rng.h): the pair (b, h, n, key) has word `at` % 4 of Philox' block
  * `at` / 4, where `at` is its place in a dense [B, H, N, M] tensor. A block is ten rounds, some 45 instructions, and
@@ -15,6 +16,10 @@
  * keys may weigh more than the first block's by far, so these instances keep a running maximum, as others do not
  * (attn_hopper_rows.cuh); it is followed in steps of RISE bits, so that results are seldom scaled.
  *
+ * Padding: keys behind a batch item's last one are not there, as with lengths, which a kernel before the attention
+ * finds out (attn_hopper_padded.cu). Only items with padding in front of it are asked about single keys: a bit a pair,
+ * made by the warp from the block's 128 bytes.
+ *
  * Rejected: bits from warps of their own (two of sixteen warps, for more work than a softmax is), bits in memory
  * beforehand (a bit a pair is 4 GB for 32 heads of 32k rows), bits after the softmax (1 KB of spills), a reference
  * without the slopes (a sum may vanish), fewer rounds or bits a pair (other pairs than the CPU's).
@@ -23,6 +28,9 @@
 #define LAC_CUDA_ATTN_HOPPER_PAIRS_CUH
 #include "attn_pairs.cuh"
 #include "hopper.cuh"
+
+/* Options of instances, as bits: none; dropout and slopes; padding. */
+enum { HOPPER_PLAIN, HOPPER_PAIRS, HOPPER_PADDED };
 
 /* ---- dropout ---- */
 
@@ -103,6 +111,31 @@ HOPPER_FN float hopper_slope(const attn_pair_args &a, int h, int r)
     return a.slopes ? (float)((double)((const float *)a.slopes)[h * a.slopes_stride] * a.unit * r) : 0.f;
 }
 
+/* ---- padding ---- */
+
+HOPPER_FN bool hopper_padded(const attn_pair_args &a, int b, int key)
+{
+    return !a.padding[b * a.padding_stride[0] + key * a.padding_stride[1]];
+}
+/* Of a warpgroup's accumulators, columns keys: which of 128 keys of a lattice are no padding? Bit i % 4 * 8 + i / 4 * 2
+ * + e is registers 4 i + e and 4 i + 2 + e. By a warp; live: keys that there are, of which the first is `position`. */
+HOPPER_FN uint32_t hopper_shown_keys(const attn_pair_args &a, int b, int position, int r, int live)
+{
+    const int lane = threadIdx.x % 32;
+    const uint8_t *at = a.padding + b * a.padding_stride[0] + (position + (int64_t)lane * r) * a.padding_stride[1];
+    const int64_t step = 32 * r * a.padding_stride[1];
+    int byte[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) byte[k] = hopper_byte(at + k * step, lane + 32 * k < live);
+    uint32_t shown = 0;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const uint32_t keys = __ballot_sync(~0u, byte[k] || lane + 32 * k >= live);
+        shown |= (keys >> lane % 4 * 2 & 0x03030303u) << 2 * k;
+    }
+    return shown;
+}
+
 /* ---- the host's side ---- */
 
 /* NULL, or the first option of a call that kernels for Hopper have not */
@@ -110,11 +143,13 @@ inline const char *hopper_no_pairs(const lac_a_attend *f)
 {
     if (f->mask.data) return "there is a mask";
     if (f->bias.data) return "there is a bias";
-    if (f->blocks.data) return "there is a block_mask";
-    return f->padding.data ? "there is a padding mask" : NULL;
+    return f->blocks.data ? "there is a block_mask" : NULL;
 }
-/* does a call run the instances with dropout and slopes? */
-inline bool hopper_pairs(const attn_pair_args &a) { return a.p > 0 || a.slopes; }
+/* options that a call's instance has */
+inline int hopper_options(const attn_pair_args &a)
+{
+    return (a.p > 0 || a.slopes ? HOPPER_PAIRS : HOPPER_PLAIN) | (a.padding ? HOPPER_PADDED : HOPPER_PLAIN);
+}
 
 inline hopper_dropout hopper_dropout_of(const attn_args &a)
 {
@@ -129,6 +164,10 @@ inline hopper_dropout hopper_dropout_of(const attn_args &a)
     return x;
 }
 
-int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps);
+int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps, const int *holes);
+/* Padding: a's lengths become those up to the last key of each batch item; *holes, NULL without padding, says which
+ * items have padding before that. Both in `space`, of so many bytes. */
+inline size_t attn_hopper_ends_bytes(const attn_args &a) { return a.padding ? (size_t)a.batch * 2 * sizeof(int) : 0; }
+int attn_hopper_ends(attn_args &a, int *space, const int **holes);
 
 #endif

@@ -45,13 +45,14 @@ template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
     return fmaf(u.y, v.y, fmaf(u.x, v.x, x));
 }
 
-/* MEETS: several branches meet in rows. PAIRS: there may be dropout and slopes (attn_hopper_pairs.cuh). BLOCKS: keys
- * come in steps, each of which says what the next one is (attn_hopper_blocks.cuh). T e4m3: queries, keys, values and
- * weights are of eight bits (attn_hopper_fp8.cuh). */
-template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_rows {
+/* MEETS: several branches meet in rows. OPTIONS: there may be dropout, slopes and padding (attn_hopper_pairs.cuh).
+ * BLOCKS: keys come in steps, each of which says what the next one is (attn_hopper_blocks.cuh). T e4m3: queries, keys,
+ * values and weights are of eight bits (attn_hopper_fp8.cuh). */
+template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_rows {
     typedef hopper_forward_shape<T, D, BLOCKS> M;
     enum { BN = HOPPER_KEYS, TURN = 1, OWN = 8 };      /* named barriers: the turn of warpgroup 0; of its own warps */
     static constexpr float NOTHING = -1e38f, RISE = 8; /* bits by which slopes may lift a block over its reference */
+    static constexpr bool PAIRS = OPTIONS & HOPPER_PAIRS, PADDED = OPTIONS & HOPPER_PADDED;
     static constexpr bool EIGHT = M::EIGHT, RUNNING = PAIRS || EIGHT; /* RUNNING: the reference follows the maximum */
     static constexpr float LIFT = EIGHT ? 8 : 0;                      /* bits by which weights exceed their share */
     static constexpr int LATE = PAIRS ? BN / 8 : M::LATE;
@@ -60,6 +61,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
     const int w, thread, lane, warp;
     float s[BN / 2], o[D / 2], top0, top1, sum0, sum1;        /* rows lane / 4 and lane / 4 + 8 of the warp's 16 */
     uint32_t weights[EIGHT ? BN / 8 : BN / 4], kept[BN / 64]; /* kept: a bit a register of s; PAIRS */
+    uint32_t shown;                                           /* PADDED: keys that are none (hopper_shown_keys) */
     /* EIGHT: base-2 scores are products times unit; results of one block; what turns those before it into the
      * references that it has */
     float unit, part[EIGHT ? D / 2 : 1], late0, late1;
@@ -272,6 +274,22 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
 #pragma unroll
         for (int half = 0; half < BN / 64; half++)
             kept[half] = hopper_kept_keys(p.dropout, at + (uint64_t)(64 * half * f.t.r), p.a.m, f.t.r);
+    }
+    /* PADDED: which keys are none? Asked like choose(). */
+    __device__ __forceinline__ void look(int slot, int first)
+    {
+        const volatile hopper_forward_tile &f = tile(slot);
+        const int r = f.t.r;
+        shown = f.holes ? hopper_shown_keys(p.a, f.t.b, f.key + first * r, r, f.t.live - first) : ~0u;
+    }
+    /* may a row of the warp have seen nothing yet? */
+    __device__ __forceinline__ bool unseen() const { return __any_sync(~0u, fminf(top0, top1) <= NOTHING); }
+    /* scores of keys that are padding */
+    __device__ __forceinline__ void hide()
+    {
+#pragma unroll
+        for (int i = 0; i < BN / 2; i++)
+            if (!(shown >> (i / 4 % 4 * 8 + i / 16 * 2 + i % 2) & 1)) s[i] = -INFINITY;
     }
     /* the weights, which have been summed up, of pairs that are dropped */
     __device__ __forceinline__ void drop()
@@ -601,6 +619,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
     __device__ __forceinline__ void later_block(int slot, bool fresh, int key, int until, bool half)
     {
         if (PAIRS && p.dropout.dropped) choose(slot, key);
+        if (PADDED && MASKED) look(slot, key);
         wait_keys(block);
         take_turn();
         queue_scores(slot);
@@ -611,6 +630,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
         hopper_pin(s);
         float shrink0 = 1, shrink1 = 1;
         if (PAIRS && p.a.slopes) lean(slot, key);
+        if (PADDED && MASKED && shown != ~0u) hide();
         if (MASKED) mask(slot, key, until);
         if (EIGHT) free_keys(block);
         if (RUNNING || (MASKED && fresh)) {
@@ -661,6 +681,7 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
             late0 = shrink0, late1 = shrink1;
         } else if (__any_sync(~0u, !(sum0 < most() && sum1 < most()))) {
             multiply_again(slot);
+            if (PADDED && MASKED && shown != ~0u) hide();
             if (MASKED) mask(slot, key, until);
             float most0, most1;
             maxima(most0, most1);
@@ -695,10 +716,12 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
                 const uint32_t start = block - lead;
                 float old0, old1;
                 if (PAIRS && p.dropout.dropped) choose(slot, low + lead * BN);
+                if (PADDED) look(slot, low + lead * BN);
                 first_block(slot);
                 if (EIGHT) unit = tile(slot).score;
                 if (MEETS) carry(slot, old0, old1);
                 if (PAIRS && p.a.slopes) lean(slot, low + lead * BN);
+                if (PADDED && shown != ~0u) hide();
                 if (lead < plain || lead >= full) mask(slot, low + lead * BN, 0);
                 first_softmax(slot, old0, old1);
                 /* the store of the last tile's results has read its memory by the end of the next block */
@@ -709,11 +732,13 @@ template <class T, int D, bool MEETS, bool PAIRS, bool BLOCKS> struct hopper_row
                 const uint32_t ending = start + stop, from = start + plain, until = start + full, release = block;
 #pragma unroll 1
                 while (block < ending) {
-                    if (block > from && block < until)
+                    /* with both options there are registers for one of the two */
+                    const bool holes = PADDED && tile(slot).holes;
+                    if (!(PADDED && PAIRS) && block > from && block < until && !holes)
                         later_block<false>(slot, false, PAIRS ? low + (int)(block - start) * BN : 0, 0, false);
                     else
-                        later_block<true>(slot, block <= from, low + (int)(block - start) * BN, 0,
-                                          block + 1 == ending && part.y & 1);
+                        later_block<true>(slot, block <= from || (holes && unseen()), low + (int)(block - start) * BN,
+                                          0, block + 1 == ending && part.y & 1);
                     if (++block == release + 1) free_stored();
                 }
                 held = true, due = block - 1;

@@ -1,9 +1,12 @@
---- Dropout and slopes (ALiBi) in the kernels for Hopper: against the oracle, the CPU and portable kernels.
+--- Dropout, slopes (ALiBi) and padding in the kernels for Hopper: against the oracle, the CPU and portable
+-- ones.
 --
 -- The kernel is forced, so that a call which it could not do would fail here. Random configurations have
--- dropout, slopes or both, with whatever else these kernels take; attn_random says how they are made and
--- poisoned. Which pairs dropout keeps must be the same everywhere, bit by bit: weights that are all equal
--- times values that are one key each show it. The CPU in f64 stands in for the oracle past a few tiles.
+-- one to three of them, with whatever else these kernels take; attn_random says how they are made and
+-- poisoned. Keys that are padding are sometimes NaN; not always, because rows that are then computed again
+-- would hide what the tiles made of them. Which pairs dropout keeps must be the same everywhere, bit by
+-- bit: weights that are all equal times values that are one key each show it. The CPU in f64 stands in for
+-- the oracle past a few tiles.
 
 local attn_device = require "support.attn_device"
 local it = attn_device.it(it, pending)
@@ -13,6 +16,31 @@ local attn = require "support.attn_random"
 local C = direct.C
 local random, pick, chance = attn.random, attn.pick, attn.chance
 local NAN = 0 / 0
+
+-- keys of every batch item that are none: behind its last one, before its first one, anywhere, all
+local function padding(c)
+  local kept = {}
+  for _ = 1, c.B do
+    local kind, from, to = random(8), 1, c.M
+    if kind <= 3 or kind == 7 then to = random(c.M + 1) - 1 end
+    if kind >= 3 and kind <= 5 then from = random(c.M) end
+    for key = 1, c.M do
+      kept[#kept + 1] = kind ~= 8 and key >= from and key <= to and (kind < 6 or chance(0.7))
+    end
+  end
+  return kept
+end
+local function poison_padding(c, lists)
+  local width = c.Hk * c.D
+  for i = 1, c.padding and chance(0.2) and c.B * c.M or 0 do
+    for e = (i - 1) * width + 1, c.padding[i] and 0 or i * width do lists[2][e], lists[3][e] = NAN, NAN end
+  end
+end
+local function inputs(c, ...)
+  local lists = attn_device.inputs(c, ...)
+  poison_padding(c, lists)
+  return lists
+end
 
 -- options: those of attn_random; forward: alone, with any number of rows
 local function config(options)
@@ -26,10 +54,11 @@ local function config(options)
     end
     if fits then
       c.dedup, c.padding, c.scale, c.kernel = false, nil, pick { 0, 0.3, 0.05 }, "hopper"
-      local which = random(3)
-      c.dropout = which ~= 2 and pick { 0.1, 0.5, 0.9 } or 0
+      local which = random(5) -- two in five: neither, but padding
+      c.padding = (which > 3 or chance(0.5)) and padding(c) or nil
+      c.dropout = which ~= 2 and which < 4 and pick { 0.1, 0.5, 0.9 } or 0
       c.seed, c.rng_offset = random(1000), random(1000)
-      c.alibi = which ~= 1 and {} or nil
+      c.alibi = (which == 2 or which == 3) and {} or nil
       for h = 1, c.alibi and c.H or 0 do c.alibi[h] = direct.round.f32(pick { 0.7, 0.1, 0.004 } * 2 ^ -h) end
       return c
     end
@@ -38,16 +67,16 @@ end
 
 local forward, both = attn_device.forward, attn_device.both
 
-describe("dropout and slopes on Hopper #gpu", function()
+describe("options of pairs on Hopper #gpu", function()
   local unharmed = attn_device.guard(setup, teardown)
 
-  it("equal the oracle in 40 random forwards", function()
+  it("equal the oracle in 60 random forwards", function()
     local seed = attn.fresh()
     attn.seed(seed)
-    for trial = 1, 40 do
+    for trial = 1, 60 do
       local c, dtype = config { most = trial % 5 == 0 and 150 or 50, segment = 50, forward = true },
                        pick { "bf16", "f16" }
-      local lists = attn_device.inputs(c, seed + trial, dtype)
+      local lists = inputs(c, seed + trial, dtype)
       local got = forward(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
       local exact, naive = attn_device.references(c, dtype, lists)
       attn_device.judge(dtype, got, exact, naive,
@@ -55,13 +84,13 @@ describe("dropout and slopes on Hopper #gpu", function()
     end
   end)
 
-  it("equal the CPU across tiles in 160 random forwards", function()
+  it("equal the CPU across tiles in 240 random forwards", function()
     local seed = attn.fresh() + 1
     attn.seed(seed)
-    for trial = 1, 160 do
+    for trial = 1, 240 do
       local most, dtype = trial % 8 == 0 and 1200 or 400, pick { "bf16", "f16" }
       local c = config { most = most, segment = most, heads = 1, forward = true }
-      local lists = attn_device.inputs(c, seed + trial, dtype)
+      local lists = inputs(c, seed + trial, dtype)
       local got = forward(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
       local exact, naive = attn_device.cpu(forward, c, dtype, lists)
       attn_device.judge(dtype, got, exact, naive,
@@ -69,14 +98,14 @@ describe("dropout and slopes on Hopper #gpu", function()
     end
   end)
 
-  it("have the oracle's gradients in 5 random configurations, the CPU's across tiles in 120", function()
+  it("have the oracle's gradients in 8 random configurations, the CPU's across tiles in 200", function()
     local seed = attn.fresh() + 2
     attn.seed(seed)
-    for trial = 1, 125 do
-      local dtype, small = pick { "bf16", "f16" }, trial <= 5
+    for trial = 1, 208 do
+      local dtype, small = pick { "bf16", "f16" }, trial <= 8
       local most = small and 80 or trial % 40 == 0 and 1000 or trial % 8 == 0 and 400 or 160
       local c = config { most = most, segment = most, heads = small and 1 or 2 }
-      local lists = attn_device.inputs(c, seed + trial, dtype, true)
+      local lists = inputs(c, seed + trial, dtype, true)
       local got = both(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
       local exact, naive
       if small then exact, naive = attn_device.references(c, dtype, lists)
@@ -135,6 +164,7 @@ describe("dropout and slopes on Hopper #gpu", function()
       local dtype = pick { "bf16", "f16" }
       local c = config { most = 700, segment = 700, heads = 1 }
       c.causal, c.align, c.M = true, nil, c.N
+      c.padding = c.padding and padding(c)
       local lists = { attn.inputs(c, 3, dtype) }
       lists[5] = nil
       local first = both(C.LAC_CUDA, dtype, c, lists)
@@ -145,6 +175,45 @@ describe("dropout and slopes on Hopper #gpu", function()
       for i = 1, key * c.H * c.D do
         local x, y = spoilt.out[i], first.out[i]
         assert.is_true(math.abs(x - y) <= 2 ^ -6 * (1 + math.abs(y)), ("out[%d]: %s"):format(i, attn.text(c)))
+      end
+    end
+  end)
+
+  it("take padding behind the last key for lengths", function()
+    attn.seed(31)
+    for trial = 1, 6 do
+      local c, dtype = config { most = 700, segment = 700, heads = 1 }, pick { "bf16", "f16" }
+      c.dropout, c.alibi = 0, nil
+      local plain = {}
+      for key, value in pairs(c) do plain[key] = value end
+      plain.padding, plain.lengths, plain.lengths_dtype = nil, {}, "i32"
+      c.padding, c.lengths = {}, nil
+      for b = 1, c.B do
+        plain.lengths[b] = random(c.M + 1) - 1
+        for key = 1, c.M do c.padding[#c.padding + 1] = key <= plain.lengths[b] end
+      end
+      local lists = { attn.inputs(c, trial, dtype) }
+      attn_device.near(both(C.LAC_CUDA, dtype, c, lists), both(C.LAC_CUDA, dtype, plain, lists), attn.text(c))
+    end
+  end)
+
+  it("keep NaN and infinity of padding away", function()
+    attn.seed(41)
+    for trial = 1, 8 do
+      local c, dtype = config { most = 300, segment = 300, heads = 1 }, pick { "bf16", "f16" }
+      c.padding, c.lengths = {}, nil
+      for i = 1, c.B * c.M do c.padding[i] = chance(0.7) end
+      local lists = { attn.inputs(c, trial, dtype) }
+      lists[5] = nil
+      local first, width = both(C.LAC_CUDA, dtype, c, lists), c.Hk * c.D
+      local bad = pick { NAN, math.huge, -math.huge }
+      for i = 1, c.B * c.M do
+        for e = (i - 1) * width + 1, c.padding[i] and 0 or i * width do lists[pick { 2, 3 }][e] = bad end
+      end
+      local spoilt = both(C.LAC_CUDA, dtype, c, lists)
+      for name, list in pairs(first) do
+        local most = 2 ^ -6 * (1 + direct.largest(list))
+        assert.is_true(direct.max_diff(list, spoilt[name]) <= most, name .. " in " .. attn.text(c))
       end
     end
   end)

@@ -113,6 +113,8 @@ function run.hopper()
         case("heads divided", { segments = { 100, 400 }, dilations = { 1, 2 }, heads = "split" })
         case("dropout and slopes", { segments = { 100, 400 }, dilations = { 1, 2 }, dropout = 0.3,
           alibi = true })
+        case("padding", { segments = { 100, 400 }, dilations = { 1, 2 },
+          key_padding = lac.rand{ 1, 300 }:gt(0.3) })
         case("packed", { segments = { 300 }, dilations = { 1 }, cu_seqlens = { 0, 100, 300 } })
         case("fp8", { segments = { 100, 200, 400 }, dilations = { 1, 2, 3 }, kv = 2, fp8 = true, window = 150,
           forward = true })
