@@ -372,7 +372,8 @@ static size_t acc_bytes(const lac_view *v, int phases)
     return phases > 1 && dtype_bytes(v->dtype) == 2 ? (size_t)lac_view_numel(v) * sizeof(float) : 0;
 }
 
-/* Which kernel runs: the script's choice, else Hopper's where it can do the call (`why` NULL) and pays. */
+/* Which kernel runs: the script's choice, else Hopper's where it can do the call (`why` NULL) and pays. Whether masks
+ * and biases pay has not been measured, so these are left to the portable ones. */
 static int choose(const lac_a_attend *f, const char *why, bool pays, bool *hopper)
 {
     *hopper = false;
@@ -437,8 +438,9 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     if (attn_few_fits(f)) return attn_few_forward(a, f);
     const lac_a_attend plain = without_blocks(f);
     const char *why = attn_hopper_forward_fits(&plain);
-    if (!why && a.block && hopper_options(a)) why = "there is a block_mask, with padding, dropout or alibi slopes";
-    LAC_TRY(choose(f, why, lac_plan_hopper_pays(p, a.block), &hopper));
+    if (!why && a.block && hopper_options(a))
+        why = "there is a block_mask, with other options of pairs, padding or dropout";
+    LAC_TRY(choose(f, why, lac_plan_hopper_pays(p, a.block) && !(hopper_options(a) & HOPPER_ADDED), &hopper));
     const bool gaps = !covered(p) || p->shift < 0;
     if (gaps && !hopper) {
         LAC_TRY(clear(&f->out));
@@ -450,9 +452,9 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     if (!space.data) return LAC_E_MEMORY;
     LAC_TRY(results_of(a, f, (char *)space.data, sums));
     if (hopper) {
-        const int *holes;
-        LAC_TRY(attn_hopper_ends(a, (int *)((char *)space.data + ends), &holes));
-        return attn_hopper_forward(a, f, gaps, holes);
+        const hopper_kept *padding;
+        LAC_TRY(attn_hopper_ends(a, (int *)((char *)space.data + ends), &padding));
+        return attn_hopper_forward(a, f, gaps, padding);
     }
     if (parts(f->q.dtype, a.head_dim)) return attn_forward_parts(a, p);
     if (exact(f->q.dtype)) return attn_forward_exact(a, p, f->q.dtype);
@@ -475,9 +477,9 @@ static int queries_pass(attn_pair_args &a, const lac_a_attend *f)
     return paired(f) ? attn_pairs_queries_tensor(a, f->plan, dtype) : attn_queries_tensor(a, f->plan, dtype);
 }
 
-/* list, sums: of one pass, or NULL; holes: attn_hopper_ends() */
+/* list, sums: of one pass, or NULL; padding: attn_hopper_ends() */
 static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc,
-                        void *list, void *sums, bool joint, const int *holes)
+                        void *list, void *sums, bool joint, const hopper_kept *padding)
 {
     const lac_a_attend *f = &w->forward;
     LAC_TRY(make_stats(a, w));
@@ -486,7 +488,7 @@ static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_a
         LAC_TRY(queries_pass(a, f));
         a.deltas = 0;
     }
-    if (list) return attn_hopper_backward(a, w, joint, list, sums, dk_acc, dv_acc, holes);
+    if (list) return attn_hopper_backward(a, w, joint, list, sums, dk_acc, dv_acc, padding);
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(keys_pass(a, f));
     a.out = w->dq.data, a.acc = dq_acc;
@@ -505,7 +507,8 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     copy_strides(a.dbias_stride, &w->dbias);
     a.per_branch = lac_plan_branch_delta(p);
     bool hopper;
-    LAC_TRY(choose(f, attn_hopper_backward_fits(w), lac_plan_one_pass(p), &hopper));
+    const bool pays = lac_plan_one_pass(p) && !(hopper_options(a) & HOPPER_ADDED);
+    LAC_TRY(choose(f, attn_hopper_backward_fits(w), pays, &hopper));
     const bool joint = !hopper && attn_joint_fits(w), once = hopper || joint; /* once: one pass */
     if (!once && (!covered(p) || p->shift < 0)) LAC_TRY(clear(&w->dq));
     if (!covered(p)) {
@@ -532,7 +535,7 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     a.lse2 = at, a.lse2_low = at + stats, a.delta = at + 2 * stats;
     if (!a.per_branch) a.delta_low = at + 3 * stats;
     a.counter = (int *)(at + 4 * stats);
-    const int *holes = NULL;
-    if (hopper) LAC_TRY(attn_hopper_ends(a, (int *)(at + 4 * stats + counters(a)), &holes));
-    return run_backward(a, w, dq_acc, dk_acc, dv_acc, once ? space.data : NULL, dq_sums.data, joint, holes);
+    const hopper_kept *padding = NULL;
+    if (hopper) LAC_TRY(attn_hopper_ends(a, (int *)(at + 4 * stats + counters(a)), &padding));
+    return run_backward(a, w, dq_acc, dk_acc, dv_acc, once ? space.data : NULL, dq_sums.data, joint, padding);
 }

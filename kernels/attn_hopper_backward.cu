@@ -377,6 +377,7 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
     const char *why = lac_plan_no_hopper(p, f->q.dtype);
     if (!why) why = hopper_no_pairs(f);
     if (why) return why;
+    if (w->dbias.data) return "the bias has a gradient";
     if (d->heads / d->kv_heads > 32) return "more than 32 query heads share a key/value head";
     for (int i = 0; i < 4; i++)
         if (!hopper_readable(read[i], &why)) return why;
@@ -432,7 +433,7 @@ static void launch_dq(const attn_args &a, const hopper_args &h, T *dq, unsigned 
 }
 template <class T> static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
-    const bool masks = a.causal || a.window >= 0 || a.lengths || a.padding || a.dedup;
+    const bool masks = a.causal || a.window >= 0 || a.lengths || a.padding || a.dedup || a.mask || a.bias;
     const int64_t units = (int64_t)a.batch * ((a.n + 15) / 16) * a.heads;
     const unsigned blocks = blocks_for(units * (a.head_dim <= 64 ? 64 : 128), THREADS);
     T *dq = (T *)w->dq.data;
@@ -444,7 +445,7 @@ template <class T> static int finish(const attn_pair_args &a, const hopper_args 
 }
 
 int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *sums,
-                         void *dk_acc, void *dv_acc, const int *holes)
+                         void *dk_acc, void *dv_acc, const hopper_kept *padding)
 {
     hopper_args h;
     size_t bytes;
@@ -465,6 +466,6 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool join
     launch(hopper_list_kernel, grid, THREADS, 0, a, h, tile_groups(a.head_dim, joint));
     LAC_TRY(lac_cuda_launched("attention"));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
-    LAC_TRY(joint ? attn_joint_tiles(a, h, w->forward.q.dtype) : attn_hopper_keys(a, h, w, holes));
+    LAC_TRY(joint ? attn_joint_tiles(a, h, w->forward.q.dtype) : attn_hopper_keys(a, h, w, padding));
     return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w) : finish<bf16>(a, h, w);
 }

@@ -21,6 +21,8 @@
 #include "attn_pairs.cuh"
 #include "hopper.cuh"
 
+struct hopper_kept; /* attn_hopper_pairs.cuh */
+
 /* ---- the work list ---- */
 
 enum { HOPPER_ROWS = 64 };       /* query rows of a block, keys of a warpgroup */
@@ -69,7 +71,8 @@ struct hopper_args {
 };
 
 /* the tiles of all branches (attn_hopper_keys.cu) */
-int attn_hopper_keys(const attn_pair_args &a, const hopper_args &p, const lac_a_attend_bwd *w, const int *holes);
+int attn_hopper_keys(const attn_pair_args &a, const hopper_args &p, const lac_a_attend_bwd *w,
+                     const hopper_kept *padding);
 /* delta of every branch (attn_hopper_deltas.cu) */
 int attn_hopper_deltas(const attn_args &a, const hopper_args &p, const lac_a_attend_bwd *w);
 /* lattice rows of a segment of branch g, at most, when the sequence has n positions */
@@ -87,10 +90,10 @@ bool attn_hopper_keys_exist(void);
 const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w);
 /* Of device memory beside statistics: the list's, *sums those of dq. Joint: tiles by the portable kernel. */
 size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint, size_t *sums);
-/* all but statistics; dk_acc, dv_acc: low bytes of what branches add to these (attn_sums.cuh); holes:
+/* all but statistics; dk_acc, dv_acc: low bytes of what branches add to these (attn_sums.cuh); padding:
  * attn_hopper_ends() of attn_hopper_pairs.cuh */
 int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *sums,
-                         void *dk_acc, void *dv_acc, const int *holes);
+                         void *dk_acc, void *dv_acc, const hopper_kept *padding);
 /* The same with the portable kernel for tiles (attn_joint.cu): can it do the call? has the device the memory for it? */
 bool attn_joint_fits(const lac_a_attend_bwd *w);
 bool attn_joint_runs(int head_dim);

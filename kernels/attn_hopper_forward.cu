@@ -92,6 +92,7 @@ template <class T, class A> static int redo(const A &a, int call)
 template <class T> static int launch(const hopper_forward_args &p, int options)
 {
     const int status = p.a.block                 ? attn_hopper_forward_blocks<T>(p)
+                       : options & HOPPER_ADDED  ? attn_hopper_forward_added<T>(p)
                        : options & HOPPER_PADDED ? attn_hopper_forward_padded<T>(p)
                        : options                 ? attn_hopper_forward_pairs<T>(p)
                                                  : launch_shape<T, HOPPER_PLAIN, false>(p);
@@ -100,16 +101,18 @@ template <class T> static int launch(const hopper_forward_args &p, int options)
     return options || p.a.block ? redo<T>(p.a, p.call) : redo<T>((const attn_args &)p.a, p.call);
 }
 
-int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_attend *f, bool gaps, const int *holes)
+int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_attend *f, bool gaps,
+                        const hopper_kept *padding)
 {
     static int calls;
     const lac_plan *plan = f->plan;
     int64_t tiles;
     p = {};
-    LAC_TRY(attn_number(a, plan, false, a.head_dim <= 64 && !a.block && !f->fp8 ? 192 : 128, &tiles, a.block));
+    const bool added = hopper_options(a) & HOPPER_ADDED, high = a.head_dim <= 64 && !a.block && !f->fp8 && !added;
+    LAC_TRY(attn_number(a, plan, false, high ? 192 : 128, &tiles, a.block));
     p.tiles = (int)tiles;
     p.turns = turns_of(a);
-    p.masks = a.causal || a.window >= 0 || a.block || a.padding;
+    p.masks = a.causal || a.window >= 0 || a.block || a.padding || added;
     p.call = ++calls;
     for (int g = 0; g < a.branches; g++) {
         const attn_branch &b = a.branch[g];
@@ -132,14 +135,14 @@ int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_a
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.claims, hopper_claims));
     CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.spoilt, hopper_spoilt));
     p.dropout = hopper_dropout_of(a);
-    p.holes = holes;
+    p.padding = padding;
     return 0;
 }
 
-int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps, const int *holes)
+int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps, const hopper_kept *padding)
 {
     hopper_forward_args p;
-    LAC_TRY(attn_hopper_prepare(p, a, f, gaps, holes));
+    LAC_TRY(attn_hopper_prepare(p, a, f, gaps, padding));
     if (p.tiles == 0 && !gaps) return 0;
     const int options = hopper_options(a);
     return f->q.dtype == LAC_F16 ? launch<f16>(p, options) : launch<bf16>(p, options);

@@ -66,7 +66,7 @@ struct hopper_forward_args {
         call; /* the number of the last call with a result that is not finite where pairs are masked; and of this */
     hopper_dropout dropout;
     hopper_eight eight;
-    const int *holes; /* has a batch item padding in front of its last key? NULL: none has */
+    const hopper_kept *padding; /* of each batch item; NULL: there is no padding */
 };
 
 /* Of a tile's blocks of keys, what one warpgroup needs: blocks [lead, ends / 2) hold keys of its rows, and if `ends` is
@@ -97,18 +97,19 @@ struct alignas(16) hopper_forward_tile {
     float score, value;
     union {
         int values;
-        int holes; /* may keys of the batch item be padding? */
+        int holes; /* may keys of the tile be padding? */
     };
 };
 static_assert(sizeof(hopper_forward_tile) == HOPPER_TILE, "copied by 16 bytes");
 
-/* Sizes, and addresses in shared memory. T: of q, k and v. BLOCKS: there are active blocks (attn_hopper_blocks.cuh). Of
+/* Sizes, and addresses in shared memory. T: of q, k and v. BLOCKS: there are active blocks (attn_hopper_blocks.cuh).
+ * ADDED: there are masks and biases, for whose addresses three warpgroups of D = 64 have no registers. Of
  * eight bits, rows of 64 numbers take the 128 bytes of an operand's rows too. */
-template <class T, int D, bool BLOCKS> struct hopper_forward_shape {
+template <class T, int D, bool BLOCKS, bool ADDED = false> struct hopper_forward_shape {
     static constexpr bool EIGHT = std::is_same_v<T, e4m3>, STEPPED = BLOCKS;
     enum {
         DIM = D,
-        GROUPS = D == 64 && !BLOCKS && !EIGHT ? 3 : 2, /* warpgroups with rows; the usual block has 128 */
+        GROUPS = D == 64 && !BLOCKS && !EIGHT && !ADDED ? 3 : 2, /* warpgroups with rows; the usual block has 128 */
         STAGES = D == 64 || EIGHT ? 4 : 2, /* of keys, and of values; a power of two: others cost registers */
         SLOTS = 2,                         /* of queries; results leave through the same memory */
         LATE = D == 64 ? 12 : 8, /* columns, in eighths, exponentiated before the product with values is waited for */
@@ -203,7 +204,7 @@ HOPPER_FN void hopper_scales(const hopper_forward_args &p, hopper_forward_tile &
 }
 
 /* Tile number -> tile; false if it has no rows. */
-template <class M> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id, hopper_forward_tile &f)
+template <class M, int OPTIONS> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id, hopper_forward_tile &f)
 {
     constexpr int GROUPS = M::GROUPS;
     const attn_pair_args &a = p.a;
@@ -240,7 +241,12 @@ template <class M> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int 
         t.first = t.q0 + 64 * (block * each + max(block - fewer, 0));
         t.end = min(t.q1, t.first + 64 * f.groups);
     }
-    const int least = max(t.first - t.before, 0), high = min(t.live, t.end + t.after);
+    int least = max(t.first - t.before, 0);
+    const int high = min(t.live, t.end + t.after);
+    if (OPTIONS & HOPPER_PADDED && p.padding) {
+        least = max(least, hopper_count(t, (unsigned)p.padding[b].first));
+        f.holes = p.padding[b].holes;
+    } else if (OPTIONS & HOPPER_PADDED) f.holes = 0;
     const int low = least / M::ALIGNED * M::ALIGNED;
     f.g = g;
     f.low = low;
@@ -310,11 +316,10 @@ template <class M, bool MEETS, int OPTIONS> HOPPER_FN void hopper_scout(const ho
         hopper_wait(memory + M::FOUND_FREE, free);
         int next = 0;
         if (lane == 0) next = atomicAdd(p.claims, 1) + (int)gridDim.x; /* takes a while, and not too early */
-        const bool rows = hopper_find<M>(p, id, f);
+        const bool rows = hopper_find<M, OPTIONS>(p, id, f);
         __syncwarp();
         if (rows) {
             if (OPTIONS & HOPPER_PAIRS) f.slope = hopper_slope(p.a, f.t.h, f.t.r);
-            if (OPTIONS & HOPPER_PADDED) f.holes = p.holes ? p.holes[f.t.b] : 0;
             if (MEETS) hopper_others<M::GROUPS>(p, f, lane);
             __syncwarp();
             if (lane == 0) hopper_arrive(memory + M::FOUND_FULL);

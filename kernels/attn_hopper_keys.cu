@@ -43,7 +43,7 @@ struct hopper_keys_args {
     int batch_step[6]; /* tokens from one batch item to the next, in the order of the maps */
     int heads_each, masks;
     float log2_scale, masked, weight, scale; /* masked: the score of a masked pair; weight: what dout is times */
-    const int *holes;                        /* has a batch item padding in front of its last key? NULL: none has */
+    const hopper_kept *padding;              /* of each batch item; NULL: there is no padding */
 };
 
 /* Sizes, and addresses in shared memory. */
@@ -224,10 +224,11 @@ template <int D> HOPPER_FN void hopper_carrier(const hopper_keys_args &p, uint32
 /* ---- the warpgroups ---- */
 
 /* 64 keys of one warpgroup, everything it holds in registers. MASKS: causal or a window. OPTIONS: there may be
- * dropout, slopes and padding (attn_hopper_pairs.cuh). */
+ * dropout, slopes, padding, a mask and a bias (attn_hopper_pairs.cuh). */
 template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
     typedef hopper_shape<D> M;
-    static constexpr bool PAIRS = OPTIONS & HOPPER_PAIRS, PADDED = OPTIONS & HOPPER_PADDED;
+    static constexpr bool PAIRS = OPTIONS & HOPPER_PAIRS, PADDED = OPTIONS & HOPPER_PADDED,
+                          ADDED = OPTIONS & HOPPER_ADDED;
     const hopper_keys_args &p;
     const uint32_t memory;
     const int w, thread, lane, warp;
@@ -383,6 +384,32 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
             (uint64_t)key;
         kept = hopper_kept_rows(p.dropout, at, p.a.m, dilation);
     }
+    /* ADDED: mask and bias of the block whose first row is number m of the lattice's query rows, by way of the
+     * registers that dP will be in, while scores are worked out */
+    __device__ __forceinline__ void add(const volatile hopper_tile &t, int dilation, int m, int head)
+    {
+        const int row = m + lane % 4 * 2, n = t.row0 + row * dilation;
+        hopper_lines at;
+#pragma unroll
+        for (int y = 0; y < 2; y++) {
+            const int key = t.key0 + min((t.first + w) * 64 + warp * 16 + lane / 4 + 8 * y, t.live - 1) * dilation;
+            at.mask[y] = attn_pair_at(p.a.mask_stride, t.batch, head, n, key);
+            at.bias[y] = attn_pair_at(p.a.bias_stride, t.batch, head, n, key);
+        }
+        at.mask_step = dilation * p.a.mask_stride[2], at.bias_step = dilation * p.a.bias_stride[2];
+        at.left = t.rows - row;
+        if (p.a.mask) hopper_mask<false>(p.a, d, at);
+        else {
+#pragma unroll
+            for (int i = 0; i < 32; i++) d[i] = 0;
+        }
+        if (p.a.bias) hopper_bias<T, false, 4>(p.a, d, at);
+        hopper_pin(d);
+        hopper_product_wait<0>();
+        hopper_pin(s);
+#pragma unroll
+        for (int i = 0; i < 32; i++) s[i] += d[i];
+    }
     /* P and dS of a block from S and dP */
     __device__ __forceinline__ void probabilities(uint32_t stats)
     {
@@ -452,6 +479,7 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
         int4 step = {};
         if (PAIRS) step = hopper_four(memory + M::STEP + 16 * (qs + M::STAGES * qp));
         if (PAIRS && p.dropout.dropped) choose(t, dilation, 64 * step.x, step.w);
+        if constexpr (ADDED) add(t, dilation, 64 * step.x, step.w);
         hopper_wait(memory + M::G_FULL + 8 * qs, qp);
         hopper_pin(d);
         scores(d, memory + M::V + M::value(ts) * M::TILE, memory + M::G + qs * M::BLOCK);
@@ -619,7 +647,7 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
     __device__ __forceinline__ void look(const volatile hopper_tile &t, int dilation)
     {
         padded = 0;
-        if (!p.holes || !p.holes[t.batch]) return;
+        if (!p.padding || !(p.padding[t.batch].first | p.padding[t.batch].holes)) return;
 #pragma unroll
         for (int y = 0; y < 2; y++) {
             const int row = (t.first + w) * 64 + warp * 16 + lane / 4 + 8 * y;
@@ -754,7 +782,7 @@ template <class T, int D, bool MASKS, int OPTIONS> static int launch(const hoppe
     return lac_cuda_launched("attention");
 }
 
-/* with dropout, slopes or padding the masks are looked at in any case: half as many instances */
+/* with options of pairs the masks are looked at in any case: half as many instances */
 template <class T, int D> static int launch(const hopper_keys_args &p, bool masks)
 {
     switch (hopper_options(p.a)) {
@@ -764,11 +792,14 @@ template <class T, int D> static int launch(const hopper_keys_args &p, bool mask
         return launch<T, D, true, HOPPER_PADDED>(p);
     case HOPPER_PADDED | HOPPER_PAIRS:
         return launch<T, D, true, HOPPER_PADDED | HOPPER_PAIRS>(p);
+    case HOPPER_ALL:
+        return launch<T, D, true, HOPPER_ALL>(p);
     }
     return masks ? launch<T, D, true, HOPPER_PLAIN>(p) : launch<T, D, false, HOPPER_PLAIN>(p);
 }
 
-int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w, const int *holes)
+int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w,
+                     const hopper_kept *padding)
 {
     hopper_keys_args p = {};
     const lac_view *view[] = {&w->forward.q, &w->forward.k, &w->forward.v, &w->dout, &w->dk, &w->dv};
@@ -779,8 +810,8 @@ int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_
     p.tile = h.tile, p.tiles = h.tiles;
     p.stats = h.stats, p.dq = h.dq, p.turn = h.turn, p.counter = h.counter, p.ready = h.ready, p.spoilt = h.spoilt;
     p.heads_each = a.group;
-    p.masks = masks || a.lengths;
-    p.holes = holes;
+    p.masks = masks || a.lengths || a.mask || a.bias;
+    p.padding = padding;
     p.log2_scale = a.log2_scale, p.masked = a.scale > 0 ? -INFINITY : INFINITY;
     p.weight = (float)(a.gscale * a.keep_scale), p.scale = (float)a.scale;
     p.dropout = hopper_dropout_of(a);

@@ -1,7 +1,7 @@
 /* attn_hopper_launch.cuh: the forward's kernel on Hopper and its launch, as a template over what has instances of its
  * own: dtype, head dimension (64, 128), whether branches meet, what options of pairs there are
  * (attn_hopper_pairs.cuh), and whether there are active blocks. Those without are made in attn_hopper_forward.cu, those
- * with in attn_hopper_pairs.cu, attn_hopper_padded.cu and attn_hopper_blocks.cu.
+ * with in attn_hopper_pairs.cu, attn_hopper_padded.cu, attn_hopper_added.cu and attn_hopper_blocks.cu.
  */
 #ifndef LAC_CUDA_ATTN_HOPPER_LAUNCH_CUH
 #define LAC_CUDA_ATTN_HOPPER_LAUNCH_CUH
@@ -38,11 +38,11 @@ template <class M> HOPPER_FN void feed(const hopper_forward_args &p, uint32_t me
 }
 
 template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS>
-__global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS>::THREADS_, 1)
+__global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0>::THREADS_, 1)
     attn_hopper_forward_kernel(const __grid_constant__ hopper_forward_args p)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    typedef hopper_forward_shape<T, D, BLOCKS> M;
+    typedef hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0> M;
     extern __shared__ __align__(1024) uint8_t bytes[]; /* nothing else is shared: swizzled tiles begin at multiples */
     const uint32_t memory = attn_shared(bytes);
     if (threadIdx.x == 0) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS>::THREADS_, 
 
 template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> static int launch_one(const hopper_forward_args &p)
 {
-    typedef hopper_forward_shape<T, D, BLOCKS> M;
+    typedef hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0> M;
     auto kernel = attn_hopper_forward_kernel<T, D, MEETS, OPTIONS, BLOCKS>;
     const int memory = M::MEMORY;
     const int blocks = p.gaps ? lac_cuda_processors : min(p.tiles, lac_cuda_processors);
@@ -96,12 +96,14 @@ template <class T, int OPTIONS, bool BLOCKS> static int launch_shape(const hoppe
 }
 
 /* all arguments but those of eight bits (attn_hopper_forward.cu) */
-int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_attend *f, bool gaps, const int *holes);
+int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_attend *f, bool gaps,
+                        const hopper_kept *padding);
 
-/* The same with dropout or slopes (attn_hopper_pairs.cu), with padding too (attn_hopper_padded.cu), and with active
- * blocks (attn_hopper_blocks.cu). */
+/* The same with dropout or slopes (attn_hopper_pairs.cu), with padding (attn_hopper_padded.cu), with a mask or a bias
+ * (attn_hopper_added.cu), and with active blocks (attn_hopper_blocks.cu). */
 template <class T> int attn_hopper_forward_pairs(const hopper_forward_args &p);
 template <class T> int attn_hopper_forward_padded(const hopper_forward_args &p);
+template <class T> int attn_hopper_forward_added(const hopper_forward_args &p);
 template <class T> int attn_hopper_forward_blocks(const hopper_forward_args &p);
 
 #endif

@@ -1,6 +1,6 @@
 /* attn_hopper_pairs.cuh: options of single pairs in the kernels for Hopper, which have instances of their own for calls
- * with dropout or slopes (ALiBi) and for those with padding, so that all others run the code that they would run if
- * there were none.
+ * with dropout or slopes (ALiBi), with padding, and with a mask or a bias, so that all others run the code that they
+ * would run if there were none.
  *
  * Bits of dropout are those of every other kernel (rng.h): the pair (b, h, n, key) has word `at` % 4 of Philox' block
  * `at` / 4, where `at` is its place in a dense [B, H, N, M] tensor. A block is ten rounds, some 45 instructions, and
@@ -16,9 +16,16 @@
  * keys may weigh more than the first block's by far, so these instances keep a running maximum, as others do not
  * (attn_hopper_rows.cuh); it is followed in steps of RISE bits, so that results are seldom scaled.
  *
- * Padding: keys behind a batch item's last one are not there, as with lengths, which a kernel before the attention
- * finds out (attn_hopper_padded.cu). Only items with padding in front of it are asked about single keys: a bit a pair,
- * made by the warp from the block's 128 bytes.
+ * Padding: keys behind a batch item's last one are not there, as with lengths, and those before its first one are
+ * skipped; a kernel before the attention finds both (attn_hopper_padded.cu). Only items with padding between are asked
+ * about single keys: a bit a pair, made by the warp from the block's 128 bytes.
+ *
+ * Mask and bias are read where they lie, whatever their strides and the dilation, a number a pair. In the forward a
+ * mask's 0 or -inf go to the registers of a block's scores before their product is queued, which adds to what it finds
+ * there. A bias, over the scale, is added after it: sums of tensor cores cut off what is small beside it. In the
+ * backward both go to the registers of dP while scores are multiplied, and are added before that product is queued: the
+ * registers of scores hold dq until then. A hidden pair whose product is NaN or infinity becomes NaN, and its row is
+ * computed again.
  *
  * Rejected: bits from warps of their own (two of sixteen warps, for more work than a softmax is), bits in memory
  * beforehand (a bit a pair is 4 GB for 32 heads of 32k rows), bits after the softmax (1 KB of spills), a reference
@@ -29,8 +36,8 @@
 #include "attn_pairs.cuh"
 #include "hopper.cuh"
 
-/* Options of instances, as bits: none; dropout and slopes; padding. */
-enum { HOPPER_PLAIN, HOPPER_PAIRS, HOPPER_PADDED };
+/* Options of instances, as bits: none; dropout and slopes; padding; masks and biases, always with the others. */
+enum { HOPPER_PLAIN, HOPPER_PAIRS, HOPPER_PADDED, HOPPER_ADDED = 4, HOPPER_ALL = 7 };
 
 /* ---- dropout ---- */
 
@@ -111,8 +118,88 @@ HOPPER_FN float hopper_slope(const attn_pair_args &a, int h, int r)
     return a.slopes ? (float)((double)((const float *)a.slopes)[h * a.slopes_stride] * a.unit * r) : 0.f;
 }
 
+/* ---- masks and biases ---- */
+
+/* Scores that are hidden become this before the scale; it is -inf after it. */
+HOPPER_FN float hopper_nothing(const attn_pair_args &a) { return a.scale < 0 ? INFINITY : -INFINITY; }
+
+/* x[4 i + 2 y + e] = f(x[...], what line y has at place 8 i + e), places `step` apart; zero from place `left` on. In
+ * PARTS, one after the other, where registers do not hold what all of x needs. */
+template <int PARTS, class V, int N, class F>
+HOPPER_FN void hopper_each(float (&x)[N], const V *line0, const V *line1, int64_t step, int left, F &&f)
+{
+#pragma unroll
+    for (int i = 0; i < N / 4; i++, line0 += 8 * step, line1 += 8 * step) {
+        if (i && i % (N / 4 / PARTS) == 0) hopper_pin(x);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const bool there = 8 * i + e < left;
+            x[4 * i + e] = f(x[4 * i + e], there ? line0[e * step] : V{});
+            x[4 * i + 2 + e] = f(x[4 * i + 2 + e], there ? line1[e * step] : V{});
+        }
+    }
+}
+/* the same of neighbours in memory, two at a time; W: two V */
+template <int PARTS, class V, class W, int N, class F>
+HOPPER_FN void hopper_each_two(float (&x)[N], const V *line0, const V *line1, int left, F &&f)
+{
+    static_assert(sizeof(W) == 2 * sizeof(V), "two at a time");
+    const W *const from[2] = {(const W *)line0, (const W *)line1};
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        if (i && i % (N / 4 / PARTS) == 0) hopper_pin(x);
+#pragma unroll
+        for (int y = 0; y < 2; y++) {
+            const W both = 8 * i < left ? from[y][4 * i] : W{};
+            V each[2];
+            memcpy(each, &both, sizeof both);
+#pragma unroll
+            for (int e = 0; e < 2; e++) x[4 * i + 2 * y + e] = f(x[4 * i + 2 * y + e], each[e]);
+        }
+    }
+}
+/* Where lines begin, in a mask or a bias: elements of a line are `step` apart. `left`: how many there are. */
+struct hopper_lines {
+    int64_t mask[2], bias[2], mask_step, bias_step;
+    int left;
+};
+template <class V> HOPPER_FN bool hopper_even(const V *line0, const V *line1, int64_t step)
+{
+    return step == 1 && !(((uintptr_t)line0 | (uintptr_t)line1) % (2 * sizeof(V)));
+}
+/* x = 0, or `nothing` where the mask hides the pair. TWO: places are keys, which may be neighbours in memory. */
+template <bool TWO, int N> HOPPER_FN void hopper_mask(const attn_pair_args &a, float (&x)[N], const hopper_lines &at)
+{
+    const float nothing = hopper_nothing(a);
+    const auto shown = [=](float, uint8_t m) { return m ? 0.f : nothing; };
+    const uint8_t *line0 = a.mask + at.mask[0], *line1 = a.mask + at.mask[1];
+    if (TWO && a.m % 2 == 0 && hopper_even(line0, line1, at.mask_step))
+        hopper_each_two<1, uint8_t, uint16_t>(x, line0, line1, at.left, shown);
+    else hopper_each<1>(x, line0, line1, at.mask_step, at.left, shown);
+}
+/* x += bias over the scale; T: of the bias, if it is not f32 */
+template <class T, bool TWO, int PARTS, int N>
+HOPPER_FN void hopper_bias(const attn_pair_args &a, float (&x)[N], const hopper_lines &at)
+{
+    const float unit = (float)a.unit;
+    const auto biased = [=](float s, auto b) { return fmaf(to_compute(b), unit, s); };
+    if (a.bias_wide) {
+        const float *bias = (const float *)a.bias;
+        hopper_each<PARTS>(x, bias + at.bias[0], bias + at.bias[1], at.bias_step, at.left, biased);
+        return;
+    }
+    const T *line0 = (const T *)a.bias + at.bias[0], *line1 = (const T *)a.bias + at.bias[1];
+    if (TWO && a.m % 2 == 0 && hopper_even(line0, line1, at.bias_step))
+        hopper_each_two<PARTS, T, uint32_t>(x, line0, line1, at.left, biased);
+    else hopper_each<PARTS>(x, line0, line1, at.bias_step, at.left, biased);
+}
+
 /* ---- padding ---- */
 
+/* of a batch item: its first key, and whether there is padding between that and the last one */
+struct hopper_kept {
+    int first, holes;
+};
 HOPPER_FN bool hopper_padded(const attn_pair_args &a, int b, int key)
 {
     return !a.padding[b * a.padding_stride[0] + key * a.padding_stride[1]];
@@ -139,15 +226,11 @@ HOPPER_FN uint32_t hopper_shown_keys(const attn_pair_args &a, int b, int positio
 /* ---- the host's side ---- */
 
 /* NULL, or the first option of a call that kernels for Hopper have not */
-inline const char *hopper_no_pairs(const lac_a_attend *f)
-{
-    if (f->mask.data) return "there is a mask";
-    if (f->bias.data) return "there is a bias";
-    return f->blocks.data ? "there is a block_mask" : NULL;
-}
+inline const char *hopper_no_pairs(const lac_a_attend *f) { return f->blocks.data ? "there is a block_mask" : NULL; }
 /* options that a call's instance has */
 inline int hopper_options(const attn_pair_args &a)
 {
+    if (a.mask || a.bias) return HOPPER_ALL;
     return (a.p > 0 || a.slopes ? HOPPER_PAIRS : HOPPER_PLAIN) | (a.padding ? HOPPER_PADDED : HOPPER_PLAIN);
 }
 
@@ -164,10 +247,13 @@ inline hopper_dropout hopper_dropout_of(const attn_args &a)
     return x;
 }
 
-int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps, const int *holes);
-/* Padding: a's lengths become those up to the last key of each batch item; *holes, NULL without padding, says which
- * items have padding before that. Both in `space`, of so many bytes. */
-inline size_t attn_hopper_ends_bytes(const attn_args &a) { return a.padding ? (size_t)a.batch * 2 * sizeof(int) : 0; }
-int attn_hopper_ends(attn_args &a, int *space, const int **holes);
+int attn_hopper_forward(attn_pair_args &a, const lac_a_attend *f, bool gaps, const hopper_kept *padding);
+/* Padding: a's lengths become those up to the last key of each batch item; *padding, NULL where there is none, says
+ * more. Both lie in `space`, of so many bytes. */
+inline size_t attn_hopper_ends_bytes(const attn_args &a)
+{
+    return a.padding ? (size_t)a.batch * (sizeof(int) + sizeof(hopper_kept)) : 0;
+}
+int attn_hopper_ends(attn_args &a, int *space, const hopper_kept **padding);
 
 #endif

@@ -49,13 +49,15 @@ template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
  * BLOCKS: keys come in steps, each of which says what the next one is (attn_hopper_blocks.cuh). T e4m3: queries, keys,
  * values and weights are of eight bits (attn_hopper_fp8.cuh). */
 template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_rows {
-    typedef hopper_forward_shape<T, D, BLOCKS> M;
+    typedef hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0> M;
     enum { BN = HOPPER_KEYS, TURN = 1, OWN = 8 };      /* named barriers: the turn of warpgroup 0; of its own warps */
     static constexpr float NOTHING = -1e38f, RISE = 8; /* bits by which slopes may lift a block over its reference */
-    static constexpr bool PAIRS = OPTIONS & HOPPER_PAIRS, PADDED = OPTIONS & HOPPER_PADDED;
+    static constexpr bool PAIRS = OPTIONS & HOPPER_PAIRS, PADDED = OPTIONS & HOPPER_PADDED,
+                          ADDED = OPTIONS & HOPPER_ADDED;
     static constexpr bool EIGHT = M::EIGHT, RUNNING = PAIRS || EIGHT; /* RUNNING: the reference follows the maximum */
     static constexpr float LIFT = EIGHT ? 8 : 0;                      /* bits by which weights exceed their share */
     static constexpr int LATE = PAIRS ? BN / 8 : M::LATE;
+    static constexpr int BIASES = D == 64 ? 1 : 4; /* parts in which a block's are read */
     const hopper_forward_args &p;
     const uint32_t memory;
     const int w, thread, lane, warp;
@@ -142,7 +144,7 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
 
     /* ---- products ---- */
 
-    __device__ __forceinline__ void queue_scores(int slot) /* S = Q K^T */
+    __device__ __forceinline__ void queue_scores(int slot, bool begun = false) /* S = Q K^T, or S += */
     {
         const uint32_t q = hopper_operand(memory + M::Q + slot * M::QUERIES + w * M::PANEL, 16);
         const uint32_t k = hopper_operand(memory + M::K + block % M::STAGES * M::BLOCK, 16);
@@ -156,7 +158,7 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
 #pragma unroll
             for (int i = 0; i < D / 16; i++)
                 hopper_product<T, 0>(s, hopper_descriptor(q, (i >> 2) * M::GROUPS * M::PANEL + (i & 3) * 32),
-                                     hopper_descriptor(k, (i >> 2) * BN * 128 + (i & 3) * 32), i > 0);
+                                     hopper_descriptor(k, (i >> 2) * BN * 128 + (i & 3) * 32), i > 0 || begun);
         hopper_product_commit();
     }
     __device__ __forceinline__ void queue_values(uint32_t c) /* O += P V */
@@ -281,6 +283,23 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
         const volatile hopper_forward_tile &f = tile(slot);
         const int r = f.t.r;
         shown = f.holes ? hopper_shown_keys(p.a, f.t.b, f.key + first * r, r, f.t.live - first) : ~0u;
+    }
+    /* ADDED: of the lane's two rows and the block's keys */
+    __device__ __forceinline__ hopper_lines lines(int slot, int first) const
+    {
+        const volatile hopper_forward_tile &f = tile(slot);
+        const int r = f.t.r;
+        hopper_lines at;
+#pragma unroll
+        for (int y = 0; y < 2; y++) {
+            const int i = min(f.t.first + w * 64 + warp * 16 + lane / 4 + 8 * y, f.t.end - 1) - f.t.q0;
+            const int64_t n = f.query + (int64_t)i * r, key = f.key + (first + lane % 4 * 2) * (int64_t)r;
+            at.mask[y] = attn_pair_at(p.a.mask_stride, f.t.b, f.t.h, n, key);
+            at.bias[y] = attn_pair_at(p.a.bias_stride, f.t.b, f.t.h, n, key);
+        }
+        at.mask_step = r * p.a.mask_stride[3], at.bias_step = r * p.a.bias_stride[3];
+        at.left = f.t.live - first - lane % 4 * 2;
+        return at;
     }
     /* may a row of the warp have seen nothing yet? */
     __device__ __forceinline__ bool unseen() const { return __any_sync(~0u, fminf(top0, top1) <= NOTHING); }
@@ -592,7 +611,7 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
         wait_keys(block);
         take_turn();
         if (held) {
-            queue_scores(slot);
+            queue_scores(slot, ADDED && p.a.mask);
             wait_values(due);
             queue_values(due);
             pass_turn();
@@ -603,7 +622,7 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
             free_values(due);
             finish(slot ^ 1);
         } else {
-            queue_scores(slot);
+            queue_scores(slot, ADDED && p.a.mask);
             pass_turn();
             hopper_product_wait<0>();
             hopper_pin(s);
@@ -611,27 +630,31 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
         }
         block++;
     }
-    /* MASKED: are there masked pairs in the block? then `key`, `until`: its keys; `fresh`: rows may have seen nothing
-     * yet; `half`: all pairs with the second half of the keys are masked, whose exponentials are zero and not worked
-     * out. Their products are not saved: a choice between two widths makes the compiler run products one after the
-     * other. Blocks without masked pairs have code of their own, because every branch in the softmax costs them 2%. */
+    /* MASKED: may there be masked pairs in the block? then `key`, `until`: its keys; `fresh`: rows may have seen
+     * nothing yet; `half`: all pairs with the second half of the keys are masked, whose exponentials are zero and not
+     * worked out; `some`: are any masked? Their products are not saved: a choice between two widths makes the compiler
+     * run products one after the other. Blocks without masked pairs have code of their own, because every branch in the
+     * softmax costs them 2%. */
     template <bool MASKED>
-    __device__ __forceinline__ void later_block(int slot, bool fresh, int key, int until, bool half)
+    __device__ __forceinline__ void later_block(int slot, bool fresh, int key, int until, bool half, bool some = true)
     {
         if (PAIRS && p.dropout.dropped) choose(slot, key);
         if (PADDED && MASKED) look(slot, key);
+        if (ADDED && p.a.mask) hopper_mask<true>(p.a, s, lines(slot, key));
         wait_keys(block);
         take_turn();
-        queue_scores(slot);
+        queue_scores(slot, ADDED && p.a.mask);
         wait_values(block - 1);
         queue_values(block - 1);
         pass_turn();
         hopper_product_wait<1>();
         hopper_pin(s);
         float shrink0 = 1, shrink1 = 1;
+        if constexpr (ADDED)
+            if (p.a.bias) hopper_bias<T, true, BIASES>(p.a, s, lines(slot, key));
         if (PAIRS && p.a.slopes) lean(slot, key);
         if (PADDED && MASKED && shown != ~0u) hide();
-        if (MASKED) mask(slot, key, until);
+        if (MASKED && some) mask(slot, key, until);
         if (EIGHT) free_keys(block);
         if (RUNNING || (MASKED && fresh)) {
             float most0, most1;
@@ -717,9 +740,12 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
                 float old0, old1;
                 if (PAIRS && p.dropout.dropped) choose(slot, low + lead * BN);
                 if (PADDED) look(slot, low + lead * BN);
+                if (ADDED && p.a.mask) hopper_mask<true>(p.a, s, lines(slot, low + lead * BN));
                 first_block(slot);
                 if (EIGHT) unit = tile(slot).score;
                 if (MEETS) carry(slot, old0, old1);
+                if constexpr (ADDED)
+                    if (p.a.bias) hopper_bias<T, true, BIASES>(p.a, s, lines(slot, low + lead * BN));
                 if (PAIRS && p.a.slopes) lean(slot, low + lead * BN);
                 if (PADDED && shown != ~0u) hide();
                 if (lead < plain || lead >= full) mask(slot, low + lead * BN, 0);
@@ -738,7 +764,8 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
                         later_block<false>(slot, false, PAIRS ? low + (int)(block - start) * BN : 0, 0, false);
                     else
                         later_block<true>(slot, block <= from || (holes && unseen()), low + (int)(block - start) * BN,
-                                          0, block + 1 == ending && part.y & 1);
+                                          0, block + 1 == ending && part.y & 1,
+                                          !PADDED || block <= from || block >= until);
                     if (++block == release + 1) free_stored();
                 }
                 held = true, due = block - 1;

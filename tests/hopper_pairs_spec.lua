@@ -1,8 +1,8 @@
---- Dropout, slopes (ALiBi) and padding in the kernels for Hopper: against the oracle, the CPU and portable
--- ones.
+--- Dropout, slopes (ALiBi), padding, masks and biases in the kernels for Hopper: against the oracle, the CPU
+-- and portable kernels.
 --
 -- The kernel is forced, so that a call which it could not do would fail here. Random configurations have
--- one to three of them, with whatever else these kernels take; attn_random says how they are made and
+-- one to five of them, with whatever else these kernels take; attn_random says how they are made and
 -- poisoned. Keys that are padding are sometimes NaN; not always, because rows that are then computed again
 -- would hide what the tiles made of them. Which pairs dropout keeps must be the same everywhere, bit by
 -- bit: weights that are all equal times values that are one key each show it. The CPU in f64 stands in for
@@ -13,6 +13,7 @@ local it = attn_device.it(it, pending)
 
 local direct = require "support.attn_direct"
 local attn = require "support.attn_random"
+local options_of = require "support.attn_pairs"
 local C = direct.C
 local random, pick, chance = attn.random, attn.pick, attn.chance
 local NAN = 0 / 0
@@ -36,9 +37,22 @@ local function poison_padding(c, lists)
     for e = (i - 1) * width + 1, c.padding[i] and 0 or i * width do lists[2][e], lists[3][e] = NAN, NAN end
   end
 end
-local function inputs(c, ...)
-  local lists = attn_device.inputs(c, ...)
+-- a mask, a bias of constants (in f32 on the device, or not), or both; small ones in any shape
+local function mask_and_bias(c)
+  local one = c.B * c.H * c.N * c.M < 300000 and c or setmetatable({ B = 1, H = 1 }, { __index = c })
+  local which = random(3)
+  options_of.seed(random(1000000))
+  if which ~= 2 then c.mask = options_of.mask(one, pick { 0.9, 0.5, 0.05 }) end
+  if which == 1 then return end
+  c.bias = options_of.bias(one, random(1000), chance(0.3))
+  c.bias.constant, c.bias.wide, c.bias.times = true, chance(0.3), pick { 1, 1, 20 }
+end
+local function inputs(c, seed, dtype, ...)
+  local lists = attn_device.inputs(c, seed, dtype, ...)
   poison_padding(c, lists)
+  for i = 1, c.bias and #c.bias.data or 0 do
+    c.bias.data[i] = direct.round[dtype](c.bias.data[i] * c.bias.times)
+  end
   return lists
 end
 
@@ -54,8 +68,10 @@ local function config(options)
     end
     if fits then
       c.dedup, c.padding, c.scale, c.kernel = false, nil, pick { 0, 0.3, 0.05 }, "hopper"
-      local which = random(5) -- two in five: neither, but padding
-      c.padding = (which > 3 or chance(0.5)) and padding(c) or nil
+      local which = random(8) -- dropout, slopes, both, padding, mask and bias: the last two with anything
+      c.padding = (which == 4 or chance(0.4)) and padding(c) or nil
+      if which > 5 then mask_and_bias(c) end
+      if which > 5 then which = random(5) end
       c.dropout = which ~= 2 and which < 4 and pick { 0.1, 0.5, 0.9 } or 0
       c.seed, c.rng_offset = random(1000), random(1000)
       c.alibi = (which == 2 or which == 3) and {} or nil
@@ -65,15 +81,21 @@ local function config(options)
   end
 end
 
-local forward, both = attn_device.forward, attn_device.both
+local function wide(run)
+  return function(where, dtype, c, ...)
+    if c.bias then c.bias.dtype = c.bias.wide and where ~= 0 and "f32" or nil end
+    return run(where, dtype, c, ...)
+  end
+end
+local forward, both = wide(attn_device.forward), wide(attn_device.both)
 
 describe("options of pairs on Hopper #gpu", function()
   local unharmed = attn_device.guard(setup, teardown)
 
-  it("equal the oracle in 60 random forwards", function()
+  it("equal the oracle in 80 random forwards", function()
     local seed = attn.fresh()
     attn.seed(seed)
-    for trial = 1, 60 do
+    for trial = 1, 80 do
       local c, dtype = config { most = trial % 5 == 0 and 150 or 50, segment = 50, forward = true },
                        pick { "bf16", "f16" }
       local lists = inputs(c, seed + trial, dtype)
@@ -84,10 +106,10 @@ describe("options of pairs on Hopper #gpu", function()
     end
   end)
 
-  it("equal the CPU across tiles in 240 random forwards", function()
+  it("equal the CPU across tiles in 320 random forwards", function()
     local seed = attn.fresh() + 1
     attn.seed(seed)
-    for trial = 1, 240 do
+    for trial = 1, 320 do
       local most, dtype = trial % 8 == 0 and 1200 or 400, pick { "bf16", "f16" }
       local c = config { most = most, segment = most, heads = 1, forward = true }
       local lists = inputs(c, seed + trial, dtype)
@@ -98,18 +120,19 @@ describe("options of pairs on Hopper #gpu", function()
     end
   end)
 
-  it("have the oracle's gradients in 8 random configurations, the CPU's across tiles in 200", function()
+  it("have the oracle's gradients in 10 random configurations, the CPU's across tiles in 280", function()
     local seed = attn.fresh() + 2
     attn.seed(seed)
-    for trial = 1, 208 do
-      local dtype, small = pick { "bf16", "f16" }, trial <= 8
+    for trial = 1, 290 do
+      local dtype, small = pick { "bf16", "f16" }, trial <= 10
       local most = small and 80 or trial % 40 == 0 and 1000 or trial % 8 == 0 and 400 or 160
       local c = config { most = most, segment = most, heads = small and 1 or 2 }
       local lists = inputs(c, seed + trial, dtype, true)
       local got = both(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
       local exact, naive
-      if small then exact, naive = attn_device.references(c, dtype, lists)
+      if small then exact, naive = attn_device.references(c, dtype, lists, both)
       else exact, naive = attn_device.cpu(both, c, dtype, lists) end
+      exact.dbias, naive.dbias = nil, nil -- the bias is a constant
       attn_device.judge(dtype, got, exact, naive,
         ("trial %d of seed %d: %s"):format(trial, seed, attn.text(c)))
     end
@@ -165,6 +188,9 @@ describe("options of pairs on Hopper #gpu", function()
       local c = config { most = 700, segment = 700, heads = 1 }
       c.causal, c.align, c.M = true, nil, c.N
       c.padding = c.padding and padding(c)
+      local pairs_too = c.mask or c.bias
+      c.mask, c.bias = nil, nil
+      if pairs_too then mask_and_bias(c) end
       local lists = { attn.inputs(c, 3, dtype) }
       lists[5] = nil
       local first = both(C.LAC_CUDA, dtype, c, lists)
@@ -183,7 +209,7 @@ describe("options of pairs on Hopper #gpu", function()
     attn.seed(31)
     for trial = 1, 6 do
       local c, dtype = config { most = 700, segment = 700, heads = 1 }, pick { "bf16", "f16" }
-      c.dropout, c.alibi = 0, nil
+      c.dropout, c.alibi, c.mask, c.bias = 0, nil, nil, nil
       local plain = {}
       for key, value in pairs(c) do plain[key] = value end
       plain.padding, plain.lengths, plain.lengths_dtype = nil, {}, "i32"
@@ -197,18 +223,27 @@ describe("options of pairs on Hopper #gpu", function()
     end
   end)
 
-  it("keep NaN and infinity of padding away", function()
+  it("keep NaN and infinity of padding and hidden pairs away", function()
     attn.seed(41)
-    for trial = 1, 8 do
+    for trial = 1, 16 do
       local c, dtype = config { most = 300, segment = 300, heads = 1 }, pick { "bf16", "f16" }
-      c.padding, c.lengths = {}, nil
+      c.padding, c.lengths, c.mask, c.bias = {}, nil, nil, nil
       for i = 1, c.B * c.M do c.padding[i] = chance(0.7) end
       local lists = { attn.inputs(c, trial, dtype) }
       lists[5] = nil
+      local hidden = trial % 2 == 0 and { shape = { c.B, 1, c.N, c.M }, data = {}, constant = true }
+      local key = trial % 4 == 0 and "bias" or "mask"
+      for i = 0, hidden and c.B * c.N * c.M - 1 or -1 do
+        local kept = c.padding[math.floor(i / (c.N * c.M)) * c.M + i % c.M + 1]
+        if key == "bias" then kept = kept and 0 or -math.huge end
+        hidden.data[i + 1] = kept
+      end
+      local kept_keys = c.padding
+      if hidden then c[key], c.padding = hidden, nil end
       local first, width = both(C.LAC_CUDA, dtype, c, lists), c.Hk * c.D
       local bad = pick { NAN, math.huge, -math.huge }
       for i = 1, c.B * c.M do
-        for e = (i - 1) * width + 1, c.padding[i] and 0 or i * width do lists[pick { 2, 3 }][e] = bad end
+        for e = (i - 1) * width + 1, kept_keys[i] and 0 or i * width do lists[pick { 2, 3 }][e] = bad end
       end
       local spoilt = both(C.LAC_CUDA, dtype, c, lists)
       for name, list in pairs(first) do

@@ -115,6 +115,9 @@ function run.hopper()
           alibi = true })
         case("padding", { segments = { 100, 400 }, dilations = { 1, 2 },
           key_padding = lac.rand{ 1, 300 }:gt(0.3) })
+        case("mask", { segments = { 100, 400 }, dilations = { 1, 2 }, mask = lac.rand{ 300, 300 }:gt(0.3) })
+        case("bias", { segments = { 300 }, dilations = { 1 }, bias = draw({ 4, 300, 300 }, dtype),
+          forward = true })
         case("packed", { segments = { 300 }, dilations = { 1 }, cu_seqlens = { 0, 100, 300 } })
         case("fp8", { segments = { 100, 200, 400 }, dilations = { 1, 2, 3 }, kv = 2, fp8 = true, window = 150,
           forward = true })

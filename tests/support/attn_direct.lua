@@ -280,15 +280,15 @@ function direct.forward(c, q, k, v, opts)
   return r
 end
 
---- Gradients for a forward's record: tensors dq, dk, dv and (if there is a bias) dbias. dout and dlse (or
--- nil) are flat arrays.
+--- Gradients for a forward's record: tensors dq, dk, dv and, if there is a bias that is not `constant`,
+-- dbias. dout and dlse (or nil) are flat arrays.
 function direct.backward(r, dout, dlse, opts)
   local c = r.c
   local stats = r.dtype == "f64" and "f64" or "f32"
   local g = direct.tensor(r.dtype, { c.B, c.N, c.H, c.D }, dout, opts and opts.layout)
   local gl = dlse and direct.tensor(stats, { c.B, c.N, c.H }, dlse)
   local dq, dk, dv = direct.blank(), direct.blank(), direct.blank()
-  local dbias = c.bias and direct.blank() or nil
+  local dbias = c.bias and not c.bias.constant and direct.blank() or nil
   check(C.lac_attend_bwd(r.plan, r.args, r.out, r.lse, r.branch_lse, g, gl, dq, dk, dv, dbias))
   return dq, dk, dv, dbias
 end

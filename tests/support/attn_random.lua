@@ -130,12 +130,12 @@ local function together(r)
   return { out = r.out, lse = r.lse, gradients = all }
 end
 
--- element by element the worse of two naive programs: luck of one is no measure
+-- element by element the worse of two naive programs, of what both have: luck of one is no measure
 local function worse(exact, x, y)
   local r = {}
   for name, list in pairs(exact) do
     r[name] = {}
-    for i, e in ipairs(list) do
+    for i, e in ipairs(y[name] and list or {}) do
       local a, b = x[name][i], y[name][i]
       r[name][i] = math.abs(b - e) > math.abs(a - e) and b or a
     end
