@@ -37,7 +37,8 @@ enum {
     LAC_ATTN_FEW_ALL = 128,       /* if this many at most share the keys, */
     LAC_ATTN_FEW_AHEAD = 16,      /* asking for so many rows ahead, */
     LAC_ATTN_FEW_KEYS = 32,       /* so many keys at a time */
-    LAC_ATTN_KEY_RUN = 1024,      /* most keys of one backward task */
+    LAC_ATTN_KEY_RUN = 1024,      /* most keys of one backward task, */
+    LAC_ATTN_BLOCKS_RUN = 2048,   /* and where there are blocks, of which few share the price of loading a row */
     LAC_ATTN_KEY_RUN_LEAST = 384, /* and least of one chunk */
     LAC_ATTN_BQUERIES = 768,      /* most query rows that a backward task holds */
     LAC_ATTN_BKEYS = 128,         /* keys and query rows of one backward tile */

@@ -97,6 +97,12 @@ describe("attn:explain", function()
     local cross = lac.attention.plan_info({ segments = { 256, 1024 }, dilations = { 1, 2 } },
       { n = 1024, m = 2048, heads = 4, head_dim = 68 })
     assert.are.equal(16 * 1024 * 4 + 2 * 2048 * 4 * 68 + branches, cross.device_backward)
+    -- twice the keys in a task of the backward where there are blocks: rows of dk and dv
+    local function backward(variant, pattern)
+      return lac.attention { variant = variant, heads = 4, pattern = pattern, block = pattern and 128 }
+        :explain(4096, { as = "table", device = "cpu" }).workspace_backward
+    end
+    assert.are.equal(2 * 1024 * 64 * 4, backward("block_sparse", "local_window(256)") - backward("dense"))
     assert.is_nil(t.ring)
     assert.error_matches(function() attn:explain(16, { as = "tabel" }) end,
       "unknown as 'tabel', did you mean 'table'")

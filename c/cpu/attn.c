@@ -360,7 +360,8 @@ static int64_t chunk_rows(const attn_job *job, int32_t which, int64_t all, int64
 static int64_t task_keys(const attn_job *job, int64_t all)
 {
     int64_t share = job->threads > 1 ? all / (job->threads * LAC_ATTN_THREAD_TASKS) : all;
-    return !owns_keys(job) ? 0 : share < LAC_ATTN_KEY_RUN ? share : LAC_ATTN_KEY_RUN;
+    int64_t most = job->a->blocks.data ? LAC_ATTN_BLOCKS_RUN : LAC_ATTN_KEY_RUN;
+    return !owns_keys(job) ? 0 : share < most ? share : most;
 }
 
 /* Numbers the tasks of the branch whose items are the last ones from `first` on. */

@@ -177,6 +177,8 @@ end
 
 local CPU = "tiles in %s, %s sums, %d threads"
 local PARTS_LEAST = 32 -- head dimension from which amx is used, as in c/cpu/attn.c; never for active blocks
+-- most keys of a task of the backward, without and with blocks, as in c/plan.h
+local KEY_RUN, BLOCKS_RUN = 1024, 2048
 
 -- the kernel of a GPU, as far as it does not depend on the call; refusal: why it is not the one for Hopper
 local function choice_of(kernel, refusal)
@@ -300,6 +302,14 @@ function Attention:explain(n, sizes)
       info.flops_forward = z.batch * blocks.flops_forward
       info.flops_backward = z.batch * blocks.flops_backward
     end
+  end
+  local keys = 0
+  for g, dilation in ipairs(in_blocks and p.dilations or {}) do
+    keys = math.max(keys, math.ceil(math.min(p.segments[g], m) / dilation))
+  end
+  if keys > KEY_RUN then -- rows of dk and dv
+    local more = (math.min(keys, BLOCKS_RUN) - KEY_RUN) * math.ceil(z.head_dim / 32) * 32
+    info.workspace_backward = info.workspace_backward + 2 * more * 4
   end
   local t = explain.table(info, p, {
     batch = z.batch, n = n, m = m, heads = o.heads, kv_heads = o.kv_heads, head_dim = z.head_dim,
