@@ -177,10 +177,12 @@ describe("options of single pairs in attention", function()
       { N = 70, H = 2, D = 16, segments = { 32, 70 }, dilations = { 1, 3 }, causal = true },
       { N = 61, H = 2, D = 33, segments = { 24, 61 }, dilations = { 2, 3 }, merge = "mean" },
       { N = 4, M = 90, H = 2, Hk = 1, D = 64, segments = { 90 }, dilations = { 1 }, align = "end" },
+      { N = 260, H = 2, Hk = 1, D = 64, segments = { 260 }, dilations = { 1 }, sizes = { 130 } },
     } do
       for _, dtype in ipairs { "f32", "f16", "bf16" } do
         local c = direct.fill(case)
         c.mask, c.bias, c.alibi = P.mask(c, 0.7), P.bias(c, 4), { 0.5, 0.125 }
+        if c.sizes then P.blocks(c, 0.6, c.sizes) end -- of 128 rows and more: amx takes them
         local lists = { P.inputs(c, index, dtype) }
         local q, k, v, dout = unpack(lists, 1, 4)
         local want = oracle.run(c, q, k, v, dout)

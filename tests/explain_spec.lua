@@ -81,6 +81,12 @@ describe("attn:explain", function()
         assert.matches("^cpu: tiles in " .. set .. ",", of.kernel)
       end
       assert.matches("^cpu: tiles in avx512,", t.kernel)
+      for block, set in pairs { [16] = "avx512", [128] = "amx" } do -- small blocks do not pay for it
+        local of = lac.attention { variant = "block_sparse", pattern = "local_window(256)", heads = 4,
+                                   block = block }
+        local kernel = of:explain(512, { as = "table", device = "cpu" }).kernel
+        assert.matches("^cpu: tiles in " .. set .. ",", kernel)
+      end
     end
     assert.are.equal("cuda: tensor cores, f32 sums; portable: a branch has fewer than 64 rows a segment",
       attn:explain(16, { as = "table", dtype = "bf16", device = "cuda" }).kernel)

@@ -12,7 +12,7 @@
  *
  * Where the processor has a matrix unit (AMX) the file is compiled once more, as the attention of the table "amx":
  * f32, f16 and bf16 then make their products in parts (attn_parts.inc), which is the default there. f64, short rows and
- * active blocks go on to the attention of AVX-512.
+ * small active blocks go on to the attention of AVX-512.
  *
  * Rejected: one thread per (batch, head), which leaves cores idle for long sequences; atomics; OpenMP's dynamic
  * schedule, which promises no order.
@@ -163,9 +163,10 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #define IREAL int32_t
 #ifdef ATTN_AMX
 #define ATTN_PARTS 1
-#define ATTN_PARTS_LEAST 32 /* numbers of a row: of fewer, whose tiles are filled up, multiply-adds are as fast */
-#define ATTN_PARTS_KEYS 128 /* probabilities of so many keys are taken apart at a time */
-#define ATTN_GATHER 32      /* rows that are packed together */
+#define ATTN_PARTS_LEAST 32  /* numbers of a row: of fewer, whose tiles are filled up, multiply-adds are as fast */
+#define ATTN_PARTS_BLOCK 128 /* and rows of an active block, in one lattice */
+#define ATTN_PARTS_KEYS 128  /* probabilities of so many keys are taken apart at a time */
+#define ATTN_GATHER 32       /* rows that are packed together */
 #define ATTN_HEIGHT AMX_SIDE
 #else
 #define ATTN_PARTS 0

@@ -6,11 +6,20 @@
 -- backward, for blocks of 128. Smaller blocks are shown beside it: each key that is packed serves so many
 -- fewer queries.
 --
--- On the CPU by multiply-adds (LACUNA_CPU=avx512), one thread, the fastest by processor time of 18 calls of
--- ours and 6 of dense: blocks of 128 D 64 1.20 and 1.28, causal 1.11 and 1.15; D 128 1.18 and 1.28, causal
--- 1.15 and 1.16; blocks of 64 D 64 1.37 and 1.42, causal 1.38 and 1.34. On a busy machine a pair varies by a
--- tenth and more. Where there is a matrix unit dense attention is faster by what attention.lua states, active
--- blocks do not use the unit, and against that the target is missed.
+-- On the CPU by multiply-adds (LACUNA_CPU=avx512), one thread of an EPYC (Zen 4), the fastest by processor
+-- time of 16 calls of ours and 4 of dense, two runs, forward and backward: blocks of 128 D 64 1.11 to 1.12
+-- and 1.10 to 1.11, D 128 1.12 to 1.17 and 1.17; causal, once, 0.91 and 0.96, 1.07 and 1.05. In the same runs
+-- tasks of the backward with 1024 keys: D 64 1.14, D 128 1.18 to 1.20; 4096 keys are as good as 2048. Three
+-- quarters of the time of blocks are products, which take what density x those of dense do; the rest is what
+-- rows of queries, gradients and values cost to fetch. To ask for rows of queries and for values while
+-- products run brought less than what runs differ by. On a busy machine a pair varies by a tenth and more.
+--
+-- With the matrix unit (one core of a shared Xeon, the fastest of 12 and 4 calls) the target, against dense
+-- attention on the unit, is missed: blocks of 128 D 64 1.54 and 1.50, D 128 1.57 and 1.29 (by multiply-adds
+-- 1.90 and 1.65); what is left says c/cpu/attn_parts_blocks.inc. Time of multiply-adds over the unit's: D 64
+-- 1.09 and 1.09, D 128 1.20 and 1.23, bf16 D 64 1.25 and 1.39; blocks of 64 0.86 to 0.97, of 32 0.73 to 0.86:
+-- so blocks of fewer than 128 rows stay with multiply-adds. Neighbours slow the unit alone, then all of these
+-- are worse.
 --
 -- On CUDA both sides are the portable kernels' in bf16. An H200, one run, seven rounds in turns, blocks of
 -- 128, forward and backward, then causal, before in brackets: D 64 1.19 and 1.12, 1.26 and 1.20 (1.23 and

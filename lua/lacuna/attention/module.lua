@@ -176,9 +176,9 @@ function Attention:decoder(head_dim)
 end
 
 local CPU = "tiles in %s, %s sums, %d threads"
-local PARTS_LEAST = 32 -- head dimension from which amx is used, as in c/cpu/attn.c; never for active blocks
--- most keys of a task of the backward, without and with blocks, as in c/plan.h
-local KEY_RUN, BLOCKS_RUN = 1024, 2048
+-- head dimension from which amx is used, and rows of an active block in its thinnest lattice, as in
+-- c/cpu/attn.c; most keys of a task of the backward, without and with blocks, as in c/plan.h
+local PARTS_LEAST, PARTS_BLOCK, KEY_RUN, BLOCKS_RUN = 32, 128, 1024, 2048
 
 -- the kernel of a GPU, as far as it does not depend on the call; refusal: why it is not the one for Hopper
 local function choice_of(kernel, refusal)
@@ -193,7 +193,7 @@ end
 local FEW = 4 -- rows that kernels/attn_few.cu takes
 
 -- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none
-local function kernel_of(name, dtype, kernel, refusal, n, fp8, head_dim)
+local function kernel_of(name, dtype, kernel, refusal, n, fp8, parts)
   if fp8 and dtype == C.LAC_F64 then return "fp8 fails: it takes f32, f16 or bf16" end
   if fp8 and (name or device.default_device()):find "^cuda" then
     if refusal then return "cuda: fp8 fails: " .. refusal end
@@ -213,7 +213,7 @@ local function kernel_of(name, dtype, kernel, refusal, n, fp8, head_dim)
   device.code(OP, name) -- refuses what is no device
   if kernel == "hopper" then return "cpu: kernel 'hopper' (chosen) fails: it is for cuda" end
   local isa = tostring(device.devices()):match("cpu: ([^\n]*)") or "cpu"
-  if isa == "amx" and (dtype == C.LAC_F64 or head_dim < PARTS_LEAST) then isa = "avx512" end
+  if isa == "amx" and not parts then isa = "avx512" end
   return "cpu: " .. (fp8 and "q, k and v rounded to e4m3, then " or "")
     .. CPU:format(isa, dtype == C.LAC_F64 and "f64" or "f32", device.threads())
 end
@@ -303,8 +303,9 @@ function Attention:explain(n, sizes)
       info.flops_backward = z.batch * blocks.flops_backward
     end
   end
-  local keys = 0
+  local parts, keys = dtype ~= C.LAC_F64 and z.head_dim >= PARTS_LEAST, 0
   for g, dilation in ipairs(in_blocks and p.dilations or {}) do
+    parts = parts and o.block >= PARTS_BLOCK * dilation
     keys = math.max(keys, math.ceil(math.min(p.segments[g], m) / dilation))
   end
   if keys > KEY_RUN then -- rows of dk and dv
@@ -319,9 +320,8 @@ function Attention:explain(n, sizes)
   t.blocks = blocks
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
   local refusal = core.hopper_refusal(plan, dtype, o.kernel, in_blocks and o.block)
-  local amx_dim = in_blocks and 0 or z.head_dim
   if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or in_blocks and "there is a block_mask" end
-  t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n, o.fp8, amx_dim)
+  t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n, o.fp8, parts)
   t.fp8 = o.fp8 and fp8_of(t, element, p, (z.device or device.default_device()):find "^cuda") or nil
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
