@@ -22,6 +22,7 @@ while read -r line; do
   *'"case":"fatal"'*) echo 'last words' >&2; exit 3 ;;
   *'"op":"case"'*) echo '{"id": 7, "info": {"loss": 1.5}}' ;;
   *'"op":"turn"'*) echo '{"best": 0.5, "calls": 2}' ;;
+  *'"op":"sustained"'*) echo '{"median": 0.25}' ;;
   *'"op":"peak"'*) echo '{"bytes": 4096}' ;;
   *'"op":"drop"'*) echo '{}' ;;
   esac
@@ -70,6 +71,27 @@ describe("bench", function()
     for round = 0, 2 do assert.equal(3, orders[2 * round + 1] + orders[2 * round + 2]) end
     local runs = 0
     assert.is_true(bench.warm(function() runs = runs + 1 end) >= 0)
+    assert.equal(2, runs)
+  end)
+
+  it("takes the second half of calls without a pause", function()
+    local runs = 0
+    local function slow_first()
+      runs = runs + 1
+      local go = sys.time() + (runs <= 2 and 0.05 or 0.001)
+      repeat until sys.time() >= go
+    end
+    local seconds = bench.sustained(slow_first, 0.11)
+    assert.is_true(runs > 4 and seconds >= 0.001 and seconds < 0.04)
+    runs = 0
+    bench.sustained(function() runs = runs + 1 end, 0)
+    assert.equal(2, runs)
+    assert.error_matches(function() bench.sustained(1, 1) end, "bench.sustained: expected a function, got 1")
+    local side = run{ peer = dir .. "/shell" }:case("good", "fine")
+    assert.equal(0.25, bench.sides({ side }, 1)[1]())
+    assert.equal(0.5, bench.sides{ side }[1]())
+    runs = 0
+    assert.is_true(bench.sides{ function() runs = runs + 1 end }[1]() >= 0)
     assert.equal(2, runs)
   end)
 

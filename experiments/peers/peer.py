@@ -14,7 +14,8 @@ A peer's script defines functions that prepare a case and return what is timed:
 Requests: {"op": "case", "case": name, "arguments": {...}, "threads": n, "device": "cpu" or "cuda"} -> {"id", "info"};
 {"op": "turn", "id", "seconds", "sample"} -> {"best", "calls"}: one untimed call, then samples of as many calls as fill
 `sample` seconds until `seconds` are used, the fastest sample's seconds per call (on CUDA a sample ends when the device
-is idle); {"op": "peak", "id"} -> {"bytes"}: growth of the resident set, or of CUDA's memory, during one call;
+is idle); {"op": "sustained", "id", "seconds"} -> {"median"}: seconds of calls that follow each other without a pause, of the
+second half of them; {"op": "peak", "id"} -> {"bytes"}: growth of the resident set, or of CUDA's memory, during one call;
 {"op": "drop", "id"}. This is the same procedure that lua/lacuna/bench.lua follows on its side. Standard output belongs
 to the protocol: prints of libraries go to standard error.
 """
@@ -23,6 +24,7 @@ import ctypes
 import gc
 import json
 import os
+import statistics
 import struct
 import sys
 import time
@@ -89,6 +91,16 @@ def _turn(state, seconds, sample):
     return {"best": best, "calls": calls}
 
 
+def _sustained(state, seconds):
+    times, start = [], time.perf_counter()
+    now = start
+    while len(times) < 2 or now - start < seconds:
+        state["fn"]()
+        before, now = now, time.perf_counter()
+        times.append(now - before)
+    return {"median": statistics.median(times[len(times) // 2:])}
+
+
 def _status(field):
     with open("/proc/self/status") as file:
         for line in file:
@@ -141,6 +153,8 @@ def _answer(request):
     torch.set_num_threads(state["threads"])
     if op == "turn":
         return _turn(state, request["seconds"], request["sample"])
+    if op == "sustained":
+        return _sustained(state, request["seconds"])
     if op == "peak":
         return {"bytes": _peak(state["fn"])}
     raise ValueError("unknown request '%s'" % op)

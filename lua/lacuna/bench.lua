@@ -150,6 +150,15 @@ function Remote:turn(seconds)
   return answer.best
 end
 
+--- Seconds of a peer's calls that follow each other without a pause, as bench.sustained gives them.
+-- @tparam number seconds
+-- @treturn number
+function Remote:sustained(seconds)
+  local answer, reason = self.peer:ask{ op = "sustained", id = self.id, seconds = seconds }
+  if not answer then fail("bench", "%s: %s", self.peer.script, reason) end
+  return answer.median
+end
+
 --- Extra bytes at the peak of one call of a peer's case, by the system's count (its resident set).
 -- @treturn ?number bytes, or nil and the reason
 function Remote:peak()
@@ -240,9 +249,46 @@ function bench.warm(fn)
   return sys.time() - start
 end
 
+--- Seconds of fn's calls when one follows the other without a pause: the median of the second half of them. A
+-- GPU that is busy for long lowers its clock, so that a call alone (bench.warm) may be faster.
+-- @tparam function fn
+-- @tparam number seconds of all calls together, at least; two are made in any case
+-- @treturn number
+function bench.sustained(fn, seconds)
+  if type(fn) ~= "function" then fail("bench.sustained", "expected a function, got %s", schema.show(fn)) end
+  local times, start = {}, sys.time()
+  local now = start
+  repeat
+    fn()
+    local before = now
+    now = sys.time()
+    times[#times + 1] = now - before
+  until #times > 1 and now - start >= seconds
+  local half = math.floor(#times / 2)
+  for i = 1, #times do times[i] = times[i + half] end
+  return median(times)
+end
+
+--- Sides for bench.shuffled.
+-- @tparam table calls functions, or a peer's cases
+-- @tparam[opt] number seconds of calls without a pause in a turn (bench.sustained); without, one call counts,
+--   after one that is not timed (bench.warm)
+-- @treturn table
+function bench.sides(calls, seconds)
+  local sides = {}
+  for i, call in ipairs(calls) do
+    local own = type(call) == "function"
+    sides[i] = function()
+      if seconds then return own and bench.sustained(call, seconds) or call:sustained(seconds) end
+      return own and bench.warm(call) or call:turn(1e-9)
+    end
+  end
+  return sides
+end
+
 --- Times of several sides that take turns in a new order each round, after some idle time: on a GPU the order
 -- alone, and what ran before, move results by several percent.
--- @tparam table sides functions that give the seconds of one turn (bench.warm, or a peer's case:turn)
+-- @tparam table sides functions that give the seconds of one turn (bench.sides)
 -- @tparam integer rounds
 -- @tparam number idle seconds before every turn
 -- @treturn table median seconds of every side
