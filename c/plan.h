@@ -105,9 +105,9 @@ int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase);
 bool lac_plan_key_whole(const lac_plan *p, int32_t branch);
 
 /* Kernels for Hopper (sm_90a) do a part of all plans: NULL, or what of plan and dtype they cannot do. The rest depends
- * on the call (attn_hopper_forward_fits). Pays: no branch has so few rows a segment that tiles of 128 would be mostly
- * empty, nor blocks (0: there are none) of so few that they do not fill one: portable tiles have 64 rows then. */
-enum { LAC_HOPPER_BRANCHES = 16, LAC_HOPPER_ROWS = 64, LAC_HOPPER_BLOCK = 128 };
+ * on the call (attn_hopper_forward_fits). Pays: no branch has so few rows a segment, or a block (0: there are none),
+ * that tiles would be mostly empty. */
+enum { LAC_HOPPER_BRANCHES = 16, LAC_HOPPER_ROWS = 64 };
 static inline const char *lac_plan_no_hopper(const lac_plan *p, int dtype)
 {
     const lac_attn_desc *d = &p->desc;
@@ -121,9 +121,8 @@ static inline bool lac_plan_hopper_pays(const lac_plan *p, int64_t block)
 {
     for (int g = 0; g < p->desc.branches; g++) {
         int64_t w = p->segment[g] < p->desc.n ? p->segment[g] : p->desc.n;
-        const bool cut = block > 0 && block < w;
-        const int64_t rows = ((cut ? block : w) - 1) / p->desc.dilation[g] + 1;
-        if (rows < (cut ? LAC_HOPPER_BLOCK : LAC_HOPPER_ROWS)) return false;
+        if (block > 0 && block < w) w = block;
+        if ((w - 1) / p->desc.dilation[g] + 1 < LAC_HOPPER_ROWS) return false;
     }
     return true;
 }

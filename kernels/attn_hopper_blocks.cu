@@ -5,7 +5,9 @@
 
 template <class T> int attn_hopper_forward_blocks(const hopper_forward_args &p)
 {
-    return launch_shape<T, HOPPER_PLAIN, true>(p);
+    if (!p.small) return launch_shape<T, HOPPER_PLAIN, HOPPER_USUAL>(p);
+    return p.a.ranks > 1 ? launch_one<T, 64, true, HOPPER_PLAIN, HOPPER_SMALL>(p)
+                         : launch_one<T, 64, false, HOPPER_PLAIN, HOPPER_SMALL>(p);
 }
 template int attn_hopper_forward_blocks<f16>(const hopper_forward_args &);
 template int attn_hopper_forward_blocks<bf16>(const hopper_forward_args &);

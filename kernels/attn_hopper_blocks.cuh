@@ -1,21 +1,98 @@
 /* attn_hopper_blocks.cuh: the warp that feeds the forward on Hopper where a mask has active blocks.
  *
  * A tile's rows lie in one block of rows, so that all of them have the same active blocks of keys. Their lattice rows
- * form runs, and a run is cut into steps of up to 128 keys: whole ones are code without masks, the last of a run masks
- * what does not belong to it. So cost follows active blocks where they are multiples of 128 lattice rows, and any other
- * size is right, but pays for 128 x 128 pairs.
+ * form runs, and runs are cut into pieces of up to 64 keys, of which a step takes two, neighbours or not: steps of two
+ * whole pieces are code without masks. So cost follows active blocks where they are multiples of 64 lattice keys, and
+ * of 128 rows.
  *
- * The warp holds 32 cells of the row of blocks as bits, a look at memory for each 32 blocks, some stages ahead of the
- * products. Warpgroups learn what step comes next when they take one (hopper_step), because whether a step has masked
- * pairs chooses their code before its keys have come. Nothing is counted or listed beforehand.
+ * The scout's warp, which is a tile ahead, lists the pieces: it holds 32 cells of the row of blocks as bits, a look at
+ * memory for each 32 blocks, and every lane works out where its cell's keys lie. Lists of 32 pieces are handed over to
+ * the warp that loads; a tile begins with a new one. Warpgroups learn what step comes next when they take one
+ * (hopper_step), because whether a step has masked pairs chooses their code before its keys have come.
  *
- * Rejected: lists in memory (another launch, and room for all blocks of a head); tiles of 192 rows for D = 64 as
- * without blocks, which cover two rows of blocks: twice the steps, each with some warpgroup idle. Not written: steps of
- * several short runs (bulk copies of 16 rows), for blocks below 128.
+ * Blocks of at most 64 rows, with rows of at most 64 numbers, have tiles of 64: one warpgroup a thread block, and two
+ * thread blocks a multiprocessor, which take turns by themselves (HOPPER_SMALL).
+ *
+ * Keys come a step ahead of values, whose room is free later: scores are what a warpgroup waits for first.
+ *
+ * Rejected: lists in device memory (another launch, and room for all blocks of a head); the loading warp walking over
+ * the bits, a run at a time (some 1000 cycles each, which products of single blocks do not hide); tiles of 192 rows for
+ * D = 64 as without blocks, which cover two rows of blocks: twice the steps, each with some warpgroup idle.
  */
 #ifndef LAC_CUDA_ATTN_HOPPER_BLOCKS_CUH
 #define LAC_CUDA_ATTN_HOPPER_BLOCKS_CUH
 #include "attn_hopper_forward.cuh"
+
+/* A warp's part of what both sides need: which list, and the parity of its phase */
+template <class M> HOPPER_FN uint32_t hopper_list_barrier(uint32_t memory, int barriers, uint32_t at)
+{
+    return memory + barriers + at / HOPPER_LIST % HOPPER_LISTS * 8;
+}
+HOPPER_FN int hopper_list_parity(uint32_t at) { return at / HOPPER_LIST / HOPPER_LISTS & 1; }
+HOPPER_FN uint32_t hopper_list_slot(uint32_t at)
+{
+    return at % (HOPPER_LIST * HOPPER_LISTS) * (int)sizeof(hopper_piece);
+}
+
+/* keys [first, until), of a run or none, become pieces */
+template <class M>
+HOPPER_FN void hopper_list_run(const hopper_forward_tile &f, uint32_t memory, uint32_t &tail, int first, int until)
+{
+    const int lane = threadIdx.x % 32;
+    do {
+        const int at = (int)(tail % HOPPER_LIST), room = HOPPER_LIST - at;
+        const int some = first < until ? min((until - first + 63) / 64, room) : room; /* none: empty ones, to the end */
+        if (at == 0) hopper_wait(hopper_list_barrier<M>(memory, M::LIST_FREE, tail), !hopper_list_parity(tail));
+        if (lane < some) {
+            const int key = first + 64 * lane, count = min(64, max(until - key, 0));
+            int about = count;
+#pragma unroll
+            for (int w = 0; w < M::GROUPS; w++) {
+                const int row = f.t.first + 64 * w;
+                const bool masked = count < 64 || key + 63 > row + f.t.after || key < row + 63 - f.t.before;
+                const bool beyond = count == 0 || key > row + 63 + f.t.after;
+                about |= (masked * HOPPER_MASKED | beyond * HOPPER_HALF) << (8 + HOPPER_GROUP * w);
+            }
+            hopper_put_two(memory + M::LIST + hopper_list_slot(tail + lane), count ? key : f.t.live, about);
+        }
+        if (some == room) {
+            __syncwarp();
+            if (lane == 0) hopper_arrive(hopper_list_barrier<M>(memory, M::LIST_FULL, tail));
+        }
+        first += 64 * some;
+        tail += some;
+    } while (first < until);
+}
+template <class M>
+HOPPER_FN void hopper_list(const hopper_forward_args &p, const hopper_forward_tile &f, uint32_t memory, uint32_t &tail)
+{
+    const int lane = threadIdx.x % 32, block = hopper_opaque(p.a.block);
+    const int64_t *stride = p.a.blocks_stride;
+    const uint8_t *on = p.a.blocks + f.t.b * stride[0] + f.t.h * stride[1] +
+                        (f.key + f.t.first * f.t.r - p.a.shift) / block * stride[2];
+    const int low = max(f.t.first - f.t.before, 0), high = min(f.t.live, f.t.end + f.t.after);
+    int cell = (f.key + low * f.t.r) / block + lane; /* the lane's */
+    const int cells = low < high ? (f.key + (high - 1) * f.t.r) / block + 1 : 0;
+    int active = hopper_byte(on + cell * stride[3], cell < cells);
+    for (; cell - lane < cells; cell += 32) {
+        const uint32_t bits = __ballot_sync(~0u, active);
+        active = hopper_byte(on + (cell + 32) * stride[3], cell + 32 < cells);
+        if (!bits) continue;
+        const int first = max(low, hopper_count(f.t, (unsigned)cell * (unsigned)block));
+        const int until = min(high, hopper_count(f.t, (unsigned)(cell + 1) * (unsigned)block));
+        const uint32_t rest = ~(bits >> lane); /* a run ends where the next cell is not active */
+        const int stop = __shfl_sync(~0u, until, lane + (rest ? __ffs((int)rest) - 2 : 31 - lane));
+        for (uint32_t starts = bits & ~(bits << 1); starts; starts &= starts - 1) {
+            const int from = __ffs((int)starts) - 1, a = __shfl_sync(~0u, first, from),
+                      b = __shfl_sync(~0u, stop, from);
+            if (a < b) hopper_list_run<M>(f, memory, tail, a, b);
+        }
+    }
+    /* an empty step is the end; the other half of the last one may take the list's last place */
+    const bool split = tail % HOPPER_LIST == HOPPER_LIST - 1;
+    hopper_list_run<M>(f, memory, tail, 0, 0);
+    if (split) hopper_list_run<M>(f, memory, tail, 0, 0);
+}
 
 template <class M> struct hopper_block_feeder : hopper_feeder<M> {
     typedef hopper_feeder<M> base;
@@ -23,156 +100,81 @@ template <class M> struct hopper_block_feeder : hopper_feeder<M> {
     using base::p;
     using base::slot;
     using base::slot_free;
-    using base::stage;
+    using base::stage; /* of values */
     using base::stage_free;
-    const int lane;
-    uint32_t number; /* steps so far */
-    const uint8_t *on;
-    uint32_t bits;           /* of cells [window, window + 32) */
-    int ahead;               /* the lane's of those that follow */
-    int window, cell, cells; /* next cell to look at, and their end */
-    int key, stop;           /* keys of the run that are to come */
+    uint32_t head, number; /* pieces so far, and what follows them in lists; steps whose keys have been asked for */
     __device__ __forceinline__ hopper_block_feeder(const hopper_forward_args &p, uint32_t memory)
-        : base(p, memory), lane(threadIdx.x % 32), number(0)
+        : base(p, memory), head(0), number(0)
     {
+    }
+    /* a hopper_step, which is how it travels; `ended`: the tile has no more */
+    __device__ __forceinline__ int4 step_after(bool &ended)
+    {
+        constexpr int MASKED = HOPPER_MASKED * 0x111, HALF = HOPPER_HALF * 0x111;
+        if (ended) return {0, 0, 0, 0};
+        if (head % HOPPER_LIST == 0)
+            hopper_wait(hopper_list_barrier<M>(memory, M::LIST_FULL, head), hopper_list_parity(head));
+        const int4 two = hopper_four(memory + M::LIST + hopper_list_slot(head));
+        const int some = two.y & 0xff, more = two.w & 0xff, one = two.y >> 8, other = two.w >> 8;
+        const uint32_t last = head;
+        ended = some == 0;
+        head = ended ? (head / HOPPER_LIST + 1) * HOPPER_LIST : head + 2;
+        if (head % HOPPER_LIST == 0) hopper_arrive(hopper_list_barrier<M>(memory, M::LIST_FREE, last));
+        if (ended) return {0, 0, 0, 0};
+        return {two.x, two.z, HOPPER_SOME | ((one | other) & MASKED) | (other & HALF), some | more << 16};
     }
 
-    /* ---- the walk: all lanes do the same ---- */
+    /* ---- copies ---- */
 
-    __device__ __forceinline__ int low(const volatile hopper_forward_tile &f) const
+    __device__ __forceinline__ void copy(const volatile hopper_forward_tile &f, const CUtensorMap *map, int each,
+                                         uint32_t to, uint32_t full, const int4 &step)
     {
-        return max(f.t.first - f.t.before, 0);
-    }
-    __device__ __forceinline__ int high(const volatile hopper_forward_tile &f) const
-    {
-        return min(f.t.live, f.t.end + f.t.after);
-    }
-    __device__ __forceinline__ int block_of(const volatile hopper_forward_tile &f, int i) const
-    {
-        return (f.key + i * f.t.r) / hopper_opaque(p.a.block);
-    }
-    __device__ __forceinline__ void start(const volatile hopper_forward_tile &f)
-    {
-        const int64_t *stride = p.a.blocks_stride;
-        const int row = f.key + f.t.first * f.t.r - p.a.shift;
-        on = p.a.blocks + f.t.b * stride[0] + f.t.h * stride[1] + row / hopper_opaque(p.a.block) * stride[2];
-        cell = cells = key = stop = 0;
-        if (low(f) < high(f)) cell = block_of(f, low(f)), cells = block_of(f, high(f) - 1) + 1;
-        window = cell - 32;
-        ask();
-    }
-    __device__ __forceinline__ void ask()
-    {
-        const int mine = window + 32 + lane;
-        ahead = hopper_byte(on + mine * p.a.blocks_stride[3], mine < cells);
-    }
-    __device__ __forceinline__ uint32_t look() /* at `cell` and what follows; window + 32 is the last to be looked at */
-    {
-        if (cell == window + 32) {
-            window = cell;
-            bits = __ballot_sync(~0u, ahead);
-            ask();
-        }
-        return bits >> (cell - window);
-    }
-    __device__ __forceinline__ bool run_after(const volatile hopper_forward_tile &f)
-    {
-        while (cell < cells) {
-            uint32_t rest = look();
-            if (!rest) {
-                cell = window + 32;
-                continue;
-            }
-            cell += __ffs((int)rest) - 1;
-            key = max(low(f), hopper_count(f.t, (unsigned)cell * (unsigned)p.a.block));
-            do {
-                rest = ~look();
-                cell += rest ? __ffs((int)rest) - 1 : 32;
-            } while (cell == window + 32);
-            stop = min(high(f), hopper_count(f.t, (unsigned)cell * (unsigned)p.a.block));
-            if (key < stop) return true;
-        }
-        return false;
-    }
-    /* a hopper_step, which is how it travels */
-    __device__ __forceinline__ int4 step_after(const volatile hopper_forward_tile &f)
-    {
-        if (key >= stop && !run_after(f)) return {0, 0, 0, 0};
-        const int first = key, until = min(key + HOPPER_KEYS, stop);
-        key = until;
-        int kinds = HOPPER_SOME;
+        const int live = f.t.live, z = f.t.b * each + f.key + live * f.t.r, head = f.kv_head;
+        const int first = HOPPER_WRAP - live + step.x, second = HOPPER_WRAP - live + step.y;
+        hopper_expect(full, M::BLOCK);
 #pragma unroll
-        for (int w = 0; w < M::GROUPS; w++) {
-            const int row = f.t.first + w * 64;
-            const bool masked = until - first < HOPPER_KEYS || first + HOPPER_KEYS > row + f.t.after + 1 ||
-                                first < row + 63 - f.t.before;
-            const bool half = until - first <= HOPPER_KEYS / 2 || first + HOPPER_KEYS / 2 > row + 63 + f.t.after;
-            kinds |= (masked * HOPPER_MASKED | half * HOPPER_HALF) << HOPPER_GROUP * w;
+        for (int c = 0; c < M::PANELS; c++) {
+            hopper_load(to + c * HOPPER_KEYS * 128, map, full, 64 * c, first, z, head);
+            hopper_load(to + c * HOPPER_KEYS * 128 + 64 * 128, map, full, 64 * c, second, z, head);
         }
-        return {first, until, kinds, 0};
     }
-
-    /* ---- copies: one lane asks for them ---- */
-
-    __device__ __forceinline__ void keys(const volatile hopper_forward_tile &f, int first, const int4 then)
+    __device__ __forceinline__ void keys(const volatile hopper_forward_tile &f, const int4 &step, const int4 &then)
     {
-        const int live = f.t.live, z = f.t.b * p.k_step + f.key + live * f.t.r;
-        const uint32_t barriers = memory + 8 * stage, to = memory + stage * M::BLOCK + M::K;
-        hopper_wait(barriers + M::K_FREE, stage_free);
+        if (!step.z) return;
+        const int at = number % M::STAGES;
+        hopper_wait(memory + M::K_FREE + 8 * at, ~(number / M::STAGES) & 1);
         hopper_put_four(memory + M::STEPS + number % (2 * M::STAGES) * (int)sizeof(hopper_step), then);
-        hopper_expect(barriers + M::K_FULL, M::BLOCK);
-#pragma unroll
-        for (int c = 0; c < M::PANELS; c++)
-            hopper_load(to + c * HOPPER_KEYS * 128, &p.map[f.map].k, barriers + M::K_FULL, 64 * c,
-                        HOPPER_WRAP - live + first, z, f.kv_head);
+        copy(f, &p.map[f.map].k, p.k_step, memory + M::K + at * M::BLOCK, memory + M::K_FULL + 8 * at, step);
+        number++;
     }
-    __device__ __forceinline__ void values(const volatile hopper_forward_tile &f, int first)
+    __device__ __forceinline__ void values(const volatile hopper_forward_tile &f, const int4 &step)
     {
-        const int live = f.t.live, z = f.t.b * p.v_step + f.key + live * f.t.r;
-        const uint32_t barriers = memory + 8 * stage, to = memory + stage * M::BLOCK + M::V;
-        hopper_wait(barriers + M::V_FREE, stage_free);
-        hopper_expect(barriers + M::V_FULL, M::BLOCK);
-#pragma unroll
-        for (int c = 0; c < M::PANELS; c++)
-            hopper_load(to + c * HOPPER_KEYS * 128, &p.map[f.map].v, barriers + M::V_FULL, 64 * c,
-                        HOPPER_WRAP - live + first, z, f.kv_head);
-    }
-    __device__ __forceinline__ void take(uint32_t at, int full) /* the tile that the scout has found */
-    {
-        hopper_wait(memory + M::Q_FREE + 8 * slot, slot_free);
-        hopper_wait(memory + M::FOUND_FULL, full);
-#pragma unroll
-        for (int i = 0; i < HOPPER_TILE; i += 16) hopper_put_four(at + i, hopper_four(memory + M::FOUND + i));
-        hopper_arrive(memory + M::FOUND_FREE);
+        hopper_wait(memory + M::V_FREE + 8 * stage, stage_free);
+        copy(f, &p.map[f.map].v, p.v_step, memory + M::V + stage * M::BLOCK, memory + M::V_FULL + 8 * stage, step);
+        this->step(stage, stage_free, M::STAGES);
     }
     __device__ __forceinline__ void run()
     {
         for (int full = 0;; full ^= 1) {
             const uint32_t at = memory + M::TILE + HOPPER_TILE * slot;
-            if (lane == 0) take(at, full);
-            __syncwarp();
+            this->take(at, full);
             const volatile hopper_forward_tile &f = *(const hopper_forward_tile *)__cvta_shared_to_generic(at);
             if (f.g == HOPPER_STOP) break;
-            start(f);
-            int4 now = step_after(f);
-            if (lane == 0) {
-                hopper_put_four(at + (int)offsetof(hopper_forward_tile, begin), now);
-                this->queries(f, p.map[f.map]);
-            }
+            bool ended = false;
+            int4 now = step_after(ended);
+            hopper_put_four(at + (int)offsetof(hopper_forward_tile, begin), now);
+            this->queries(f, p.map[f.map]);
             this->step(slot, slot_free, M::SLOTS);
-            int4 then = step_after(f);
+            int4 then = step_after(ended);
+            keys(f, now, then);
             while (now.z) {
-                if (lane == 0) keys(f, now.x, then);
-                __syncwarp();
-                const int4 later = step_after(f); /* while values wait for their stage */
-                if (lane == 0) values(f, now.x);
-                this->step(stage, stage_free, M::STAGES);
-                number++;
+                const int4 later = step_after(ended);
+                keys(f, then, later);
+                values(f, now);
                 now = then, then = later;
             }
-            __syncwarp();
         }
-        if (lane == 0) hopper_arrive(memory + M::Q_FULL + 8 * slot);
+        hopper_arrive(memory + M::Q_FULL + 8 * slot);
     }
 };
 

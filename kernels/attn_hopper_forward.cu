@@ -62,6 +62,14 @@ static int interleaved(const attn_args &a, int g, int64_t rows, int64_t items, i
     return (int)(n < 1 ? 1 : n > items ? items : n);
 }
 
+static bool small_blocks(const attn_pair_args &a)
+{
+    if (!a.block || a.head_dim > 64) return false;
+    for (int g = 0; g < a.branches; g++)
+        if (attn_pieces(a.branch[g], a.block, 64) > 1) return false;
+    return true;
+}
+
 static hopper_divisor divisor(int d)
 {
     uint32_t bits = 0;
@@ -109,7 +117,8 @@ int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_a
     int64_t tiles;
     p = {};
     const bool added = hopper_options(a) & HOPPER_ADDED, high = a.head_dim <= 64 && !a.block && !f->fp8 && !added;
-    LAC_TRY(attn_number(a, plan, false, high ? 192 : 128, &tiles, a.block));
+    p.small = small_blocks(a);
+    LAC_TRY(attn_number(a, plan, false, p.small ? 64 : high ? 192 : 128, &tiles, a.block));
     p.tiles = (int)tiles;
     p.turns = turns_of(a);
     p.masks = a.causal || a.window >= 0 || a.block || a.padding || added;
@@ -123,8 +132,9 @@ int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_a
         while (a.branch[p.same[g]].dilation != b.dilation) p.same[g]++;
         if (p.same[g] < g) continue;
         LAC_TRY(hopper_map(&p.map[g].q, &f->q, b.dilation, 64));
-        LAC_TRY(hopper_map(&p.map[g].k, &f->k, b.dilation, HOPPER_KEYS));
-        LAC_TRY(hopper_map(&p.map[g].v, &f->v, b.dilation, HOPPER_KEYS));
+        const int keys = a.block ? HOPPER_KEYS / 2 : HOPPER_KEYS;
+        LAC_TRY(hopper_map(&p.map[g].k, &f->k, b.dilation, keys));
+        LAC_TRY(hopper_map(&p.map[g].v, &f->v, b.dilation, keys));
         LAC_TRY(hopper_map(&p.map[g].out, &f->out, b.dilation, 64));
     }
     p.q_step = hopper_batch_step(&f->q), p.k_step = hopper_batch_step(&f->k), p.v_step = hopper_batch_step(&f->v);

@@ -31,7 +31,9 @@
 enum { HOPPER_BRANCHES = 16 }; /* most branches of a plan: every one has its tensor maps among the arguments */
 enum { HOPPER_KEYS = 128 };    /* keys of a block */
 enum { HOPPER_TILE = 224 };    /* bytes that describe a tile */
-enum { HOPPER_STOP = -1 };     /* instead of a branch: there are no more tiles */
+enum { HOPPER_USUAL = 1, HOPPER_SMALL = 2 }; /* active blocks; of at most 64 rows */
+enum { HOPPER_STOP = -1 };                   /* instead of a branch: there are no more tiles */
+enum { HOPPER_LIST = 32, HOPPER_LISTS = 4 }; /* pieces of a list, and lists (attn_hopper_blocks.cuh) */
 
 /* x / d of 0 <= x < 2^31 by a product: e = factor d - 2^(31 + shift) is below d <= 2^shift, so that e x < 2^(31 +
  * shift) */
@@ -61,6 +63,7 @@ struct hopper_forward_args {
     hopper_lattices lattices;
     bool gaps;   /* may there be rows that no branch reaches? */
     bool masks;  /* can a row miss keys of a block that holds some of its own? */
+    bool small;  /* HOPPER_SMALL */
     int *claims; /* tiles claimed beyond the first of each thread block; thread blocks that have ended */
     int *spoilt,
         call; /* the number of the last call with a result that is not finite where pairs are masked; and of this */
@@ -74,10 +77,15 @@ struct hopper_forward_args {
 struct alignas(16) hopper_forward_part {
     int lead, ends, plain, full;
 };
-/* Where there are active blocks: the next keys [first, until) of the tile, neighbours, at most a block of them.
- * `kinds`: 0 if there are none; four bits a warpgroup. */
+/* Where there are active blocks: up to 64 keys that are neighbours; `about`: how many, and from bit 8 on
+ * four bits a warpgroup (HOPPER_MASKED). */
+struct alignas(8) hopper_piece {
+    int first, about;
+};
+/* The next keys of the tile, two pieces; `counts`: of both, the second's in the high half. `kinds`: 0 if there are
+ * none; four bits a warpgroup. */
 struct alignas(16) hopper_step {
-    int first, until, kinds, unused;
+    int first, second, kinds, counts;
 };
 enum { HOPPER_MASKED = 1, HOPPER_HALF = 2, HOPPER_GROUP = 4, HOPPER_SOME = 1 << 16 };
 struct alignas(16) hopper_forward_tile {
@@ -102,16 +110,23 @@ struct alignas(16) hopper_forward_tile {
 };
 static_assert(sizeof(hopper_forward_tile) == HOPPER_TILE, "copied by 16 bytes");
 
+/* Warpgroups with rows; the usual block has 128. Of small ones, two thread blocks share a multiprocessor. */
+constexpr int hopper_groups(int d, int blocks, bool two)
+{
+    if (blocks == HOPPER_SMALL) return 1;
+    return d == 64 && !blocks && !two ? 3 : 2;
+}
 /* Sizes, and addresses in shared memory. T: of q, k and v. BLOCKS: there are active blocks (attn_hopper_blocks.cuh).
  * ADDED: there are masks and biases, for whose addresses three warpgroups of D = 64 have no registers. Of
  * eight bits, rows of 64 numbers take the 128 bytes of an operand's rows too. */
-template <class T, int D, bool BLOCKS, bool ADDED = false> struct hopper_forward_shape {
-    static constexpr bool EIGHT = std::is_same_v<T, e4m3>, STEPPED = BLOCKS;
+template <class T, int D, int BLOCKS, bool ADDED = false> struct hopper_forward_shape {
+    static constexpr bool EIGHT = std::is_same_v<T, e4m3>, STEPPED = BLOCKS > 0, SMALL = BLOCKS == HOPPER_SMALL;
     enum {
         DIM = D,
-        GROUPS = D == 64 && !BLOCKS && !EIGHT && !ADDED ? 3 : 2, /* warpgroups with rows; the usual block has 128 */
-        STAGES = D == 64 || EIGHT ? 4 : 2, /* of keys, and of values; a power of two: others cost registers */
-        SLOTS = 2,                         /* of queries; results leave through the same memory */
+        GROUPS = hopper_groups(D, BLOCKS, EIGHT || ADDED),
+        TOGETHER = SMALL ? 2 : 1,                      /* thread blocks of a multiprocessor */
+        STAGES = !SMALL && (D == 64 || EIGHT) ? 4 : 2, /* of keys, values; powers of two: others cost registers */
+        SLOTS = 2,                                     /* of queries; results leave through the same memory */
         LATE = D == 64 ? 12 : 8, /* columns, in eighths, exponentiated before the product with values is waited for */
         THREADS_ = 128 * (GROUPS + 1),
         PANELS = D / 64,
@@ -139,11 +154,14 @@ template <class T, int D, bool BLOCKS, bool ADDED = false> struct hopper_forward
         CARRIED = V_FREE + 8 * STAGES,             /* BEFORE holds a slot's, and earlier branches' sums are out */
         DONE = CARRIED + 8 * SLOTS,                /* the sums of a slot's tile are out */
         STEPS = (DONE + 8 * SLOTS + 15) / 16 * 16, /* BLOCKS: of each stage the step that follows, twice as long */
-        MEMORY = STEPS + BLOCKS * 2 * STAGES * (int)sizeof(hopper_step)
+        LIST = STEPS + STEPPED * 2 * STAGES * (int)sizeof(hopper_step), /* BLOCKS: pieces */
+        LIST_FULL = LIST + STEPPED * HOPPER_LISTS * HOPPER_LIST * (int)sizeof(hopper_piece),
+        LIST_FREE = LIST_FULL + STEPPED * HOPPER_LISTS * 8,
+        MEMORY = LIST_FREE + STEPPED * HOPPER_LISTS * 8
     };
-    static constexpr int FEEDER_REGISTERS = GROUPS == 3 ? 32 : 40 + 16 * BLOCKS,
-                         GROUP_REGISTERS = GROUPS == 3 ? 160 : 232 - 8 * BLOCKS;
-    static_assert(MEMORY <= 232448, "shared memory of a thread block");
+    static constexpr int FEEDER_REGISTERS = GROUPS == 3 ? 32 : 40;
+    static constexpr int GROUP_REGISTERS = (65536 / TOGETHER / 128 - FEEDER_REGISTERS) / GROUPS / 8 * 8;
+    static_assert(MEMORY <= 232448 && TOGETHER * (MEMORY + 1024) <= 233472, "shared memory of a multiprocessor");
 };
 
 /* Hides from the compiler where a divisor comes from: it would keep reciprocals in registers that there are not. */
@@ -180,7 +198,7 @@ HOPPER_FN int hopper_count(const volatile attn_tile &t, unsigned position)
     return position <= base ? 0 : (int)(t.r == 1 ? last : last / (unsigned)t.r) + 1;
 }
 /* attn_rows in 32 bits: the tile's rows, all of one block of rows. False if there are none. */
-HOPPER_FN bool hopper_piece(const attn_pair_args &a, int number, int height, attn_tile &t)
+HOPPER_FN bool hopper_block_rows(const attn_pair_args &a, int number, int height, attn_tile &t)
 {
     const attn_branch &br = a.branch[t.g];
     const int pieces = attn_pieces(br, a.block, height), each = number / hopper_opaque(pieces);
@@ -231,7 +249,7 @@ template <class M, int OPTIONS> HOPPER_FN bool hopper_find(const hopper_forward_
     attn_span(a, g, b, br.head0 + (a.ranks > 1 ? y : x), br.segment0 + (a.ranks > 1 ? x : y), t);
     f.rows = t.q1 - t.q0;
     if constexpr (M::STEPPED) {
-        if (!hopper_piece(a, block, 64 * GROUPS, t)) return false;
+        if (!hopper_block_rows(a, block, 64 * GROUPS, t)) return false;
         f.groups = (t.end - t.first + 63) / 64;
     } else {
         const int groups = (f.rows + 63) / 64, tiles = (groups + GROUPS - 1) / GROUPS;
@@ -305,12 +323,18 @@ template <int GROUPS> HOPPER_FN void hopper_others(const hopper_forward_args &p,
     }
 }
 
+/* Where there are active blocks: the tile's keys, in pieces, for the warp that loads; `tail`: pieces so far, and room
+ * that was left (attn_hopper_blocks.cuh). */
+template <class M>
+HOPPER_FN void hopper_list(const hopper_forward_args &p, const hopper_forward_tile &f, uint32_t memory, uint32_t &tail);
+
 /* All lanes do the same, except where branches meet. */
 template <class M, bool MEETS, int OPTIONS> HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
 {
     hopper_forward_tile &f = *(hopper_forward_tile *)__cvta_shared_to_generic(memory + M::FOUND);
     const int lane = threadIdx.x % 32;
     int id = blockIdx.x, free = 1;
+    uint32_t tail = 0;
 #pragma unroll 1
     while (id < p.tiles) {
         hopper_wait(memory + M::FOUND_FREE, free);
@@ -323,6 +347,7 @@ template <class M, bool MEETS, int OPTIONS> HOPPER_FN void hopper_scout(const ho
             if (MEETS) hopper_others<M::GROUPS>(p, f, lane);
             __syncwarp();
             if (lane == 0) hopper_arrive(memory + M::FOUND_FULL);
+            if constexpr (M::STEPPED) hopper_list<M>(p, f, memory, tail);
             free ^= 1;
         } else if (MEETS && lane == 0) atomicAdd(hopper_done(p, f.t, f.t.g), 1);
         id = __shfl_sync(~0u, next, 0);
@@ -486,15 +511,19 @@ template <class M> struct hopper_feeder {
             step(stage, stage_free, M::STAGES);
         }
     }
+    __device__ __forceinline__ void take(uint32_t at, int full) /* the tile that the scout has found */
+    {
+        hopper_wait(memory + M::Q_FREE + 8 * slot, slot_free);
+        hopper_wait(memory + M::FOUND_FULL, full);
+#pragma unroll
+        for (int i = 0; i < HOPPER_TILE; i += 16) hopper_put_four(at + i, hopper_four(memory + M::FOUND + i));
+        hopper_arrive(memory + M::FOUND_FREE);
+    }
     __device__ __forceinline__ void run()
     {
         for (int full = 0;; full ^= 1) {
             const uint32_t at = memory + M::TILE + HOPPER_TILE * slot;
-            hopper_wait(memory + M::Q_FREE + 8 * slot, slot_free);
-            hopper_wait(memory + M::FOUND_FULL, full);
-#pragma unroll
-            for (int i = 0; i < HOPPER_TILE; i += 16) hopper_put_four(at + i, hopper_four(memory + M::FOUND + i));
-            hopper_arrive(memory + M::FOUND_FREE);
+            take(at, full);
             const volatile hopper_forward_tile &f = *(const hopper_forward_tile *)__cvta_shared_to_generic(at);
             if (f.g == HOPPER_STOP) break;
             queries(f, p.map[f.map]);

@@ -37,8 +37,9 @@ template <class M> HOPPER_FN void feed(const hopper_forward_args &p, uint32_t me
     else hopper_feeder<M>(p, memory).run();
 }
 
-template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS>
-__global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0>::THREADS_, 1)
+template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS>
+__global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0>::THREADS_,
+                                  BLOCKS == HOPPER_SMALL ? 2 : 1)
     attn_hopper_forward_kernel(const __grid_constant__ hopper_forward_args p)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -60,13 +61,17 @@ __global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS, (OPTIONS & 
             hopper_barrier(memory + M::K_FREE + 8 * i, 4 * M::GROUPS); /* every warp */
             hopper_barrier(memory + M::V_FREE + 8 * i, 4 * M::GROUPS);
         }
+        for (int i = 0; BLOCKS && i < HOPPER_LISTS; i++) {
+            hopper_barrier(memory + M::LIST_FULL + 8 * i, 1);
+            hopper_barrier(memory + M::LIST_FREE + 8 * i, 1);
+        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     previous_done();
     __syncthreads();
     if (threadIdx.x < 128) {
         hopper_fewer<M::FEEDER_REGISTERS>();
-        if (threadIdx.x < (BLOCKS ? 32 : 1)) feed<M>(p, memory);
+        if (threadIdx.x == 0) feed<M>(p, memory);
         else if (threadIdx.x / 32 == 1) hopper_scout<M, MEETS, OPTIONS>(p, memory);
         else if (MEETS && threadIdx.x / 32 == 2) hopper_carrier<M>(p, memory).run();
         else if (threadIdx.x >= 64 && p.gaps) hopper_fill<D>(p, 3 - threadIdx.x / 32, 2 - MEETS);
@@ -77,17 +82,20 @@ __global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS, (OPTIONS & 
 #endif
 }
 
-template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> static int launch_one(const hopper_forward_args &p)
+template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> static int launch_one(const hopper_forward_args &p)
 {
     typedef hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0> M;
     auto kernel = attn_hopper_forward_kernel<T, D, MEETS, OPTIONS, BLOCKS>;
     const int memory = M::MEMORY;
-    const int blocks = p.gaps ? lac_cuda_processors : min(p.tiles, lac_cuda_processors);
+    const int most = M::TOGETHER * lac_cuda_processors, blocks = p.gaps ? most : min(p.tiles, most);
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
+    if (M::TOGETHER > 1) /* all thread blocks run at a time: some may wait for others' tiles */
+        CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                   cudaSharedmemCarveoutMaxShared));
     launch(kernel, blocks, M::THREADS_, memory, p);
     return lac_cuda_launched("attention");
 }
-template <class T, int OPTIONS, bool BLOCKS> static int launch_shape(const hopper_forward_args &p)
+template <class T, int OPTIONS, int BLOCKS> static int launch_shape(const hopper_forward_args &p)
 {
     const bool small = p.a.head_dim <= 64;
     if (p.a.ranks > 1)

@@ -48,7 +48,7 @@ template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
 /* MEETS: several branches meet in rows. OPTIONS: there may be dropout, slopes and padding (attn_hopper_pairs.cuh).
  * BLOCKS: keys come in steps, each of which says what the next one is (attn_hopper_blocks.cuh). T e4m3: queries, keys,
  * values and weights are of eight bits (attn_hopper_fp8.cuh). */
-template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_rows {
+template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_rows {
     typedef hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0> M;
     enum { BN = HOPPER_KEYS, TURN = 1, OWN = 8 };      /* named barriers: the turn of warpgroup 0; of its own warps */
     static constexpr float NOTHING = -1e38f, RISE = 8; /* bits by which slopes may lift a block over its reference */
@@ -115,8 +115,14 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
     {
         if (lane == 0) hopper_arrive(memory + M::V_FREE + 8 * (c % M::STAGES));
     }
-    __device__ __forceinline__ void take_turn() { hopper_sync(TURN + w, 256); }
-    __device__ __forceinline__ void pass_turn() { hopper_meet(TURN + (w + 1) % M::GROUPS, 256); }
+    __device__ __forceinline__ void take_turn() /* a warpgroup alone always has it */
+    {
+        if (M::GROUPS > 1) hopper_sync(TURN + w, 256);
+    }
+    __device__ __forceinline__ void pass_turn()
+    {
+        if (M::GROUPS > 1) hopper_meet(TURN + (w + 1) % M::GROUPS, 256);
+    }
     __device__ __forceinline__ void meet() { hopper_sync(OWN + w, 128); }
     /* a block that this warpgroup has no use for */
     __device__ __forceinline__ void skip()
@@ -232,29 +238,36 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
         most0 = fmaxf(quad_max(most0) * log2_scale() - LIFT, NOTHING);
         most1 = fmaxf(quad_max(most1) * log2_scale() - LIFT, NOTHING);
     }
-    /* `first`: the block's first key, `until`: BLOCKS, where its keys end. What the mask needs is read again each time:
-     * registers are for the main loop. */
-    __device__ __forceinline__ void mask(int slot, int first, int until)
+    /* `first`: the first of `COUNT` keys, whose scores are x; `until`: where they end. What the mask needs is read
+     * again each time: registers are for the main loop. */
+    template <int COUNT> __device__ __forceinline__ void mask(int slot, float *x, int first, int until)
     {
         const volatile attn_tile &t = tile(slot).t;
         const int row = t.first + w * 64 + warp * 16 + lane / 4, at = first + lane % 4 * 2,
                   live = (BLOCKS ? until : t.live) - at, high = row + t.after + 1 - at, low = row - t.before - at;
         const int high0 = min(live, high), high1 = min(live, high + 8), low1 = low + 8;
 #pragma unroll
-        for (int i = 0; i < BN / 8; i++) {
-            if (8 * i >= high0) s[4 * i] = -INFINITY;
-            if (8 * i + 1 >= high0) s[4 * i + 1] = -INFINITY;
-            if (8 * i >= high1) s[4 * i + 2] = -INFINITY;
-            if (8 * i + 1 >= high1) s[4 * i + 3] = -INFINITY;
+        for (int i = 0; i < COUNT / 8; i++) {
+            if (8 * i >= high0) x[4 * i] = -INFINITY;
+            if (8 * i + 1 >= high0) x[4 * i + 1] = -INFINITY;
+            if (8 * i >= high1) x[4 * i + 2] = -INFINITY;
+            if (8 * i + 1 >= high1) x[4 * i + 3] = -INFINITY;
         }
         if (p.a.window < 0) return;
 #pragma unroll
-        for (int i = 0; i < BN / 8; i++) {
-            if (8 * i < low) s[4 * i] = -INFINITY;
-            if (8 * i + 1 < low) s[4 * i + 1] = -INFINITY;
-            if (8 * i < low1) s[4 * i + 2] = -INFINITY;
-            if (8 * i + 1 < low1) s[4 * i + 3] = -INFINITY;
+        for (int i = 0; i < COUNT / 8; i++) {
+            if (8 * i < low) x[4 * i] = -INFINITY;
+            if (8 * i + 1 < low) x[4 * i + 1] = -INFINITY;
+            if (8 * i < low1) x[4 * i + 2] = -INFINITY;
+            if (8 * i + 1 < low1) x[4 * i + 3] = -INFINITY;
         }
+    }
+    __device__ __forceinline__ void mask(int slot, const int4 &step)
+    {
+        if constexpr (BLOCKS) {
+            mask<BN / 2>(slot, s, step.x, step.x + (step.w & 0xffff));
+            mask<BN / 2>(slot, s + BN / 4, step.y, step.y + (step.w >> 16));
+        } else mask<BN>(slot, s, step.x, 0);
     }
     /* slopes: scores lose by the distance of row and key */
     __device__ __forceinline__ void lean(int slot, int first)
@@ -630,14 +643,16 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
         }
         block++;
     }
-    /* MASKED: may there be masked pairs in the block? then `key`, `until`: its keys; `fresh`: rows may have seen
-     * nothing yet; `half`: all pairs with the second half of the keys are masked, whose exponentials are zero and not
-     * worked out; `some`: are any masked? Their products are not saved: a choice between two widths makes the compiler
-     * run products one after the other. Blocks without masked pairs have code of their own, because every branch in the
-     * softmax costs them 2%. */
+    /* MASKED: may there be masked pairs in the block? `step`: its first key, or with BLOCKS the step; `then`: BLOCKS,
+     * becomes the next; `fresh`: rows may have seen nothing yet; `half`: all pairs with the second half of the keys are
+     * masked, whose exponentials are zero and not worked out; `some`: are any masked? Their products are not saved: a
+     * choice between two widths makes the compiler run products one after the other. Blocks without masked pairs have
+     * code of their own, because every branch in the softmax costs them 2%. */
     template <bool MASKED>
-    __device__ __forceinline__ void later_block(int slot, bool fresh, int key, int until, bool half, bool some = true)
+    __device__ __forceinline__ void later_block(int slot, bool fresh, const int4 step, bool half, bool some = true,
+                                                int4 *then = NULL)
     {
+        const int key = step.x;
         if (PAIRS && p.dropout.dropped) choose(slot, key);
         if (PADDED && MASKED) look(slot, key);
         if (ADDED && p.a.mask) hopper_mask<true>(p.a, s, lines(slot, key));
@@ -647,6 +662,7 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
         wait_values(block - 1);
         queue_values(block - 1);
         pass_turn();
+        if (BLOCKS) *then = step_after(block); /* beside the products */
         hopper_product_wait<1>();
         hopper_pin(s);
         float shrink0 = 1, shrink1 = 1;
@@ -654,7 +670,7 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
             if (p.a.bias) hopper_bias<T, true, BIASES>(p.a, s, lines(slot, key));
         if (PAIRS && p.a.slopes) lean(slot, key);
         if (PADDED && MASKED && shown != ~0u) hide();
-        if (MASKED && some) mask(slot, key, until);
+        if (MASKED && some) mask(slot, step);
         if (EIGHT) free_keys(block);
         if (RUNNING || (MASKED && fresh)) {
             float most0, most1;
@@ -705,7 +721,7 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
         } else if (__any_sync(~0u, !(sum0 < most() && sum1 < most()))) {
             multiply_again(slot);
             if (PADDED && MASKED && shown != ~0u) hide();
-            if (MASKED) mask(slot, key, until);
+            if (MASKED) mask(slot, step);
             float most0, most1;
             maxima(most0, most1);
             raise(fmaxf(most0, top0), fmaxf(most1, top1), shrink0, shrink1);
@@ -748,7 +764,7 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
                     if (p.a.bias) hopper_bias<T, true, BIASES>(p.a, s, lines(slot, low + lead * BN));
                 if (PAIRS && p.a.slopes) lean(slot, low + lead * BN);
                 if (PADDED && shown != ~0u) hide();
-                if (lead < plain || lead >= full) mask(slot, low + lead * BN, 0);
+                if (lead < plain || lead >= full) mask(slot, {low + lead * BN, 0, 0, 0});
                 first_softmax(slot, old0, old1);
                 /* the store of the last tile's results has read its memory by the end of the next block */
                 if (stop - lead == 1) {
@@ -761,10 +777,10 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
                     /* with both options there are registers for one of the two */
                     const bool holes = PADDED && tile(slot).holes;
                     if (!(PADDED && PAIRS) && block > from && block < until && !holes)
-                        later_block<false>(slot, false, PAIRS ? low + (int)(block - start) * BN : 0, 0, false);
+                        later_block<false>(slot, false, {PAIRS ? low + (int)(block - start) * BN : 0, 0, 0, 0}, false);
                     else
-                        later_block<true>(slot, block <= from || (holes && unseen()), low + (int)(block - start) * BN,
-                                          0, block + 1 == ending && part.y & 1,
+                        later_block<true>(slot, block <= from || (holes && unseen()),
+                                          {low + (int)(block - start) * BN, 0, 0, 0}, block + 1 == ending && part.y & 1,
                                           !PADDED || block <= from || block >= until);
                     if (++block == release + 1) free_stored();
                 }
@@ -799,7 +815,7 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
     __device__ __forceinline__ bool is(const int4 &step, int kind) const { return step.z >> HOPPER_GROUP * w & kind; }
     __device__ __forceinline__ void run_steps()
     {
-        if (w == 0) hopper_meet(TURN, 256);
+        if (M::GROUPS > 1 && w == 0) hopper_meet(TURN, 256);
         for (;; tiles++) {
             const int slot = tiles & 1;
             hopper_wait(memory + M::Q_FULL + 8 * slot, tiles >> 1 & 1);
@@ -815,7 +831,7 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
                 bool fresh = is(step, HOPPER_MASKED); /* may rows have seen nothing yet? */
                 first_block(slot);
                 if (MEETS) carry(slot, old0, old1);
-                if (fresh) mask(slot, step.x, step.y);
+                if (fresh) mask(slot, step);
                 first_softmax(slot, old0, old1);
                 step = step_after(block - 1);
                 if (!step.z) {
@@ -825,10 +841,9 @@ template <class T, int D, bool MEETS, int OPTIONS, bool BLOCKS> struct hopper_ro
 #pragma unroll 1
                 while (step.z) {
                     const bool masked = is(step, HOPPER_MASKED);
-                    wait_keys(block);
-                    const int4 then = step_after(block); /* here, because it takes a while */
-                    if (!masked && !fresh) later_block<false>(slot, false, 0, 0, false);
-                    else later_block<true>(slot, fresh, step.x, step.y, is(step, HOPPER_HALF));
+                    int4 then;
+                    if (!masked && !fresh) later_block<false>(slot, false, step, false, false, &then);
+                    else later_block<true>(slot, fresh, step, is(step, HOPPER_HALF), true, &then);
                     fresh = fresh && masked;
                     step = then;
                     if (++block == release + 1) free_stored();

@@ -264,6 +264,10 @@ HOPPER_FN int4 hopper_four(uint32_t at)
     asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
     return v;
 }
+HOPPER_FN void hopper_put_two(uint32_t at, int x, int y)
+{
+    asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
+}
 HOPPER_FN void hopper_put_four(uint32_t at, int4 v)
 {
     asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)

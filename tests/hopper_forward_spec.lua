@@ -23,14 +23,6 @@ local function random_config(most, heads)
   return c
 end
 
--- later keys outweigh earlier ones more and more
-local function rise(c, k, peak, dtype)
-  for i, x in ipairs(k) do
-    local key = math.floor((i - 1) / (c.Hk * c.D)) % c.M
-    k[i] = direct.round[dtype](x * (1 + peak * key / c.M))
-  end
-end
-
 describe("the forward of attention on Hopper #gpu", function()
   local unharmed = attn_device.guard(setup, teardown)
 
@@ -53,7 +45,7 @@ describe("the forward of attention on Hopper #gpu", function()
       local c, dtype = random_config(trial % 8 == 0 and 1500 or 500, 1), pick { "bf16", "f16" }
       local peak = chance(0.3) and pick { 4, 20 } or nil
       local lists = attn_device.inputs(c, seed + trial, dtype)
-      if peak then rise(c, lists[2], peak, dtype) end
+      if peak then attn_device.rise(c, lists[2], peak, dtype) end
       local got = forward(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
       local exact, naive = attn_device.cpu(forward, c, dtype, lists)
       attn_device.judge(dtype, got, exact, naive,

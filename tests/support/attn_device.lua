@@ -159,4 +159,12 @@ function device.near(got, want, what)
   end
 end
 
+--- Later keys of a list [B, M, Hk, D] outweigh earlier ones more and more.
+function device.rise(c, k, peak, dtype)
+  for i, x in ipairs(k) do
+    local key = math.floor((i - 1) / (c.Hk * c.D)) % c.M
+    k[i] = direct.round[dtype](x * (1 + peak * key / c.M))
+  end
+end
+
 return device
