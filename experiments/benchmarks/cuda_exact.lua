@@ -7,14 +7,14 @@
 -- over the rounds, forward and backward apart.
 --
 -- On one H200 tf32 ran 1.35 to 3.25 times as fast as it, multiply-adds, which f32 had before, at 0.50 to
--- 0.83 of its speed: 15 to 28 TFLOP/s. In parts, TFLOP/s, ours, the peer's in a run before (causal: our
--- form then as well, with four warps a block in the backward for D = 128):
+-- 0.83 of its speed: 15 to 28 TFLOP/s. In parts, TFLOP/s, ours and the peer's in one run (D = 128, causal: in
+-- a run before, the backward then with four warps a block):
 --
---                     1024 rows             8192 rows             causal, 1024 and 8192 rows
---     D = 64          54.2, 31.2 (1.7)      59.1, 33.9 (1.7)      38.4, 26.5 (1.4)   47.8, 29.8 (1.6)
---       backward      36.1, 32.4 (1.1)      39.6, 34.5 (1.1)      28.4, 26.3 (1.1)   35.0, 31.4 (1.1)
---     D = 128         53.8, 41.6 (1.3)      58.1, 44.5 (1.3)      37.3, 33.7 (1.1)   46.9, 39.7 (1.2)
---       backward      30.6, 33.1 (0.9)      33.5, 36.4 (0.9)      19.2, 26.0 (0.7)   25.5, 34.3 (0.7)
+--                     1024 rows               8192 rows               causal, 1024 and 8192 rows
+--     D = 64          51.2, 32.2 (1.59)       58.0, 33.7 (1.72)       35.8, 26.3 (1.36)   47.0, 29.3 (1.61)
+--       backward      35.4, 31.9 (1.11)       39.4, 34.3 (1.15)       29.1, 26.3 (1.10)   36.0, 31.2 (1.15)
+--     D = 128         49.7, 39.5 (1.26)       57.5, 43.7 (1.31)       37.3, 33.7 (1.11)   46.9, 39.7 (1.18)
+--       backward      30.2, 32.2 (0.94)       33.2, 36.1 (0.92)       19.2, 26.0 (0.74)   25.5, 34.3 (0.74)
 --
 -- The backward takes two passes, seven products of which one pass would need five.
 
