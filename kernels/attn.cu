@@ -372,8 +372,7 @@ static size_t acc_bytes(const lac_view *v, int phases)
     return phases > 1 && dtype_bytes(v->dtype) == 2 ? (size_t)lac_view_numel(v) * sizeof(float) : 0;
 }
 
-/* Which kernel runs: the script's choice, else Hopper's where it can do the call (`why` NULL) and pays. Whether masks
- * and biases pay has not been measured, so these are left to the portable ones. */
+/* Which kernel runs: the script's choice, else Hopper's where it can do the call (`why` NULL) and pays. */
 static int choose(const lac_a_attend *f, const char *why, bool pays, bool *hopper)
 {
     *hopper = false;
@@ -440,7 +439,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     const char *why = attn_hopper_forward_fits(&plain);
     if (!why && a.block && hopper_options(a))
         why = "there is a block_mask, with other options of pairs, padding or dropout";
-    LAC_TRY(choose(f, why, lac_plan_hopper_pays(p, a.block) && !(hopper_options(a) & HOPPER_ADDED), &hopper));
+    LAC_TRY(choose(f, why, lac_plan_hopper_pays(p, a.block), &hopper));
     const bool gaps = !covered(p) || p->shift < 0;
     if (gaps && !hopper) {
         LAC_TRY(clear(&f->out));
@@ -507,8 +506,7 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     copy_strides(a.dbias_stride, &w->dbias);
     a.per_branch = lac_plan_branch_delta(p);
     bool hopper;
-    const bool pays = lac_plan_one_pass(p) && !(hopper_options(a) & HOPPER_ADDED);
-    LAC_TRY(choose(f, attn_hopper_backward_fits(w), pays, &hopper));
+    LAC_TRY(choose(f, attn_hopper_backward_fits(w), lac_plan_one_pass(p), &hopper));
     const bool joint = !hopper && attn_joint_fits(w), once = hopper || joint; /* once: one pass */
     if (!once && (!covered(p) || p->shift < 0)) LAC_TRY(clear(&w->dq));
     if (!covered(p)) {

@@ -314,7 +314,7 @@ describe("lac.attention", function()
       return lac.attention(options):explain(n, sizes).kernel
     end
     local function half(head_dim) return { dtype = "bf16", head_dim = head_dim } end
-    local call = "; hopper on a Hopper GPU, with a mask or a bias and on others portable$"
+    local call = "; hopper on a Hopper GPU, with a bias' gradient and on others portable$"
     assert.matches(call, kernel({}, 64, half()))
     assert.matches(call, kernel({ alibi = true, dropout = 0.1 }, 64, half()))
     assert.matches("^cuda: f32 sums; 4 rows: their keys in parts; ", kernel({}, 4, half()))

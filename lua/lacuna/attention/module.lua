@@ -187,7 +187,7 @@ local function choice_of(kernel, refusal)
     return refusal and "hopper (chosen) fails: " .. refusal or "hopper (chosen), an error on other GPUs"
   end
   if refusal then return "portable: " .. refusal end
-  return "hopper on a Hopper GPU, with a mask or a bias and on others portable"
+  return "hopper on a Hopper GPU, with a bias' gradient and on others portable"
 end
 
 local FEW = 4 -- rows that kernels/attn_few.cu takes
