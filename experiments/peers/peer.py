@@ -12,12 +12,12 @@ A peer's script defines functions that prepare a case and return what is timed:
     peer.serve()
 
 Requests: {"op": "case", "case": name, "arguments": {...}, "threads": n, "device": "cpu" or "cuda"} -> {"id", "info"};
-{"op": "turn", "id", "seconds", "sample"} -> {"best", "calls"}: one untimed call, then samples of as many calls as fill
-`sample` seconds until `seconds` are used, the fastest sample's seconds per call (on CUDA a sample ends when the device
-is idle); {"op": "sustained", "id", "seconds"} -> {"median"}: seconds of calls that follow each other without a pause, of the
-second half of them; {"op": "peak", "id"} -> {"bytes"}: growth of the resident set, or of CUDA's memory, during one call;
-{"op": "drop", "id"}. This is the same procedure that lua/lacuna/bench.lua follows on its side. Standard output belongs
-to the protocol: prints of libraries go to standard error.
+{"op": "turn", "id", "seconds", "sample"} -> {"best", "calls"}: one untimed call, then samples of as many calls as
+fill `sample` seconds until `seconds` are used, the fastest sample's seconds per call (on CUDA a sample ends when the
+device is idle); {"op": "sustained", "id", "seconds"} -> {"median"}: seconds of calls that follow each other without a
+pause, of the second half of them; {"op": "peak", "id"} -> {"bytes"}: growth of the resident set, or of CUDA's memory,
+during one call; {"op": "drop", "id"}. This is the same procedure that lua/lacuna/bench.lua follows on its side.
+Standard output belongs to the protocol: prints of libraries go to standard error.
 """
 
 import ctypes

@@ -147,7 +147,8 @@ function device.synchronize(name)
 end
 
 --- May products of f32 matrices on CUDA round their inputs to TF32 (11 bits) for the tensor cores? Off
--- unless asked for: exact f32 is eight times slower there and a thousand times more precise.
+-- unless asked for: exact f32 is eight times slower there and a thousand times more precise. Attention
+-- takes f32 to the tensor cores in any case, without this in parts that are as exact as f32.
 -- @tparam[opt] boolean on
 -- @treturn boolean the choice in force
 function device.use_tf32(on)
