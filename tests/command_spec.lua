@@ -252,6 +252,7 @@ describe("lacuna, the command", function()
     assert.is_nil(kernels(processor(0xcf, "fma avx2 " .. avx512, "AuthenticAMD", 25)))
     assert.is_nil(kernels(processor(0xcf, "fma avx2 " .. avx512, nil, 15)))
     assert.is_nil(kernels "")
+    assert.is_nil(kernels "vendor_id : GenuineIntel\ncpu family : 6\n")
     local blas = run({ "devices" }, nil, { OPENBLAS_CORETYPE = "HASWELL" }):match "blas: ([^\n]*)"
     assert.matches("Haswell", blas) -- the user's choice stands
     assert.not_matches("Prescott", run({ "devices" }):match "blas: ([^\n]*)")

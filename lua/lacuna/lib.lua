@@ -77,7 +77,7 @@ end
 -- @tparam string cpuinfo as /proc/cpuinfo has it
 -- @treturn ?string a value of OPENBLAS_CORETYPE
 function lib.blas_kernels(cpuinfo)
-  local family, model = cpuinfo:match "cpu family%s*:%s*(%d+)", cpuinfo:match "model%s*:%s*(%d+)"
+  local family, model = cpuinfo:match "cpu family%s*:%s*(%d+)", tonumber(cpuinfo:match "model%s*:%s*(%d+)")
   local flags = " " .. (cpuinfo:match "flags%s*:([^\n]*)" or "") .. " "
   local function has(...)
     for _, flag in ipairs{ ... } do
@@ -85,7 +85,7 @@ function lib.blas_kernels(cpuinfo)
     end
     return true
   end
-  if not cpuinfo:find("GenuineIntel", 1, true) or family ~= "6" or tonumber(model) <= 0xa7 then return nil end
+  if not cpuinfo:find("GenuineIntel", 1, true) or family ~= "6" or (model or 0) <= 0xa7 then return nil end
   if has("avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl") then return "SKYLAKEX" end
   return has("avx2", "fma") and "HASWELL" or nil
 end
