@@ -320,6 +320,15 @@ describe("lac.attention", function()
     assert.matches("^cuda: f32 sums; 4 rows: their keys in parts; ", kernel({}, 4, half()))
     assert.matches("; portable: a branch has fewer than 64 rows a segment$", kernel({}, 63, half()))
     assert.matches("; portable: tensors are neither f16 nor bf16$", kernel({}, 64, { dtype = "f32" }))
+    assert.matches("^cuda: tensor cores, f32 in three parts of bf16 where shared memory holds their tiles; ",
+      kernel({}, 64, { dtype = "f32", head_dim = 128 }))
+    local wide = { dtype = "f32", head_dim = 136 }
+    assert.matches("^cuda: multiply%-adds of f32; portable", kernel({}, 64, wide))
+    assert.matches("^cuda: multiply%-adds of f64; portable", kernel({}, 64, { dtype = "f64", head_dim = 64 }))
+    lac.use_tf32(true)
+    local tf32 = kernel({}, 64, wide)
+    lac.use_tf32(false)
+    assert.matches("^cuda: tensor cores, TF32; portable", tf32)
     assert.matches("; portable: head_dim is above 128 or no multiple of 8$", kernel({}, 64, half(36)))
     assert.matches("; portable %(chosen%)$", kernel({ kernel = "portable" }, 64, half()))
     assert.matches("; hopper %(chosen%), an error on other GPUs$", kernel({ kernel = "hopper" }, 63, half()))
@@ -328,7 +337,8 @@ describe("lac.attention", function()
       local o = { variant = "block_sparse", pattern = "full()", block = block, heads = 2 }
       return lac.attention(o):explain(256, { dtype = "bf16", device = "cuda", as = "table" }).kernel
     end
-    assert.matches(call, sparse(64))
+    assert.matches("; forward hopper on a Hopper GPU; backward, with padding, dropout or options of pairs, "
+      .. "and on others portable$", sparse(64))
     assert.matches("; portable: a branch has fewer than 64 rows a block$", sparse(63))
     assert.matches("^cpu: kernel 'hopper' %(chosen%) fails",
       kernel({ kernel = "hopper" }, 64, { device = "cpu" }))

@@ -165,6 +165,20 @@ describe("layers", function()
     assert.are.equal(1, #check_c("nowhere.c", ""))
   end)
 
+  it("repeat numbers of the engine as they are", function() -- explain() tells what the engine will do
+    local lua = read "lua/lacuna/attention/module.lua"
+    local least, block, run, blocks_run =
+      lua:match "local PARTS_LEAST, PARTS_BLOCK, KEY_RUN, BLOCKS_RUN = (%d+), (%d+), (%d+), (%d+)\n"
+    local cpu, plan = read "c/cpu/attn.c", read "c/plan.h"
+    assert.are.equal(cpu:match "define ATTN_PARTS_LEAST (%d+)", least)
+    assert.are.equal(cpu:match "define ATTN_PARTS_BLOCK (%d+)", block)
+    assert.are.equal(plan:match "LAC_ATTN_KEY_RUN = (%d+)", run)
+    assert.are.equal(plan:match "LAC_ATTN_BLOCKS_RUN = (%d+)", blocks_run)
+    local most = read("kernels/attn_parts_forward.cu"):match "return head_dim <= (%d+) &&"
+    assert.are.equal(most, lua:match "local EXACT_MOST = (%d+)")
+    assert.is_true(#most > 0 and #run > 0)
+  end)
+
   it("keep the engine's ffi in one file", function()
     -- sys.lua and repl/plot may use ffi for the C library; nobody but lib.lua may load the engine
     local users = {}

@@ -181,19 +181,33 @@ local CPU = "tiles in %s, %s sums, %d threads"
 local PARTS_LEAST, PARTS_BLOCK, KEY_RUN, BLOCKS_RUN = 32, 128, 1024, 2048
 
 -- the kernel of a GPU, as far as it does not depend on the call; refusal: why it is not the one for Hopper
-local function choice_of(kernel, refusal)
+local function choice_of(kernel, refusal, in_blocks)
   if kernel == "portable" then return "portable (chosen)" end
   if kernel == "hopper" then
     return refusal and "hopper (chosen) fails: " .. refusal or "hopper (chosen), an error on other GPUs"
   end
   if refusal then return "portable: " .. refusal end
+  if in_blocks then
+    return "forward hopper on a Hopper GPU; backward, with padding, dropout or options of pairs, and on "
+      .. "others portable"
+  end
   return "hopper on a Hopper GPU, with a bias' gradient and on others portable"
+end
+
+-- what multiplies f32 on a GPU (kernels/attn.cu); with little shared memory multiply-adds
+local EXACT_MOST = 128 -- head dimension, as in kernels/attn_parts_forward.cu
+local function wide_of(dtype, head_dim)
+  if dtype == C.LAC_F64 then return "multiply-adds of f64" end
+  if device.use_tf32() then return "tensor cores, TF32" end
+  if head_dim > EXACT_MOST then return "multiply-adds of f32" end
+  return "tensor cores, f32 in three parts of bf16 where shared memory holds their tiles"
 end
 
 local FEW = 4 -- rows that kernels/attn_few.cu takes
 
 -- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none
-local function kernel_of(name, dtype, kernel, refusal, n, fp8, parts)
+local function kernel_of(z, dtype, kernel, refusal, n, fp8, parts, in_blocks)
+  local name = z.device
   if fp8 and dtype == C.LAC_F64 then return "fp8 fails: it takes f32, f16 or bf16" end
   if fp8 and (name or device.default_device()):find "^cuda" then
     if refusal then return "cuda: fp8 fails: " .. refusal end
@@ -201,14 +215,14 @@ local function kernel_of(name, dtype, kernel, refusal, n, fp8, parts)
       .. "padding, dropout or options of pairs"
   end
   if (name or device.default_device()):find "^cuda" then
-    local half, choice = device.dtype_size[dtype] == 2, choice_of(kernel, refusal)
+    local half, choice = device.dtype_size[dtype] == 2, choice_of(kernel, refusal, in_blocks)
     if n <= FEW and kernel == "auto" then
       return ("cuda: %s sums; %d rows: their keys in parts; with dropout, padding or options of pairs and to "
         .. "be differentiated where branches have softmaxes of their own, portable"):format(
         half and "f32" or "f64", n)
     end
     if half then return "cuda: tensor cores, f32 sums; " .. choice end
-    return ("cuda: arithmetic of %s; %s"):format(device.dtype_name[dtype], choice)
+    return ("cuda: %s; %s"):format(wide_of(dtype, z.head_dim), choice)
   end
   device.code(OP, name) -- refuses what is no device
   if kernel == "hopper" then return "cpu: kernel 'hopper' (chosen) fails: it is for cuda" end
@@ -321,7 +335,7 @@ function Attention:explain(n, sizes)
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
   local refusal = core.hopper_refusal(plan, dtype, o.kernel, in_blocks and o.block)
   if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or in_blocks and "there is a block_mask" end
-  t.kernel = kernel_of(z.device, dtype, o.kernel, refusal or nil, n, o.fp8, parts)
+  t.kernel = kernel_of(z, dtype, o.kernel, refusal or nil, n, o.fp8, parts, in_blocks)
   t.fp8 = o.fp8 and fp8_of(t, element, p, (z.device or device.default_device()):find "^cuda") or nil
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
