@@ -135,6 +135,12 @@ describe("attention in parts", function()
     exact(random_config, 12)
   end)
   it("is that in 16 random configurations of active blocks", function() exact(random_blocks, 16) end)
+  it("is that where some rows of a tile see none of its keys", function()
+    exact(function()
+      return direct.fill { N = 300, M = 84, H = 1, D = 64, segments = { 300 }, dilations = { 1 },
+                           window = 40 }
+    end, 1)
+  end)
 
   -- One part or two are all of a half number: sums are those of f32, and results differ from f64's by what
   -- rounding them to the half type takes: x * 2^-8 or 2^-11 at most.
