@@ -357,7 +357,7 @@ static void count_workspace(const lac_plan *p, lac_plan_info *info)
     int64_t held = holds_segments(p) ? keys / LAC_ATTN_BKEYS : 1; /* blocks of keys, and scores of each */
     int64_t block = (parts ? 9 : 6) * LAC_ATTN_BKEYS * d / 2 + 2 * LAC_ATTN_BROWS * (LAC_ATTN_BKEYS + 32) + 768;
     int64_t backward = queries * (5 * d + 5) + 2 * keys * d + held * block + 33 * d + 1280;
-    if (parts) backward += 6 * queries * d + 2 * (keys + 48) * d + 9 * LAC_ATTN_BROWS * LAC_ATTN_BKEYS / 2;
+    if (parts) backward += 6 * queries * d + 2 * (keys + 56) * d + 9 * LAC_ATTN_BROWS * LAC_ATTN_BKEYS / 2;
     info->bytes_workspace_forward = 4 * forward;
     info->bytes_workspace_backward = 4 * backward;
 }

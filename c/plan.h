@@ -27,7 +27,8 @@
 
 /* Tile sizes of the CPU back end; here because the plan reports how much working memory they take. */
 enum {
-    LAC_ATTN_QUERIES = 1056, /* most query rows of one forward task */
+    LAC_ATTN_QUERIES = 1056,        /* most query rows of one forward task */
+    LAC_ATTN_BLOCKS_QUERIES = 2048, /* and where there are active blocks in parts, of rows of at most LAC_ATTN_WIDE */
     LAC_ATTN_QUERIES_LEAST = 240,
     LAC_ATTN_KEYS = 512,      /* keys of one forward tile, and columns of a score row, */
     LAC_ATTN_KEYS_WIDE = 256, /* if rows are longer than LAC_ATTN_WIDE: the packed tile has to fit the second cache */
@@ -39,15 +40,17 @@ enum {
     LAC_ATTN_FEW_KEYS = 32,       /* so many keys at a time */
     LAC_ATTN_KEY_RUN = 1024,      /* most keys of one backward task, */
     LAC_ATTN_BLOCKS_RUN = 2048,   /* and where there are blocks, of which few share the price of loading a row */
+    LAC_ATTN_PARTS_RUN = 4096,    /* with blocks in parts, whose rows are dearer, */
     LAC_ATTN_KEY_RUN_LEAST = 384, /* and least of one chunk */
     LAC_ATTN_BQUERIES = 768,      /* most query rows that a backward task holds */
     LAC_ATTN_BKEYS = 128,         /* keys and query rows of one backward tile */
     LAC_ATTN_BROWS = 96,
-    LAC_ATTN_BLOCK = 16,       /* least rows of a block of a block mask */
-    LAC_ATTN_GROUP = 64,       /* most query rows of a block that meet their keys together, */
-    LAC_ATTN_GROUPS = 128,     /* and where there are blocks, tasks begin at multiples of so many rows */
-    LAC_ATTN_THREAD_TASKS = 4, /* tasks of a thread, if there is work enough */
-    LAC_ATTN_TASKS = 16        /* backward chunks of a phase, if there is work enough */
+    LAC_ATTN_BLOCKS_ROWS = 256, /* query rows of a row of blocks in parts that a backward task holds */
+    LAC_ATTN_BLOCK = 16,        /* least rows of a block of a block mask */
+    LAC_ATTN_GROUP = 64,        /* most query rows of a block that meet their keys together, */
+    LAC_ATTN_GROUPS = 128,      /* and where there are blocks, tasks begin at multiples of so many rows */
+    LAC_ATTN_THREAD_TASKS = 4,  /* tasks of a thread, if there is work enough */
+    LAC_ATTN_TASKS = 16         /* backward chunks of a phase, if there is work enough */
 };
 
 /* The heads of one branch that share a key/value head and an offset: what one backward task owns. */

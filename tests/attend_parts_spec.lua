@@ -141,6 +141,15 @@ describe("attention in parts", function()
                            window = 40 }
     end, 1)
   end)
+  it("is that in blocks of many rows, cut by chunks of keys, in a window", function()
+    exact(function(trial)
+      local c = direct.fill { N = 700, M = 700, H = 1, D = 64, segments = { 700 }, dilations = { 1 },
+                              window = trial < 3 and 100 or nil, causal = trial ~= 2, merge = "lse" }
+      pairs_of.seed(trial)
+      pairs_of.blocks(c, 0.7, { 300 })
+      return c
+    end, 3)
+  end)
 
   -- One part or two are all of a half number: sums are those of f32, and results differ from f64's by what
   -- rounding them to the half type takes: x * 2^-8 or 2^-11 at most.

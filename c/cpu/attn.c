@@ -280,6 +280,14 @@ static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 /* does a task own keys (and not query rows)? */
 static bool owns_keys(const attn_job *job) { return job->bwd && !job->new_delta; }
 
+#ifdef ATTN_AMX
+/* Rows of memory for the rows of a task with active blocks: each row of blocks begins at a multiple of 32. */
+static int64_t blocks_slots(int64_t rows)
+{
+    return round_up(rows, AMX_SIDE) + (rows / ATTN_PARTS_BLOCK + 2) * AMX_SIDE;
+}
+#endif
+
 /* Cuts one item into chunks of about `target` query rows (backward: keys) and tasks of as many whole chunks as fit
  * into `most`, and appends it. */
 static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most)
@@ -301,11 +309,17 @@ static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most
     int64_t held = item.chunk * item.bunch < round_up(rows, grain) ? item.chunk * item.bunch : round_up(rows, grain);
     if (keys) {
         item.blocks = (span_most(p, item.branch, p->desc.n) - 1) / LAC_ATTN_BQUERIES + 1;
+#ifdef ATTN_AMX
+        if (job->a->blocks.data) item.blocks = span_most(p, item.branch, p->desc.n) / (ATTN_PARTS_BLOCK / 2) + 2;
+#endif
         item.turn = job->turn_count;
         if (item.chunks > 1) job->turn_count += item.segments * p->desc.batch * item.heads * item.blocks;
         if (held > job->keys) job->keys = held;
     } else {
         if (item.few) held = rows * item.heads;
+#ifdef ATTN_AMX
+        else if (job->a->blocks.data && !job->bwd) held = blocks_slots(held);
+#endif
         if (held > job->rows) job->rows = held;
     }
     job->items[job->item_count++] = item;
@@ -351,6 +365,10 @@ static int64_t chunk_rows(const attn_job *job, int32_t which, int64_t all, int64
 {
     if (owns_keys(job)) return lac_plan_key_chunk(job->a->plan, which);
     int64_t least = LAC_ATTN_QUERIES_LEAST, most = job->new_delta ? LAC_ATTN_BQUERIES : LAC_ATTN_QUERIES;
+#ifdef ATTN_AMX
+    if (job->a->blocks.data && !job->bwd)
+        most = LAC_ATTN_BLOCKS_QUERIES / (job->a->plan->desc.head_dim > LAC_ATTN_WIDE ? 2 : 1);
+#endif
     int64_t tasks = job->threads > 1 ? job->threads * LAC_ATTN_THREAD_TASKS : 1;
     if (job->threads > 1) tasks = even_tasks(all, longest, tasks, job->threads);
     int64_t target = round_up(all / tasks, LAC_ATTN_ROWS);
@@ -362,6 +380,9 @@ static int64_t task_keys(const attn_job *job, int64_t all)
 {
     int64_t share = job->threads > 1 ? all / (job->threads * LAC_ATTN_THREAD_TASKS) : all;
     int64_t most = job->a->blocks.data ? LAC_ATTN_BLOCKS_RUN : LAC_ATTN_KEY_RUN;
+#ifdef ATTN_AMX
+    if (job->a->blocks.data) most = LAC_ATTN_PARTS_RUN;
+#endif
     return !owns_keys(job) ? 0 : share < most ? share : most;
 }
 
@@ -435,7 +456,11 @@ static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
         }
         number_tasks(job, first);
     }
-    if (job->bwd) job->rows = round_up(longest < LAC_ATTN_BQUERIES ? longest : LAC_ATTN_BQUERIES, LAC_ATTN_BROWS);
+    int64_t rows = LAC_ATTN_BQUERIES;
+#ifdef ATTN_AMX
+    if (job->a->blocks.data) rows = LAC_ATTN_BLOCKS_ROWS;
+#endif
+    if (job->bwd) job->rows = round_up(longest < rows ? longest : rows, LAC_ATTN_BROWS);
 }
 
 static attn_task decode(const attn_job *job, int64_t number)
@@ -511,7 +536,7 @@ static int run_phase(attn_job *job, const int32_t *phase, int32_t which)
     job->threads = work < LAC_PARALLEL_WORK || omp_in_parallel() ? 1 : omp_get_max_threads();
     add_phase(job, phase, which);
     size_t bytes = job->bwd ? (wide ? attn_f64_backward_bytes : attn_f32_backward_bytes)(job, job->rows, job->keys)
-                            : (wide ? attn_f64_forward_bytes : attn_f32_forward_bytes)(p, job->rows);
+                            : (wide ? attn_f64_forward_bytes : attn_f32_forward_bytes)(job, job->rows);
     bytes = (bytes + 4095) / 4096 * 4096;
     int threads = job->threads < job->tasks ? job->threads : (int)job->tasks;
     size_t turns = ((size_t)job->turn_count * sizeof(int32_t) + 63) / 64 * 64;

@@ -179,6 +179,24 @@ local CPU = "tiles in %s, %s sums, %d threads"
 -- head dimension from which amx is used, and rows of an active block in its thinnest lattice, as in
 -- c/cpu/attn.c; most keys of a task of the backward, without and with blocks, as in c/plan.h
 local PARTS_LEAST, PARTS_BLOCK, KEY_RUN, BLOCKS_RUN = 32, 128, 1024, 2048
+-- likewise most query rows of a task: of the forward, without and with blocks in parts, those of rows of more
+-- than WIDE numbers half as many; and that the backward holds, for so many keys
+local QUERIES, BLOCKS_QUERIES, WIDE, BQUERIES, BLOCKS_ROWS, PARTS_RUN = 1056, 2048, 64, 768, 256, 4096
+
+-- How many bytes more a thread of the CPU works on where there are active blocks, forward and backward; rows,
+-- keys: of the longest lattice; parts: the matrix unit multiplies. The terms are those of c/plan.c.
+local function more_in_blocks(rows, keys, head_dim, parts)
+  local function up(x, to) return math.ceil(x / to) * to end
+  local d, run = up(head_dim, 32), parts and PARTS_RUN or BLOCKS_RUN
+  local sums = up(math.min(keys, run), 128) - up(math.min(keys, KEY_RUN), 128)
+  if not parts then return 0, 4 * sums * 2 * d end
+  local most = math.min(rows, head_dim > WIDE and BLOCKS_QUERIES / 2 or BLOCKS_QUERIES)
+  local slots = up(most, 32) + 32 * (math.floor(most / PARTS_BLOCK) + 2)
+  local chunk = up(math.min(rows, QUERIES), 96)
+  local held = up(math.min(rows, BLOCKS_ROWS), 96) - up(math.min(rows, BQUERIES), 96)
+  return 4 * (slots * (5 * d / 2 + 5) + 128 * d - math.max(chunk, 128) * (7 * d / 2 + 5)),
+    4 * (sums * 4 * d + held * (11 * d + 5))
+end
 
 -- the kernel of a GPU, as far as it does not depend on the call; refusal: why it is not the one for Hopper
 local function choice_of(kernel, refusal, in_blocks)
@@ -317,14 +335,17 @@ function Attention:explain(n, sizes)
       info.flops_backward = z.batch * blocks.flops_backward
     end
   end
-  local parts, keys = dtype ~= C.LAC_F64 and z.head_dim >= PARTS_LEAST, 0
+  local parts, rows, keys = dtype ~= C.LAC_F64 and z.head_dim >= PARTS_LEAST, 0, 0
   for g, dilation in ipairs(in_blocks and p.dilations or {}) do
     parts = parts and o.block >= PARTS_BLOCK * dilation
+    rows = math.max(rows, math.ceil(math.min(p.segments[g], n) / dilation))
     keys = math.max(keys, math.ceil(math.min(p.segments[g], m) / dilation))
   end
-  if keys > KEY_RUN then -- rows of dk and dv
-    local more = (math.min(keys, BLOCKS_RUN) - KEY_RUN) * math.ceil(z.head_dim / 32) * 32
-    info.workspace_backward = info.workspace_backward + 2 * more * 4
+  if in_blocks then
+    local unit = parts and tostring(device.devices()):find "cpu: amx" ~= nil
+    local forward, backward = more_in_blocks(rows, keys, z.head_dim, unit)
+    info.workspace_forward = info.workspace_forward + forward
+    info.workspace_backward = info.workspace_backward + backward
   end
   local t = explain.table(info, p, {
     batch = z.batch, n = n, m = m, heads = o.heads, kv_heads = o.kv_heads, head_dim = z.head_dim,
