@@ -14,12 +14,14 @@
 -- rows of queries, gradients and values cost to fetch. To ask for rows of queries and for values while
 -- products run brought less than what runs differ by. On a busy machine a pair varies by a tenth and more.
 --
--- With the matrix unit (one core of a shared Xeon, the fastest of 12 and 4 calls) the target, against dense
--- attention on the unit, is missed: blocks of 128 D 64 1.54 and 1.50, D 128 1.57 and 1.29 (by multiply-adds
--- 1.90 and 1.65); what is left says c/cpu/attn_parts_blocks.inc. Time of multiply-adds over the unit's: D 64
--- 1.09 and 1.09, D 128 1.20 and 1.23, bf16 D 64 1.25 and 1.39; blocks of 64 0.86 to 0.97, of 32 0.73 to 0.86:
--- so blocks of fewer than 128 rows stay with multiply-adds. Neighbours slow the unit alone, then all of these
--- are worse.
+-- With the matrix unit (one core of a shared Xeon, the fastest calls of two runs in turns) against dense
+-- attention on the unit, before in brackets, forward and backward: blocks of 128 D 64 1.27 to 1.34 and 1.27
+-- (1.45 and 1.45), causal 1.39 and 1.30 to 1.35 (1.48 and 1.54); D 128 1.42 and 1.41 to 1.44 (1.55 and 1.51),
+-- causal 1.52 to 1.56 and 1.42 (1.61 and 1.60): met at D 64, missed at D 128 and where few blocks are looked
+-- at by several rows of blocks. Before, keys were taken apart for each row of blocks anew; what is left says
+-- c/cpu/attn_parts_blocks.inc. Time of multiply-adds over the unit's, before: D 64 1.09 and 1.09, D 128 1.20
+-- and 1.23, bf16 D 64 1.25 and 1.39; blocks of 64 0.86 to 0.97, of 32 0.73 to 0.86: so blocks of fewer than
+-- 128 rows stay with multiply-adds. Neighbours slow the unit alone, then all of these are worse.
 --
 -- On CUDA both sides are the portable kernels' in bf16. An H200, one run, seven rounds in turns, blocks of
 -- 128, forward and backward, then causal, before in brackets: D 64 1.19 and 1.12, 1.26 and 1.20 (1.23 and
