@@ -63,6 +63,32 @@ describe("backward", function()
     end
   end)
 
+  it("adds them up as well where what they read is an operator's second result", function()
+    for _, dtype in ipairs{ "f64", "f32", "bf16" } do
+      local function run(joined)
+        lac.manual_seed(4)
+        local function draw(...) return lac.randn({ ... }, { dtype = dtype, grad = true }) end
+        local x, h, gain, bias = draw(2, 5, 8), draw(2, 5, 8), draw(8), draw(8)
+        local sum, list = x + h, { x, h, gain, bias }
+        local out = lac.layernorm(sum, gain, bias)
+        if joined then sum, out = lac.residual_norm(x, h, gain, bias) end
+        out:retain_grad()
+        local total = sum:sum()
+        for i = 1, 3 do
+          list[i + 4] = draw(4, 8)
+          total = total + (lac.linear(out, list[i + 4]) * (i + 0.3)):sum()
+        end
+        total:backward({ retain_graph = true })
+        total:backward()
+        for i, t in ipairs(list) do list[i] = t.grad end
+        list[#list + 1] = out.grad
+        return list
+      end
+      local apart, joined = run(false), run(true)
+      for i = 1, 8 do assert.is_true(lac.equal(apart[i], joined[i]), ("%s, %d"):format(dtype, i)) end
+    end
+  end)
+
   it("does not share a gradient between leaves", function()
     local a, b = leaf { 1, 2 }, leaf { 3, 4 }
     local s = a + b

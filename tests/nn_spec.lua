@@ -181,6 +181,27 @@ describe("nn modules", function()
     assert.is_true(lac.allclose(block(h), y + block.ffn(block.norm2(y)), { rtol = 1e-12 }))
   end)
 
+  it("joins each block's last sum with the norm that follows, whatever a script put there", function()
+    local words = lac.randint{ 2, 8, high = 7 }
+    local changes = { function() end, function(m) m.layers[2].norm1 = nn.RMSNorm(8, { dtype = "f64" }) end,
+      function(m) m.norm = nn.RMSNorm(8, { dtype = "f64" }) end,
+      function(m) rawset(m.layers[2], "forward", function(_, x) return x * 2 end) end,
+      function(m) rawset(m.layers[3], "forward", function(_, x) return x * 2 end) end }
+    for i, change in ipairs(changes) do
+      local model = nn.LongNetLM{ vocab = 7, layers = 3, width = 8, heads = 2, context = 8, segments = { 8 },
+        dilations = { 1 }, dtype = "f64" }
+      change(model)
+      local x = model.embedding(words) * math.sqrt(8)
+      for b = 1, 3 do x = model.layers[b](x) end
+      local apart, joined = model.norm(x), model:hidden(words)
+      assert.is_true(lac.equal(apart, joined), "change " .. i)
+      local g = lac.randn(apart:size(), { dtype = "f64" })
+      local weight = model.embedding.weight
+      assert.is_true(lac.allclose(lac.grad(apart, weight, { grad_outputs = { g } }),
+        lac.grad(joined, weight, { grad_outputs = { g } }), { rtol = 1e-10, atol = 1e-12 }), "change " .. i)
+    end
+  end)
+
   it("compute their formulas", function()
     local m = nn.Linear(3, 2, { dtype = "f64" })
     local x = { { 1, 2, 3 }, { -1, 0.5, 0 } }

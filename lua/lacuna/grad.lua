@@ -76,7 +76,8 @@ local function sum(a, b)
 end
 
 -- Add g to the pending gradient of output `slot` of a node. `fresh`: nobody else holds g. node.own says that
--- the pending one is ours: it may be written to, and its bytes go back to the pool when the rule has read it.
+-- the pending one is ours: it may be written to, and its bytes go back to the pool when the rule has read it;
+-- of further outputs more[-slot] says so.
 local function arrive(node, slot, g, fresh)
   if slot == 1 then
     local pending = node.g
@@ -99,8 +100,16 @@ local function arrive(node, slot, g, fresh)
       more = {}
       node.more = more
     end
-    more.own = more[slot] ~= nil or (fresh and g.root == g)
-    more[slot] = more[slot] and sum(more[slot], g) or g
+    local pending = more[slot]
+    fresh = fresh and g.root == g
+    if not pending then
+      more[slot], more[-slot] = g, fresh
+    elseif more[-slot] then
+      call(C.lac_axpy, 1, g.c, pending.c)
+      if fresh then C.lac_tensor_release(g.c) end
+    else
+      more[slot], more[-slot] = sum(pending, g), true
+    end
   end
 end
 
@@ -236,7 +245,7 @@ end
 -- the gradient of a second output, after a rule that hands on that of the first at most
 local function release_second(node, more)
   local o = node.outputs[2]
-  if more and more.own and not (o.hooks or o.retains or walk.capture) then C.lac_tensor_release(more[2].c) end
+  if more and more[-2] and not (o.hooks or o.retains or walk.capture) then C.lac_tensor_release(more[2].c) end
 end
 
 -- Gradients of one node's outputs are complete: run its rule.

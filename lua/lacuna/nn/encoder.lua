@@ -115,10 +115,7 @@ function Encoder:forward(input, options)
     check_rows(self, input)
     x = self.dropout(input)
   end
-  x = Block.stack(self.layers, x, self.options.checkpoint_activations, o)
-  local out = self.norm(x)
-  if x ~= input then transient(x, out) end
-  return out
+  return Block.stack(self.layers, x, self.norm, self.options.checkpoint_activations, o)
 end
 
 function Encoder:extra()
@@ -249,8 +246,7 @@ local function hidden(self, source, tokens, options)
     fail(ED, "source has %d batch items, tokens have %d", memory:size(1), tokens:size(1))
   end
   local x = embed(self.embedding, self.dropout, tokens, self.options.width)
-  x = Block.stack(self.layers, x, self.options.checkpoint_activations, nil, memory, o)
-  return self.norm(x)
+  return Block.stack(self.layers, x, self.norm, self.options.checkpoint_activations, nil, memory, o)
 end
 
 --- @tparam Tensor source [B, M] @tparam Tensor tokens [B, N]

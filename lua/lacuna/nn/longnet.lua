@@ -163,18 +163,29 @@ end
 -- @tparam[opt] table options key_padding, key_lengths of x
 -- @tparam[opt] Tensor memory [B, M, E], of a block with cross-attention
 -- @tparam[opt] table memory_options key_padding, key_lengths of the memory
--- @treturn Tensor [B, N, E]
-function Block:forward(x, options, memory, memory_options)
+-- @tparam[opt] Tensor normed the first norm of x, if it is there already
+-- @tparam[opt] LayerNorm norm what follows the block, to be taken with its last sum
+-- @treturn Tensor [B, N, E] @treturn ?Tensor norm of it
+function Block:forward(x, options, memory, memory_options, normed, norm)
   if self.has_cross ~= (memory ~= nil) then
     fail("Block", self.has_cross and "the block has cross-attention and needs a memory [batch x rows x width]"
       or "the block has no cross-attention, but a memory was given")
   end
+  if norm ~= nil and not base.is_module(norm) then
+    fail("Block", "the norm that follows must be a module, got %s", show(norm))
+  end
   local second = memory and self.norm_cross or self.norm2
-  local y, normed = join(self, x, self.norm1(x), second, self.attention, nil, nil, options)
+  local y
+  y, normed = join(self, x, normed or self.norm1(x), second, self.attention, nil, nil, options)
   if memory then
     local crossed, after = join(self, y, normed, self.norm2, self.cross, memory, nil, memory_options)
     transient(y, crossed, x)
     y, normed = crossed, after
+  end
+  if norm then
+    local z, following = join(self, y, normed, norm, self.ffn)
+    transient(y, z, x)
+    return z, following
   end
   local out = self.ffn(normed)
   local dropped = self.dropout(out)
@@ -186,18 +197,33 @@ function Block:forward(x, options, memory, memory_options)
   return z
 end
 
---- Blocks one after the other.
+--- Blocks one after the other, and the norm behind them; each block's last sum is one pass with what follows.
 -- @tparam table list of Block
 -- @tparam Tensor x [B, N, E]
+-- @tparam LayerNorm norm
 -- @tparam boolean sparing true: a block keeps only its input for the backward (lac.checkpoint)
--- @param ... further arguments of Block:forward
-function Block.stack(list, x, sparing, ...)
+-- @tparam[opt] table options @tparam[opt] Tensor memory @tparam[opt] table memory_options of Block:forward
+-- @treturn Tensor [B, N, E]
+function Block.stack(list, x, norm, sparing, options, memory, memory_options)
+  if not base.is_module(norm) then
+    fail("Block", "the norm behind the blocks must be a module, got %s", show(norm))
+  end
+  local first, normed = x, nil
   for i = 1, #list do
-    local block, before = list[i], x
-    x = sparing and checkpoint(block, x, ...) or block(x, ...)
+    local block, after, before = list[i], i < #list and list[i + 1] or nil, x
+    if sparing or not plain(block, Block) then
+      x = sparing and checkpoint(block, x, options, memory, memory_options)
+        or block(x, options, memory, memory_options)
+      normed = nil
+    else
+      local follows = not after and norm or plain(after, Block) and after.norm1 or nil
+      x, normed = block(x, options, memory, memory_options, normed, follows)
+    end
     transient(before, x)
   end
-  return x
+  local out = normed or norm(x)
+  transient(x, out, first)
+  return out
 end
 
 local function attend_next(x, self, state, counts) return self.attention:decode(x, state, counts) end
@@ -352,10 +378,7 @@ function LongNetLM:hidden(tokens)
   local x = self.dropout(scaled)
   transient(rows, scaled)
   passed(scaled, x)
-  x = Block.stack(self.layers, x, self.options.checkpoint_activations)
-  local out = self.norm(x)
-  transient(x, out)
-  return out
+  return Block.stack(self.layers, x, self.norm, self.options.checkpoint_activations)
 end
 
 local LOGITS = { counts = { type = "table" }, logits = { one_of = { "all", "last" }, default = "all" } }

@@ -172,9 +172,14 @@ end
 -- the gradient of t that other rules have left, if a rule may add its own to it in place: nobody else holds
 -- it (`own`, grad.lua)
 local function pending(t)
-  local node = t.node
-  local g = node and node.own and (t.slot or 1) == 1 and node.g
-  return g and tensor.is_contiguous(g) and g or nil
+  local node, slot = t.node, t.slot or 1
+  if not node then return nil end
+  local g, own = node.g, node.own
+  if slot > 1 then
+    local more = node.more
+    g, own = more and more[slot], more and more[-slot]
+  end
+  return own and g and tensor.is_contiguous(g) and g or nil
 end
 
 local function zeros_like(t)
