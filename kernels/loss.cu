@@ -3,7 +3,9 @@
  * The definitions are those of c/cpu/loss.c: with class weights w and smoothing e a row's target is
  * q_c = w_c ((1 - e) t_c + e / V), Q its sum; the loss is Q lse - sum q_c x_c and the gradient (Q softmax_c - q_c) g. A
  * block owns a row. Dense rows with classes as targets, which language models have, are read once, 16 bytes at a time,
- * with a maximum and a sum that are rescaled as the maximum grows; others twice, the second time from the cache.
+ * with a maximum and a sum that are rescaled as the maximum grows; others twice, the second time from the cache. Where
+ * the loss and its gradient are wanted together, as in training, and such a row of f32 fits the shared memory of a
+ * multiprocessor (some 57,000 classes on Hopper, 41,000 on Ampere), it stays there for its gradient.
  *
  * The fused form computes logits a chunk of rows at a time (512 MB of f32), so that R x V logits never exist. dw is
  * read and written once for each chunk, which in chunks of 64 MB was 32 GB for 32,768 rows and 50,304 classes. In the
@@ -217,18 +219,17 @@ template <class T, int COUNT, int G> static __device__ __forceinline__ float lar
     }
 }
 
-/* The log-sum-exp of what one thread reads: sum times e^most. Of half types both are to the base 2, and `most` the
- * rounded product that is subtracted, so that it takes no accuracy from the result however large it is. */
-template <class T> struct running_sum {
-    static constexpr bool HALF = sizeof(T) == 2;
+/* The log-sum-exp of what one thread reads: sum times e^most. QUICK: both are to the base 2, and `most` the rounded
+ * product that is subtracted, so that it takes no accuracy from the result however large it is. */
+template <class T, bool QUICK = sizeof(T) == 2> struct running_sum {
     enum { G = 16 / sizeof(T) };
     float most = -INFINITY;
     double sum = 0;
-    static __device__ __forceinline__ float power(float x) { return HALF ? short_exp2(x) : expf(x); }
+    static __device__ __forceinline__ float power(float x) { return QUICK ? short_exp2(x) : expf(x); }
     template <int COUNT> __device__ __forceinline__ void add(const loss_group<T, G> *raw)
     {
         float top = largest<T, COUNT>(raw), part = 0;
-        top = fmaxf(most, HALF ? top * LOG2_E : top);
+        top = fmaxf(most, QUICK ? top * LOG2_E : top);
         float shift = top > -INFINITY ? top : 0;
         if (top > most) sum *= (double)power(most - shift);
         most = top;
@@ -237,9 +238,16 @@ template <class T> struct running_sum {
             float v[G];
             raw[u].get(v);
 #pragma unroll
-            for (int i = 0; i < G; i++) part += power(HALF ? fmaf(v[i], LOG2_E, -shift) : v[i] - shift);
+            for (int i = 0; i < G; i++) part += power(QUICK ? fmaf(v[i], LOG2_E, -shift) : v[i] - shift);
         }
         sum += (double)part;
+    }
+    /* of a block whose threads have one each */
+    __device__ __forceinline__ double lse(float *space, double *wide_space) const
+    {
+        float all = block_max(most, space);
+        double total = block_sum(most < all ? sum * (double)power(most - all) : sum, wide_space);
+        return (QUICK ? (double)all / (double)LOG2_E : (double)all) + log(total);
     }
 };
 
@@ -285,12 +293,9 @@ __global__ void __launch_bounds__(DENSE_THREADS, 4)
 #pragma unroll
             for (int u = 0; u < FLIGHT; u++) raw[u] = next[u];
         }
-        float all = block_max(mine.most, space);
-        double sum = mine.most < all ? mine.sum * (double)mine.power(mine.most - all) : mine.sum;
-        sum = block_sum(sum, wide_space);
+        double lse = mine.lse(space, wide_space), loss = 0;
         if (threadIdx.x) continue;
         int64_t row = a.first + r, k = t.at(row);
-        double lse = (mine.HALF ? (double)all / (double)LOG2_E : (double)all) + log(sum), loss = 0;
         bool outside = k < 0 || k >= a.n;
         if (k != t.ignore && outside) bad.report(row, k);
         if (k != t.ignore && !outside)
@@ -338,7 +343,97 @@ __global__ void __launch_bounds__(LOSS_THREADS)
     }
 }
 
-/* may those run? */
+/* ---- loss and gradient at once, of logits in f32 whose rows fit shared memory ---- */
+
+/* of fewer classes the sums over the block would show */
+enum { JOINT_THREADS = 1024, JOINT_FLIGHT = 4, JOINT_LEAST = 16384 };
+
+template <class U> static __device__ __forceinline__ void store4(U *to, const float (&v)[4])
+{
+    if constexpr (sizeof(U) == 4) {
+        row_store(to, row_pack<U, 4>(v));
+    } else {
+        const float wide[8] = {v[0], v[1], v[2], v[3]};
+        uint4 word = row_pack<U, 8>(wide).word;
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(word.x), "r"(word.y) : "memory");
+    }
+}
+
+/* One block fills a multiprocessor. A thread fetches by cp.async what it will read itself, which takes no barrier; when
+ * it takes a piece for the gradient it asks for the same piece of the block's next row, so that memory is read and
+ * written at once. y may lie in the logits: a row is read before anything is written. */
+template <class U>
+__global__ void __launch_bounds__(JOINT_THREADS, 1)
+    loss_joint(loss_rows<float> a, loss_target<float> t, U *y, lac_cuda_reporter bad)
+{
+    previous_done();
+    typedef running_sum<float, sizeof(U) == 2> running;
+    constexpr int G = running::G;
+    typedef loss_group<float, G> piece;
+    extern __shared__ float4 joint_row[];
+    __shared__ float space[JOINT_THREADS / 32];
+    __shared__ double wide_space[JOINT_THREADS / 32];
+    int pieces = (int)(a.n / G), count = (pieces - (int)threadIdx.x + JOINT_THREADS - 1) / JOINT_THREADS;
+    const piece *mine = (const piece *)joint_row + threadIdx.x;
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(mine);
+    auto fetch = [&](int64_t r, int i) {
+        const piece *from = (const piece *)(a.logits + r * a.row_stride) + threadIdx.x + i * JOINT_THREADS;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at + i * JOINT_THREADS * 16), "l"(from)
+                     : "memory");
+    };
+    if (blockIdx.x < a.rows)
+        for (int i = 0; i < count; i++) fetch(blockIdx.x, i);
+    for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+        int64_t row = a.first + r, k = t.at(row), next = r + gridDim.x;
+        bool outside = k < 0 || k >= a.n, dead = k == t.ignore || outside;
+        float weight = dead ? 0 : t.weight ? t.weight[k] : 1, scale = dead ? 0 : weight * a.g[row * a.g_stride];
+        int hit = dead ? -1 : (int)(k / G);
+        running sums;
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        for (int i = 0; i < count; i += JOINT_FLIGHT) {
+            piece raw[JOINT_FLIGHT];
+            load_groups<JOINT_THREADS>(mine + i * JOINT_THREADS, 0, (count - i) * JOINT_THREADS, raw);
+            if (i + JOINT_FLIGHT <= count) {
+                sums.template add<JOINT_FLIGHT>(raw);
+            } else {
+#pragma unroll
+                for (int u = 0; u < JOINT_FLIGHT; u++)
+                    if (i + u < count) sums.template add<1>(raw + u);
+            }
+        }
+        double lse = sums.lse(space, wide_space);
+        float log_sum = (float)lse;
+        if (threadIdx.x == 0) {
+            a.lse[row] = log_sum;
+            if (dead) a.out[row] = 0;
+            if (outside && k != t.ignore) bad.report(row, k);
+        }
+        for (int i = 0; i < count; i += JOINT_FLIGHT) {
+            piece raw[JOINT_FLIGHT];
+            load_groups<JOINT_THREADS>(mine + i * JOINT_THREADS, 0, (count - i) * JOINT_THREADS, raw);
+#pragma unroll
+            for (int u = 0; u < JOINT_FLIGHT; u++) {
+                int c = (i + u) * JOINT_THREADS + (int)threadIdx.x;
+                float v[G];
+                if (i + u >= count) break;
+                raw[u].get(v);
+                if (c == hit) a.out[row] = (float)((double)weight * (lse - (double)((const float *)joint_row)[k]));
+#pragma unroll
+                for (int j = 0; j < G; j++) {
+                    v[j] = loss_exp<U>(v[j] - log_sum);
+                    if (c == hit && j == k % G) v[j] -= 1;
+                    v[j] = dead ? 0 : v[j] * scale;
+                }
+                store4(y + r * a.y_stride + (int64_t)c * G, v);
+                if (next < a.rows) fetch(next, i + u);
+            }
+        }
+    }
+}
+
+/* ---- launching ---- */
+
+/* may the dense kernels run? */
 template <class T> static bool loss_is_dense(const loss_rows<T> &a, const loss_target<compute_t<T>> &t)
 {
     return sizeof(T) < 8 && t.hard && !(t.smoothing > 0) && a.stride == 1 && a.row_stride % LOSS_GROUP == 0 &&
@@ -372,6 +467,37 @@ static int run_gradient(const char *op, const loss_rows<T> &r, const loss_target
         }
     launch(gradient_kernel<T, S, U>, blocks, LOSS_THREADS, 0, r, t, y, bad);
     return lac_cuda_launched(op);
+}
+
+/* bytes of shared memory that a row may take */
+template <class U> static int joint_most(const char *op, int64_t *bytes)
+{
+    static int most = 0;
+    static cudaError_t allowed = [&] {
+        cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+        most -= 1 << 10; /* what the kernel has besides */
+        return e ? e : cudaFuncSetAttribute(loss_joint<U>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }();
+    *bytes = most;
+    return lac_cuda_check(op, allowed);
+}
+
+/* losses, log-sum-exps and gradients of rows whose gradients g are known before */
+template <class T, class S, class U>
+static int run_both(const char *op, const loss_rows<T> &r, const loss_target<compute_t<T>> &t, U *y,
+                    lac_cuda_reporter bad)
+{
+    if constexpr (std::is_same_v<T, float>) {
+        int64_t most, bytes = r.n * (int64_t)sizeof(T);
+        LAC_TRY(joint_most<U>(op, &most));
+        if (loss_is_dense(r, t) && r.n >= JOINT_LEAST && bytes <= most && (uintptr_t)y % 16 == 0 &&
+            r.y_stride % LOSS_GROUP == 0) {
+            launch(loss_joint<U>, blocks_filling(r.rows, 1, 1), JOINT_THREADS, (size_t)bytes, r, t, y, bad);
+            return lac_cuda_launched(op);
+        }
+    }
+    LAC_TRY((run_loss<T, S>(op, r, t, bad)));
+    return run_gradient<T, S>(op, r, t, y, bad);
 }
 
 /* ---- arguments ---- */
@@ -671,11 +797,11 @@ extern "C" int lac_cuda_linear_cross_entropy_bwd(const lac_a_linear_ce_bwd *a)
                     loss_rows<C> r = chunk_of<C>(&p, at, m);
                     r.out = (C *)a->out.data;
                     r.lse = (C *)a->lse.data;
-                    if (r.out) LAC_TRY((run_loss<C, S>(op, r, t, bad)));
                     r.g = (const C *)a->g.data;
                     r.g_stride = a->g.stride[0];
                     r.y_stride = p.gradient_step();
-                    LAC_TRY((run_gradient<C, S>(op, r, t, to, bad)));
+                    if (r.out) LAC_TRY((run_both<C, S>(op, r, t, to, bad)));
+                    else LAC_TRY((run_gradient<C, S>(op, r, t, to, bad)));
                     LAC_TRY(chunk_products(&p, at, m, dx_to, cast_dx ? p.dtype : a->dx.dtype, dw_to));
                     if (!a->dbias.data) continue;
                     launch(bias_kernel<U>, blocks_for(p.classes, THREADS), THREADS, 0, to, m, p.classes, r.y_stride,

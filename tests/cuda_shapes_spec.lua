@@ -123,13 +123,21 @@ case("linear_cross_entropy in chunks, smoothed, of 1003 classes", -- the gradien
 case("linear_cross_entropy in chunks, with a bias, of 50304 classes",
   function(x, w, b, t) return lac.linear_cross_entropy(x, w, b, t, { chunk = 40 }) end,
   function() return { normal(100, 16), normal(50304, 16) * 0.3, normal(50304), classes(100, 50304) } end)
+for _, kind in ipairs{ "plain", "with ignored rows", "with weights" } do -- more rows than multiprocessors
+  case("linear_cross_entropy of 300 x 16512, " .. kind, function(x, w, t)
+    return lac.linear_cross_entropy(x, w, nil, t, { chunk = 200,
+      ignore_index = kind == "with ignored rows" and t[1]:item() or nil, weight = kind == "with weights"
+        and lac.linspace(0.5, 2, 16512, { dtype = x:dtype(), device = x:device() }) or nil })
+  end, function() return { normal(300, 16), normal(16512, 16), classes(300, 16512) } end)
+end
 case("three linear layers of one tensor",
   function(x, a, b, c)
     local y = x * 2
     return lac.linear(y, a) + lac.linear(y, b) + lac.linear(y, c)
   end,
   function() return { normal(300, 64), normal(72, 64) * 0.2, normal(72, 64) * 0.2, normal(72, 64) * 0.2 } end)
-for _, o in ipairs{ { 300, 64, 128, 72 }, { 5, 7, 9, 3 } } do -- with and without epilogues of cuBLASLt
+for _, o in ipairs{ { 300, 64, 128, 72 }, { 5, 7, 9, 3 }, -- with and without epilogues of cuBLASLt
+  { 300, 16, 3072, 8 }, { 40, 16, 5120, 8 }, { 40, 16, 8192, 8 } } do -- rows that threads of a block share
   local n, width, hidden, out = unpack(o)
   local text = (" of %d x %d x %d"):format(n, width, hidden)
   local function make()
