@@ -346,7 +346,17 @@ __global__ void __launch_bounds__(LOSS_THREADS)
 /* ---- loss and gradient at once, of logits in f32 whose rows fit shared memory ---- */
 
 /* of fewer classes the sums over the block would show */
-enum { JOINT_THREADS = 1024, JOINT_FLIGHT = 4, JOINT_LEAST = 16384 };
+enum { JOINT_THREADS = 1024, JOINT_FLIGHT = 4, JOINT_PARTS = 4, JOINT_LEAST = 16384, JOINT_MOST = 65536 };
+static_assert(JOINT_MOST == JOINT_THREADS * JOINT_FLIGHT * JOINT_PARTS * 4, "four numbers a piece");
+
+/* waits for the first part + 1 of the JOINT_PARTS groups that this thread has asked for */
+static __device__ __forceinline__ void joint_fetched(int part)
+{
+    if (part == 0) asm volatile("cp.async.wait_group 3;" ::: "memory");
+    if (part == 1) asm volatile("cp.async.wait_group 2;" ::: "memory");
+    if (part == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
+    if (part == 3) asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
 
 template <class U> static __device__ __forceinline__ void store4(U *to, const float (&v)[4])
 {
@@ -361,7 +371,8 @@ template <class U> static __device__ __forceinline__ void store4(U *to, const fl
 
 /* One block fills a multiprocessor. A thread fetches by cp.async what it will read itself, which takes no barrier; when
  * it takes a piece for the gradient it asks for the same piece of the block's next row, so that memory is read and
- * written at once. y may lie in the logits: a row is read before anything is written. */
+ * written at once; and it adds up what is there while the rest of the row is on its way. y may lie in the logits: a row
+ * is read before anything is written. */
 template <class U>
 __global__ void __launch_bounds__(JOINT_THREADS, 1)
     loss_joint(loss_rows<float> a, loss_target<float> t, U *y, lac_cuda_reporter bad)
@@ -381,17 +392,22 @@ __global__ void __launch_bounds__(JOINT_THREADS, 1)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at + i * JOINT_THREADS * 16), "l"(from)
                      : "memory");
     };
-    if (blockIdx.x < a.rows)
-        for (int i = 0; i < count; i++) fetch(blockIdx.x, i);
+    auto part_ends = [] { asm volatile("cp.async.commit_group;" ::: "memory"); };
+    for (int i = 0; i < JOINT_PARTS * JOINT_FLIGHT; i++) {
+        if (blockIdx.x < a.rows && i < count) fetch(blockIdx.x, i);
+        if (i % JOINT_FLIGHT == JOINT_FLIGHT - 1) part_ends();
+    }
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
         int64_t row = a.first + r, k = t.at(row), next = r + gridDim.x;
         bool outside = k < 0 || k >= a.n, dead = k == t.ignore || outside;
         float weight = dead ? 0 : t.weight ? t.weight[k] : 1, scale = dead ? 0 : weight * a.g[row * a.g_stride];
         int hit = dead ? -1 : (int)(k / G);
         running sums;
-        asm volatile("cp.async.wait_all;" ::: "memory");
-        for (int i = 0; i < count; i += JOINT_FLIGHT) {
+#pragma unroll
+        for (int part = 0; part < JOINT_PARTS; part++) {
+            int i = part * JOINT_FLIGHT;
             piece raw[JOINT_FLIGHT];
+            joint_fetched(part);
             load_groups<JOINT_THREADS>(mine + i * JOINT_THREADS, 0, (count - i) * JOINT_THREADS, raw);
             if (i + JOINT_FLIGHT <= count) {
                 sums.template add<JOINT_FLIGHT>(raw);
@@ -408,7 +424,7 @@ __global__ void __launch_bounds__(JOINT_THREADS, 1)
             if (dead) a.out[row] = 0;
             if (outside && k != t.ignore) bad.report(row, k);
         }
-        for (int i = 0; i < count; i += JOINT_FLIGHT) {
+        for (int i = 0; i < JOINT_PARTS * JOINT_FLIGHT; i += JOINT_FLIGHT) {
             piece raw[JOINT_FLIGHT];
             load_groups<JOINT_THREADS>(mine + i * JOINT_THREADS, 0, (count - i) * JOINT_THREADS, raw);
 #pragma unroll
@@ -427,6 +443,7 @@ __global__ void __launch_bounds__(JOINT_THREADS, 1)
                 store4(y + r * a.y_stride + (int64_t)c * G, v);
                 if (next < a.rows) fetch(next, i + u);
             }
+            part_ends();
         }
     }
 }
@@ -490,7 +507,7 @@ static int run_both(const char *op, const loss_rows<T> &r, const loss_target<com
     if constexpr (std::is_same_v<T, float>) {
         int64_t most, bytes = r.n * (int64_t)sizeof(T);
         LAC_TRY(joint_most<U>(op, &most));
-        if (loss_is_dense(r, t) && r.n >= JOINT_LEAST && bytes <= most && (uintptr_t)y % 16 == 0 &&
+        if (loss_is_dense(r, t) && r.n >= JOINT_LEAST && r.n <= JOINT_MOST && bytes <= most && (uintptr_t)y % 16 == 0 &&
             r.y_stride % LOSS_GROUP == 0) {
             launch(loss_joint<U>, blocks_filling(r.rows, 1, 1), JOINT_THREADS, (size_t)bytes, r, t, y, bad);
             return lac_cuda_launched(op);
