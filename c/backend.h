@@ -47,7 +47,10 @@ typedef struct { /* g_sum.data NULL: 0; dh.data NULL: dx (p is 0) */
     uint64_t seed, offset;
 } lac_a_residual_norm_bwd;
 typedef struct { lac_view x, gamma, beta, act, out, mean, rstd; double eps; } lac_a_gelu_norm; /* act.data NULL: not kept */
-typedef struct { lac_view x, act, gamma, mean, rstd, g, dx, dgamma, dbeta; } lac_a_gelu_norm_bwd;
+typedef struct { /* act, dgamma, dbeta, out (layernorm(gelu(x)) again) and sums (of dx over rows): data may be NULL */
+    lac_view x, act, gamma, beta, mean, rstd, g, dx, dgamma, dbeta, out, sums;
+    double eps;
+} lac_a_gelu_norm_bwd;
 typedef struct { lac_view x, gamma, out, rstd; double eps; } lac_a_rmsnorm;
 typedef struct { lac_view x, gamma, rstd, g, dx, dgamma; } lac_a_rmsnorm_bwd;
 typedef struct { lac_view x, w, bias, out; int64_t stride, dilation, before; } lac_a_conv1d; /* bias.data may be NULL */

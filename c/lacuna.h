@@ -229,9 +229,11 @@ int lac_residual_norm_bwd(const lac_tensor *sum, const lac_tensor *gamma, const 
  * backward; NULL: that computes it again */
 int lac_gelu_norm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor *beta, double eps, lac_tensor *act,
                   lac_tensor *out, lac_tensor *mean, lac_tensor *rstd);
-/* act may be NULL; dgamma and dbeta may be NULL */
-int lac_gelu_norm_bwd(const lac_tensor *x, const lac_tensor *act, const lac_tensor *gamma, const lac_tensor *mean,
-                      const lac_tensor *rstd, const lac_tensor *g, lac_tensor *dx, lac_tensor *dgamma, lac_tensor *dbeta);
+/* act, dgamma and dbeta may be NULL. out: what gelu_norm gave, once more (beta and eps as there); sums [E]: of dx over
+ * rows, which is the gradient of a bias in x; either may be NULL */
+int lac_gelu_norm_bwd(const lac_tensor *x, const lac_tensor *act, const lac_tensor *gamma, const lac_tensor *beta,
+                      const lac_tensor *mean, const lac_tensor *rstd, const lac_tensor *g, double eps, lac_tensor *dx,
+                      lac_tensor *dgamma, lac_tensor *dbeta, lac_tensor *out, lac_tensor *sums);
 
 /* x / sqrt(mean(x^2) + eps) gamma over the last axis; gamma [E] may be NULL; rstd [rows] is saved; dgamma may be NULL */
 int lac_rmsnorm(const lac_tensor *x, const lac_tensor *gamma, double eps, lac_tensor *out, lac_tensor *rstd);

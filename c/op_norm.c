@@ -221,28 +221,34 @@ int lac_gelu_norm(const lac_tensor *x, const lac_tensor *gamma, const lac_tensor
     return 0;
 }
 
-int lac_gelu_norm_bwd(const lac_tensor *x, const lac_tensor *act, const lac_tensor *gamma, const lac_tensor *mean,
-                      const lac_tensor *rstd, const lac_tensor *g, lac_tensor *dx, lac_tensor *dgamma,
-                      lac_tensor *dbeta)
+int lac_gelu_norm_bwd(const lac_tensor *x, const lac_tensor *act, const lac_tensor *gamma, const lac_tensor *beta,
+                      const lac_tensor *mean, const lac_tensor *rstd, const lac_tensor *g, double eps, lac_tensor *dx,
+                      lac_tensor *dgamma, lac_tensor *dbeta, lac_tensor *out, lac_tensor *sums)
 {
     const char *op = "gelu_norm_bwd";
-    lac_a_gelu_norm_bwd a = {.dgamma.data = NULL};
+    lac_a_gelu_norm_bwd a = {.eps = eps};
     int64_t rows;
     LAC_OUT(op, "dx", dx);
     if (dgamma) dgamma->storage = NULL;
     if (dbeta) dbeta->storage = NULL;
+    if (out) out->storage = NULL;
+    if (sums) sums->storage = NULL;
     LAC_TRY(rows_get(op, x, &a.x, &rows));
     if (act) LAC_TRY(like_get(op, "x", x, "act", act, &a.act));
     LAC_TRY(vector_get(op, "gamma", gamma, x, &a.gamma));
+    LAC_TRY(vector_get(op, "beta", beta, x, &a.beta));
     LAC_TRY(stat_get(op, "mean", mean, x, rows, &a.mean));
     LAC_TRY(stat_get(op, "rstd", rstd, x, rows, &a.rstd));
     LAC_TRY(like_get(op, "x", x, "g", g, &a.g));
     if (dgamma && !gamma) LAC_FAIL(ARGUMENT, "%s: dgamma was asked for, but there is no gamma", op);
+    if (!(eps > 0 && isfinite(eps))) LAC_FAIL(ARGUMENT, "%s: eps must be positive and finite, got %g", op, eps);
     const int64_t *width = &x->shape[x->ndim - 1];
     LAC_TRY(lac_tensor_new(op, x->dtype, x->device, x->ndim, x->shape, dx, &a.dx));
     if (dgamma) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 1, width, dgamma, &a.dgamma), dx);
     if (dbeta) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 1, width, dbeta, &a.dbeta), dx, dgamma);
-    LAC_RUN_OUT(gelu_norm_bwd, x->device, &a, dx, dgamma, dbeta);
+    if (out) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, x->ndim, x->shape, out, &a.out), dx, dgamma, dbeta);
+    if (sums) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 1, width, sums, &a.sums), dx, dgamma, dbeta, out);
+    LAC_RUN_OUT(gelu_norm_bwd, x->device, &a, dx, dgamma, dbeta, out, sums);
     return 0;
 }
 

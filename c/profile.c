@@ -133,7 +133,8 @@ COST(residual_norm_bwd, lac_a_residual_norm_bwd, .flops = 15.0 * all(&a->dx),
 COST(gelu_norm, lac_a_gelu_norm, .flops = 9.0 * all(&a->out),
      .bytes = BYTES(&a->x, &a->gamma, &a->beta, &a->act, &a->out, &a->mean, &a->rstd))
 COST(gelu_norm_bwd, lac_a_gelu_norm_bwd, .flops = 15.0 * all(&a->dx),
-     .bytes = BYTES(&a->x, &a->act, &a->gamma, &a->mean, &a->rstd, &a->g, &a->dx, &a->dgamma, &a->dbeta))
+     .bytes = BYTES(&a->x, &a->act, &a->gamma, &a->mean, &a->rstd, &a->g, &a->dx, &a->dgamma, &a->dbeta, &a->out,
+                    &a->sums))
 COST(rmsnorm, lac_a_rmsnorm, .flops = 5.0 * all(&a->out), .bytes = BYTES(&a->x, &a->gamma, &a->out, &a->rstd))
 COST(rmsnorm_bwd, lac_a_rmsnorm_bwd, .flops = 10.0 * all(&a->x),
      .bytes = BYTES(&a->x, &a->gamma, &a->rstd, &a->g, &a->dx, &a->dgamma))

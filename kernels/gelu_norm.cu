@@ -8,6 +8,7 @@
  * keeps in registers have the kernel; f64, strides and longer rows run the operators in turn.
  */
 #include "norm_bwd.cuh"
+#include "sum.cuh"
 
 template <class T> static __device__ __forceinline__ float gelu_of(float x)
 {
@@ -50,12 +51,19 @@ __global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(forward_regi
     }
 }
 
-/* dx of the norm is rounded, then goes through gelu's derivative */
-template <class T> struct gelu_norm_back {
-    enum { STREAMS = 2 };
+/* dx of the norm is rounded, then goes through gelu's derivative. AGAIN: it is summed over rows as it is stored, and
+ * the norm's result is stored once more, for the product that read it */
+template <class T, bool AGAIN> struct gelu_norm_back {
+    enum { STREAMS = 2, COLUMNS = AGAIN ? 3 : 2 };
     const T *x, *g;
     T *dx;
     int64_t n;
+    const T *beta;
+    T *out; /* or NULL */
+    template <int N> __device__ __forceinline__ void again(const T *at, const float (&y)[N]) const
+    {
+        if (out) row_store(out + (at - dx), row_pack<T, N>(y));
+    }
     __device__ __forceinline__ int64_t step(int) const { return n; }
     __device__ __forceinline__ const T *row(int stream, int64_t r) const { return (stream ? g : x) + r * n; }
     template <int N, int KEEP, int ROWS> struct state {
@@ -73,7 +81,9 @@ template <class T> struct gelu_norm_back {
             row_unpack<T, N>(row_pack<T, N>(e), e);
 #pragma unroll
             for (int i = 0; i < N; i++) e[i] *= slope[u][k + i];
-            row_store(dx, row_pack<T, N>(e));
+            row_access<T, N> result = row_pack<T, N>(e);
+            row_store(dx, result);
+            if constexpr (AGAIN) row_unpack<T, N>(result, e);
         }
     };
 };
@@ -95,6 +105,21 @@ static int in_turn(const lac_a_gelu_norm *a)
     return lac_cuda_layernorm(&norm);
 }
 
+/* what may be wanted beside the gradients */
+static int beside(const lac_a_gelu_norm_bwd *a)
+{
+    if (a->out.data) {
+        int64_t bytes = numel(&a->mean) * dtype_bytes(a->mean.dtype);
+        lac_scratch space("gelu_norm_bwd", (size_t)(2 * bytes + 1));
+        lac_a_gelu_norm norm = {a->x, a->gamma, a->beta, {}, a->out, a->mean, a->rstd, a->eps};
+        if (!space.data) return LAC_E_MEMORY;
+        norm.mean.data = space.data, norm.rstd.data = (char *)space.data + bytes;
+        norm.mean.stride[0] = norm.rstd.stride[0] = 1;
+        LAC_TRY(lac_cuda_gelu_norm(&norm));
+    }
+    return lac_cuda_column_sums(&a->dx, &a->sums);
+}
+
 static int in_turn(const lac_a_gelu_norm_bwd *a)
 {
     lac_a_map1 gelu = {M1_gelu, a->x, a->dx};
@@ -109,7 +134,8 @@ static int in_turn(const lac_a_gelu_norm_bwd *a)
         LAC_TRY(lac_cuda_map1(&gelu));
     }
     LAC_TRY(lac_cuda_layernorm_bwd(&norm));
-    return lac_cuda_map1_bwd(&back);
+    LAC_TRY(lac_cuda_map1_bwd(&back));
+    return beside(a);
 }
 
 extern "C" int lac_cuda_gelu_norm(const lac_a_gelu_norm *a)
@@ -136,16 +162,24 @@ extern "C" int lac_cuda_gelu_norm(const lac_a_gelu_norm *a)
 extern "C" int lac_cuda_gelu_norm_bwd(const lac_a_gelu_norm_bwd *a)
 {
     const char *op = "gelu_norm_bwd";
-    const lac_view *list[] = {&a->x, &a->g, &a->dx};
+    const lac_view *list[] = {&a->x, &a->g, &a->dx, &a->out};
     gelu_norm_args j = args_of(&a->x, 0);
-    if (a->act.data || j.rows * j.n == 0 || !rows_kept(list, 3, &a->gamma, NULL)) return in_turn(a);
+    bool again = (a->out.data || a->sums.data) && j.n <= 16 * BACK_WIDE;
+    if (a->act.data || j.rows * j.n == 0 || !rows_kept(list, 4, &a->gamma, &a->beta)) return in_turn(a);
     return dispatch_float(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         if constexpr (sizeof(T) < 8) {
             norm_grad<T> norm = {
                 j.rows, j.n, (const T *)a->gamma.data, (const float *)a->mean.data, (const float *)a->rstd.data, NULL};
-            gelu_norm_back<T> back = {(const T *)a->x.data, (const T *)a->g.data, (T *)a->dx.data, j.n};
-            return norm_bwd_run<T>(op, norm, back, &a->dgamma, &a->dbeta);
+            const T *x = (const T *)a->x.data, *g = (const T *)a->g.data, *beta = (const T *)a->beta.data;
+            T *dx = (T *)a->dx.data, *out = (T *)a->out.data;
+            if (again) {
+                gelu_norm_back<T, true> back = {x, g, dx, j.n, beta, out};
+                return norm_bwd_run<T>(op, norm, back, &a->dgamma, &a->dbeta, &a->sums);
+            }
+            gelu_norm_back<T, false> back = {x, g, dx, j.n, NULL, NULL};
+            LAC_TRY(norm_bwd_run<T>(op, norm, back, &a->dgamma, &a->dbeta));
+            return beside(a);
         } else {
             return (int)LAC_E_INTERNAL; /* f64 runs in turn */
         }

@@ -9,6 +9,7 @@
  * for weights of 768 x 768, 3,072 x 768 and 768 x 3,072, the product and the sum apart 73, 249 and 229.
  */
 #include "gemm.cuh"
+#include "sum.cuh"
 
 enum {
 #define MAP1(name, domain, value, gradient) M1_##name,
@@ -50,14 +51,17 @@ static lac_view turned(lac_view v)
     return v;
 }
 
-static int column_sums(const lac_view *x, const lac_view *out)
+int lac_cuda_column_sums(const lac_view *x, const lac_view *out)
 {
     lac_a_reduce sum = {};
     if (!out->data) return 0;
-    sum.fn = LAC_SUM, sum.x = *x, sum.out = *out, sum.dims = 1;
-    sum.out.ndim = 2;
-    sum.out.shape[0] = 1, sum.out.shape[1] = out->shape[0];
-    sum.out.stride[0] = out->shape[0], sum.out.stride[1] = 1;
+    sum.fn = LAC_SUM, sum.x = sum.out = *x, sum.dims = (1u << (x->ndim - 1)) - 1;
+    sum.out.data = out->data;
+    for (int d = 0; d < x->ndim; d++) {
+        sum.out.stride[d] = out->shape[0];
+        if (d < x->ndim - 1) sum.out.shape[d] = 1;
+    }
+    sum.out.stride[x->ndim - 1] = 1;
     return lac_cuda_reduce(&sum);
 }
 
@@ -93,12 +97,12 @@ extern "C" int lac_cuda_linear_act_bwd(const lac_a_linear_act_bwd *a)
     lac_a_map1_bwd f = {a->fn, a->pre, a->pre, a->out, a->out};
     LAC_TRY(lac_cuda_matmul(&m));
     LAC_TRY(lac_cuda_map1_bwd(&f));
-    return column_sums(&a->out, &a->sums);
+    return lac_cuda_column_sums(&a->out, &a->sums);
 }
 
 extern "C" int lac_cuda_weight_grad(const lac_a_weight_grad *a)
 {
     lac_a_matmul m = {turned(a->g), a->x, {}, a->dw};
     LAC_TRY(lac_cuda_matmul(&m));
-    return column_sums(&a->g, &a->sums);
+    return lac_cuda_column_sums(&a->g, &a->sums);
 }

@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(row_threads<ROW>)
 
 /* rows that fit a block and are equally far apart: dx and the parameters' gradients in one pass */
 template <class T> struct layernorm_back {
-    enum { STREAMS = 2 };
+    enum { STREAMS = 2, COLUMNS = 2 };
     const T *x, *g;
     int64_t x_step, g_step;
     T *dx;
@@ -421,7 +421,7 @@ static int norm_bwd_run(const char *op, const lac_a_layernorm_bwd *a)
         C *to = (C *)share.data;
         launch(layernorm_shares<T>, dim3(blocks_for(n, THREADS), (unsigned)parts), THREADS, 0, j, x, mean, rstd, g, to);
         launch(layernorm_combine<T>, dim3(blocks_for(n, 32), 2), COMBINE, 0, n, parts, to, (T *)a->dgamma.data,
-               (T *)a->dbeta.data);
+               (T *)a->dbeta.data, (T *)NULL);
         return lac_cuda_launched(op);
     });
 }

@@ -55,21 +55,23 @@ __device__ __forceinline__ void normalise_row(const row<T, ROW, N, KEEP> &v, flo
 enum { COMBINE = 1024 };
 template <class T>
 __global__ void __launch_bounds__(COMBINE)
-    layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share, T *dgamma, T *dbeta)
+    layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share, T *dgamma, T *dbeta, T *sums)
 {
     previous_done();
     __shared__ double space[COMBINE / 32][32];
     int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
     int64_t i = (int64_t)blockIdx.x * 32 + tx;
-    const compute_t<T> *from = share + (blockIdx.y ? n : 0);
-    T *out = blockIdx.y ? dbeta : dgamma;
+    int columns = gridDim.y;
+    const compute_t<T> *from = share + blockIdx.y * n;
+    T *out = blockIdx.y == 0 ? dgamma : blockIdx.y == 1 ? dbeta : sums;
     if (!out) return;
     constexpr int DEEP = COMBINE / 32, FLIGHT = 5; /* all at once if every multiprocessor of 160 had a block */
     double s = 0;
     for (int64_t p = ty; p < parts; p += FLIGHT * DEEP) {
         compute_t<T> v[FLIGHT];
 #pragma unroll
-        for (int u = 0; u < FLIGHT; u++) v[u] = p + u * DEEP < parts && i < n ? from[(p + u * DEEP) * 2 * n + i] : 0;
+        for (int u = 0; u < FLIGHT; u++)
+            v[u] = p + u * DEEP < parts && i < n ? from[(p + u * DEEP) * columns * n + i] : 0;
 #pragma unroll
         for (int u = 0; u < FLIGHT; u++) s += (double)v[u];
     }

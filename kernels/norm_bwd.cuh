@@ -15,26 +15,30 @@
  * slower. Two steps ahead: no faster.
  *
  * What is fused is a policy P: where a row's streams are (x, g and more), what becomes of x before the norm, and of dx
- * behind it. Which products and sums are one instruction is written out, so that dx has the same bits whatever P is.
+ * behind it; and whether dx is summed over rows and the norm's result made once more (COLUMNS = 3). Which products and
+ * sums are one instruction is written out, so that dx has the same bits whatever P is.
  */
 #ifndef LAC_CUDA_NORM_BWD_CUH
 #define LAC_CUDA_NORM_BWD_CUH
 #include "norm.cuh"
 
-enum { BACK_STAGES = 2, BACK_MOST = 768, BACK_TEAM = 512 /* threads of a row at most */ };
+enum { BACK_STAGES = 2, BACK_MOST = 768, BACK_TEAM = 512 /* threads of a row at most */, BACK_WIDE = 384 };
 
 template <class T> struct norm_grad {
     int64_t rows, n;
     const T *gamma;           /* dense, or NULL */
     const float *mean, *rstd; /* mean NULL: rmsnorm, whose mean is 0 */
-    float *share;             /* [block][2][n], or NULL */
+    float *share;             /* [block][P::COLUMNS][n], or NULL */
 };
 
 /* rows of a step */
 template <class T, int KEEP>
 inline constexpr int back_rows = KEEP *(int)sizeof(T) < 32 ? 32 / (KEEP * (int)sizeof(T)) : 1;
-/* threads of a block: all that a multiprocessor holds, with 80 registers each, or 128 */
-template <int KEEP> inline constexpr int back_most = KEEP > 8 ? (int)BACK_TEAM : (int)BACK_MOST;
+/* threads of a block: all that a multiprocessor holds, with 80 registers each, 128 or 168 */
+template <int KEEP, int COLUMNS>
+inline constexpr int back_most = KEEP > 8 && COLUMNS > 2   ? (int)BACK_WIDE
+                                 : KEEP > 8 || COLUMNS > 2 ? (int)BACK_TEAM
+                                                           : (int)BACK_MOST;
 
 /* sums of COUNT numbers, 2 or 4, over a row's threads; lanes share the numbers as they add. `space`: COUNT x warps of
  * this row */
@@ -77,18 +81,19 @@ static __device__ __forceinline__ void fetched(int stages)
     else asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
-/* the sums of the columns of a block's teams, KEEP of dgamma and then of dbeta for each thread, to share[2][n] */
-template <int N, int KEEP>
-static __device__ __forceinline__ void store_columns(const float (&sums)[2 * KEEP], float *share, int n, int threads,
-                                                     float4 *space)
+/* the sums of the columns of a block's teams, KEEP of dgamma and then of dbeta (and of dx) for each thread, to
+ * share[COLUMNS][n] */
+template <int N, int KEEP, int COLUMNS>
+static __device__ __forceinline__ void store_columns(const float (&sums)[COLUMNS * KEEP], float *share, int n,
+                                                     int threads, float4 *space)
 {
     int team = threadIdx.x / threads, lane = threadIdx.x % threads, teams = blockDim.x / threads;
 #pragma unroll
-    for (int i = 0; i < KEEP / 2; i++)
+    for (int i = 0; i < COLUMNS * KEEP / 4; i++)
         space[i * blockDim.x + threadIdx.x] =
             make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
     __syncthreads();
-    for (int i = team; i < KEEP / 2; i += teams) {
+    for (int i = team; i < COLUMNS * KEEP / 4; i += teams) {
         int k = i % (KEEP / 4) * 4, first = (k / N * threads + lane) * N + k % N;
         if (first >= n) continue;
         float4 sum = space[i * blockDim.x + lane];
@@ -96,17 +101,19 @@ static __device__ __forceinline__ void store_columns(const float (&sums)[2 * KEE
             float4 a = space[i * blockDim.x + t * threads + lane];
             sum.x += a.x, sum.y += a.y, sum.z += a.z, sum.w += a.w;
         }
-        store_words(share + (i < KEEP / 4 ? 0 : n) + first, __float_as_uint(sum.x), __float_as_uint(sum.y),
+        store_words(share + i / (KEEP / 4) * n + first, __float_as_uint(sum.x), __float_as_uint(sum.y),
                     __float_as_uint(sum.z), __float_as_uint(sum.w));
     }
 }
 
 /* A team of `threads` takes a run of rows; the teams of a block are neighbours. */
 template <class T, int KEEP, class P>
-__global__ void __launch_bounds__(back_most<KEEP>, 1) norm_bwd_rows(norm_grad<T> a, int threads, int stages, P p)
+__global__ void __launch_bounds__(back_most<KEEP, P::COLUMNS>, 1)
+    norm_bwd_rows(norm_grad<T> a, int threads, int stages, P p)
 {
     previous_done();
-    constexpr int N = 16 / sizeof(T), ROWS = back_rows<T, KEEP>, STREAMS = P::STREAMS;
+    constexpr int N = 16 / sizeof(T), ROWS = back_rows<T, KEEP>, STREAMS = P::STREAMS, COLUMNS = P::COLUMNS;
+    constexpr bool WIDE = COLUMNS > 2;
     typedef row_access<T, N> vector;
     extern __shared__ float4 norm_space[];
     __shared__ float space[2][BACK_MOST / 32 * 2 * ROWS];
@@ -155,13 +162,19 @@ __global__ void __launch_bounds__(back_most<KEEP>, 1) norm_bwd_rows(norm_grad<T>
     };
     for (int stage = 0; stage < stages; stage++) fetch(stage * ROWS, stage);
     if (count > 0) statistics(0);
-    float w[KEEP], sums[2 * KEEP] = {};
+    float w[KEEP], b[WIDE ? KEEP : 1], sums[COLUMNS * KEEP] = {};
 #pragma unroll
     for (int k = 0; k < KEEP; k += N) {
         float v[N] = {};
         if (inside[k / N] && a.gamma) load_run<N>(a.gamma, k * threads + lane * N, 1, v);
 #pragma unroll
         for (int i = 0; i < N; i++) w[k + i] = a.gamma ? v[i] : 1;
+        if constexpr (WIDE) {
+            float v[N] = {};
+            if (inside[k / N] && p.beta) load_run<N>(p.beta, k * threads + lane * N, 1, v);
+#pragma unroll
+            for (int i = 0; i < N; i++) b[k + i] = v[i];
+        }
     }
     T *to = p.dx + begin * n + lane * N;
     int stage = 0, turn = 0;
@@ -203,6 +216,15 @@ __global__ void __launch_bounds__(back_most<KEEP>, 1) norm_bwd_rows(norm_grad<T>
 #pragma unroll
                 for (int i = 0; i < N; i++) e[i] = fmaf(z[u][k + i], dot, fmaf(__fmul_rn(w[k + i], e[i]), s[u], total));
                 more.after(p, to + k * threads, u, k, e, slot(stage, u, STREAMS - 1, k));
+                if constexpr (WIDE) {
+                    float y[N];
+#pragma unroll
+                    for (int i = 0; i < N; i++) {
+                        sums[2 * KEEP + k + i] += e[i];
+                        y[i] = fmaf(z[u][k + i], w[k + i], b[k + i]);
+                    }
+                    p.again(to + k * threads, y);
+                }
             }
             to += n;
         }
@@ -213,13 +235,15 @@ __global__ void __launch_bounds__(back_most<KEEP>, 1) norm_bwd_rows(norm_grad<T>
     if (!a.share) return;
     fetched(1);
     __syncthreads();
-    store_columns<N, KEEP>(sums, a.share + (int64_t)blockIdx.x * 2 * n, n, threads, norm_space);
+    store_columns<N, KEEP, COLUMNS>(sums, a.share + (int64_t)blockIdx.x * COLUMNS * n, n, threads, norm_space);
 }
 
-/* launches it and adds the shares of dgamma and dbeta up; `a` lacks only where those are */
+/* launches it and adds the shares of dgamma, dbeta and of the sums of dx up; `a` lacks only where those are */
 template <int KEEP, class T, class P>
-int norm_bwd_kept(const char *op, norm_grad<T> a, const P &p, const lac_view *dgamma, const lac_view *dbeta)
+int norm_bwd_kept(const char *op, norm_grad<T> a, const P &p, const lac_view *dgamma, const lac_view *dbeta,
+                  const lac_view *dx_sums)
 {
+    constexpr int COLUMNS = P::COLUMNS;
     constexpr int STEP = back_rows<T, KEEP> * P::STREAMS * KEEP * (int)sizeof(T);
     auto kernel = norm_bwd_rows<T, KEEP, P>;
     static int shared_most = 0;
@@ -230,29 +254,30 @@ int norm_bwd_kept(const char *op, norm_grad<T> a, const P &p, const lac_view *dg
     }();
     LAC_TRY(lac_cuda_check(op, allowed));
     int threads = (int)((a.n + 32 * KEEP - 1) / (32 * KEEP)) * 32, stages = BACK_STAGES;
-    unsigned block = (unsigned)(threads * (back_most<KEEP> / threads));
+    unsigned block = (unsigned)(threads * (back_most<KEEP, COLUMNS> / threads));
     while (stages > 1 && (int)block * STEP * stages > shared_most) stages--;
-    size_t shared = (size_t)block * STEP * stages, columns = block * KEEP * 2 * sizeof(float);
+    size_t shared = (size_t)block * STEP * stages, columns = block * KEEP * COLUMNS * sizeof(float);
     unsigned blocks = blocks_filling(a.rows, block / threads, 1);
-    bool shares = dgamma->data || dbeta->data;
-    lac_scratch share(op, shares ? (size_t)(blocks * 2 * a.n) * sizeof(float) : 1);
+    bool shares = dgamma->data || dbeta->data || (dx_sums && dx_sums->data);
+    lac_scratch share(op, shares ? (size_t)(blocks * COLUMNS * a.n) * sizeof(float) : 1);
     if (!share.data) return LAC_E_MEMORY;
     a.share = shares ? (float *)share.data : NULL;
     launch(kernel, blocks, block, shared > columns ? shared : columns, a, threads, stages, p);
     LAC_TRY(lac_cuda_launched(op));
     if (!shares) return 0;
-    launch(layernorm_combine<T>, dim3(blocks_for(a.n, 32), 2), COMBINE, 0, a.n, (int64_t)blocks, a.share,
-           (T *)dgamma->data, (T *)dbeta->data);
+    launch(layernorm_combine<T>, dim3(blocks_for(a.n, 32), COLUMNS), COMBINE, 0, a.n, (int64_t)blocks, a.share,
+           (T *)dgamma->data, (T *)dbeta->data, dx_sums ? (T *)dx_sums->data : NULL);
     return lac_cuda_launched(op);
 }
 /* rows of at most ROW_KEPT elements. Of half types, for which 80 registers are few, threads have 16 elements where that
  * leaves no more of them idle than 8 do. */
 template <class T, class P>
-int norm_bwd_run(const char *op, const norm_grad<T> &a, const P &p, const lac_view *dgamma, const lac_view *dbeta)
+int norm_bwd_run(const char *op, const norm_grad<T> &a, const P &p, const lac_view *dgamma, const lac_view *dbeta,
+                 const lac_view *dx_sums = NULL)
 {
     bool fits = sizeof(T) == 2 && (a.n + 511) / 512 * 512 == (a.n + 255) / 256 * 256;
-    return a.n <= 8 * BACK_TEAM && !fits ? norm_bwd_kept<8>(op, a, p, dgamma, dbeta)
-                                         : norm_bwd_kept<16>(op, a, p, dgamma, dbeta);
+    return a.n <= 8 * BACK_TEAM && !fits ? norm_bwd_kept<8>(op, a, p, dgamma, dbeta, dx_sums)
+                                         : norm_bwd_kept<16>(op, a, p, dgamma, dbeta, dx_sums);
 }
 
 #endif

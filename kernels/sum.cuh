@@ -1,4 +1,4 @@
-/* sum.cuh: what reduce.cu hands to sum.cu: sums of dense float tensors. */
+/* sum.cuh: what reduce.cu hands to sum.cu: sums of dense float tensors; and sums over rows. */
 #ifndef LAC_CUDA_SUM_CUH
 #define LAC_CUDA_SUM_CUH
 #include "common.cuh"
@@ -14,5 +14,7 @@ struct sum_job {
 };
 bool lac_cuda_sum_fits(const sum_job *j);
 int lac_cuda_sum(const sum_job *j);
+/* linear.cu: out [E] = sums of x [..., E] over rows; nothing where out has no data */
+int lac_cuda_column_sums(const lac_view *x, const lac_view *out);
 
 #endif

@@ -6,6 +6,9 @@
 -- dicts that do not fit, initial deviations, determinism, overfitting, and costs counted by hand.
 
 local lac = require "lacuna"
+local lib = require "lacuna.lib"
+local tensor = require "lacuna.tensor"
+local cases = require "support.cases"
 local nn = lac.nn
 
 local function leaf_values(t) return t:detach():to{ dtype = "f64" }:totable() end
@@ -154,6 +157,41 @@ describe("nn modules", function()
     assert.is_true(lac.equal(out, lac.layernorm(sum, nil, nil, 1e-3)))
     sum:sum():backward() -- the norm was not used
     assert.is_true(lac.equal(x.grad, lac.full({ 4, 6 }, 3)))
+  end)
+
+  it("gives gelu_norm's result again with its gradient, and that gradient's sums over rows", function()
+    local C, call, adopt, new = lib.C, lib.call, tensor.adopt, tensor.ctype
+    for _, size in ipairs{ { 3, 5, 8 }, { 24 }, { 7, 512 }, { 40, 3072 }, { 3, 6152 }, { 0, 8 } } do
+      for _, dtype in ipairs{ "f64", "f32", "bf16" } do
+        local width = size[#size]
+        local x, g = lac.randn(size, { dtype = dtype }), lac.randn(size, { dtype = dtype })
+        local gain, bias = lac.randn{ width, dtype = dtype }, lac.randn{ width, dtype = dtype }
+        local function run(kept)
+          local out, mean, rstd, act = new(), new(), new(), kept and new() or nil
+          call(C.lac_gelu_norm, x.c, gain.c, bias.c, 1e-5, act, out, mean, rstd)
+          out, mean, rstd, act = adopt(out), adopt(mean), adopt(rstd), act and adopt(act)
+          act = act and act.c
+          local dx, dgain, dbias, again, sums, plain = new(), new(), new(), new(), new(), new()
+          call(C.lac_gelu_norm_bwd, x.c, act, gain.c, bias.c, mean.c, rstd.c, g.c, 1e-5, dx, dgain, dbias,
+            again, sums)
+          call(C.lac_gelu_norm_bwd, x.c, act, gain.c, nil, mean.c, rstd.c, g.c, 1e-5, plain, nil, nil, nil,
+            nil)
+          dx, dgain, dbias = adopt(dx), adopt(dgain), adopt(dbias)
+          assert.is_true(dgain:size(1) == width and dbias:size(1) == width)
+          local total = dx:double()
+          while total:dim() > 1 do total = total:sum(1) end
+          return out, adopt(again), total, adopt(sums), dx, adopt(plain)
+        end
+        local eps, rest = cases.epsilon(dtype), dtype == "f64" and 1e-13 or 1e-5
+        for _, kept in ipairs{ false, true } do
+          local out, again, total, sums, dx, plain = run(kept)
+          local text = ("%s, %s"):format(dtype, table.concat(size, " x "))
+          assert.is_true(lac.allclose(again, out, { rtol = 2 * eps, atol = 8 * eps }), text)
+          assert.is_true(lac.allclose(sums:double(), total, { rtol = 2 * eps, atol = rest }), text)
+          assert.is_true(lac.allclose(dx, plain, { rtol = 2 * eps, atol = 2 * eps }), text)
+        end
+      end
+    end
   end)
 
   it("calls what a script put in the place of a part", function()

@@ -47,6 +47,8 @@ typedef void lac_task(void *context, int64_t begin, int64_t end, int thread);
 int LAC_CPU(parallel)(const char *op, int64_t tasks, int64_t work, lac_task *task, void *context);
 /* how many threads parallel() will use for that */
 int LAC_CPU(threads)(int64_t tasks, int64_t work);
+/* linear.c: out [E] = sums of x [..., E] over rows; nothing where out has no data */
+int LAC_CPU(column_sums)(const lac_view *x, const lac_view *out);
 
 /* n elements of dtype, `stride` bytes apart, as the compute type of dtype; returns x itself if it already is that,
  * else fills buffer and returns it */

@@ -13,13 +13,16 @@ static lac_view turned(lac_view v)
     return v;
 }
 
-static int column_sums(const lac_view *x, const lac_view *out)
+int LAC_CPU(column_sums)(const lac_view *x, const lac_view *out)
 {
-    lac_a_reduce sum = {.fn = LAC_SUM, .x = *x, .out = *out, .dims = 1};
+    lac_a_reduce sum = {.fn = LAC_SUM, .x = *x, .out = *x, .dims = (1u << (x->ndim - 1)) - 1};
     if (!out->data) return 0;
-    sum.out.ndim = 2;
-    sum.out.shape[0] = 1, sum.out.shape[1] = out->shape[0];
-    sum.out.stride[0] = out->shape[0], sum.out.stride[1] = 1;
+    sum.out.data = out->data;
+    for (int d = 0; d < x->ndim; d++) {
+        sum.out.stride[d] = out->shape[0];
+        if (d < x->ndim - 1) sum.out.shape[d] = 1;
+    }
+    sum.out.stride[x->ndim - 1] = 1;
     return LAC_CPU(reduce)(&sum);
 }
 
@@ -37,12 +40,12 @@ int LAC_CPU(linear_act_bwd)(const lac_a_linear_act_bwd *a)
     lac_a_map1_bwd f = {.fn = a->fn, .x = a->pre, .y = a->pre, .g = a->out, .out = a->out};
     LAC_TRY(LAC_CPU(matmul)(&m));
     LAC_TRY(LAC_CPU(map1_bwd)(&f));
-    return column_sums(&a->out, &a->sums);
+    return LAC_CPU(column_sums)(&a->out, &a->sums);
 }
 
 int LAC_CPU(weight_grad)(const lac_a_weight_grad *a)
 {
     lac_a_matmul m = {.a = turned(a->g), .b = a->x, .out = a->dw};
     LAC_TRY(LAC_CPU(matmul)(&m));
-    return column_sums(&a->g, &a->sums);
+    return LAC_CPU(column_sums)(&a->g, &a->sums);
 }

@@ -384,6 +384,21 @@ int LAC_CPU(gelu_norm)(const lac_a_gelu_norm *a)
     return LAC_CPU(layernorm)(&norm);
 }
 
+/* a's out, whose mean and rstd the caller has */
+static int norm_again(const lac_a_gelu_norm_bwd *a, const lac_view *act)
+{
+    int64_t rows = a->mean.shape[0], bytes = rows * (a->x.dtype == LAC_F64 ? 8 : 4);
+    char *space = lac_workspace_get("gelu_norm_bwd", (size_t)(2 * bytes));
+    lac_a_layernorm norm = {
+        .x = *act, .gamma = a->gamma, .beta = a->beta, .out = a->out, .mean = a->mean, .rstd = a->rstd, .eps = a->eps};
+    if (!space) return LAC_E_MEMORY;
+    norm.mean.data = space, norm.rstd.data = space + bytes;
+    norm.mean.stride[0] = norm.rstd.stride[0] = 1;
+    int status = LAC_CPU(layernorm)(&norm);
+    lac_workspace_put(space);
+    return status;
+}
+
 int LAC_CPU(gelu_norm_bwd)(const lac_a_gelu_norm_bwd *a)
 {
     lac_a_map1 gelu = {.fn = M1_gelu, .x = a->x, .out = a->dx};
@@ -397,8 +412,10 @@ int LAC_CPU(gelu_norm_bwd)(const lac_a_gelu_norm_bwd *a)
                                 .dbeta = a->dbeta};
     lac_a_map1_bwd back = {.fn = M1_gelu, .x = a->x, .y = a->x, .g = a->dx, .out = a->dx};
     if (!a->act.data) LAC_TRY(LAC_CPU(map1)(&gelu));
+    if (a->out.data) LAC_TRY(norm_again(a, &norm.x));
     LAC_TRY(LAC_CPU(layernorm_bwd)(&norm));
-    return LAC_CPU(map1_bwd)(&back);
+    LAC_TRY(LAC_CPU(map1_bwd)(&back));
+    return LAC_CPU(column_sums)(&a->dx, &a->sums);
 }
 
 int LAC_CPU(rmsnorm)(const lac_a_rmsnorm *a)

@@ -94,13 +94,14 @@ local function gelu_norm(x, gamma, beta, eps)
   return adopt(c), act and adopt(act), adopt(mean), adopt(rstd)
 end
 
-local function gelu_norm_grad(x, act, gamma, beta, mean, rstd, g)
-  local dx = new()
+-- gradients of x, gamma and beta; `again`: and what gelu_norm gave; `summed`: and dx's sums over rows
+local function gelu_norm_grad(x, act, gamma, beta, mean, rstd, g, eps, again, summed)
+  local dx, out, sums = new(), again and new() or nil, summed and new() or nil
   local dgamma = gamma and gamma.requires_grad and new() or nil
   local dbeta = beta and beta.requires_grad and new() or nil
-  call(C.lac_gelu_norm_bwd, x.c, act and act.c or nil, gamma and gamma.c or nil, mean.c, rstd.c, g.c, dx,
-    dgamma, dbeta)
-  return adopt(dx), dgamma and adopt(dgamma), dbeta and adopt(dbeta)
+  call(C.lac_gelu_norm_bwd, x.c, act and act.c or nil, gamma and gamma.c or nil, beta and beta.c or nil,
+    mean.c, rstd.c, g.c, eps, dx, dgamma, dbeta, out, sums)
+  return adopt(dx), dgamma and adopt(dgamma), dbeta and adopt(dbeta), out and adopt(out), sums and adopt(sums)
 end
 
 local function check_norm(op, gamma, beta, eps)
@@ -120,12 +121,13 @@ function gelu_norm_op.forward(x, gamma, beta, eps)
   local out, act, mean, rstd = gelu_norm(x, gamma, beta, eps)
   if wants(x, gamma, beta) then
     local node = record(gelu_norm_op, out, x, gamma, beta)
-    node.act, node.mean, node.rstd = act, mean, rstd
+    node.act, node.mean, node.rstd, node.eps = act, mean, rstd, eps
   end
   return out
 end
 function gelu_norm_op.backward(node, g, _, retain)
-  local dx, dgamma, dbeta = gelu_norm_grad(node.a, node.act, node.b, node.c, node.mean, node.rstd, g)
+  local dx, dgamma, dbeta = gelu_norm_grad(node.a, node.act, node.b, node.c, node.mean, node.rstd, g,
+    node.eps)
   if node.act and not retain then release(node.act) end
   return dx, dgamma, dbeta
 end
@@ -269,9 +271,9 @@ function feed_op.forward(x, up, up_bias, down, down_bias, options)
   return out
 end
 
--- gradients of down and down_bias
-local function down_grad(node, g, grads, retain)
-  local hidden = node.hidden or (hidden_of(node))
+-- gradients of down and down_bias; hidden: what the second product read, if the caller has it
+local function down_grad(node, g, grads, retain, hidden)
+  hidden = node.hidden or hidden or (hidden_of(node))
   local down, bias = node.down, node.down_bias
   if down.requires_grad or (bias and bias.requires_grad) then
     grads[node.at.down], grads.down_bias = weight_grad(g, hidden, down.requires_grad,
@@ -280,35 +282,37 @@ local function down_grad(node, g, grads, retain)
   if not (node.hidden and retain) then release(hidden) end
 end
 
--- the gradient of what goes into the activation; those of gamma and beta, or of up_bias
+-- the gradient of what goes into the activation, and of up_bias; with a norm also of gamma and beta, and what
+-- the second product read, if it was not kept
 local function pre_grad(node, g, grads)
+  local summed = node.up_bias and node.up_bias.requires_grad
   if node.norm then
     local dh = raw_matmul(g, node.down)
-    local dpre, dgamma, dbeta = gelu_norm_grad(node.pre, node.act, node.gamma, node.beta, node.mean,
-      node.rstd, dh)
-    grads.gamma, grads.beta = dgamma, dbeta
+    local dpre, dgamma, dbeta, hidden, sums = gelu_norm_grad(node.pre, node.act, node.gamma, node.beta,
+      node.mean, node.rstd, dh, node.eps, not node.hidden and node.down.requires_grad, summed)
+    grads.gamma, grads.beta, grads.up_bias = dgamma, dbeta, sums
     release(dh)
-    return dpre
+    return dpre, hidden
   end
-  local c, sums = new(), node.up_bias and node.up_bias.requires_grad and new() or nil
+  local c, sums = new(), summed and new() or nil
   call(C.lac_linear_act_bwd, node.id, g.c, node.down.c, node.pre.c, c, sums)
   grads.up_bias = sums and adopt(sums)
   return adopt(c)
 end
 
 function feed_op.backward(node, g, _, retain)
-  local x, up, bias, grads = node.x, node.up, node.up_bias, {}
+  local x, up, grads = node.x, node.up, {}
   local g2 = rows("feed_forward", g)
-  down_grad(node, g2, grads, retain)
-  local dpre = pre_grad(node, g2, grads)
+  local dpre, hidden
+  if node.norm then dpre, hidden = pre_grad(node, g2, grads) end
+  down_grad(node, g2, grads, retain, hidden)
+  dpre = dpre or pre_grad(node, g2, grads)
   if not retain then
     release(node.pre)
     if node.act then release(node.act) end
   end
-  local of_bias = node.norm and bias and bias.requires_grad
-  if up.requires_grad or of_bias then
-    local dw, sums = weight_grad(dpre, rows("feed_forward", x), up.requires_grad, of_bias)
-    grads[node.at.up], grads.up_bias = dw, grads.up_bias or sums
+  if up.requires_grad then
+    grads[node.at.up] = raw_matmul(tensor.raw_transpose(dpre, 0, 1), rows("feed_forward", x))
   end
   if x.requires_grad then
     grads[1] = raw_matmul(dpre, up)
