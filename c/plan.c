@@ -631,6 +631,7 @@ const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel,
 {
     if (!plan) return "there is no plan";
     const char *why = lac_plan_no_hopper(plan, dtype);
+    if (!why && block && plan->desc.head_dim > LAC_HOPPER_WIDE) why = "head_dim is above 128, with a block_mask";
     if (!why && kernel != LAC_KERNEL_HOPPER && !lac_plan_hopper_pays(plan, block))
         why = lac_plan_hopper_pays(plan, 0) ? "a branch has fewer than 64 rows a block"
                                             : "a branch has fewer than 64 rows a segment";

@@ -108,17 +108,24 @@ int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase);
 bool lac_plan_key_whole(const lac_plan *p, int32_t branch);
 
 /* Kernels for Hopper (sm_90a) do a part of all plans: NULL, or what of plan and dtype they cannot do. The rest depends
- * on the call (attn_hopper_forward_fits). Pays: no branch has so few rows a segment, or a block (0: there are none),
+ * on the call (attn_hopper_forward_fits). Above head_dim LAC_HOPPER_WIDE there is the forward alone, without options of
+ * pairs, padding, dropout, blocks and fp8. Pays: no branch has so few rows a segment, or a block (0: there are none),
  * that tiles would be mostly empty. */
-enum { LAC_HOPPER_BRANCHES = 16, LAC_HOPPER_ROWS = 64 };
+enum { LAC_HOPPER_BRANCHES = 16, LAC_HOPPER_ROWS = 64, LAC_HOPPER_WIDE = 128, LAC_HOPPER_WIDEST = 256 };
 static inline const char *lac_plan_no_hopper(const lac_plan *p, int dtype)
 {
     const lac_attn_desc *d = &p->desc;
     if (dtype != LAC_BF16 && dtype != LAC_F16) return "tensors are neither f16 nor bf16";
-    if (d->head_dim > 128 || d->head_dim % 8) return "head_dim is above 128 or no multiple of 8";
+    if (d->head_dim > LAC_HOPPER_WIDEST || d->head_dim % 8) return "head_dim is above 256 or no multiple of 8";
     if (d->dedup) return "pairs that several branches keep are to be counted once";
     if (d->branches > LAC_HOPPER_BRANCHES) return "there are more than 16 branches";
     return NULL;
+}
+/* the same for what is not the plain forward */
+static inline const char *lac_plan_no_hopper_beyond(const lac_plan *p, int dtype)
+{
+    const char *why = lac_plan_no_hopper(p, dtype);
+    return !why && p->desc.head_dim > LAC_HOPPER_WIDE ? "head_dim is above 128" : why;
 }
 static inline bool lac_plan_hopper_pays(const lac_plan *p, int64_t block)
 {

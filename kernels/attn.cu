@@ -384,7 +384,20 @@ static int choose(const lac_a_attend *f, const char *why, bool pays, bool *hoppe
     return 0;
 }
 
-/* The forward on Hopper has active blocks, but not with other options of single pairs. */
+/* NULL, or options of a call that the forward on Hopper does not have together, or not with wide heads */
+static const char *no_hopper_options(const attn_pair_args &a)
+{
+    if (a.block && hopper_options(a)) return "there is a block_mask, with other options of pairs, padding or dropout";
+    if (a.head_dim <= LAC_HOPPER_WIDE) return NULL;
+    if (a.block) return "head_dim is above 128, with a block_mask";
+    if (a.mask) return "head_dim is above 128, with a mask";
+    if (a.bias) return "head_dim is above 128, with a bias";
+    if (a.slopes) return "head_dim is above 128, with alibi slopes";
+    if (a.padding) return "head_dim is above 128, with padding";
+    return a.p > 0 ? "head_dim is above 128, with dropout" : NULL;
+}
+
+/* without what no_hopper_options() looks at */
 static lac_a_attend without_blocks(const lac_a_attend *f)
 {
     lac_a_attend plain = *f;
@@ -437,8 +450,7 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
     if (attn_few_fits(f)) return attn_few_forward(a, f);
     const lac_a_attend plain = without_blocks(f);
     const char *why = attn_hopper_forward_fits(&plain);
-    if (!why && a.block && hopper_options(a))
-        why = "there is a block_mask, with other options of pairs, padding or dropout";
+    if (!why) why = no_hopper_options(a);
     LAC_TRY(choose(f, why, lac_plan_hopper_pays(p, a.block), &hopper));
     const bool gaps = !covered(p) || p->shift < 0;
     if (gaps && !hopper) {

@@ -374,7 +374,7 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
     const lac_plan *p = f->plan;
     const lac_attn_desc *d = &p->desc;
     const lac_view *read[] = {&f->q, &f->k, &f->v, &w->dout};
-    const char *why = lac_plan_no_hopper(p, f->q.dtype);
+    const char *why = lac_plan_no_hopper_beyond(p, f->q.dtype);
     if (!why) why = hopper_no_pairs(f);
     if (why) return why;
     if (w->dbias.data) return "the bias has a gradient";

@@ -99,11 +99,12 @@ template <class T, class A> static int redo(const A &a, int call)
 
 template <class T> static int launch(const hopper_forward_args &p, int options)
 {
-    const int status = p.a.block                 ? attn_hopper_forward_blocks<T>(p)
-                       : options & HOPPER_ADDED  ? attn_hopper_forward_added<T>(p)
-                       : options & HOPPER_PADDED ? attn_hopper_forward_padded<T>(p)
-                       : options                 ? attn_hopper_forward_pairs<T>(p)
-                                                 : launch_shape<T, HOPPER_PLAIN, false>(p);
+    const int status = p.a.head_dim > LAC_HOPPER_WIDE ? attn_hopper_forward_wide<T>(p)
+                       : p.a.block                    ? attn_hopper_forward_blocks<T>(p)
+                       : options & HOPPER_ADDED       ? attn_hopper_forward_added<T>(p)
+                       : options & HOPPER_PADDED      ? attn_hopper_forward_padded<T>(p)
+                       : options                      ? attn_hopper_forward_pairs<T>(p)
+                                                      : launch_shape<T, HOPPER_PLAIN, false>(p);
     LAC_TRY(status);
     if (!p.masks) return 0;
     return options || p.a.block ? redo<T>(p.a, p.call) : redo<T>((const attn_args &)p.a, p.call);
@@ -132,7 +133,7 @@ int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_a
         while (a.branch[p.same[g]].dilation != b.dilation) p.same[g]++;
         if (p.same[g] < g) continue;
         LAC_TRY(hopper_map(&p.map[g].q, &f->q, b.dilation, 64));
-        const int keys = a.block ? HOPPER_KEYS / 2 : HOPPER_KEYS;
+        const int keys = a.head_dim > LAC_HOPPER_WIDE ? HOPPER_KEYS_WIDE : a.block ? HOPPER_KEYS / 2 : HOPPER_KEYS;
         LAC_TRY(hopper_map(&p.map[g].k, &f->k, b.dilation, keys));
         LAC_TRY(hopper_map(&p.map[g].v, &f->v, b.dilation, keys));
         LAC_TRY(hopper_map(&p.map[g].out, &f->out, b.dilation, 64));

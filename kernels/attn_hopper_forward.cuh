@@ -18,6 +18,10 @@
  * row whether others reach it, before and after; another warp (hopper_carrier) waits until what is before is out, and
  * says so when the tile's own sums are. Tensor cores wait for neither, as long as it is done a tile ahead.
  *
+ * Above a head dimension of 128 the queries take 64 KB and have one place. Each warpgroup gives its part of it back
+ * when its last scores are out, and gets the next tile's beside its last product and its results, which leave from
+ * registers.
+ *
  * Two more warps, or one, write zeros where no branch reaches (hopper_fill), beside the products. Rejected: a pass
  * before the launch, which took half as long as the attention itself at a dilation of 16.
  */
@@ -29,11 +33,11 @@
 #include <cfloat>
 
 enum { HOPPER_BRANCHES = 16 }; /* most branches of a plan: every one has its tensor maps among the arguments */
-enum { HOPPER_KEYS = 128 };    /* keys of a block */
-enum { HOPPER_TILE = 224 };    /* bytes that describe a tile */
-enum { HOPPER_USUAL = 1, HOPPER_SMALL = 2 }; /* active blocks; of at most 64 rows */
-enum { HOPPER_STOP = -1 };                   /* instead of a branch: there are no more tiles */
-enum { HOPPER_LIST = 32, HOPPER_LISTS = 4 }; /* pieces of a list, and lists (attn_hopper_blocks.cuh) */
+enum { HOPPER_KEYS = 128, HOPPER_KEYS_WIDE = 80 }; /* keys of a block; above a head dimension of 128 */
+enum { HOPPER_TILE = 224 };                        /* bytes that describe a tile */
+enum { HOPPER_USUAL = 1, HOPPER_SMALL = 2 };       /* active blocks; of at most 64 rows */
+enum { HOPPER_STOP = -1 };                         /* instead of a branch: there are no more tiles */
+enum { HOPPER_LIST = 32, HOPPER_LISTS = 4 };       /* pieces of a list, and lists (attn_hopper_blocks.cuh) */
 
 /* x / d of 0 <= x < 2^31 by a product: e = factor d - 2^(31 + shift) is below d <= 2^shift, so that e x < 2^(31 +
  * shift) */
@@ -123,22 +127,27 @@ template <class T, int D, int BLOCKS, bool ADDED = false> struct hopper_forward_
     static constexpr bool EIGHT = std::is_same_v<T, e4m3>, STEPPED = BLOCKS > 0, SMALL = BLOCKS == HOPPER_SMALL;
     enum {
         DIM = D,
+        WIDE = D > 128,
+        KEYS = WIDE ? HOPPER_KEYS_WIDE : HOPPER_KEYS,
         GROUPS = hopper_groups(D, BLOCKS, EIGHT || ADDED),
         TOGETHER = SMALL ? 2 : 1,                      /* thread blocks of a multiprocessor */
         STAGES = !SMALL && (D == 64 || EIGHT) ? 4 : 2, /* of keys, values; powers of two: others cost registers */
         SLOTS = 2,                                     /* of queries; results leave through the same memory */
-        LATE = D == 64 ? 12 : 8, /* columns, in eighths, exponentiated before the product with values is waited for */
+        PLACES = WIDE ? 1 : SLOTS,                     /* of queries themselves */
+        LATE = D == 64 ? 12
+               : WIDE  ? 10
+                       : 8, /* eight columns each, whose weights do not wait for product with values */
         THREADS_ = 128 * (GROUPS + 1),
         PANELS = D / 64,
         PANEL = 64 * 128, /* 64 rows of 64 columns */
         QUERIES = GROUPS * PANELS * PANEL,
         READ = EIGHT ? 1 : PANELS, /* panels of queries and keys: 128 bytes of a row each */
         ALIGNED = EIGHT ? 16 : 1,  /* blocks of keys begin at multiples */
-        BLOCK = HOPPER_KEYS * READ * 128
+        BLOCK = KEYS * READ * 128
     };
     enum {
         Q = 0,
-        K = Q + SLOTS * QUERIES,
+        K = Q + PLACES * QUERIES,
         V = K + STAGES * BLOCK,
         TILE = V + STAGES * BLOCK, /* of each slot; then what the scout has found */
         FOUND = TILE + SLOTS * HOPPER_TILE,
@@ -157,10 +166,13 @@ template <class T, int D, int BLOCKS, bool ADDED = false> struct hopper_forward_
         LIST = STEPS + STEPPED * 2 * STAGES * (int)sizeof(hopper_step), /* BLOCKS: pieces */
         LIST_FULL = LIST + STEPPED * HOPPER_LISTS * HOPPER_LIST * (int)sizeof(hopper_piece),
         LIST_FREE = LIST_FULL + STEPPED * HOPPER_LISTS * 8,
-        MEMORY = LIST_FREE + STEPPED * HOPPER_LISTS * 8
+        TAKEN = LIST_FREE + STEPPED * HOPPER_LISTS * 8, /* WIDE: a slot's tile is known; Q_FULL is a warpgroup's then */
+        PLACE_FREE = TAKEN + WIDE * 8 * SLOTS,          /* WIDE: of each warpgroup's queries */
+        MEMORY = PLACE_FREE + WIDE * 8 * GROUPS
     };
     static constexpr int FEEDER_REGISTERS = GROUPS == 3 ? 32 : 40;
     static constexpr int GROUP_REGISTERS = (65536 / TOGETHER / 128 - FEEDER_REGISTERS) / GROUPS / 8 * 8;
+    static_assert(!WIDE || (int)GROUPS == (int)SLOTS, "as many barriers Q_FULL");
     static_assert(MEMORY <= 232448 && TOGETHER * (MEMORY + 1024) <= 233472, "shared memory of a multiprocessor");
 };
 
@@ -177,17 +189,17 @@ HOPPER_FN int *hopper_done(const hopper_forward_args &p, const volatile attn_til
     return p.a.counter + 1 + ((int64_t)g * p.a.batch + t.b) * p.a.heads + t.h;
 }
 
-HOPPER_FN void hopper_part(hopper_forward_tile &f, int w)
+template <int KEYS> HOPPER_FN void hopper_part(hopper_forward_tile &f, int w)
 {
     const attn_tile &t = f.t;
     const int row = t.first + w * 64, low = f.low, blocks = f.blocks;
     const int least = max(row - t.before - low, 0), highest = min(t.live, row + 64 + t.after) - low;
-    const int lead = min(least / HOPPER_KEYS, blocks);
-    const int halves = min((highest + HOPPER_KEYS / 2 - 1) / (HOPPER_KEYS / 2), 2 * blocks);
+    const int lead = min(least / KEYS, blocks);
+    const int halves = min((highest + KEYS / 2 - 1) / (KEYS / 2), 2 * blocks);
     f.part[w].lead = lead;
     f.part[w].ends = highest > least && row < t.end ? halves : 2 * lead;
-    f.part[w].plain = (max(row + 63 - t.before - low, 0) + HOPPER_KEYS - 1) / HOPPER_KEYS;
-    f.part[w].full = max(min(t.live, row + t.after + 1) - low, 0) / HOPPER_KEYS;
+    f.part[w].plain = (max(row + 63 - t.before - low, 0) + KEYS - 1) / KEYS;
+    f.part[w].full = max(min(t.live, row + t.after + 1) - low, 0) / KEYS;
 }
 
 /* Row number of a lattice at or after a position that is below 2^31. */
@@ -268,10 +280,10 @@ template <class M, int OPTIONS> HOPPER_FN bool hopper_find(const hopper_forward_
     const int low = least / M::ALIGNED * M::ALIGNED;
     f.g = g;
     f.low = low;
-    f.blocks = high > least ? (high - low + HOPPER_KEYS - 1) / HOPPER_KEYS : 0;
+    f.blocks = high > least ? (high - low + M::KEYS - 1) / M::KEYS : 0;
     if constexpr (!M::STEPPED) {
 #pragma unroll 1
-        for (int w = 0; w < GROUPS; w++) hopper_part(f, w);
+        for (int w = 0; w < GROUPS; w++) hopper_part<M::KEYS>(f, w);
     }
     f.query = (int)(t.base + (int64_t)t.q0 * t.r - a.shift);
     f.key = (int)t.base;
@@ -446,7 +458,7 @@ template <class M> struct hopper_carrier {
                 }
                 told++;
             }
-            if (more && ended(M::Q_FULL, ready)) {
+            if (more && ended(M::WIDE ? M::TAKEN : M::Q_FULL, ready)) {
                 more = tile(ready).g != HOPPER_STOP;
                 if (more && out(tile(ready))) {
                     prepare(ready);
@@ -462,9 +474,9 @@ template <class M> struct hopper_carrier {
 template <class M> struct hopper_feeder {
     const hopper_forward_args &p;
     const uint32_t memory;
-    int slot, slot_free, stage, stage_free;
+    int slot, slot_free, stage, stage_free, place_free;
     __device__ __forceinline__ hopper_feeder(const hopper_forward_args &p, uint32_t memory)
-        : p(p), memory(memory), slot(0), slot_free(1), stage(0), stage_free(1)
+        : p(p), memory(memory), slot(0), slot_free(1), stage(0), stage_free(1), place_free(1)
     {
     }
     __device__ __forceinline__ void step(int &at, int &parity, int count)
@@ -483,6 +495,26 @@ template <class M> struct hopper_feeder {
             for (int c = 0; c < M::READ; c++)
                 hopper_load(to + (c * M::GROUPS + g) * M::PANEL, &map.q, full, 64 * c, row + 64 * g, z, head);
     }
+    /* WIDE: those of each warpgroup when it has no more use for the last ones */
+    __device__ __forceinline__ void queries_apart(const volatile hopper_forward_tile &f, const hopper_forward_maps &map)
+    {
+        const int rows = f.rows, row = HOPPER_WRAP - rows + f.t.first - f.t.q0, head = f.t.h, groups = f.groups;
+        const int z = f.t.b * p.q_step + f.query + rows * f.t.r;
+#pragma unroll 1
+        for (int g = 0; g < M::GROUPS; g++) {
+            const uint32_t full = memory + M::Q_FULL + 8 * g, to = memory + M::Q + g * M::PANEL;
+            hopper_wait(memory + M::PLACE_FREE + 8 * g, place_free);
+            if (g >= groups) { /* no rows, but the warpgroup frees what it does not need */
+                hopper_arrive(full);
+                continue;
+            }
+            hopper_expect(full, M::PANELS * M::PANEL);
+#pragma unroll
+            for (int c = 0; c < M::PANELS; c++)
+                hopper_load(to + c * M::GROUPS * M::PANEL, &map.q, full, 64 * c, row + 64 * g, z, head);
+        }
+        place_free ^= 1;
+    }
     __device__ __forceinline__ void keys(const volatile hopper_forward_tile &f, const hopper_forward_maps &map)
     {
         const int live = f.t.live, row = HOPPER_WRAP - live + f.low, token = f.key + live * f.t.r, blocks = f.blocks;
@@ -494,8 +526,9 @@ template <class M> struct hopper_feeder {
             hopper_expect(barriers + M::K_FULL, M::BLOCK);
 #pragma unroll
             for (int c = 0; c < M::READ; c++)
-                hopper_load(to + M::K + c * HOPPER_KEYS * 128, &map.k, barriers + M::K_FULL, 64 * c,
-                            row + i * HOPPER_KEYS, k, head);
+                hopper_load(to + M::K + c * M::KEYS * 128, &map.k, barriers + M::K_FULL, 64 * c, row + i * M::KEYS, k,
+                            head);
+            if (M::WIDE && i == 0) queries_apart(f, map); /* they may have to wait */
             hopper_wait(barriers + M::V_FREE, stage_free);
             if constexpr (M::EIGHT) { /* D rows of keys */
                 hopper_expect(barriers + M::V_FULL, M::DIM * 128);
@@ -505,8 +538,8 @@ template <class M> struct hopper_feeder {
                 hopper_expect(barriers + M::V_FULL, M::BLOCK);
 #pragma unroll
                 for (int c = 0; c < M::PANELS; c++)
-                    hopper_load(to + M::V + c * HOPPER_KEYS * 128, &map.v, barriers + M::V_FULL, 64 * c,
-                                row + i * HOPPER_KEYS, v, head);
+                    hopper_load(to + M::V + c * M::KEYS * 128, &map.v, barriers + M::V_FULL, 64 * c, row + i * M::KEYS,
+                                v, head);
             }
             step(stage, stage_free, M::STAGES);
         }
@@ -526,11 +559,20 @@ template <class M> struct hopper_feeder {
             take(at, full);
             const volatile hopper_forward_tile &f = *(const hopper_forward_tile *)__cvta_shared_to_generic(at);
             if (f.g == HOPPER_STOP) break;
-            queries(f, p.map[f.map]);
+            if constexpr (M::WIDE) {
+                hopper_arrive(memory + M::TAKEN + 8 * slot);
+                if (f.blocks == 0) queries_apart(f, p.map[f.map]);
+            } else queries(f, p.map[f.map]);
             step(slot, slot_free, M::SLOTS);
             keys(f, p.map[f.map]);
         }
-        hopper_arrive(memory + M::Q_FULL + 8 * slot);
+        if constexpr (M::WIDE) {
+            hopper_arrive(memory + M::TAKEN + 8 * slot);
+            for (int g = 0; g < M::GROUPS; g++) { /* the last queries may still be on their way */
+                hopper_wait(memory + M::PLACE_FREE + 8 * g, place_free);
+                hopper_arrive(memory + M::Q_FULL + 8 * g);
+            }
+        } else hopper_arrive(memory + M::Q_FULL + 8 * slot);
     }
 };
 

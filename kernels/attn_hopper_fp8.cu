@@ -248,7 +248,7 @@ static lac_view bytes_of(char *data, int64_t b, int64_t n, int64_t h, int64_t d,
 const char *attn_hopper_fp8_fits(const lac_a_attend *f)
 {
     const lac_plan *p = f->plan;
-    const char *why = lac_plan_no_hopper(p, f->q.dtype);
+    const char *why = lac_plan_no_hopper_beyond(p, f->q.dtype);
     if (!why) why = lac_attend_pairs(f);
     if (why) return why;
     if (f->padding.data) return "there is a padding mask";

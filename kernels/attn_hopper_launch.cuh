@@ -1,7 +1,7 @@
 /* attn_hopper_launch.cuh: the forward's kernel on Hopper and its launch, as a template over what has instances of its
- * own: dtype, head dimension (64, 128), whether branches meet, what options of pairs there are
- * (attn_hopper_pairs.cuh), and whether there are active blocks. Those without are made in attn_hopper_forward.cu, those
- * with in attn_hopper_pairs.cu, attn_hopper_padded.cu, attn_hopper_added.cu and attn_hopper_blocks.cu.
+ * own: dtype, head dimension (64, 128; 256 in attn_hopper_wide.cu), whether branches meet, what options of pairs there
+ * are (attn_hopper_pairs.cuh), and whether there are active blocks. Those without are made in attn_hopper_forward.cu,
+ * those with in attn_hopper_pairs.cu, attn_hopper_padded.cu, attn_hopper_added.cu and attn_hopper_blocks.cu.
  */
 #ifndef LAC_CUDA_ATTN_HOPPER_LAUNCH_CUH
 #define LAC_CUDA_ATTN_HOPPER_LAUNCH_CUH
@@ -61,6 +61,10 @@ __global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS, (OPTIONS & 
             hopper_barrier(memory + M::K_FREE + 8 * i, 4 * M::GROUPS); /* every warp */
             hopper_barrier(memory + M::V_FREE + 8 * i, 4 * M::GROUPS);
         }
+        for (int i = 0; M::WIDE && i < M::SLOTS; i++) {
+            hopper_barrier(memory + M::TAKEN + 8 * i, 1);
+            hopper_barrier(memory + M::PLACE_FREE + 8 * i, 4);
+        }
         for (int i = 0; BLOCKS && i < HOPPER_LISTS; i++) {
             hopper_barrier(memory + M::LIST_FULL + 8 * i, 1);
             hopper_barrier(memory + M::LIST_FREE + 8 * i, 1);
@@ -108,10 +112,12 @@ int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_a
                         const hopper_kept *padding);
 
 /* The same with dropout or slopes (attn_hopper_pairs.cu), with padding (attn_hopper_padded.cu), with a mask or a bias
- * (attn_hopper_added.cu), and with active blocks (attn_hopper_blocks.cu). */
+ * (attn_hopper_added.cu), and with active blocks (attn_hopper_blocks.cu); and with none of all this above a head
+ * dimension of 128 (attn_hopper_wide.cu). */
 template <class T> int attn_hopper_forward_pairs(const hopper_forward_args &p);
 template <class T> int attn_hopper_forward_padded(const hopper_forward_args &p);
 template <class T> int attn_hopper_forward_added(const hopper_forward_args &p);
 template <class T> int attn_hopper_forward_blocks(const hopper_forward_args &p);
+template <class T> int attn_hopper_forward_wide(const hopper_forward_args &p);
 
 #endif

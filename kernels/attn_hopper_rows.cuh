@@ -21,6 +21,7 @@
 #ifndef LAC_CUDA_ATTN_HOPPER_ROWS_CUH
 #define LAC_CUDA_ATTN_HOPPER_ROWS_CUH
 #include "attn_hopper_forward.cuh"
+#include "attn_hopper_wide.cuh"
 #include "attn_mma.cuh"
 
 HOPPER_FN float hopper_log2(float x)
@@ -50,7 +51,8 @@ template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
  * values and weights are of eight bits (attn_hopper_fp8.cuh). */
 template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_rows {
     typedef hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0> M;
-    enum { BN = HOPPER_KEYS, TURN = 1, OWN = 8 };      /* named barriers: the turn of warpgroup 0; of its own warps */
+    enum { BN = M::KEYS, TURN = 1, OWN = 8 }; /* named barriers: the turn of warpgroup 0; of its own warps */
+    static constexpr bool MEET = MEETS;
     static constexpr float NOTHING = -1e38f, RISE = 8; /* bits by which slopes may lift a block over its reference */
     static constexpr bool PAIRS = OPTIONS & HOPPER_PAIRS, PADDED = OPTIONS & HOPPER_PADDED,
                           ADDED = OPTIONS & HOPPER_ADDED;
@@ -115,6 +117,10 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     {
         if (lane == 0) hopper_arrive(memory + M::V_FREE + 8 * (c % M::STAGES));
     }
+    __device__ __forceinline__ uint32_t queries(int slot) const
+    {
+        return memory + M::Q + slot % M::PLACES * M::QUERIES + w * M::PANEL;
+    }
     __device__ __forceinline__ void take_turn() /* a warpgroup alone always has it */
     {
         if (M::GROUPS > 1) hopper_sync(TURN + w, 256);
@@ -152,7 +158,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
 
     __device__ __forceinline__ void queue_scores(int slot, bool begun = false) /* S = Q K^T, or S += */
     {
-        const uint32_t q = hopper_operand(memory + M::Q + slot * M::QUERIES + w * M::PANEL, 16);
+        const uint32_t q = hopper_operand(queries(slot), 16);
         const uint32_t k = hopper_operand(memory + M::K + block % M::STAGES * M::BLOCK, 16);
         hopper_pin(s);
         hopper_product_fence();
@@ -334,7 +340,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     __device__ __forceinline__ void multiply_again(int slot)
     {
         const int row = warp * 16 + lane / 4;
-        const uint32_t q = memory + M::Q + slot * M::QUERIES + w * M::PANEL + row * 128;
+        const uint32_t q = queries(slot) + row * 128;
         const uint32_t k = memory + M::K + block % M::STAGES * M::BLOCK + lane % 4 * 256;
 #pragma unroll
         for (int i = 0; i < BN / 2; i++) s[i] = 0;
@@ -434,7 +440,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     }
     __device__ __forceinline__ void store(int slot, float weight0, float weight1)
     {
-        const uint32_t to = memory + M::Q + slot * M::QUERIES + w * M::PANEL;
+        const uint32_t to = queries(slot);
         const int row = warp * 16 + lane % 16;
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
@@ -482,6 +488,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
         }
         const float all = weight(slot);
         const float weight0 = total0 == 0 ? 0 : all / total0, weight1 = total1 == 0 ? 0 : all / total1;
+        if constexpr (M::WIDE) return hopper_put_wide(*this, slot, weight0, weight1, 0);
         meet(); /* all warps are past their last use of the queries */
         if (BLOCKS && cut(slot)) put_rows(slot, weight0, weight1, 0);
         else store(slot, weight0, weight1);
@@ -546,14 +553,17 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     }
     template <int ROW> __device__ __forceinline__ void add(int slot, float weight, float old)
     {
-        float x[D / 4];
+        if constexpr (M::WIDE) hopper_add_wide<ROW>(*this, slot, weight, old);
+        else {
+            float x[D / 4];
 #pragma unroll
-        for (int e = 0; e < D / 4; e++) x[e] = 0;
-        fetch<ROW, 2>(slot, x, old);
+            for (int e = 0; e < D / 4; e++) x[e] = 0;
+            fetch<ROW, 2>(slot, x, old);
 #pragma unroll
-        for (int e = 0; e < D / 8; e++) {
-            o[4 * e + 2 * ROW] = fmaf(o[4 * e + 2 * ROW], weight, x[2 * e]);
-            o[4 * e + 2 * ROW + 1] = fmaf(o[4 * e + 2 * ROW + 1], weight, x[2 * e + 1]);
+            for (int e = 0; e < D / 8; e++) {
+                o[4 * e + 2 * ROW] = fmaf(o[4 * e + 2 * ROW], weight, x[2 * e]);
+                o[4 * e + 2 * ROW + 1] = fmaf(o[4 * e + 2 * ROW + 1], weight, x[2 * e + 1]);
+            }
         }
     }
     __device__ __forceinline__ void finish_together(int slot, float total0, float total1)
@@ -574,7 +584,9 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
             if (i < end) put_lse(at, f.g, lse_of(top0, total0), old0);
             if (i + 8 < end) put_lse(at + 8 * (int64_t)step, f.g, lse_of(top1, total1), old1);
         }
-        if (f.after[2 * w] | f.after[2 * w + 1] || (BLOCKS && cut(slot)))
+        if constexpr (M::WIDE)
+            hopper_put_wide(*this, slot, weight0, weight1, f.after[2 * w + warp / 2] >> (warp % 2 * 16 + lane / 4));
+        else if (f.after[2 * w] | f.after[2 * w + 1] || (BLOCKS && cut(slot)))
             put_rows(slot, weight0, weight1, f.after[2 * w + warp / 2] >> (warp % 2 * 16 + lane / 4));
         else {
             meet();
@@ -596,7 +608,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
         stored = true;
         clear();
     }
-    __device__ __forceinline__ void no_keys(int slot) /* for any of the rows */
+    __device__ __forceinline__ void begin_alone(int slot) /* with what earlier branches left */
     {
         top0 = top1 = sum0 = sum1 = 0;
         if (MEETS) {
@@ -604,6 +616,10 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
             if (lane % 4 == 0) sum0 = top0 != -INFINITY, sum1 = top1 != -INFINITY;
             if (RUNNING && !p.a.sum) scale(unweighted(slot), unweighted(slot));
         }
+    }
+    __device__ __forceinline__ void no_keys(int slot) /* for any of the rows */
+    {
+        begin_alone(slot);
         finish(slot);
     }
     /* the product and the results that are due, where no next tile hides them */
@@ -623,7 +639,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     {
         wait_keys(block);
         take_turn();
-        if (held) {
+        if (!M::WIDE && held) {
             queue_scores(slot, ADDED && p.a.mask);
             wait_values(due);
             queue_values(due);
@@ -736,6 +752,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     __device__ __forceinline__ void run()
     {
         if constexpr (BLOCKS) run_steps();
+        else if constexpr (M::WIDE) hopper_run_wide(*this);
         else run_blocks();
     }
     __device__ __forceinline__ void run_blocks()

@@ -162,19 +162,44 @@ HOPPER_FN uint64_t hopper_descriptor(uint32_t operand, uint32_t offset)
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HOPPER_REGISTERS_40 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39"
+#define HOPPER_REGISTERS_128 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define HOPPER_F8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), \
     "+f"(x[i + 6]), "+f"(x[i + 7])
 #define HOPPER_F32(x, i) HOPPER_F8(x, i), HOPPER_F8(x, i + 8), HOPPER_F8(x, i + 16), HOPPER_F8(x, i + 24)
 #define HOPPER_PRODUCT(WIDTH, TYPE) "wgmma.mma_async.sync.aligned.m64n" WIDTH "k16.f32." TYPE "." TYPE " {"
 /* clang-format on */
 
-/* x (+)= A B^T (ACROSS 0: B's rows are columns of x) or x (+)= A B (ACROSS 1), 64 x 64 and 64 x 128, 16 deep */
+/* x (+)= A B^T (ACROSS 0: B's rows are columns of x) or x (+)= A B (ACROSS 1), 64 x 64, 64 x 80 and 64 x 128, 16
+ * deep */
 template <class T, int ACROSS> HOPPER_FN void hopper_product(float (&x)[32], uint64_t a, uint64_t b, int add)
 {
 #define PRODUCT(TYPE)                                                                                                  \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n" HOPPER_PRODUCT("64", TYPE) HOPPER_REGISTERS_32       \
                  "}, %32, %33, add, 1, 1, 0, %35;\n}"                                                                  \
                  : HOPPER_F32(x, 0)                                                                                    \
+                 : "l"(a), "l"(b), "r"(add), "n"(ACROSS))
+    if constexpr (std::is_same_v<T, bf16>) PRODUCT("bf16");
+    else PRODUCT("f16");
+#undef PRODUCT
+}
+template <class T, int ACROSS> HOPPER_FN void hopper_product(float (&x)[40], uint64_t a, uint64_t b, int add)
+{
+#define PRODUCT(TYPE)                                                                                                  \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %42, 0;\n" HOPPER_PRODUCT("80", TYPE) HOPPER_REGISTERS_40       \
+                 "}, %40, %41, add, 1, 1, 0, %43;\n}"                                                                  \
+                 : HOPPER_F32(x, 0), HOPPER_F8(x, 32)                                                                  \
                  : "l"(a), "l"(b), "r"(add), "n"(ACROSS))
     if constexpr (std::is_same_v<T, bf16>) PRODUCT("bf16");
     else PRODUCT("f16");
@@ -191,7 +216,7 @@ template <class T, int ACROSS> HOPPER_FN void hopper_product(float (&x)[64], uin
     else PRODUCT("f16");
 #undef PRODUCT
 }
-/* x += A B with A in registers, 64 x 64 and 64 x 128, 16 deep */
+/* x += A B with A in registers, 64 x 64, 64 x 128 and 64 x 256, 16 deep */
 template <class T> HOPPER_FN void hopper_product_from(float (&x)[32], const uint32_t *a, uint64_t b)
 {
 #define PRODUCT(TYPE)                                                                                                  \
@@ -209,6 +234,17 @@ template <class T> HOPPER_FN void hopper_product_from(float (&x)[64], const uint
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n" HOPPER_PRODUCT("128", TYPE) HOPPER_REGISTERS_64      \
                  "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}"                                                      \
                  : HOPPER_F32(x, 0), HOPPER_F32(x, 32)                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
+    if constexpr (std::is_same_v<T, bf16>) PRODUCT("bf16");
+    else PRODUCT("f16");
+#undef PRODUCT
+}
+template <class T> HOPPER_FN void hopper_product_from(float (&x)[128], const uint32_t *a, uint64_t b)
+{
+#define PRODUCT(TYPE)                                                                                                  \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %133, 0;\n" HOPPER_PRODUCT("256", TYPE) HOPPER_REGISTERS_128    \
+                 "}, {%128, %129, %130, %131}, %132, add, 1, 1, 1;\n}"                                                 \
+                 : HOPPER_F32(x, 0), HOPPER_F32(x, 32), HOPPER_F32(x, 64), HOPPER_F32(x, 96)                           \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
     if constexpr (std::is_same_v<T, bf16>) PRODUCT("bf16");
     else PRODUCT("f16");

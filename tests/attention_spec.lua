@@ -329,16 +329,25 @@ describe("lac.attention", function()
     local tf32 = kernel({}, 64, wide)
     lac.use_tf32(false)
     assert.matches("^cuda: tensor cores, TF32; portable", tf32)
-    assert.matches("; portable: head_dim is above 128 or no multiple of 8$", kernel({}, 64, half(36)))
+    assert.matches("; portable: head_dim is above 256 or no multiple of 8$", kernel({}, 64, half(36)))
+    assert.matches("; portable: head_dim is above 256 or no multiple of 8$", kernel({}, 64, half(264)))
     assert.matches("; portable %(chosen%)$", kernel({ kernel = "portable" }, 64, half()))
     assert.matches("; hopper %(chosen%), an error on other GPUs$", kernel({ kernel = "hopper" }, 63, half()))
     assert.matches("; hopper %(chosen%) fails: head_dim is", kernel({ kernel = "hopper" }, 64, half(36)))
-    local function sparse(block)
+    local function sparse(block, head_dim)
       local o = { variant = "block_sparse", pattern = "full()", block = block, heads = 2 }
-      return lac.attention(o):explain(256, { dtype = "bf16", device = "cuda", as = "table" }).kernel
+      return lac.attention(o):explain(256, { dtype = "bf16", device = "cuda", as = "table",
+        head_dim = head_dim }).kernel
     end
-    assert.matches("; forward hopper on a Hopper GPU; backward, with padding, dropout or options of pairs, "
-      .. "and on others portable$", sparse(64))
+    local forward = "; forward hopper on a Hopper GPU; backward, with padding, dropout or options of pairs, "
+      .. "and on others portable$"
+    assert.matches(forward, sparse(64))
+    assert.matches(forward, kernel({}, 64, half(136)))
+    assert.matches(forward, kernel({}, 64, half(256)))
+    assert.matches("; hopper %(chosen%), an error on other GPUs, in the backward, and with padding, dropout "
+      .. "or other options of pairs$", kernel({ kernel = "hopper" }, 64, half(256)))
+    assert.matches("; portable: head_dim is above 128, with a block_mask$", sparse(64, 136))
+    assert.matches("^cuda: fp8 fails: head_dim is above 128$", kernel({ fp8 = true }, 64, half(136)))
     assert.matches("; portable: a branch has fewer than 64 rows a block$", sparse(63))
     assert.matches("^cpu: kernel 'hopper' %(chosen%) fails",
       kernel({ kernel = "hopper" }, 64, { device = "cpu" }))

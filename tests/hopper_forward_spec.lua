@@ -1,7 +1,7 @@
 --- The forward of attention on Hopper: against the oracle, the CPU, the portable kernel, and itself.
 --
 -- The kernel is forced, so a call that it could not do would fail here. Random configurations have what it
--- takes: head dimensions to 128, f16 and bf16, any pattern, causal, windows, lengths, grouped heads, all
+-- takes: head dimensions to 256, f16 and bf16, any pattern, causal, windows, lengths, grouped heads, all
 -- merges; attn_random says how they are made, poisoned and judged. Past a few tiles the CPU in f64 stands in
 -- for the oracle.
 
@@ -15,65 +15,71 @@ local random, pick, chance, text = attn.random, attn.pick, attn.chance, attn.tex
 local forward = attn_device.forward
 
 -- any valid configuration of what the kernel does; heads: of keys, at most
-local function random_config(most, heads)
-  local c = attn.random_config { most = most, segment = most, heads = heads or 2,
-                                 D = pick { 64, 64, 128, 128, 8 * random(16) } }
+local function random_config(dims, most, heads)
+  local c = attn.random_config { most = most, segment = most, heads = heads or 2, D = dims() }
   c.dropout, c.dedup, c.padding, c.scale = 0, false, nil, pick { 0, 0.3, 0.05 }
   c.kernel = "hopper"
   return c
 end
 
+local function to_128() return pick { 64, 64, 128, 128, 8 * random(16) } end
+local function above_128() return pick { 256, 256, 192, 136, 8 * (16 + random(16)) } end
+
 describe("the forward of attention on Hopper #gpu", function()
   local unharmed = attn_device.guard(setup, teardown)
 
-  it("equals the oracle in 60 random configurations", function()
-    local seed = attn.fresh()
-    attn.seed(seed)
-    for trial = 1, 60 do
-      local c, dtype = random_config(trial % 6 == 0 and 150 or 50), pick { "bf16", "f16" }
-      local lists = attn_device.inputs(c, seed + trial, dtype)
-      local got = forward(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
-      local exact, naive = attn_device.references(c, dtype, lists)
-      attn_device.judge(dtype, got, exact, naive, ("trial %d of seed %d: %s"):format(trial, seed, text(c)))
-    end
-  end)
+  for name, dims in pairs { ["head_dim to 128"] = to_128, ["head_dim above 128"] = above_128 } do
+    it("equals the oracle in 60 random configurations, " .. name, function()
+      local seed = attn.fresh()
+      attn.seed(seed)
+      for trial = 1, 60 do
+        local c, dtype = random_config(dims, trial % 6 == 0 and 150 or 50), pick { "bf16", "f16" }
+        local lists = attn_device.inputs(c, seed + trial, dtype)
+        local got = forward(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
+        local exact, naive = attn_device.references(c, dtype, lists)
+        attn_device.judge(dtype, got, exact, naive, ("trial %d of seed %d: %s"):format(trial, seed, text(c)))
+      end
+    end)
 
-  it("equals the CPU across many tiles in 240 random configurations, some with rising scores", function()
-    local seed = attn.fresh() + 1
-    attn.seed(seed)
-    for trial = 1, 240 do
-      local c, dtype = random_config(trial % 8 == 0 and 1500 or 500, 1), pick { "bf16", "f16" }
-      local peak = chance(0.3) and pick { 4, 20 } or nil
-      local lists = attn_device.inputs(c, seed + trial, dtype)
-      if peak then attn_device.rise(c, lists[2], peak, dtype) end
-      local got = forward(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
-      local exact, naive = attn_device.cpu(forward, c, dtype, lists)
-      attn_device.judge(dtype, got, exact, naive,
-        ("trial %d of seed %d, peak %s: %s"):format(trial, seed, tostring(peak), text(c)))
-    end
-  end)
+    it("equals the CPU across many tiles in 240 random configurations, some with rising scores, " .. name,
+      function()
+        local seed = attn.fresh() + 1
+        attn.seed(seed)
+        for trial = 1, 240 do
+          local c, dtype = random_config(dims, trial % 8 == 0 and 1500 or 500, 1), pick { "bf16", "f16" }
+          local peak = chance(0.3) and pick { 4, 20 } or nil
+          local lists = attn_device.inputs(c, seed + trial, dtype)
+          if peak then attn_device.rise(c, lists[2], peak, dtype) end
+          local got = forward(C.LAC_CUDA, dtype, c, lists, pick { false, false, "heads" } or nil)
+          local exact, naive = attn_device.cpu(forward, c, dtype, lists)
+          attn_device.judge(dtype, got, exact, naive,
+            ("trial %d of seed %d, peak %s: %s"):format(trial, seed, tostring(peak), text(c)))
+        end
+      end)
 
-  it("agrees with the portable kernel and gives the same bits twice", function()
-    attn.seed(12)
-    for _ = 1, 12 do
-      local c, dtype = random_config(1500, 1), pick { "bf16", "f16" }
-      local lists = attn_device.inputs(c, 3, dtype)
-      local first = forward(C.LAC_CUDA, dtype, c, lists)
-      attn_device.near(forward(C.LAC_CUDA, dtype, c, lists, nil, "portable"), first, text(c))
-      for _ = 1, 3 do attn_device.same(forward(C.LAC_CUDA, dtype, c, lists), first, text(c)) end
-    end
-  end)
+    it("agrees with the portable kernel and gives the same bits twice, " .. name, function()
+      attn.seed(12)
+      for _ = 1, 12 do
+        local c, dtype = random_config(dims, 1500, 1), pick { "bf16", "f16" }
+        local lists = attn_device.inputs(c, 3, dtype)
+        local first = forward(C.LAC_CUDA, dtype, c, lists)
+        attn_device.near(forward(C.LAC_CUDA, dtype, c, lists, nil, "portable"), first, text(c))
+        for _ = 1, 3 do attn_device.same(forward(C.LAC_CUDA, dtype, c, lists), first, text(c)) end
+      end
+    end)
 
-  it("keeps NaN and infinity of masked keys and other rows away, in 60 random configurations", function()
-    local seed = attn.fresh() + 2
-    attn.seed(seed)
-    local function allowed(y) return 2 ^ -6 * (1 + math.abs(y)) end
-    for trial = 1, 60 do
-      local c = random_config(trial % 6 == 0 and 300 or 90)
-      attn_device.keeps_away(c, { attn.inputs(c, seed + trial, "bf16") }, allowed,
-        ("trial %d of seed %d: %s"):format(trial, seed, text(c)))
-    end
-  end)
+    it("keeps NaN and infinity of masked keys and other rows away, in 60 random configurations, " .. name,
+      function()
+        local seed = attn.fresh() + 2
+        attn.seed(seed)
+        local function allowed(y) return 2 ^ -6 * (1 + math.abs(y)) end
+        for trial = 1, 60 do
+          local c = random_config(dims, trial % 6 == 0 and 300 or 90)
+          attn_device.keeps_away(c, { attn.inputs(c, seed + trial, "bf16") }, allowed,
+            ("trial %d of seed %d: %s"):format(trial, seed, text(c)))
+        end
+      end)
+  end
 
   it("says why it cannot do a call that it is forced to do", function()
     local function refused(pattern, change, dtype, layout)
@@ -88,12 +94,17 @@ describe("the forward of attention on Hopper #gpu", function()
       forward(C.LAC_CUDA, dtype or "bf16", c, lists, layout)
     end
     refused("tensors are neither f16 nor bf16", {}, "f32")
-    refused("head_dim is above 128 or no multiple of 8", { D = 136 })
-    refused("head_dim is above 128 or no multiple of 8", { D = 60 })
+    refused("head_dim is above 256 or no multiple of 8", { D = 60 })
+    refused("head_dim is above 256 or no multiple of 8", { D = 132 })
     refused("the scale is negative", { scale = -1 })
     refused("the head dimension is not contiguous", {}, "bf16", "inner")
     refused("strides do not fit a tensor map", {}, "bf16", "reversed")
     refused("pairs that several branches keep", { segments = { 70, 70 }, dilations = { 1, 2 }, dedup = true })
+    local kept = {}
+    for i = 1, 70 do kept[i] = i % 3 > 0 end
+    refused("head_dim is above 128, with padding", { D = 256, padding = kept })
+    refused("head_dim is above 128, with dropout", { D = 136, dropout = 0.5 })
+    refused("head_dim is above 128, with alibi slopes", { D = 256, alibi = { 0.5 } })
   end)
 
   it("wrote over no guard bytes", unharmed)

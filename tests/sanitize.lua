@@ -130,9 +130,14 @@ function run.hopper()
         end
       end
     end
-    for _, d in ipairs{ 32, 80 } do -- forward only: the backward is the portable one's
-      attend(("hopper %s, head_dim %d"):format(dtype, d), { dtype = dtype, d = d, kernel = "hopper",
-        n = 300, m = 300, forward = true })
+    for _, d in ipairs{ 32, 80, 136, 256 } do -- forward only: that of 136 and 256 is all there is
+      for _, causal in ipairs{ false, true } do
+        attend(("hopper %s, head_dim %d%s"):format(dtype, d, causal and ", causal" or ""), { dtype = dtype,
+          d = d, kernel = "hopper", causal = causal, n = 300, m = 300, forward = true })
+        attend(("hopper %s, head_dim %d%s, three branches"):format(dtype, d, causal and ", causal" or ""),
+          { dtype = dtype, d = d, kernel = "hopper", causal = causal, n = 300, m = 300, forward = true,
+            segments = { 100, 200, 400 }, dilations = { 1, 2, 3 }, kv = 2 })
+      end
     end
   end
 end

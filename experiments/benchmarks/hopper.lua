@@ -64,20 +64,20 @@ local function against_peers(b, n, head_dim, causal, ours, target)
 end
 
 -- at 1024 rows, and from 2048 on
-local TARGET = { [64] = { 1.1, 1.2 }, [128] = { 1.05, 1.12 } }
+local TARGET = { [64] = { 1.1, 1.2 }, [128] = { 1.05, 1.12 }, [256] = {} }
 
 local BF16 = { { name = "", kernel = "hopper" }, { name = "portable", kernel = "portable" } }
 local FP8 = { { name = "fp8 ", kernel = "hopper", fp8 = true }, { name = "bf16", kernel = "hopper" } }
 
 local function rows(b)
-  for _, head_dim in ipairs{ 64, 128 } do
+  for _, head_dim in ipairs{ 64, 128, 256 } do
     for _, causal in ipairs{ false, true } do
       for _, n in ipairs(b:size({ 1024, 2048, 4096, 8192, 32768 }, { 1024 })) do
         lac.scope(against_peers, b, n, head_dim, causal, BF16, TARGET[head_dim][n > 1024 and 2 or 1])
       end
     end
   end
-  for _, head_dim in ipairs(b:size({ 32, 80, 96 }, { 32 })) do -- padded to 64 and 128
+  for _, head_dim in ipairs(b:size({ 32, 80, 96, 160, 192 }, { 32 })) do -- padded to 64, 128 and 256
     for _, causal in ipairs{ false, true } do
       lac.scope(against_peers, b, b:size(4096, 1024), head_dim, causal, BF16)
     end
