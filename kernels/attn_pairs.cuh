@@ -109,7 +109,10 @@ __device__ __forceinline__ void attn_locate(const attn_pair_args &a, int64_t id,
     const int number = attn_decode<KEYS>(a, id, t);
     attn_rows<KEYS>(a, number, height, t);
 }
-/* The same where blocks are all that there is: tiles are short then, and few divisions are run. */
+/* The same where blocks are all that there is: tiles are short then, and few divisions are run. Lines (batch items,
+ * heads, segments) follow each other, so that the keys of one stay in the cache. With causality, whose tiles
+ * differ most, the heavier half of all lines' tiles comes first, then the heavier half of the rest, and so on: a launch
+ * ends with the lightest tiles, and as many keys are in use at any time, because lighter tiles see fewer. */
 template <bool KEYS>
 __device__ __forceinline__ void attn_locate(const attn_block_args &a, int64_t id, int height, attn_tile &t)
 {
@@ -117,12 +120,19 @@ __device__ __forceinline__ void attn_locate(const attn_block_args &a, int64_t id
     while (id < a.branch[g].begin || id >= a.branch[g].begin + a.branch[g].tiles) g++;
     const attn_branch &br = a.branch[g];
     const unsigned blocks = (unsigned)br.blocks, segments = (unsigned)br.segments, heads = (unsigned)br.heads;
-    const unsigned number = (unsigned)(id - br.begin), line = number / blocks, block = number - line * blocks;
+    const unsigned all = segments * heads * (unsigned)a.batch;
+    unsigned number = (unsigned)(id - br.begin), high = blocks, low = 0; /* of the part: how many tiles are lighter */
+    if (a.causal)
+        for (low = high / 2; number >= (high - low) * all; low = high / 2) {
+            number -= (high - low) * all;
+            high = low;
+        }
+    const unsigned line = number / (high - low), lighter = high - 1 - (number - line * (high - low));
+    const unsigned block = KEYS ? blocks - 1 - lighter : lighter;
     const unsigned lines = attn_over(line, segments), b = a.batch == 1 ? 0 : lines / heads;
     const int s = br.segment0 + (int)(line - lines * segments), h = br.head0 + (int)(lines - b * heads);
     attn_span(a, g, (int)b, h, s, t);
-    attn_rows_in_block<KEYS>(a, (int64_t)s * br.segment - (KEYS ? 0 : a.shift), KEYS ? block : blocks - 1 - block,
-                             height, t);
+    attn_rows_in_block<KEYS>(a, (int64_t)s * br.segment - (KEYS ? 0 : a.shift), block, height, t);
 }
 
 /* Claims the block's next tile; t lies in shared memory, where it costs no registers. False if the tile has no rows. */
