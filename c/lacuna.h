@@ -420,9 +420,10 @@ void lac_plan_drop(lac_plan *plan);
 int lac_plan_describe(const lac_plan *plan, lac_plan_info *out);
 int lac_plan_strip(const lac_plan *plan, int32_t index, lac_strip *out);
 /* NULL: on a Hopper GPU, choice `kernel` (auto or hopper) runs kernel 'hopper' for this plan, dtype and active blocks of
- * `block` rows (0: none), unless a call has a mask, a bias, key padding, a negative scale or rows that are not aligned;
- * else the reason why not */
-const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel, int64_t block);
+ * `block` rows (0: none), also for the backward or just forward, unless a call has a negative scale or rows that are not
+ * aligned, padding, dropout or options of pairs with active blocks or a head dimension above 128, or a gradient of its
+ * bias; else the reason why not */
+const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel, int64_t block, int backward);
 typedef struct lac_cache_stats { int64_t size, capacity, hits, misses, evictions; } lac_cache_stats;
 int lac_plan_cache(lac_cache_stats *out);
 int lac_plan_cache_resize(int64_t capacity); /* 0 empties it and keeps nothing */

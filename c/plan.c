@@ -627,11 +627,14 @@ int lac_plan_strip(const lac_plan *plan, int32_t index, lac_strip *out)
     return 0;
 }
 
-const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel, int64_t block)
+const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel, int64_t block, int backward)
 {
     if (!plan) return "there is no plan";
-    const char *why = lac_plan_no_hopper(plan, dtype);
-    if (!why && block && plan->desc.head_dim > LAC_HOPPER_WIDE) why = "head_dim is above 128, with a block_mask";
+    const char *why = backward ? lac_plan_no_hopper_beyond(plan, dtype) : lac_plan_no_hopper(plan, dtype);
+    if (!why && block > 0)
+        why = plan->desc.head_dim > LAC_HOPPER_WIDE ? "head_dim is above 128, with a block_mask"
+              : backward                            ? "there is a block_mask"
+                                                    : NULL;
     if (!why && kernel != LAC_KERNEL_HOPPER && !lac_plan_hopper_pays(plan, block))
         why = lac_plan_hopper_pays(plan, 0) ? "a branch has fewer than 64 rows a block"
                                             : "a branch has fewer than 64 rows a segment";

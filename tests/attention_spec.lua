@@ -334,19 +334,22 @@ describe("lac.attention", function()
     assert.matches("; portable %(chosen%)$", kernel({ kernel = "portable" }, 64, half()))
     assert.matches("; hopper %(chosen%), an error on other GPUs$", kernel({ kernel = "hopper" }, 63, half()))
     assert.matches("; hopper %(chosen%) fails: head_dim is", kernel({ kernel = "hopper" }, 64, half(36)))
-    local function sparse(block, head_dim)
-      local o = { variant = "block_sparse", pattern = "full()", block = block, heads = 2 }
+    local function sparse(block, choice, head_dim)
+      local o = { variant = "block_sparse", pattern = "full()", block = block, heads = 2, kernel = choice }
       return lac.attention(o):explain(256, { dtype = "bf16", device = "cuda", as = "table",
         head_dim = head_dim }).kernel
     end
-    local forward = "; forward hopper on a Hopper GPU; backward, with padding, dropout or options of pairs, "
-      .. "and on others portable$"
-    assert.matches(forward, sparse(64))
-    assert.matches(forward, kernel({}, 64, half(136)))
-    assert.matches(forward, kernel({}, 64, half(256)))
-    assert.matches("; hopper %(chosen%), an error on other GPUs, in the backward, and with padding, dropout "
-      .. "or other options of pairs$", kernel({ kernel = "hopper" }, 64, half(256)))
-    assert.matches("; portable: head_dim is above 128, with a block_mask$", sparse(64, 136))
+    local rest = ", with padding, dropout or options of pairs, and on others portable$"
+    assert.matches("; forward hopper on a Hopper GPU; backward %(there is a block_mask%)" .. rest, sparse(64))
+    for _, head_dim in ipairs{ 136, 256 } do
+      assert.matches("; forward hopper on a Hopper GPU; backward %(head_dim is above 128%)" .. rest,
+        kernel({}, 64, half(head_dim)))
+    end
+    local chosen = "; hopper %%(chosen%%), an error with padding, dropout or options of pairs, backward %%(%s%%) "
+      .. "and on other GPUs$"
+    assert.matches(chosen:format("head_dim is above 128"), kernel({ kernel = "hopper" }, 64, half(256)))
+    assert.matches(chosen:format("there is a block_mask"), sparse(64, "hopper"))
+    assert.matches("; portable: head_dim is above 128, with a block_mask$", sparse(64, nil, 136))
     assert.matches("^cuda: fp8 fails: head_dim is above 128$", kernel({ fp8 = true }, 64, half(136)))
     assert.matches("; portable: a branch has fewer than 64 rows a block$", sparse(63))
     assert.matches("^cpu: kernel 'hopper' %(chosen%) fails",

@@ -355,9 +355,9 @@ local SIZES = {
   head_dim = { type = "integer", min = 1, default = 64 },
 }
 
--- nil if this choice of kernel runs the one for Hopper there, else why not
-local function hopper_refusal(plan, dtype, kernel, block)
-  local why = C.lac_plan_hopper(plan, dtype, KERNEL[kernel], block or 0)
+-- nil if this choice of kernel runs the one for Hopper there (forward, or also backward), else why not
+local function hopper_refusal(plan, dtype, kernel, block, backward)
+  local why = C.lac_plan_hopper(plan, dtype, KERNEL[kernel], block or 0, backward and 1 or 0)
   return why ~= nil and ffi.string(why) or nil
 end
 

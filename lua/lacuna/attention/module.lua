@@ -198,21 +198,19 @@ local function more_in_blocks(rows, keys, head_dim, parts)
     4 * (sums * 4 * d + held * (11 * d + 5))
 end
 
-local HOPPER_WIDE = 128 -- head dimension above which Hopper has the plain forward alone, as in c/plan.h
-
 -- the kernel of a GPU, as far as it does not depend on the call; refusal: why it is not the one for Hopper;
--- forward: that one does no more
-local function choice_of(kernel, refusal, forward)
+-- behind: why that one has no backward
+local function choice_of(kernel, refusal, behind)
   if kernel == "portable" then return "portable (chosen)" end
   if kernel == "hopper" then
     if refusal then return "hopper (chosen) fails: " .. refusal end
-    return "hopper (chosen), an error on other GPUs" .. (forward and ", in the backward, and with padding, "
-      .. "dropout or other options of pairs" or "")
+    return "hopper (chosen), an error" .. (behind and " with padding, dropout or options of pairs, backward ("
+      .. behind .. ") and" or "") .. " on other GPUs"
   end
   if refusal then return "portable: " .. refusal end
-  if forward then
-    return "forward hopper on a Hopper GPU; backward, with padding, dropout or options of pairs, and on "
-      .. "others portable"
+  if behind then
+    return "forward hopper on a Hopper GPU; backward (" .. behind .. "), with padding, dropout or options of "
+      .. "pairs, and on others portable"
   end
   return "hopper on a Hopper GPU, with a bias' gradient and on others portable"
 end
@@ -229,7 +227,7 @@ end
 local FEW = 4 -- rows that kernels/attn_few.cu takes
 
 -- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none
-local function kernel_of(z, dtype, kernel, refusal, n, fp8, parts, in_blocks)
+local function kernel_of(z, dtype, kernel, refusal, n, fp8, parts, behind)
   local name = z.device
   if fp8 and dtype == C.LAC_F64 then return "fp8 fails: it takes f32, f16 or bf16" end
   if fp8 and (name or device.default_device()):find "^cuda" then
@@ -238,8 +236,7 @@ local function kernel_of(z, dtype, kernel, refusal, n, fp8, parts, in_blocks)
       .. "padding, dropout or options of pairs"
   end
   if (name or device.default_device()):find "^cuda" then
-    local half = device.dtype_size[dtype] == 2
-    local choice = choice_of(kernel, refusal, in_blocks or z.head_dim > HOPPER_WIDE)
+    local half, choice = device.dtype_size[dtype] == 2, choice_of(kernel, refusal, behind)
     if n <= FEW and kernel == "auto" then
       return ("cuda: %s sums; %d rows: their keys in parts; with dropout, padding or options of pairs and to "
         .. "be differentiated where branches have softmaxes of their own, portable"):format(
@@ -300,11 +297,10 @@ local function fp8_of(t, element, p, on_cuda)
 end
 
 -- why a plan, or a choice of kernel, has no fp8 on a GPU
-local function fp8_refusal(plan, dtype, o, head_dim)
+local function fp8_refusal(plan, dtype, o)
   if o.kernel == "portable" then return "kernel 'portable' has none" end
-  return core.hopper_refusal(plan, dtype, "hopper")
-    or head_dim > HOPPER_WIDE and "head_dim is above 128" or o.alibi and "there are alibi slopes"
-    or o.dropout > 0 and "there is dropout"
+  return core.hopper_refusal(plan, dtype, "hopper", nil, true) -- head dimensions as in the backward
+    or o.alibi and "there are alibi slopes" or o.dropout > 0 and "there is dropout"
 end
 
 local EXPLAIN -- made at the first call: the core is not there yet
@@ -362,8 +358,10 @@ function Attention:explain(n, sizes)
   t.blocks = blocks
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
   local refusal = core.hopper_refusal(plan, dtype, o.kernel, in_blocks and o.block)
-  if o.fp8 then refusal = fp8_refusal(plan, dtype, o, z.head_dim) or in_blocks and "there is a block_mask" end
-  t.kernel = kernel_of(z, dtype, o.kernel, refusal or nil, n, o.fp8, parts, in_blocks)
+  local behind = not refusal
+    and core.hopper_refusal(plan, dtype, o.kernel, in_blocks and o.block, true) or nil
+  if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or in_blocks and "there is a block_mask" end
+  t.kernel = kernel_of(z, dtype, o.kernel, refusal or nil, n, o.fp8, parts, behind)
   t.fp8 = o.fp8 and fp8_of(t, element, p, (z.device or device.default_device()):find "^cuda") or nil
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
