@@ -174,10 +174,9 @@ describe("layers", function()
     assert.are.equal(cpu:match "define ATTN_PARTS_BLOCK (%d+)", block)
     assert.are.equal(plan:match "LAC_ATTN_KEY_RUN = (%d+)", run)
     assert.are.equal(plan:match "LAC_ATTN_BLOCKS_RUN = (%d+)", blocks_run)
-    local list = { lua:match("local QUERIES, BLOCKS_QUERIES, WIDE, BQUERIES, BLOCKS_ROWS, PARTS_RUN = "
-      .. "(%d+), (%d+), (%d+), (%d+), (%d+), (%d+)\n") }
-    for i, name in ipairs { "QUERIES", "BLOCKS_QUERIES", "WIDE", "BQUERIES", "BLOCKS_ROWS",
-                              "PARTS_RUN" } do
+    local list = { lua:match("local QUERIES, BLOCKS_QUERIES, BQUERIES, BLOCKS_ROWS, PARTS_RUN = "
+      .. "(%d+), (%d+), (%d+), (%d+), (%d+)\n") }
+    for i, name in ipairs { "QUERIES", "BLOCKS_QUERIES", "BQUERIES", "BLOCKS_ROWS", "PARTS_RUN" } do
       assert.are.equal(plan:match("LAC_ATTN_" .. name .. " = (%d+)"), list[i])
     end
     local most = read("kernels/attn_parts_forward.cu"):match "return head_dim <= (%d+) &&"

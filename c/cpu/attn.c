@@ -366,8 +366,7 @@ static int64_t chunk_rows(const attn_job *job, int32_t which, int64_t all, int64
     if (owns_keys(job)) return lac_plan_key_chunk(job->a->plan, which);
     int64_t least = LAC_ATTN_QUERIES_LEAST, most = job->new_delta ? LAC_ATTN_BQUERIES : LAC_ATTN_QUERIES;
 #ifdef ATTN_AMX
-    if (job->a->blocks.data && !job->bwd)
-        most = LAC_ATTN_BLOCKS_QUERIES / (job->a->plan->desc.head_dim > LAC_ATTN_WIDE ? 2 : 1);
+    if (job->a->blocks.data && !job->bwd) most = LAC_ATTN_BLOCKS_QUERIES;
 #endif
     int64_t tasks = job->threads > 1 ? job->threads * LAC_ATTN_THREAD_TASKS : 1;
     if (job->threads > 1) tasks = even_tasks(all, longest, tasks, job->threads);

@@ -179,9 +179,9 @@ local CPU = "tiles in %s, %s sums, %d threads"
 -- head dimension from which amx is used, and rows of an active block in its thinnest lattice, as in
 -- c/cpu/attn.c; most keys of a task of the backward, without and with blocks, as in c/plan.h
 local PARTS_LEAST, PARTS_BLOCK, KEY_RUN, BLOCKS_RUN = 32, 128, 1024, 2048
--- likewise most query rows of a task: of the forward, without and with blocks in parts, those of rows of more
--- than WIDE numbers half as many; and that the backward holds, for so many keys
-local QUERIES, BLOCKS_QUERIES, WIDE, BQUERIES, BLOCKS_ROWS, PARTS_RUN = 1056, 2048, 64, 768, 256, 4096
+-- likewise most query rows of a task: of the forward, without and with blocks in parts; and that the backward
+-- holds, for so many keys
+local QUERIES, BLOCKS_QUERIES, BQUERIES, BLOCKS_ROWS, PARTS_RUN = 1056, 2048, 768, 256, 4096
 
 -- How many bytes more a thread of the CPU works on where there are active blocks, forward and backward; rows,
 -- keys: of the longest lattice; parts: the matrix unit multiplies. The terms are those of c/plan.c.
@@ -190,7 +190,7 @@ local function more_in_blocks(rows, keys, head_dim, parts)
   local d, run = up(head_dim, 32), parts and PARTS_RUN or BLOCKS_RUN
   local sums = up(math.min(keys, run), 128) - up(math.min(keys, KEY_RUN), 128)
   if not parts then return 0, 4 * sums * 2 * d end
-  local most = math.min(rows, head_dim > WIDE and BLOCKS_QUERIES / 2 or BLOCKS_QUERIES)
+  local most = math.min(rows, BLOCKS_QUERIES)
   local slots = up(most, 32) + 32 * (math.floor(most / PARTS_BLOCK) + 2)
   local chunk = up(math.min(rows, QUERIES), 96)
   local held = up(math.min(rows, BLOCKS_ROWS), 96) - up(math.min(rows, BQUERIES), 96)
