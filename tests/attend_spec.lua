@@ -225,6 +225,8 @@ describe("attention in C", function()
     for _, case in ipairs {
       { N = 700, H = 1, D = 8, segments = { 600 }, dilations = { 1 }, causal = true },
       { N = 1300, H = 1, D = 4, segments = { 1300 }, dilations = { 1 }, window = 40, causal = true },
+      -- chunks of keys of the same work, not of the same size
+      { N = 1000, H = 2, Hk = 1, D = 20, segments = { 1000 }, dilations = { 1 }, causal = true },
       { N = 1300, H = 1, D = 4, segments = { 1300, 64 }, dilations = { 3, 1 }, window = 90, merge = "lse" },
       { N = 50, M = 600, H = 1, D = 8, segments = { 600, 90 }, dilations = { 1, 2 }, align = "end",
         causal = true },
@@ -253,6 +255,7 @@ describe("attention in C", function()
       -- several runs of keys that add to the same rows of dq, and several blocks of rows
       { N = 1700, H = 2, Hk = 1, D = 8, segments = { 1700 }, dilations = { 1 }, causal = true, window = 900 },
       { N = 1800, H = 2, D = 4, segments = { 1800, 900 }, dilations = { 2, 1 }, merge = "lse_detach" },
+      { N = 1500, H = 1, D = 8, segments = { 1000 }, dilations = { 1 }, causal = true },
       { N = 700, H = 3, D = 8, segments = { 350, 100 }, dilations = { 1, 1 }, merge = "mean" },
       { N = 3, M = 900, H = 4, Hk = 2, D = 16, segments = { 900 }, dilations = { 1 }, align = "end" },
     } do

@@ -31,6 +31,7 @@
 #include "attn_amx.inc"
 #define ATTN_OPERATOR(name) lac_cpu_amx_##name
 #define ATTN_GRAIN 96 /* tasks begin at multiples of so many query rows: of LAC_ATTN_ROWS and AMX_SIDE */
+#define ATTN_KEY_GRAIN LAC_ATTN_BKEYS /* and uneven chunks of keys at multiples of so many keys */
 int lac_cpu_amx_attend(const lac_a_attend *a);
 int lac_cpu_amx_attend_bwd(const lac_a_attend_bwd *w);
 int lac_cpu_avx512_attend(const lac_a_attend *a);
@@ -38,6 +39,7 @@ int lac_cpu_avx512_attend_bwd(const lac_a_attend_bwd *w);
 #else
 #define ATTN_OPERATOR(name) LAC_CPU(name)
 #define ATTN_GRAIN LAC_ATTN_ROWS
+#define ATTN_KEY_GRAIN 32
 #endif
 
 #if defined(__AVX512F__)
@@ -288,6 +290,20 @@ static int64_t blocks_slots(int64_t rows)
 }
 #endif
 
+/* Causal: the first keys have the most rows. Chunks of the same work instead of the same size, where they are few: as
+ * much for every thread, and the chunk whose turn at dq comes later is not the faster one of two. */
+static void cut_evenly(const attn_job *job, attn_item *item, int64_t rows)
+{
+    const lac_attn_desc *d = &job->a->plan->desc;
+    bool triangle = d->causal && d->n == d->m && !job->a->plan->shift && (d->window < 0 || d->window >= d->n);
+    int64_t grain = ATTN_KEY_GRAIN;
+    item->uneven = triangle && !job->a->blocks.data && item->chunks > 1 && item->chunks <= ATTN_EDGES && rows <= LAC_ATTN_KEY_RUN;
+    for (int64_t i = 0; item->uneven && i < item->chunks; i++) {
+        double before = sqrt(1 - (double)i / (double)item->chunks); /* share of the rows that no earlier chunk ends */
+        item->edge[i] = ((int64_t)((double)rows * (1 - before)) + grain / 2) / grain * grain;
+    }
+}
+
 /* Cuts one item into chunks of about `target` query rows (backward: keys) and tasks of as many whole chunks as fit
  * into `most`, and appends it. */
 static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most)
@@ -307,6 +323,8 @@ static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most
     item.bunch = most < item.chunk ? 1 : most / item.chunk < item.chunks ? most / item.chunk : item.chunks;
     item.pieces = (item.chunks - 1) / item.bunch + 1;
     int64_t held = item.chunk * item.bunch < round_up(rows, grain) ? item.chunk * item.bunch : round_up(rows, grain);
+    if (keys) cut_evenly(job, &item, rows);
+    if (item.uneven) held = round_up(rows, grain);
     if (keys) {
         item.blocks = (span_most(p, item.branch, p->desc.n) - 1) / LAC_ATTN_BQUERIES + 1;
 #ifdef ATTN_AMX
@@ -358,6 +376,16 @@ static int64_t even_tasks(int64_t all, int64_t longest, int64_t tasks, int threa
     return lattices < tasks ? lattices * each : tasks;
 }
 
+/* The least rows of a chunk that pay for packing, at least `least`, as many chunks for every thread if that can be. */
+static int64_t least_rows(int64_t all, int64_t longest, int64_t least, int threads)
+{
+    int64_t lattices = all > longest ? (all - 1) / longest + 1 : 1, most = longest / least, each = most;
+    if (most < 1) return least;
+    while (each > 1 && lattices * each % threads) each--;
+    if (lattices * each % threads) each = most;
+    return (longest - 1) / each + 1;
+}
+
 /* How many query rows (backward: keys) a chunk should have, out of `all`: enough chunks for all threads, but rows
  * enough to pay for packing. A row's sums do not depend on how the rows are cut; dq's do depend on how the keys are
  * cut, so the backward may not look at the number of threads here: it does where it puts chunks together. */
@@ -371,7 +399,9 @@ static int64_t chunk_rows(const attn_job *job, int32_t which, int64_t all, int64
     int64_t tasks = job->threads > 1 ? job->threads * LAC_ATTN_THREAD_TASKS : 1;
     if (job->threads > 1) tasks = even_tasks(all, longest, tasks, job->threads);
     int64_t target = round_up(all / tasks, LAC_ATTN_ROWS);
-    return target < least ? least : target > most ? most : target;
+    if (target < least && job->a->plan->desc.causal) target = least; /* chunks are not alike: the more the better */
+    if (target < least) target = round_up(least_rows(all, longest, least, job->threads), LAC_ATTN_ROWS);
+    return target > most ? most : target;
 }
 
 /* how many keys a backward task may own (0: one chunk) */

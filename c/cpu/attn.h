@@ -11,6 +11,8 @@
 #include "../plan.h"
 #include <sched.h>
 
+enum { ATTN_EDGES = 4 }; /* most chunks of unequal size */
+
 /* one lattice that a phase works on: a (branch, head), or a unit of heads that share keys */
 typedef struct attn_item {
     int32_t branch, kv_head, heads;
@@ -21,9 +23,11 @@ typedef struct attn_item {
     int64_t group;              /* segments of one task */
     int64_t chunks, chunk;      /* of one segment, several only if group is 1; query rows (backward: keys) of one */
     int64_t bunch, pieces;      /* chunks of one task, tasks of one segment */
-    int64_t blocks, turn;       /* backward: blocks of query rows, number of the first turn */
-    int64_t first, mates;       /* items of one branch are cut alike: number of their first task, how many they are */
-    bool few;                   /* forward: so few rows that keys are not packed */
+    int64_t edge[ATTN_EDGES];   /* backward, if uneven: where chunks of keys begin */
+    bool uneven;
+    int64_t blocks, turn; /* backward: blocks of query rows, number of the first turn */
+    int64_t first, mates; /* items of one branch are cut alike: number of their first task, how many they are */
+    bool few;             /* forward: so few rows that keys are not packed */
 } attn_item;
 
 typedef struct attn_job {
@@ -126,6 +130,19 @@ static inline void attn_ask(attn_wishes *w)
         x->at += x->step;
         if (--x->left == 0) w->count--;
     }
+}
+
+/* the first key of a chunk of keys of a segment, and the chunk of a key */
+static inline int64_t attn_chunk_at(const attn_item *it, int64_t chunk)
+{
+    return it->uneven && chunk < it->chunks ? it->edge[chunk] : chunk * it->chunk;
+}
+static inline int64_t attn_chunk_of(const attn_item *it, int64_t key)
+{
+    int64_t chunk = it->chunks - 1;
+    if (!it->uneven) return key / it->chunk;
+    while (chunk > 0 && it->edge[chunk] > key) chunk--;
+    return chunk;
 }
 
 /* Waits until `turn` tasks have added to a block of rows of dq. Returns false if the job is stopped. */
