@@ -345,8 +345,8 @@ describe("lac.attention", function()
       assert.matches("; forward hopper on a Hopper GPU; backward %(head_dim is above 128%)" .. rest,
         kernel({}, 64, half(head_dim)))
     end
-    local chosen = "; hopper %%(chosen%%), an error with padding, dropout or options of pairs, backward %%(%s%%) "
-      .. "and on other GPUs$"
+    local chosen = "; hopper %%(chosen%%), an error with padding, dropout or options of pairs, backward "
+      .. "%%(%s%%) and on other GPUs$"
     assert.matches(chosen:format("head_dim is above 128"), kernel({ kernel = "hopper" }, 64, half(256)))
     assert.matches(chosen:format("there is a block_mask"), sparse(64, "hopper"))
     assert.matches("; portable: head_dim is above 128, with a block_mask$", sparse(64, nil, 136))

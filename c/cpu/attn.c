@@ -297,7 +297,8 @@ static void cut_evenly(const attn_job *job, attn_item *item, int64_t rows)
     const lac_attn_desc *d = &job->a->plan->desc;
     bool triangle = d->causal && d->n == d->m && !job->a->plan->shift && (d->window < 0 || d->window >= d->n);
     int64_t grain = ATTN_KEY_GRAIN;
-    item->uneven = triangle && !job->a->blocks.data && item->chunks > 1 && item->chunks <= ATTN_EDGES && rows <= LAC_ATTN_KEY_RUN;
+    item->uneven =
+        triangle && !job->a->blocks.data && item->chunks > 1 && item->chunks <= ATTN_EDGES && rows <= LAC_ATTN_KEY_RUN;
     for (int64_t i = 0; item->uneven && i < item->chunks; i++) {
         double before = sqrt(1 - (double)i / (double)item->chunks); /* share of the rows that no earlier chunk ends */
         item->edge[i] = ((int64_t)((double)rows * (1 - before)) + grain / 2) / grain * grain;

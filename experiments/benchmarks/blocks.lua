@@ -14,21 +14,25 @@
 -- rows of queries, gradients and values cost to fetch. To ask for rows of queries and for values while
 -- products run brought less than what runs differ by. On a busy machine a pair varies by a tenth and more.
 --
--- With the matrix unit (one core of a shared Xeon, the fastest calls of two runs in turns) against dense
--- attention on the unit, before in brackets, forward and backward: blocks of 128 D 64 1.27 to 1.34 and 1.27
--- (1.45 and 1.45), causal 1.39 and 1.30 to 1.35 (1.48 and 1.54); D 128 1.42 and 1.41 to 1.44 (1.55 and 1.51),
--- causal 1.52 to 1.56 and 1.42 (1.61 and 1.60): met at D 64, missed at D 128 and where few blocks are looked
--- at by several rows of blocks. Before, keys were taken apart for each row of blocks anew; what is left says
--- c/cpu/attn_parts_blocks.inc. Time of multiply-adds over the unit's, before: D 64 1.09 and 1.09, D 128 1.20
--- and 1.23, bf16 D 64 1.25 and 1.39; blocks of 64 0.86 to 0.97, of 32 0.73 to 0.86: so blocks of fewer than
--- 128 rows stay with multiply-adds. Neighbours slow the unit alone, then all of these are worse.
+-- With the matrix unit (one core of a shared Xeon, f32, the fastest calls of two rounds in turns) against
+-- dense attention on the unit, before in brackets, forward and backward: blocks of 128 D 64 1.28 to 1.35 and
+-- 1.26 (1.45 and 1.50), causal 1.38 to 1.42 and 1.19 to 1.22 (1.45 and 1.55); D 128 1.36 to 1.40 and 1.21 to 1.27
+-- (1.59 and 1.48), causal 1.45 to 1.56 and 1.21 to 1.30 (1.65 and 1.65): met by the backward, missed by the
+-- forward, just at D 64. bf16, forward and backward, D 64 1.45 and 1.53 (1.67 and 1.77), D 128 1.67 and 1.53
+-- (1.76 and 1.78), before the backward's last form. Before, keys were taken apart for each row of blocks
+-- anew; what is left says c/cpu/attn_parts_blocks.inc. Time of multiply-adds over the unit's, then: D 64 1.09
+-- and 1.09, D 128 1.20 and 1.23, bf16 D 64 1.25 and 1.39; blocks of 64 0.86 to 0.97, of 32 0.73 to 0.86: so
+-- blocks of fewer than 128 rows stay with multiply-adds. Neighbours slow the unit alone, then all of these
+-- are worse.
 --
 -- On CUDA both sides are the portable kernels' in bf16. An H200, one run, seven rounds in turns, blocks of
 -- 128, forward and backward, then causal, before in brackets: D 64 1.19 and 1.12, 1.26 and 1.20 (1.23 and
 -- 1.14, 1.31 and 1.25); D 128 1.15 and 1.21, 1.26 and 1.25 (1.18 and 1.24, 1.31 and 1.31). With all blocks
 -- active it is 0.98 to 1.11; the rest is what a tile costs before its first step and behind its last, which
 -- was shortened (a model of the multiprocessors with 14 us of that for a tile gives what was before), and the
--- last tiles of a launch. Not measured since: blocks of 64, D 64 1.33 and 1.19, 1.42 and 1.33; D 128 1.46 and
+-- last tiles of a launch. Causal launches begin with the heavier halves of all tiles since: in turns with the
+-- order before, after 20 ms of idling, D 64 1.34 and 1.19 (1.35 and 1.21), D 128 1.25 and 1.21 (1.30 and
+-- 1.24). Not measured since: blocks of 64, D 64 1.33 and 1.19, 1.42 and 1.33; D 128 1.46 and
 -- 1.36, 1.66 and 1.48; with 16384 rows of 16 heads and half of the blocks a tile 1.3 to 1.7; blocks of 32,
 -- which pay for tiles of 64 rows, 5.0 and 3.1. Before runs of blocks were listed some hundred steps ahead:
 -- blocks of 128 1.45 to 1.8, of 64 1.7 to 3.2.
