@@ -505,12 +505,13 @@ void lac_plan_parts(const lac_plan *p, int64_t *items, int64_t *rows)
 
 /* As kernels/attn.cu takes it: statistics of rows, f32 sums of gradients that branches share (in one pass only what
  * lac_plan_sum_bytes() says), and the work list of one pass (kernels/attn_hopper_backward.cu): sums of dq in blocks of
- * 64 rows, each with its statistics, 64 bytes a tile of 128 keys. */
+ * 64 rows, each with its statistics, 64 bytes a tile of 128 keys. Two passes, which devices with little shared memory
+ * take up to head_dim 64, are not distinguished. */
 static int64_t device_bytes(const lac_plan *p)
 {
     const lac_attn_desc *d = &p->desc;
     const int64_t rows = d->batch * d->n * d->heads;
-    const bool one_pass = lac_plan_one_pass(p) && (d->head_dim > 64 || d->head_dim % 8 == 0);
+    const bool one_pass = lac_plan_one_pass(p);
     const int64_t columns = d->head_dim % 8 ? round_up(d->head_dim, 8) : d->head_dim <= 64 ? 64 : 128;
     int64_t bytes = 16 * rows * (lac_plan_branch_delta(p) ? d->branches : 1);
     if (one_pass) bytes += lac_plan_sum_bytes(p);

@@ -26,13 +26,14 @@
 static int up(int64_t n, int64_t by) { return (int)((n + by - 1) / by); }
 
 /* Items whose tiles are interleaved, so that tiles of one item are not claimed at the same time, when all but one would
- * wait for their turns. Without masks: as many as the device runs at once. With masks tiles begin at different blocks.
+ * wait for their turns. Hopper's without masks: as many as the device runs at once. With masks tiles begin at different
+ * blocks, and the portable kernel, of which more tiles run at once, waits longer: as many as stay in the cache.
  */
-static int interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, int64_t items)
+static int interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, int64_t items, bool joint)
 {
-    enum { BYTES = 24 << 20 }; /* of an item's q, dout and sums of dq; they stay in the cache */
     const bool masks = d->causal || d->window >= 0;
-    int64_t n = masks ? BYTES / (rows * d->head_dim * 8) : lac_cuda_processors / tiles;
+    const int64_t bytes = masks ? 24 << 20 : 40 << 20; /* of items' q, dout and sums of dq */
+    const int64_t n = masks || joint ? bytes / (rows * d->head_dim * 8) : lac_cuda_processors / tiles;
     return (int)(n < 1 ? 1 : n > items ? items : n);
 }
 
@@ -72,7 +73,7 @@ static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint)
         b.blocks = up(rows, HOPPER_ROWS);
         b.tiles = up(up(hopper_lattice_rows(p, g, d->m), HOPPER_ROWS), groups);
         items = d->batch * b.segments * p->heads[g];
-        b.group = interleaved(d, b.tiles, rows, items);
+        b.group = interleaved(d, b.tiles, rows, items, joint);
         b.awaits = awaits, b.needs = needs;
         keys = keys || has_keys(p, g);
         b.first_block = (int)all.blocks, b.first_tile = (int)all.tiles;

@@ -7,63 +7,73 @@
  * products' registers, to which tiles add in turns. Work list, turns and what happens to the sums afterwards are those
  * of the Hopper backward (attn_hopper_backward.cuh); only the tiles are computed differently.
  *
- * Floor, D = 128: shared memory. A matrix that is fetched for two products costs as much time as they do (four cycles
- * beside 3.2), so every warp has tiles of 32 x 32 of S and dP and 32 keys x 64 columns of dk and dv: 128 registers of
- * sums, 64 of scores, nothing spills. Eight warps, 64 query rows a step; two warps share 32 keys, each has the scores
- * of half of the rows and the results of half of the columns, so they give each other their halves of P^T and dS^T by
- * way of shared memory, as they do with dS for dq. Fetches and stores for 320 products of 16 x 8 x 16: 144, where the
- * two passes had 272 for 448, and FlashAttention-2's tiles take 152. At the share of their floor that the two passes
- * reach, 77%, that would be 1.2 times FlashAttention-2's speed. It is not reached; barriers and waits with two warps a
- * scheduler may be why, which no profile has shown.
+ * Floor: tensor cores and shared memory. A matrix that is fetched for two products costs as much time as they do (four
+ * cycles beside 3.2), so every warp has tiles of 32 x 32 of S, dP and dq and 32 keys x 64 columns of dk and dv: 128
+ * registers of sums, 64 of scores. Up to D = 64 a warp has all columns of its keys, P^T and dS^T stay in registers:
+four
+ * warps, two blocks a multiprocessor, 136 fetches and stores for 320 products of 16 x 8 x 16 (the two passes have 200
+ * for 448, FlashAttention-2's tiles 160). For D = 128 two warps share 32 keys, each has the scores of half of the rows
+ * and the results of half of the columns, and they give each other their halves of P^T and dS^T by way of shared
+memory:
+ * 144 (272, 152). What is left is waiting.
  *
- * A step has two barriers: one when its rows are there, one when its dS are. A turn is looked at by one thread a step
- * ahead; the sums so far become the accumulators of dS K, so nothing is added, and they are asked for while products of
- * dk and dv run. The turn is passed on in the next step, when the stores have long arrived, behind a fence that comes
- * before anything is asked for. A form with look and fence in one place in the step, what each warp sees worked out
- * anew, and a loop over keys that was not unrolled gave 205, 225, 241, 240 (causal 164, 198, 235, 246) in another run.
+ * So a step has one barrier: dS K of a step's rows is computed a step later, when all warps have long stored their dS
+ * (two buffers; where they do not fit, on sm_80 for D = 128, in the same step behind a second barrier), and for D = 128
+ * half of the warps do that before their own scores, the others behind them, so that two warps of a scheduler are not
+at
+ * exponentials at the same time (4%). Partners wait for each other alone. The sums so far are asked for before dS K and
+ * added behind it. A turn is looked at by one thread at the beginning of a step and one fence later in it serves both
+ * what others added, which the look saw, and what this block added a step ago, whose turn is passed on then.
  *
- * Measured, bf16, one H200, 32768 rows in all, heads x D = 2048, TFLOP/s, medians of five: this, two passes, and
- * PyTorch's FlashAttention-2 in the same run (target 0.9 of it):
+ * Turns are what makes tiles wait: an item's tiles follow one another at a distance of a step and a half, and a fifth
+ * of the samples of a profile (D = 64, 8192 rows, 16 items interleaved) lay at the barrier behind the wait. The list
+ * therefore interleaves as many items as stay in the cache (attn_hopper_backward.cu): few tiles of one item run at a
+ * time. Registers are all taken, so words of the loop lie in shared memory: a form with 52 bytes of spills was 13%
+ * slower for D = 64; the fence empties the first cache, from which spilled words would come.
+ *
+ * Measured, bf16, one H200, 32768 rows in all, heads x D = 2048, medians of five, TFLOP/s: the form before last (4
+ * bytes of spills, D = 64), PyTorch's FlashAttention-2 in the same run, the ratio (target 0.9). Items interleaved: 33
+ * up to 8k rows, one for 32k, causal as the list does it now; for D = 128 and 8k rows 16, of a later run.
  *
  *     rows            1k                 2k                 8k                 32k
- *     D = 128         211, 174, 229      232, 189, 267      249, 203, 301      250, 206, 308
- *     causal          166, 142, 169      202, 169, 221      242, 196, 288      254, 210, 316
+ *     D = 64          219, 214, 1.03     254, 249, 1.02     264, 284, 0.93     261, 293, 0.89
+ *     causal          175, 152, 1.15     215, 197, 1.10     261, 256, 1.02     270, 276, 0.98
+ *     D = 128         230, 229, 1.01     255, 265, 0.96     269, 300, 0.90     281, 309, 0.91
+ *     causal          177, 167, 1.06     217, 220, 0.99     260, 286, 0.91     277, 313, 0.88
  *
- * 0.92, 0.87, 0.83, 0.81 and 0.98, 0.91, 0.84, 0.80: missed from 2k rows on, causal from 8k; the benchmark's section
- * read 0.96 and 0.92 at 1k and 2k (218, 240) later. Of that earlier form: turns that are not waited for, 0 to 2%
- * faster; neither those nor dq read or stored, 5 to 10%; vector atomics instead of loads and stores, within 1%.
- *
- * D = 64 was written as well (four warps, P^T and dS^T in registers, two blocks a multiprocessor: 152 fetches where the
- * two passes have 200): 182, 199, 214, 217 and causal 144, 174, 206, 214, where two passes reach 189, 207, 224, 228 and
- * 142, 175, 212, 229. So head dimensions up to 64 take two passes.
+ * Two passes had 0.88, 0.83, 0.79, 0.78 for D = 64 in that run, causal 0.93, 0.89, 0.83, 0.83.
  *
  * Rejected: 16 keys a warp with all rows (180 fetches), atomic additions (order, and four narrow ones on sm_80 where a
- * load and a store are wide).
+ * load and a store are wide), fetching the sums to the second cache a step ahead (D = 128: as fast or up to 4% slower),
+ * tiles of an item that begin at different rows so that nobody waits (tiles would wait for some that do not run yet).
  */
 #ifndef LAC_CUDA_ATTN_JOINT_CUH
 #define LAC_CUDA_ATTN_JOINT_CUH
 #include "attn_hopper_backward.cuh"
 #include "attn_mma.cuh"
+#include <type_traits>
 
-/* Sizes, and places in shared memory; for head dimensions above 64. */
-enum { JOINT_COLUMNS = 128 };
-template <class Op> struct joint_shape {
+/* Sizes, and places in shared memory. DP: columns that are computed, 64 or 128. */
+template <class Op, int DP> struct joint_shape {
     enum {
-        WARPS = 8,
+        PAIRS = DP > 64, /* do two warps share 32 keys? */
+        WARPS = PAIRS ? 8 : 4,
         THREADS_ = 32 * WARPS,
         KEYS = 128,
         ROWS = HOPPER_ROWS, /* query rows of a step */
         K_BYTES = KEYS * Op::tile::ROW,
         Q_BYTES = ROWS * Op::tile::ROW,
-        PART = 32 * 32 * 2, /* P^T or dS^T of a warp */
+        PART = 32 * 32 * 2, /* P^T or dS^T of 32 keys and 32 rows */
+        PARTS_ = KEYS * ROWS * 2,
         K = 0,
         V = K + K_BYTES,
         Q = V + K_BYTES, /* two stages */
         G = Q + 2 * Q_BYTES,
-        S = G + 2 * Q_BYTES,
-        P = S + WARPS * PART,
-        STATS = P + WARPS * PART,
-        MEMORY = STATS + 2 * 2 * ROWS * 4,
+        STATS = G + 2 * Q_BYTES, /* lse and delta, two stages */
+        P = STATS + 2 * 2 * ROWS * 4,
+        S = P + (PAIRS ? PARTS_ : 0),
+        MEMORY = S + PARTS_,       /* dS^T is used in the step in which it is made, */
+        LATE = MEMORY + PARTS_,    /* or, `late`, in the next */
         SUMS = WARPS * 32 * 64 * 4 /* results on their way out, then what becomes of their rows */
     };
     static_assert(SUMS + (int)sizeof(attn_row<float>) * THREADS_ <= MEMORY, "room for results");
@@ -75,7 +85,7 @@ template <class Op> struct joint_shape {
  * here nor when matrices are fetched, as they are or transposed. */
 template <class Op> __device__ __forceinline__ void joint_put(uint32_t part, const uint32_t (&x)[2][2][4])
 {
-    part += threadIdx.x % 32 * 4;
+    part += attn_opaque(threadIdx.x) % 32 * 4;
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
@@ -87,15 +97,13 @@ template <class Op> __device__ __forceinline__ void joint_put(uint32_t part, con
                              : "memory");
 }
 /* 16 keys x 16 rows, as joint_put had them */
-__device__ __forceinline__ void joint_get(uint32_t (&x)[4], uint32_t part, int m, int k)
+__device__ __forceinline__ void joint_get(uint32_t (&x)[4], uint32_t part, int lane, int m, int k)
 {
-    const int lane = threadIdx.x % 32;
     ldmatrix(x, part + (lane / 8 % 2 * 4 + lane / 16) * 128 + lane % 8 * 16 + (8 * m + 2 * k) * 128);
 }
 /* 16 rows x 16 keys */
-__device__ __forceinline__ void joint_get_rows(uint32_t (&x)[4], uint32_t part, int m, int k)
+__device__ __forceinline__ void joint_get_rows(uint32_t (&x)[4], uint32_t part, int lane, int m, int k)
 {
-    const int lane = threadIdx.x % 32;
     ldmatrix_t(x, part + (lane / 16 * 4 + lane / 8 % 2) * 128 + lane % 8 * 16 + (8 * k + 2 * m) * 128);
 }
 
@@ -122,10 +130,11 @@ template <class Op>
 __device__ __forceinline__ void joint_add_from(float (&c)[2][8][4], uint32_t part, uint32_t y, int column)
 {
     uint32_t left[2][2][4];
+    const int lane = (int)attn_opaque(threadIdx.x) % 32;
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
-        for (int k = 0; k < 2; k++) joint_get(left[m][k], part, m, k);
+        for (int k = 0; k < 2; k++) joint_get(left[m][k], part, lane, m, k);
     joint_add<Op>(c, left, y, column);
 }
 
@@ -141,17 +150,13 @@ template <class Op> __device__ __forceinline__ void joint_pack(uint32_t (&left)[
 
 struct joint_step {
     int head, row; /* head: bit of the unit's heads, -1: there is none; row: of the item's query rows */
+    int block;     /* its number; -1: there is none */
+    unsigned sees; /* bit 4 i + j: may any of its 32 rows number i see any of the tile's 32 keys number j? 8 bits on:
+                    * not every row every key? */
 };
-__device__ __forceinline__ joint_step joint_after(const hopper_tile &x, joint_step s)
-{
-    s.row += HOPPER_ROWS;
-    if (s.row < min(x.rows, x.high * HOPPER_ROWS)) return s;
-    const unsigned more = x.heads & ~0u << s.head << 1;
-    return {more ? __ffs((int)more) - 1 : -1, x.low * HOPPER_ROWS};
-}
 
-/* By one thread: a look at a turn, a step before it is acted on; and, behind the fence that orders both what others
- * added and what this block did for them, the turn of the step before is passed on. */
+/* By one thread: a look at a turn, before a fence and before it is acted on; and, behind the fence, the turn of the
+ * step before is passed on. */
 __device__ __forceinline__ int joint_look(const int *turn)
 {
     int seen;
@@ -181,41 +186,45 @@ __device__ __forceinline__ bool joint_claim(const attn_args &a, const hopper_arg
     return x.width > 0;
 }
 
-template <class Op>
-__global__ void __launch_bounds__(joint_shape<Op>::THREADS_, 1)
-    attn_joint_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p)
+/* waits for the warp's partner */
+__device__ __forceinline__ void joint_pair(int which) { asm volatile("bar.sync %0, 64;" ::"r"(1 + which) : "memory"); }
+
+template <class Op, int DP>
+__global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op, DP>::PAIRS ? 1 : 2)
+    attn_joint_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, int late)
 {
     typedef typename Op::T T;
     typedef typename Op::tile Tile;
-    typedef joint_shape<Op> M;
-    constexpr int DP = JOINT_COLUMNS, WIDE = 32; /* columns of dq of a warp */
+    typedef joint_shape<Op, DP> M;
+    constexpr int WIDE = 32; /* columns of dq of a warp */
+    constexpr bool PAIRS = M::PAIRS;
+    if (!PAIRS) late = 1;
     extern __shared__ __align__(128) uint8_t memory[];
     __shared__ hopper_tile x;
     __shared__ attn_tile t;
-    __shared__ int fresh, blocks; /* has nobody added to the block? blocks of one head */
-    __shared__ int done, coming;  /* block whose turn is to be passed on, or -1; what was seen of the next one's */
+    __shared__ int fresh[2], blocks; /* has nobody added to the block? blocks of one head */
+    __shared__ int done;             /* block whose turn is to be passed on, or -1 */
     const uint32_t tiles = attn_tiles(memory);
     if (!joint_claim(a, p, x, t, blocks)) {
         if (a.ranks > 1 && threadIdx.x == 0) atomicAdd(p.ready + a.branch[x.branch].rank, 1);
         return;
     }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, mine = warp / 2, half = warp % 2;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp % 2;
+    const int mine = PAIRS ? warp / 2 : warp; /* which 32 keys */
     const int w0 = t.first + 32 * mine, hk = x.kv_head;
     const int columns = (a.head_dim + 7) / 8 * 8; /* of the sums of dq */
     const float gz = (float)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
     __shared__ bool quick;
     if (threadIdx.x == 0) quick = attn_quick(a, a.q, t) && attn_quick(a, a.g, t);
-    attn_stream<Tile, T, M::ROWS, DP, M::THREADS_, true> qs, gs;
-    auto block_of = [&](joint_step s) { return x.block + s.head * blocks + s.row / HOPPER_ROWS; };
-    auto load = [&](joint_step s, int stage) {
+    __shared__ const char *origin[2];
+    attn_stream<Tile, T, M::ROWS, DP, M::THREADS_, false> qs(origin[0]), gs(origin[1]);
+    qs.start(a, a.q, t, 0, a.shift, 0);
+    gs.start(a, a.g, t, 0, a.shift, 0);
+    auto load = [&](const joint_step &s, int stage) {
         const int h = hk * a.group + s.head, i0 = t.q0 + s.row;
         const uint32_t to = tiles + stage * M::Q_BYTES;
         if (quick) {
-            if (s.row == x.low * HOPPER_ROWS) {
-                qs.start(a, a.q, t, h, a.shift, i0);
-                gs.start(a, a.g, t, h, a.shift, i0);
-            }
             qs.next(to + M::Q, a, a.q, t, h, i0, t.q1);
             gs.next(to + M::G, a, a.g, t, h, i0, t.q1);
         } else {
@@ -225,7 +234,7 @@ __global__ void __launch_bounds__(joint_shape<Op>::THREADS_, 1)
         if ((int)threadIdx.x < M::ROWS / 2) { /* lse, then delta */
             const int which = threadIdx.x / (M::ROWS / 4), at = threadIdx.x % (M::ROWS / 4) * 4;
             attn_copy16(tiles + M::STATS + ((2 * stage + which) * M::ROWS + at) * 4,
-                        p.stats + ((int64_t)block_of(s) * 2 + which) * HOPPER_ROWS + at, true);
+                        p.stats + ((int64_t)s.block * 2 + which) * HOPPER_ROWS + at, true);
         }
     };
     /* may any of the 32 rows from lattice index i on see any of the tile's 32 keys number `which`? */
@@ -233,132 +242,198 @@ __global__ void __launch_bounds__(joint_shape<Op>::THREADS_, 1)
         const int k0 = t.first + 32 * which, k1 = min(min(k0 + 32, t.end), t.live);
         return k0 < k1 && i < t.q1 && i + 31 >= k0 - t.after && i <= k1 - 1 + t.before;
     };
+    /* By one warp: what steps do lies in shared memory, to which the loop has no register to spare. */
+    __shared__ joint_step steps[4];
+    auto plan = [&](int at, int head, int row) {
+        const int i = t.q0 + row, last = t.first + M::KEYS - 1;
+        unsigned sees = 255;
+        if (last >= min(t.end, t.live) || pad || a.dedup || i + M::ROWS > t.q1 || i < last - t.after ||
+            i + M::ROWS - 1 > t.first + t.before) {
+            const int j = lane % 4, r = i + lane / 4 % 2 * 32, k0 = t.first + 32 * j, k1 = min(k0 + 32, t.end);
+            const bool partial = k0 + 32 > t.live || r < k1 - 1 - t.after || r + 31 > k0 + t.before || pad || a.dedup;
+            sees = (__ballot_sync(~0u, visible(j, r)) & 255) | (__ballot_sync(~0u, partial) & 255) << 8;
+        }
+        if (lane == 0) steps[at & 3] = {head, row, head < 0 ? -1 : x.block + head * blocks + row / HOPPER_ROWS, sees};
+    };
+    auto plan_after = [&](int at, const joint_step &s) {
+        const int row = s.row + HOPPER_ROWS;
+        if (s.head < 0 || row < min(x.rows, x.high * HOPPER_ROWS)) return plan(at, s.head, row);
+        const unsigned more = x.heads & ~0u << s.head << 1;
+        plan(at, more ? __ffs((int)more) - 1 : -1, x.low * HOPPER_ROWS);
+    };
     attn_load<Tile, T, M::KEYS, DP, M::THREADS_>(tiles + M::K, a, a.k, t, hk, 0, t.first, min(t.end, t.live), pad);
     attn_load<Tile, T, M::KEYS, DP, M::THREADS_>(tiles + M::V, a, a.v, t, hk, 0, t.first, min(t.end, t.live), pad);
     float dk[2][8][4], dv[2][8][4];
     clear(dk);
     clear(dv);
-    joint_step now = {-1, 0}, next = {x.low < x.high ? __ffs((int)x.heads) - 1 : -1, x.low * HOPPER_ROWS};
-    if (threadIdx.x == 0) done = -1;
-#pragma unroll 1
-    for (int stage = 1;; stage ^= 1) { /* the first turn only loads */
-        attn_arrived();
-        __syncthreads();
-        int ahead = 0;
-        if (threadIdx.x == 0) { /* before anything is asked for that the fence would wait for */
-            __threadfence();
-            if (done >= 0) joint_pass(p.turn + done, x.order);
-            if (next.head >= 0) ahead = joint_look(p.turn + block_of(next));
+
+    /* The warp's keys and 32 rows from lattice index i on, number `which` of the step: P^T and dS^T, and what they add
+     * to dv and dk. OPTIONS: there may be masks or dropout. */
+    auto own = [&](auto options, const joint_step &now, int stage, int which, uint32_t part, bool partial) {
+        constexpr bool OPTIONS = decltype(options)::value;
+        const uint32_t rows = tiles + M::Q + stage * M::Q_BYTES + 32 * which * Tile::ROW;
+        uint64_t *seen = (uint64_t *)attn_floats(memory, (int)(part - tiles), 0) - 32 * warp;
+        if (OPTIONS) {
+            const int h = hk * a.group + now.head, i = t.q0 + now.row + 32 * which;
+            if (partial) attn_tell<2>(seen, attn_key_rows(a, t, h, w0 + lane, i));
+            if (a.p > 0) attn_tell<2>(seen + 32, attn_kept<true>(a, t, h, w0 + lane, i));
         }
-        if (next.head >= 0) load(next, stage ^ 1);
-        attn_commit();
-        if (now.head >= 0) {
-            const int block = block_of(now), h = hk * a.group + now.head, i = t.q0 + now.row + 32 * half;
-            const uint32_t part = tiles + M::S + warp * M::PART;
-            const uint32_t rows = tiles + M::Q + stage * M::Q_BYTES + 32 * half * Tile::ROW;
-            uint32_t p_left[2][2][4], d_left[2][2][4];
-            /* bit: 32 keys, 32 rows */
-            const unsigned sees = __ballot_sync(~0u, visible(lane % 4, t.q0 + now.row + lane / 4 % 2 * 32));
-            const bool shown = sees >> (4 * half + mine) & 1;
-            if (shown) {
-                const int w1 = min(w0 + 32, t.end);
-                const bool partial =
-                    w0 + 32 > t.live || i < w1 - 1 - t.after || i + 31 > w0 + t.before || pad || a.dedup;
-                uint64_t *seen = (uint64_t *)attn_floats(memory, M::S + warp * M::PART, 0) - 32 * warp;
-                if (partial) attn_tell<2>(seen, attn_key_rows(a, t, h, w0 + lane, i));
-                if (a.p > 0) attn_tell<2>(seen + 32, attn_kept<true>(a, t, h, w0 + lane, i));
-                const float *lse = attn_floats(memory, M::STATS, 2 * stage * M::ROWS + 32 * half + lane % 4 * 2);
-                float s[2][4][4], d[2][4][4];
-                scores<Op, DP>(s, tiles + M::K, 32 * mine, rows);
+        const float *lse = attn_floats(memory, M::STATS, 2 * stage * M::ROWS + 32 * which + lane % 4 * 2);
+        float s[2][4][4], d[2][4][4];
+        uint32_t p_left[2][2][4], d_left[2][2][4];
+        scores<Op, DP>(s, tiles + M::K, 32 * mine, rows);
 #pragma unroll
-                for (int n = 0; n < 4; n++) {
-                    const float2 l = *(const float2 *)(lse + 8 * n);
-#pragma unroll
-                    for (int m = 0; m < 2; m++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            s[m][n][e] = attn_ex2(fmaf(s[m][n][e], a.log2_scale, e % 2 ? -l.y : -l.x));
-                }
-                scores<Op, DP>(d, tiles + M::V, 32 * mine, rows + M::G - M::Q);
-                if (a.p > 0) attn_select(d, seen + 32, 0, 0);
-#pragma unroll
-                for (int n = 0; n < 4; n++) {
-                    const float2 l = *(const float2 *)(lse + M::ROWS + 8 * n);
-#pragma unroll
-                    for (int m = 0; m < 2; m++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++) d[m][n][e] = s[m][n][e] * fmaf(d[m][n][e], gz, e % 2 ? -l.y : -l.x);
-                }
-                if (partial) {
-                    attn_select(d, seen, 0, 0);
-                    attn_select(s, seen, 0, 0);
-                }
-                if (a.p > 0) attn_select(s, seen + 32, 0, 0);
-                joint_pack<Op>(d_left, d);
-                joint_pack<Op>(p_left, s);
-                __syncwarp(); /* the words of masks lie where dS goes */
-                joint_put<Op>(part, d_left);
-                joint_put<Op>(part + M::P - M::S, p_left);
-                joint_add<Op>(dv, p_left, rows + M::G - M::Q, 64 * half);
-                joint_add<Op>(dk, d_left, rows, 64 * half);
-            }
-            if (threadIdx.x == 0) {
-                int turn = coming;
-                if ((turn & ~HOPPER_FRESH) != x.order) turn = hopper_turn(p.turn + block, x.order);
-                fresh = turn & HOPPER_FRESH;
-                coming = ahead;
-            }
-            __syncthreads();
-            float dq[2][WIDE / 8][4];
-            float *sums =
-                p.dq + (int64_t)block * (HOPPER_ROWS * columns) + WIDE / 8 * 512 * mine + 2 * half * 128 + lane * 4;
-            const int there = columns / 8 - WIDE / 8 * mine;
+        for (int n = 0; n < 4; n++) {
+            const float2 l = *(const float2 *)(lse + 8 * n);
 #pragma unroll
             for (int m = 0; m < 2; m++)
 #pragma unroll
-                for (int n = 0; n < WIDE / 8; n++) {
-                    float4 old = {0, 0, 0, 0};
-                    if (!fresh && n < there) old = __ldcg((const float4 *)(sums + n * 512 + m * 128));
-                    dq[m][n][0] = old.x, dq[m][n][1] = old.y, dq[m][n][2] = old.z, dq[m][n][3] = old.w;
-                }
-            if (sees >> (4 * (half ^ 1) + mine) & 1) {
-                const uint32_t other = tiles + M::S + (warp ^ 1) * M::PART;
-                const uint32_t y = tiles + M::Q + stage * M::Q_BYTES + 32 * (half ^ 1) * Tile::ROW;
-                joint_add_from<Op>(dv, other + M::P - M::S, y + M::G - M::Q, 64 * half);
-                joint_add_from<Op>(dk, other, y, 64 * half);
+                for (int e = 0; e < 4; e++) s[m][n][e] = attn_ex2(fmaf(s[m][n][e], a.log2_scale, e % 2 ? -l.y : -l.x));
+        }
+        scores<Op, DP>(d, tiles + M::V, 32 * mine, rows + M::G - M::Q);
+        if (OPTIONS && a.p > 0) attn_select(d, seen + 32, 0, 0);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const float2 l = *(const float2 *)(lse + M::ROWS + 8 * n);
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) d[m][n][e] = s[m][n][e] * fmaf(d[m][n][e], gz, e % 2 ? -l.y : -l.x);
+        }
+        if (OPTIONS) {
+            if (partial) {
+                attn_select(d, seen, 0, 0);
+                attn_select(s, seen, 0, 0);
             }
+            if (a.p > 0) attn_select(s, seen + 32, 0, 0);
+            __syncwarp(); /* the words of masks lie where dS goes */
+        }
+        joint_pack<Op>(d_left, d);
+        joint_pack<Op>(p_left, s);
+        joint_put<Op>(part, d_left);
+        if (PAIRS) joint_put<Op>(tiles + M::P + warp * M::PART, p_left);
+        joint_add<Op>(dv, p_left, rows + M::G - M::Q, PAIRS ? 64 * half : 0);
+        joint_add<Op>(dk, d_left, rows, PAIRS ? 64 * half : 0);
+    };
+    /* 32 rows (`half` of them) and 32 columns of the block's dq += dS K */
+    auto queries = [&](int block, unsigned sees, uint32_t parts, bool first) {
+        float dq[2][WIDE / 8][4];
+        const int id = (int)attn_opaque(threadIdx.x), lane = id % 32, half = id / 32 % 2, strip = id / 64;
+        float *sums =
+            p.dq + (int64_t)block * (HOPPER_ROWS * columns) + WIDE / 8 * 512 * strip + 2 * half * 128 + lane * 4;
+        const int there = columns / 8 - WIDE / 8 * strip;
+        float4 old[2][WIDE / 8];
 #pragma unroll
-            for (int keys = 0; keys < 4; keys++) {
-                if (!(sees >> (4 * half + keys) & 1)) continue;
-                const uint32_t from = tiles + M::S + (keys * 2 + half) * M::PART;
-                const uint32_t y = tiles + M::K + 32 * keys * Tile::ROW;
+        for (int m = 0; m < 2; m++)
 #pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    uint32_t left[2][4], b[4];
+            for (int n = 0; n < WIDE / 8; n++) {
+                old[m][n] = {0, 0, 0, 0};
+                if (!first && n < there) old[m][n] = __ldcg((const float4 *)(sums + n * 512 + m * 128));
+            }
+        clear(dq);
+        auto add = [&](int keys) {
+            const uint32_t from = parts + (keys * 2 + half) * M::PART, y = tiles + M::K + 32 * keys * Tile::ROW;
 #pragma unroll
-                    for (int m = 0; m < 2; m++) joint_get_rows(left[m], from, m, k);
+            for (int k = 0; k < 2; k++) {
+                uint32_t left[2][4], b[4];
 #pragma unroll
-                    for (int e = 0; e < WIDE / 8; e += 2) {
-                        Op::bt(b, y, WIDE * mine + 8 * e, k);
+                for (int m = 0; m < 2; m++) joint_get_rows(left[m], from, lane, m, k);
 #pragma unroll
-                        for (int m = 0; m < 2; m++) {
-                            Op::mma(dq[m][e], left[m], b[0], b[1]);
-                            Op::mma(dq[m][e + 1], left[m], b[2], b[3]);
-                        }
+                for (int e = 0; e < WIDE / 8; e += 2) {
+                    Op::bt(b, y, WIDE * strip + 8 * e, k);
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        Op::mma(dq[m][e], left[m], b[0], b[1]);
+                        Op::mma(dq[m][e + 1], left[m], b[2], b[3]);
                     }
                 }
             }
+        };
+        if ((sees >> 4 * half & 15) == 15) {
 #pragma unroll
-            for (int m = 0; m < 2; m++)
+            for (int keys = 0; keys < 4; keys++) add(keys);
+        } else {
+#pragma unroll 1
+            for (int keys = 0; keys < 4; keys++)
+                if (sees >> (4 * half + keys) & 1) add(keys);
+        }
 #pragma unroll
-                for (int n = 0; n < WIDE / 8; n++)
-                    if (n < there)
-                        *(float4 *)(sums + n * 512 + m * 128) = {dq[m][n][0], dq[m][n][1], dq[m][n][2], dq[m][n][3]};
-            if (threadIdx.x == 0) done = block;
-        } else if (threadIdx.x == 0) coming = ahead;
-        if (next.head < 0) break;
-        now = next;
-        next = joint_after(x, next);
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int n = 0; n < WIDE / 8; n++)
+                if (n < there)
+                    *(float4 *)(sums + n * 512 + m * 128) = {old[m][n].x + dq[m][n][0], old[m][n].y + dq[m][n][1],
+                                                             old[m][n].z + dq[m][n][2], old[m][n].w + dq[m][n][3]};
+    };
+
+    auto parts_of = [&](int stage) { return tiles + M::S + late * stage * M::PARTS_; }; /* dS^T of a step */
+    const bool before = PAIRS && late && warp >= 4;
+    if (warp == 1) {
+        plan(-1, -1, 0);
+        plan(0, -1, 0);
+        plan(1, x.low < x.high ? __ffs((int)x.heads) - 1 : -1, x.low * HOPPER_ROWS);
+    }
+    if (threadIdx.x == 0) done = -1;
+    __shared__ volatile int where[M::WARPS]; /* the step, while sums and products take all registers */
+#pragma unroll 1
+    for (int n = 0;; n++) { /* the first turn only loads */
+        attn_arrived();
+        __syncthreads();
+        int coming = 0;
+        where[warp] = n;
+        {
+            const joint_step &past = steps[(n - 1) & 3], &now = steps[n & 3], &next = steps[(n + 1) & 3];
+            const int stage = n & 1;
+            if (threadIdx.x == 0 && now.head >= 0) coming = joint_look(p.turn + now.block);
+            if (next.head >= 0) load(next, stage ^ 1);
+            attn_commit();
+            if (warp == 1) plan_after(n + 2, next);
+            if (before && past.head >= 0) queries(past.block, past.sees, parts_of(stage ^ 1), fresh[stage]);
+            const uint32_t parts = parts_of(stage);
+            if (now.head >= 0) {
+#pragma unroll 1
+                for (int which = PAIRS ? half : 0; which < (PAIRS ? half + 1 : 2); which++) {
+                    if (!(now.sees >> (4 * which + mine) & 1)) continue;
+                    const uint32_t part = parts + (mine * 2 + which) * M::PART;
+                    const bool partial = now.sees >> (8 + 4 * which + mine) & 1;
+                    if (partial || a.p > 0) own(std::true_type(), now, stage, which, part, partial);
+                    else own(std::false_type(), now, stage, which, part, false);
+                }
+            }
+        }
+        __syncwarp();
+        n = where[warp];
+        const joint_step &past = steps[(n - 1) & 3], &now = steps[n & 3], &next = steps[(n + 1) & 3];
+        const int stage = n & 1;
+        /* One fence for what others added, which the look saw, and for what this block did a step ago. */
+        if (threadIdx.x == 0) {
+            asm volatile("fence.acq_rel.gpu;" ::: "memory");
+            if (done >= 0) joint_pass(p.turn + done, x.order);
+        }
+        auto settle = [&](int to) {
+            if (threadIdx.x == 0 && now.head >= 0) {
+                if ((coming & ~HOPPER_FRESH) != x.order) coming = hopper_turn(p.turn + now.block, x.order);
+                fresh[to] = coming & HOPPER_FRESH;
+            }
+        };
+        if (!late) {
+            settle(stage);
+            __syncthreads();
+        }
+        const joint_step &ripe = late ? past : now;
+        if (!before && ripe.head >= 0) queries(ripe.block, ripe.sees, parts_of(late ? stage ^ 1 : stage), fresh[stage]);
+        if (PAIRS && now.head >= 0) {
+            joint_pair(mine);
+            if (now.sees >> (4 * (half ^ 1) + mine) & 1) {
+                const uint32_t other = parts_of(stage) + (warp ^ 1) * M::PART;
+                const uint32_t y = tiles + M::Q + stage * M::Q_BYTES + 32 * (half ^ 1) * Tile::ROW;
+                joint_add_from<Op>(dv, tiles + M::P + (warp ^ 1) * M::PART, y + M::G - M::Q, 64 * half);
+                joint_add_from<Op>(dk, other, y, 64 * half);
+            }
+        }
+        if (threadIdx.x == 0) done = ripe.block;
+        if (next.head < 0 && now.head < 0) break;
+        if (late) settle(stage ^ 1);
     }
     attn_arrived();
     __syncthreads();
@@ -377,7 +452,7 @@ __global__ void __launch_bounds__(joint_shape<Op>::THREADS_, 1)
         if (w0 + lane < t.end) what[lane] = attn_summed<true>(a, t, w0 + lane, own);
         __syncwarp();
         attn_write<T, 64>(a, out, attn_cut_sums{(uint16_t *)out, (uint8_t *)low}, sums, what, min(32, t.end - w0),
-                          64 * half);
+                          PAIRS ? 64 * half : 0);
     };
     put(dk, a.out, a.acc, (float)a.scale);
     put(dv, a.out2, a.acc2, gz);
