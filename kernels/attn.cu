@@ -532,6 +532,7 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     size_t ks = once ? (size_t)lac_plan_sum_bytes(p) / 2 : acc_bytes(&w->dk, p->backward_phases);
     if (once) list = (attn_hopper_backward_bytes(p, joint, &sums) + 127) / 128 * 128;
     stats = (stats + 15) / 16 * 16;
+    ks = (ks + 15) / 16 * 16; /* in one pass there may be an odd number of bytes, and floats lie behind them */
     lac_scratch dq_sums("attention", sums), space("attention", list + all + qs + 2 * ks + 4 * stats + counters(a) +
                                                                    (hopper ? attn_hopper_ends_bytes(a) : 0));
     if (!dq_sums.data || !space.data) return LAC_E_MEMORY;
