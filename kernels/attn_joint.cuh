@@ -10,20 +10,17 @@
  * Floor: tensor cores and shared memory. A matrix that is fetched for two products costs as much time as they do (four
  * cycles beside 3.2), so every warp has tiles of 32 x 32 of S, dP and dq and 32 keys x 64 columns of dk and dv: 128
  * registers of sums, 64 of scores. Up to D = 64 a warp has all columns of its keys, P^T and dS^T stay in registers:
-four
- * warps, two blocks a multiprocessor, 136 fetches and stores for 320 products of 16 x 8 x 16 (the two passes have 200
- * for 448, FlashAttention-2's tiles 160). For D = 128 two warps share 32 keys, each has the scores of half of the rows
- * and the results of half of the columns, and they give each other their halves of P^T and dS^T by way of shared
-memory:
- * 144 (272, 152). What is left is waiting.
+ * four warps, two blocks a multiprocessor, 136 fetches and stores for 320 products of 16 x 8 x 16 (the two passes have
+ * 200 for 448, FlashAttention-2's tiles 160). For D = 128 two warps share 32 keys, each has the scores of half of the
+ * rows and the results of half of the columns, and they give each other their halves of P^T and dS^T by way of shared
+ * memory: 144 (272, 152). What is left is waiting.
  *
  * So a step has one barrier: dS K of a step's rows is computed a step later, when all warps have long stored their dS
  * (two buffers; where they do not fit, on sm_80 for D = 128, in the same step behind a second barrier), and for D = 128
  * half of the warps do that before their own scores, the others behind them, so that two warps of a scheduler are not
-at
- * exponentials at the same time (4%). Partners wait for each other alone. The sums so far are asked for before dS K and
- * added behind it. A turn is looked at by one thread at the beginning of a step and one fence later in it serves both
- * what others added, which the look saw, and what this block added a step ago, whose turn is passed on then.
+ * at exponentials at the same time (4%). Partners wait for each other alone. The sums so far are asked for before dS K
+ * and added behind it. A turn is looked at by one thread at the beginning of a step, and one fence later in it serves
+ * both what others added, which the look saw, and what this block added a step ago, whose turn is passed on then.
  *
  * Turns are what makes tiles wait: an item's tiles follow one another at a distance of a step and a half, and a fifth
  * of the samples of a profile (D = 64, 8192 rows, 16 items interleaved) lay at the barrier behind the wait. The list
@@ -31,21 +28,23 @@ at
  * time. Registers are all taken, so words of the loop lie in shared memory: a form with 52 bytes of spills was 13%
  * slower for D = 64; the fence empties the first cache, from which spilled words would come.
  *
- * Measured, bf16, one H200, 32768 rows in all, heads x D = 2048, medians of five, TFLOP/s: the form before last (4
- * bytes of spills, D = 64), PyTorch's FlashAttention-2 in the same run, the ratio (target 0.9). Items interleaved: 33
- * up to 8k rows, one for 32k, causal as the list does it now; for D = 128 and 8k rows 16, of a later run.
+ * Measured, bf16, one H200, 32768 rows in all, heads x D = 2048, medians of seven rounds in turns: the speed as a share
+ * of PyTorch's FlashAttention-2 in the same run (target 0.9).
  *
- *     rows            1k                 2k                 8k                 32k
- *     D = 64          219, 214, 1.03     254, 249, 1.02     264, 284, 0.93     261, 293, 0.89
- *     causal          175, 152, 1.15     215, 197, 1.10     261, 256, 1.02     270, 276, 0.98
- *     D = 128         230, 229, 1.01     255, 265, 0.96     269, 300, 0.90     281, 309, 0.91
- *     causal          177, 167, 1.06     217, 220, 0.99     260, 286, 0.91     277, 313, 0.88
+ *     rows            1k       2k       8k       32k
+ *     D = 64          1.15     1.10     1.03     1.025
+ *     causal          1.22     1.16     1.10     1.07
+ *     D = 128         1.06     1.01     0.99     0.98
+ *     causal          1.10     1.05     0.99     0.96
  *
- * Two passes had 0.88, 0.83, 0.79, 0.78 for D = 64 in that run, causal 0.93, 0.89, 0.83, 0.83.
+ * Items that are interleaved had 40 MB without masks, 24 with causal masks. 24 MB without: as fast or up to 3% slower
+ * (D = 64, 32k rows); 40 MB with: the same within 1%; 64 MB: up to 3% slower without, up to 6% with (8k). Two passes
+ * had, in a run of an earlier form, 0.88, 0.83, 0.79, 0.78 for D = 64, causal 0.93, 0.89, 0.83, 0.83.
  *
  * Rejected: 16 keys a warp with all rows (180 fetches), atomic additions (order, and four narrow ones on sm_80 where a
  * load and a store are wide), fetching the sums to the second cache a step ahead (D = 128: as fast or up to 4% slower),
- * tiles of an item that begin at different rows so that nobody waits (tiles would wait for some that do not run yet).
+ * tiles of an item that begin at different rows so that nobody waits (tiles would wait for some that do not run yet), a
+ * fence every other step (D = 128: 1.07, 1.01, 0.97, 0.96, causal 1.10, 1.04, 0.95, 0.91).
  */
 #ifndef LAC_CUDA_ATTN_JOINT_CUH
 #define LAC_CUDA_ATTN_JOINT_CUH
