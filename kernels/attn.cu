@@ -13,17 +13,17 @@
  * times dq for LongNet's five (lac_plan_info says how much); they are a block of the pool by themselves, because it
  * rounds blocks up by as much as a quarter. fp8 rounds q, k and v beside them (attn_hopper_fp8.cuh) and runs on Hopper
  * or not at all. f64 is computed by multiply-adds (attn_exact_*.cuh), everything else on tensor cores, f32 in parts
- * that make it exact (attn_parts_*.cuh; where these do not run by multiply-adds) unless lac.use_tf32 says otherwise.
- * Calls with options of single pairs run instances of their own (attn_pairs_*.cu), up to four rows without such options
- * kernels that cut the keys instead (attn_few.cu). Branches run in the reverse order of the plan's phases: the last to
- * run is then usually the one without dilation, which reaches every row, so that each row is rounded once and most sums
- * stay in the cache.
+ * that make it exact (attn_parts_*.cuh, on Hopper attn_hopper_parts_*.cu; where these do not run by multiply-adds)
+ * unless lac.use_tf32 says otherwise. Calls with options of single pairs run instances of their own (attn_pairs_*.cu),
+ * up to four rows without such options kernels that cut the keys instead (attn_few.cu). Branches run in the reverse
+ * order of the plan's phases: the last to run is then usually the one without dilation, which reaches every row, so
+ * that each row is rounded once and most sums stay in the cache.
  */
 #include "attn_few.cuh"
 #include "attn_hopper_backward.cuh"
 #include "attn_hopper_fp8.cuh"
 #include "attn_hopper_pairs.cuh"
-#include "attn_parts.cuh"
+#include "attn_hopper_parts.cuh"
 #include "launch.cuh"
 #include <cmath>
 
@@ -183,6 +183,13 @@ static int clear(const lac_view *v)
 static bool exact(int dtype) { return dtype == LAC_F64 || (dtype == LAC_F32 && !lac_cuda_engine->settings->tf32); }
 /* exactly, but by tensor cores? */
 static bool parts(int dtype, int head_dim) { return exact(dtype) && dtype == LAC_F32 && attn_parts_fits(head_dim); }
+
+/* on Hopper by warpgroups? without options of pairs, where rows are aligned and tiles not mostly empty */
+static bool group_parts(const attn_args &a, const lac_a_attend *f)
+{
+    return f->kernel != LAC_KERNEL_PORTABLE && !paired(f) && lac_plan_hopper_pays(f->plan, 0) && a.q.vec && a.k.vec &&
+           a.v.vec && (!a.g.data || a.g.vec) && attn_hopper_parts_runs();
+}
 
 /* ---- statistics of rows for the backward ---- */
 
@@ -467,7 +474,8 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
         LAC_TRY(attn_hopper_ends(a, (int *)((char *)space.data + ends), &padding));
         return attn_hopper_forward(a, f, gaps, padding);
     }
-    if (parts(f->q.dtype, a.head_dim)) return attn_forward_parts(a, p);
+    if (parts(f->q.dtype, a.head_dim))
+        return group_parts(a, f) ? attn_hopper_parts_forward(a, p) : attn_forward_parts(a, p);
     if (exact(f->q.dtype)) return attn_forward_exact(a, p, f->q.dtype);
     return paired(f) ? attn_pairs_forward_tensor(a, p, f->q.dtype) : attn_forward_tensor(a, p, f->q.dtype);
 }
@@ -476,14 +484,16 @@ extern "C" int lac_cuda_attend(const lac_a_attend *f)
 static int keys_pass(attn_pair_args &a, const lac_a_attend *f)
 {
     int dtype = f->q.dtype;
-    if (parts(dtype, a.head_dim)) return attn_keys_parts(a, f->plan);
+    if (parts(dtype, a.head_dim))
+        return group_parts(a, f) ? attn_hopper_parts_keys(a, f->plan) : attn_keys_parts(a, f->plan);
     if (exact(dtype)) return attn_keys_exact(a, f->plan, dtype);
     return paired(f) ? attn_pairs_keys_tensor(a, f->plan, dtype) : attn_keys_tensor(a, f->plan, dtype);
 }
 static int queries_pass(attn_pair_args &a, const lac_a_attend *f)
 {
     int dtype = f->q.dtype;
-    if (parts(dtype, a.head_dim)) return attn_queries_parts(a, f->plan);
+    if (parts(dtype, a.head_dim))
+        return group_parts(a, f) ? attn_hopper_parts_queries(a, f->plan) : attn_queries_parts(a, f->plan);
     if (exact(dtype)) return attn_queries_exact(a, f->plan, dtype);
     return paired(f) ? attn_pairs_queries_tensor(a, f->plan, dtype) : attn_queries_tensor(a, f->plan, dtype);
 }

@@ -319,9 +319,13 @@ describe("lac.attention", function()
     assert.matches(call, kernel({ alibi = true, dropout = 0.1 }, 64, half()))
     assert.matches("^cuda: f32 sums; 4 rows: their keys in parts; ", kernel({}, 4, half()))
     assert.matches("; portable: a branch has fewer than 64 rows a segment$", kernel({}, 63, half()))
-    assert.matches("; portable: tensors are neither f16 nor bf16$", kernel({}, 64, { dtype = "f32" }))
-    assert.matches("^cuda: tensor cores, f32 in three parts of bf16 where shared memory holds their tiles; ",
+    assert.matches("; portable: tensors are neither f16 nor bf16$", kernel({}, 64, { dtype = "f64" }))
+    assert.matches("; hopper %(chosen%) fails: tensors are neither f16 nor bf16$",
+      kernel({ kernel = "hopper" }, 64, { dtype = "f32" }))
+    local parts = "^cuda: tensor cores, f32 in three parts of bf16 where shared memory holds their tiles; "
+    assert.matches(parts .. "by warpgroups on a Hopper GPU, .* else portable$",
       kernel({}, 64, { dtype = "f32", head_dim = 128 }))
+    assert.matches(parts .. "portable %(chosen%)$", kernel({ kernel = "portable" }, 64, { dtype = "f32" }))
     local wide = { dtype = "f32", head_dim = 136 }
     assert.matches("^cuda: multiply%-adds of f32; portable", kernel({}, 64, wide))
     assert.matches("^cuda: multiply%-adds of f64; portable", kernel({}, 64, { dtype = "f64", head_dim = 64 }))

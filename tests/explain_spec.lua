@@ -90,6 +90,12 @@ describe("attn:explain", function()
     end
     assert.are.equal("cuda: tensor cores, f32 sums; portable: a branch has fewer than 64 rows a segment",
       attn:explain(16, { as = "table", dtype = "bf16", device = "cuda" }).kernel)
+    local parts = { as = "table", head_dim = 64, dtype = "f32", device = "cuda" }
+    assert.matches("^cuda: tensor cores, f32 in three parts .*; by warpgroups on a Hopper GPU, .* portable$",
+      attn:explain(16, parts).kernel)
+    local portable = lac.attention { variant = "dense", heads = 4, kernel = "portable" }
+    assert.matches("^cuda: tensor cores, f32 in three parts .*; portable %(chosen%)$",
+      portable:explain(16, parts).kernel)
     -- on a GPU: two passes where lattices are short, statistics of both branches and f32 sums of dq, dk, dv
     local short = attn:explain(128, { as = "table", head_dim = 8, dtype = "bf16", device = "cpu" })
     assert.are.equal(2 * 16 * 128 * 4 + 8 * 128 * 2 * 8 + 4 * 128 * 4 * 8, short.device_backward)

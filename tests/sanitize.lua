@@ -17,7 +17,7 @@ local sys = require "lacuna.sys"
 jit.off()
 lac.default_device "cuda"
 
-local FAMILIES = { "portable", "pairs", "hopper" }
+local FAMILIES = { "portable", "pairs", "hopper", "parts" }
 
 local function draw(sizes, dtype) return lac.randn(sizes, { dtype = dtype, grad = true }) end
 
@@ -138,6 +138,25 @@ function run.hopper()
           { dtype = dtype, d = d, kernel = "hopper", causal = causal, n = 300, m = 300, forward = true,
             segments = { 100, 200, 400 }, dilations = { 1, 2, 3 }, kv = 2 })
       end
+    end
+  end
+end
+
+-- f32 as Hopper multiplies it
+function run.parts()
+  for _, d in ipairs{ 40, 64, 128 } do
+    for _, causal in ipairs{ false, true } do
+      local function case(name, o)
+        o.dtype, o.d, o.causal, o.n, o.m = "f32", d, causal, 300, 300
+        o.segments, o.dilations = o.segments or { 100, 200, 400 }, o.dilations or { 1, 2, 3 }
+        attend(("parts, head_dim %d%s, %s"):format(d, causal and ", causal" or "", name), o)
+      end
+      case("one branch", { segments = { 300 }, dilations = { 1 } })
+      case("three branches", { kv = 2, batch = 2 })
+      case("heads divided, mean", { heads = "split", merge = "mean" })
+      case("constants of the merge", { merge = "lse_detach" })
+      case("window and dropout", { window = 80, dropout = 0.3 })
+      case("padding", { key_padding = lac.rand{ 1, 300 }:gt(0.3) })
     end
   end
 end

@@ -221,7 +221,7 @@ local function wide_of(dtype, head_dim)
   if dtype == C.LAC_F64 then return "multiply-adds of f64" end
   if device.use_tf32() then return "tensor cores, TF32" end
   if head_dim > EXACT_MOST then return "multiply-adds of f32" end
-  return "tensor cores, f32 in three parts of bf16 where shared memory holds their tiles"
+  return "tensor cores, f32 in three parts of bf16 where shared memory holds their tiles", true
 end
 
 local FEW = 4 -- rows that kernels/attn_few.cu takes
@@ -243,7 +243,12 @@ local function kernel_of(z, dtype, kernel, refusal, n, fp8, parts, behind)
         half and "f32" or "f64", n)
     end
     if half then return "cuda: tensor cores, f32 sums; " .. choice end
-    return ("cuda: %s; %s"):format(wide_of(dtype, z.head_dim), choice)
+    local wide, in_parts = wide_of(dtype, z.head_dim)
+    if in_parts and kernel == "auto" then
+      choice = "by warpgroups on a Hopper GPU, without options of pairs, where each branch has 64 rows a "
+        .. "segment and rows are aligned to 16 bytes, else portable"
+    end
+    return ("cuda: %s; %s"):format(wide, choice)
   end
   device.code(OP, name) -- refuses what is no device
   if kernel == "hopper" then return "cpu: kernel 'hopper' (chosen) fails: it is for cuda" end

@@ -1,0 +1,281 @@
+/* attn_hopper_parts.cuh: attention in f32 without TF32 on Hopper: products of parts (attn_parts.cuh) by warpgroups.
+ *
+ * The same six products, in the same order, as mma.sync has them, but both operands of scores and the right one of
+ * weighted sums come from shared memory by themselves: no fragments are fetched, and a warpgroup's products run at
+ * twice mma.sync's rate beside the other warpgroup's arithmetic.
+ *
+ * A block is two warpgroups that multiply and one that feeds them: it reads rows of f32 into registers, takes them
+ * apart and puts the parts into panels that products read. A step is 64 rows of the other side. Tiles are handed over
+ * by barriers, so the warpgroups do not wait for each other, and what one does beside products hides behind the
+ * other's.
+ *
+ * Floor: a sixth of what wgmma does in bf16, 165 TFLOP/s of f32 on an H200, in the backward (seven products for five)
+ * 118. What is beside products in a step of 128 x 64 pairs for D = 64 (3,072 cycles of them in the forward): some 1,000
+ * cycles for softmax, P in parts and sums, 700 for taking tiles apart. kernels/HOPPER.md has what was reached.
+ *
+ * Rejected: parts made beforehand in memory (6 bytes a number instead of 4: for D = 128 and 64 rows 21 bytes a cycle
+ * and multiprocessor from the L2 cache, which gives some 24), one pass for the backward (sums of dq in memory, turns
+ * among tiles: where products run twice as fast they are not what a backward waits for).
+ */
+#ifndef LAC_CUDA_ATTN_HOPPER_PARTS_CUH
+#define LAC_CUDA_ATTN_HOPPER_PARTS_CUH
+#include "attn_parts.cuh"
+#include "hopper.cuh"
+
+/* f32 exactly, without options of single pairs: has the device kernels for it? */
+bool attn_hopper_parts_runs();
+int attn_hopper_parts_forward(attn_args &a, const lac_plan *plan);
+int attn_hopper_parts_keys(attn_args &a, const lac_plan *plan);
+int attn_hopper_parts_queries(attn_args &a, const lac_plan *plan);
+
+enum { PARTS_STEP = 64, PARTS_GROUPS = 2, PARTS_CONSUMERS = 256, PARTS_THREADS = 384 };
+/* of the 168 that each thread is launched with: a block cannot have more than it began with */
+enum { PARTS_FEEDER_REGISTERS = 72, PARTS_GROUP_REGISTERS = 216 };
+static_assert(PARTS_FEEDER_REGISTERS + PARTS_GROUPS * PARTS_GROUP_REGISTERS <= (PARTS_GROUPS + 1) * 168, "registers");
+
+/* ---- tiles: parts one behind the other, each in panels of 64 columns, rows of 128 bytes (hopper_operand) ---- */
+
+template <int DP, int ROWS> struct parts_panels {
+    enum { PANEL = ROWS * 128, PART = ROWS * DP * 2, BYTES = PARTS * PART };
+};
+
+/* ROWS rows that a warpgroup takes apart: a thread has the same eight columns of some of them */
+template <int DP> struct parts_rows {
+    enum { CHUNKS = DP / 8, EACH = 128 / CHUNKS, TURNS = 4, ROWS = EACH * TURNS };
+    float x[TURNS][8];
+    static __device__ __forceinline__ int row() { return (int)threadIdx.x % 128 / CHUNKS; }
+    static __device__ __forceinline__ int chunk() { return (int)threadIdx.x % CHUNKS; }
+
+    /* lattice rows from `first` on of head h; zeros from `limit` on, past the head dimension, and (`padding`) where
+     * rows are padding */
+    __device__ __forceinline__ void load(const attn_args &a, const attn_tensor &from, const attn_tile &t, int h,
+                                         int shift, int first, int limit, bool padding)
+    {
+        const int64_t step = t.r * from.stride[1];
+        const float *at = (const float *)from.data + t.b * from.stride[0] + h * from.stride[2] +
+                          (t.base - shift) * from.stride[1] + (first + row()) * step + chunk() * 8;
+        const int left = a.head_dim - chunk() * 8;
+#pragma unroll
+        for (int i = 0; i < TURNS; i++, at += EACH * step) {
+            const int index = first + row() + i * EACH;
+            bool valid = index < limit;
+            if (padding) valid = valid && !attn_padded(a, t.b, t.base + (int64_t)index * t.r);
+#pragma unroll
+            for (int e = 0; e < 8; e += 4) {
+                float4 v = {0, 0, 0, 0};
+                if (valid && left > e) v = *(const float4 *)(at + e);
+                x[i][e] = v.x, x[i][e + 1] = v.y, x[i][e + 2] = v.z, x[i][e + 3] = v.w;
+            }
+        }
+    }
+    /* to rows from `row0` on of a tile of HEIGHT rows, for products */
+    template <int HEIGHT> __device__ __forceinline__ void put(uint32_t to, int row0) const
+    {
+        typedef parts_panels<DP, HEIGHT> Tile;
+        to += chunk() / 8 * Tile::PANEL + (row0 + row()) * 128 + ((chunk() % 8 ^ row() % 8) << 4);
+#pragma unroll
+        for (int i = 0; i < TURNS; i++) {
+            uint32_t part[4][PARTS];
+#pragma unroll
+            for (int e = 0; e < 4; e++) parts_of(part[e], x[i][2 * e], x[i][2 * e + 1]);
+#pragma unroll
+            for (int p = 0; p < PARTS; p++)
+                hopper_put_four(to + p * Tile::PART + i * EACH * 128,
+                                {(int)part[0][p], (int)part[1][p], (int)part[2][p], (int)part[3][p]});
+        }
+        hopper_shared_fence();
+    }
+};
+
+/* 64 rows that a warpgroup keeps, from `first` on, at rows from `row0` on of a tile of HEIGHT */
+template <int DP, int HEIGHT>
+__device__ __forceinline__ void parts_own(uint32_t to, int row0, const attn_args &a, const attn_tensor &x,
+                                          const attn_tile &t, int h, int shift, int first, int limit, bool padding)
+{
+#pragma unroll 1
+    for (int i = 0; i < PARTS_STEP; i += parts_rows<DP>::ROWS) {
+        parts_rows<DP> rows;
+        rows.load(a, x, t, h, shift, first + i, limit, padding);
+        rows.template put<HEIGHT>(to, row0 + i);
+    }
+}
+
+/* ---- handing tiles over ---- */
+
+/* The step that a warp is at: where its tiles lie, and the parity that says that they are there. */
+struct parts_turn {
+    int stage, phase;
+};
+/* Two tiles a step, each with a barrier that says that it is full, which every warp that feeds arrives at, and one that
+ * says that it is free, for every warp that multiplies. */
+template <int STAGES> struct parts_barriers {
+    uint64_t at[4][STAGES];
+    __device__ __forceinline__ uint32_t full(int tile, parts_turn x) const { return attn_shared(&at[tile][x.stage]); }
+    __device__ __forceinline__ uint32_t free(int tile, parts_turn x) const
+    {
+        return attn_shared(&at[2 + tile][x.stage]);
+    }
+    __device__ __forceinline__ void start() const
+    {
+        if (threadIdx.x) return;
+        for (int i = 0; i < STAGES; i++)
+            for (int tile = 0; tile < 2; tile++) {
+                hopper_barrier(full(tile, {i, 0}), 4);
+                hopper_barrier(free(tile, {i, 0}), 4 * PARTS_GROUPS);
+            }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __device__ __forceinline__ void next(parts_turn &x) const
+    {
+        if (++x.stage == STAGES) x.stage = 0, x.phase ^= 1;
+    }
+    __device__ __forceinline__ void wait_full(int tile, parts_turn x) const { hopper_wait(full(tile, x), x.phase); }
+    __device__ __forceinline__ void wait_free(int tile, parts_turn x) const { hopper_wait(free(tile, x), x.phase ^ 1); }
+    __device__ __forceinline__ void arrive(uint32_t barrier) const
+    {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) hopper_arrive(barrier);
+    }
+    /* a step whose tiles nobody looks at */
+    __device__ __forceinline__ void pass(parts_turn &x) const
+    {
+        for (int tile = 0; tile < 2; tile++) {
+            wait_full(tile, x);
+            arrive(free(tile, x));
+        }
+        next(x);
+    }
+};
+
+/* A step's tile: `rows` has its first rows already, `load` loads those from row i on, or what follows (0). */
+template <int DP, class F> __device__ __forceinline__ void parts_feed(parts_rows<DP> &rows, uint32_t to, F &&load)
+{
+#pragma unroll
+    for (int i = 0; i < PARTS_STEP; i += parts_rows<DP>::ROWS) {
+        rows.template put<PARTS_STEP>(to, i);
+        load((i + parts_rows<DP>::ROWS) % PARTS_STEP);
+    }
+}
+/* feeds keys [low, high) to tiles from `k` on, values to those from `v` on */
+template <int DP, int STAGES>
+__device__ __forceinline__ void parts_feed_keys(const attn_args &a, const attn_tile &t, int low, int high, uint32_t k,
+                                                uint32_t v, const parts_barriers<STAGES> &barrier)
+{
+    constexpr int TILE = parts_panels<DP, PARTS_STEP>::BYTES;
+    const int hk = t.h / a.group;
+    const bool pad = a.padding != NULL;
+    parts_turn now = {0, 0};
+    parts_rows<DP> rows;
+    rows.load(a, a.k, t, hk, 0, low, t.live, pad);
+#pragma unroll 1
+    for (int k0 = low; k0 < high; k0 += PARTS_STEP) {
+        barrier.wait_free(0, now);
+        parts_feed<DP>(rows, k + now.stage * TILE, [&](int i) {
+            if (i) rows.load(a, a.k, t, hk, 0, k0 + i, t.live, pad);
+            else rows.load(a, a.v, t, hk, 0, k0, t.live, pad);
+        });
+        barrier.arrive(barrier.full(0, now));
+        barrier.wait_free(1, now);
+        parts_feed<DP>(rows, v + now.stage * TILE, [&](int i) {
+            if (i) rows.load(a, a.v, t, hk, 0, k0 + i, t.live, pad);
+            else rows.load(a, a.k, t, hk, 0, k0 + PARTS_STEP, t.live, pad);
+        });
+        barrier.arrive(barrier.full(1, now));
+        barrier.next(now);
+    }
+}
+
+/* ---- products of a warpgroup; x, y: where its rows of a tile begin ---- */
+
+/* high + low = X Y^T, 64 x 64, once they are waited for; X is in a tile of XH rows, Y of YH */
+template <int DP, int XH, int YH, bool FLIP>
+HOPPER_FN void parts_group_scores(float (&high)[32], float (&low)[32], uint32_t x, uint32_t y)
+{
+    typedef parts_panels<DP, XH> X;
+    typedef parts_panels<DP, YH> Y;
+    const uint32_t a = hopper_operand(x, 16), b = hopper_operand(y, 16);
+    hopper_pin(high);
+    hopper_pin(low);
+    hopper_product_fence();
+#pragma unroll
+    for (int k = 0; k < DP / 16; k++)
+#pragma unroll
+        for (int i = 0; i < PARTS_PRODUCTS; i++) {
+            const uint64_t left = hopper_descriptor(a, parts_left<FLIP>(i) * X::PART + k / 4 * X::PANEL + k % 4 * 32);
+            const uint64_t right = hopper_descriptor(b, parts_right<FLIP>(i) * Y::PART + k / 4 * Y::PANEL + k % 4 * 32);
+            if (i < PARTS_PRODUCTS - 1) hopper_product<bf16, 0>(low, left, right, k + i > 0);
+            else hopper_product<bf16, 0>(high, left, right, k > 0);
+        }
+    hopper_product_commit();
+}
+template <int PENDING> HOPPER_FN void parts_group_scored(float (&high)[32], float (&low)[32])
+{
+    hopper_pin(high);
+    hopper_pin(low);
+    hopper_product_wait<PENDING>();
+    hopper_pin(high);
+    hopper_pin(low);
+#pragma unroll
+    for (int i = 0; i < 32; i++) high[i] += low[i];
+}
+
+/* P in parts, as the left operand; column blocks `from` .. + 2 K of it */
+template <int K> HOPPER_FN void parts_group_left(uint32_t (&left)[PARTS][4 * K], const float *p)
+{
+#pragma unroll
+    for (int i = 0; i < 4 * K; i++) {
+        uint32_t part[PARTS];
+        parts_of(part, p[2 * i], p[2 * i + 1]);
+#pragma unroll
+        for (int x = 0; x < PARTS; x++) left[x][i] = part[x];
+    }
+}
+/* sum (+)= A B, 64 x 64, 16 deep, A in registers: hopper_product_from() that can begin a sum */
+HOPPER_FN void parts_group_product(float (&sum)[32], const uint32_t *a, uint64_t b, int add)
+{
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n" HOPPER_PRODUCT("64", "bf16") HOPPER_REGISTERS_32
+                 "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"
+                 : HOPPER_F32(sum, 0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+/* c = c times the row's factor + P Y[16 K rows][all columns], 64 columns at a time. The sum of the large products goes
+ * on from that of the small ones, which begins at zero. */
+template <int DP, int YH, int K>
+HOPPER_FN void parts_group_add(float (&c)[DP / 2], const float (&factor)[2], uint32_t (&left)[PARTS][4 * K], uint32_t y)
+{
+    typedef parts_panels<DP, YH> Y;
+    const uint32_t b = hopper_operand(y, 16);
+#pragma unroll
+    for (int panel = 0; panel < DP / 64; panel++) {
+        float sum[32];
+        hopper_pin(sum);
+        hopper_product_fence();
+#pragma unroll
+        for (int k = 0; k < K; k++)
+#pragma unroll
+            for (int i = 0; i < PARTS_PRODUCTS - 1; i++)
+                parts_group_product(sum, left[parts_left<false>(i)] + 4 * k,
+                                    hopper_descriptor(b, parts_right<false>(i) * Y::PART + panel * Y::PANEL + k * 2048),
+                                    k + i > 0);
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            parts_group_product(sum, left[0] + 4 * k, hopper_descriptor(b, panel * Y::PANEL + k * 2048), 1);
+        hopper_product_commit();
+        hopper_pin(sum);
+        hopper_product_wait<0>();
+        hopper_pin(sum);
+#pragma unroll
+        for (int i = 0; i < 32; i++) c[32 * panel + i] = fmaf(c[32 * panel + i], factor[i / 2 % 2], sum[i]);
+    }
+#pragma unroll
+    for (int x = 0; x < PARTS; x++) hopper_pin(left[x]);
+}
+
+template <int DP, int YH, int K>
+HOPPER_FN void parts_group_add(float (&c)[DP / 2], uint32_t (&left)[PARTS][4 * K], uint32_t y)
+{
+    const float one[2] = {1, 1};
+    parts_group_add<DP, YH, K>(c, one, left, y);
+}
+
+#endif
