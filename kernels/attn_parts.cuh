@@ -17,7 +17,8 @@
  * shared memory.
  *
  * Where one key has all the weight, dP - delta must cancel to the last bit: dP is summed in one order wherever it is
- * made (FLIP: the sides are exchanged), and so is delta (stats_parts in attn.cu).
+ * made (FLIP: the sides are exchanged), and so is delta (stats_parts in attn.cu). Products of warpgroups, which run on
+ * Hopper (attn_hopper_parts.cuh), sum 16 numbers to the same bits as mma.sync: the spec asks for exact zeros of both.
  *
  * Numbers below 2^-110 lose bits, because parts below 2^-133 are zero. Infinities, NaN and numbers that round to an
  * infinite bf16 (from 3.39e38 on) do not survive being taken apart: they become NaN, the result is not finite, and
