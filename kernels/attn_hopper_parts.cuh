@@ -46,44 +46,34 @@ template <int DP> struct parts_rows {
     static __device__ __forceinline__ int row() { return (int)threadIdx.x % 128 / CHUNKS; }
     static __device__ __forceinline__ int chunk() { return (int)threadIdx.x % CHUNKS; }
 
-    /* lattice rows from `first` on of head h; zeros from `limit` on, past the head dimension, and (`padding`) where
-     * rows are padding */
-    __device__ __forceinline__ void load(const attn_args &a, const attn_tensor &from, const attn_tile &t, int h,
+    /* turn i of lattice rows from `first` on of head h; zeros from `limit` on, past the head dimension, and (`padding`)
+     * where rows are padding */
+    __device__ __forceinline__ void load(int i, const attn_args &a, const attn_tensor &from, const attn_tile &t, int h,
                                          int shift, int first, int limit, bool padding)
     {
-        const int64_t step = t.r * from.stride[1];
+        const int index = first + row() + i * EACH, left = a.head_dim - chunk() * 8;
         const float *at = (const float *)from.data + t.b * from.stride[0] + h * from.stride[2] +
-                          (t.base - shift) * from.stride[1] + (first + row()) * step + chunk() * 8;
-        const int left = a.head_dim - chunk() * 8;
+                          (t.base - shift) * from.stride[1] + index * (t.r * from.stride[1]) + chunk() * 8;
+        bool valid = index < limit;
+        if (padding) valid = valid && !attn_padded(a, t.b, t.base + (int64_t)index * t.r);
 #pragma unroll
-        for (int i = 0; i < TURNS; i++, at += EACH * step) {
-            const int index = first + row() + i * EACH;
-            bool valid = index < limit;
-            if (padding) valid = valid && !attn_padded(a, t.b, t.base + (int64_t)index * t.r);
-#pragma unroll
-            for (int e = 0; e < 8; e += 4) {
-                float4 v = {0, 0, 0, 0};
-                if (valid && left > e) v = *(const float4 *)(at + e);
-                x[i][e] = v.x, x[i][e + 1] = v.y, x[i][e + 2] = v.z, x[i][e + 3] = v.w;
-            }
+        for (int e = 0; e < 8; e += 4) {
+            float4 v = {0, 0, 0, 0};
+            if (valid && left > e) v = *(const float4 *)(at + e);
+            x[i][e] = v.x, x[i][e + 1] = v.y, x[i][e + 2] = v.z, x[i][e + 3] = v.w;
         }
     }
-    /* to rows from `row0` on of a tile of HEIGHT rows, for products */
-    template <int HEIGHT> __device__ __forceinline__ void put(uint32_t to, int row0) const
+    /* turn i to rows from `row0` on of a tile of HEIGHT rows; before products read it, hopper_shared_fence() */
+    template <int HEIGHT> __device__ __forceinline__ void put(int i, uint32_t to, int row0) const
     {
         typedef parts_panels<DP, HEIGHT> Tile;
-        to += chunk() / 8 * Tile::PANEL + (row0 + row()) * 128 + ((chunk() % 8 ^ row() % 8) << 4);
+        to += chunk() / 8 * Tile::PANEL + (row0 + row() + i * EACH) * 128 + ((chunk() % 8 ^ row() % 8) << 4);
+        uint32_t part[4][PARTS];
 #pragma unroll
-        for (int i = 0; i < TURNS; i++) {
-            uint32_t part[4][PARTS];
+        for (int e = 0; e < 4; e++) parts_of(part[e], x[i][2 * e], x[i][2 * e + 1]);
 #pragma unroll
-            for (int e = 0; e < 4; e++) parts_of(part[e], x[i][2 * e], x[i][2 * e + 1]);
-#pragma unroll
-            for (int p = 0; p < PARTS; p++)
-                hopper_put_four(to + p * Tile::PART + i * EACH * 128,
-                                {(int)part[0][p], (int)part[1][p], (int)part[2][p], (int)part[3][p]});
-        }
-        hopper_shared_fence();
+        for (int p = 0; p < PARTS; p++)
+            hopper_put_four(to + p * Tile::PART, {(int)part[0][p], (int)part[1][p], (int)part[2][p], (int)part[3][p]});
     }
 };
 
@@ -95,9 +85,12 @@ __device__ __forceinline__ void parts_own(uint32_t to, int row0, const attn_args
 #pragma unroll 1
     for (int i = 0; i < PARTS_STEP; i += parts_rows<DP>::ROWS) {
         parts_rows<DP> rows;
-        rows.load(a, x, t, h, shift, first + i, limit, padding);
-        rows.template put<HEIGHT>(to, row0 + i);
+#pragma unroll
+        for (int turn = 0; turn < rows.TURNS; turn++) rows.load(turn, a, x, t, h, shift, first + i, limit, padding);
+#pragma unroll
+        for (int turn = 0; turn < rows.TURNS; turn++) rows.template put<HEIGHT>(turn, to, row0 + i);
     }
+    hopper_shared_fence();
 }
 
 /* ---- handing tiles over ---- */
@@ -147,40 +140,46 @@ template <int STAGES> struct parts_barriers {
     }
 };
 
-/* A step's tile: `rows` has its first rows already, `load` loads those from row i on, or what follows (0). */
+/* A step's tile: `rows` has its first rows already; `load(i, turn)` loads those from row i on, or what follows (0), a
+ * turn at a time as soon as it has been put. */
 template <int DP, class F> __device__ __forceinline__ void parts_feed(parts_rows<DP> &rows, uint32_t to, F &&load)
 {
 #pragma unroll
-    for (int i = 0; i < PARTS_STEP; i += parts_rows<DP>::ROWS) {
-        rows.template put<PARTS_STEP>(to, i);
-        load((i + parts_rows<DP>::ROWS) % PARTS_STEP);
-    }
+    for (int i = 0; i < PARTS_STEP; i += rows.ROWS)
+#pragma unroll
+        for (int turn = 0; turn < rows.TURNS; turn++) {
+            rows.template put<PARTS_STEP>(turn, to, i);
+            load((i + rows.ROWS) % PARTS_STEP, turn);
+        }
+    hopper_shared_fence();
 }
-/* feeds keys [low, high) to tiles from `k` on, values to those from `v` on */
-template <int DP, int STAGES>
+/* Feeds keys [low, high) to tiles from `k` on, values to those from `v` on; FIRST: which of them (0, 1) goes first. */
+template <int DP, int FIRST, int STAGES>
 __device__ __forceinline__ void parts_feed_keys(const attn_args &a, const attn_tile &t, int low, int high, uint32_t k,
                                                 uint32_t v, const parts_barriers<STAGES> &barrier)
 {
-    constexpr int TILE = parts_panels<DP, PARTS_STEP>::BYTES;
+    constexpr int TILE = parts_panels<DP, PARTS_STEP>::BYTES, LAST = 1 - FIRST;
+    const attn_tensor &x = FIRST ? a.v : a.k, &y = FIRST ? a.k : a.v;
     const int hk = t.h / a.group;
     const bool pad = a.padding != NULL;
     parts_turn now = {0, 0};
     parts_rows<DP> rows;
-    rows.load(a, a.k, t, hk, 0, low, t.live, pad);
+#pragma unroll
+    for (int turn = 0; turn < rows.TURNS; turn++) rows.load(turn, a, x, t, hk, 0, low, t.live, pad);
 #pragma unroll 1
     for (int k0 = low; k0 < high; k0 += PARTS_STEP) {
-        barrier.wait_free(0, now);
-        parts_feed<DP>(rows, k + now.stage * TILE, [&](int i) {
-            if (i) rows.load(a, a.k, t, hk, 0, k0 + i, t.live, pad);
-            else rows.load(a, a.v, t, hk, 0, k0, t.live, pad);
+        barrier.wait_free(FIRST, now);
+        parts_feed<DP>(rows, (FIRST ? v : k) + now.stage * TILE, [&](int i, int turn) {
+            if (i) rows.load(turn, a, x, t, hk, 0, k0 + i, t.live, pad);
+            else rows.load(turn, a, y, t, hk, 0, k0, t.live, pad);
         });
-        barrier.arrive(barrier.full(0, now));
-        barrier.wait_free(1, now);
-        parts_feed<DP>(rows, v + now.stage * TILE, [&](int i) {
-            if (i) rows.load(a, a.v, t, hk, 0, k0 + i, t.live, pad);
-            else rows.load(a, a.k, t, hk, 0, k0 + PARTS_STEP, t.live, pad);
+        barrier.arrive(barrier.full(FIRST, now));
+        barrier.wait_free(LAST, now);
+        parts_feed<DP>(rows, (FIRST ? k : v) + now.stage * TILE, [&](int i, int turn) {
+            if (i) rows.load(turn, a, y, t, hk, 0, k0 + i, t.live, pad);
+            else rows.load(turn, a, x, t, hk, 0, k0 + PARTS_STEP, t.live, pad);
         });
-        barrier.arrive(barrier.full(1, now));
+        barrier.arrive(barrier.full(LAST, now));
         barrier.next(now);
     }
 }

@@ -16,6 +16,7 @@ template <int DP> struct backward_shape {
         ROWS = 64 * PARTS_GROUPS / SPLIT,
         WIDE = PARTS_STEP / SPLIT, /* columns of a warpgroup */
         STAGES = DP > 64 ? 1 : 2,
+        FIRST = SPLIT - 1, /* tile that is fed first: with one stage the one that is free first */
         OWN = parts_panels<DP, ROWS>::BYTES,
         TILE = parts_panels<DP, PARTS_STEP>::BYTES,
         X = 0, /* own: queries or keys, then dout or values */
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     high = high < t.live ? high : t.live;
     if (threadIdx.x >= PARTS_CONSUMERS) {
         hopper_fewer<PARTS_FEEDER_REGISTERS>();
-        parts_feed_keys<DP>(a, t, low, high, tiles + M::Y, tiles + M::Z, barrier);
+        parts_feed_keys<DP, M::FIRST>(a, t, low, high, tiles + M::Y, tiles + M::Z, barrier);
         if (a.deltas) return;
         __syncthreads_or(false);
         attn_wait<false>(a, t);
@@ -180,13 +181,12 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
             parts_group_scored<0>(d_high, d_low);
         } else {
             float high_part[32], low_part[32];
-            barrier.wait_full(0, now);
-            if (group) barrier.wait_full(1, now);
+            barrier.wait_full(group, now);
             parts_group_scores<DP, M::ROWS, PARTS_STEP, false>(high_part, low_part, mine + group * M::OWN,
                                                                group ? v : k);
             parts_group_scored<0>(high_part, low_part);
             exchange((float(&)[16])s, (float(&)[16])d, high_part, tiles + M::GIVEN, group);
-            if (!group) barrier.wait_full(1, now);
+            barrier.wait_full(1 - group, now);
             weights();
         }
         barrier.arrive(barrier.free(1, now));
@@ -288,40 +288,47 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
         const int thread = threadIdx.x % 128, which = thread / PARTS_STEP;
         float stat[2];
         int h = t.h, i0 = low;
-        auto begin = [&]() {
-            const int i = i0 + thread % PARTS_STEP;
+        /* rows from i on of a turn, of queries or dout */
+        auto load = [&](int tile, int i, int turn) {
+            rows.load(turn, a, tile ? a.g : a.q, t, h, a.shift, i0 + i, h < 0 ? 0 : t.q1, false);
+        };
+        auto look = [&]() { /* statistics of the step's rows */
+                            const int i = i0 + thread % PARTS_STEP;
 #pragma unroll
-            for (int x = 0; x < 2; x++) {
-                const float *from = parts_stats(a, which + 2 * x);
-                stat[x] = h >= 0 && i < t.q1 && from ? from[attn_stat(a, t, h, i, a.per_branch)]
-                          : which + x                ? 0
-                                                     : INFINITY;
-            }
-            rows.load(a, a.q, t, h, a.shift, i0, h < 0 ? 0 : t.q1, false);
+                            for (int x = 0; x < 2; x++) {
+                                const float *from = parts_stats(a, which + 2 * x);
+                                stat[x] = h >= 0 && i < t.q1 && from ? from[attn_stat(a, t, h, i, a.per_branch)]
+                                          : which + x                ? 0
+                                                                     : INFINITY;
+                            }
+        };
+        auto tell = [&](int stage) {
+            stats[stage][which][thread % PARTS_STEP] = stat[0];
+            stats[stage][which + 2][thread % PARTS_STEP] = stat[1];
         };
         if (low >= high) h = -1;
-        begin();
+        look();
+#pragma unroll
+        for (int turn = 0; turn < rows.TURNS; turn++) load(M::FIRST, 0, turn);
 #pragma unroll 1
         while (h >= 0) {
             const int stage = now.stage;
-            barrier.wait_free(0, now);
-            stats[stage][which][thread % PARTS_STEP] = stat[0];
-            stats[stage][which + 2][thread % PARTS_STEP] = stat[1];
-            parts_feed<DP>(rows, tiles + M::Y + stage * M::TILE, [&](int i) {
-                if (i) rows.load(a, a.q, t, h, a.shift, i0 + i, t.q1, false);
-                else rows.load(a, a.g, t, h, a.shift, i0, t.q1, false);
-            });
-            barrier.arrive(barrier.full(0, now));
-            barrier.wait_free(1, now);
-            parts_feed<DP>(rows, tiles + M::Z + stage * M::TILE, [&](int i) {
-                if (i) rows.load(a, a.g, t, h, a.shift, i0 + i, t.q1, false);
-                else {
+            barrier.wait_free(M::FIRST, now);
+            if (!M::FIRST) tell(stage);
+            parts_feed<DP>(rows, tiles + (M::FIRST ? M::Z : M::Y) + stage * M::TILE,
+                           [&](int i, int turn) { load(i ? M::FIRST : 1 - M::FIRST, i, turn); });
+            barrier.arrive(barrier.full(M::FIRST, now));
+            barrier.wait_free(1 - M::FIRST, now);
+            if (M::FIRST) tell(stage);
+            parts_feed<DP>(rows, tiles + (M::FIRST ? M::Y : M::Z) + stage * M::TILE, [&](int i, int turn) {
+                if (i == 0 && turn == 0) {
                     i0 += PARTS_STEP;
                     if (i0 >= high) h = attn_follows(a, t.g, h), i0 = low;
-                    begin();
+                    look();
                 }
+                load(i ? 1 - M::FIRST : M::FIRST, i, turn);
             });
-            barrier.arrive(barrier.full(1, now));
+            barrier.arrive(barrier.full(1 - M::FIRST, now));
             barrier.next(now);
         }
         __syncthreads_or(false);
@@ -389,13 +396,12 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
                 parts_group_scored<0>(d_high, d_low);
             } else {
                 float high_part[32], low_part[32];
-                barrier.wait_full(0, now);
-                if (group) barrier.wait_full(1, now);
+                barrier.wait_full(group, now);
                 parts_group_scores<DP, M::ROWS, PARTS_STEP, true>(high_part, low_part, mine + group * M::OWN,
                                                                   group ? g : q);
                 parts_group_scored<0>(high_part, low_part);
                 exchange((float(&)[16])s, (float(&)[16])d, high_part, tiles + M::GIVEN, group);
-                if (!group) barrier.wait_full(1, now);
+                barrier.wait_full(1 - group, now);
                 weights();
             }
             if (a.p > 0) attn_select(d, kept, 0, 0);

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     high = high < t.live ? high : t.live;
     if (threadIdx.x >= PARTS_CONSUMERS) {
         hopper_fewer<PARTS_FEEDER_REGISTERS>();
-        parts_feed_keys<DP>(a, t, low, high, tiles + M::K, tiles + M::V, barrier);
+        parts_feed_keys<DP, 0>(a, t, low, high, tiles + M::K, tiles + M::V, barrier);
         __syncthreads_or(false);
         attn_wait<false>(a, t);
         attn_signal<false>(a, t);
