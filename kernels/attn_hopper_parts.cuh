@@ -39,23 +39,18 @@ template <int DP, int ROWS> struct parts_panels {
     enum { PANEL = ROWS * 128, PART = ROWS * DP * 2, BYTES = PARTS * PART };
 };
 
-/* ROWS rows that a warpgroup takes apart: a thread has the same eight columns of some of them */
-template <int DP> struct parts_rows {
-    enum { CHUNKS = DP / 8, EACH = 128 / CHUNKS, TURNS = 4, ROWS = EACH * TURNS };
-    float x[TURNS][8];
+enum { PARTS_TURNS = 4 };
+/* ROWS rows that a warpgroup takes apart, in turns, BATCH of them (1 or all) at a time: a thread has the same eight
+ * columns of some of them */
+template <int DP, int BATCH> struct parts_rows {
+    enum { CHUNKS = DP / 8, EACH = 128 / CHUNKS, ROWS = EACH * PARTS_TURNS };
+    static_assert(BATCH == 1 || BATCH == PARTS_TURNS, "a turn or all");
+    float x[PARTS_TURNS][8];
     static __device__ __forceinline__ int row() { return (int)threadIdx.x % 128 / CHUNKS; }
     static __device__ __forceinline__ int chunk() { return (int)threadIdx.x % CHUNKS; }
 
-    /* turn i of lattice rows from `first` on of head h; zeros from `limit` on, past the head dimension, and (`padding`)
-     * where rows are padding */
-    __device__ __forceinline__ void load(int i, const attn_args &a, const attn_tensor &from, const attn_tile &t, int h,
-                                         int shift, int first, int limit, bool padding)
+    __device__ __forceinline__ void load_turn(int i, const float *at, int left, bool valid)
     {
-        const int index = first + row() + i * EACH, left = a.head_dim - chunk() * 8;
-        const float *at = (const float *)from.data + t.b * from.stride[0] + h * from.stride[2] +
-                          (t.base - shift) * from.stride[1] + index * (t.r * from.stride[1]) + chunk() * 8;
-        bool valid = index < limit;
-        if (padding) valid = valid && !attn_padded(a, t.b, t.base + (int64_t)index * t.r);
 #pragma unroll
         for (int e = 0; e < 8; e += 4) {
             float4 v = {0, 0, 0, 0};
@@ -63,34 +58,69 @@ template <int DP> struct parts_rows {
             x[i][e] = v.x, x[i][e + 1] = v.y, x[i][e + 2] = v.z, x[i][e + 3] = v.w;
         }
     }
-    /* turn i to rows from `row0` on of a tile of HEIGHT rows; before products read it, hopper_shared_fence() */
-    template <int HEIGHT> __device__ __forceinline__ void put(int i, uint32_t to, int row0) const
+    __device__ __forceinline__ void put_turn(int i, uint32_t to, int part_bytes) const
     {
-        typedef parts_panels<DP, HEIGHT> Tile;
-        to += chunk() / 8 * Tile::PANEL + (row0 + row() + i * EACH) * 128 + ((chunk() % 8 ^ row() % 8) << 4);
         uint32_t part[4][PARTS];
 #pragma unroll
         for (int e = 0; e < 4; e++) parts_of(part[e], x[i][2 * e], x[i][2 * e + 1]);
 #pragma unroll
         for (int p = 0; p < PARTS; p++)
-            hopper_put_four(to + p * Tile::PART, {(int)part[0][p], (int)part[1][p], (int)part[2][p], (int)part[3][p]});
+            hopper_put_four(to + p * part_bytes, {(int)part[0][p], (int)part[1][p], (int)part[2][p], (int)part[3][p]});
+    }
+    /* a batch from turn `turn` on of lattice rows from `first` on of head h; zeros from `limit` on, past the head
+     * dimension, and (`padding`) where rows are padding. Addresses are written once for each kind of batch: one
+     * form for both spilled in the backward. */
+    __device__ __forceinline__ void load(int turn, const attn_args &a, const attn_tensor &from, const attn_tile &t,
+                                         int h, int shift, int first, int limit, bool padding)
+    {
+        if (BATCH > 1) {
+            const int64_t step = t.r * from.stride[1];
+            const float *at = (const float *)from.data + t.b * from.stride[0] + h * from.stride[2] +
+                              (t.base - shift) * from.stride[1] + (first + row()) * step + chunk() * 8;
+            const int left = a.head_dim - chunk() * 8;
+#pragma unroll
+            for (int i = 0; i < PARTS_TURNS; i++, at += EACH * step) {
+                const int index = first + row() + i * EACH;
+                bool valid = index < limit;
+                if (padding) valid = valid && !attn_padded(a, t.b, t.base + (int64_t)index * t.r);
+                load_turn(i, at, left, valid);
+            }
+        } else {
+            const int index = first + row() + turn * EACH, left = a.head_dim - chunk() * 8;
+            const float *at = (const float *)from.data + t.b * from.stride[0] + h * from.stride[2] +
+                              (t.base - shift) * from.stride[1] + index * (t.r * from.stride[1]) + chunk() * 8;
+            bool valid = index < limit;
+            if (padding) valid = valid && !attn_padded(a, t.b, t.base + (int64_t)index * t.r);
+            load_turn(turn, at, left, valid);
+        }
+    }
+    /* a batch from turn `turn` on to rows from `row0` on of a tile of HEIGHT rows; single turns without the fence that
+     * products need */
+    template <int HEIGHT> __device__ __forceinline__ void put(int turn, uint32_t to, int row0) const
+    {
+        typedef parts_panels<DP, HEIGHT> Tile;
+        to += chunk() / 8 * Tile::PANEL + (row0 + row() + turn * EACH) * 128 + ((chunk() % 8 ^ row() % 8) << 4);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) put_turn(turn + i, to + i * EACH * 128, Tile::PART);
+        if (BATCH > 1) hopper_shared_fence();
     }
 };
 
 /* 64 rows that a warpgroup keeps, from `first` on, at rows from `row0` on of a tile of HEIGHT */
-template <int DP, int HEIGHT>
+template <int DP, int BATCH, int HEIGHT>
 __device__ __forceinline__ void parts_own(uint32_t to, int row0, const attn_args &a, const attn_tensor &x,
                                           const attn_tile &t, int h, int shift, int first, int limit, bool padding)
 {
 #pragma unroll 1
-    for (int i = 0; i < PARTS_STEP; i += parts_rows<DP>::ROWS) {
-        parts_rows<DP> rows;
+    for (int i = 0; i < PARTS_STEP; i += parts_rows<DP, BATCH>::ROWS) {
+        parts_rows<DP, BATCH> rows;
 #pragma unroll
-        for (int turn = 0; turn < rows.TURNS; turn++) rows.load(turn, a, x, t, h, shift, first + i, limit, padding);
+        for (int turn = 0; turn < PARTS_TURNS; turn += BATCH)
+            rows.load(turn, a, x, t, h, shift, first + i, limit, padding);
 #pragma unroll
-        for (int turn = 0; turn < rows.TURNS; turn++) rows.template put<HEIGHT>(turn, to, row0 + i);
+        for (int turn = 0; turn < PARTS_TURNS; turn += BATCH) rows.template put<HEIGHT>(turn, to, row0 + i);
     }
-    hopper_shared_fence();
+    if (BATCH == 1) hopper_shared_fence();
 }
 
 /* ---- handing tiles over ---- */
@@ -141,20 +171,21 @@ template <int STAGES> struct parts_barriers {
 };
 
 /* A step's tile: `rows` has its first rows already; `load(i, turn)` loads those from row i on, or what follows (0), a
- * turn at a time as soon as it has been put. */
-template <int DP, class F> __device__ __forceinline__ void parts_feed(parts_rows<DP> &rows, uint32_t to, F &&load)
+ * batch at a time as soon as it has been put. */
+template <int DP, int BATCH, class F>
+__device__ __forceinline__ void parts_feed(parts_rows<DP, BATCH> &rows, uint32_t to, F &&load)
 {
 #pragma unroll
     for (int i = 0; i < PARTS_STEP; i += rows.ROWS)
 #pragma unroll
-        for (int turn = 0; turn < rows.TURNS; turn++) {
+        for (int turn = 0; turn < PARTS_TURNS; turn += BATCH) {
             rows.template put<PARTS_STEP>(turn, to, i);
             load((i + rows.ROWS) % PARTS_STEP, turn);
         }
-    hopper_shared_fence();
+    if (BATCH == 1) hopper_shared_fence();
 }
 /* Feeds keys [low, high) to tiles from `k` on, values to those from `v` on; FIRST: which of them (0, 1) goes first. */
-template <int DP, int FIRST, int STAGES>
+template <int DP, int FIRST, int BATCH, int STAGES>
 __device__ __forceinline__ void parts_feed_keys(const attn_args &a, const attn_tile &t, int low, int high, uint32_t k,
                                                 uint32_t v, const parts_barriers<STAGES> &barrier)
 {
@@ -163,19 +194,19 @@ __device__ __forceinline__ void parts_feed_keys(const attn_args &a, const attn_t
     const int hk = t.h / a.group;
     const bool pad = a.padding != NULL;
     parts_turn now = {0, 0};
-    parts_rows<DP> rows;
+    parts_rows<DP, BATCH> rows;
 #pragma unroll
-    for (int turn = 0; turn < rows.TURNS; turn++) rows.load(turn, a, x, t, hk, 0, low, t.live, pad);
+    for (int turn = 0; turn < PARTS_TURNS; turn += BATCH) rows.load(turn, a, x, t, hk, 0, low, t.live, pad);
 #pragma unroll 1
     for (int k0 = low; k0 < high; k0 += PARTS_STEP) {
         barrier.wait_free(FIRST, now);
-        parts_feed<DP>(rows, (FIRST ? v : k) + now.stage * TILE, [&](int i, int turn) {
+        parts_feed(rows, (FIRST ? v : k) + now.stage * TILE, [&](int i, int turn) {
             if (i) rows.load(turn, a, x, t, hk, 0, k0 + i, t.live, pad);
             else rows.load(turn, a, y, t, hk, 0, k0, t.live, pad);
         });
         barrier.arrive(barrier.full(FIRST, now));
         barrier.wait_free(LAST, now);
-        parts_feed<DP>(rows, (FIRST ? k : v) + now.stage * TILE, [&](int i, int turn) {
+        parts_feed(rows, (FIRST ? k : v) + now.stage * TILE, [&](int i, int turn) {
             if (i) rows.load(turn, a, y, t, hk, 0, k0 + i, t.live, pad);
             else rows.load(turn, a, x, t, hk, 0, k0 + PARTS_STEP, t.live, pad);
         });

@@ -17,6 +17,7 @@ template <int DP> struct backward_shape {
         WIDE = PARTS_STEP / SPLIT, /* columns of a warpgroup */
         STAGES = DP > 64 ? 1 : 2,
         FIRST = SPLIT - 1, /* tile that is fed first: with one stage the one that is free first */
+        BATCH = 1,         /* this and FIRST: 1.05 to 1.08 times the speed for D = 128, the same for D = 64 */
         OWN = parts_panels<DP, ROWS>::BYTES,
         TILE = parts_panels<DP, PARTS_STEP>::BYTES,
         X = 0, /* own: queries or keys, then dout or values */
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     high = high < t.live ? high : t.live;
     if (threadIdx.x >= PARTS_CONSUMERS) {
         hopper_fewer<PARTS_FEEDER_REGISTERS>();
-        parts_feed_keys<DP, M::FIRST>(a, t, low, high, tiles + M::Y, tiles + M::Z, barrier);
+        parts_feed_keys<DP, M::FIRST, M::BATCH>(a, t, low, high, tiles + M::Y, tiles + M::Z, barrier);
         if (a.deltas) return;
         __syncthreads_or(false);
         attn_wait<false>(a, t);
@@ -124,9 +125,9 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     const parts_scale scale(a);
     const float gz = (float)(a.gscale * a.keep_scale);
     if (M::SPLIT == 1 || group == 0)
-        parts_own<DP, M::ROWS>(tiles + M::X, row0, a, a.q, t, t.h, a.shift, g0, t.end, false);
+        parts_own<DP, M::BATCH, M::ROWS>(tiles + M::X, row0, a, a.q, t, t.h, a.shift, g0, t.end, false);
     if (M::SPLIT == 1 || group == 1)
-        parts_own<DP, M::ROWS>(tiles + M::X + M::OWN, row0, a, a.g, t, t.h, a.shift, g0, t.end, false);
+        parts_own<DP, M::BATCH, M::ROWS>(tiles + M::X + M::OWN, row0, a, a.g, t, t.h, a.shift, g0, t.end, false);
     for (int i = threadIdx.x; i < 4 * M::ROWS; i += PARTS_CONSUMERS) {
         const int which = i / M::ROWS, row = t.first + i % M::ROWS;
         const float *from = parts_stats(a, which);
@@ -284,7 +285,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
     if (threadIdx.x >= PARTS_CONSUMERS) {
         hopper_fewer<PARTS_FEEDER_REGISTERS>();
         parts_turn now = {0, 0};
-        parts_rows<DP> rows;
+        parts_rows<DP, M::BATCH> rows;
         const int thread = threadIdx.x % 128, which = thread / PARTS_STEP;
         float stat[2];
         int h = t.h, i0 = low;
@@ -292,15 +293,16 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
         auto load = [&](int tile, int i, int turn) {
             rows.load(turn, a, tile ? a.g : a.q, t, h, a.shift, i0 + i, h < 0 ? 0 : t.q1, false);
         };
-        auto look = [&]() { /* statistics of the step's rows */
-                            const int i = i0 + thread % PARTS_STEP;
+        /* statistics of the step's rows */
+        auto look = [&]() {
+            const int i = i0 + thread % PARTS_STEP;
 #pragma unroll
-                            for (int x = 0; x < 2; x++) {
-                                const float *from = parts_stats(a, which + 2 * x);
-                                stat[x] = h >= 0 && i < t.q1 && from ? from[attn_stat(a, t, h, i, a.per_branch)]
-                                          : which + x                ? 0
-                                                                     : INFINITY;
-                            }
+            for (int x = 0; x < 2; x++) {
+                const float *from = parts_stats(a, which + 2 * x);
+                stat[x] = h >= 0 && i < t.q1 && from ? from[attn_stat(a, t, h, i, a.per_branch)]
+                          : which + x                ? 0
+                                                     : INFINITY;
+            }
         };
         auto tell = [&](int stage) {
             stats[stage][which][thread % PARTS_STEP] = stat[0];
@@ -309,18 +311,18 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
         if (low >= high) h = -1;
         look();
 #pragma unroll
-        for (int turn = 0; turn < rows.TURNS; turn++) load(M::FIRST, 0, turn);
+        for (int turn = 0; turn < PARTS_TURNS; turn += M::BATCH) load(M::FIRST, 0, turn);
 #pragma unroll 1
         while (h >= 0) {
             const int stage = now.stage;
             barrier.wait_free(M::FIRST, now);
             if (!M::FIRST) tell(stage);
-            parts_feed<DP>(rows, tiles + (M::FIRST ? M::Z : M::Y) + stage * M::TILE,
-                           [&](int i, int turn) { load(i ? M::FIRST : 1 - M::FIRST, i, turn); });
+            parts_feed(rows, tiles + (M::FIRST ? M::Z : M::Y) + stage * M::TILE,
+                       [&](int i, int turn) { load(i ? M::FIRST : 1 - M::FIRST, i, turn); });
             barrier.arrive(barrier.full(M::FIRST, now));
             barrier.wait_free(1 - M::FIRST, now);
             if (M::FIRST) tell(stage);
-            parts_feed<DP>(rows, tiles + (M::FIRST ? M::Y : M::Z) + stage * M::TILE, [&](int i, int turn) {
+            parts_feed(rows, tiles + (M::FIRST ? M::Y : M::Z) + stage * M::TILE, [&](int i, int turn) {
                 if (i == 0 && turn == 0) {
                     i0 += PARTS_STEP;
                     if (i0 >= high) h = attn_follows(a, t.g, h), i0 = low;
@@ -344,9 +346,10 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
     const parts_scale scale(a);
     const float gz = (float)(a.gscale * a.keep_scale);
     const int last = t.end < t.live ? t.end : t.live;
-    if (M::SPLIT == 1 || group == 0) parts_own<DP, M::ROWS>(tiles + M::X, row0, a, a.k, t, hk, 0, g0, last, pad);
+    if (M::SPLIT == 1 || group == 0)
+        parts_own<DP, M::BATCH, M::ROWS>(tiles + M::X, row0, a, a.k, t, hk, 0, g0, last, pad);
     if (M::SPLIT == 1 || group == 1)
-        parts_own<DP, M::ROWS>(tiles + M::X + M::OWN, row0, a, a.v, t, hk, 0, g0, last, pad);
+        parts_own<DP, M::BATCH, M::ROWS>(tiles + M::X + M::OWN, row0, a, a.v, t, hk, 0, g0, last, pad);
     hopper_sync(PARTS_ALL, PARTS_CONSUMERS);
     float dk[DP / 2], dv[DP / 2];
 #pragma unroll

@@ -8,13 +8,13 @@
 --
 -- On one H200 tf32 ran 1.35 to 3.25 times as fast as it, f32 by multiply-adds, which it once was, at 0.50 to
 -- 0.83 of its speed: 15 to 28 TFLOP/s. In parts by warpgroups (kernels/attn_hopper_parts.cuh), TFLOP/s, ours
--- and the peer's in one run:
+-- and the peer's in one run, forward from one and backward from a later one:
 --
 --                     1024 rows               8192 rows               causal, 1024 and 8192 rows
 --     D = 64          79.4, 32.5 (2.45)       95.5, 34.1 (2.80)       61.4, 25.9 (2.37)   85.6, 29.6 (2.89)
---       backward      61.1, 32.7 (1.87)       73.4, 34.4 (2.13)       48.4, 26.2 (1.85)   67.5, 31.6 (2.14)
+--       backward      61.0, 32.7 (1.87)       73.1, 34.7 (2.11)       47.9, 26.5 (1.81)   67.6, 32.0 (2.11)
 --     D = 128         82.3, 41.7 (1.97)       102.2, 44.0 (2.32)      60.9, 33.9 (1.80)   83.1, 39.9 (2.08)
---       backward      43.4, 33.6 (1.29)       50.2, 36.5 (1.38)       35.3, 26.0 (1.36)   49.9, 34.6 (1.44)
+--       backward      46.7, 34.3 (1.36)       54.0, 36.6 (1.47)       37.3, 25.4 (1.47)   53.7, 34.4 (1.56)
 --
 -- The portable kernels, which run on other devices and with options of pairs, reached line by line 54.8,
 -- 58.7, 39.2, 48.4; 36.3, 38.6, 29.5, 36.1; 54.0, 57.2, 38.5, 48.0; 30.5, 33.5, 24.6, 33.8.
