@@ -246,7 +246,7 @@ describe("fp8 on Hopper #gpu", function()
     end
   end)
 
-  -- the numbers of kernels/HOPPER.md, with some room for other draws
+  -- the numbers of kernels/HOPPER_OPTIONS.md, with some room for other draws
   it("has the error that is stated", function()
     lac.manual_seed(7)
     local function rms(x) return math.sqrt((x * x):mean():item()) end

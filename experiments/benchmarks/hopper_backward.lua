@@ -6,7 +6,7 @@
 -- that is not timed, and one that is: several backwards in a row. The four sides take turns in a new order
 -- each round, because the order alone moves results by several percent; times are medians over the rounds.
 -- Beside it the same sides "sustained", as in hopper.lua.
--- kernels/HOPPER.md has the record: floors, expectations, what was tried.
+-- kernels/HOPPER_BACKWARD.md has the record: floors, expectations, what was tried.
 
 local lac = require "lacuna"
 local bench = require "lacuna.bench"

@@ -4,7 +4,7 @@
 -- behind items that end between a half and all of their rows, in front of them, or anywhere, a quarter of the
 -- keys; masks keep three quarters of the pairs. A row is how many times as long the portable kernels take;
 -- its text has milliseconds and the time beside a call without the option. Sides take turns in a new order
--- each round (hopper.lua says why); medians. kernels/HOPPER.md has the record.
+-- each round (hopper.lua says why); medians. kernels/HOPPER_OPTIONS.md has the record.
 
 local lac = require "lacuna"
 local bench = require "lacuna.bench"
