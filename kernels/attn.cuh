@@ -170,8 +170,15 @@ template <bool KEYS> __device__ __forceinline__ int *attn_done(const attn_args &
     return a.counter + 1 + ((int64_t)g * a.batch + t.b) * a.heads + (KEYS ? t.h / a.group : t.h);
 }
 
-/* Waits for the tiles of smaller rank of the same batch item and head (key pass: of the heads that share its keys). */
-template <bool KEYS> __device__ __forceinline__ void attn_wait(const attn_args &a, const attn_tile &t)
+/* How those meet who work on a tile: here all threads of the block. */
+struct attn_block_meets {
+    __device__ __forceinline__ void operator()() const { __syncthreads(); }
+};
+
+/* Waits for the tiles of smaller rank of the same batch item and head (key pass: of the heads that share its keys).
+ * Everybody who meets calls it, and so it is with attn_signal(); thread 0 is among them. */
+template <bool KEYS, class Meet = attn_block_meets>
+__device__ __forceinline__ void attn_wait(const attn_args &a, const attn_tile &t, Meet meet = {})
 {
     int rank = a.branch[t.g].rank, h0 = KEYS ? t.h / a.group * a.group : t.h, h1 = KEYS ? h0 + a.group : h0 + 1;
     if (rank == 0) return;
@@ -187,14 +194,15 @@ template <bool KEYS> __device__ __forceinline__ void attn_wait(const attn_args &
                 __nanosleep(40);
             }
         }
-    __syncthreads();
+    meet();
 }
 
-/* Says that the tile is done; every thread of the block calls it. */
-template <bool KEYS> __device__ __forceinline__ void attn_signal(const attn_args &a, const attn_tile &t)
+/* Says that the tile is done. */
+template <bool KEYS, class Meet = attn_block_meets>
+__device__ __forceinline__ void attn_signal(const attn_args &a, const attn_tile &t, Meet meet = {})
 {
     if (a.ranks == 1) return;
-    __syncthreads();
+    meet();
     if (threadIdx.x == 0) {
         __threadfence();
         atomicAdd(attn_done<KEYS>(a, t, t.g), 1);

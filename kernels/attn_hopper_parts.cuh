@@ -33,6 +33,12 @@ enum { PARTS_STEP = 64, PARTS_GROUPS = 2, PARTS_CONSUMERS = 256, PARTS_THREADS =
 enum { PARTS_FEEDER_REGISTERS = 72, PARTS_GROUP_REGISTERS = 216 };
 static_assert(PARTS_FEEDER_REGISTERS + PARTS_GROUPS * PARTS_GROUP_REGISTERS <= (PARTS_GROUPS + 1) * 168, "registers");
 
+/* The warpgroups that multiply meet by a named barrier; the one that feeds ends when it has fed the last tile. */
+enum { PARTS_ALL = 3 };
+struct parts_consumers_meet {
+    __device__ __forceinline__ void operator()() const { hopper_sync(PARTS_ALL, PARTS_CONSUMERS); }
+};
+
 /* ---- tiles: parts one behind the other, each in panels of 64 columns, rows of 128 bytes (hopper_operand) ---- */
 
 template <int DP, int ROWS> struct parts_panels {

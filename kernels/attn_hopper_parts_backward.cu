@@ -8,8 +8,6 @@
 #include "attn_hopper_parts.cuh"
 #include "attn_parts_backward.cuh"
 
-enum { PARTS_ALL = 3 }; /* named barrier of both warpgroups */
-
 template <int DP> struct backward_shape {
     enum {
         SPLIT = DP > 64 ? 2 : 1,
@@ -111,10 +109,6 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     if (threadIdx.x >= PARTS_CONSUMERS) {
         hopper_fewer<PARTS_FEEDER_REGISTERS>();
         parts_feed_keys<DP, M::FIRST, M::BATCH>(a, t, low, high, tiles + M::Y, tiles + M::Z, barrier);
-        if (a.deltas) return;
-        __syncthreads_or(false);
-        attn_wait<false>(a, t);
-        attn_signal<false>(a, t);
         return;
     }
     hopper_more<PARTS_GROUP_REGISTERS>();
@@ -235,8 +229,8 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
         }
         return;
     }
-    const bool spoilt = __syncthreads_or(!finite_all(dq));
-    attn_wait<false>(a, t);
+    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, !finite_all(dq));
+    attn_wait<false>(a, t, parts_consumers_meet());
     float *sums = (float *)(memory + (tiles - attn_shared(memory))) + warp * 16 * DP;
     attn_row<float> *what = rows + warp * 16;
     if (spoilt)
@@ -251,7 +245,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
         __syncwarp();
         attn_write<float, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, what, w1 - w0);
     }
-    attn_signal<false>(a, t);
+    attn_signal<false>(a, t, parts_consumers_meet());
 #endif
 }
 
@@ -333,9 +327,6 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
             barrier.arrive(barrier.full(1 - M::FIRST, now));
             barrier.next(now);
         }
-        __syncthreads_or(false);
-        attn_wait<true>(a, t);
-        attn_signal<true>(a, t);
         return;
     }
     hopper_more<PARTS_GROUP_REGISTERS>();
@@ -429,8 +420,8 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
         }
     }
     const int w1 = w0 + 16 < t.end ? w0 + 16 : t.end;
-    const bool spoilt = __syncthreads_or(!(finite_all(dk) && finite_all(dv)));
-    attn_wait<true>(a, t);
+    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, !(finite_all(dk) && finite_all(dv)));
+    attn_wait<true>(a, t, parts_consumers_meet());
     float *sums = (float *)(memory + (tiles - attn_shared(memory))) + warp * 16 * DP;
     attn_row<float> *what = rows + warp * 16;
     auto put = [&](int which, auto &x, void *out, void *acc, float own) {
@@ -449,7 +440,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
     };
     put(0, dk, a.out, a.acc, (float)a.scale);
     put(1, dv, a.out2, a.acc2, spoilt ? 1.f : gz); /* slow rows have it already */
-    attn_signal<true>(a, t);
+    attn_signal<true>(a, t, parts_consumers_meet());
 #endif
 }
 

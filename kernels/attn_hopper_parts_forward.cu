@@ -36,9 +36,6 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     if (threadIdx.x >= PARTS_CONSUMERS) {
         hopper_fewer<PARTS_FEEDER_REGISTERS>();
         parts_feed_keys<DP, 0, M::BATCH>(a, t, low, high, tiles + M::K, tiles + M::V, barrier);
-        __syncthreads_or(false);
-        attn_wait<false>(a, t);
-        attn_signal<false>(a, t);
         return;
     }
     hopper_more<PARTS_GROUP_REGISTERS>();
@@ -103,8 +100,8 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     float probe = 0;
 #pragma unroll
     for (int i = 0; i < DP / 2; i++) probe += o[i] * 0;
-    const bool spoilt = __syncthreads_or(probe != 0); /* taken apart or hidden: this rare tile is done again */
-    attn_wait<false>(a, t);
+    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, probe != 0); /* taken apart or hidden: done again */
+    attn_wait<false>(a, t, parts_consumers_meet());
     float *sums = (float *)(memory + (tiles - attn_shared(memory))) + warp * 16 * DP;
     attn_row<float> *mine = rows + warp * 16;
     if (spoilt) {
@@ -131,7 +128,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     }
     __syncwarp();
     attn_write<float, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, mine, w1 - w0);
-    attn_signal<false>(a, t);
+    attn_signal<false>(a, t, parts_consumers_meet());
 #endif
 }
 

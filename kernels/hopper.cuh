@@ -112,8 +112,22 @@ HOPPER_FN void hopper_bulk_done() { asm volatile("cp.async.bulk.wait_group 0;" :
 /* what this thread wrote to shared memory, before tensor cores and bulk copies read it */
 HOPPER_FN void hopper_shared_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 HOPPER_FN void hopper_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
-/* named barriers: wait for `threads` arrivals; arrive without waiting */
+/* named barriers: wait for `threads` arrivals; wait and learn whether `mine` is true of any; arrive without waiting */
 HOPPER_FN void hopper_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+HOPPER_FN bool hopper_sync_or(int id, int threads, bool mine)
+{
+    int any;
+    asm volatile("{\n"
+                 ".reg .pred mine, any;\n"
+                 "setp.ne.s32 mine, %3, 0;\n"
+                 "bar.red.or.pred any, %1, %2, mine;\n"
+                 "selp.s32 %0, 1, 0, any;\n"
+                 "}"
+                 : "=r"(any)
+                 : "r"(id), "r"(threads), "r"((int)mine)
+                 : "memory");
+    return any;
+}
 HOPPER_FN void hopper_meet(int id, int threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
