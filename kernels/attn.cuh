@@ -161,6 +161,22 @@ template <bool KEYS> __device__ __forceinline__ int attn_decode(const attn_args 
     return (int)block;
 }
 
+/* Columns [low, high) of the other side that rows of the tile may see: keys, or (KEYS) query rows. Not rounded down:
+ * decoding has no memory before its reach. */
+template <bool KEYS> __device__ __forceinline__ void attn_reach(const attn_tile &t, int *low, int *high)
+{
+    if (KEYS) {
+        const int first = t.first - t.after, end = t.end - 1 + t.before + 1;
+        *low = first > t.q0 ? first : t.q0;
+        *high = end < t.q1 ? end : t.q1;
+        if (t.first >= t.live) *high = *low;
+    } else {
+        const int first = t.first - t.before, end = t.end - 1 + t.after + 1;
+        *low = first < 0 ? 0 : first;
+        *high = end < t.live ? end : t.live;
+    }
+}
+
 /* ---- order among tiles ---- */
 
 /* One counter a branch, batch item and head (key pass: key/value head). Not one a head: tiles without rows are done at

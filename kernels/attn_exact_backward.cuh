@@ -29,9 +29,8 @@ __global__ void __launch_bounds__(EXACT_THREADS, 2) attn_exact_queries_kernel(co
     __shared__ attn_spans list;
     if (!attn_next<false>(a, BM, t)) return;
     const int hk = t.h / a.group;
-    int low = t.first - t.before, high = t.end - 1 + t.after + 1;
-    low = low < 0 ? 0 : low; /* not rounded down: decoding has no memory before its reach */
-    high = high < t.live ? high : t.live;
+    int low, high;
+    attn_reach<false>(t, &low, &high);
     const C log2_scale = (C)(a.scale * ATTN_LOG2E), log2_low = (C)(a.scale * ATTN_LOG2E - (double)log2_scale);
     const C gz = (C)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
@@ -135,15 +134,9 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __
     __shared__ attn_tile t;
     __shared__ attn_spans list;
     if (!attn_next<true>(a, BM, t)) return;
-    if (!attn_leads(a, t.g, t.h)) {
-        attn_signal<true>(a, t);
-        return;
-    }
     const int hk = t.h / a.group;
-    int low = t.first - t.after, high = t.end - 1 + t.before + 1;
-    low = low > t.q0 ? low : t.q0;
-    high = high < t.q1 ? high : t.q1;
-    if (t.first >= t.live) high = low;
+    int low, high;
+    attn_reach<true>(t, &low, &high);
     const C log2_scale = (C)(a.scale * ATTN_LOG2E), log2_low = (C)(a.scale * ATTN_LOG2E - (double)log2_scale);
     const C gz = (C)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;

@@ -21,9 +21,8 @@ __global__ void __launch_bounds__(EXACT_THREADS, 3) attn_exact_forward_kernel(co
     __shared__ attn_spans list;
     if (!attn_next<false>(a, BM, t)) return;
     const int hk = t.h / a.group;
-    int low = t.first - t.before, high = t.end - 1 + t.after + 1;
-    low = low < 0 ? 0 : low; /* not rounded down: decoding has no memory before its reach */
-    high = high < t.live ? high : t.live;
+    int low, high;
+    attn_reach<false>(t, &low, &high);
     const C log2_scale = (C)(a.scale * ATTN_LOG2E);
     const bool pad = a.padding != NULL;
     C o[R][E], top[R], sum[R];

@@ -44,9 +44,8 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
     __shared__ typename attn_walk<A, false>::list list;
     if (!attn_next<false>(a, BM, t)) return;
     const int hk = t.h / a.group, w0 = t.first + warp * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
-    int low = t.first - t.before, high = t.end - 1 + t.after + 1;
-    low = low < 0 ? 0 : low; /* not rounded down: decoding has no memory before its reach */
-    high = high < t.live ? high : t.live;
+    int low, high;
+    attn_reach<false>(t, &low, &high);
     const bool pad = a.padding != NULL;
     float o[M][E][4], top[M][2], sum[M][2];
     const bool quick = attn_quick(a, a.k, t) && attn_quick(a, a.v, t);
@@ -132,36 +131,8 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
     /* a masked value that is not finite spoils rows that do not see it: this rare tile is done again, row by row */
     const bool spoilt = __syncthreads_or((a.causal || a.window >= 0 || a.dedup || attn_hides(a)) && !finite(o));
     attn_wait<false>(a, t);
-    float *sums = attn_floats(memory, 0, warp * WM * DP);
-    attn_row<float> *mine = rows + warp * WM;
-    /* a lane finishes a row: maximum and sum reach it through shared memory, and what becomes of the row goes back so
-     */
-    if (spoilt) {
-        for (int i = 0; w0 + i < w1; i++) {
-            float x[ATTN_SLOW_PARTS], soft[2];
-            attn_slow_row<T>(a, t, w0 + i, x, soft);
-            attn_stash_slow<DP>(sums, i, x);
-            mine[i] = {soft[0], soft[1], 0, true};
-        }
-    } else {
-        attn_stash<DP>(sums, o);
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float total = quad_sum(sum[m][i]);
-                if (lane % 4 == 0) mine[16 * m + 8 * i + lane / 4] = {top[m][i], total, 0, false};
-            }
-    }
-    __syncwarp();
-    if (lane < WM && w0 + lane < w1) {
-        const bool slow = mine[lane].last; /* has dropped pairs already */
-        attn_row<float> f = attn_finish<float>(a, t, w0 + lane, mine[lane].own, mine[lane].before);
-        if (a.p > 0 && !slow) f.own *= (float)a.keep_scale;
-        mine[lane] = f;
-    }
-    __syncwarp();
-    attn_write<T, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, mine, w1 - w0);
+    attn_leave_forward<T, DP>(a, t, lane, attn_floats(memory, 0, warp * WM * DP), rows + warp * WM, w0, w1, spoilt, o,
+                              top, sum);
     attn_signal<false>(a, t);
 }
 

@@ -46,6 +46,13 @@ template <int DP, int ROWS> struct parts_panels {
 };
 
 enum { PARTS_TURNS = 4 };
+/* where the tiles begin, and what a warp has of them for the sums of its 16 rows when they are done */
+__device__ __forceinline__ uint32_t parts_tiles(const void *memory) { return (attn_shared(memory) + 1023) & ~1023u; }
+template <int DP> __device__ __forceinline__ float *parts_sums(uint8_t *memory)
+{
+    return (float *)(memory + (parts_tiles(memory) - attn_shared(memory))) + threadIdx.x / 32 * 16 * DP;
+}
+
 /* ROWS rows that a warpgroup takes apart, in turns, BATCH of them (1 or all) at a time: a thread has the same eight
  * columns of some of them */
 template <int DP, int BATCH> struct parts_rows {

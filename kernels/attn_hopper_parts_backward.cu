@@ -58,31 +58,51 @@ __device__ __forceinline__ void exchange(float (&s)[16], float (&d)[16], const f
     }
 }
 
-/* Adds up what warps of both warpgroups have of the same rows, in the first one's sums. True where rows leave. */
-template <int SPLIT, int SIZE> HOPPER_FN bool join(float *sums, bool all)
+/* Scores s and dP d of a warpgroup's columns of a step, from its own rows at `mine` and the step's at `y` and `z`, as
+ * soon as these are there; `weights` makes P of s meanwhile. */
+template <int DP, bool FLIP, int N, int STAGES, class F>
+HOPPER_FN void parts_group_both(float (&s)[1][N][4], float (&d)[1][N][4], uint32_t mine, uint32_t y, uint32_t z,
+                                uint32_t given, const parts_barriers<STAGES> &barrier, parts_turn now, F &&weights)
 {
-    if constexpr (SPLIT > 1) {
-        hopper_sync(PARTS_ALL, PARTS_CONSUMERS);
-        if (threadIdx.x >= 128) return false;
-        if (all)
-#pragma unroll 1
-            for (int at = threadIdx.x % 32 * 4; at < SIZE; at += 128) {
-                float4 x = *(const float4 *)(sums + at);
-                const float4 y = *(const float4 *)(sums + 4 * SIZE + at);
-                *(float4 *)(sums + at) = {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
-            }
-        __syncwarp();
+    typedef backward_shape<DP> M;
+    if constexpr (M::SPLIT == 1) {
+        float s_low[32], d_low[32];
+        float(&s_high)[32] = (float(&)[32])s;
+        float(&d_high)[32] = (float(&)[32])d;
+        barrier.wait_full(0, now);
+        parts_group_scores<DP, M::ROWS, PARTS_STEP, FLIP>(s_high, s_low, mine, y);
+        barrier.wait_full(1, now);
+        parts_group_scores<DP, M::ROWS, PARTS_STEP, FLIP>(d_high, d_low, mine + M::OWN, z);
+        parts_group_scored<1>(s_high, s_low);
+        weights();
+        parts_group_scored<0>(d_high, d_low);
+    } else {
+        const int group = threadIdx.x / 128;
+        float high[32], low[32];
+        barrier.wait_full(group, now);
+        parts_group_scores<DP, M::ROWS, PARTS_STEP, FLIP>(high, low, mine + group * M::OWN, group ? z : y);
+        parts_group_scored<0>(high, low);
+        exchange((float(&)[16])s, (float(&)[16])d, high, given, group);
+        barrier.wait_full(1 - group, now);
+        weights();
     }
-    return true;
 }
 
-template <int N> HOPPER_FN bool finite_all(const float (&x)[N])
+/* The 64 rows that a warpgroup keeps of x and of y, by both of them where they share rows. */
+template <int DP>
+HOPPER_FN void parts_own_two(uint32_t tiles, int row0, const attn_args &a, const attn_tensor &x, const attn_tensor &y,
+                             const attn_tile &t, int h, int shift, int first, int limit, bool padding)
 {
-    float probe = 0;
-#pragma unroll
-    for (int i = 0; i < N; i++) probe += x[i] * 0;
-    return probe == 0;
+    typedef backward_shape<DP> M;
+    const int group = threadIdx.x / 128;
+    if (M::SPLIT == 1 || group == 0)
+        parts_own<DP, M::BATCH, M::ROWS>(tiles + M::X, row0, a, x, t, h, shift, first, limit, padding);
+    if (M::SPLIT == 1 || group == 1)
+        parts_own<DP, M::BATCH, M::ROWS>(tiles + M::X + M::OWN, row0, a, y, t, h, shift, first, limit, padding);
 }
+
+/* warps of both warpgroups that share rows */
+template <int DP> using parts_shared_rows = attn_split<backward_shape<DP>::SPLIT, 4, parts_consumers_meet>;
 
 /* ---- dq ---- */
 
@@ -94,7 +114,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     typedef backward_shape<DP> M;
     constexpr int N = M::WIDE / 8;
     extern __shared__ __align__(1024) uint8_t memory[];
-    const uint32_t tiles = (attn_shared(memory) + 1023) & ~1023u;
+    const uint32_t tiles = parts_tiles(memory);
     __shared__ uint64_t seen[128], kept[128]; /* masks of each warp's rows */
     __shared__ attn_row<float> rows[128];
     __shared__ float stats[4][M::ROWS]; /* lse and delta, each in two parts */
@@ -103,9 +123,8 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     barrier.start();
     if (!attn_next<false>(a, M::ROWS, t)) return;
     const bool pad = a.padding != NULL;
-    int low = t.first - t.before, high = t.end - 1 + t.after + 1;
-    low = low < 0 ? 0 : low;
-    high = high < t.live ? high : t.live;
+    int low, high;
+    attn_reach<false>(t, &low, &high);
     if (threadIdx.x >= PARTS_CONSUMERS) {
         hopper_fewer<PARTS_FEEDER_REGISTERS>();
         parts_feed_keys<DP, M::FIRST, M::BATCH>(a, t, low, high, tiles + M::Y, tiles + M::Z, barrier);
@@ -118,21 +137,11 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     const int w0 = t.first + 16 * w, w1 = w0 + 16 < t.end ? w0 + 16 : t.end;
     const parts_scale scale(a);
     const float gz = (float)(a.gscale * a.keep_scale);
-    if (M::SPLIT == 1 || group == 0)
-        parts_own<DP, M::BATCH, M::ROWS>(tiles + M::X, row0, a, a.q, t, t.h, a.shift, g0, t.end, false);
-    if (M::SPLIT == 1 || group == 1)
-        parts_own<DP, M::BATCH, M::ROWS>(tiles + M::X + M::OWN, row0, a, a.g, t, t.h, a.shift, g0, t.end, false);
-    for (int i = threadIdx.x; i < 4 * M::ROWS; i += PARTS_CONSUMERS) {
-        const int which = i / M::ROWS, row = t.first + i % M::ROWS;
-        const float *from = parts_stats(a, which);
-        stats[which][i % M::ROWS] = row < t.end && from ? from[attn_stat(a, t, t.h, row, a.per_branch)]
-                                    : which             ? 0
-                                                        : INFINITY;
-    }
+    parts_own_two<DP>(tiles, row0, a, a.q, a.g, t, t.h, a.shift, g0, t.end, false);
+    parts_load_stats<M::ROWS, PARTS_CONSUMERS>(stats, a, t);
     hopper_sync(PARTS_ALL, PARTS_CONSUMERS);
-    float dq[DP / 2], weight[2] = {0, 0}, dot[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < DP / 2; i++) dq[i] = 0;
+    float dq[1][DP / 8][4], weight[1][2] = {}, dot[1][2] = {};
+    clear(dq);
     const float *row = &stats[0][16 * w + lane / 4];
     const uint32_t mine = tiles + M::X + row0 * 128;
     parts_turn now = {0, 0};
@@ -147,104 +156,36 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
         const int first = k0 + (M::SPLIT == 1 ? 0 : M::WIDE * group);
         const bool partial = first + M::WIDE > t.live || first + M::WIDE - 1 > w0 + t.after ||
                              first < w1 - 1 - t.before || pad || a.dedup;
+        if (partial) attn_tell<1>(seen, attn_row_keys(a, t, t.h, w0 + lane % 16, first, attn_alive(a, t, first)));
+        if (a.p > 0) attn_tell<1>(kept, attn_kept<false>(a, t, t.h, w0 + lane % 16, first));
         float s[1][N][4], d[1][N][4];
-        auto weights = [&]() {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float lse = row[8 * i], low = row[M::ROWS + 8 * i];
-#pragma unroll
-                for (int x = 0; x < 2 * N; x++)
-                    s[0][x / 2][2 * i + x % 2] = scale.p(s[0][x / 2][2 * i + x % 2], lse, low);
-            }
+        parts_group_both<DP, false>(s, d, mine, k, v, tiles + M::GIVEN, barrier, now, [&]() {
+            parts_weigh_rows(s, scale, row, M::ROWS);
             if (partial) attn_select(s, seen, 0, 0);
-        };
-        auto masks = [&]() {
-            if (partial) attn_tell<1>(seen, attn_row_keys(a, t, t.h, w0 + lane % 16, first, attn_alive(a, t, first)));
-            if (a.p > 0) attn_tell<1>(kept, attn_kept<false>(a, t, t.h, w0 + lane % 16, first));
-        };
-        masks();
-        if constexpr (M::SPLIT == 1) {
-            float s_low[32], d_low[32];
-            float(&s_high)[32] = (float(&)[32])s;
-            float(&d_high)[32] = (float(&)[32])d;
-            barrier.wait_full(0, now);
-            parts_group_scores<DP, M::ROWS, PARTS_STEP, false>(s_high, s_low, mine, k);
-            barrier.wait_full(1, now);
-            parts_group_scores<DP, M::ROWS, PARTS_STEP, false>(d_high, d_low, mine + M::OWN, v);
-            parts_group_scored<1>(s_high, s_low);
-            weights();
-            parts_group_scored<0>(d_high, d_low);
-        } else {
-            float high_part[32], low_part[32];
-            barrier.wait_full(group, now);
-            parts_group_scores<DP, M::ROWS, PARTS_STEP, false>(high_part, low_part, mine + group * M::OWN,
-                                                               group ? v : k);
-            parts_group_scored<0>(high_part, low_part);
-            exchange((float(&)[16])s, (float(&)[16])d, high_part, tiles + M::GIVEN, group);
-            barrier.wait_full(1 - group, now);
-            weights();
-        }
+        });
         barrier.arrive(barrier.free(1, now));
         if (a.p > 0) attn_select(d, kept, 0, 0);
-        if (a.deltas) {
-#pragma unroll
-            for (int n = 0; n < N; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    weight[i / 2] += s[0][n][i];
-                    dot[i / 2] += s[0][n][i] == 0 ? 0.f : s[0][n][i] * (d[0][n][i] * gz);
-                }
-        } else {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float delta = row[2 * M::ROWS + 8 * i], low = row[3 * M::ROWS + 8 * i];
-#pragma unroll
-                for (int x = 0; x < 2 * N; x++) {
-                    float &z = d[0][x / 2][2 * i + x % 2];
-                    z = s[0][x / 2][2 * i + x % 2] * (z * gz - delta - low);
-                }
-            }
+        if (a.deltas) parts_add_deltas(weight, dot, s, d, gz);
+        else {
+            parts_differ_rows(d, s, gz, row, M::ROWS);
             if (partial) attn_select(d, seen, 0, 0);
             uint32_t left[PARTS][2 * N];
             parts_group_left<N / 2>(left, (const float *)d);
-            parts_group_add<DP, PARTS_STEP, N / 2>(dq, left, k + (M::SPLIT == 1 ? 0 : group * M::WIDE * 128));
+            parts_group_add<DP, PARTS_STEP, N / 2>((float(&)[DP / 2]) dq, left,
+                                                   k + (M::SPLIT == 1 ? 0 : group * M::WIDE * 128));
         }
         barrier.arrive(barrier.free(0, now));
         barrier.next(now);
     }
+    typedef parts_shared_rows<DP> Split;
     if (a.deltas) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int at = w0 + 8 * i + lane / 4;
-            float sum = quad_sum(weight[i]), all = quad_sum(dot[i]);
-            if constexpr (M::SPLIT > 1) {
-                float *other = &stats[0][16 * w + 8 * i + lane / 4];
-                hopper_sync(PARTS_ALL, PARTS_CONSUMERS);
-                if (group && lane % 4 == 0) other[0] = sum, other[M::ROWS] = all;
-                hopper_sync(PARTS_ALL, PARTS_CONSUMERS);
-                sum += other[0], all += other[M::ROWS];
-            }
-            if (at < w1 && lane % 4 == 0 && (M::SPLIT == 1 || group == 0))
-                attn_put_delta<float>(a, t, at, sum == 0 ? 0 : all / sum);
-        }
+        attn_put_deltas<Split>(a, t, lane, w0, w1, weight, dot, &stats[0][16 * w], M::ROWS);
         return;
     }
-    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, !finite_all(dq));
+    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, !finite(dq));
     attn_wait<false>(a, t, parts_consumers_meet());
-    float *sums = (float *)(memory + (tiles - attn_shared(memory))) + warp * 16 * DP;
-    attn_row<float> *what = rows + warp * 16;
-    if (spoilt)
-        for (int i = 0; w0 + i < w1 && (M::SPLIT == 1 || group == 0); i++) {
-            float x[ATTN_SLOW_PARTS] = {};
-            attn_slow_add_query<float>(a, t, w0 + i, x);
-            attn_stash_slow<DP>(sums, i, x);
-        }
-    else attn_stash<DP>(sums, (float(&)[1][DP / 8][4]) dq);
-    if (join<M::SPLIT, 16 * DP>(sums, !spoilt)) {
-        if (lane < 16 && w0 + lane < w1) what[lane] = attn_summed<false>(a, t, w0 + lane, (float)a.scale);
-        __syncwarp();
-        attn_write<float, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, what, w1 - w0);
-    }
+    attn_leave_backward<false, float, DP, Split>(a, t, lane, 0, (float)a.scale, parts_sums<DP>(memory),
+                                                 rows + warp * 16, w0, w1, spoilt, dq);
     attn_signal<false>(a, t, parts_consumers_meet());
 #endif
 }
@@ -258,7 +199,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
     typedef backward_shape<DP> M;
     constexpr int N = M::WIDE / 8;
     extern __shared__ __align__(1024) uint8_t memory[];
-    const uint32_t tiles = (attn_shared(memory) + 1023) & ~1023u;
+    const uint32_t tiles = parts_tiles(memory);
     __shared__ uint64_t seen[128], kept[128]; /* masks of each warp's rows */
     __shared__ attn_row<float> rows[128];
     __shared__ __align__(16) float stats[M::STAGES][4][PARTS_STEP]; /* lse and delta, each in two parts */
@@ -266,16 +207,10 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
     __shared__ parts_barriers<M::STAGES> barrier; /* of the other side: queries or keys, dout or values */
     barrier.start();
     if (!attn_next<true>(a, M::ROWS, t)) return;
-    if (!attn_leads(a, t.g, t.h)) {
-        attn_signal<true>(a, t);
-        return;
-    }
     const int hk = t.h / a.group;
     const bool pad = a.padding != NULL;
-    int low = t.first - t.after, high = t.end - 1 + t.before + 1;
-    low = low > t.q0 ? low : t.q0;
-    high = high < t.q1 ? high : t.q1;
-    if (t.first >= t.live) high = low;
+    int low, high;
+    attn_reach<true>(t, &low, &high);
     if (threadIdx.x >= PARTS_CONSUMERS) {
         hopper_fewer<PARTS_FEEDER_REGISTERS>();
         parts_turn now = {0, 0};
@@ -337,14 +272,11 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
     const parts_scale scale(a);
     const float gz = (float)(a.gscale * a.keep_scale);
     const int last = t.end < t.live ? t.end : t.live;
-    if (M::SPLIT == 1 || group == 0)
-        parts_own<DP, M::BATCH, M::ROWS>(tiles + M::X, row0, a, a.k, t, hk, 0, g0, last, pad);
-    if (M::SPLIT == 1 || group == 1)
-        parts_own<DP, M::BATCH, M::ROWS>(tiles + M::X + M::OWN, row0, a, a.v, t, hk, 0, g0, last, pad);
+    parts_own_two<DP>(tiles, row0, a, a.k, a.v, t, hk, 0, g0, last, pad);
     hopper_sync(PARTS_ALL, PARTS_CONSUMERS);
-    float dk[DP / 2], dv[DP / 2];
-#pragma unroll
-    for (int i = 0; i < DP / 2; i++) dk[i] = dv[i] = 0;
+    float dk[1][DP / 8][4], dv[1][DP / 8][4];
+    clear(dk);
+    clear(dv);
     const uint32_t mine = tiles + M::X + row0 * 128;
     parts_turn now = {0, 0};
 #pragma unroll 1
@@ -360,86 +292,38 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1) attn_hopper_parts_keys_kerne
             const int column = M::SPLIT == 1 ? 0 : M::WIDE * group, i = i0 + column;
             const bool partial =
                 w0 + 16 > t.live || i < w0 + 15 - t.after || i + M::WIDE - 1 > w0 + t.before || pad || a.dedup;
+            if (partial) attn_tell<1>(seen, attn_key_rows(a, t, head, w0 + lane % 16, i));
+            if (a.p > 0) attn_tell<1>(kept, attn_kept<true>(a, t, head, w0 + lane % 16, i));
             const float *row = &stats[now.stage][0][column + lane % 4 * 2];
             float s[1][N][4], d[1][N][4];
-            auto weights = [&]() {
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    const float2 l = *(const float2 *)(row + 8 * n), low = *(const float2 *)(row + PARTS_STEP + 8 * n);
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        s[0][n][e] = scale.p(s[0][n][e], e % 2 ? l.y : l.x, e % 2 ? low.y : low.x);
-                }
+            parts_group_both<DP, true>(s, d, mine, q, g, tiles + M::GIVEN, barrier, now, [&]() {
+                parts_weigh_columns(s, scale, row, PARTS_STEP);
                 if (partial) attn_select(s, seen, 0, 0);
-            };
-            auto masks = [&]() {
-                if (partial) attn_tell<1>(seen, attn_key_rows(a, t, head, w0 + lane % 16, i));
-                if (a.p > 0) attn_tell<1>(kept, attn_kept<true>(a, t, head, w0 + lane % 16, i));
-            };
-            masks();
-            if constexpr (M::SPLIT == 1) {
-                float s_low[32], d_low[32];
-                float(&s_high)[32] = (float(&)[32])s;
-                float(&d_high)[32] = (float(&)[32])d;
-                barrier.wait_full(0, now);
-                parts_group_scores<DP, M::ROWS, PARTS_STEP, true>(s_high, s_low, mine, q);
-                barrier.wait_full(1, now);
-                parts_group_scores<DP, M::ROWS, PARTS_STEP, true>(d_high, d_low, mine + M::OWN, g);
-                parts_group_scored<1>(s_high, s_low);
-                weights();
-                parts_group_scored<0>(d_high, d_low);
-            } else {
-                float high_part[32], low_part[32];
-                barrier.wait_full(group, now);
-                parts_group_scores<DP, M::ROWS, PARTS_STEP, true>(high_part, low_part, mine + group * M::OWN,
-                                                                  group ? g : q);
-                parts_group_scored<0>(high_part, low_part);
-                exchange((float(&)[16])s, (float(&)[16])d, high_part, tiles + M::GIVEN, group);
-                barrier.wait_full(1 - group, now);
-                weights();
-            }
+            });
             if (a.p > 0) attn_select(d, kept, 0, 0);
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                const float2 l = *(const float2 *)(row + 2 * PARTS_STEP + 8 * n);
-                const float2 low = *(const float2 *)(row + 3 * PARTS_STEP + 8 * n);
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    d[0][n][e] = s[0][n][e] * (d[0][n][e] * gz - (e % 2 ? l.y : l.x) - (e % 2 ? low.y : low.x));
-            }
+            parts_differ_columns(d, s, gz, row, PARTS_STEP);
             if (partial) attn_select(d, seen, 0, 0);
             if (a.p > 0) attn_select(s, kept, 0, 0);
             uint32_t left[PARTS][2 * N];
             parts_group_left<N / 2>(left, (const float *)s);
-            parts_group_add<DP, PARTS_STEP, N / 2>(dv, left, g + column * 128);
+            parts_group_add<DP, PARTS_STEP, N / 2>((float(&)[DP / 2]) dv, left, g + column * 128);
             barrier.arrive(barrier.free(1, now));
             parts_group_left<N / 2>(left, (const float *)d);
-            parts_group_add<DP, PARTS_STEP, N / 2>(dk, left, q + column * 128);
+            parts_group_add<DP, PARTS_STEP, N / 2>((float(&)[DP / 2]) dk, left, q + column * 128);
             barrier.arrive(barrier.free(0, now));
             barrier.next(now);
         }
     }
     const int w1 = w0 + 16 < t.end ? w0 + 16 : t.end;
-    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, !(finite_all(dk) && finite_all(dv)));
+    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, !(finite(dk) && finite(dv)));
     attn_wait<true>(a, t, parts_consumers_meet());
-    float *sums = (float *)(memory + (tiles - attn_shared(memory))) + warp * 16 * DP;
-    attn_row<float> *what = rows + warp * 16;
-    auto put = [&](int which, auto &x, void *out, void *acc, float own) {
+    auto leave = [&](int which, auto &x, float own) {
         if (M::SPLIT > 1) hopper_sync(PARTS_ALL, PARTS_CONSUMERS); /* what was there is written */
-        if (spoilt)
-            for (int i = 0; w0 + i < w1 && (M::SPLIT == 1 || group == 0); i++) {
-                float slow[2][ATTN_SLOW_PARTS] = {};
-                attn_slow_add_key<float>(a, t, w0 + i, slow[0], slow[1]);
-                attn_stash_slow<DP>(sums, i, slow[which]);
-            }
-        else attn_stash<DP>(sums, (float(&)[1][DP / 8][4]) x);
-        if (!join<M::SPLIT, 16 * DP>(sums, !spoilt)) return;
-        if (lane < 16 && w0 + lane < w1) what[lane] = attn_summed<true>(a, t, w0 + lane, own);
-        __syncwarp();
-        attn_write<float, DP>(a, out, attn_f32_sums{(float *)acc}, sums, what, w1 - w0);
+        attn_leave_backward<true, float, DP, parts_shared_rows<DP>>(a, t, lane, which, own, parts_sums<DP>(memory),
+                                                                    rows + warp * 16, w0, w1, spoilt, x);
     };
-    put(0, dk, a.out, a.acc, (float)a.scale);
-    put(1, dv, a.out2, a.acc2, spoilt ? 1.f : gz); /* slow rows have it already */
+    leave(0, dk, (float)a.scale);
+    leave(1, dv, spoilt ? 1.f : gz); /* slow rows have it already */
     attn_signal<true>(a, t, parts_consumers_meet());
 #endif
 }

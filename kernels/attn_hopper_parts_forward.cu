@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     typedef forward_shape<DP> M;
     constexpr int N = PARTS_STEP / 8;
     extern __shared__ __align__(1024) uint8_t memory[];
-    const uint32_t tiles = (attn_shared(memory) + 1023) & ~1023u;
+    const uint32_t tiles = parts_tiles(memory);
     __shared__ uint64_t seen[M::ROWS], kept[M::ROWS]; /* masks of each row */
     __shared__ attn_row<float> rows[M::ROWS];
     __shared__ attn_tile t;
@@ -30,9 +30,8 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     barrier.start();
     if (!attn_next<false>(a, M::ROWS, t)) return;
     const bool pad = a.padding != NULL;
-    int low = t.first - t.before, high = t.end - 1 + t.after + 1;
-    low = low < 0 ? 0 : low;
-    high = high < t.live ? high : t.live;
+    int low, high;
+    attn_reach<false>(t, &low, &high);
     if (threadIdx.x >= PARTS_CONSUMERS) {
         hopper_fewer<PARTS_FEEDER_REGISTERS>();
         parts_feed_keys<DP, 0, M::BATCH>(a, t, low, high, tiles + M::K, tiles + M::V, barrier);
@@ -45,9 +44,8 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     const uint32_t q = tiles + M::Q + group * 64 * 128;
     parts_own<DP, M::BATCH, M::ROWS>(tiles + M::Q, 64 * group, a, a.q, t, t.h, a.shift, g0, t.end, false);
     hopper_sync(1 + group, 128);
-    float o[DP / 2], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < DP / 2; i++) o[i] = 0;
+    float o[1][DP / 8][4], top[1][2] = {{-INFINITY, -INFINITY}}, sum[1][2] = {};
+    clear(o);
     const int last = g0 < g1 ? g1 - 1 + t.after : -1; /* key that any row may see */
     parts_turn now = {0, 0};
 #pragma unroll 1
@@ -63,7 +61,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
         if (partial) attn_tell<1>(seen, attn_row_keys(a, t, t.h, w0 + lane % 16, k0, attn_alive(a, t, k0)));
         if (a.p > 0) attn_tell<1>(kept, attn_kept<false>(a, t, t.h, w0 + lane % 16, k0));
         barrier.wait_full(0, now);
-        float s[1][N][4], s_low[32], shrink[2];
+        float s[1][N][4], s_low[32], shrink[1][2];
         parts_group_scores<DP, M::ROWS, PARTS_STEP, false>((float(&)[32])s, s_low, q, k);
         parts_group_scored<0>((float(&)[32])s, s_low);
         barrier.arrive(barrier.free(0, now));
@@ -72,62 +70,19 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
 #pragma unroll
             for (int i = 0; i < 4; i++) s[0][n][i] *= a.log2_scale;
         if (partial) attn_select(s, seen, 0, -INFINITY);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float most = fmaxf(s[0][0][2 * i], s[0][0][2 * i + 1]), part = 0;
-#pragma unroll
-            for (int n = 1; n < N; n++) most = fmaxf(most, fmaxf(s[0][n][2 * i], s[0][n][2 * i + 1]));
-            most = fmaxf(quad_max(most), top[i]);
-            const float shift = most == -INFINITY ? 0 : most;
-            shrink[i] = attn_ex2(top[i] - shift);
-            top[i] = most;
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                s[0][n][2 * i] = attn_ex2(s[0][n][2 * i] - shift);
-                s[0][n][2 * i + 1] = attn_ex2(s[0][n][2 * i + 1] - shift);
-                part += s[0][n][2 * i] + s[0][n][2 * i + 1];
-            }
-            sum[i] = fmaf(sum[i], shrink[i], part);
-        }
+        parts_soften(s, top, sum, shrink);
         if (a.p > 0) attn_select(s, kept, 0, 0);
         uint32_t left[PARTS][16];
         parts_group_left<4>(left, (const float *)s);
         barrier.wait_full(1, now);
-        parts_group_add<DP, PARTS_STEP, 4>(o, shrink, left, v);
+        parts_group_add<DP, PARTS_STEP, 4>((float(&)[DP / 2]) o, shrink[0], left, v);
         barrier.arrive(barrier.free(1, now));
         barrier.next(now);
     }
-    float probe = 0;
-#pragma unroll
-    for (int i = 0; i < DP / 2; i++) probe += o[i] * 0;
-    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, probe != 0); /* taken apart or hidden: done again */
+    /* taken apart or hidden: this rare tile is done again */
+    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, !finite(o));
     attn_wait<false>(a, t, parts_consumers_meet());
-    float *sums = (float *)(memory + (tiles - attn_shared(memory))) + warp * 16 * DP;
-    attn_row<float> *mine = rows + warp * 16;
-    if (spoilt) {
-        for (int i = 0; w0 + i < w1; i++) {
-            float x[ATTN_SLOW_PARTS], soft[2];
-            attn_slow_row<float>(a, t, w0 + i, x, soft);
-            attn_stash_slow<DP>(sums, i, x);
-            mine[i] = {soft[0], soft[1], 0, true};
-        }
-    } else {
-        attn_stash<DP>(sums, (float(&)[1][DP / 8][4]) o);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float total = quad_sum(sum[i]);
-            if (lane % 4 == 0) mine[8 * i + lane / 4] = {top[i], total, 0, false};
-        }
-    }
-    __syncwarp();
-    if (lane < 16 && w0 + lane < w1) {
-        const bool slow = mine[lane].last; /* has dropped pairs already */
-        attn_row<float> f = attn_finish<float>(a, t, w0 + lane, mine[lane].own, mine[lane].before);
-        if (a.p > 0 && !slow) f.own *= (float)a.keep_scale;
-        mine[lane] = f;
-    }
-    __syncwarp();
-    attn_write<float, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, mine, w1 - w0);
+    attn_leave_forward<float, DP>(a, t, lane, parts_sums<DP>(memory), rows + warp * 16, w0, w1, spoilt, o, top, sum);
     attn_signal<false>(a, t, parts_consumers_meet());
 #endif
 }

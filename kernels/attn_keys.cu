@@ -1,18 +1,4 @@
-/* attn_keys.cu: which shape of attn_keys.cuh's kernel runs. */
+/* attn_keys.cu: attn_keys.cuh's kernel without options of single pairs. */
 #include "attn_keys.cuh"
 
-int attn_keys_tensor(attn_args &a, const lac_plan *plan, int dtype)
-{
-    int d = a.head_dim;
-    if (dtype == LAC_BF16)
-        return d <= 64    ? launch<op_bf16<64>, 64, 2, 4, 32, 2, 3>(a, plan)
-               : d <= 128 ? launch<op_bf16<128>, 128, 1, 4, 32, 2, 3>(a, plan)
-                          : launch2<op_bf16<256>, 256, 1, 4, 32, 1>(a, plan);
-    if (dtype == LAC_F16)
-        return d <= 64    ? launch<op_f16<64>, 64, 2, 4, 32, 2, 3>(a, plan)
-               : d <= 128 ? launch<op_f16<128>, 128, 1, 4, 32, 2, 3>(a, plan)
-                          : launch2<op_f16<256>, 256, 1, 4, 32, 1>(a, plan);
-    return d <= 64    ? launch<op_tf32<64>, 64, 2, 4, 16, 2, 3>(a, plan)
-           : d <= 128 ? launch<op_tf32<128>, 128, 1, 4, 16, 1, 3>(a, plan)
-                      : launch2<op_tf32<256>, 256, 1, 2, 16, 1>(a, plan);
-}
+int attn_keys_tensor(attn_args &a, const lac_plan *plan, int dtype) { return launch_shape(a, plan, dtype); }

@@ -31,15 +31,9 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     __shared__ attn_tile t;
     __shared__ typename attn_walk<A, true>::list list;
     if (!attn_next<true>(a, BK, t)) return;
-    if (!attn_leads(a, t.g, t.h)) {
-        attn_signal<true>(a, t);
-        return;
-    }
     const int hk = t.h / a.group, w0 = t.first + warp * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
-    int low = t.first - t.after, high = t.end - 1 + t.before + 1;
-    low = low > t.q0 ? low : t.q0;
-    high = high < t.q1 ? high : t.q1;
-    if (t.first >= t.live) high = low;
+    int low, high;
+    attn_reach<true>(t, &low, &high);
     const float gz = (float)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
     const bool quick = attn_quick(a, a.q, t) && attn_quick(a, a.g, t);
@@ -140,20 +134,11 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_keys_kernel(const __
     attn_wait<true>(a, t);
     float *sums = attn_floats(memory, 0, warp * WM * DP);
     attn_row<float> *mine = rows + warp * WM;
-    auto put = [&](int which, auto &x, void *out, void *acc, float own) {
-        if (spoilt)
-            for (int i = 0; w0 + i < w1; i++) {
-                float slow[2][ATTN_SLOW_PARTS] = {};
-                attn_slow_add_key<T>(a, t, w0 + i, slow[0], slow[1]);
-                attn_stash_slow<DP>(sums, i, slow[which]);
-            }
-        else attn_stash<DP>(sums, x);
-        if (lane < WM && w0 + lane < w1) mine[lane] = attn_summed<true>(a, t, w0 + lane, own);
-        __syncwarp();
-        attn_write<T, DP>(a, out, attn_f32_sums{(float *)acc}, sums, mine, w1 - w0);
+    auto leave = [&](int which, auto &x, float own) {
+        attn_leave_backward<true, T, DP>(a, t, lane, which, own, sums, mine, w0, w1, spoilt, x);
     };
-    if constexpr (PARTS & PART_DK) put(0, dk, a.out, a.acc, (float)a.scale);
-    if constexpr (PARTS & PART_DV) put(1, dv, a.out2, a.acc2, spoilt ? 1.f : gz); /* slow rows have it already */
+    if constexpr (PARTS & PART_DK) leave(0, dk, (float)a.scale);
+    if constexpr (PARTS & PART_DV) leave(1, dv, spoilt ? 1.f : gz); /* slow rows have it already */
     attn_signal<true>(a, t);
 }
 
@@ -171,6 +156,23 @@ static int launch2(A &a, const lac_plan *plan)
 {
     LAC_TRY((launch<Op, DP, M, WARPS, BQ, MINIMUM, PART_DK>(a, plan)));
     return launch<Op, DP, M, WARPS, BQ, MINIMUM, PART_DV>(a, plan);
+}
+
+/* which shape runs, with options of single pairs or without */
+template <class A> static int launch_shape(A &a, const lac_plan *plan, int dtype)
+{
+    const int d = a.head_dim;
+    if (dtype == LAC_BF16)
+        return d <= 64    ? launch<op_bf16<64>, 64, 2, 4, 32, 2, 3>(a, plan)
+               : d <= 128 ? launch<op_bf16<128>, 128, 1, 4, 32, 2, 3>(a, plan)
+                          : launch2<op_bf16<256>, 256, 1, 4, 32, 1>(a, plan);
+    if (dtype == LAC_F16)
+        return d <= 64    ? launch<op_f16<64>, 64, 2, 4, 32, 2, 3>(a, plan)
+               : d <= 128 ? launch<op_f16<128>, 128, 1, 4, 32, 2, 3>(a, plan)
+                          : launch2<op_f16<256>, 256, 1, 4, 32, 1>(a, plan);
+    return d <= 64    ? launch<op_tf32<64>, 64, 2, 4, 16, 2, 3>(a, plan)
+           : d <= 128 ? launch<op_tf32<128>, 128, 1, 4, 16, 1, 3>(a, plan)
+                      : launch2<op_tf32<256>, 256, 1, 2, 16, 1>(a, plan);
 }
 
 #endif

@@ -14,6 +14,10 @@
  * the main loop, whose first turn does nothing else, and rows that are repeated pair by pair run loops that are not
  * unrolled. That halved the time of a build, and tiles leave memory in whole lines.
  *
+ * How tiles begin and end is said once, for all kernels. What a step loads and which pairs it masks stands in each: as
+ * functions these took other registers (28 bytes of spills in the pass over query rows with active blocks, D = 128, on
+ * sm_80).
+ *
  * Products of masked pairs are products with zero, and 0 times NaN is NaN: a tile whose result is not finite although
  * some pairs are masked is computed again by attn_slow.cuh.
  */
@@ -64,7 +68,7 @@ __device__ __forceinline__ void ldmatrix_t(uint32_t (&r)[4], uint32_t from)
 
 /* ---- operand types ---- */
 
-template <int DP> struct op_half {
+template <int DP, class Op> struct op_half { /* Op: its f16 or bf16 */
     typedef tile_half<DP> tile;
     enum { STEP = 16, BLOCKS = 2 }; /* k of one product; blocks of 8 columns that make one */
     /* chunk c + 2 k of a row lies at (chunk c) ^ (k << 5), because tiles start at multiples of a row: one address a
@@ -84,21 +88,21 @@ template <int DP> struct op_half {
         int lane = threadIdx.x % 32;
         ldmatrix_t(r, ((t + tile::at(lane & 15, lane >> 4)) ^ (column << 1)) + 16 * k * tile::ROW);
     }
+    static __device__ __forceinline__ void left(uint32_t (&r)[4], const float (&x)[4], const float (&y)[4])
+    {
+        r[0] = Op::pack(x[0], x[1]);
+        r[1] = Op::pack(x[2], x[3]);
+        r[2] = Op::pack(y[0], y[1]);
+        r[3] = Op::pack(y[2], y[3]);
+    }
 };
-template <int DP> struct op_bf16 : op_half<DP> {
+template <int DP> struct op_bf16 : op_half<DP, op_bf16<DP>> {
     typedef bf16 T;
     static __device__ __forceinline__ uint32_t pack(float low, float high)
     {
         uint32_t r;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
         return r;
-    }
-    static __device__ __forceinline__ void left(uint32_t (&r)[4], const float (&x)[4], const float (&y)[4])
-    {
-        r[0] = pack(x[0], x[1]);
-        r[1] = pack(x[2], x[3]);
-        r[2] = pack(y[0], y[1]);
-        r[3] = pack(y[2], y[3]);
     }
     static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
     {
@@ -108,20 +112,13 @@ template <int DP> struct op_bf16 : op_half<DP> {
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }
 };
-template <int DP> struct op_f16 : op_half<DP> {
+template <int DP> struct op_f16 : op_half<DP, op_f16<DP>> {
     typedef f16 T;
     static __device__ __forceinline__ uint32_t pack(float low, float high)
     {
         uint32_t r;
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
         return r;
-    }
-    static __device__ __forceinline__ void left(uint32_t (&r)[4], const float (&x)[4], const float (&y)[4])
-    {
-        r[0] = pack(x[0], x[1]);
-        r[1] = pack(x[2], x[3]);
-        r[2] = pack(y[0], y[1]);
-        r[3] = pack(y[2], y[3]);
     }
     static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
     {
@@ -623,6 +620,119 @@ __device__ __forceinline__ attn_row<float> attn_summed(const attn_args &a, const
     const int64_t at =
         KEYS ? ((int64_t)t.b * a.m + position) * a.kv_heads + t.h / a.group : attn_stat(a, t, t.h, row, false);
     return {own, others & 1 ? 1.f : 0.f, at, !(others & 2)};
+}
+
+/* Rows [row0, row_end) of a warp leave the forward: sums o of weighted values, over those of their softmax, or
+ * (`spoilt`) as attn_slow.cuh has them. A lane finishes a row: maximum and sum reach it through shared memory, and what
+ * becomes of the row goes back so. `lane` is the thread's in its warp, which callers have, here and below. */
+template <class T, int DP, int M, class A>
+__device__ __forceinline__ void
+attn_leave_forward(const A &a, const attn_tile &t, int lane, float *sums, attn_row<float> *rows, int row0, int row_end,
+                   bool spoilt, const float (&o)[M][DP / 8][4], const float (&top)[M][2], const float (&sum)[M][2])
+{
+    if (spoilt) {
+        for (int i = 0; row0 + i < row_end; i++) {
+            float x[ATTN_SLOW_PARTS], soft[2];
+            attn_slow_row<T>(a, t, row0 + i, x, soft);
+            attn_stash_slow<DP>(sums, i, x);
+            rows[i] = {soft[0], soft[1], 0, true};
+        }
+    } else {
+        attn_stash<DP>(sums, o);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float total = quad_sum(sum[m][i]);
+                if (lane % 4 == 0) rows[16 * m + 8 * i + lane / 4] = {top[m][i], total, 0, false};
+            }
+    }
+    __syncwarp();
+    if (lane < 16 * M && row0 + lane < row_end) {
+        const bool slow = rows[lane].last; /* has dropped pairs already */
+        attn_row<float> f = attn_finish<float>(a, t, row0 + lane, rows[lane].own, rows[lane].before);
+        if (a.p > 0 && !slow) f.own *= (float)a.keep_scale;
+        rows[lane] = f;
+    }
+    __syncwarp();
+    attn_write<T, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, rows, row_end - row0);
+}
+
+/* SPLIT warps, APART from each other, that share rows and have sums of their own; the first leads. */
+template <int SPLIT = 1, int APART = 1, class Meet = attn_block_meets> struct attn_split {
+    static __device__ __forceinline__ bool leads() { return threadIdx.x / 32 / APART % SPLIT == 0; }
+    /* Adds up sums of SIZE floats, in those of the one that leads, unless only that one has any. True in that one. */
+    template <int SIZE> static __device__ __forceinline__ bool join(float *sums, bool all)
+    {
+        if constexpr (SPLIT > 1) {
+            Meet()();
+            if (!leads()) return false;
+            if (all)
+#pragma unroll 1
+                for (int at = threadIdx.x % 32 * 4; at < SIZE; at += 128) {
+                    float4 x = *(const float4 *)(sums + at);
+#pragma unroll
+                    for (int p = 1; p < SPLIT; p++) {
+                        const float4 y = *(const float4 *)(sums + p * APART * SIZE + at);
+                        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+                    }
+                    *(float4 *)(sums + at) = x;
+                }
+            __syncwarp();
+        }
+        return true;
+    }
+    /* Adds up two numbers that four lanes have, by way of x[0] and x[height]. */
+    static __device__ __forceinline__ void share(float *x, int height, float &first, float &second)
+    {
+        static_assert(SPLIT <= 2, "one other");
+        if constexpr (SPLIT > 1) {
+            Meet()();
+            if (!leads() && threadIdx.x % 4 == 0) x[0] = first, x[height] = second;
+            Meet()();
+            first += x[0], second += x[height];
+        }
+    }
+};
+
+/* The same for a result of the backward, `own` times the sums x: dq, or (KEYS) dk (`which` 0) or dv (1). */
+template <bool KEYS, class T, int DP, class Split = attn_split<>, int M, class A>
+__device__ __forceinline__ void attn_leave_backward(const A &a, const attn_tile &t, int lane, int which, float own,
+                                                    float *sums, attn_row<float> *rows, int row0, int row_end,
+                                                    bool spoilt, const float (&x)[M][DP / 8][4])
+{
+    if (spoilt)
+        for (int i = 0; row0 + i < row_end && Split::leads(); i++) {
+            float slow[1 + KEYS][ATTN_SLOW_PARTS] = {};
+            if constexpr (KEYS) attn_slow_add_key<T>(a, t, row0 + i, slow[0], slow[1]);
+            else attn_slow_add_query<T>(a, t, row0 + i, slow[0]);
+            attn_stash_slow<DP>(sums, i, slow[which]);
+        }
+    else attn_stash<DP>(sums, x);
+    if (!Split::template join<16 * M * DP>(sums, !spoilt)) return;
+    if (lane < 16 * M && row0 + lane < row_end) rows[lane] = attn_summed<KEYS>(a, t, row0 + lane, own);
+    __syncwarp();
+    attn_write<T, DP>(a, which ? a.out2 : a.out, attn_f32_sums{(float *)(which ? a.acc2 : a.acc)}, sums, rows,
+                      row_end - row0);
+}
+
+/* The branch's own deltas of a warp's rows from what its threads have of P (`weight`) and P dP (`dot`). Warps that
+ * share rows do so by way of `shared`, whose rows are followed by as many after `height`. */
+template <class Split = attn_split<>, int M>
+__device__ __forceinline__ void attn_put_deltas(const attn_args &a, const attn_tile &t, int lane, int row0, int row_end,
+                                                const float (&weight)[M][2], const float (&dot)[M][2],
+                                                float *shared = NULL, int height = 0)
+{
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int at = 16 * m + 8 * i + lane / 4;
+            float sum = quad_sum(weight[m][i]), all = quad_sum(dot[m][i]);
+            Split::share(shared + at, height, sum, all);
+            if (row0 + at < row_end && lane % 4 == 0 && Split::leads())
+                attn_put_delta<float>(a, t, row0 + at, sum == 0 ? 0 : all / sum);
+        }
 }
 
 /* bytes of the tiles, in which the results of `rows` rows find room afterwards */

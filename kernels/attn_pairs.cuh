@@ -135,15 +135,22 @@ __device__ __forceinline__ void attn_locate(const attn_block_args &a, int64_t id
     attn_rows_in_block<KEYS>(a, (int64_t)s * br.segment - (KEYS ? 0 : a.shift), block, height, t);
 }
 
-/* Claims the block's next tile; t lies in shared memory, where it costs no registers. False if the tile has no rows. */
+/* Claims the block's next tile; t lies in shared memory, where it costs no registers. False if the tile has no rows, or
+ * (KEYS) another head leads its unit. */
 template <bool KEYS, class A> __device__ __forceinline__ bool attn_next(const A &a, int height, attn_tile &t)
 {
     if (threadIdx.x == 0)
         attn_locate<KEYS>(a, a.ranks == 1 ? blockIdx.x : (unsigned)atomicAdd(a.counter, 1), height, t);
     __syncthreads();
-    if (t.first < t.end) return true;
-    attn_signal<KEYS>(a, t);
-    return false;
+    if (t.first >= t.end) {
+        attn_signal<KEYS>(a, t);
+        return false;
+    }
+    if (KEYS && !attn_leads(a, t.g, t.h)) {
+        attn_signal<KEYS>(a, t);
+        return false;
+    }
+    return true;
 }
 
 /* ---- the walk over the other side ---- */

@@ -99,6 +99,24 @@ template <int DP, int ROWS, int THREADS_> struct parts_stream {
     }
 };
 
+/* The same rows of two tensors to `raw`, one behind the other; `quick`: as above, from streams that have been started.
+ */
+template <int DP, int ROWS, int THREADS_>
+__device__ __forceinline__ void parts_load_two(bool quick, uint32_t raw, const char *const (&origin)[2],
+                                               const attn_args &a, const attn_tensor &x, const attn_tensor &y,
+                                               const attn_tile &t, int h, int shift, int first, int limit, bool padding)
+{
+    typedef parts_raw<DP> Raw;
+    typedef parts_stream<DP, ROWS, THREADS_> stream;
+    if (quick) {
+        stream::next(raw, origin[0], a, x, t, h, first, limit);
+        stream::next(raw + ROWS * Raw::ROW, origin[1], a, y, t, h, first, limit);
+    } else {
+        attn_load<Raw, float, ROWS, DP, THREADS_>(raw, a, x, t, h, shift, first, limit, padding);
+        attn_load<Raw, float, ROWS, DP, THREADS_>(raw + ROWS * Raw::ROW, a, y, t, h, shift, first, limit, padding);
+    }
+}
+
 /* The thread's chunks of ROWS rows at `from` go, in parts, to rows from `row0` on of the `height` rows at `to`. */
 template <int DP, int ROWS, int THREADS_>
 __device__ __forceinline__ void parts_put(uint32_t to, int height, int row0, uint32_t from)
@@ -268,6 +286,35 @@ __device__ __forceinline__ void parts_weighted(float (&c)[M][E][4], const float 
 #pragma unroll
     for (int m = 0; m < M; m++) one[m][0] = one[m][1] = 1;
     parts_weighted<DP, YH>(c, one, p, y, y0);
+}
+
+/* ---- softmax ---- */
+
+/* A step of the online softmax: base-2 scores become weights, under the maximum `top` so far, which `sum` and what else
+ * has been summed shrink to. */
+template <int M, int N>
+__device__ __forceinline__ void parts_soften(float (&s)[M][N][4], float (&top)[M][2], float (&sum)[M][2],
+                                             float (&shrink)[M][2])
+{
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float most = fmaxf(s[m][0][2 * i], s[m][0][2 * i + 1]), part = 0;
+#pragma unroll
+            for (int n = 1; n < N; n++) most = fmaxf(most, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
+            most = fmaxf(quad_max(most), top[m][i]);
+            const float shift = most == -INFINITY ? 0 : most;
+            shrink[m][i] = attn_ex2(top[m][i] - shift);
+            top[m][i] = most;
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                s[m][n][2 * i] = attn_ex2(s[m][n][2 * i] - shift);
+                s[m][n][2 * i + 1] = attn_ex2(s[m][n][2 * i + 1] - shift);
+                part += s[m][n][2 * i] + s[m][n][2 * i + 1];
+            }
+            sum[m][i] = fmaf(sum[m][i], shrink[m][i], part);
+        }
 }
 
 /* ---- memory ---- */

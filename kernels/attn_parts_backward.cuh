@@ -27,34 +27,103 @@ struct parts_scale {
     }
 };
 
-/* Adds up what SPLIT neighbouring warps have, in the first one's sums, unless only that one has any. True in the first.
- */
-template <int SPLIT, int SIZE> __device__ __forceinline__ bool parts_join(float *sums, bool all)
-{
-    if constexpr (SPLIT > 1) {
-        __syncthreads();
-        if (threadIdx.x / 32 % SPLIT) return false;
-        if (all)
-#pragma unroll 1
-            for (int at = threadIdx.x % 32 * 4; at < SIZE; at += 128) {
-                float4 x = *(const float4 *)(sums + at);
-#pragma unroll
-                for (int p = 1; p < SPLIT; p++) {
-                    const float4 y = *(const float4 *)(sums + p * SIZE + at);
-                    x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
-                }
-                *(float4 *)(sums + at) = x;
-            }
-        __syncwarp();
-    }
-    return true;
-}
-
 /* statistics of rows: lse and its low part, delta and its low part (NULL: zeros) */
 __device__ __forceinline__ const float *parts_stats(const attn_args &a, int which)
 {
     return (const float *)(which < 2 ? which ? a.lse2_low : a.lse2 : which > 2 ? a.delta_low : a.delta);
 }
+
+/* those of a tile's HEIGHT query rows, by THREADS_ threads */
+template <int HEIGHT, int THREADS_>
+__device__ __forceinline__ void parts_load_stats(float (&stats)[4][HEIGHT], const attn_args &a, const attn_tile &t)
+{
+    for (int i = threadIdx.x; i < 4 * HEIGHT; i += THREADS_) {
+        const int which = i / HEIGHT, row = t.first + i % HEIGHT;
+        const float *from = parts_stats(a, which);
+        stats[which][i % HEIGHT] = row < t.end && from ? from[attn_stat(a, t, t.h, row, a.per_branch)]
+                                   : which             ? 0
+                                                       : INFINITY;
+    }
+}
+
+/* ---- scores s become P, and d, which is dP, becomes dS ---- */
+
+/* Rows are query rows: `stats` are those of the lane's first one, each `height` behind the one before. */
+template <int M, int N>
+__device__ __forceinline__ void parts_weigh_rows(float (&s)[M][N][4], const parts_scale &scale, const float *stats,
+                                                 int height)
+{
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float lse = stats[16 * m + 8 * i], low = stats[height + 16 * m + 8 * i];
+#pragma unroll
+            for (int x = 0; x < 2 * N; x++) s[m][x / 2][2 * i + x % 2] = scale.p(s[m][x / 2][2 * i + x % 2], lse, low);
+        }
+}
+template <int M, int N>
+__device__ __forceinline__ void parts_differ_rows(float (&d)[M][N][4], const float (&p)[M][N][4], float gz,
+                                                  const float *stats, int height)
+{
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float delta = stats[2 * height + 16 * m + 8 * i], low = stats[3 * height + 16 * m + 8 * i];
+#pragma unroll
+            for (int x = 0; x < 2 * N; x++) {
+                float &z = d[m][x / 2][2 * i + x % 2];
+                z = p[m][x / 2][2 * i + x % 2] * (z * gz - delta - low);
+            }
+        }
+}
+/* Columns are query rows: `stats` are those of the lane's first two. */
+template <int M, int N>
+__device__ __forceinline__ void parts_weigh_columns(float (&s)[M][N][4], const parts_scale &scale, const float *stats,
+                                                    int width)
+{
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const float2 l = *(const float2 *)(stats + 8 * n), low = *(const float2 *)(stats + width + 8 * n);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[m][n][e] = scale.p(s[m][n][e], e % 2 ? l.y : l.x, e % 2 ? low.y : low.x);
+    }
+}
+template <int M, int N>
+__device__ __forceinline__ void parts_differ_columns(float (&d)[M][N][4], const float (&p)[M][N][4], float gz,
+                                                     const float *stats, int width)
+{
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const float2 l = *(const float2 *)(stats + 2 * width + 8 * n);
+        const float2 low = *(const float2 *)(stats + 3 * width + 8 * n);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                d[m][n][e] = p[m][n][e] * (d[m][n][e] * gz - (e % 2 ? l.y : l.x) - (e % 2 ? low.y : low.x));
+    }
+}
+/* what attn_put_deltas() sums */
+template <int M, int N>
+__device__ __forceinline__ void parts_add_deltas(float (&weight)[M][2], float (&dot)[M][2], const float (&p)[M][N][4],
+                                                 const float (&d)[M][N][4], float gz)
+{
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                weight[m][i / 2] += p[m][n][i];
+                dot[m][i / 2] += p[m][n][i] == 0 ? 0.f : p[m][n][i] * (d[m][n][i] * gz);
+            }
+}
+
+/* ---- the passes ---- */
 
 template <int DP, int M, int WARPS, int SPLIT, int BN, int MINIMUM>
 __global__ void __launch_bounds__(WARPS * 32, MINIMUM)
@@ -73,9 +142,8 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM)
     __shared__ attn_spans list;
     if (!attn_next<false>(a, BM, t)) return;
     const int hk = t.h / a.group, w0 = t.first + warp / SPLIT * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
-    int low = t.first - t.before, high = t.end - 1 + t.after + 1;
-    low = low < 0 ? 0 : low; /* not rounded down: decoding has no memory before its reach */
-    high = high < t.live ? high : t.live;
+    int low, high;
+    attn_reach<false>(t, &low, &high);
     const parts_scale scale(a);
     const float gz = (float)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
@@ -84,27 +152,15 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM)
     stream::start(list.origin[0], a.k, t, 0);
     stream::start(list.origin[1], a.v, t, 0);
     auto load = [&](int k0, int k1) {
-        const int limit = attn_limit(a, k1, t.live);
-        if (quick) {
-            stream::next(raw, list.origin[0], a, a.k, t, hk, k0, limit);
-            stream::next(raw + RB, list.origin[1], a, a.v, t, hk, k0, limit);
-        } else {
-            attn_load<Raw, float, BN, DP, THREADS_>(raw, a, a.k, t, hk, 0, k0, limit, pad);
-            attn_load<Raw, float, BN, DP, THREADS_>(raw + RB, a, a.v, t, hk, 0, k0, limit, pad);
-        }
+        parts_load_two<DP, BN, THREADS_>(quick, raw, list.origin, a, a.k, a.v, t, hk, 0, k0, attn_limit(a, k1, t.live),
+                                         pad);
     };
     parts_load<DP, BM, 2 * BN, THREADS_>(sq, raw, a, a.q, t, t.h, a.shift, t.first, t.end, false);
     parts_load<DP, BM, 2 * BN, THREADS_>(sg, raw, a, a.g, t, t.h, a.shift, t.first, t.end, false);
     attn_walk<attn_pair_args, false> walk;
     walk.start();
     if (attn_wants_bias(a)) attn_wait<false>(a, t);
-    for (int i = threadIdx.x; i < 4 * BM; i += THREADS_) {
-        const int which = i / BM, row = t.first + i % BM;
-        const float *from = parts_stats(a, which);
-        stats[which][i % BM] = row < t.end && from ? from[attn_stat(a, t, t.h, row, a.per_branch)]
-                               : which             ? 0
-                                                   : INFINITY;
-    }
+    parts_load_stats<BM, THREADS_>(stats, a, t);
     float dq[M][E][4], weight[M][2] = {}, dot[M][2] = {};
     clear(dq);
     const float *row = &stats[0][warp / SPLIT * WM + lane / 4];
@@ -135,81 +191,30 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM)
         float s[M][N][4], d[M][N][4];
         parts_scores<DP, BM, BN, false>(s, sq, warp / SPLIT * WM, sk, part * WN);
         attn_add<false>(a, t, t.h, w0, first, extra, s);
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float lse = row[16 * m + 8 * i], low = row[BM + 16 * m + 8 * i];
-#pragma unroll
-                for (int x = 0; x < 2 * N; x++)
-                    s[m][x / 2][2 * i + x % 2] = scale.p(s[m][x / 2][2 * i + x % 2], lse, low);
-            }
+        parts_weigh_rows(s, scale, row, BM);
         attn_clear_hidden(a, extra, s);
         if (partial) attn_select(s, seen, BM, 0);
         parts_scores<DP, BM, BN, false>(d, sg, warp / SPLIT * WM, sv, part * WN);
         if (a.p > 0) attn_select(d, kept, BM, 0);
         if (a.deltas) {
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int n = 0; n < N; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        weight[m][i / 2] += s[m][n][i];
-                        dot[m][i / 2] += s[m][n][i] == 0 ? 0.f : s[m][n][i] * (d[m][n][i] * gz);
-                    }
+            parts_add_deltas(weight, dot, s, d, gz);
             continue;
         }
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float delta = row[2 * BM + 16 * m + 8 * i], low = row[3 * BM + 16 * m + 8 * i];
-#pragma unroll
-                for (int x = 0; x < 2 * N; x++) {
-                    float &z = d[m][x / 2][2 * i + x % 2];
-                    z = s[m][x / 2][2 * i + x % 2] * (z * gz - delta - low);
-                }
-            }
+        parts_differ_rows(d, s, gz, row, BM);
         if (partial) attn_select(d, seen, BM, 0);
         if (attn_wants_bias(a)) attn_add_dbias(a, t, w0, w1, first, limit, extra, d);
         parts_weighted<DP, BN>(dq, d, sk, part * WN);
     }
     attn_arrived();
+    typedef attn_split<SPLIT> Split;
     if (a.deltas) {
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int row = w0 + 16 * m + 8 * i + lane / 4;
-                float sum = quad_sum(weight[m][i]), all = quad_sum(dot[m][i]);
-                if constexpr (SPLIT > 1) {
-                    float *other = &stats[0][warp / SPLIT * WM + 16 * m + 8 * i + lane / 4];
-                    __syncthreads();
-                    if (part && lane % 4 == 0) other[0] = sum, other[BM] = all;
-                    __syncthreads();
-                    sum += other[0], all += other[BM];
-                }
-                if (row < w1 && lane % 4 == 0 && part == 0) attn_put_delta<float>(a, t, row, sum == 0 ? 0 : all / sum);
-            }
+        attn_put_deltas<Split>(a, t, lane, w0, w1, weight, dot, &stats[0][warp / SPLIT * WM], BM);
         return;
     }
     const bool spoilt = __syncthreads_or(!finite(dq));
     attn_wait<false>(a, t);
-    float *sums = attn_floats(memory, 0, warp * WM * DP);
-    attn_row<float> *mine = rows + warp * WM;
-    if (spoilt)
-        for (int i = 0; w0 + i < w1 && part == 0; i++) {
-            float x[ATTN_SLOW_PARTS] = {};
-            attn_slow_add_query<float>(a, t, w0 + i, x);
-            attn_stash_slow<DP>(sums, i, x);
-        }
-    else attn_stash<DP>(sums, dq);
-    if (parts_join<SPLIT, WM * DP>(sums, !spoilt)) {
-        if (lane < WM && w0 + lane < w1) mine[lane] = attn_summed<false>(a, t, w0 + lane, (float)a.scale);
-        __syncwarp();
-        attn_write<float, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, mine, w1 - w0);
-    }
+    attn_leave_backward<false, float, DP, Split>(a, t, lane, 0, (float)a.scale, attn_floats(memory, 0, warp * WM * DP),
+                                                 rows + warp * WM, w0, w1, spoilt, dq);
     attn_signal<false>(a, t);
 }
 
@@ -228,15 +233,9 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_parts_keys_kernel(co
     __shared__ attn_tile t;
     __shared__ attn_spans list;
     if (!attn_next<true>(a, BK, t)) return;
-    if (!attn_leads(a, t.g, t.h)) {
-        attn_signal<true>(a, t);
-        return;
-    }
     const int hk = t.h / a.group, w0 = t.first + warp / SPLIT * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
-    int low = t.first - t.after, high = t.end - 1 + t.before + 1;
-    low = low > t.q0 ? low : t.q0;
-    high = high < t.q1 ? high : t.q1;
-    if (t.first >= t.live) high = low;
+    int low, high;
+    attn_reach<true>(t, &low, &high);
     const parts_scale scale(a);
     const float gz = (float)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
@@ -247,13 +246,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_parts_keys_kernel(co
     stream::start(list.origin[1], a.g, t, a.shift);
     auto load = [&](int h, int i0, int i2, int stage) {
         const int limit = attn_limit(a, i2, t.q1);
-        if (quick) {
-            stream::next(raw, list.origin[0], a, a.q, t, h, i0, limit);
-            stream::next(raw + RB, list.origin[1], a, a.g, t, h, i0, limit);
-        } else {
-            attn_load<Raw, float, BQ, DP, THREADS_>(raw, a, a.q, t, h, a.shift, i0, limit, false);
-            attn_load<Raw, float, BQ, DP, THREADS_>(raw + RB, a, a.g, t, h, a.shift, i0, limit, false);
-        }
+        parts_load_two<DP, BQ, THREADS_>(quick, raw, list.origin, a, a.q, a.g, t, h, a.shift, i0, limit, false);
 #pragma unroll 1
         for (int at = threadIdx.x; at < 4 * BQ; at += THREADS_) {
             const int which = at / BQ, i = i0 + at % BQ;
@@ -301,27 +294,12 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_parts_keys_kernel(co
         float s[M][N][4], d[M][N][4];
         parts_scores<DP, BK, BQ, true>(s, sk, warp / SPLIT * WM, sq, part * WN);
         attn_add<true>(a, t, head, w0, i, extra, s);
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            const float2 l = *(const float2 *)(row + 8 * n), low = *(const float2 *)(row + BQ + 8 * n);
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) s[m][n][e] = scale.p(s[m][n][e], e % 2 ? l.y : l.x, e % 2 ? low.y : low.x);
-        }
+        parts_weigh_columns(s, scale, row, BQ);
         attn_clear_hidden(a, extra, s);
         if (partial) attn_select(s, seen, BK, 0);
         parts_scores<DP, BK, BQ, true>(d, sv, warp / SPLIT * WM, sg, part * WN);
         if (a.p > 0) attn_select(d, kept, BK, 0);
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            const float2 l = *(const float2 *)(row + 2 * BQ + 8 * n), low = *(const float2 *)(row + 3 * BQ + 8 * n);
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    d[m][n][e] = s[m][n][e] * (d[m][n][e] * gz - (e % 2 ? l.y : l.x) - (e % 2 ? low.y : low.x));
-        }
+        parts_differ_columns(d, s, gz, row, BQ);
         if (partial) attn_select(d, seen, BK, 0);
         if (a.p > 0) attn_select(s, kept, BK, 0);
         parts_weighted<DP, BQ>(dk, d, sq, part * WN);
@@ -332,22 +310,12 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_parts_keys_kernel(co
     attn_wait<true>(a, t);
     float *sums = attn_floats(memory, 0, warp * WM * DP);
     attn_row<float> *mine = rows + warp * WM;
-    auto put = [&](int which, auto &x, void *out, void *acc, float own) {
+    auto leave = [&](int which, auto &x, float own) {
         if (SPLIT > 1) __syncthreads(); /* what was there is written */
-        if (spoilt)
-            for (int i = 0; w0 + i < w1 && part == 0; i++) {
-                float slow[2][ATTN_SLOW_PARTS] = {};
-                attn_slow_add_key<float>(a, t, w0 + i, slow[0], slow[1]);
-                attn_stash_slow<DP>(sums, i, slow[which]);
-            }
-        else attn_stash<DP>(sums, x);
-        if (!parts_join<SPLIT, WM * DP>(sums, !spoilt)) return;
-        if (lane < WM && w0 + lane < w1) mine[lane] = attn_summed<true>(a, t, w0 + lane, own);
-        __syncwarp();
-        attn_write<float, DP>(a, out, attn_f32_sums{(float *)acc}, sums, mine, w1 - w0);
+        attn_leave_backward<true, float, DP, attn_split<SPLIT>>(a, t, lane, which, own, sums, mine, w0, w1, spoilt, x);
     };
-    put(0, dk, a.out, a.acc, (float)a.scale);
-    put(1, dv, a.out2, a.acc2, spoilt ? 1.f : gz); /* slow rows have it already */
+    leave(0, dk, (float)a.scale);
+    leave(1, dv, spoilt ? 1.f : gz); /* slow rows have it already */
     attn_signal<true>(a, t);
 }
 

@@ -33,9 +33,8 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM)
     __shared__ attn_spans list;
     if (!attn_next<false>(a, BM, t)) return;
     const int hk = t.h / a.group, w0 = t.first + warp * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
-    int low = t.first - t.before, high = t.end - 1 + t.after + 1;
-    low = low < 0 ? 0 : low; /* not rounded down: decoding has no memory before its reach */
-    high = high < t.live ? high : t.live;
+    int low, high;
+    attn_reach<false>(t, &low, &high);
     const float log2_scale = (float)(a.scale * ATTN_LOG2E);
     const bool pad = a.padding != NULL;
     float o[M][E][4], top[M][2], sum[M][2];
@@ -44,14 +43,8 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM)
     stream::start(list.origin[0], a.k, t, 0);
     stream::start(list.origin[1], a.v, t, 0);
     auto load = [&](int k0, int k1) {
-        const int limit = attn_limit(a, k1, t.live);
-        if (quick) {
-            stream::next(raw, list.origin[0], a, a.k, t, hk, k0, limit);
-            stream::next(raw + RB, list.origin[1], a, a.v, t, hk, k0, limit);
-        } else {
-            attn_load<Raw, float, BN, DP, THREADS_>(raw, a, a.k, t, hk, 0, k0, limit, pad);
-            attn_load<Raw, float, BN, DP, THREADS_>(raw + RB, a, a.v, t, hk, 0, k0, limit, pad);
-        }
+        parts_load_two<DP, BN, THREADS_>(quick, raw, list.origin, a, a.k, a.v, t, hk, 0, k0, attn_limit(a, k1, t.live),
+                                         pad);
     };
     parts_load<DP, BM, 2 * BN, THREADS_>(sq, raw, a, a.q, t, t.h, a.shift, t.first, t.end, false);
     attn_walk<attn_pair_args, false> walk;
@@ -93,61 +86,15 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM)
 #pragma unroll
                 for (int i = 0; i < 4; i++) s[m][n][i] *= log2_scale;
         if (partial) attn_select(s, seen, BM, -INFINITY);
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float most = fmaxf(s[m][0][2 * i], s[m][0][2 * i + 1]), part = 0;
-#pragma unroll
-                for (int n = 1; n < N; n++) most = fmaxf(most, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
-                most = fmaxf(quad_max(most), top[m][i]);
-                const float shift = most == -INFINITY ? 0 : most;
-                shrink[m][i] = attn_ex2(top[m][i] - shift);
-                top[m][i] = most;
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    s[m][n][2 * i] = attn_ex2(s[m][n][2 * i] - shift);
-                    s[m][n][2 * i + 1] = attn_ex2(s[m][n][2 * i + 1] - shift);
-                    part += s[m][n][2 * i] + s[m][n][2 * i + 1];
-                }
-                sum[m][i] = fmaf(sum[m][i], shrink[m][i], part);
-            }
+        parts_soften(s, top, sum, shrink);
         if (a.p > 0) attn_select(s, kept, BM, 0);
         parts_weighted<DP, BN>(o, shrink, s, sv, 0);
     }
     attn_arrived();
     const bool spoilt = __syncthreads_or(!finite(o)); /* taken apart or hidden: this rare tile is done again */
     attn_wait<false>(a, t);
-    float *sums = attn_floats(memory, 0, warp * WM * DP);
-    attn_row<float> *mine = rows + warp * WM;
-    /* a lane finishes a row: maximum and sum reach it through shared memory, and what becomes of the row goes back so
-     */
-    if (spoilt) {
-        for (int i = 0; w0 + i < w1; i++) {
-            float x[ATTN_SLOW_PARTS], soft[2];
-            attn_slow_row<float>(a, t, w0 + i, x, soft);
-            attn_stash_slow<DP>(sums, i, x);
-            mine[i] = {soft[0], soft[1], 0, true};
-        }
-    } else {
-        attn_stash<DP>(sums, o);
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float total = quad_sum(sum[m][i]);
-                if (lane % 4 == 0) mine[16 * m + 8 * i + lane / 4] = {top[m][i], total, 0, false};
-            }
-    }
-    __syncwarp();
-    if (lane < WM && w0 + lane < w1) {
-        const bool slow = mine[lane].last; /* has dropped pairs already */
-        attn_row<float> f = attn_finish<float>(a, t, w0 + lane, mine[lane].own, mine[lane].before);
-        if (a.p > 0 && !slow) f.own *= (float)a.keep_scale;
-        mine[lane] = f;
-    }
-    __syncwarp();
-    attn_write<float, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, mine, w1 - w0);
+    attn_leave_forward<float, DP>(a, t, lane, attn_floats(memory, 0, warp * WM * DP), rows + warp * WM, w0, w1, spoilt,
+                                  o, top, sum);
     attn_signal<false>(a, t);
 }
 

@@ -30,9 +30,8 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
     __shared__ typename attn_walk<A, false>::list list;
     if (!attn_next<false>(a, BM, t)) return;
     const int hk = t.h / a.group, w0 = t.first + warp * WM, w1 = w0 + WM < t.end ? w0 + WM : t.end;
-    int low = t.first - t.before, high = t.end - 1 + t.after + 1;
-    low = low < 0 ? 0 : low; /* not rounded down: decoding has no memory before its reach */
-    high = high < t.live ? high : t.live;
+    int low, high;
+    attn_reach<false>(t, &low, &high);
     const float gz = (float)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
     float dq[M][E][4], lse[M][2], delta[M][2], weight[M][2] = {}, dot[M][2] = {};
@@ -124,30 +123,13 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_queries_kernel(const
     }
     attn_arrived();
     if (a.deltas) {
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int row = w0 + 16 * m + 8 * i + lane / 4;
-                const float sum = quad_sum(weight[m][i]), all = quad_sum(dot[m][i]);
-                if (row < w1 && lane % 4 == 0) attn_put_delta<float>(a, t, row, sum == 0 ? 0 : all / sum);
-            }
+        attn_put_deltas(a, t, lane, w0, w1, weight, dot);
         return;
     }
     const bool spoilt = __syncthreads_or((a.causal || a.window >= 0 || a.dedup || attn_hides(a)) && !finite(dq));
     attn_wait<false>(a, t);
-    float *sums = attn_floats(memory, 0, warp * WM * DP);
-    attn_row<float> *mine = rows + warp * WM;
-    if (spoilt)
-        for (int i = 0; w0 + i < w1; i++) {
-            float x[ATTN_SLOW_PARTS] = {};
-            attn_slow_add_query<T>(a, t, w0 + i, x);
-            attn_stash_slow<DP>(sums, i, x);
-        }
-    else attn_stash<DP>(sums, dq);
-    if (lane < WM && w0 + lane < w1) mine[lane] = attn_summed<false>(a, t, w0 + lane, (float)a.scale);
-    __syncwarp();
-    attn_write<T, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, mine, w1 - w0);
+    attn_leave_backward<false, T, DP>(a, t, lane, 0, (float)a.scale, attn_floats(memory, 0, warp * WM * DP),
+                                      rows + warp * WM, w0, w1, spoilt, dq);
     attn_signal<false>(a, t);
 }
 
