@@ -54,14 +54,7 @@ int lac_conv1d(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias,
     LAC_TRY(weights_get(op, x, w, &a.x, &a.w));
     LAC_TRY(length_get(op, x, w, stride, dilation, before, after, &length));
     a.bias.data = NULL;
-    if (bias) {
-        LAC_TRY(lac_view_get(op, "bias", bias, &a.bias));
-        LAC_TRY(lac_same_dtype(op, "x", x, "bias", bias));
-        LAC_TRY(lac_same_device(op, "x", x, "bias", bias));
-        if (bias->ndim != 1 || bias->shape[0] != w->shape[0])
-            LAC_FAIL(SHAPE, "%s: bias must be [%lld] for w %s, got %s", op, (long long)w->shape[0],
-                     lac_shape_text(w->shape, w->ndim), lac_shape_text(bias->shape, bias->ndim));
-    }
+    if (bias) LAC_TRY(lac_front_bias(op, x, w, bias, &a.bias));
     int64_t shape[] = {x->shape[0], w->shape[0], length};
     LAC_TRY(lac_tensor_new(op, x->dtype, x->device, 3, shape, out, &a.out));
     LAC_RUN_OUT(conv1d, x->device, &a, out);

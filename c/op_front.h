@@ -54,6 +54,8 @@ int lac_front_expand_to(const char *op, const char *ns, const lac_tensor *src, l
                         const lac_tensor *dst);
 /* number of elements; fails on overflow (views of stride 0 can claim any shape) */
 int lac_front_count(const char *op, const char *name, const lac_tensor *t, int64_t *count);
+/* the bias [O] of weights w [O, ...], for x; fills v */
+int lac_front_bias(const char *op, const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, lac_view *v);
 int lac_front_integer_index(const char *op, const char *name, const lac_tensor *t);
 /* "sum", "mean", ...: what LAC_SUM, LAC_MEAN, ... are called; NULL past the end (op_reduce.c) */
 const char *lac_reduce_name(int fn);

@@ -9,6 +9,17 @@
  */
 #include "op_front.h"
 
+/* x, the axis and its index */
+static int indexed_get(const char *op, const lac_tensor *x, int dim, const lac_tensor *idx, lac_a_index *a)
+{
+    LAC_TRY(lac_view_get(op, "x", x, &a->x));
+    LAC_TRY(lac_view_get(op, "index", idx, &a->index));
+    LAC_TRY(lac_front_integer_index(op, "index", idx));
+    LAC_TRY(lac_same_device(op, "x", x, "index", idx));
+    LAC_TRY(lac_axis(op, x, dim, &a->dim));
+    return 0;
+}
+
 int lac_index_select(const lac_tensor *x, int dim, const lac_tensor *idx, lac_tensor *out)
 {
     const char *op = "index_select";
@@ -16,11 +27,7 @@ int lac_index_select(const lac_tensor *x, int dim, const lac_tensor *idx, lac_te
     int64_t shape[2 * LAC_MAX_DIMS];
     int n = 0;
     LAC_OUT(op, "out", out);
-    LAC_TRY(lac_view_get(op, "x", x, &a.x));
-    LAC_TRY(lac_view_get(op, "index", idx, &a.index));
-    LAC_TRY(lac_front_integer_index(op, "index", idx));
-    LAC_TRY(lac_same_device(op, "x", x, "index", idx));
-    LAC_TRY(lac_axis(op, x, dim, &a.dim));
+    LAC_TRY(indexed_get(op, x, dim, idx, &a));
     for (int d = 0; d < a.dim; d++) shape[n++] = x->shape[d];
     for (int d = 0; d < idx->ndim; d++) shape[n++] = idx->shape[d];
     for (int d = a.dim + 1; d < x->ndim; d++) shape[n++] = x->shape[d];
@@ -80,11 +87,7 @@ int lac_gather(const lac_tensor *x, int dim, const lac_tensor *idx, lac_tensor *
     const char *op = "gather";
     lac_a_index a;
     LAC_OUT(op, "out", out);
-    LAC_TRY(lac_view_get(op, "x", x, &a.x));
-    LAC_TRY(lac_view_get(op, "index", idx, &a.index));
-    LAC_TRY(lac_front_integer_index(op, "index", idx));
-    LAC_TRY(lac_same_device(op, "x", x, "index", idx));
-    LAC_TRY(lac_axis(op, x, dim, &a.dim));
+    LAC_TRY(indexed_get(op, x, dim, idx, &a));
     LAC_TRY(same_but(op, "x", x, idx, a.dim));
     LAC_TRY(lac_tensor_new(op, x->dtype, x->device, idx->ndim, idx->shape, out, &a.out));
     LAC_RUN_OUT(gather, x->device, &a, out);

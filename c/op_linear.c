@@ -33,6 +33,17 @@ static int activation_check(const char *op, int fn)
     LAC_FAIL(ARGUMENT, "%s: the activation must be gelu or gelu_tanh, got %s", op, name ? name : "no function's id");
 }
 
+int lac_front_bias(const char *op, const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, lac_view *v)
+{
+    LAC_TRY(lac_view_get(op, "bias", bias, v));
+    LAC_TRY(lac_same_dtype(op, "x", x, "bias", bias));
+    LAC_TRY(lac_same_device(op, "x", x, "bias", bias));
+    if (bias->ndim != 1 || bias->shape[0] != w->shape[0])
+        LAC_FAIL(SHAPE, "%s: bias must be [%lld] for w %s, got %s", op, (long long)w->shape[0],
+                 lac_shape_text(w->shape, w->ndim), lac_shape_text(bias->shape, bias->ndim));
+    return 0;
+}
+
 int lac_linear_act(int fn, const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, lac_tensor *pre,
                    lac_tensor *out)
 {
@@ -43,14 +54,7 @@ int lac_linear_act(int fn, const lac_tensor *x, const lac_tensor *w, const lac_t
     LAC_TRY(activation_check(op, fn));
     LAC_TRY(matrix_get(op, "x", x, &a.x));
     LAC_TRY(partner_get(op, "x", x, "w", w, 1, x->shape[1], &a.w));
-    if (bias) {
-        LAC_TRY(lac_view_get(op, "bias", bias, &a.bias));
-        LAC_TRY(lac_same_dtype(op, "x", x, "bias", bias));
-        LAC_TRY(lac_same_device(op, "x", x, "bias", bias));
-        if (bias->ndim != 1 || bias->shape[0] != w->shape[0])
-            LAC_FAIL(SHAPE, "%s: bias must be [%lld] for w %s, got %s", op, (long long)w->shape[0],
-                     lac_shape_text(w->shape, w->ndim), lac_shape_text(bias->shape, bias->ndim));
-    }
+    if (bias) LAC_TRY(lac_front_bias(op, x, w, bias, &a.bias));
     int64_t shape[] = {x->shape[0], w->shape[0]};
     LAC_TRY(lac_tensor_new(op, x->dtype, x->device, 2, shape, out, &a.out));
     if (pre) LAC_TRY_OUT(lac_tensor_new(op, x->dtype, x->device, 2, shape, pre, &a.pre), out);

@@ -220,6 +220,8 @@ local function set_contiguous_strides(c)
   end
 end
 
+tensor.set_contiguous_strides = set_contiguous_strides
+
 local function is_contiguous(c)
   local step = 1LL
   for i = c.ndim - 1, 0, -1 do

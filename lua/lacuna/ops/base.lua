@@ -169,6 +169,22 @@ local function remember(node, t)
   node.saved, node.saved_versions = { t }, { t.root.version }
 end
 
+-- what `op` took from x along axis k, and from where (both fresh): the tensors; then such operators' rule
+local function finish_taken(op, x, k, values, index)
+  values, index = adopt(values), adopt(index)
+  if wants(x) then
+    record1(op, values, x)
+    values.node.k, values.node.positions = k, index
+    remember(values.node, index)
+  end
+  return values, index
+end
+local function at_positions(node, g)
+  local c = ctensor()
+  call(C.lac_gather_bwd, g.c, node.k, node.positions.c, node.a.c.shape[node.k], c)
+  return adopt(c)
+end
+
 -- the gradient of t that other rules have left, if a rule may add its own to it in place: nobody else holds
 -- it (`own`, grad.lua)
 local function pending(t)
@@ -213,7 +229,7 @@ ops.internal = {
   raw_map1 = raw_map1, raw_map2 = raw_map2, raw_scalar = raw_scalar, raw_matmul = raw_matmul,
   raw_reduce = raw_reduce, scalar_like = scalar_like, remember = remember, zeros_like = zeros_like,
   full_like = full_like, pending = pending, load_sizes = load_sizes, reshape_like = reshape_like,
-  define = define,
+  define = define, finish_taken = finish_taken, at_positions = at_positions,
 }
 
 return ops

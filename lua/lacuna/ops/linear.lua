@@ -79,11 +79,7 @@ local function set_leading(out, x)
   c.ndim = x.c.ndim
   for i = 0, x.c.ndim - 2 do c.shape[i] = x.c.shape[i] end
   c.shape[c.ndim - 1] = last
-  local step = 1LL
-  for i = c.ndim - 1, 0, -1 do
-    c.stride[i] = step
-    if c.shape[i] > 1 then step = step * c.shape[i] end
-  end
+  tensor.set_contiguous_strides(c)
 end
 
 -- gradients of weight and bias from g [R, V] and x [R, E]

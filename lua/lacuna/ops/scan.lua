@@ -17,6 +17,7 @@ local C, call = lib.C, lib.call
 local adopt, expect, axis = tensor.adopt, tensor.expect, tensor.axis
 local internal = ops.internal
 local record1, wants, new, define = internal.record1, internal.wants, internal.new, internal.define
+local finish_taken, at_positions = internal.finish_taken, internal.at_positions
 
 local function define_scan(name, kind, saves, backward)
   local op = { name = name, saves = saves, backward = backward }
@@ -56,12 +57,6 @@ define_scan("cumprod", C.LAC_CUMPROD, "ao", by_kernel(C.LAC_CUMPROD))
 -- long as every element so far is -inf.
 define_scan("logcumsumexp", C.LAC_LOGCUMSUMEXP, "ao", by_kernel(C.LAC_LOGCUMSUMEXP))
 
-local function at_positions(node, g)
-  local c = new()
-  call(C.lac_gather_bwd, g.c, node.k, node.positions.c, node.a.c.shape[node.k], c)
-  return adopt(c)
-end
-
 local function define_extreme(name, kind)
   local op = { name = name, backward = at_positions }
   function op.forward(x, dim)
@@ -69,13 +64,7 @@ local function define_extreme(name, kind)
     local k = axis(name, x, dim == nil and -1 or dim)
     local values, index = new(), new()
     call(C.lac_scan, kind, x.c, k, 0, values, index)
-    values, index = adopt(values), adopt(index)
-    if wants(x) then
-      record1(op, values, x)
-      values.node.k, values.node.positions = k, index
-      internal.remember(values.node, index)
-    end
-    return values, index
+    return finish_taken(op, x, k, values, index)
   end
   define(op)
 end

@@ -25,7 +25,8 @@ local fail, show = schema.fail, schema.show
 local is, adopt, expect, axis, numel = tensor.is, tensor.adopt, tensor.expect, tensor.axis, tensor.numel
 local fn = ops.fn
 local internal = ops.internal
-local record1, wants, new, define = internal.record1, internal.wants, internal.new, internal.define
+local new, define = internal.new, internal.define
+local finish_taken, at_positions = internal.finish_taken, internal.at_positions
 
 local function check_flag(op, name, v, default)
   if v == nil then return default end
@@ -38,23 +39,7 @@ local function flat(x) return fn.reshape(x, numel(x)) end
 
 -- ---- sort and topk ------------------------------------------------------------------------------
 
-local function from_positions(node, g)
-  local c = new()
-  call(C.lac_gather_bwd, g.c, node.k, node.positions.c, node.a.c.shape[node.k], c)
-  return adopt(c)
-end
-
-local function finish(op, x, k, values, index)
-  values, index = adopt(values), adopt(index)
-  if wants(x) then
-    record1(op, values, x)
-    values.node.k, values.node.positions = k, index
-    internal.remember(values.node, index)
-  end
-  return values, index
-end
-
-local sort_op = { name = "sort", backward = from_positions }
+local sort_op = { name = "sort", backward = at_positions }
 --- Sorted values along dim and the positions they came from; stable.
 -- @tparam Tensor x any dtype @tparam[opt=-1] integer dim @tparam[opt=false] boolean descending
 -- @treturn Tensor values, of x's shape
@@ -64,7 +49,7 @@ function sort_op.forward(x, dim, descending)
   local k = axis("sort", x, dim == nil and -1 or dim)
   local values, index = new(), new()
   call(C.lac_sort, x.c, k, check_flag("sort", "descending", descending, false) and 1 or 0, values, index)
-  return finish(sort_op, x, k, values, index)
+  return finish_taken(sort_op, x, k, values, index)
 end
 define(sort_op)
 
@@ -79,7 +64,7 @@ define { name = "argsort", nondifferentiable = true, forward = function(x, dim, 
   return adopt(index)
 end }
 
-local topk_op = { name = "topk", backward = from_positions }
+local topk_op = { name = "topk", backward = at_positions }
 --- The k largest (or smallest) elements along dim in order, and their positions: the first k of sort.
 -- @tparam Tensor x @tparam integer k @tparam[opt=-1] integer dim @tparam[opt=true] boolean largest
 -- @treturn Tensor values, dim has size k
@@ -90,7 +75,7 @@ function topk_op.forward(x, k, dim, largest)
   local at = axis("topk", x, dim == nil and -1 or dim)
   local values, index = new(), new()
   call(C.lac_topk, x.c, at, k, check_flag("topk", "largest", largest, true) and 1 or 0, values, index)
-  return finish(topk_op, x, at, values, index)
+  return finish_taken(topk_op, x, at, values, index)
 end
 define(topk_op)
 
