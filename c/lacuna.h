@@ -419,10 +419,15 @@ int lac_plan_get(const lac_attn_desc *desc, lac_plan **out); /* from the cache o
 void lac_plan_drop(lac_plan *plan);
 int lac_plan_describe(const lac_plan *plan, lac_plan_info *out);
 int lac_plan_strip(const lac_plan *plan, int32_t index, lac_strip *out);
-/* NULL: on a Hopper GPU, choice `kernel` (auto or hopper) runs kernel 'hopper' for this plan, dtype and active blocks of
- * `block` rows (0: none), also for the backward or just forward, unless a call has a negative scale or rows that are not
- * aligned, padding, dropout or options of pairs with active blocks or a head dimension above 128, or a gradient of its
- * bias; else the reason why not */
+/* the instruction set (lac_isa) that a CPU computes this in: the matrix unit does not take f64, short rows, small blocks */
+const char *lac_plan_isa(const lac_plan *plan, int32_t dtype, int64_t block);
+/* bytes that a CPU thread works on at most, of this dtype and with active blocks of `block` rows (0: none) */
+int lac_plan_workspace(const lac_plan *plan, int32_t dtype, int64_t block, int64_t *forward, int64_t *backward);
+/* NULL: on a Hopper GPU, choice `kernel` (auto or hopper) runs a kernel for Hopper for this plan, dtype and active blocks
+ * of `block` rows (0: none), also for the backward or just forward, unless a call has a negative scale or rows that are
+ * not aligned, padding, dropout or options of pairs with active blocks or a head dimension above 128, or a gradient of its
+ * bias, and in f32 any option of pairs; else the reason why not. f32 has kernels of its own there, unless TF32 is allowed,
+ * which only 'auto' chooses. */
 const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel, int64_t block, int backward);
 typedef struct lac_cache_stats { int64_t size, capacity, hits, misses, evictions; } lac_cache_stats;
 int lac_plan_cache(lac_cache_stats *out);

@@ -324,14 +324,31 @@ static int64_t count_rows(const lac_plan *p)
 
 /* ---- working memory, as the CPU back end takes it for f16 and bf16 (f32 and f64 accumulate in the results) ---- */
 
-static int64_t longest_span(const lac_plan *p)
+/* rows of the longest lattice in `end` positions */
+static int64_t longest_span(const lac_plan *p, int64_t end)
 {
     int64_t longest = 0;
     for (int g = 0; g < p->desc.branches; g++) {
-        int64_t rows = (p->segment[g] - 1) / p->desc.dilation[g] + 1;
+        int64_t w = p->segment[g] < end ? p->segment[g] : end, rows = (w - 1) / p->desc.dilation[g] + 1;
         if (rows > longest) longest = rows;
     }
     return longest;
+}
+
+static bool has_parts(void) { return strcmp(lac_isa(NULL), "amx") == 0; }
+
+/* Would the matrix unit multiply? With active blocks of `block` rows only where lattices keep enough of each. */
+static bool takes_parts(const lac_plan *p, int32_t dtype, int64_t block)
+{
+    bool takes = dtype != LAC_F64 && p->desc.head_dim >= LAC_ATTN_PARTS_LEAST;
+    for (int g = 0; block > 0 && g < p->desc.branches; g++)
+        takes &= block >= LAC_ATTN_PARTS_BLOCK * p->desc.dilation[g];
+    return takes;
+}
+
+const char *lac_plan_isa(const lac_plan *p, int32_t dtype, int64_t block)
+{
+    return p && has_parts() && !takes_parts(p, dtype, block) ? "avx512" : lac_isa(NULL);
 }
 
 /* Do backward tasks of some branch keep all keys of a segment, to make its deltas? */
@@ -342,24 +359,39 @@ static bool holds_segments(const lac_plan *p)
     return some && lac_plan_branch_delta(p);
 }
 
+static int64_t least_of(int64_t x, int64_t y) { return x < y ? x : y; }
+
 /* What a thread needs at most, by the instruction set in use: the matrix unit (c/cpu/attn_amx.inc) packs matrices in
- * three parts of bf16, which take half as much again, and keeps rows in both orders. */
-static void count_workspace(const lac_plan *p, lac_plan_info *info)
+ * three parts of bf16, which take half as much again, and keeps rows in both orders. With active blocks it holds the
+ * rows of all blocks of a task, each block from a multiple of its rows on, and tasks have more keys. */
+int lac_plan_workspace(const lac_plan *p, int32_t dtype, int64_t block, int64_t *forward, int64_t *backward)
 {
-    int64_t d = round_up(p->desc.head_dim, 32), rows = longest_span(p), tile = lac_attn_tile_keys(p->desc.head_dim);
-    bool parts = strcmp(lac_isa(NULL), "amx") == 0;
-    int64_t chunk = round_up(rows < LAC_ATTN_QUERIES ? rows : LAC_ATTN_QUERIES, LAC_ATTN_BROWS);
+    LAC_NONNULL(p, "the plan");
+    LAC_NONNULL(forward, "the bytes of the forward");
+    LAC_NONNULL(backward, "the bytes of the backward");
+    const bool parts = has_parts() && takes_parts(p, dtype, block), sparse = block > 0;
+    int64_t d = round_up(p->desc.head_dim, 32), tile = lac_attn_tile_keys(p->desc.head_dim);
+    int64_t rows = longest_span(p, p->desc.n), keys = longest_span(p, p->desc.m);
+    int64_t chunk = round_up(least_of(rows, LAC_ATTN_QUERIES), LAC_ATTN_BROWS);
     if (chunk < LAC_ATTN_FEW_ALL) chunk = LAC_ATTN_FEW_ALL;
-    int64_t forward = chunk * (2 * d + 2) + 2 * tile * d + (LAC_ATTN_ROWS + 2) * (LAC_ATTN_KEYS + 32) + 17 * d + 1280;
-    if (parts) forward = chunk * (7 * d / 2 + 5) + 3 * tile * d + 32 * (LAC_ATTN_KEYS + 224) + 36 * d;
-    int64_t queries = round_up(rows < LAC_ATTN_BQUERIES ? rows : LAC_ATTN_BQUERIES, LAC_ATTN_BROWS);
-    int64_t keys = round_up(rows < LAC_ATTN_KEY_RUN ? rows : LAC_ATTN_KEY_RUN, LAC_ATTN_BKEYS);
-    int64_t held = holds_segments(p) ? keys / LAC_ATTN_BKEYS : 1; /* blocks of keys, and scores of each */
-    int64_t block = (parts ? 9 : 6) * LAC_ATTN_BKEYS * d / 2 + 2 * LAC_ATTN_BROWS * (LAC_ATTN_BKEYS + 32) + 768;
-    int64_t backward = queries * (5 * d + 5) + 2 * keys * d + held * block + 33 * d + 1280;
-    if (parts) backward += 6 * queries * d + 2 * (keys + 56) * d + 9 * LAC_ATTN_BROWS * LAC_ATTN_BKEYS / 2;
-    info->bytes_workspace_forward = 4 * forward;
-    info->bytes_workspace_backward = 4 * backward;
+    *forward = chunk * (2 * d + 2) + 2 * tile * d + (LAC_ATTN_ROWS + 2) * (LAC_ATTN_KEYS + 32) + 17 * d + 1280;
+    if (parts) {
+        int64_t most = least_of(rows, LAC_ATTN_BLOCKS_QUERIES);
+        int64_t slots = round_up(most, 32) + 32 * (most / LAC_ATTN_PARTS_BLOCK + 2);
+        *forward = sparse ? slots * (5 * d / 2 + 5) + 128 * d : chunk * (7 * d / 2 + 5);
+        *forward += 3 * tile * d + 32 * (LAC_ATTN_KEYS + 224) + 36 * d;
+    }
+    int64_t held = sparse || !holds_segments(p) ? 1 : (least_of(keys, LAC_ATTN_KEY_RUN) - 1) / LAC_ATTN_BKEYS + 1;
+    int64_t run = !sparse ? LAC_ATTN_KEY_RUN : parts ? LAC_ATTN_PARTS_RUN : LAC_ATTN_BLOCKS_RUN;
+    keys = round_up(least_of(keys, run), LAC_ATTN_BKEYS);
+    rows = round_up(least_of(rows, parts && sparse ? LAC_ATTN_BLOCKS_ROWS : LAC_ATTN_BQUERIES), LAC_ATTN_BROWS);
+    int64_t tiles = (parts ? 9 : 6) * LAC_ATTN_BKEYS * d / 2 + 2 * LAC_ATTN_BROWS * (LAC_ATTN_BKEYS + 32) + 768;
+    *backward = rows * (5 * d + 5) + 2 * keys * d + held * tiles + 33 * d + 1280; /* held: blocks of keys, and scores */
+    if (parts) *backward += 6 * rows * d + 2 * (keys + 56) * d + 9 * LAC_ATTN_BROWS * LAC_ATTN_BKEYS / 2;
+    const int64_t width = dtype == LAC_F64 ? sizeof(double) : sizeof(float);
+    *forward *= width;
+    *backward *= width;
+    return 0;
 }
 
 /* Sums of what is stored as f16 or bf16. */
@@ -553,7 +585,6 @@ static int plan_build(lac_plan *p, const lac_attn_desc *d)
     assign_phases(p, d->heads / d->kv_heads, p->backward_phase, &p->backward_phases);
     LAC_TRY(count_pairs(p));
     count_sums(p);
-    count_workspace(p, &p->info);
     return 0;
 }
 
@@ -611,7 +642,8 @@ int lac_plan_describe(const lac_plan *plan, lac_plan_info *out)
     LAC_NONNULL(plan, "the plan");
     LAC_NONNULL(out, "the result");
     *out = plan->info;
-    count_workspace(plan, out); /* again: the instruction set may be another one than when the plan was made */
+    /* now: the instruction set may be another one than when the plan was made */
+    LAC_TRY(lac_plan_workspace(plan, LAC_F32, 0, &out->bytes_workspace_forward, &out->bytes_workspace_backward));
     out->rows = count_rows(plan);
     out->bytes_device_backward = part_bytes(plan);
     out->references = atomic_load(&plan->references);
@@ -631,6 +663,12 @@ int lac_plan_strip(const lac_plan *plan, int32_t index, lac_strip *out)
 const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel, int64_t block, int backward)
 {
     if (!plan) return "there is no plan";
+    if (dtype == LAC_F32 && kernel == LAC_KERNEL_AUTO && !lac_settings_global.tf32) {
+        if (plan->desc.head_dim > LAC_HOPPER_WIDE || plan->desc.head_dim % 4)
+            return "head_dim is above 128 or no multiple of 4";
+        if (block > 0) return "there is a block_mask";
+        return lac_plan_hopper_pays(plan, 0) ? NULL : "a branch has fewer than 64 rows a segment";
+    }
     const char *why = backward ? lac_plan_no_hopper_beyond(plan, dtype) : lac_plan_no_hopper(plan, dtype);
     if (!why && block > 0)
         why = plan->desc.head_dim > LAC_HOPPER_WIDE ? "head_dim is above 128, with a block_mask"

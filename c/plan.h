@@ -46,6 +46,8 @@ enum {
     LAC_ATTN_BKEYS = 128,         /* keys and query rows of one backward tile */
     LAC_ATTN_BROWS = 96,
     LAC_ATTN_BLOCKS_ROWS = 256, /* query rows of a row of blocks in parts that a backward task holds */
+    LAC_ATTN_PARTS_LEAST = 32,  /* head dimension from which the matrix unit multiplies, */
+    LAC_ATTN_PARTS_BLOCK = 128, /* and rows of an active block, in the thinnest lattice */
     LAC_ATTN_BLOCK = 16,        /* least rows of a block of a block mask */
     LAC_ATTN_GROUP = 64,        /* most query rows of a block that meet their keys together, */
     LAC_ATTN_GROUPS = 128,      /* and where there are blocks, tasks begin at multiples of so many rows */

@@ -91,8 +91,22 @@ describe("attn:explain", function()
     assert.are.equal("cuda: tensor cores, f32 sums; portable: a branch has fewer than 64 rows a segment",
       attn:explain(16, { as = "table", dtype = "bf16", device = "cuda" }).kernel)
     local parts = { as = "table", head_dim = 64, dtype = "f32", device = "cuda" }
-    assert.matches("^cuda: tensor cores, f32 in three parts .*; by warpgroups on a Hopper GPU, .* portable$",
+    local few = "portable: a branch has fewer than 64 rows a segment"
+    assert.matches("^cuda: tensor cores, f32 in three parts .*; " .. few .. "$",
       attn:explain(16, parts).kernel)
+    local function f32(head_dim, o) -- judged by the plan
+      o.variant, o.heads = o.variant or "dense", 4
+      parts.head_dim = head_dim
+      return lac.attention(o):explain(64, parts).kernel:match "tiles; (.*)"
+    end
+    local by_groups = "^by warpgroups on a Hopper GPU, .* else portable$"
+    assert.matches(by_groups, f32(64, {}))
+    assert.matches(by_groups, f32(128, { alibi = true })) -- an option of pairs, which the text names
+    assert.are.equal("portable: head_dim is above 128 or no multiple of 4", f32(66, {}))
+    assert.are.equal("portable: there is a block_mask",
+      f32(64, { variant = "block_sparse", pattern = "full()", block = 64 }))
+    assert.are.equal(few, f32(64, { variant = "longnet", segments = { 32, 64 }, dilations = { 1, 1 } }))
+    parts.head_dim = 64
     local portable = lac.attention { variant = "dense", heads = 4, kernel = "portable" }
     assert.matches("^cuda: tensor cores, f32 in three parts .*; portable %(chosen%)$",
       portable:explain(16, parts).kernel)
@@ -129,22 +143,26 @@ describe("attn:explain", function()
       local result = f()
       return lac.memory("cpu").peak - before, result
     end
+    local SPARSE = { { 64, 128, "f32" }, { 96, 128, "f32" }, { 64, 64, "f32" }, { 64, 128, "f64" } }
     for _, set in ipairs { "avx2", "avx512", "amx" } do
-      for _, head_dim in ipairs(C.lac_isa(set) ~= nil and { 64, 96 } or {}) do
-        local n = 4096
+      for _, case in ipairs(C.lac_isa(set) ~= nil and SPARSE or {}) do
+        local n, head_dim, block, dtype = 4096, case[1], case[2], case[3]
+        local width = dtype == "f64" and 8 or 4
         local attn = lac.attention { variant = "block_sparse", heads = 1, pattern = "local_window(128)",
-                                     block = 128 }
-        local t = attn:explain(n, { as = "table", head_dim = head_dim, device = "cpu" })
-        local function random() return lac.randn { 1, n, 1, head_dim, grad = true, device = "cpu" } end
-        local q, k, v, dout, bytes = random(), random(), random(), random():detach(), n * head_dim * 4
+                                     block = block }
+        local t = attn:explain(n, { as = "table", head_dim = head_dim, device = "cpu", dtype = dtype })
+        local function random()
+          return lac.randn({ 1, n, 1, head_dim }, { grad = true, device = "cpu", dtype = dtype })
+        end
+        local q, k, v, dout, bytes = random(), random(), random(), random():detach(), n * head_dim * width
         local function call() return attn(q, k, v) end
-        local forward = peak(function() return lac.no_grad(call) end) - bytes - n * 4
+        local forward = peak(function() return lac.no_grad(call) end) - bytes - n * width
         local out = call()
         local go = { grad_outputs = { dout }, retain_graph = true }
         local backward = peak(function() return lac.grad(out, { q, k, v }, go) end) - 3 * bytes
         local f, b = t.workspace_forward, t.workspace_backward
-        local what = ("%s, %d: forward %d of %d, backward %d of %d")
-          :format(set, head_dim, forward, f, backward, b)
+        local what = ("%s, %d, block %d, %s: forward %d of %d, backward %d of %d")
+          :format(set, head_dim, block, dtype, forward, f, backward, b)
         assert(forward >= 0.7 * f and forward <= 1.25 * f + 65536, what)
         assert(backward >= 0.7 * b and backward <= 1.25 * b + 65536, what)
         checked = checked + 1

@@ -73,12 +73,12 @@ end
 
 local explain = {}
 
---- @tparam table info as attention.plan_info gives it
+--- @tparam table info as attention.plan_info gives it, workspace in bytes of the dtype
 -- @tparam table pattern causal, align, window
 -- @tparam table z sizes: batch, n, m, heads, kv_heads, head_dim, element (bytes of one), lse (bytes of one),
 --   softmaxes (that the backward keeps beside the merged one)
--- @treturn table info's fields and dense_pairs, share, covered, bytes_forward, bytes_backward, workspace in
---   bytes of the dtype, saved (bytes that the backward keeps beside q, k, v), coverage
+-- @treturn table info's fields and dense_pairs, share, covered, bytes_forward, bytes_backward, saved
+--   (bytes that the backward keeps beside q, k, v), coverage
 function explain.table(info, pattern, z)
   local t = {}
   for name, value in pairs(info) do t[name] = value end
@@ -91,8 +91,6 @@ function explain.table(info, pattern, z)
   t.covered = info.rows / (z.n * z.heads)
   t.bytes_forward, t.bytes_backward = 2 * queries + 2 * keys + lse, 4 * queries + 4 * keys + lse
   t.saved = queries + lse * (1 + z.softmaxes)
-  local width = z.element == 8 and 2 or 1 -- tiles are f32, in f64 twice as wide
-  t.workspace_forward, t.workspace_backward = width * info.workspace_forward, width * info.workspace_backward
   t.coverage = coverage(info.strips, pattern, z)
   return t
 end

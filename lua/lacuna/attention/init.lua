@@ -361,6 +361,16 @@ local function hopper_refusal(plan, dtype, kernel, block, backward)
   return why ~= nil and ffi.string(why) or nil
 end
 
+-- instruction set of the CPU that computes this
+local function isa_of(plan, dtype, block) return ffi.string(C.lac_plan_isa(plan, dtype, block or 0)) end
+
+-- bytes that a CPU thread works on, forward and backward
+local function workspace_of(plan, dtype, block)
+  local bytes = ffi.new "int64_t[2]"
+  lib.check(C.lac_plan_workspace(plan, dtype, block or 0, bytes, bytes + 1))
+  return tonumber(bytes[0]), tonumber(bytes[1])
+end
+
 local function info_of(plan)
   local raw = ffi.new("lac_plan_info")
   lib.check(C.lac_plan_describe(plan, raw))
@@ -443,7 +453,7 @@ local core = {
   variants = attention.variants, pattern_spec = PATTERN, run_spec = RUN, merged_spec = merged_spec,
   sizes = SIZES, complete = complete, pattern_key = pattern_key, plan_for = plan_for,
   refuse_unknown = refuse_unknown, check_block = check_block, apply = apply, info_of = info_of,
-  hopper_refusal = hopper_refusal, blocks_of = blocks_of,
+  hopper_refusal = hopper_refusal, isa_of = isa_of, workspace_of = workspace_of, blocks_of = blocks_of,
   decoder = attention.decoder, forward_raw = forward_raw, backward_raw = backward_raw,
 }
 local Attention = require "lacuna.attention.module"(core)

@@ -176,28 +176,6 @@ function Attention:decoder(head_dim)
 end
 
 local CPU = "tiles in %s, %s sums, %d threads"
--- head dimension from which amx is used, and rows of an active block in its thinnest lattice, as in
--- c/cpu/attn.c; most keys of a task of the backward, without and with blocks, as in c/plan.h
-local PARTS_LEAST, PARTS_BLOCK, KEY_RUN, BLOCKS_RUN = 32, 128, 1024, 2048
--- likewise most query rows of a task: of the forward, without and with blocks in parts; and that the backward
--- holds, for so many keys
-local QUERIES, BLOCKS_QUERIES, BQUERIES, BLOCKS_ROWS, PARTS_RUN = 1056, 2048, 768, 256, 4096
-
--- How many bytes more a thread of the CPU works on where there are active blocks, forward and backward; rows,
--- keys: of the longest lattice; parts: the matrix unit multiplies. The terms are those of c/plan.c.
-local function more_in_blocks(rows, keys, head_dim, parts)
-  local function up(x, to) return math.ceil(x / to) * to end
-  local d, run = up(head_dim, 32), parts and PARTS_RUN or BLOCKS_RUN
-  local sums = up(math.min(keys, run), 128) - up(math.min(keys, KEY_RUN), 128)
-  if not parts then return 0, 4 * sums * 2 * d end
-  local most = math.min(rows, BLOCKS_QUERIES)
-  local slots = up(most, 32) + 32 * (math.floor(most / PARTS_BLOCK) + 2)
-  local chunk = up(math.min(rows, QUERIES), 96)
-  local held = up(math.min(rows, BLOCKS_ROWS), 96) - up(math.min(rows, BQUERIES), 96)
-  return 4 * (slots * (5 * d / 2 + 5) + 128 * d - math.max(chunk, 128) * (7 * d / 2 + 5)),
-    4 * (sums * 4 * d + held * (11 * d + 5))
-end
-
 -- the kernel of a GPU, as far as it does not depend on the call; refusal: why it is not the one for Hopper;
 -- behind: why that one has no backward
 local function choice_of(kernel, refusal, behind)
@@ -226,8 +204,9 @@ end
 
 local FEW = 4 -- rows that kernels/attn_few.cu takes
 
--- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none
-local function kernel_of(z, dtype, kernel, refusal, n, fp8, parts, behind)
+-- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none; isa:
+-- the CPU's
+local function kernel_of(z, dtype, kernel, refusal, n, fp8, isa, behind)
   local name = z.device
   if fp8 and dtype == C.LAC_F64 then return "fp8 fails: it takes f32, f16 or bf16" end
   if fp8 and (name or device.default_device()):find "^cuda" then
@@ -245,15 +224,13 @@ local function kernel_of(z, dtype, kernel, refusal, n, fp8, parts, behind)
     if half then return "cuda: tensor cores, f32 sums; " .. choice end
     local wide, in_parts = wide_of(dtype, z.head_dim)
     if in_parts and kernel == "auto" then
-      choice = "by warpgroups on a Hopper GPU, without options of pairs, where each branch has 64 rows a "
-        .. "segment and rows are aligned to 16 bytes, else portable"
+      choice = refusal and choice or "by warpgroups on a Hopper GPU, without options of pairs and with rows "
+        .. "aligned to 16 bytes, else portable"
     end
     return ("cuda: %s; %s"):format(wide, choice)
   end
   device.code(OP, name) -- refuses what is no device
   if kernel == "hopper" then return "cpu: kernel 'hopper' (chosen) fails: it is for cuda" end
-  local isa = tostring(device.devices()):match("cpu: ([^\n]*)") or "cpu"
-  if isa == "amx" and not parts then isa = "avx512" end
   return "cpu: " .. (fp8 and "q, k and v rounded to e4m3, then " or "")
     .. CPU:format(isa, dtype == C.LAC_F64 and "f64" or "f32", device.threads())
 end
@@ -343,18 +320,8 @@ function Attention:explain(n, sizes)
       info.flops_backward = z.batch * blocks.flops_backward
     end
   end
-  local parts, rows, keys = dtype ~= C.LAC_F64 and z.head_dim >= PARTS_LEAST, 0, 0
-  for g, dilation in ipairs(in_blocks and p.dilations or {}) do
-    parts = parts and o.block >= PARTS_BLOCK * dilation
-    rows = math.max(rows, math.ceil(math.min(p.segments[g], n) / dilation))
-    keys = math.max(keys, math.ceil(math.min(p.segments[g], m) / dilation))
-  end
-  if in_blocks then
-    local unit = parts and tostring(device.devices()):find "cpu: amx" ~= nil
-    local forward, backward = more_in_blocks(rows, keys, z.head_dim, unit)
-    info.workspace_forward = info.workspace_forward + forward
-    info.workspace_backward = info.workspace_backward + backward
-  end
+  local block = in_blocks and o.block
+  info.workspace_forward, info.workspace_backward = core.workspace_of(plan, dtype, block)
   local t = explain.table(info, p, {
     batch = z.batch, n = n, m = m, heads = o.heads, kv_heads = o.kv_heads, head_dim = z.head_dim,
     element = element, lse = dtype == C.LAC_F64 and 8 or 4, softmaxes = branches > 1 and branches or 0,
@@ -362,11 +329,11 @@ function Attention:explain(n, sizes)
   })
   t.blocks = blocks
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
-  local refusal = core.hopper_refusal(plan, dtype, o.kernel, in_blocks and o.block)
+  local refusal = core.hopper_refusal(plan, dtype, o.kernel, block)
   local behind = not refusal
-    and core.hopper_refusal(plan, dtype, o.kernel, in_blocks and o.block, true) or nil
+    and core.hopper_refusal(plan, dtype, o.kernel, block, true) or nil
   if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or in_blocks and "there is a block_mask" end
-  t.kernel = kernel_of(z, dtype, o.kernel, refusal or nil, n, o.fp8, parts, behind)
+  t.kernel = kernel_of(z, dtype, o.kernel, refusal or nil, n, o.fp8, core.isa_of(plan, dtype, block), behind)
   t.fp8 = o.fp8 and fp8_of(t, element, p, (z.device or device.default_device()):find "^cuda") or nil
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
