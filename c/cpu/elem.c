@@ -18,7 +18,7 @@
 #include "maps.h"
 #include <string.h>
 
-enum { TILE = 512, STRIP = 4096, AHEAD = 4096 }; /* elements of a tile, of a strip; bytes */
+enum { TILE = 512, STRIP = 4096, AHEAD = 1024 }; /* elements of a tile, of a strip; bytes */
 
 /* an input of one strip */
 typedef struct {
@@ -78,16 +78,20 @@ static __attribute__((noinline)) void tile_out(const elem_out *to, int64_t at, i
 #define TILES for (int64_t at_ = 0, m_; m_ = tile_size(n - at_, CHUNK), m_ > 0; at_ += m_)
 #define CHUNKS for (int64_t i = 0; i < m_; i += CHUNK)
 #define LANES _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)
-#define HALF(k) (V_HALVES && sizeof(T) == sizeof(float) && half##k)
+/* Loops are compiled once for each way in which all arrays of a tile are stored: in the compute type (0), as f16 (1) or
+ * as bf16 (2). Where the ways differ (MIXED), every chunk asks; those jumps cost more than the arithmetic of a relu. */
+enum { MIXED = 3 };
+#define HALVES (V_HALVES && sizeof(T) == sizeof(float))
+#define HALF(own) (!HALVES ? 0 : kind_ == MIXED ? (own) : kind_)
 #define IN(k)                                                                                                          \
     int half##k;                                                                                                       \
-    const char *from##k = tile_in(&in[k], at_, m_, space_[k], CHUNK, &half##k);                                        \
-    const int64_t size##k = HALF(k) ? 2 : (int64_t)sizeof(T)
+    const char *from##k = tile_in(&in[k], at_, m_, space_[k], CHUNK, &half##k)
+#define SIZE(k) (HALF(half##k) ? 2 : (int64_t)sizeof(T))
 /* chunk i of an input as an array in##k, which never is in memory */
 #define TAKE(k)                                                                                                        \
     T in##k[CHUNK];                                                                                                    \
-    if (HALF(k)) v_take_half(half##k, from##k + i * size##k, (float *)in##k);                                          \
-    else v_take_line(from##k + i * size##k, in##k)
+    if (sizeof(T) == sizeof(float)) v_take(HALF(half##k), from##k + i * SIZE(k), (float *)in##k);                      \
+    else v_take_line(from##k + i * SIZE(k), in##k)
 #define TAKE1 TAKE(0)
 #define TAKE2                                                                                                          \
     TAKE1;                                                                                                             \
@@ -108,26 +112,37 @@ static __attribute__((noinline)) void tile_out(const elem_out *to, int64_t at, i
 #define IN4                                                                                                            \
     IN3;                                                                                                               \
     IN(3)
-#define AHEAD1 __builtin_prefetch(from0 + i * size0 + AHEAD)
+#define AHEAD1 __builtin_prefetch(from0 + i * SIZE(0) + AHEAD)
 #define AHEAD2                                                                                                         \
     AHEAD1;                                                                                                            \
-    __builtin_prefetch(from1 + i * size1 + AHEAD)
+    __builtin_prefetch(from1 + i * SIZE(1) + AHEAD)
 #define AHEAD3                                                                                                         \
     AHEAD2;                                                                                                            \
-    __builtin_prefetch(from2 + i * size2 + AHEAD)
+    __builtin_prefetch(from2 + i * SIZE(2) + AHEAD)
 #define AHEAD4                                                                                                         \
     AHEAD3;                                                                                                            \
-    __builtin_prefetch(from3 + i * size3 + AHEAD)
+    __builtin_prefetch(from3 + i * SIZE(3) + AHEAD)
 #define OUT(k)                                                                                                         \
     T result##k[TILE];                                                                                                 \
-    const int into##k = V_HALVES && sizeof(T) == sizeof(float) && m_ >= CHUNK ? to[k].half : 0;                        \
+    const int into##k = HALVES && m_ >= CHUNK ? to[k].half : 0;                                                        \
     const bool whole##k = to[k].direct && m_ >= CHUNK, past##k = (whole##k || into##k) && to[k].stream;                \
     T *out##k = whole##k ? (T *)to[k].x + at_ : result##k
 #define PUT_LINE(k, line)                                                                                              \
-    if (into##k) v_put_half(into##k, to[k].x + (at_ + i) * 2, (const float *)(line), past##k);                         \
+    if (HALF(into##k)) v_put_half(HALF(into##k), to[k].x + (at_ + i) * 2, (const float *)(line), past##k);             \
     else v_put_line(out##k + i, line, past##k)
 #define PUT(k)                                                                                                         \
     if (!whole##k && !into##k) tile_out(&to[k], at_, m_, result##k)
+/* the way of all `count` inputs and of `own`, or MIXED */
+#define SAME1(own) (half0 == (own) ? (own) : MIXED)
+#define SAME2(own) (half1 == (own) ? SAME1(own) : MIXED)
+#define SAME3(own) (half2 == (own) ? SAME2(own) : MIXED)
+#define SAME4(own) (half3 == (own) ? SAME3(own) : MIXED)
+/* LOOP(kind, ...) for the kind at hand */
+#define KINDS(kind, LOOP, ...)                                                                                         \
+    if (!HALVES || (kind) == 0) LOOP(0, __VA_ARGS__)                                                                   \
+    else if ((kind) == 1) LOOP(1, __VA_ARGS__)                                                                         \
+    else if ((kind) == 2) LOOP(2, __VA_ARGS__)                                                                         \
+    else LOOP(MIXED, __VA_ARGS__)
 
 static inline int64_t tile_size(int64_t left, int64_t chunk)
 {
@@ -135,6 +150,24 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
 }
 
 /* `...`: the declaration of x, y, ..., which has commas */
+#define LOOP_IN(kind, count, expression, ...)                                                                          \
+    {                                                                                                                  \
+        const int kind_ = kind;                                                                                        \
+        CHUNKS                                                                                                         \
+        {                                                                                                              \
+            T line[CHUNK];                                                                                             \
+            if (past0) {                                                                                               \
+                AHEAD##count;                                                                                          \
+            }                                                                                                          \
+            TAKE##count;                                                                                               \
+            LANES                                                                                                      \
+            {                                                                                                          \
+                __VA_ARGS__;                                                                                           \
+                line[k] = (expression);                                                                                \
+            }                                                                                                          \
+            PUT_LINE(0, line);                                                                                         \
+        }                                                                                                              \
+    }
 #define KERNEL_IN(name, count, before, expression, ...)                                                                \
     static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants_)                         \
     {                                                                                                                  \
@@ -144,20 +177,7 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
         {                                                                                                              \
             IN##count;                                                                                                 \
             OUT(0);                                                                                                    \
-            CHUNKS                                                                                                     \
-            {                                                                                                          \
-                T line[CHUNK];                                                                                         \
-                if (past0) {                                                                                           \
-                    AHEAD##count;                                                                                      \
-                }                                                                                                      \
-                TAKE##count;                                                                                           \
-                LANES                                                                                                  \
-                {                                                                                                      \
-                    __VA_ARGS__;                                                                                       \
-                    line[k] = (expression);                                                                            \
-                }                                                                                                      \
-                PUT_LINE(0, line);                                                                                     \
-            }                                                                                                          \
+            KINDS(SAME##count(into0), LOOP_IN, count, expression, __VA_ARGS__)                                         \
             PUT(0);                                                                                                    \
         }                                                                                                              \
     }
@@ -173,6 +193,19 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
     (void)q;                                                                                                           \
     (void)r
 /* truth values; both gradients of a function of two arguments */
+#define LOOP_BOOL(kind, count, expression, ...)                                                                        \
+    {                                                                                                                  \
+        const int kind_ = kind;                                                                                        \
+        CHUNKS                                                                                                         \
+        {                                                                                                              \
+            TAKE##count;                                                                                               \
+            LANES                                                                                                      \
+            {                                                                                                          \
+                __VA_ARGS__;                                                                                           \
+                out[i + k] = (expression);                                                                             \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
 #define KERNEL_BOOL(name, count, declare, expression)                                                                  \
     static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants_)                         \
     {                                                                                                                  \
@@ -182,16 +215,30 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
         {                                                                                                              \
             IN##count;                                                                                                 \
             uint8_t truth[TILE], *out = to->direct && !to->stream && m_ >= CHUNK ? (uint8_t *)to->x + at_ : truth;     \
-            CHUNKS                                                                                                     \
-            {                                                                                                          \
-                TAKE##count;                                                                                           \
-                LANES                                                                                                  \
-                {                                                                                                      \
-                    declare;                                                                                           \
-                    out[i + k] = (expression);                                                                         \
-                }                                                                                                      \
-            }                                                                                                          \
+            if (!HALVES || SAME##count(0) == 0) LOOP_BOOL(0, count, expression, declare)                               \
+            else LOOP_BOOL(MIXED, count, expression, declare)                                                          \
             if (out == truth) tile_out(to, at_, m_, truth);                                                            \
+        }                                                                                                              \
+    }
+#define LOOP_BOTH(kind, first, second)                                                                                 \
+    {                                                                                                                  \
+        const int kind_ = kind;                                                                                        \
+        CHUNKS                                                                                                         \
+        {                                                                                                              \
+            T line0[CHUNK], line1[CHUNK];                                                                              \
+            if (past0) {                                                                                               \
+                AHEAD3;                                                                                                \
+            }                                                                                                          \
+            TAKE3;                                                                                                     \
+            LANES                                                                                                      \
+            {                                                                                                          \
+                X3;                                                                                                    \
+                (void)x, (void)y;                                                                                      \
+                line0[k] = g * (first);                                                                                \
+                line1[k] = g * (second);                                                                               \
+            }                                                                                                          \
+            PUT_LINE(0, line0);                                                                                        \
+            PUT_LINE(1, line1);                                                                                        \
         }                                                                                                              \
     }
 #define KERNEL_BOTH(name, first, second)                                                                               \
@@ -204,23 +251,7 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
             IN3;                                                                                                       \
             OUT(0);                                                                                                    \
             OUT(1);                                                                                                    \
-            CHUNKS                                                                                                     \
-            {                                                                                                          \
-                T line0[CHUNK], line1[CHUNK];                                                                          \
-                if (past0) {                                                                                           \
-                    AHEAD3;                                                                                            \
-                }                                                                                                      \
-                TAKE3;                                                                                                 \
-                LANES                                                                                                  \
-                {                                                                                                      \
-                    X3;                                                                                                \
-                    (void)x, (void)y;                                                                                  \
-                    line0[k] = g * (first);                                                                            \
-                    line1[k] = g * (second);                                                                           \
-                }                                                                                                      \
-                PUT_LINE(0, line0);                                                                                    \
-                PUT_LINE(1, line1);                                                                                    \
-            }                                                                                                          \
+            KINDS(into0 == into1 ? SAME3(into0) : MIXED, LOOP_BOTH, first, second)                                     \
             PUT(0);                                                                                                    \
             PUT(1);                                                                                                    \
         }                                                                                                              \
@@ -385,7 +416,8 @@ static elem_in input_of(const elem_job *job, elem_space *space, int v, const cha
     int last = job->nest.ndim - 1, dtype = job->dtype[v];
     int64_t length = job->nest.shape[last], stride = job->nest.stride[v][last], bytes = lac_bytes_of(dtype);
     if (length == 1) stride = bytes;
-    if (job->unread >> v & 1) return (elem_in){.x = (char *)space->tile[v], .direct = true}; /* an address, no values */
+    if (job->unread >> v & 1) /* an address, no values; stored as the output is */
+        return (elem_in){.x = (char *)space->tile[v], .half = half_of(job->dtype[0]), .direct = true};
     if (stride == 0) {
         int64_t filled = length < TILE ? (length + V_LINE - 1) / V_LINE * V_LINE : TILE;
         if (space->repeated[v] != x) LAC_CPU(load)(dtype, x, 0, filled, space->tile[v]);

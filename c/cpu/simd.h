@@ -554,13 +554,17 @@ LAC_INLINE void v_store_bf16(const float *restrict x, uint16_t *restrict y, int6
 {
     int64_t i = 0;
 #if defined(__AVX512F__)
-    const __m512i bias = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1), quiet = _mm512_set1_epi32(0x40);
+    const __m512i down = _mm512_set1_epi32(0x7fff), even = _mm512_set1_epi32(0x8000), bit = _mm512_set1_epi32(0x10000),
+                  quiet = _mm512_set1_epi32(0x400000);
+    const __m512i odd_words = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019,
+                                                0x1f001d, 0, 0, 0, 0, 0, 0, 0, 0);
     for (; i + 16 <= n; i += 16) {
         __m512 f = _mm512_loadu_ps(x + i);
-        __m512i b = _mm512_castps_si512(f), high = _mm512_srli_epi32(b, 16);
-        __m512i r = _mm512_add_epi32(_mm512_add_epi32(b, bias), _mm512_and_si512(high, one));
-        r = _mm512_mask_or_epi32(_mm512_srli_epi32(r, 16), _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), high, quiet);
-        _mm256_storeu_si256((__m256i *)(y + i), _mm512_cvtepi32_epi16(r));
+        __m512i b = _mm512_castps_si512(f), r = _mm512_add_epi32(b, down);
+        r = _mm512_mask_add_epi32(r, _mm512_test_epi32_mask(b, bit), b, even);
+        r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), b, quiet);
+        r = _mm512_permutexvar_epi16(odd_words, r);
+        _mm256_storeu_si256((__m256i *)(y + i), _mm512_castsi512_si256(r));
     }
 #elif defined(__AVX2__)
     const __m256i bias = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), quiet = _mm256_set1_epi32(0x40);
@@ -638,18 +642,31 @@ LAC_INLINE void v_take_line(const void *x, void *line)
 }
 #ifdef __AVX2__
 enum { V_HALVES = 1 };
-LAC_INLINE void v_take_half(int half, const void *x, float *line)
+/* 16 values of f32, f16 or bf16 (half = 0, 1, 2). Which one is decided before the only store to `line`: a store in each
+ * branch would send every line through memory. */
+LAC_INLINE void v_take(int half, const void *x, float *line)
 {
 #if defined(__AVX512F__)
-    __m256i h = _mm256_loadu_si256(x);
-    __m512 f = half == 1 ? _mm512_cvtph_ps(h) : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+    __m512 f;
+    if (half == 0) f = _mm512_loadu_ps(x);
+    else if (half == 1) f = _mm512_cvtph_ps(_mm256_loadu_si256(x));
+    else f = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x)), 16);
     _mm512_storeu_ps(line, f);
 #else
-    for (int k = 0; k < 2; k++) {
-        __m128i h = _mm_loadu_si128((const __m128i *)x + k);
-        __m256 f = half == 1 ? _mm256_cvtph_ps(h) : (__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
-        _mm256_storeu_ps(line + 8 * k, f);
+    const __m128i *h = x;
+    __m256 low, high;
+    if (half == 0) {
+        low = _mm256_loadu_ps(x);
+        high = _mm256_loadu_ps((const float *)x + 8);
+    } else if (half == 1) {
+        low = _mm256_cvtph_ps(_mm_loadu_si128(h));
+        high = _mm256_cvtph_ps(_mm_loadu_si128(h + 1));
+    } else {
+        low = (__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(h)), 16);
+        high = (__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(h + 1)), 16);
     }
+    _mm256_storeu_ps(line, low);
+    _mm256_storeu_ps(line + 8, high);
 #endif
 }
 LAC_INLINE void v_put_half(int half, void *out, const float *line, bool stream)
@@ -672,7 +689,11 @@ LAC_INLINE void v_put_half(int half, void *out, const float *line, bool stream)
 }
 #else
 enum { V_HALVES = 0 }; /* conversions are long there: by tiles, in one place */
-LAC_INLINE void v_take_half(int half, const void *x, float *line) { (void)half, (void)x, (void)line; }
+LAC_INLINE void v_take(int half, const void *x, float *line)
+{
+    (void)half;
+    v_take_line(x, line);
+}
 LAC_INLINE void v_put_half(int half, void *out, const float *line, bool stream)
 {
     (void)half, (void)out, (void)line, (void)stream;
