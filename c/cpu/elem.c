@@ -112,16 +112,16 @@ enum { MIXED = 3 };
 #define IN4                                                                                                            \
     IN3;                                                                                                               \
     IN(3)
-#define AHEAD1 __builtin_prefetch(from0 + i * SIZE(0) + AHEAD)
+#define AHEAD1 __builtin_prefetch(from0 + i * SIZE(0) + AHEAD, 0, 2)
 #define AHEAD2                                                                                                         \
     AHEAD1;                                                                                                            \
-    __builtin_prefetch(from1 + i * SIZE(1) + AHEAD)
+    __builtin_prefetch(from1 + i * SIZE(1) + AHEAD, 0, 2)
 #define AHEAD3                                                                                                         \
     AHEAD2;                                                                                                            \
-    __builtin_prefetch(from2 + i * SIZE(2) + AHEAD)
+    __builtin_prefetch(from2 + i * SIZE(2) + AHEAD, 0, 2)
 #define AHEAD4                                                                                                         \
     AHEAD3;                                                                                                            \
-    __builtin_prefetch(from3 + i * SIZE(3) + AHEAD)
+    __builtin_prefetch(from3 + i * SIZE(3) + AHEAD, 0, 2)
 #define OUT(k)                                                                                                         \
     T result##k[TILE];                                                                                                 \
     const int into##k = HALVES && m_ >= CHUNK ? to[k].half : 0;                                                        \

@@ -69,7 +69,7 @@ enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 8 };
         T r = (T)(1.0 / sqrt(squares / (double)n + eps));                                                              \
         if (mean) *mean = high;                                                                                        \
         *rstd = r;                                                                                                     \
-        ROW_WRITE(T, y, x + n, stream, NORMAL);                                                                        \
+        ROW_WRITE(T, y, v_asks() ? x + n : x, stream, NORMAL);                                                         \
     }                                                                                                                  \
     /* adds to dgamma and dbeta and writes dx, which may be x; without_mean: rmsnorm */                                \
     static void norm_bwd_row_##S(const T *x, const T *gamma, T mean, T rstd, const T *g, T *dx, T *dgamma, T *dbeta,   \

@@ -6,28 +6,19 @@
  * that look twice. A few outputs of a long reduction are cut into parts of a size that depends on the shape only, and
  * the parts' results are combined in order: no thread count and no timing can show.
  *
- * Accuracy: f32, f16 and bf16 are summed in double, which is below the rounding of the result; f64 sums of 512 elements
- * (or of a tile) are added up with Neumaier's compensation. Pairwise summation in f32 was rejected: it needs a
+ * Accuracy: f32, f16 and bf16 are summed in double, which is below the rounding of the result; f64 sums of 1024
+ * elements (or of a tile) are added up with Neumaier's compensation. Pairwise summation in f32 was rejected: it needs a
  * recursion over strides and is worse than a conversion that costs nothing next to the memory. The variance is centred
- * block by block, the blocks combined by Chan, Golub and LeVeque's rule (1983); the log-sum-exp keeps its maximum
- * apart. Both read memory once. Extrema: NaN wins, the first of equals; positions count in row-major order, so axes are
- * not reordered for them.
+ * block by block (f64 by its mean, floats in double by an element), the blocks combined by Chan, Golub and LeVeque's
+ * rule (1983); the log-sum-exp keeps its maximum apart. Both read memory once. Extrema: NaN wins, the first of equals;
+ * positions count in row-major order, so axes are not reordered for them.
  */
 #include "cpu.h"
-#include "simd.h"
+#include "exps.h"
 #include <math.h>
 #include <string.h>
 
-enum {
-    BLOCK = 512,
-    COLUMNS = 1024,
-    TILE_ROWS = 64,
-    BUFFER_ROWS = 16,
-    PART = 32768,
-    MOST_PARTS = 64,
-    LANES = 16,
-    ASK = 64
-};
+enum { BLOCK = 1024, COLUMNS = 1024, TILE_ROWS = 64, BUFFER_ROWS = 16, PART = 32768, MOST_PARTS = 64, LANES = 32 };
 enum { CLASS_SUM, CLASS_PRODUCT, CLASS_EXTREME, CLASS_TRUTH, CLASS_VARIANCE, CLASS_LSE };
 enum { PLAIN, SQUARE, ABSOLUTE }; /* of each element before it is added or compared */
 
@@ -54,12 +45,14 @@ typedef struct {
     int64_t rs[LAC_MAX_DIMS], rx[LAC_MAX_DIMS];
     int64_t outputs, count; /* number of outputs; of elements behind each */
     int64_t blocks, parts;  /* column blocks per outer row (1 for rows); parts of the reduced range */
-    partial *partials;      /* [outputs][parts] when parts > 1 */
+    /* when parts > 1: [outputs][parts], or [blocks of columns][parts] */
+    partial *partials;
+    partials *columns_parts;
 } reduce_job;
 
 /* ---- blocks of a row ---- */
 
-/* in lanes, because one chain of additions would wait for itself */
+/* in lanes, because one chain of additions would wait for itself; the lanes are added up by halves */
 #define LANE_SUM(name, T, R, start, combine, expression)                                                               \
     static R name(const T *x, double c, int64_t n)                                                                     \
     {                                                                                                                  \
@@ -68,7 +61,7 @@ typedef struct {
         (void)c;                                                                                                       \
         for (int k = 0; k < LANES; k++) lane[k] = start;                                                               \
         for (; i + LANES <= n; i += LANES) {                                                                           \
-            v_ask(x + i);                                                                                              \
+            for (int k = 0; k < LANES; k += V_LINE / (int)sizeof(T)) v_ask(x + i + k);                                 \
             _Pragma("omp simd") for (int k = 0; k < LANES; k++)                                                        \
             {                                                                                                          \
                 R v = (R)x[i + k];                                                                                     \
@@ -79,8 +72,9 @@ typedef struct {
             R v = (R)x[i];                                                                                             \
             s = s combine(expression);                                                                                 \
         }                                                                                                              \
-        for (int k = 0; k < LANES; k++) s = s combine lane[k];                                                         \
-        return s;                                                                                                      \
+        _Pragma("GCC unroll 8") for (int w = LANES / 2; w > 0; w /= 2) for (int k = 0; k < w; k++) lane[k] =           \
+            lane[k] combine lane[k + w];                                                                               \
+        return s combine lane[0];                                                                                      \
     }
 LANE_SUM(sum_f, float, double, 0, +, v)
 LANE_SUM(sum_d, double, double, 0, +, v)
@@ -92,6 +86,33 @@ LANE_SUM(absolute_d, double, double, 0, +, fabs(v))
 LANE_SUM(product_f, float, double, 1, *, v)
 LANE_SUM(product_d, double, double, 1, *, v)
 LANE_SUM(product_i, int64_t, uint64_t, 1, *, v)
+
+/* Sums of x - c and of its square. With c among the elements (mean - c)^2 is at most n times the variance, so the
+ * difference of the squares' mean and the mean's square loses log2(n) of a double's bits: a float's are safe. */
+static void moments(const float *x, double c, double *sum, double *squares, int64_t n)
+{
+    double s[LANES / 2] = {0}, q[LANES / 2] = {0};
+    int64_t i = 0;
+    for (; i + LANES / 2 <= n; i += LANES / 2) {
+        v_ask(x + i);
+#pragma omp simd
+        for (int k = 0; k < LANES / 2; k++) {
+            double v = (double)x[i + k] - c;
+            s[k] += v;
+            q[k] += v * v;
+        }
+    }
+    *sum = *squares = 0;
+    for (; i < n; i++) {
+        double v = (double)x[i] - c;
+        *sum += v;
+        *squares += v * v;
+    }
+    for (int w = LANES / 4; w > 0; w /= 2)
+        for (int k = 0; k < w; k++) s[k] += s[k + w], q[k] += q[k + w];
+    *sum += s[0];
+    *squares += q[0];
+}
 
 double LAC_CPU(sum)(int ctype, const void *x, int64_t n) { return ctype == C_F32 ? sum_f(x, 0, n) : sum_d(x, 0, n); }
 
@@ -115,18 +136,22 @@ static inline bool better_d(const reduce_job *job, double x, double best)
 #define EXTREME(name, T, I, better, start, value)                                                                      \
     static double name(const T *x, int64_t n)                                                                          \
     {                                                                                                                  \
-        enum { CHUNK = V_LINE / sizeof(T) };                                                                           \
+        enum { LINE = V_LINE / sizeof(T), CHUNK = 4 * LINE };                                                          \
         T lane[CHUNK], best = start;                                                                                   \
-        I odd[CHUNK], nan = 0;                                                                                         \
+        I odd[LINE], nan = 0;                                                                                          \
         int64_t i = 0;                                                                                                 \
-        for (int k = 0; k < CHUNK; k++) lane[k] = start, odd[k] = 0;                                                   \
+        for (int k = 0; k < CHUNK; k++) lane[k] = start;                                                               \
+        for (int k = 0; k < LINE; k++) odd[k] = 0;                                                                     \
         for (; i + CHUNK <= n; i += CHUNK) {                                                                           \
-            v_ask(x + i);                                                                                              \
-            _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)                                                        \
+            _Pragma("GCC unroll 4") for (int u = 0; u < CHUNK; u += LINE)                                              \
             {                                                                                                          \
-                T v = value(x[i + k]);                                                                                 \
-                odd[k] |= v != v;                                                                                      \
-                lane[k] = v better lane[k] ? v : lane[k];                                                              \
+                v_ask(x + i + u);                                                                                      \
+                _Pragma("omp simd") for (int k = 0; k < LINE; k++)                                                     \
+                {                                                                                                      \
+                    T v = value(x[i + u + k]);                                                                         \
+                    odd[k] |= v != v;                                                                                  \
+                    lane[u + k] = v better lane[u + k] ? v : lane[u + k];                                              \
+                }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
         for (; i < n; i++) {                                                                                           \
@@ -134,11 +159,12 @@ static inline bool better_d(const reduce_job *job, double x, double best)
             nan |= v != v;                                                                                             \
             best = v better best ? v : best;                                                                           \
         }                                                                                                              \
-        for (int k = 0; k < CHUNK; k++) {                                                                              \
-            nan |= odd[k];                                                                                             \
-            best = lane[k] better best ? lane[k] : best;                                                               \
-        }                                                                                                              \
-        return nan ? (double)NAN : (double)best;                                                                       \
+        _Pragma("GCC unroll 8") for (int w = CHUNK / 2; w > 0; w /= 2) for (int k = 0; k < w; k++) lane[k] =           \
+            lane[k + w] better lane[k] ? lane[k + w] : lane[k];                                                        \
+        _Pragma("GCC unroll 8") for (int w = LINE / 2; w > 0; w /= 2) for (int k = 0; k < w; k++) odd[k] |=            \
+            odd[k + w];                                                                                                \
+        best = lane[0] better best ? lane[0] : best;                                                                   \
+        return nan | odd[0] ? (double)NAN : (double)best;                                                              \
     }
 EXTREME(max_f, float, int32_t, >, -INFINITY, )
 EXTREME(min_f, float, int32_t, <, INFINITY, )
@@ -261,13 +287,23 @@ static double lse_block(int ctype, const void *x, double top, int64_t n)
     double s = 0;
     if (ctype == C_F32) {
         const float *f = x, m = (float)top;
-        float lane[LANES] = {0}, t = 0;
+        float sum[V_FLOATS] = {0}, t = 0, line[V_FLOATS];
         int64_t i = 0;
-        for (; i + LANES <= n; i += LANES)
-            _Pragma("omp simd") for (int k = 0; k < LANES; k++) lane[k] += v_exp_termf(f[i + k] - m);
-        for (; i < n; i++) t += v_exp_termf(f[i] - m);
-        for (int k = 0; k < LANES; k++) t += lane[k];
-        return (double)t;
+        for (; i + V_FLOATS <= n; i += V_FLOATS) {
+#pragma omp simd
+            for (int k = 0; k < V_FLOATS; k++) line[k] = f[i + k] - m;
+            v_exp_term_line(line);
+#pragma omp simd
+            for (int k = 0; k < V_FLOATS; k++) sum[k] += line[k];
+        }
+        if (i < n) {
+            for (int k = 0; k < V_FLOATS; k++) line[k] = i + k < n ? f[i + k] - m : -INFINITY;
+            v_exp_term_line(line);
+            for (; i < n; i++) t += line[i % V_FLOATS];
+        }
+        for (int w = V_FLOATS / 2; w > 0; w /= 2)
+            for (int k = 0; k < w; k++) sum[k] += sum[k + w];
+        return (double)(t + sum[0]);
     }
     const double *d = x;
     for (int64_t i = 0; i < n; i++) s += exp(d[i] - top);
@@ -292,8 +328,18 @@ static void block_add(const reduce_job *job, partial *p, const void *x, int64_t 
         return;
     }
     case CLASS_VARIANCE: {
-        double mean = LAC_CPU(sum)(job->ctype, x, n) / (double)n;
-        variance_combine(p, mean, (single ? squares_f(x, mean, n) : squares_d(x, mean, n)), n);
+        double mean, squares;
+        if (single) {
+            double c = (double)*(const float *)x;
+            moments(x, c, &mean, &squares, n);
+            squares -= mean * (mean / (double)n);
+            squares = squares < 0 ? 0 : squares;
+            mean = c + mean / (double)n;
+        } else {
+            mean = sum_d(x, 0, n) / (double)n;
+            squares = squares_d(x, mean, n);
+        }
+        variance_combine(p, mean, squares, n);
         return;
     }
     case CLASS_PRODUCT:
@@ -359,292 +405,7 @@ static void reduce_row(const reduce_job *job, const char *base, int64_t begin, i
     }
 }
 
-/* ---- tiles of columns ---- */
-
-/* Adds `expression` of v, column by column, into the doubles (or integers) sum[w]; four rows at a time, while the next
- * four are asked for: every row is a new page to the hardware. */
-#define TILE_SUM(T, R, expression)                                                                                     \
-    do {                                                                                                               \
-        int64_t r_ = 0;                                                                                                \
-        const intptr_t ahead_ = rows > 1 ? 4 * ((intptr_t)row[1] - (intptr_t)row[0]) : 0;                              \
-        for (; r_ + 4 <= rows; r_ += 4) {                                                                              \
-            const T *x0 = row[r_], *x1 = row[r_ + 1], *x2 = row[r_ + 2], *x3 = row[r_ + 3];                            \
-            for (int64_t at_ = 0; at_ < w; at_ += ASK) {                                                               \
-                int64_t end_ = w - at_ < ASK ? w : at_ + ASK;                                                          \
-                for (int i_ = 0; i_ < 4; i_++)                                                                         \
-                    v_prefetch((const char *)((const T *)row[r_ + i_] + at_) + ahead_, ASK * (int64_t)sizeof(T));      \
-                _Pragma("omp simd") for (int64_t j = at_; j < end_; j++)                                               \
-                {                                                                                                      \
-                    R v = (R)x0[j], s_ = (expression);                                                                 \
-                    v = (R)x1[j], s_ += (expression);                                                                  \
-                    v = (R)x2[j], s_ += (expression);                                                                  \
-                    v = (R)x3[j], s_ += (expression);                                                                  \
-                    sum[j] += s_;                                                                                      \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-        for (; r_ < rows; r_++) {                                                                                      \
-            const T *x0 = row[r_];                                                                                     \
-            _Pragma("omp simd") for (int64_t j = 0; j < w; j++)                                                        \
-            {                                                                                                          \
-                R v = (R)x0[j];                                                                                        \
-                sum[j] += (expression);                                                                                \
-            }                                                                                                          \
-        }                                                                                                              \
-    } while (0)
-
-static void tile_sum(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
-{
-    double sum[COLUMNS];
-    memset(sum, 0, (size_t)w * sizeof *sum);
-    if (job->ctype == C_F32) {
-        if (job->transform == SQUARE) TILE_SUM(float, double, v *v);
-        else if (job->transform == ABSOLUTE) TILE_SUM(float, double, fabs(v));
-        else TILE_SUM(float, double, v);
-    } else {
-        if (job->transform == SQUARE) TILE_SUM(double, double, v *v);
-        else if (job->transform == ABSOLUTE) TILE_SUM(double, double, fabs(v));
-        else TILE_SUM(double, double, v);
-    }
-    for (int64_t j = 0; j < w; j++) add_exact(&p->d[j], &p->error[j], sum[j]);
-}
-
-static void tile_variance(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
-{
-    double sum[COLUMNS], mean[COLUMNS];
-    memset(sum, 0, (size_t)w * sizeof *sum);
-    if (job->ctype == C_F32) TILE_SUM(float, double, v);
-    else TILE_SUM(double, double, v);
-    for (int64_t j = 0; j < w; j++) mean[j] = sum[j] / (double)rows, sum[j] = 0;
-    if (job->ctype == C_F32) TILE_SUM(float, double, (v - mean[j]) * (v - mean[j]));
-    else TILE_SUM(double, double, (v - mean[j]) * (v - mean[j]));
-    for (int64_t j = 0; j < w; j++) {
-        partial one = {.d = p->d[j], .error = p->error[j], .i = p->i[j]};
-        variance_combine(&one, mean[j], sum[j], rows);
-        p->d[j] = one.d, p->error[j] = one.error, p->i[j] = one.i;
-    }
-}
-
-static void tile_integers(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
-{
-    int64_t *sum = p->i;
-    if (job->class == CLASS_SUM)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t j = 0; j < w; j++)
-                sum[j] = (int64_t)((uint64_t)sum[j] + (uint64_t)((const int64_t *)row[r])[j]);
-    else if (job->class == CLASS_PRODUCT)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t j = 0; j < w; j++)
-                sum[j] = (int64_t)((uint64_t)sum[j] * (uint64_t)((const int64_t *)row[r])[j]);
-    else if (job->ctype == C_I64) TILE_SUM(int64_t, int64_t, v != 0);
-    else if (job->ctype == C_F64)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t j = 0; j < w; j++) sum[j] += ((const double *)row[r])[j] != 0;
-    else
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t j = 0; j < w; j++) sum[j] += ((const float *)row[r])[j] != 0;
-}
-
-static void tile_product(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
-{
-    for (int64_t r = 0; r < rows; r++) {
-        if (job->ctype == C_F32)
-            for (int64_t j = 0; j < w; j++) p->d[j] *= (double)((const float *)row[r])[j];
-        else
-            for (int64_t j = 0; j < w; j++) p->d[j] *= ((const double *)row[r])[j];
-    }
-}
-
-/* functions of their own, because gcc does not vectorise these loops inside of others */
-static __attribute__((noinline)) void columns_max(const float *restrict x, float *restrict m, int64_t w)
-{
-#pragma omp simd
-    for (int64_t j = 0; j < w; j++) m[j] = x[j] > m[j] || x[j] != x[j] ? x[j] : m[j];
-}
-static __attribute__((noinline)) void columns_exp(const float *restrict x, const float *restrict m, float *restrict s,
-                                                  const char *ahead, int64_t w)
-{
-    int64_t j = 0;
-    for (; j + LANES <= w; j += LANES) {
-        __builtin_prefetch(ahead + 4 * j, 0, 2); /* of the next tile */
-#pragma omp simd
-        for (int k = 0; k < LANES; k++) s[j + k] += v_exp_termf(x[j + k] - m[j + k]);
-    }
-    for (; j < w; j++) s[j] += v_exp_termf(x[j] - m[j]);
-}
-/* lse_combine of neighbouring columns, in float: their maxima are floats */
-static __attribute__((noinline)) void columns_combine(const float *restrict m, const float *restrict s,
-                                                      double *restrict d, double *restrict error, int64_t w)
-{
-#pragma omp simd
-    for (int64_t j = 0; j < w; j++) {
-        float a = (float)d[j], top = a > m[j] || a != a ? a : m[j], mine = m[j] == -INFINITY ? 0 : s[j];
-        double both = error[j] * (double)v_exp_termf(a - top) + (double)mine * (double)v_exp_termf(m[j] - top);
-        error[j] = top - top == 0 ? both : 0; /* an infinite or undefined maximum is the result already */
-        d[j] = (double)top;
-    }
-}
-
-static void tile_lse_f(partials *p, const void *const *row, int64_t rows, int64_t w)
-{
-    float m[COLUMNS], s[COLUMNS];
-    const char *next = row[rows - 1];
-    int64_t step = rows > 1 ? next - (const char *)row[rows - 2] : 0;
-    for (int64_t j = 0; j < w; j++) m[j] = -INFINITY, s[j] = 0;
-    for (int64_t r = 0; r < rows; r++) columns_max(row[r], m, w);
-    for (int64_t r = 0; r < rows; r++) columns_exp(row[r], m, s, next + (r + 1) * step, w);
-    for (int64_t j = 0; j < w; j++)
-        if (p->at[j] < 0) p->d[j] = -(double)INFINITY, p->error[j] = 0, p->at[j] = 0;
-    columns_combine(m, s, p->d, p->error, w);
-}
-
-static void tile_lse(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w)
-{
-    double sum[COLUMNS], top[COLUMNS];
-    if (job->ctype == C_F32) {
-        tile_lse_f(p, row, rows, w);
-        return;
-    }
-    for (int64_t j = 0; j < w; j++) sum[j] = 0, top[j] = -(double)INFINITY;
-    for (int64_t r = 0; r < rows; r++) {
-        const double *x = row[r];
-        for (int64_t j = 0; j < w; j++) top[j] = x[j] > top[j] || x[j] != x[j] ? x[j] : top[j];
-    }
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < w; j++) sum[j] += exp(((const double *)row[r])[j] - top[j]);
-    for (int64_t j = 0; j < w; j++) {
-        partial one = {.d = p->d[j], .error = p->error[j], .at = p->at[j]};
-        lse_combine(&one, top[j], isfinite(top[j]) ? sum[j] : 0);
-        p->d[j] = one.d, p->error[j] = one.error, p->at[j] = one.at;
-    }
-}
-
-/* the best of each column of a tile and, if wanted, its row; NaN wins, the first of equals */
-#define TILE_EXTREME(name, T, I)                                                                                       \
-    static void name(const reduce_job *job, const void *const *row, int64_t rows, int64_t w, T *best, I *at)           \
-    {                                                                                                                  \
-        memcpy(best, row[0], (size_t)w * sizeof(T));                                                                   \
-        memset(at, 0, (size_t)w * sizeof(I));                                                                          \
-        for (int64_t r = 1; r < rows; r++) {                                                                           \
-            const T *x = row[r];                                                                                       \
-            I here = (I)r;                                                                                             \
-            if (job->smallest) _Pragma("omp simd") for (int64_t j = 0; j < w; j++)                                     \
-                {                                                                                                      \
-                    bool take = (x[j] < best[j]) | ((x[j] != x[j]) & (best[j] == best[j]));                            \
-                    best[j] = take ? x[j] : best[j];                                                                   \
-                    at[j] = take ? here : at[j];                                                                       \
-                }                                                                                                      \
-            else _Pragma("omp simd") for (int64_t j = 0; j < w; j++)                                                   \
-                {                                                                                                      \
-                    bool take = (x[j] > best[j]) | ((x[j] != x[j]) & (best[j] == best[j]));                            \
-                    best[j] = take ? x[j] : best[j];                                                                   \
-                    at[j] = take ? here : at[j];                                                                       \
-                }                                                                                                      \
-        }                                                                                                              \
-    }
-TILE_EXTREME(tile_extreme_f, float, int32_t)
-TILE_EXTREME(tile_extreme_d, double, int64_t)
-TILE_EXTREME(tile_extreme_i, int64_t, int64_t)
-
-/* Four rows into the best of each column, without positions: NaN wins. `ahead`: bytes to the four rows after them. */
-#define COLUMNS_BEST(name, than)                                                                                       \
-    static __attribute__((noinline)) void name(const float *const *x, intptr_t ahead, float *restrict best, int64_t w) \
-    {                                                                                                                  \
-        for (int64_t at = 0; at < w; at += ASK) {                                                                      \
-            int64_t end = w - at < ASK ? w : at + ASK;                                                                 \
-            for (int i = 0; i < 4; i++) v_prefetch((const char *)(x[i] + at) + ahead, ASK * (int64_t)sizeof(float));   \
-            const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];                                                \
-            _Pragma("omp simd") for (int64_t j = at; j < end; j++)                                                     \
-            {                                                                                                          \
-                float b = best[j];                                                                                     \
-                b = (x0[j] than b) | (x0[j] != x0[j]) ? x0[j] : b;                                                     \
-                b = (x1[j] than b) | (x1[j] != x1[j]) ? x1[j] : b;                                                     \
-                b = (x2[j] than b) | (x2[j] != x2[j]) ? x2[j] : b;                                                     \
-                best[j] = (x3[j] than b) | (x3[j] != x3[j]) ? x3[j] : b;                                               \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
-COLUMNS_BEST(columns_most, >)
-COLUMNS_BEST(columns_least, <)
-
-/* the best of earlier tiles and of this one; sign -1 looks for the smallest */
-static __attribute__((noinline)) void columns_better(partials *p, const float *restrict best, double sign, int64_t w)
-{
-    double *restrict d = p->d;
-    int64_t *restrict at = p->at;
-#pragma omp simd
-    for (int64_t j = 0; j < w; j++) {
-        double v = (double)best[j], old = at[j] < 0 ? -sign * (double)INFINITY : d[j];
-        d[j] = (sign * v > sign * old) | (v != v) ? v : old;
-        at[j] = 0;
-    }
-}
-
-static void tile_best_f(const reduce_job *job, const void *const *row, int64_t rows, int64_t w, float *best)
-{
-    const intptr_t ahead = rows > 1 ? 4 * ((intptr_t)row[1] - (intptr_t)row[0]) : 0;
-    memcpy(best, row[0], (size_t)w * sizeof(float));
-    for (int64_t r = 1; r < rows; r += 4) {
-        const float *x[4]; /* the last row fills up the last four */
-        for (int64_t i = 0; i < 4; i++) x[i] = row[r + i < rows ? r + i : rows - 1];
-        (job->smallest ? columns_least : columns_most)(x, ahead, best, w);
-    }
-}
-
-static void tile_extreme(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w,
-                         int64_t first)
-{
-    union {
-        float f[COLUMNS];
-        double d[COLUMNS];
-        int64_t i[COLUMNS];
-    } best;
-    union {
-        int32_t narrow[COLUMNS];
-        int64_t wide[COLUMNS];
-    } at;
-    if (job->transform == ABSOLUTE) { /* the largest magnitude: no position */
-        for (int64_t j = 0; j < w; j++) best.d[j] = 0, at.wide[j] = 0;
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t j = 0; j < w; j++) {
-                double v = job->ctype == C_F32 ? (double)((const float *)row[r])[j] : ((const double *)row[r])[j];
-                best.d[j] = fabs(v) > best.d[j] || v != v ? fabs(v) : best.d[j];
-            }
-    } else if (job->ctype == C_F32 && !job->position) {
-        tile_best_f(job, row, rows, w, best.f);
-        columns_better(p, best.f, job->smallest ? -1 : 1, w);
-        return;
-    } else if (job->ctype == C_F32) {
-        tile_extreme_f(job, row, rows, w, best.f, at.narrow);
-    } else if (job->ctype == C_F64) {
-        tile_extreme_d(job, row, rows, w, best.d, at.wide);
-    } else {
-        tile_extreme_i(job, row, rows, w, best.i, at.wide);
-    }
-    bool narrow = job->ctype == C_F32 && job->transform != ABSOLUTE;
-    for (int64_t j = 0; j < w; j++) {
-        int64_t where = job->position ? first + (narrow ? at.narrow[j] : at.wide[j]) : 0;
-        if (job->ctype == C_I64) {
-            if (p->at[j] >= 0 && !(job->smallest ? best.i[j] < p->i[j] : best.i[j] > p->i[j])) continue;
-            p->i[j] = best.i[j];
-        } else {
-            double v = narrow ? (double)best.f[j] : best.d[j];
-            if (p->at[j] >= 0 && !better_d(job, v, p->d[j])) continue;
-            p->d[j] = v;
-        }
-        p->at[j] = where;
-    }
-}
-
-static void tile_add(const reduce_job *job, partials *p, const void *const *row, int64_t rows, int64_t w, int64_t first)
-{
-    if (job->class == CLASS_EXTREME) tile_extreme(job, p, row, rows, w, first);
-    else if (job->class == CLASS_TRUTH || job->ctype == C_I64) tile_integers(job, p, row, rows, w);
-    else if (job->class == CLASS_VARIANCE) tile_variance(job, p, row, rows, w);
-    else if (job->class == CLASS_LSE) tile_lse(job, p, row, rows, w);
-    else if (job->class == CLASS_PRODUCT) tile_product(job, p, row, rows, w);
-    else tile_sum(job, p, row, rows, w);
-}
+#include "reduce_tiles.inc"
 
 /* w neighbouring outputs, x's elements `step` bytes apart: elements [begin, end) of their reduced ranges */
 static void reduce_columns(const reduce_job *job, const char *base, int64_t step, int64_t w, int64_t begin, int64_t end,
@@ -691,71 +452,113 @@ static void finish(const reduce_job *job, const partial *p, char *out)
 
 /* ---- tasks ---- */
 
-/* the result of output number `number`, or its part's */
-static void deliver(const reduce_job *job, const partial *p, int64_t number, int64_t part, char *out)
+/* addresses of the outer row (or output) `outer`: the first `axes` kept axes count them */
+static void place(const reduce_job *job, int axes, int64_t outer, const char **x, char **out)
 {
-    if (job->parts > 1) job->partials[number * job->parts + part] = *p;
-    else finish(job, p, out);
+    *x = job->a->x.data;
+    *out = job->a->out.data;
+    for (int d = axes - 1; d >= 0; d--) {
+        int64_t i = outer % job->ks[d];
+        outer /= job->ks[d];
+        *x += i * job->kx[d];
+        *out += i * job->ko[d];
+    }
 }
 
-static void columns_task(const reduce_job *job, const char *x, char *out, int64_t first, int64_t number, int64_t part,
-                         int64_t from, int64_t to)
+static inline int64_t columns_of(const reduce_job *job, int64_t block)
 {
-    int inner = job->kept - 1;
-    partials p;
-    int64_t step = job->kx[inner], out_step = job->ko[inner];
-    int64_t w = job->ks[inner] - first < COLUMNS ? job->ks[inner] - first : COLUMNS;
-    partial none = nothing(job);
-    for (int64_t j = 0; j < w; j++) p.d[j] = none.d, p.error[j] = 0, p.i[j] = none.i, p.at[j] = -1;
-    reduce_columns(job, x + first * step, step, w, from, to, &p);
+    int64_t left = job->ks[job->kept - 1] - block * COLUMNS;
+    return left < COLUMNS ? left : COLUMNS;
+}
+
+static void finish_columns(const reduce_job *job, const partials *p, int64_t block, char *out)
+{
+    int64_t step = job->ko[job->kept - 1], w = columns_of(job, block);
     for (int64_t j = 0; j < w; j++) {
-        partial one = {p.d[j], p.error[j], p.i[j], p.at[j]};
-        deliver(job, &one, number + j, part, out + (first + j) * out_step);
+        partial one = {p->d[j], p->error[j], p->i[j], p->at[j]};
+        finish(job, &one, out + (block * COLUMNS + j) * step);
     }
+}
+
+static void columns_task(const reduce_job *job, int64_t row, int64_t part, int64_t from, int64_t to)
+{
+    partials own, *p = job->parts > 1 ? &job->columns_parts[row * job->parts + part] : &own;
+    int64_t block = row % job->blocks, w = columns_of(job, block), step = job->kx[job->kept - 1];
+    partial none = nothing(job);
+    const char *x;
+    char *out;
+    place(job, job->kept - 1, row / job->blocks, &x, &out);
+    for (int64_t j = 0; j < w; j++) p->d[j] = none.d, p->error[j] = 0, p->i[j] = none.i, p->at[j] = -1;
+    reduce_columns(job, x + block * COLUMNS * step, step, w, from, to, p);
+    if (job->parts == 1) finish_columns(job, p, block, out);
 }
 
 static void reduce_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const reduce_job *job = context;
+    const char *x = NULL;
+    char *out = NULL;
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
-        int64_t part = t % job->parts, rest = t / job->parts, block = rest % job->blocks, outer = rest / job->blocks;
-        const char *x = job->a->x.data;
-        char *out = job->a->out.data;
-        int inner = job->columns ? job->kept - 1 : job->kept; /* axes [0, inner) count outer rows */
-        int64_t number = outer;
-        for (int d = inner - 1; d >= 0; d--) {
-            int64_t i = outer % job->ks[d];
-            outer /= job->ks[d];
-            x += i * job->kx[d];
-            out += i * job->ko[d];
+        int64_t part = 0, row = t, from = 0, to = job->count;
+        if (job->parts > 1) { /* the share of this part, by shape only */
+            int64_t share = job->count / job->parts, extra = job->count % job->parts;
+            part = t % job->parts, row = t / job->parts;
+            from = part * share + (part < extra ? part : extra), to = from + share + (part < extra);
         }
-        /* the share of this part, by shape only */
-        int64_t share = job->count / job->parts, extra = job->count % job->parts;
-        int64_t from = part * share + (part < extra ? part : extra), to = from + share + (part < extra);
         if (job->columns) {
-            int64_t first = block * COLUMNS;
-            columns_task(job, x, out, first, number * job->ks[inner] + first, part, from, to);
-        } else {
-            partial p = nothing(job);
-            reduce_row(job, x, from, to, &p);
-            deliver(job, &p, number, part, out);
+            columns_task(job, row, part, from, to);
+            continue;
         }
+        partial p = nothing(job);
+        int64_t last = job->kept ? job->ks[job->kept - 1] : 1;
+        if (t == begin || job->parts > 1 || row % last == 0) {
+            place(job, job->kept, row, &x, &out);
+        } else {
+            x += job->kx[job->kept - 1];
+            out += job->ko[job->kept - 1];
+        }
+        reduce_row(job, x, from, to, &p);
+        if (job->parts > 1) job->partials[t] = p;
+        else finish(job, &p, out);
     }
 }
 
-static void combine_all(const reduce_job *job)
+/* `combine` of neighbouring columns */
+static void combine_columns(const reduce_job *job, partials *into, const partials *p, int64_t w)
 {
-    for (int64_t n = 0; n < job->outputs; n++) {
-        partial total = nothing(job);
-        char *out = job->a->out.data;
-        int64_t rest = n;
-        for (int d = job->kept - 1; d >= 0; d--) {
-            out += rest % job->ks[d] * job->ko[d];
-            rest /= job->ks[d];
+    if (job->class == CLASS_SUM && job->ctype != C_I64) {
+        columns_exact(into->d, into->error, p->d, w);
+        for (int64_t j = 0; j < w; j++) into->error[j] += p->error[j];
+        return;
+    }
+    for (int64_t j = 0; j < w; j++) {
+        partial total = {into->d[j], into->error[j], into->i[j], into->at[j]};
+        partial one = {p->d[j], p->error[j], p->i[j], p->at[j]};
+        combine(job, &total, &one);
+        into->d[j] = total.d, into->error[j] = total.error, into->i[j] = total.i, into->at[j] = total.at;
+    }
+}
+
+/* the parts of each of `rows` results (or blocks of columns) in order */
+static void combine_all(const reduce_job *job, int64_t rows)
+{
+    const char *x;
+    char *out;
+    for (int64_t row = 0; row < rows; row++) {
+        if (job->columns) {
+            partials *total = &job->columns_parts[row * job->parts];
+            int64_t block = row % job->blocks, w = columns_of(job, block);
+            place(job, job->kept - 1, row / job->blocks, &x, &out);
+            for (int64_t part = 1; part < job->parts; part++) combine_columns(job, total, total + part, w);
+            finish_columns(job, total, block, out);
+        } else {
+            partial total = nothing(job);
+            place(job, job->kept, row, &x, &out);
+            for (int64_t part = 0; part < job->parts; part++)
+                combine(job, &total, &job->partials[row * job->parts + part]);
+            finish(job, &total, out);
         }
-        for (int64_t part = 0; part < job->parts; part++) combine(job, &total, &job->partials[n * job->parts + part]);
-        finish(job, &total, out);
     }
 }
 
@@ -840,15 +643,17 @@ int LAC_CPU(reduce)(const lac_a_reduce *a)
         if (job.parts > job.count) job.parts = job.count;
         if (job.parts < 1) job.parts = 1;
     }
+    void *space = NULL;
     if (job.parts > 1) {
-        job.partials = lac_workspace_get("reduce", sizeof(partial) * (size_t)(job.outputs * job.parts));
-        if (!job.partials) return LAC_E_MEMORY;
+        size_t size = job.columns ? sizeof(partials) : sizeof(partial);
+        space = lac_workspace_get("reduce", size * (size_t)(rows * job.parts));
+        if (!space) return LAC_E_MEMORY;
+        if (job.columns) job.columns_parts = space;
+        else job.partials = space;
     }
     int status =
         LAC_CPU(parallel)("reduce", rows * job.parts, work > 1e18 ? (int64_t)1e18 : (int64_t)work, reduce_task, &job);
-    if (job.parts > 1) {
-        if (!status) combine_all(&job);
-        lac_workspace_put(job.partials);
-    }
+    if (space && !status) combine_all(&job, rows);
+    lac_workspace_put(space);
     return status;
 }

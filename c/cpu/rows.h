@@ -7,11 +7,11 @@
 #ifndef LAC_CPU_ROWS_H
 #define LAC_CPU_ROWS_H
 #include "cpu.h"
-#include "simd.h"
+#include "exps.h"
 
 enum { ROW_SUM = 1024 };
 
-#define ROW_FUNCTIONS(T, S, V, SUM, EXP, INF)                                                                          \
+#define ROW_FUNCTIONS(T, S, V, SUM, LINE, INF)                                                                         \
     LAC_INLINE T row_max_##S(const T *x, int64_t n)                                                                    \
     {                                                                                                                  \
         T a = -INF, b = -INF, c = -INF, d = -INF;                                                                      \
@@ -40,22 +40,32 @@ enum { ROW_SUM = 1024 };
             for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
                 T line[CHUNK];                                                                                         \
                 __builtin_prefetch(x + n + i);                                                                         \
-                _Pragma("omp simd") for (int k = 0; k < CHUNK; k++) line[k] = EXP(x[i + k] - m);                       \
+                _Pragma("omp simd") for (int k = 0; k < CHUNK; k++) line[k] = x[i + k] - m;                            \
+                LINE(line);                                                                                            \
                 if (y) v_put_line(y + i, line, false);                                                                 \
                 _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK / L; k++) s[k] += *(const V *)(line + k * L);        \
             }                                                                                                          \
-            for (; i < end; i++) {                                                                                     \
-                T e = EXP(x[i] - m);                                                                                   \
-                if (y) y[i] = e;                                                                                       \
-                rest += e;                                                                                             \
+            if (i < end) {                                                                                             \
+                T line[CHUNK];                                                                                         \
+                for (int k = 0; k < CHUNK; k++) line[k] = i + k < end ? x[i + k] - m : -INF;                           \
+                LINE(line);                                                                                            \
+                for (; i < end; i++) {                                                                                 \
+                    T e = line[i % CHUNK];                                                                             \
+                    if (y) y[i] = e;                                                                                   \
+                    rest += e;                                                                                         \
+                }                                                                                                      \
             }                                                                                                          \
             _Pragma("GCC unroll 4") for (int k = 1; k < CHUNK / L; k++) s[0] += s[k];                                  \
             total += (double)(SUM(s[0]) + rest);                                                                       \
         }                                                                                                              \
         return total;                                                                                                  \
     }
-ROW_FUNCTIONS(float, f, v_floats, v_sum_f, v_exp_termf, INFINITY)
-ROW_FUNCTIONS(double, d, v_doubles, v_sum_d, exp, (double)INFINITY)
+LAC_INLINE void exp_line_d(double *line)
+{
+    for (int k = 0; k < V_LINE / 8; k++) line[k] = exp(line[k]);
+}
+ROW_FUNCTIONS(float, f, v_floats, v_sum_f, v_exp_term_line, INFINITY)
+ROW_FUNCTIONS(double, d, v_doubles, v_sum_d, exp_line_d, (double)INFINITY)
 #undef ROW_FUNCTIONS
 
 #endif

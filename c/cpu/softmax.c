@@ -46,13 +46,39 @@ typedef struct {
         }                                                                                                              \
         for (; i_ < (n); i_++) (y)[i_] = f(i_);                                                                        \
     } while (0)
+/* y[i] = f(i, e^argument(i)), the exponentials a line at a time */
+#define WRITE_EXP(T, n, y, ahead, stream, LINE, argument, f)                                                           \
+    do {                                                                                                               \
+        enum { CHUNK_ = V_LINE / sizeof(T) };                                                                          \
+        int64_t i_ = 0;                                                                                                \
+        for (; i_ + CHUNK_ <= (n); i_ += CHUNK_) {                                                                     \
+            T line_[CHUNK_];                                                                                           \
+            __builtin_prefetch((ahead) + i_);                                                                          \
+            _Pragma("omp simd") for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = argument(i_ + k_);                     \
+            LINE(line_);                                                                                               \
+            _Pragma("omp simd") for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = f(i_ + k_, line_[k_]);                 \
+            v_put_line((y) + i_, line_, stream);                                                                       \
+        }                                                                                                              \
+        if (i_ < (n)) {                                                                                                \
+            T line_[CHUNK_];                                                                                           \
+            for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = i_ + k_ < (n) ? argument(i_ + k_) : 0;                     \
+            LINE(line_);                                                                                               \
+            for (; i_ < (n); i_++) (y)[i_] = f(i_, line_[i_ % CHUNK_]);                                                \
+        }                                                                                                              \
+    } while (0)
 #define ROW_LOG(i) ((x[i] - m) - rest)
 #define ROW_SCALE(i) (work[i] * scale)
 #define ROW_SLOPE(i) (y[i] * (g[i] - s))
+#define ROW_LOGARITHM(i) y[i]
+#define ROW_LOG_SLOPE(i, e) (g[i] - (e)*s)
 #define COLUMN_LOG(i) ((in[i] - m[i]) - s[i])
 #define COLUMN_SLOPE(i) (iy[i] * (ig[i] - s[i]))
+#define COLUMN_SHIFTED(i) (in[i] - m[i])
+#define COLUMN_EXP(i, e) ((e)*s[i])
+#define COLUMN_LOGARITHM(i) iy[i]
+#define COLUMN_LOG_SLOPE(i, e) (ig[i] - (e)*s[i])
 
-#define ROW_KERNELS(T, S, V, SUM, EXP, INF)                                                                            \
+#define ROW_KERNELS(T, S, V, SUM, EXP, LINE, INF)                                                                      \
     /* y may be x; work: n elements, may be y */                                                                       \
     static void softmax_row_##S(const T *x, T *y, T *work, int64_t n, bool logarithm, bool stream)                     \
     {                                                                                                                  \
@@ -85,8 +111,8 @@ typedef struct {
     static void softmax_bwd_row_##S(const T *y, const T *g, T *dx, int64_t n, bool logarithm, bool stream)             \
     {                                                                                                                  \
         T s = (T)(logarithm ? LAC_CPU(sum)(sizeof(T) == 4 ? C_F32 : C_F64, g, n) : row_dot_##S(y, g, n));              \
-        if (logarithm) _Pragma("omp simd") for (int64_t i = 0; i < n; i++) dx[i] = g[i] - EXP(y[i]) * s;               \
-        else WRITE(T, n, dx, y + n, stream, ROW_SLOPE);                                                                \
+        if (logarithm) WRITE_EXP(T, n, dx, v_asks() ? y + n : y, stream, LINE, ROW_LOGARITHM, ROW_LOG_SLOPE);          \
+        else WRITE(T, n, dx, v_asks() ? y + n : y, stream, ROW_SLOPE);                                                 \
     }                                                                                                                  \
     /* functions of their own, because gcc does not vectorise these loops inside of others */                          \
     static __attribute__((noinline)) void columns_max_##S(const T *restrict x, T *restrict top, int64_t w)             \
@@ -100,9 +126,17 @@ typedef struct {
         int64_t j = 0;                                                                                                 \
         for (; j + CHUNK <= w; j += CHUNK) {                                                                           \
             __builtin_prefetch(ahead + j * (int64_t)sizeof(T), 0, 2);                                                  \
-            _Pragma("omp simd") for (int k = 0; k < CHUNK; k++) s[j + k] += EXP(x[j + k] - shift[j + k]);              \
+            T line[CHUNK];                                                                                             \
+            _Pragma("omp simd") for (int k = 0; k < CHUNK; k++) line[k] = x[j + k] - shift[j + k];                     \
+            LINE(line);                                                                                                \
+            _Pragma("omp simd") for (int k = 0; k < CHUNK; k++) s[j + k] += line[k];                                   \
         }                                                                                                              \
-        for (; j < w; j++) s[j] += EXP(x[j] - shift[j]);                                                               \
+        if (j < w) {                                                                                                   \
+            T line[CHUNK];                                                                                             \
+            for (int k = 0; k < CHUNK; k++) line[k] = j + k < w ? x[j + k] - shift[j + k] : 0;                         \
+            LINE(line);                                                                                                \
+            for (; j < w; j++) s[j] += line[j % CHUNK];                                                                \
+        }                                                                                                              \
     }                                                                                                                  \
     /* w columns of n rows, sx and sy bytes apart; y may be x. Rows that must be converted pass through `space`. */    \
     static void softmax_columns_##S(const softmax_job *job, const char *x, char *y, int64_t w, T *space)               \
@@ -135,7 +169,7 @@ typedef struct {
             T *out = plain ? (T *)(y + r * sy) : space;                                                                \
             bool stream = job->stream && ((uintptr_t)out & (V_LINE - 1)) == 0;                                         \
             if (logarithm) WRITE(T, w, out, in + sx / bytes, stream, COLUMN_LOG);                                      \
-            else WRITE(T, w, out, in + sx / bytes, stream, COLUMN_EXP_##S);                                            \
+            else WRITE_EXP(T, w, out, in + sx / bytes, stream, LINE, COLUMN_SHIFTED, COLUMN_EXP);                      \
             if (!plain) LAC_CPU(store)(job->dtype, out, y + r * sy, bytes, w);                                         \
         }                                                                                                              \
     }                                                                                                                  \
@@ -155,7 +189,7 @@ typedef struct {
             for (int64_t r = at; r < end; r++) {                                                                       \
                 const T *ig = LAC_CPU(load)(job->dtype, g + r * sg, bytes, w, space);                                  \
                 const T *iy = logarithm ? ig : LAC_CPU(load)(job->dtype, y + r * sy, bytes, w, space + w);             \
-                v_prefetch(g + (r + 8) * sg, w * bytes);                                                               \
+                if (v_asks()) v_prefetch(g + (r + 8) * sg, w * bytes);                                                 \
                 if (logarithm) _Pragma("omp simd") for (int64_t j = 0; j < w; j++) s[j] += ig[j];                      \
                 else _Pragma("omp simd") for (int64_t j = 0; j < w; j++) s[j] += iy[j] * ig[j];                        \
             }                                                                                                          \
@@ -165,19 +199,16 @@ typedef struct {
         for (int64_t r = 0; r < n; r++) {                                                                              \
             const T *ig = LAC_CPU(load)(job->dtype, g + r * sg, bytes, w, space);                                      \
             const T *iy = LAC_CPU(load)(job->dtype, y + r * sy, bytes, w, space + w);                                  \
+            const T *next = v_asks() ? ig + sg / bytes : ig;                                                           \
             T *out = plain ? (T *)(dx + r * sd) : space;                                                               \
             bool stream = job->stream && ((uintptr_t)out & (V_LINE - 1)) == 0;                                         \
-            if (logarithm) WRITE(T, w, out, ig + sg / bytes, stream, COLUMN_LOG_SLOPE_##S);                            \
-            else WRITE(T, w, out, ig + sg / bytes, stream, COLUMN_SLOPE);                                              \
+            if (logarithm) WRITE_EXP(T, w, out, next, stream, LINE, COLUMN_LOGARITHM, COLUMN_LOG_SLOPE);               \
+            else WRITE(T, w, out, next, stream, COLUMN_SLOPE);                                                         \
             if (!plain) LAC_CPU(store)(job->dtype, out, dx + r * sd, bytes, w);                                        \
         }                                                                                                              \
     }
-#define COLUMN_EXP_f(i) (v_exp_termf(in[i] - m[i]) * s[i])
-#define COLUMN_EXP_d(i) (exp(in[i] - m[i]) * s[i])
-#define COLUMN_LOG_SLOPE_f(i) (ig[i] - v_exp_termf(iy[i]) * s[i])
-#define COLUMN_LOG_SLOPE_d(i) (ig[i] - exp(iy[i]) * s[i])
-ROW_KERNELS(float, f, v_floats, v_sum_f, v_exp_termf, INFINITY)
-ROW_KERNELS(double, d, v_doubles, v_sum_d, exp, (double)INFINITY)
+ROW_KERNELS(float, f, v_floats, v_sum_f, v_exp_termf, v_exp_term_line, INFINITY)
+ROW_KERNELS(double, d, v_doubles, v_sum_d, exp, exp_line_d, (double)INFINITY)
 
 /* ---- rows ---- */
 
