@@ -15,6 +15,7 @@
  * whole strips of 1024 elements converted, computed and stored in turn (the phases did not overlap: up to 1.5 times
  * the time).
  */
+#include "exps.h"
 #include "maps.h"
 #include <string.h>
 
@@ -256,6 +257,45 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
             PUT(1);                                                                                                    \
         }                                                                                                              \
     }
+/* with e = LINE(argument), which computes a whole line of exponentials */
+#define LOOP_EXP(kind, count, LINE, argument, expression, ...)                                                         \
+    {                                                                                                                  \
+        const int kind_ = kind;                                                                                        \
+        CHUNKS                                                                                                         \
+        {                                                                                                              \
+            T line[CHUNK];                                                                                             \
+            if (past0) {                                                                                               \
+                AHEAD##count;                                                                                          \
+            }                                                                                                          \
+            TAKE##count;                                                                                               \
+            LANES                                                                                                      \
+            {                                                                                                          \
+                __VA_ARGS__;                                                                                           \
+                line[k] = (argument);                                                                                  \
+            }                                                                                                          \
+            LINE(line);                                                                                                \
+            LANES                                                                                                      \
+            {                                                                                                          \
+                __VA_ARGS__;                                                                                           \
+                T e = line[k];                                                                                         \
+                line[k] = (expression);                                                                                \
+            }                                                                                                          \
+            PUT_LINE(0, line);                                                                                         \
+        }                                                                                                              \
+    }
+#define KERNEL_EXP(name, count, declare, LINE, argument, expression)                                                   \
+    static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants_)                         \
+    {                                                                                                                  \
+        T space_[count][TILE];                                                                                         \
+        (void)constants_;                                                                                              \
+        TILES                                                                                                          \
+        {                                                                                                              \
+            IN##count;                                                                                                 \
+            OUT(0);                                                                                                    \
+            KINDS(SAME##count(into0), LOOP_EXP, count, LINE, argument, expression, declare)                            \
+            PUT(0);                                                                                                    \
+        }                                                                                                              \
+    }
 #define X1 T x = in0[k]
 #define X2 T x = in0[k], y = in1[k]
 #define X3 T x = in0[k], y = in1[k], g = in2[k]
@@ -278,6 +318,12 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
     BACKWARD3(b3x_f32_##name, dx) BACKWARD3(b3y_f32_##name, dy) BACKWARD3(b3z_f32_##name, dz)
 #include "../maps.def"
 KERNEL(axpy_f32, 3, X3, x *y + g)
+KERNEL_EXP(line_f32_exp, 1, X1; (void)x, v_exp_line, x, e)
+KERNEL_EXP(line_f32_sigmoid, 1, X1; (void)x, v_exp_flush_line, -x, 1 / (1 + e))
+KERNEL_EXP(line_f32_silu, 1, X1, v_exp_flush_line, -x, x *(1 / (1 + e)))
+KERNEL_EXP(line_b1_f32_silu, 3, X3; (void)y; (void)g, v_exp_flush_line, -x, g *f_silu_slope(x, 1 / (1 + e)))
+KERNEL_EXP(line_f32_softplus, 1, X1, v_exp_down_line, v_float(v_bits(x) | 0x80000000u), f_relu(x) + v_log1p_unit(e))
+KERNEL_EXP(line_f32_gelu_tanh, 1, X1, v_exp_flush_line, -F_GELU_TANH_ARGUMENT(x), x *(1 / (1 + e)))
 KERNEL(near_f32_sin, 1, X1, f_sin_near(x))
 KERNEL(near_f32_cos, 1, X1, f_cos_near(x))
 BACKWARD1(near_b1_f32_sin, f_cos_near(x))
@@ -371,6 +417,15 @@ enum { /* positions in maps2 */
 enum { /* positions in maps1 */
 #define MAP1(name, domain, value, gradient) M1_##name,
 #include "../maps.def"
+};
+
+/* the kernels of f32 that compute exponentials by lines: of the value, of the gradient */
+static lac_kernel *const by_line[][2] = {
+    [M1_exp] = {line_f32_exp},
+    [M1_sigmoid] = {line_f32_sigmoid},
+    [M1_silu] = {line_f32_silu, line_b1_f32_silu},
+    [M1_softplus] = {line_f32_softplus},
+    [M1_gelu_tanh] = {line_f32_gelu_tanh},
 };
 
 /* ---- reading expressions ---- */
@@ -550,11 +605,17 @@ static lac_kernel *near_of(int fn, int dtype, bool gradient)
     return fn == M1_sin ? near_f32_sin : near_f32_cos;
 }
 
+static lac_kernel *kernel_of(int fn, int ctype, bool gradient)
+{
+    lac_kernel *lines = ctype == C_F32 && fn < (int)(sizeof by_line / sizeof *by_line) ? by_line[fn][gradient] : NULL;
+    return lines ? lines : gradient ? maps1[fn].gradient[0][ctype] : maps1[fn].value[ctype];
+}
+
 int LAC_CPU(map1)(const lac_a_map1 *a)
 {
     const lac_view *views[] = {&a->out, &a->x};
     const lac_map *map = &maps1[a->fn];
-    elem_job job = {.kernel = map->value[lac_compute_type(a->x.dtype)],
+    elem_job job = {.kernel = kernel_of(a->fn, lac_compute_type(a->x.dtype), false),
                     .near = near_of(a->fn, a->x.dtype, false),
                     .outputs = 1,
                     .raw = map->to_bool};
@@ -565,7 +626,7 @@ int LAC_CPU(map1_bwd)(const lac_a_map1_bwd *a)
 {
     const lac_view *views[] = {&a->out, &a->x, &a->y, &a->g};
     const lac_map *map = &maps1[a->fn];
-    elem_job job = {.kernel = map->gradient[0][lac_compute_type(a->x.dtype)],
+    elem_job job = {.kernel = kernel_of(a->fn, lac_compute_type(a->x.dtype), true),
                     .near = near_of(a->fn, a->x.dtype, true),
                     .outputs = 1};
     return elem_run("map1_bwd", &job, 4, views, map->slope[0], "xyg");

@@ -77,11 +77,10 @@ LAC_INLINE int64_t i_pow(int64_t x, int64_t y)
     /* part / whole, 0 where both are 0 */                                                                             \
     LAC_INLINE S A##_share(S part, S whole) { return whole == 0 && part == 0 ? (S)0 : part / whole; }                  \
     LAC_INLINE S A##_silu(S x) { return x * SIGMOID(x); }                                                              \
-    LAC_INLINE S A##_silu_grad(S x)                                                                                    \
-    {                                                                                                                  \
-        S s = SIGMOID(x);                                                                                              \
-        return s * (1 + x * (1 - s));                                                                                  \
-    }
+    /* from x and its sigmoid s */                                                                                     \
+    LAC_INLINE S A##_silu_slope(S x, S s) { return s * (1 + x * (1 - s)); }                                            \
+    LAC_INLINE S A##_silu_grad(S x) { return A##_silu_slope(x, SIGMOID(x)); }                                          \
+    LAC_INLINE S A##_relu(S x) { return x > 0 ? x : 0; }
 
 LAC_INLINE double d_sigmoid(double x) { return 1 / (1 + exp(-x)); }
 LAC_INLINE double d_softplus(double x) { return (x > 0 ? x : 0) + log1p(exp(-fabs(x))); }
@@ -112,7 +111,8 @@ LAC_INLINE double d_gelu_tanh_grad(double x)
     double s = d_sigmoid(GELU_TANH_ARGUMENT(x)), t = d_sigmoid(-GELU_TANH_ARGUMENT(x)); /* 1 - s would cancel */
     return s + x * s * t * GELU_TANH_SLOPE(x);
 }
-LAC_INLINE float f_gelu_tanh(float x) { return x * v_sigmoidf(1.595769122f * (x + 0.044715f * x * x * x)); }
+#define F_GELU_TANH_ARGUMENT(x) (1.595769122f * ((x) + 0.044715f * (x) * (x) * (x)))
+LAC_INLINE float f_gelu_tanh(float x) { return x * v_sigmoidf(F_GELU_TANH_ARGUMENT(x)); }
 LAC_INLINE float f_gelu_tanh_grad(float x)
 {
     float a = 1.595769122f * (x + 0.044715f * x * x * x), slope = 1.595769122f + 0.21406530f * x * x;

@@ -45,7 +45,7 @@ enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 8 };
         int64_t i_ = 0;                                                                                                \
         for (; i_ + CHUNK_ <= n; i_ += CHUNK_) {                                                                       \
             T line_[CHUNK_];                                                                                           \
-            __builtin_prefetch((ahead) + i_);                                                                          \
+            __builtin_prefetch((ahead) + i_, 0, 2);                                                                    \
             _Pragma("omp simd") for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = f(i_ + k_);                            \
             v_put_line((y) + i_, line_, stream);                                                                       \
         }                                                                                                              \
@@ -69,36 +69,53 @@ enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 8 };
         T r = (T)(1.0 / sqrt(squares / (double)n + eps));                                                              \
         if (mean) *mean = high;                                                                                        \
         *rstd = r;                                                                                                     \
-        ROW_WRITE(T, y, v_asks() ? x + n : x, stream, NORMAL);                                                         \
+        ROW_WRITE(T, y, x + n, stream, NORMAL);                                                                        \
     }                                                                                                                  \
-    /* adds to dgamma and dbeta and writes dx, which may be x; without_mean: rmsnorm */                                \
+    /* adds to dgamma and dbeta and writes dx, which may be x; dbeta NULL: rmsnorm, which has no mean either */        \
     static void norm_bwd_row_##S(const T *x, const T *gamma, T mean, T rstd, const T *g, T *dx, T *dgamma, T *dbeta,   \
-                                 bool without_mean, bool stream, int64_t n)                                            \
+                                 bool stream, int64_t n)                                                               \
     {                                                                                                                  \
-        enum { CHUNK = V_LINE / sizeof(T) };                                                                           \
-        double a = 0, b = 0;                                                                                           \
-        if (!without_mean) BLOCK_SUM(T, V, SUM, a, SCALED)                                                             \
-        BLOCK_SUM(T, V, SUM, b, ALONG)                                                                                 \
-        T ma = (T)(a / (double)n), mb = (T)(b / (double)n);                                                            \
+        enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
+        double a = 0, b = 0; /* sums of g gamma, and of that times the normalised x */                                 \
+        for (int64_t i = 0; i < n;) {                                                                                  \
+            int64_t end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                                       \
+            V s[4] = {{0}, {0}, {0}, {0}}, t[4] = {{0}, {0}, {0}, {0}};                                                \
+            T rest_s = 0, rest_t = 0;                                                                                  \
+            for (; i + 4 * L <= end; i += 4 * L) {                                                                     \
+                _Pragma("GCC unroll 4") for (int k = 0; k < 4; k++)                                                    \
+                {                                                                                                      \
+                    V scaled = SCALED(V, i + k * L);                                                                   \
+                    s[k] += scaled;                                                                                    \
+                    t[k] += scaled * NORMALISED(V, i + k * L);                                                         \
+                }                                                                                                      \
+            }                                                                                                          \
+            for (; i < end; i++) {                                                                                     \
+                rest_s += SCALED(T, i);                                                                                \
+                rest_t += SCALED(T, i) * NORMALISED(T, i);                                                             \
+            }                                                                                                          \
+            a += (double)(SUM((s[0] + s[1]) + (s[2] + s[3])) + rest_s);                                                \
+            b += (double)(SUM((t[0] + t[1]) + (t[2] + t[3])) + rest_t);                                                \
+        }                                                                                                              \
+        T ma = dbeta ? (T)(a / (double)n) : 0, mb = (T)(b / (double)n);                                                \
         int64_t i = 0;                                                                                                 \
         for (; i + CHUNK <= n; i += CHUNK) {                                                                           \
             T line[CHUNK];                                                                                             \
-            __builtin_prefetch(x + n + i);                                                                             \
-            __builtin_prefetch(g + n + i);                                                                             \
-            _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)                                                        \
+            __builtin_prefetch(x + n + i, 0, 2); /* into the second cache: the first is full of this row */            \
+            __builtin_prefetch(g + n + i, 0, 2);                                                                       \
+            _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK; k += L)                                                 \
             {                                                                                                          \
-                T h = (x[i + k] - mean) * rstd;                                                                        \
-                line[k] = rstd * (g[i + k] * gamma[i + k] - ma - h * mb);                                              \
-                dgamma[i + k] += g[i + k] * h;                                                                         \
-                dbeta[i + k] += g[i + k];                                                                              \
+                V gk = AT(V, g, i + k), h = NORMALISED(V, i + k);                                                      \
+                *(V *)(line + k) = rstd * (SCALED(V, i + k) - ma - h * mb);                                            \
+                *(V *)(dgamma + i + k) += gk * h;                                                                      \
+                if (dbeta) *(V *)(dbeta + i + k) += gk;                                                                \
             }                                                                                                          \
             v_put_line(dx + i, line, stream);                                                                          \
         }                                                                                                              \
         for (; i < n; i++) {                                                                                           \
-            T h = (x[i] - mean) * rstd, gi = g[i];                                                                     \
-            dx[i] = rstd * (gi * gamma[i] - ma - h * mb);                                                              \
+            T h = NORMALISED(T, i), gi = g[i];                                                                         \
+            dx[i] = rstd * (SCALED(T, i) - ma - h * mb);                                                               \
             dgamma[i] += gi * h;                                                                                       \
-            dbeta[i] += gi;                                                                                            \
+            if (dbeta) dbeta[i] += gi;                                                                                 \
         }                                                                                                              \
     }                                                                                                                  \
     /* adds the sums of a few rows to those of all, and starts again */                                                \
@@ -111,7 +128,7 @@ enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 8 };
 #define CENTRED(U, i) ((AT(U, x, i) - high) - low)
 #define SQUARE(U, i) (CENTRED(U, i) * CENTRED(U, i))
 #define SCALED(U, i) (AT(U, g, i) * AT(U, gamma, i))
-#define ALONG(U, i) (SCALED(U, i) * ((AT(U, x, i) - mean) * rstd))
+#define NORMALISED(U, i) ((AT(U, x, i) - mean) * rstd)
 #define NORMAL(i) (((x[i] - high) - low) * r * gamma[i] + beta[i])
 ROW_KERNELS(float, f, v_floats, v_sum_f)
 ROW_KERNELS(double, d, v_doubles, v_sum_d)
@@ -241,10 +258,10 @@ static void norm_bwd_task(void *context, int64_t begin, int64_t end, int thread)
             const char *mean = job->without_mean ? NULL : (const char *)job->mean.data + r * job->mean.stride[0] * size;
             if (job->ctype == C_F32)
                 norm_bwd_row_f(x, job->gamma, mean ? *(const float *)mean : 0, *(const float *)rstd, g, dx,
-                               (float *)dgamma, (float *)dbeta, !mean, stream, n);
+                               (float *)dgamma, mean ? (float *)dbeta : NULL, stream, n);
             else
                 norm_bwd_row_d(x, job->gamma, mean ? *(const double *)mean : 0, *(const double *)rstd, g, dx,
-                               (double *)dgamma, (double *)dbeta, !mean, stream, n);
+                               (double *)dgamma, mean ? (double *)dbeta : NULL, stream, n);
             if (dx != out) LAC_CPU(store)(job->dtype, dx, out, lac_bytes_of(job->dtype), n);
             if ((r - from) % FLUSH_ROWS == FLUSH_ROWS - 1 || r == to - 1) {
                 norm_flush(job, dgamma, job->sums_gamma, t);

@@ -1,4 +1,4 @@
---- elementwise.lua: maps, softmax, norms and reductions beside a copy and beside PyTorch.
+--- elementwise.lua: maps, softmax, norms, reductions and optimizers beside a copy and beside PyTorch.
 --
 -- Arrays are far beyond the caches, so memory sets the pace: each row states the least bytes that the
 -- operator must move (inputs read, results written once) as a share of the bandwidth of a copy on the same
@@ -70,11 +70,29 @@ local function rows_of(b, rows, width)
       backward({ leaf }, lac.rmsnorm(leaf, gamma)))
 end
 
+-- reads and writes parameter and moments in place: each line is in the cache when it is written
+local function optimizers(b, n)
+  for _, case in ipairs { { "adamw", 28 * n }, { "lion", 20 * n } } do
+    local name, bytes = case[1], case[2]
+    local p = lac.randn { n, grad = true }
+    p.grad = lac.randn { n }
+    local o = lac.optim[name]({ p }, { lr = 1e-4, weight_decay = 0.01 })
+    local ours, what = function() o:step() end, name .. ", f32"
+    if name == "adamw" then
+      row(b, what, name, { n = n }, bytes, ours)
+    else -- PyTorch has no Lion
+      b:row { what = what, ours = ours, work = bytes, unit = "B/s", floor = "copy", as = "share",
+              at_least = SHARE }
+    end
+  end
+end
+
 return {
   name = "elementwise",
-  about = "maps, softmax, norms and reductions of arrays beyond the caches",
+  about = "maps, softmax, norms, reductions and optimizers of arrays beyond the caches",
   run = function(b)
     for _, dtype in ipairs { "f32", "bf16", "f16" } do maps(b, b:size(2 ^ 24, 2 ^ 10), dtype) end
     rows_of(b, b:size(16384, 16), b:size(1024, 16))
+    optimizers(b, b:size(2 ^ 24, 2 ^ 10))
   end,
 }

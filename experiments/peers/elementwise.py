@@ -67,4 +67,12 @@ def _norm(name, f):
 _norm("layernorm", lambda x, width: F.layer_norm(x, (width,), torch.ones(width), torch.zeros(width)))
 _norm("rmsnorm", lambda x, width: F.rms_norm(x, (width,), torch.ones(width), 1e-6))
 
+
+@peer.case
+def adamw(n):
+    p = torch.randn(n, requires_grad=True)
+    p.grad = torch.randn(n)
+    return torch.optim.AdamW([p], lr=1e-4, weight_decay=0.01, fused=True).step
+
+
 peer.serve()
