@@ -4,10 +4,11 @@
  * tile by tile: 64 elements of each input are used in place if they are a contiguous array of the compute type, else
  * converted or gathered into a buffer that never leaves the first-level cache; the results are stored in place, or
  * converted, or written past the caches. Dense f16 and bf16 are converted on their way between memory and registers,
- * a chunk at a time. Loading, arithmetic and storing of one tile are close enough for the processor to overlap them.
- * So there are about 400 kernels instead of 400 x dtypes x strides, a broadcast or a scalar is one tile that is used
- * again, and contiguous f32 data costs no copy at all. Gradients towards both arguments of a binary function come from
- * one kernel with two outputs: five arrays move instead of eight.
+ * a chunk at a time, in loops of their own. Loading, arithmetic and storing of one tile are close enough for the
+ * processor to overlap them. So there are about 400 kernels instead of 400 x dtypes x strides, a broadcast or a scalar
+ * is one tile that is used again, and contiguous f32 data costs no copy at all. Gradients towards both arguments of a
+ * binary function come from one kernel with two outputs: five arrays move instead of eight. Functions that are mostly
+ * an exponential compute it by lines (exps.h).
  * Strips and tiles start at fixed places, so the vector and the remainder code see the same elements whatever the
  * number of threads. What a kernel reads is read off the text of its expression, so that a line of maps.def needs no
  * more than the mathematics.

@@ -11,8 +11,8 @@
  * multiplications that the processor's window cannot overlap. Rarer float functions are computed in double inside, to a
  * relative 1e-10, and rounded once: no ulp analysis, and still 4 to 8 lanes. Functions of double arguments go to libm:
  * f64 exists for gradient checks, where accuracy is everything. Polynomials are our own fits, nearly minimax; the range
- * and the largest error stand next to each. Rejected: tables (gathers are slow before AVX-512), _Float16 (library calls
- * without AVX512-FP16).
+ * and the largest error stand next to each. Rejected: tables (gathers are slow; exps.h has
+ * one that fits a register of AVX-512), _Float16 (library calls without AVX512-FP16).
  */
 #ifndef LAC_CPU_SIMD_H
 #define LAC_CPU_SIMD_H
@@ -549,23 +549,31 @@ LAC_INLINE void v_load_bf16(const uint16_t *restrict x, float *restrict y, int64
 {
     for (int64_t i = 0; i < n; i++) y[i] = v_from_bf16(x[i]);
 }
-/* gcc narrows 32-bit lanes in many small steps, so this one is written out */
+/* gcc narrows 32-bit lanes in many small steps, so these are written out */
+#if defined(__AVX512F__)
+LAC_INLINE __m256i v_round_bf16(__m512 f)
+{
+    const __m512i high_words = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019,
+                                                 0x1f001d, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512i b = _mm512_castps_si512(f), r = _mm512_add_epi32(b, _mm512_set1_epi32(0x7fff));
+    __mmask16 odd = _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000)), nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
+    r = _mm512_mask_add_epi32(r, odd, b, _mm512_set1_epi32(0x8000));
+    if (__builtin_expect(nan, 0)) r = _mm512_mask_or_epi32(r, nan, b, _mm512_set1_epi32(0x400000));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_words, r));
+}
+/* 16 words into the upper halves of 16 floats, in one step */
+LAC_INLINE __m512 v_widen_bf16(__m256i h)
+{
+    const __m512i words = _mm512_setr_epi32(0, 1 << 16, 2 << 16, 3 << 16, 4 << 16, 5 << 16, 6 << 16, 7 << 16, 8 << 16,
+                                            9 << 16, 10 << 16, 11 << 16, 12 << 16, 13 << 16, 14 << 16, 15 << 16);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, words, _mm512_castsi256_si512(h)));
+}
+#endif
 LAC_INLINE void v_store_bf16(const float *restrict x, uint16_t *restrict y, int64_t n)
 {
     int64_t i = 0;
 #if defined(__AVX512F__)
-    const __m512i down = _mm512_set1_epi32(0x7fff), even = _mm512_set1_epi32(0x8000), bit = _mm512_set1_epi32(0x10000),
-                  quiet = _mm512_set1_epi32(0x400000);
-    const __m512i odd_words = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019,
-                                                0x1f001d, 0, 0, 0, 0, 0, 0, 0, 0);
-    for (; i + 16 <= n; i += 16) {
-        __m512 f = _mm512_loadu_ps(x + i);
-        __m512i b = _mm512_castps_si512(f), r = _mm512_add_epi32(b, down);
-        r = _mm512_mask_add_epi32(r, _mm512_test_epi32_mask(b, bit), b, even);
-        r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), b, quiet);
-        r = _mm512_permutexvar_epi16(odd_words, r);
-        _mm256_storeu_si256((__m256i *)(y + i), _mm512_castsi512_si256(r));
-    }
+    for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(y + i), v_round_bf16(_mm512_loadu_ps(x + i)));
 #elif defined(__AVX2__)
     const __m256i bias = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), quiet = _mm256_set1_epi32(0x40);
     for (; i + 16 <= n; i += 16) {
@@ -662,7 +670,7 @@ LAC_INLINE void v_take(int half, const void *x, float *line)
     __m512 f;
     if (half == 0) f = _mm512_loadu_ps(x);
     else if (half == 1) f = _mm512_cvtph_ps(_mm256_loadu_si256(x));
-    else f = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x)), 16);
+    else f = v_widen_bf16(_mm256_loadu_si256(x));
     _mm512_storeu_ps(line, f);
 #else
     const __m128i *h = x;
@@ -683,19 +691,20 @@ LAC_INLINE void v_take(int half, const void *x, float *line)
 }
 LAC_INLINE void v_put_half(int half, void *out, const float *line, bool stream)
 {
-    uint16_t r[16];
     __m256i h;
+#if defined(__AVX512F__)
+    __m512 f = _mm512_loadu_ps(line);
+    h = half == 2 ? v_round_bf16(f) : _mm512_cvtps_ph(f, 0);
+#else
+    uint16_t r[16];
     if (half == 2) {
         v_store_bf16(line, r, 16);
         h = _mm256_loadu_si256((const __m256i *)r);
     } else {
-#if defined(__AVX512F__)
-        h = _mm512_cvtps_ph(_mm512_loadu_ps(line), 0);
-#else
         __m128i low = _mm256_cvtps_ph(_mm256_loadu_ps(line), 0), high = _mm256_cvtps_ph(_mm256_loadu_ps(line + 8), 0);
         h = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-#endif
     }
+#endif
     if (stream) _mm256_stream_si256(out, h);
     else _mm256_storeu_si256(out, h);
 }

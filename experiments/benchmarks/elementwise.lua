@@ -2,19 +2,26 @@
 --
 -- Arrays are far beyond the caches, so memory sets the pace: each row states the least bytes that the
 -- operator must move (inputs read, results written once) as a share of the bandwidth of a copy on the same
--- threads; a share of 1 / 1.3 is the target. Functions whose arithmetic on one thread costs more than their
--- memory (exact gelu, conversions of bf16) miss it there and say so by their number. Backwards are the
--- gradient alone. The peer runs the same operator on as many threads.
+-- threads; a share of 1 / 1.3 is the target. Backwards are the gradient alone. The peer runs the same
+-- operator on as many threads. What misses on one thread, and by what (one core of an EPYC, Zen 4, AVX-512;
+-- cycles of 0.28 ns; it copies 16 floats in 8 to 10 cycles, past the caches):
 --
--- One core of an EPYC (Zen 4, AVX-512; cycles of 0.28 ns) copies 16 floats in 8, past the caches, so 1.3
--- of it leaves 10 cycles for a vector, of which each takes one multiply-add: relu (8.5) and reciprocals
--- (8.5) are within, and an exponential, which has 8 such steps and 6 others, is not (15). Cycles for 16
--- floats there: exp2 12, exp 15, sigmoid 16, silu, expm1 17, tanh 19, log 24, gelu, erf 29, log2 38,
--- dropout 48, atan 54, sin, cos 64, pow 125. What is computed in double (from log10 on in c/cpu/maps.h)
--- has half the lanes and longer polynomials; exp2 and log2 took 44 and 54 that way. Reading alone gets 28
--- GB/s of the copy's 48, so sums over rows (2.4 ms for 64 MiB) are at the memory's pace. Tried: sin and
--- cos in float after a reduction in double: 64 -> 52, and 0.9 ulp; lanes of sums and maxima combined in
--- pairs: no difference, logsumexp slower by a quarter. Neither was kept.
+-- Arithmetic. Cycles for 16 floats that are in the cache: relu 5, exp 9, exp2 10, sigmoid 12, silu 13, expm1
+-- 15, tanh 17, gelu by tanh 18, softplus 22, log 23, erf 27, gelu 28, log2 38, dropout 48, atan 54, sin, cos
+-- 64, pow 125; one multiply-add each takes one, a division 6. f16 adds 4 to each and bf16 7, for half the
+-- bytes, so of those only relu, add and the like can keep up. What is computed in double (from log10 on in
+-- c/cpu/maps.h) has half the lanes and longer polynomials. softmax of a row takes 15: an exponential, the
+-- maximum before it and the scaling after it; over columns two exponentials.
+-- Reading alone. 36 to 46 GB/s of the copy's 48 to 57: the sum and the maximum over rows are at 33. A sum
+-- converts to double, 6 cycles for 16 floats, a variance 9; over columns sums are loaded and stored as well.
+-- Passes. What reads memory twice (softmax over columns) counts it once here; backwards of norms take 18
+-- cycles for a line each of x, g and dx in the cache and 33 from memory, which overlap badly.
+--
+-- Tried, not kept: sin and cos in float after a reduction in double (64 -> 52, and 0.9 ulp); gelu with 16
+-- polynomials instead of its quotient (28 -> 25 and 3.2 ulp, but 128 constants); tanh by a table (as many
+-- steps: it needs one degree more for its relative accuracy near 0); norms' backwards by two or four rows at
+-- once, to load and store dgamma less often (rows a power of two apart push each other out of the cache:
+-- 0.8x of four); asking for rows ahead in sums and maxima (0.7x on Zen 4; an Intel processor needs it).
 
 local lac = require "lacuna"
 
