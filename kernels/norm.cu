@@ -232,21 +232,9 @@ __global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(forwa
         v.each([&](C e, int64_t, int) { sum += e; });
         C m = row_sum<ROW>(sum, space) * share_of_mean;
         v.each([&](C e, int64_t, int) { square += (e - m) * (e - m); });
-        C s = C(1) / root(row_sum<ROW>(square, space) / (C)a.n + (C)a.eps);
+        C s = inverse_deviation<T>(row_sum<ROW>(square, space), (C)a.n, (C)a.eps);
         v.store_groups(out + r * a.n, [&](C(&e)[N], int64_t first, int) {
-            C p[N];
-#pragma unroll
-            for (int i = 0; i < N; i++) e[i] = (e[i] - m) * s;
-            if (gamma) {
-                load_run<N>(gamma, first, a.gamma_stride, p);
-#pragma unroll
-                for (int i = 0; i < N; i++) e[i] *= p[i];
-            }
-            if (beta) {
-                load_run<N>(beta, first, a.beta_stride, p);
-#pragma unroll
-                for (int i = 0; i < N; i++) e[i] += p[i];
-            }
+            scale_group<N>(e, m, s, gamma, beta, first, a.gamma_stride, a.beta_stride);
         });
         if (threadIdx.x % ROW) continue;
         if (mean) mean[r] = m;
@@ -339,14 +327,17 @@ __global__ void __launch_bounds__(row_threads<ROW>)
 
 /* rows that fit a block and are equally far apart: dx and the parameters' gradients in one pass */
 template <class T> struct layernorm_back {
-    enum { STREAMS = 2, COLUMNS = 2 };
+    enum { STREAMS = 2, COLUMNS = 2, TABLE = 0 };
     const T *x, *g;
     int64_t x_step, g_step;
     T *dx;
     __device__ __forceinline__ int64_t step(int stream) const { return stream ? g_step : x_step; }
     __device__ __forceinline__ const T *row(int stream, int64_t r) const { return (stream ? g : x) + r * step(stream); }
     template <int N, int KEEP, int ROWS> struct state {
-        __device__ __forceinline__ void before(float (&)[N], int, int) {}
+        template <class X> __device__ __forceinline__ void before(X x, float (&e)[KEEP], int, const void *)
+        {
+            unpack_kept<T, N>(x, e);
+        }
         __device__ __forceinline__ void after(const layernorm_back &, T *dx, int, int, float (&e)[N],
                                               const row_access<T, N> *) const
         {

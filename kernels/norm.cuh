@@ -14,22 +14,46 @@ static __device__ __forceinline__ double root(double x) { return sqrt(x); }
 /* registers that a thread needs beside its elements */
 enum { ROW_REGISTERS = 42 };
 template <class T, int KEEP> inline constexpr int forward_registers = KEEP *(int)sizeof(T) / 4 + ROW_REGISTERS;
+/* of norms, which unpack their elements once: bytes leave room for some 27 instructions an element of a half type */
+template <class T, int KEEP> inline constexpr int norm_registers = KEEP *(int)sizeof(compute_t<T>) / 4 + ROW_REGISTERS;
 
+/* (e - m) s; of half types in one instruction: shift = -m s, whose rounding is no more than that of m */
+template <class T>
+static __device__ __forceinline__ compute_t<T> centred(compute_t<T> e, compute_t<T> m, compute_t<T> s)
+{
+    if constexpr (sizeof(T) == 2) return fmaf(e, s, -__fmul_rn(m, s));
+    else return (e - m) * s;
+}
+/* 1 / sqrt(variance + eps) from the sum of n squares */
+template <class T>
+static __device__ __forceinline__ compute_t<T> inverse_deviation(compute_t<T> square, compute_t<T> n, compute_t<T> eps)
+{
+    if constexpr (sizeof(T) == 2) return rsqrtf(__fdividef(square, n) + eps);
+    else return compute_t<T>(1) / root(square / n + eps);
+}
 /* N neighbours of a row, normalised */
 template <int N, class T>
-static __device__ __forceinline__ void scale_group(float (&e)[N], float m, float s, const T *gamma, const T *beta,
-                                                   int64_t first)
+static __device__ __forceinline__ void scale_group(compute_t<T> (&e)[N], compute_t<T> m, compute_t<T> s, const T *gamma,
+                                                   const T *beta, int64_t first, int64_t gamma_step = 1,
+                                                   int64_t beta_step = 1)
 {
-    float p[N];
+    compute_t<T> p[N], q[N];
 #pragma unroll
-    for (int i = 0; i < N; i++) e[i] = (e[i] - m) * s;
+    for (int i = 0; i < N; i++) e[i] = centred<T>(e[i], m, s);
+    if (sizeof(T) == 2 && gamma && beta) {
+        load_run<N>(gamma, first, gamma_step, p);
+        load_run<N>(beta, first, beta_step, q);
+#pragma unroll
+        for (int i = 0; i < N; i++) e[i] = fma(e[i], p[i], q[i]);
+        return;
+    }
     if (gamma) {
-        load_run<N>(gamma, first, 1, p);
+        load_run<N>(gamma, first, gamma_step, p);
 #pragma unroll
         for (int i = 0; i < N; i++) e[i] *= p[i];
     }
     if (beta) {
-        load_run<N>(beta, first, 1, p);
+        load_run<N>(beta, first, beta_step, p);
 #pragma unroll
         for (int i = 0; i < N; i++) e[i] += p[i];
     }
@@ -44,8 +68,37 @@ __device__ __forceinline__ void normalise_row(const row<T, ROW, N, KEEP> &v, flo
     v.each([&](float e, int64_t, int) { total += e; });
     float m = row_sum<ROW>(total, space) * (1.0f / n);
     v.each([&](float e, int64_t, int) { square += (e - m) * (e - m); });
-    float s = 1.0f / root(row_sum<ROW>(square, space) / n + eps);
+    float s = inverse_deviation<T>(row_sum<ROW>(square, space), n, eps);
     v.store_groups(out, [&](float(&e)[N], int64_t first, int) { scale_group<N>(e, m, s, gamma, beta, first); });
+    if (threadIdx.x % ROW) return;
+    *mean = m;
+    *rstd = s;
+}
+/* the same of elements e that are unpacked, which takes more registers and fewer instructions. SHARED: the block has
+ * other rows too */
+template <bool SHARED, class T, int ROW, int N, int KEEP>
+__device__ __forceinline__ void normalise_row(const row<T, ROW, N, KEEP> &v, const float (&e)[KEEP], float eps,
+                                              const T *gamma, const T *beta, T *out, float *mean, float *rstd,
+                                              float *space)
+{
+    float total = 0, square = 0, n = (float)v.n;
+    v.places([&](int64_t, int k) {
+#pragma unroll
+        for (int i = 0; i < N; i++) total += e[k + i];
+    });
+    float m = row_sum<ROW, SHARED>(total, space) * (1.0f / n);
+    v.places([&](int64_t, int k) {
+#pragma unroll
+        for (int i = 0; i < N; i++) square += (e[k + i] - m) * (e[k + i] - m);
+    });
+    float s = inverse_deviation<T>(row_sum<ROW, SHARED>(square, space), n, eps);
+    v.places([&](int64_t first, int k) {
+        float y[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) y[i] = e[k + i];
+        scale_group<N>(y, m, s, gamma, beta, first);
+        *(row_access<T, N> *)(out + first) = row_pack<T, N>(y);
+    });
     if (threadIdx.x % ROW) return;
     *mean = m;
     *rstd = s;
@@ -58,7 +111,7 @@ __global__ void __launch_bounds__(COMBINE)
     layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share, T *dgamma, T *dbeta, T *sums)
 {
     previous_done();
-    __shared__ double space[COMBINE / 32][32];
+    __shared__ double space[COMBINE / 32][33];
     int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
     int64_t i = (int64_t)blockIdx.x * 32 + tx;
     int columns = gridDim.y;
@@ -77,10 +130,9 @@ __global__ void __launch_bounds__(COMBINE)
     }
     space[ty][tx] = s;
     __syncthreads();
-    if (ty || i >= n) return;
-#pragma unroll
-    for (int w = 1; w < COMBINE / 32; w++) s += space[w][tx];
-    out[i] = from_compute<T>((compute_t<T>)s);
+    s = warp_sum(space[tx][ty]); /* a warp has a column */
+    i += ty - tx;
+    if (tx == 0 && i < n) out[i] = from_compute<T>((compute_t<T>)s);
 }
 
 /* absent, or readable 16 bytes at a time */

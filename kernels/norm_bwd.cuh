@@ -2,17 +2,16 @@
  * residual.cu, gelu_norm.cu).
  *
  * dx = s (q - mean(q) - z mean(q z)) with q = g gamma and z = (x - m) s: two sums along a row, and two along a column,
- * those of dgamma and dbeta. A thread has the same 8 columns of every row that its team takes (16 of rows longer than
- * 4,096), so that the columns' sums stay in registers; the blocks' shares are added in order by a second kernel
- * (norm.cuh). No atomics.
+ * those of dgamma and dbeta. A thread has the same 8, 16 or 24 columns of every row that its team takes, so that the
+ * columns' sums stay in registers; the blocks' shares are added in order by a second kernel (norm.cuh). No atomics.
  *
  * Registers could not also hold what hides the latency of memory. So rows come by cp.async, a step ahead; each thread
- * fetches what it will read itself, which takes no barrier. A step is 32 bytes of a tensor for each thread, two rows of
- * a half type, whose four sums are added up across lanes in six exchanges instead of twenty. One block fills a
- * multiprocessor: the fewer blocks, the fewer shares there are to add, which nothing hides.
- * Rejected: threads with 24 elements of a row, whose columns' sums lay in shared memory and were read, added to and
- * written there for every row: 68% of a copy's bandwidth at 32768 x 768 in bf16. Two blocks a multiprocessor: 3% to 5%
- * slower. Two steps ahead: no faster.
+ * fetches what it will read itself, which takes no barrier. A step is two rows where registers allow it, whose four
+ * sums are added up across lanes in six exchanges instead of twenty, and one else. One block fills a multiprocessor:
+ * the fewer blocks, the fewer shares there are to add, which nothing hides. Rejected: threads with 24 elements of a
+ * row, whose columns' sums lay in shared memory and were read, added to and written there for every row: 68% of a
+ * copy's bandwidth at 32768 x 768 in bf16. Two blocks a multiprocessor: 3% to 5% slower. Two steps ahead: no faster.
+ * Blocks of 576 threads with 16 elements: ptxas gives them 96 registers, which spill, 1.4 times the time.
  *
  * What is fused is a policy P: where a row's streams are (x, g and more), what becomes of x before the norm, and of dx
  * behind it; and whether dx is summed over rows and the norm's result made once more (COLUMNS = 3). Which products and
@@ -31,14 +30,11 @@ template <class T> struct norm_grad {
     float *share;             /* [block][P::COLUMNS][n], or NULL */
 };
 
-/* rows of a step */
-template <class T, int KEEP>
-inline constexpr int back_rows = KEEP *(int)sizeof(T) < 32 ? 32 / (KEEP * (int)sizeof(T)) : 1;
 /* threads of a block: all that a multiprocessor holds, with 80 registers each, 128 or 168 */
-template <int KEEP, int COLUMNS>
-inline constexpr int back_most = KEEP > 8 && COLUMNS > 2   ? (int)BACK_WIDE
-                                 : KEEP > 8 || COLUMNS > 2 ? (int)BACK_TEAM
-                                                           : (int)BACK_MOST;
+template <int KEEP, int ROWS, int COLUMNS>
+inline constexpr int back_most = KEEP > 16 || (KEEP > 8 && COLUMNS + ROWS > 3) ? (int)BACK_WIDE
+                                 : KEEP > 8 || COLUMNS > 2                     ? (int)BACK_TEAM
+                                                                               : (int)BACK_MOST;
 
 /* sums of COUNT numbers, 2 or 4, over a row's threads; lanes share the numbers as they add. `space`: COUNT x warps of
  * this row */
@@ -67,6 +63,18 @@ static __device__ __forceinline__ void team_sums(float (&v)[COUNT], float *space
     for (int w = 1; w < warps; w++)
 #pragma unroll
         for (int i = 0; i < COUNT; i++) v[i] += space[w * COUNT + i];
+}
+
+/* x(k): N elements from number k on, of KEEP */
+template <class T, int N, int KEEP, class X> static __device__ __forceinline__ void unpack_kept(X x, float (&e)[KEEP])
+{
+#pragma unroll
+    for (int k = 0; k < KEEP; k += N) {
+        float v[N];
+        row_unpack<T, N>(x(k), v);
+#pragma unroll
+        for (int i = 0; i < N; i++) e[k + i] = v[i];
+    }
 }
 
 static __device__ __forceinline__ void fetch16(uint32_t to, const void *from, bool valid)
@@ -106,13 +114,13 @@ static __device__ __forceinline__ void store_columns(const float (&sums)[COLUMNS
     }
 }
 
-/* A team of `threads` takes a run of rows; the teams of a block are neighbours. */
-template <class T, int KEEP, class P>
-__global__ void __launch_bounds__(back_most<KEEP, P::COLUMNS>, 1)
+/* A team of `threads` takes a run of rows, ROWS in a step; the teams of a block are neighbours. */
+template <class T, int KEEP, int ROWS, class P>
+__global__ void __launch_bounds__(back_most<KEEP, ROWS, P::COLUMNS>, 1)
     norm_bwd_rows(norm_grad<T> a, int threads, int stages, P p)
 {
     previous_done();
-    constexpr int N = 16 / sizeof(T), ROWS = back_rows<T, KEEP>, STREAMS = P::STREAMS, COLUMNS = P::COLUMNS;
+    constexpr int N = 16 / sizeof(T), STREAMS = P::STREAMS, COLUMNS = P::COLUMNS;
     constexpr bool WIDE = COLUMNS > 2;
     typedef row_access<T, N> vector;
     extern __shared__ float4 norm_space[];
@@ -128,7 +136,7 @@ __global__ void __launch_bounds__(back_most<KEEP, P::COLUMNS>, 1)
     for (int stream = 0; stream < STREAMS; stream++) from[stream] = p.row(stream, begin) + lane * N;
 #pragma unroll
     for (int k = 0; k < KEEP; k += N) inside[k / N] = (k / N * threads + lane) * N < n;
-    vector *mine = (vector *)norm_space + threadIdx.x;
+    vector *mine = (vector *)norm_space + P::TABLE / 16 + threadIdx.x;
     uint32_t mine_at = (uint32_t)__cvta_generic_to_shared(mine);
     asm volatile("" : "+r"(mine_at)); /* not to be computed again for every step */
     auto place = [&](int stage, int u, int stream, int k) {
@@ -176,6 +184,10 @@ __global__ void __launch_bounds__(back_most<KEEP, P::COLUMNS>, 1)
             for (int i = 0; i < N; i++) b[k + i] = v[i];
         }
     }
+    if constexpr (P::TABLE > 0) {
+        p.fill(norm_space);
+        __syncthreads();
+    }
     T *to = p.dx + begin * n + lane * N;
     int stage = 0, turn = 0;
     for (int r = 0; r < count; r += ROWS, turn ^= 1) {
@@ -185,12 +197,13 @@ __global__ void __launch_bounds__(back_most<KEEP, P::COLUMNS>, 1)
 #pragma unroll
         for (int u = 0; u < ROWS; u++) {
             float total = 0, dot = 0, shift = -(m[u] * s[u]); /* its rounding is no more than that of m */
+            more.before([&](int k) { return *slot(stage, u, 0, k); }, z[u], u, norm_space);
 #pragma unroll
             for (int k = 0; k < KEEP; k += N) {
                 float e[N], d[N];
-                row_unpack<T, N>(*slot(stage, u, 0, k), e);
                 row_unpack<T, N>(*slot(stage, u, 1, k), d);
-                more.before(e, u, k);
+#pragma unroll
+                for (int i = 0; i < N; i++) e[i] = z[u][k + i];
 #pragma unroll
                 for (int i = 0; i < N; i++) {
                     float q = __fmul_rn(w[k + i], d[i]);
@@ -235,49 +248,68 @@ __global__ void __launch_bounds__(back_most<KEEP, P::COLUMNS>, 1)
     if (!a.share) return;
     fetched(1);
     __syncthreads();
-    store_columns<N, KEEP, COLUMNS>(sums, a.share + (int64_t)blockIdx.x * COLUMNS * n, n, threads, norm_space);
+    store_columns<N, KEEP, COLUMNS>(sums, a.share + (int64_t)blockIdx.x * COLUMNS * n, n, threads,
+                                    norm_space + P::TABLE / 16);
 }
 
 /* launches it and adds the shares of dgamma, dbeta and of the sums of dx up; `a` lacks only where those are */
-template <int KEEP, class T, class P>
+template <int KEEP, int ROWS, class T, class P>
 int norm_bwd_kept(const char *op, norm_grad<T> a, const P &p, const lac_view *dgamma, const lac_view *dbeta,
                   const lac_view *dx_sums)
 {
     constexpr int COLUMNS = P::COLUMNS;
-    constexpr int STEP = back_rows<T, KEEP> * P::STREAMS * KEEP * (int)sizeof(T);
-    auto kernel = norm_bwd_rows<T, KEEP, P>;
+    constexpr int STEP = ROWS * P::STREAMS * KEEP * (int)sizeof(T);
+    auto kernel = norm_bwd_rows<T, KEEP, ROWS, P>;
     static int shared_most = 0;
     static cudaError_t allowed = [&] {
         cudaError_t e = cudaDeviceGetAttribute(&shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-        shared_most -= 1 << 10; /* what the kernel has besides */
-        return e ? e : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_most);
+        shared_most -= (1 << 10) + P::TABLE; /* what the kernel has besides */
+        return e ? e
+                 : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_most + P::TABLE);
     }();
     LAC_TRY(lac_cuda_check(op, allowed));
     int threads = (int)((a.n + 32 * KEEP - 1) / (32 * KEEP)) * 32, stages = BACK_STAGES;
-    unsigned block = (unsigned)(threads * (back_most<KEEP, COLUMNS> / threads));
+    unsigned block = (unsigned)(threads * (back_most<KEEP, ROWS, COLUMNS> / threads));
     while (stages > 1 && (int)block * STEP * stages > shared_most) stages--;
+    while ((int)block > threads && (int)block * STEP > shared_most) block -= (unsigned)threads;
     size_t shared = (size_t)block * STEP * stages, columns = block * KEEP * COLUMNS * sizeof(float);
     unsigned blocks = blocks_filling(a.rows, block / threads, 1);
     bool shares = dgamma->data || dbeta->data || (dx_sums && dx_sums->data);
     lac_scratch share(op, shares ? (size_t)(blocks * COLUMNS * a.n) * sizeof(float) : 1);
     if (!share.data) return LAC_E_MEMORY;
     a.share = shares ? (float *)share.data : NULL;
-    launch(kernel, blocks, block, shared > columns ? shared : columns, a, threads, stages, p);
+    launch(kernel, blocks, block, P::TABLE + (shared > columns ? shared : columns), a, threads, stages, p);
     LAC_TRY(lac_cuda_launched(op));
     if (!shares) return 0;
     launch(layernorm_combine<T>, dim3(blocks_for(a.n, 32), COLUMNS), COMBINE, 0, a.n, (int64_t)blocks, a.share,
            (T *)dgamma->data, (T *)dbeta->data, dx_sums ? (T *)dx_sums->data : NULL);
     return lac_cuda_launched(op);
 }
-/* rows of at most ROW_KEPT elements. Of half types, for which 80 registers are few, threads have 16 elements where that
- * leaves no more of them idle than 8 do. */
+/* rows of at most ROW_KEPT elements. Few threads with many elements in flight are better than many: each has its share
+ * of what is done once a row. */
 template <class T, class P>
 int norm_bwd_run(const char *op, const norm_grad<T> &a, const P &p, const lac_view *dgamma, const lac_view *dbeta,
                  const lac_view *dx_sums = NULL)
 {
-    bool fits = sizeof(T) == 2 && (a.n + 511) / 512 * 512 == (a.n + 255) / 256 * 256;
-    return a.n <= 8 * BACK_TEAM && !fits ? norm_bwd_kept<8>(op, a, p, dgamma, dbeta, dx_sums)
-                                         : norm_bwd_kept<16>(op, a, p, dgamma, dbeta, dx_sums);
+    auto run = [&](auto keep, auto rows) {
+        return norm_bwd_kept<decltype(keep)::value, decltype(rows)::value>(op, a, p, dgamma, dbeta, dx_sums);
+    };
+    std::integral_constant<int, 1> one;
+    std::integral_constant<int, 2> two;
+    std::integral_constant<int, 8> keep8;
+    std::integral_constant<int, 16> keep16;
+    if constexpr (sizeof(T) == 4) {
+        /* a block of one team would stand still while that adds up */
+        return a.n <= 8 * BACK_WIDE ? run(keep8, one) : run(keep16, one);
+    } else {
+        /* 16 elements a thread where that leaves no more of them idle than 8 do */
+        bool fits = (a.n + 511) / 512 * 512 == (a.n + 255) / 256 * 256;
+        if constexpr (P::COLUMNS == 2) {
+            if (a.n > 512 && a.n <= 768) return run(std::integral_constant<int, 24>(), one);
+            if (fits && a.n <= 8 * BACK_WIDE) return run(keep16, two);
+        }
+        return a.n <= 8 * BACK_TEAM && !fits ? run(keep8, two) : run(keep16, one);
+    }
 }
 
 #endif

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(2 * forward_
 
 /* dx of the norm is rounded, then the sum's own gradient is added; with dropout that of h follows from it */
 template <class T> struct residual_back {
-    enum { STREAMS = 3, COLUMNS = 2 };
+    enum { STREAMS = 3, COLUMNS = 2, TABLE = 0 };
     residual_args a;
     const T *sum, *g, *g_sum;
     T *dx, *dh;
@@ -67,7 +67,10 @@ template <class T> struct residual_back {
         return (stream == 0 ? sum : stream == 1 ? g : g_sum) + r * step(stream);
     }
     template <int N, int KEEP, int ROWS> struct state {
-        __device__ __forceinline__ void before(float (&)[N], int, int) {}
+        template <class X> __device__ __forceinline__ void before(X x, float (&e)[KEEP], int, const void *)
+        {
+            unpack_kept<T, N>(x, e);
+        }
         __device__ __forceinline__ void after(const residual_back &p, T *dx, int, int, float (&e)[N],
                                               const row_access<T, N> *g_sum) const
         {

@@ -106,6 +106,16 @@ template <class T, int ROW, int N, int KEEP> struct row {
     {
         row_unpack<T, N>(KEEP ? kept[k / N] : read(first), v);
     }
+    /* f(position of the first, number of the first among the kept): N neighbours at a time, of kept rows */
+    template <class F> __device__ __forceinline__ void places(F f) const
+    {
+#pragma unroll
+        for (int k = 0; k < PER; k++) {
+            int first = (k * ROW + lane) * N;
+            if (first >= (int)n) break;
+            f((int64_t)first, k * N);
+        }
+    }
     /* f(values, position of the first, number of the first among the kept): N neighbours at a time */
     template <class F> __device__ __forceinline__ void groups(F f) const
     {
@@ -160,17 +170,22 @@ __device__ __forceinline__ void load_run(const T *p, int64_t first, int64_t stri
     row_unpack<T, N>(*(const row_access<T, N> *)(p + (N > 1 ? first : first * stride)), v);
 }
 
-/* sums over a row's threads of ROW / 32 warps; `space` has as many values and may be reused after the call */
-template <int ROW, class C> __device__ __forceinline__ C row_sum(C x, C *space)
+/* sums over a row's threads of ROW / 32 warps; `space` has as many values and may be reused after the call. SHARED: the
+ * block has more rows than this. */
+template <int ROW, bool SHARED = false, class C> __device__ __forceinline__ C row_sum(C x, C *space)
 {
+    auto wait = [] {
+        if (SHARED) asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.x / ROW + 1), "n"(ROW) : "memory");
+        else __syncthreads();
+    };
     x = warp_sum(x);
     if constexpr (ROW > 32) {
-        if (threadIdx.x % 32 == 0) space[threadIdx.x / 32] = x;
-        __syncthreads();
+        if (threadIdx.x % 32 == 0) space[(SHARED ? threadIdx.x % ROW : threadIdx.x) / 32] = x;
+        wait();
         x = space[0];
 #pragma unroll
         for (int w = 1; w < ROW / 32; w++) x += space[w];
-        __syncthreads();
+        wait();
     }
     return x;
 }
