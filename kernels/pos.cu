@@ -3,12 +3,14 @@
  * Cosines and sines depend on position and frequency only, and angles are in double: a position times a frequency in
  * float would be off by radians at a million tokens. Dense halves of f32, f16 and bf16 (what models have) are one
  * kernel: a block makes the turns of a few positions, with XPOS's factor folded in, and rotates all their heads by
- * them, 16 bytes of each half at a time. The frequencies come from the host, which remembers them. Other layouts, wider
+ * them, 16 bytes of each half at a time, the first of which are on their way while the turns are made. The frequencies
+ * come from the host, which remembers them. Other layouts, wider
  * heads and f64 tabulate the turns in scratch memory first. The transposed map, which is the gradient, is the rotation
  * by the negative angle with the same factor. Rejected: a table that is kept between calls (it would be state that a
  * graph, the pool's limits and positions all invalidate, and reading it is no faster than making it).
  */
 #include "lists.cuh"
+#include "rows.cuh"
 #include <cmath>
 
 struct rope_args {
@@ -31,7 +33,8 @@ template <class C> struct alignas(2 * sizeof(C)) pair {
 enum {
     ROPE_SHARED = 256, /* frequencies that a block keeps */
     ROPE_HALF = 128,   /* that a launch is given */
-    ROPE_TURNS = 512   /* that a block makes of them */
+    ROPE_TURNS = 512,  /* that a block makes of them */
+    ROPE_FLIGHT = 3    /* vectors of each half that a thread has on the way */
 };
 struct rope_rates {
     double frequency[ROPE_HALF], rate[ROPE_HALF]; /* rate: of XPOS's exponent */
@@ -47,9 +50,10 @@ static __device__ __forceinline__ pair<double> rope_turn(double a, double e, dou
 }
 static __device__ __forceinline__ pair<float> rope_turn(double a, double e, float)
 {
-    double turns = rint(a * 0.15915494309189533577), power = e * 1.44269504088896340736, whole = rint(power);
-    float s, c, rest = (float)fma(turns, -2.4492935982947064e-16, fma(turns, -6.283185307179586477, a));
-    sincosf(rest, &s, &c);
+    double turns = a * 0.15915494309189533577, power = e * 1.44269504088896340736, whole = rint(power);
+    float s, c;
+    sincospif(2 * (float)(turns - rint(turns)), &s, &c);
+    if (e == 0) return {c, s};
     float factor = ldexpf(exp2f((float)(power - whole)), (int)fmax(fmin(whole, 1000.0), -1000.0));
     return {c * factor, s * factor};
 }
@@ -108,19 +112,43 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* dense halves: a block makes the turns of `places` positions and rotates all their heads */
+/* dense halves: a block makes the turns of `places` positions and rotates all their heads. What a thread rotates first
+ * is on its way while it makes turns, and ROPE_FLIGHT runs at a time after that. */
 template <class T, int P>
-__global__ void __launch_bounds__(THREADS) rope_runs(rope_args a, const __grid_constant__ rope_rates rates, const T *x,
-                                                     T *out, int places, lac_cuda_reporter bad)
+__global__ void __launch_bounds__(THREADS, 4) rope_runs(rope_args a, const __grid_constant__ rope_rates rates,
+                                                        const T *x, T *out, int places, lac_cuda_reporter bad)
 {
-    struct alignas(P * sizeof(T)) run {
-        T at[P];
-    };
+    typedef row_access<T, P> run;
     __shared__ alignas(16) pair<float> turns[ROPE_TURNS];
+    __shared__ double frequency[ROPE_HALF], rate[ROPE_HALF]; /* parameters are read an address at a time */
     int half = (int)a.half, heads = (int)a.heads, runs = half / P;
     int64_t first = (int64_t)blockIdx.x * places, left = a.batch * a.n - first;
     if (left < places) places = (int)left;
+    int total = places * heads * runs;
+    run u[ROPE_FLIGHT], v[ROPE_FLIGHT];
+    /* number t: i, the pair that it begins with; at, its position's number in the block; row, its head's */
+    auto split = [&](int t, int *i, int *at) {
+        int row = (int)a.by_runs.divide((uint32_t)t);
+        *at = (int)a.by_heads.divide((uint32_t)row);
+        *i = (t - row * runs) * P;
+        return row;
+    };
+    auto load = [&](int t0) {
+#pragma unroll
+        for (int f = 0; f < ROPE_FLIGHT; f++) {
+            int t = t0 + f * THREADS, i, at;
+            if (t >= total) break;
+            int row = split(t, &i, &at), h = row - at * heads;
+            int64_t bn = first + at, b = a.batch > 1 ? bn / a.n : 0, n = bn - b * a.n;
+            const T *from = x + b * a.stride[0] + n * a.stride[1] + h * a.stride[2] + i;
+            u[f] = *(const run *)from;
+            v[f] = *(const run *)(from + half);
+        }
+    };
+    for (int i = threadIdx.x; i < half; i += THREADS) frequency[i] = rates.frequency[i], rate[i] = rates.rate[i];
     previous_done();
+    load(threadIdx.x);
+    __syncthreads();
     for (int t = threadIdx.x; t < places * half; t += THREADS) {
         int at = (int)a.by_half.divide((uint32_t)t), i = t - at * half;
         int64_t bn = first + at, n = a.batch > 1 ? bn % a.n : bn, row = a.each ? bn : n;
@@ -130,27 +158,32 @@ __global__ void __launch_bounds__(THREADS) rope_runs(rope_args a, const __grid_c
             place = 0;
         }
         double p = (double)(a.start + place);
-        pair<float> turn = rope_turn(p * rates.frequency[i], p * rates.rate[i], 0.0f);
+        pair<float> turn = rope_turn(p * frequency[i], p * rate[i], 0.0f);
         turns[t] = {turn.c, a.transpose ? -turn.s : turn.s};
     }
     __syncthreads();
-    for (int t = threadIdx.x; t < places * heads * runs; t += THREADS) {
-        int row = (int)a.by_runs.divide((uint32_t)t), at = (int)a.by_heads.divide((uint32_t)row);
-        int h = row - at * heads, i = (t - row * runs) * P;
-        int64_t bn = first + at, b = a.batch > 1 ? bn / a.n : 0, n = bn - b * a.n;
-        const T *from = x + b * a.stride[0] + n * a.stride[1] + h * a.stride[2] + i;
-        const pair<float> *turn = turns + at * half + i;
-        run u = *(const run *)from, v = *(const run *)(from + half);
+    for (int t0 = threadIdx.x; t0 < total; t0 += ROPE_FLIGHT * THREADS) {
+        if (t0 >= ROPE_FLIGHT * THREADS) load(t0);
 #pragma unroll
-        for (int k = 0; k < P; k++) {
-            pair<float> r = turn[k];
-            float p = to_compute(u.at[k]), q = to_compute(v.at[k]);
-            u.at[k] = from_compute<T>(p * r.c - q * r.s);
-            v.at[k] = from_compute<T>(p * r.s + q * r.c);
+        for (int f = 0; f < ROPE_FLIGHT; f++) {
+            int t = t0 + f * THREADS, i, at;
+            if (t >= total) break;
+            int row = split(t, &i, &at);
+            const pair<float> *turn = turns + at * half + i;
+            float p[P], q[P];
+            row_unpack<T, P>(u[f], p);
+            row_unpack<T, P>(v[f], q);
+#pragma unroll
+            for (int k = 0; k < P; k++) {
+                pair<float> r = turn[k];
+                float left = p[k] * r.c - q[k] * r.s;
+                q[k] = p[k] * r.s + q[k] * r.c;
+                p[k] = left;
+            }
+            T *to = out + (first * heads + row) * 2 * half + i;
+            row_store(to, row_pack<T, P>(p));
+            row_store(to + half, row_pack<T, P>(q));
         }
-        T *to = out + (bn * heads + h) * 2 * half + i;
-        *(run *)to = u;
-        *(run *)(to + half) = v;
     }
 }
 
