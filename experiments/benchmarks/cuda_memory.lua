@@ -1,11 +1,11 @@
 --- cuda_memory.lua: operators that memory bounds on a GPU, beside a copy and beside PyTorch.
 --
--- Maps, reductions, norms, softmax, cross-entropy and AdamW at the sizes of LongNet-125M: 32,768 positions
--- of width 768 and of hidden width 3,072, in f32 and bf16. Each row states the least bytes that the operator
--- must move as a share of the bandwidth of a copy of 1 GiB, and its speed against PyTorch's, measured in the
--- same turns. One call runs the operator on as many copies of its operands as exceed the second-level cache
--- several times, and what it makes lives until the call ends: neither side reads or overwrites what is still
--- in the cache. "both" is forward and backward; its bytes are those of the two.
+-- Maps, reductions, norms, softmax, rotations, cross-entropy and AdamW at the sizes of LongNet-125M: 32,768
+-- positions of width 768 and of hidden width 3,072, in f32 and bf16. Each row states the least bytes that the
+-- operator must move as a share of the bandwidth of a copy of 1 GiB, and its speed against PyTorch's,
+-- measured in the same turns. One call runs the operator on as many copies of its operands as exceed the
+-- second-level cache several times, and what it makes lives until the call ends: neither side reads or
+-- overwrites what is still in the cache. "both" is forward and backward; its bytes are those of the two.
 
 local lac = require "lacuna"
 local bench = require "lacuna.bench"
@@ -106,6 +106,19 @@ local function operators(b, sizes, dtype)
   end
 end
 
+local function rotation(b, dtype)
+  local n = b:size(32768, 16)
+  local bytes = 2 * n * 12 * 64 * (dtype == "f32" and 4 or 2)
+  local copies = copies_for(b, bytes)
+  lac.scope(function()
+    b:row{ what = ("rope [1, %d, 12, 64] %s"):format(n, dtype), work = copies * bytes, unit = "B/s",
+      ours = cycle(copies, function()
+        local x = draw({ 1, n, 12, 64 }, dtype)
+        return function() return lac.rope(x) end
+      end), floor = "copy", as = "share", at_least = SHARE }
+  end)
+end
+
 local function losses(b, dtype)
   local rows, classes = b:size(4096, 16), b:size(50304, 64)
   local bytes = rows * classes * (dtype == "f32" and 4 or 2)
@@ -183,6 +196,7 @@ return {
       for _, width in ipairs(b:size({ 768, 3072 }, { 16 })) do
         operators(b, { b:size(32768, 16), width }, dtype)
       end
+      rotation(b, dtype)
       losses(b, dtype)
       optimizer(b, dtype)
     end
