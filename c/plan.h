@@ -28,7 +28,7 @@
 /* Tile sizes of the CPU back end; here because the plan reports how much working memory they take. */
 enum {
     LAC_ATTN_QUERIES = 1056,        /* most query rows of one forward task */
-    LAC_ATTN_BLOCKS_QUERIES = 2048, /* and where there are active blocks in parts */
+    LAC_ATTN_BLOCKS_QUERIES = 4096, /* and where there are active blocks in parts */
     LAC_ATTN_QUERIES_LEAST = 240,
     LAC_ATTN_KEYS = 512,      /* keys of one forward tile, and columns of a score row, */
     LAC_ATTN_KEYS_WIDE = 256, /* if rows are longer than LAC_ATTN_WIDE: the packed tile has to fit the second cache */
