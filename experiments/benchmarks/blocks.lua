@@ -14,16 +14,17 @@
 -- rows of queries, gradients and values cost to fetch. To ask for rows of queries and for values while
 -- products run brought less than what runs differ by. On a busy machine a pair varies by a tenth and more.
 --
--- With the matrix unit (one core of a shared Xeon, f32, the fastest calls of two rounds in turns) against
--- dense attention on the unit, before in brackets, forward and backward: blocks of 128 D 64 1.28 to 1.35 and
--- 1.26 (1.45 and 1.50), causal 1.38 to 1.42 and 1.19 to 1.22 (1.45 and 1.55); D 128 1.36 to 1.40 and 1.21 to
--- 1.27 (1.59 and 1.48), causal 1.45 to 1.56 and 1.21 to 1.30 (1.65 and 1.65): met by the backward, missed by
--- the forward, just at D 64. bf16, forward and backward, D 64 1.45 and 1.53 (1.67 and 1.77), D 128 1.67 and
--- 1.53 (1.76 and 1.78), before the backward's last form. Before, keys were taken apart for each row of
--- blocks anew; what is left says c/cpu/attn_parts_blocks.inc. Time of multiply-adds over the unit's, then: D
--- 64 1.09 and 1.09, D 128 1.20 and 1.23, bf16 D 64 1.25 and 1.39; blocks of 64 0.86 to 0.97, of 32 0.73 to
--- 0.86: so blocks of fewer than 128 rows stay with multiply-adds. Neighbours slow the unit alone, then all
--- of these are worse.
+-- With the matrix unit (one core of a shared Xeon, f32, the fastest of 16 calls of ours and 8 of dense in
+-- turns, two runs) against dense attention on the unit, before in brackets, blocks of 128. Forward: D 64 1.24
+-- to 1.29 (1.28 to 1.35), causal 1.27 to 1.30 (1.38 to 1.42); D 128 1.24 to 1.27 (1.36 to 1.40), causal 1.26
+-- to 1.27 (1.45 to 1.56). Backward: D 64 1.26, causal 1.19 to 1.22; D 128 1.21 to 1.27, causal 1.21 to 1.30.
+-- bf16, forward, one run: D 64 1.32 (1.45), causal 1.44; D 128 1.48 (1.67), causal 1.53; backward 1.53,
+-- before its last form. Where the forward's time goes and what was tried says c/cpu/attn_parts_blocks.inc.
+-- Memory of rows of blocks that is used again took 4% off the forward, 9% where D 128 is causal; 4096 rows a
+-- task instead of 2048 2 to 9%; maxima of 16 rows at once 1 to 2%, and 0 to 5% off dense. Time of
+-- multiply-adds over the unit's, with the form before: D 64 1.09 and 1.09, D 128 1.20 and 1.23, bf16 D 64
+-- 1.25 and 1.39; blocks of 64 0.86 to 0.97, of 32 0.73 to 0.86: so blocks of fewer than 128 rows stay with
+-- multiply-adds. Neighbours slow the unit alone, then all of these are worse.
 --
 -- On CUDA both sides are the portable kernels' in bf16. An H200, one run, seven rounds in turns, blocks of
 -- 128, forward and backward, then causal, before in brackets: D 64 1.19 and 1.12, 1.26 and 1.20 (1.23 and
