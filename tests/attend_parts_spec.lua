@@ -151,6 +151,19 @@ describe("attention in parts", function()
     end, 3)
   end)
 
+  it("is that where a task has more than 32 rows of blocks, whose memory is used again", function()
+    C.lac_threads(1)
+    exact(function(trial)
+      local n = 4400
+      local c = direct.fill { N = n, M = n, H = 1, D = 32, segments = { n }, dilations = { 1 },
+                              causal = trial == 2 }
+      pairs_of.seed(trial)
+      pairs_of.blocks(c, 0.06, { 128 })
+      return c
+    end, 2)
+    C.lac_threads(threads)
+  end)
+
   -- One part or two are all of a half number: sums are those of f32, and results differ from f64's by what
   -- rounding them to the half type takes: x * 2^-8 or 2^-11 at most.
   it("takes half types as they are", function()
