@@ -198,6 +198,7 @@ struct stats_args {
     int64_t rows;                              /* B N H */
     int n, heads, head_dim, branches;
     bool per_branch, branch_softmax, parts;
+    bool flat, gaps; /* do rows lie one after the other? may there be rows that no branch reaches? */
     void *lse2, *lse2_low, *delta, *delta_low;
     double *lse_all;
 };
@@ -223,10 +224,11 @@ __device__ __forceinline__ void stats_place(const stats_args &a, int64_t row, in
         *n = (int)(token - (uint32_t)*b * (uint32_t)a.n);
     } else *h = (int)(row % a.heads), *n = (int)(row / a.heads % a.n), *b = (int)(row / a.heads / a.n);
 }
-/* dout times out of EACH rows, of which eight lanes take 16 bytes at a time: all are asked for before one is used */
+/* dout times out of EACH rows, of which eight lanes take 16 bytes at a time: all are asked for before one is used.
+ * `wanted`: of which rows, a bit each */
 template <class T, int EACH>
 __device__ __forceinline__ void stats_products(const stats_args &a, const int64_t (&x)[EACH], const int64_t (&y)[EACH],
-                                               float (&sum)[EACH])
+                                               unsigned wanted, float (&sum)[EACH])
 {
     constexpr int PER = 16 / (int)sizeof(T);
     struct alignas(16) chunk {
@@ -236,12 +238,14 @@ __device__ __forceinline__ void stats_products(const stats_args &a, const int64_
         chunk u[EACH], v[EACH];
 #pragma unroll
         for (int k = 0; k < EACH; k++)
-            u[k] = ((const chunk *)((const T *)a.out.data + x[k]))[c],
-            v[k] = ((const chunk *)((const T *)a.g.data + y[k]))[c];
+            if (wanted >> k & 1)
+                u[k] = ((const chunk *)((const T *)a.out.data + x[k]))[c],
+                v[k] = ((const chunk *)((const T *)a.g.data + y[k]))[c];
 #pragma unroll
         for (int k = 0; k < EACH; k++)
 #pragma unroll
-            for (int i = 0; i < PER; i++) sum[k] = fmaf(to_compute(u[k].at[i]), to_compute(v[k].at[i]), sum[k]);
+            for (int i = 0; i < PER; i++)
+                if (wanted >> k & 1) sum[k] = fmaf(to_compute(u[k].at[i]), to_compute(v[k].at[i]), sum[k]);
     }
 }
 
@@ -291,19 +295,38 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
     constexpr int EACH = sizeof(T) == 2 ? 4 : 1; /* rows of eight lanes; those of a warp are neighbours */
     const int lane = threadIdx.x % 8;
     const int64_t first = ((int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32) * (4 * EACH) + threadIdx.x % 32 / 8;
+    const int64_t row = first + 4 * lane; /* one of the eight lanes' rows a lane */
+    const bool mine = lane < EACH && row < a.rows;
     int64_t x[EACH], y[EACH];
-    C sums[EACH] = {};
+    C sums[EACH] = {}, lse = 0;
     int b, n, h;
     previous_done();
+    if (mine) {
+        int64_t at = row;
+        if (!a.flat) {
+            stats_place(a, row, &b, &n, &h);
+            at = b * a.lse.stride[0] + n * a.lse.stride[1] + h * a.lse.stride[2];
+        }
+        lse = ((const C *)a.lse.data)[at];
+    }
 #pragma unroll
     for (int k = 0; k < EACH; k++) { /* the last row again: all lanes take part in the sum */
-        stats_place(a, first + 4 * k < a.rows ? first + 4 * k : a.rows - 1, &b, &n, &h);
+        const int64_t at = first + 4 * k < a.rows ? first + 4 * k : a.rows - 1;
+        x[k] = y[k] = at * a.head_dim;
+        if (a.flat) continue;
+        stats_place(a, at, &b, &n, &h);
         x[k] = b * a.out.stride[0] + n * a.out.stride[1] + h * a.out.stride[2];
         y[k] = b * a.g.stride[0] + n * a.g.stride[1] + h * a.g.stride[2];
     }
+    unsigned wanted = ~0u;
+    if (EACH > 1 && a.gaps) { /* their deltas are not needed */
+#pragma unroll
+        for (int k = 0; k < EACH; k++)
+            if (__shfl_sync(~0u, lse, threadIdx.x % 32 / 8 * 8 + k) == -INFINITY) wanted &= ~(1u << k);
+    }
     if (!a.per_branch) {
         if constexpr (EACH > 1) {
-            if (a.out.vec && a.g.vec) stats_products<T, EACH>(a, x, y, sums);
+            if (a.out.vec && a.g.vec) stats_products<T, EACH>(a, x, y, wanted, sums);
             else
                 for (int d = lane; d < a.head_dim; d += 8)
 #pragma unroll
@@ -322,15 +345,13 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
                               to_compute(((const T *)a.out.data)[x[0] + d * a.out.stride[3]]), sums[0]);
         }
     }
-    const int64_t row = first + 4 * lane; /* one of the eight lanes' rows a lane */
-    if (lane >= EACH || row >= a.rows) return;
+    if (!mine) return;
     C sum = sums[0];
 #pragma unroll
     for (int k = 1; k < EACH; k++) sum = lane == k ? sums[k] : sum;
-    stats_place(a, row, &b, &n, &h);
-    const C *lse = (const C *)a.lse.data + b * a.lse.stride[0] + n * a.lse.stride[1] + h * a.lse.stride[2];
     C high, low;
-    base2(*lse, &high, &low);
+    base2(lse, &high, &low);
+    if (!a.flat || a.branch_softmax || a.dlse.data) stats_place(a, row, &b, &n, &h);
     if (a.lse_all) a.lse_all[row] = (double)high + (double)low;
     for (int g = 0; g < (a.per_branch ? a.branches : 1); g++) {
         if (a.branch_softmax) {
@@ -354,7 +375,15 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
     }
 }
 
-static int make_stats(attn_args &a, const lac_a_attend_bwd *w)
+/* do the rows of a [B, N, H, width] lie one after the other? */
+static bool one_by_one(const attn_args &a, const attn_tensor &x, int64_t width)
+{
+    const int64_t token = a.heads * width;
+    return (a.heads == 1 || x.stride[2] == width) && x.stride[1] == token &&
+           (a.batch == 1 || x.stride[0] == a.n * token);
+}
+
+static int make_stats(attn_args &a, const lac_a_attend_bwd *w, bool gaps)
 {
     stats_args s = {};
     s.out = tensor_of(&w->forward.out), s.g = a.g, s.lse = tensor_of(&w->forward.lse), s.dlse = a.dlse;
@@ -362,6 +391,8 @@ static int make_stats(attn_args &a, const lac_a_attend_bwd *w)
     s.rows = (int64_t)a.batch * a.n * a.heads;
     s.n = a.n, s.heads = a.heads, s.head_dim = a.head_dim, s.branches = a.branches;
     s.per_branch = a.per_branch, s.branch_softmax = a.sum, s.parts = parts(w->forward.q.dtype, a.head_dim);
+    s.flat = one_by_one(a, s.out, a.head_dim) && one_by_one(a, s.g, a.head_dim) && one_by_one(a, s.lse, 1);
+    s.gaps = gaps;
     s.lse2 = a.lse2, s.lse2_low = a.lse2_low, s.delta = a.delta, s.delta_low = a.delta_low,
     s.lse_all = (double *)a.lse_all;
     return dispatch_float(w->forward.q.dtype, [&](auto tag) {
@@ -503,7 +534,7 @@ static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_a
                         void *list, void *sums, bool joint, const hopper_kept *padding)
 {
     const lac_a_attend *f = &w->forward;
-    LAC_TRY(make_stats(a, w));
+    LAC_TRY(make_stats(a, w, !covered(f->plan) || f->plan->shift < 0));
     if (a.per_branch && (!list || joint || hopper_options(a))) {
         a.deltas = 1;
         LAC_TRY(queries_pass(a, f));

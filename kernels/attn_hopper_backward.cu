@@ -151,48 +151,59 @@ __device__ __forceinline__ int first_turn(const attn_args &a, const attn_tile &t
     return (int)split.tiles - 1 - split.owner(min(last, t.live - 1));
 }
 
-enum { LIST_BLOCKS = THREADS / HOPPER_ROWS };
-enum { COUNTERS = 3 }; /* beside those of ranks, see carve() */
+enum { LIST_BLOCKS = 4 }; /* of a warp at a time */
+enum { COUNTERS = 3 };    /* beside those of ranks, see carve() */
+
+/* Turns of the branch's blocks, and their statistics. A lane works out what one of the warp's blocks is; then all lanes
+ * copy them, of which everything is read before it is written. */
+__device__ __forceinline__ void list_blocks(const attn_args &a, const hopper_args &p, int g, int most)
+{
+    const hopper_branch &br = p.branch[g];
+    const int heads = a.branch[g].heads, blocks = a.batch * br.segments * heads * br.blocks, lane = threadIdx.x % 32;
+    const int warp = (int)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, warps = (int)gridDim.x * (THREADS / 32);
+    const int64_t step = (int64_t)a.branch[g].dilation * a.heads;
+    for (int first = warp * LIST_BLOCKS; first < blocks; first += warps * LIST_BLOCKS) {
+        /* heads vary fastest: their statistics lie side by side */
+        const int id = min(first + lane % LIST_BLOCKS, blocks - 1), m = id / heads % br.blocks;
+        const int segment = id / heads / br.blocks, h = a.branch[g].head0 + id % heads;
+        attn_tile t;
+        attn_span(a, g, segment / br.segments, h, segment % br.segments, t);
+        const int block = item_block(a, p, g, t.b, segment % br.segments, h) + m, i = t.q0 + m * HOPPER_ROWS;
+        const int rows = t.q1 - i;
+        const int64_t from = attn_stat(a, t, h, i, a.per_branch);
+        if (lane < LIST_BLOCKS) p.turn[block] = first_turn(a, t, m, most) | HOPPER_FRESH;
+        float lse[2 * LIST_BLOCKS], delta[2 * LIST_BLOCKS];
+#pragma unroll
+        for (int e = 0; e < 2 * LIST_BLOCKS; e++) { /* 32 rows */
+            const int row = e % 2 * 32 + lane, left = __shfl_sync(~0u, rows, e / 2);
+            const int64_t at = __shfl_sync(~0u, from, e / 2) + row * step;
+            lse[e] = row < left ? ((const float *)a.lse2)[at] : 0; /* rows past the end: q and dout are zeros there, */
+            delta[e] = row < left ? ((const float *)a.delta)[at] : 0; /* any finite P and delta will do */
+        }
+#pragma unroll
+        for (int e = 0; e < 2 * LIST_BLOCKS; e++) {
+            float *to = p.stats + (int64_t)__shfl_sync(~0u, block, e / 2) * 2 * HOPPER_ROWS + e % 2 * 32 + lane;
+            to[0] = lse[e], to[HOPPER_ROWS] = delta[e];
+        }
+    }
+}
+
 static __global__ void __launch_bounds__(THREADS)
     hopper_list_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, int most)
 {
-    __shared__ attn_tile shared[LIST_BLOCKS];
-    __shared__ int at[LIST_BLOCKS];
-    const int g = blockIdx.y, heads = a.branch[g].heads, row = threadIdx.x % HOPPER_ROWS;
+    const int g = blockIdx.y;
     const hopper_branch &br = p.branch[g];
-    const int items = a.batch * br.segments * heads;
+    const int tiles = a.batch * br.segments * a.branch[g].heads * br.tiles;
     previous_done();
     if (blockIdx.x + blockIdx.y == 0 && threadIdx.x < a.ranks + COUNTERS) p.counter[threadIdx.x] = 0;
-    for (int id = blockIdx.x * THREADS + threadIdx.x; id < items * br.tiles; id += gridDim.x * THREADS)
+    for (int id = blockIdx.x * THREADS + threadIdx.x; id < tiles; id += gridDim.x * THREADS)
         p.tile[br.first_tile + id] = make_tile(a, p, g, most, id);
-    attn_tile &t = shared[threadIdx.x / HOPPER_ROWS];
-    int &block = at[threadIdx.x / HOPPER_ROWS];
-    const int steps = (items * br.blocks + LIST_BLOCKS - 1) / LIST_BLOCKS;
-    for (int step = blockIdx.x; step < steps; step += gridDim.x) {
-        /* heads vary fastest: their statistics lie side by side */
-        const int id = step * LIST_BLOCKS + threadIdx.x / HOPPER_ROWS, m = id / heads % br.blocks;
-        const int segment = id / heads / br.blocks, h = a.branch[g].head0 + id % heads;
-        const bool valid = id < items * br.blocks;
-        if (row == 0 && valid) {
-            attn_span(a, g, segment / br.segments, h, segment % br.segments, t);
-            block = item_block(a, p, g, t.b, segment % br.segments, h) + m;
-            p.turn[block] = first_turn(a, t, m, most) | HOPPER_FRESH;
-        }
-        __syncthreads();
-        if (valid) {
-            const int i = t.q0 + m * HOPPER_ROWS + row;
-            const int64_t from = i < t.q1 ? attn_stat(a, t, h, i, a.per_branch) : 0;
-            float *to = p.stats + (int64_t)block * 2 * HOPPER_ROWS + row;
-            to[0] = i < t.q1 ? ((const float *)a.lse2)[from] : 0; /* rows past the end: q and dout are zeros there, */
-            to[HOPPER_ROWS] = i < t.q1 ? ((const float *)a.delta)[from] : 0; /* any finite P and delta will do */
-        }
-        __syncthreads();
-    }
+    list_blocks(a, p, g, most);
 }
 
 /* ---- dq ---- */
 
-/* where the sums of row (b, n, h) lie in branch g: block * 64 + row of the block; -1: nowhere */
+/* where the sums of row (b, n, h) lie in branch g, if any have been made: block * 64 + row of the block; -1: nowhere */
 __device__ __forceinline__ int sums_of(const attn_args &a, const hopper_args &p, int g, int b, int n, int h)
 {
     const attn_branch &ab = a.branch[g];
@@ -205,92 +216,103 @@ __device__ __forceinline__ int sums_of(const attn_args &a, const hopper_args &p,
     int i = (int)br.dilation.divide((uint32_t)at);
     if (i * ab.dilation != at) return -1;
     i -= attn_count((int64_t)position - at, ab.dilation, a.shift); /* rows of the lattice before the first query */
-    const int block = item_block(a, p, g, b, s, h) + i / HOPPER_ROWS;
-    return p.turn[block] & HOPPER_FRESH ? -1 : block * HOPPER_ROWS + i % HOPPER_ROWS;
+    return item_block(a, p, g, b, s, h) * HOPPER_ROWS + i;
 }
 
-/* x[0..7] += eight columns of row `at` (see sums_of), from chunk 8 of the row's columns on. The order of a block is
- * that of the product's registers: rows eight apart share sixteen bytes. */
-__device__ __forceinline__ const float *sums_at(int columns, const hopper_args &p, int at, int chunk)
+/* Of a row's 64 columns lane i of four has 8 e + 2 i and 8 e + 2 i + 1 in u[e]; then 16 i to 16 i + 15. */
+__device__ __forceinline__ void sort_columns(uint32_t (&u)[8])
 {
-    const int r = at % HOPPER_ROWS;
-    return p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * columns) + chunk * 512 + (r / 16 * 32 + r % 8 * 4) * 4 +
-           r / 8 % 2 * 2;
-}
-__device__ __forceinline__ void add_sums(int columns, const hopper_args &p, float (&x)[8], int at, int chunk)
-{
-    if (at < 0) return;
-    const float *from = sums_at(columns, p, at, chunk);
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const float2 v = *(const float2 *)(from + 4 * k);
-        x[2 * k] += v.x, x[2 * k + 1] += v.y;
-    }
-}
-/* `left`: columns of the row from there on; whole: eight of them can be written at once */
-template <class T>
-__device__ __forceinline__ float put_dq(T *to, const float (&x)[8], float scale, int left, bool whole)
-{
-    struct alignas(16) chunk {
-        T at[8];
-    } out;
-    float probe = 0;
+    for (int m = 1; m < 4; m *= 2)
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        probe += x[i] * 0;
-        out.at[i] = from_compute<T>(x[i] * scale);
-    }
-    if (whole) *(chunk *)to = out;
-    else
+        for (int e = 0; e < 8; e++) {
+            if (e & 2 * m) continue;
+            const bool upper = threadIdx.x & m;
+            const uint32_t got = __shfl_xor_sync(~0u, upper ? u[e] : u[e + 2 * m], m);
+            if (upper) u[e] = got;
+            else u[e + 2 * m] = got;
+        }
+    const uint32_t x[8] = {u[0], u[2], u[4], u[6], u[1], u[3], u[5], u[7]};
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (i < left) to[i] = out.at[i];
-    return probe;
+    for (int e = 0; e < 8; e++) u[e] = x[e];
 }
 
-/* Eight columns of rows n and n + 8 a thread: the sums of all branches, in their order. Of a branch without dilation
- * both rows are read at once, 64 bytes in a row. A unit is 16 rows of a head. FULL: D is the head dimension and dq is
- * aligned, as always on Hopper, so that no column has to be asked for; else rows have up to D columns. */
+enum { DQ_SETS = 4, DQ_ROWS = 8 * DQ_SETS * (THREADS / 32), DQ_COLUMNS = 64 }; /* of a thread block */
+
+/* Rows and 64 columns of a head, the sums of all branches in their order. The order of a block is that of the products'
+ * registers: rows eight apart share sixteen bytes. A lane finds out where one row of each branch is; then four lanes
+ * take a row of eight a set. A warp's rows are eight apart: they share those bytes in most branches, and those which
+ * dilated branches reach are together in few warps. All of two sets is asked for before any is used, and beside it
+ * whether anything has been added to the blocks at all. FULL: rows are D numbers and dq is aligned, as nearly always on
+ * Hopper; else rows have up to D columns. */
 template <class T, int D, bool FULL>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
     hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks)
 {
-    constexpr unsigned UNIT = 8 * (D / 8), EACH = 32 / 8; /* threads; branches that a warp looks up at a time */
-    const unsigned heads = (unsigned)a.heads, slabs = ((unsigned)a.n + 15) / 16;
-    const unsigned id = blockIdx.x * (THREADS / UNIT) + threadIdx.x / UNIT, most = (unsigned)a.batch * slabs * heads;
-    const unsigned unit = id < most ? id : most - 1, rest = unit / heads;
-    const int h = (int)(unit % heads), b = (int)(rest / slabs), lane = threadIdx.x % 32;
+    constexpr unsigned PARTS = D / DQ_COLUMNS;
+    const unsigned heads = (unsigned)a.heads, slabs = ((unsigned)a.n + DQ_ROWS - 1) / DQ_ROWS;
+    const unsigned rest = blockIdx.x / PARTS / heads;
+    const int begin = (int)(blockIdx.x % PARTS) * DQ_COLUMNS, lane = threadIdx.x % 32;
+    const int h = (int)(blockIdx.x / PARTS % heads), b = (int)(rest / slabs);
     const int width = FULL ? D : a.head_dim, columns = FULL ? D : p.columns;
-    const int n = (int)(rest % slabs) * 16 + lane % 8, chunk = threadIdx.x % UNIT / 8;
-    float x[8] = {}, y[8] = {};
+    const int n0 = (int)(rest % slabs) * DQ_ROWS + threadIdx.x / 32;
+    const int mine = n0 + lane / 8 * 64 + lane % 8 * 8; /* the row that the lane looks up */
+    const float *sums = p.dq + begin * HOPPER_ROWS + lane % 4 * 4;
+    float x[DQ_SETS][16] = {};
     previous_done();
-    for (int g = 0; g < a.branches; g += EACH) {
-        const int mine = g + lane / 8;
-        const bool one = mine < a.branches && n < a.n, two = mine < a.branches && n + 8 < a.n;
-        const int first = one ? sums_of(a, p, mine, b, n, h) : -1, second = two ? sums_of(a, p, mine, b, n + 8, h) : -1;
-        for (int e = 0; e < EACH && g + e < a.branches; e++) {
-            const int i = __shfl_sync(~0u, first, e * 8 + lane % 8), j = __shfl_sync(~0u, second, e * 8 + lane % 8);
-            if (chunk * 8 >= width) continue;
-            if (i >= 0 && j == i + 8 && i % 16 < 8) {
-                const float4 *from = (const float4 *)sums_at(columns, p, i, chunk);
+#pragma unroll 1
+    for (int g = 0; g < a.branches; g++) {
+        const int at = mine < a.n ? sums_of(a, p, g, b, mine, h) : -1;
+        if (!__any_sync(~0u, at >= 0)) continue;
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    const float4 v = from[k];
-                    x[2 * k] += v.x, x[2 * k + 1] += v.y, y[2 * k] += v.z, y[2 * k + 1] += v.w;
-                }
-            } else {
-                add_sums(columns, p, x, i, chunk);
-                add_sums(columns, p, y, j, chunk);
+        for (int e0 = 0; e0 < DQ_SETS; e0 += 2) {
+            float2 v[2][8];
+            int turn[2];
+            asm volatile("" ::: "memory"); /* registers for what is asked for of two sets, beside sums of all */
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int i = __shfl_sync(~0u, at, (e0 + e) * 8 + lane / 4), r = i % HOPPER_ROWS;
+                const float *from = sums + (int64_t)(i / HOPPER_ROWS) * (HOPPER_ROWS * columns) +
+                                    (r / 16 * 32 + r % 8 * 4) * 4 + r / 8 % 2 * 2;
+                turn[e] = HOPPER_FRESH;
+                if (i >= 0) turn[e] = p.turn[i / HOPPER_ROWS];
+#pragma unroll
+                for (int k = 0; k < 8; k++)
+                    if (i >= 0 && (FULL || begin + 8 * k < columns)) v[e][k] = *(const float2 *)(from + 512 * k);
             }
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+#pragma unroll
+                for (int k = 0; k < 8; k++) {
+                    if (turn[e] & HOPPER_FRESH || (!FULL && begin + 8 * k >= columns)) continue;
+                    x[e0 + e][2 * k] += v[e][k].x, x[e0 + e][2 * k + 1] += v[e][k].y;
+                }
         }
     }
-    if (id >= most || chunk * 8 >= width) return;
-    T *to = dq + (((int64_t)b * a.n + n) * a.heads + h) * width + chunk * 8;
-    const int left = width - chunk * 8;
-    const bool whole = FULL || (width % 8 == 0 && (uintptr_t)dq % 16 == 0);
     float probe = 0;
-    if (n < a.n) probe += put_dq(to, x, (float)a.scale, left, whole);
-    if (n + 8 < a.n) probe += put_dq(to + (int64_t)8 * a.heads * width, y, (float)a.scale, left, whole);
+#pragma unroll
+    for (int e = 0; e < DQ_SETS; e++) {
+        const int n = n0 + e * 64 + lane / 4 * 8, left = width - begin - lane % 4 * 16;
+        union {
+            uint32_t u[8];
+            T out[16];
+        };
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            probe += x[e][i] * 0;
+            out[i] = from_compute<T>(x[e][i] * (float)a.scale);
+        }
+        sort_columns(u);
+        T *to = dq + (((int64_t)b * a.n + n) * a.heads + h) * width + begin + lane % 4 * 16;
+        if (n >= a.n) continue;
+        if (FULL || (left >= 16 && width % 8 == 0 && (uintptr_t)dq % 16 == 0)) {
+            ((uint4 *)to)[0] = {u[0], u[1], u[2], u[3]};
+            ((uint4 *)to)[1] = {u[4], u[5], u[6], u[7]};
+        } else
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                if (i < left) to[i] = out[i];
+    }
     if (masks && probe != 0) *p.spoilt = 1;
 }
 
@@ -435,8 +457,8 @@ static void launch_dq(const attn_args &a, const hopper_args &h, T *dq, unsigned 
 template <class T> static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
     const bool masks = a.causal || a.window >= 0 || a.lengths || a.padding || a.dedup || a.mask || a.bias;
-    const int64_t units = (int64_t)a.batch * ((a.n + 15) / 16) * a.heads;
-    const unsigned blocks = blocks_for(units * (a.head_dim <= 64 ? 64 : 128), THREADS);
+    const int slabs = (a.n + DQ_ROWS - 1) / DQ_ROWS, parts = a.head_dim <= DQ_COLUMNS ? 1 : 2;
+    const unsigned blocks = (unsigned)a.batch * (unsigned)slabs * (unsigned)(a.heads * parts);
     T *dq = (T *)w->dq.data;
     if (a.head_dim <= 64) launch_dq<T, 64>(a, h, dq, blocks, masks);
     else launch_dq<T, 128>(a, h, dq, blocks, masks);
@@ -463,7 +485,7 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool join
         if (items * b.blocks > most) most = items * b.blocks;
     }
     if (a.per_branch && !joint && !hopper_options(a)) LAC_TRY(attn_hopper_deltas(a, h, w));
-    const dim3 grid(blocks_filling(most, LIST_BLOCKS), (unsigned)a.branches);
+    const dim3 grid(blocks_filling(most, LIST_BLOCKS * (THREADS / 32)), (unsigned)a.branches);
     launch(hopper_list_kernel, grid, THREADS, 0, a, h, tile_groups(a.head_dim, joint));
     LAC_TRY(lac_cuda_launched("attention"));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
