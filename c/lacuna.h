@@ -425,9 +425,9 @@ const char *lac_plan_isa(const lac_plan *plan, int32_t dtype, int64_t block);
 int lac_plan_workspace(const lac_plan *plan, int32_t dtype, int64_t block, int64_t *forward, int64_t *backward);
 /* NULL: on a Hopper GPU, choice `kernel` (auto or hopper) runs a kernel for Hopper for this plan, dtype and active blocks
  * of `block` rows (0: none), also for the backward or just forward, unless a call has a negative scale or rows that are
- * not aligned, padding, dropout or options of pairs with active blocks or a head dimension above 128, or a gradient of its
- * bias, and in f32 any option of pairs; else the reason why not. f32 has kernels of its own there, unless TF32 is allowed,
- * which only 'auto' chooses. */
+ * not aligned, padding, dropout or options of pairs with active blocks (the backward) or a head dimension above 128, or a
+ * gradient of its bias, and in f32 any option of pairs; else the reason why not. f32 has kernels of its own there, unless
+ * TF32 is allowed, which only 'auto' chooses. */
 const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel, int64_t block, int backward);
 typedef struct lac_cache_stats { int64_t size, capacity, hits, misses, evictions; } lac_cache_stats;
 int lac_plan_cache(lac_cache_stats *out);

@@ -538,7 +538,7 @@ void lac_plan_parts(const lac_plan *p, int64_t *items, int64_t *rows)
 /* As kernels/attn.cu takes it: statistics of rows, f32 sums of gradients that branches share (in one pass only what
  * lac_plan_sum_bytes() says), and the work list of one pass (kernels/attn_hopper_backward.cu): sums of dq in blocks of
  * 64 rows, each with its statistics, 64 bytes a tile of 128 keys. Two passes, which devices with little shared memory
- * take up to head_dim 64, are not distinguished. */
+ * take up to head_dim 64, are not distinguished, nor are active blocks, which add 4 bytes a row. */
 static int64_t device_bytes(const lac_plan *p)
 {
     const lac_attn_desc *d = &p->desc;
@@ -672,7 +672,7 @@ const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel,
     const char *why = backward ? lac_plan_no_hopper_beyond(plan, dtype) : lac_plan_no_hopper(plan, dtype);
     if (!why && block > 0)
         why = plan->desc.head_dim > LAC_HOPPER_WIDE ? "head_dim is above 128, with a block_mask"
-              : backward                            ? "there is a block_mask"
+              : backward                            ? lac_plan_no_hopper_blocks(plan, block)
                                                     : NULL;
     if (!why && kernel != LAC_KERNEL_HOPPER && !lac_plan_hopper_pays(plan, block))
         why = lac_plan_hopper_pays(plan, 0) ? "a branch has fewer than 64 rows a block"

@@ -139,6 +139,22 @@ static inline bool lac_plan_hopper_pays(const lac_plan *p, int64_t block)
     return true;
 }
 
+/* The backward for Hopper has active blocks, of `block` rows, whose tiles of keys lie in one block each: NULL, or why
+ * not with this plan. */
+enum { LAC_HOPPER_BLOCK = 128 }; /* keys of such a tile */
+static inline const char *lac_plan_no_hopper_blocks(const lac_plan *p, int64_t block)
+{
+    const lac_attn_desc *d = &p->desc;
+    if (p->shift != 0) return "with a block_mask, and queries aligned to the end of the keys";
+    for (int g = 0; g < d->branches; g++) {
+        const int64_t r = d->dilation[g], w = p->segment[g];
+        if (block % LAC_HOPPER_BLOCK || block / LAC_HOPPER_BLOCK % r)
+            return "blocks are not multiples of 128 rows of a branch";
+        if (w % block && (w < d->n || w < d->m)) return "segments are not made of whole blocks";
+    }
+    return NULL;
+}
+
 /* Does the backward of 16-bit tensors on a GPU take one pass, in which tiles of keys add to sums of dq in f32? Not
  * above head_dim 128, nor where blocks of 64 rows would be mostly empty. Its options may say no as well. */
 static inline bool lac_plan_one_pass(const lac_plan *p)

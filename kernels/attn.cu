@@ -535,7 +535,7 @@ static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_a
 {
     const lac_a_attend *f = &w->forward;
     LAC_TRY(make_stats(a, w, !covered(f->plan) || f->plan->shift < 0));
-    if (a.per_branch && (!list || joint || hopper_options(a))) {
+    if (a.per_branch && (!list || joint || hopper_options(a) || a.block)) {
         a.deltas = 1;
         LAC_TRY(queries_pass(a, f));
         a.deltas = 0;
@@ -571,7 +571,7 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     size_t all = a.sum && w->dlse.data ? (rows + 1) / 2 * 2 * sizeof(double) : 0, list = 0, sums = 0;
     size_t qs = once ? 0 : acc_bytes(&w->dq, p->forward_phases);
     size_t ks = once ? (size_t)lac_plan_sum_bytes(p) / 2 : acc_bytes(&w->dk, p->backward_phases);
-    if (once) list = (attn_hopper_backward_bytes(p, joint, &sums) + 127) / 128 * 128;
+    if (once) list = (attn_hopper_backward_bytes(p, joint, a.block, &sums) + 127) / 128 * 128;
     stats = (stats + 15) / 16 * 16;
     ks = (ks + 15) / 16 * 16; /* in one pass there may be an odd number of bytes, and floats lie behind them */
     lac_scratch dq_sums("attention", sums), space("attention", list + all + qs + 2 * ks + 4 * stats + counters(a) +

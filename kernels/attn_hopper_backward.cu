@@ -23,25 +23,29 @@
 
 /* ---- geometry ---- */
 
-static int up(int64_t n, int64_t by) { return (int)((n + by - 1) / by); }
+__host__ __device__ static int up(int64_t n, int64_t by) { return (int)((n + by - 1) / by); }
 
 /* Items whose tiles are interleaved, so that tiles of one item are not claimed at the same time, when all but one would
  * wait for their turns. Hopper's without masks: as many as the device runs at once. With masks tiles begin at different
  * blocks, and the portable kernel, of which more tiles run at once, waits longer: as many as stay in the cache.
  */
-static int interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, int64_t items, bool joint)
+static int interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, int64_t items, bool joint, bool blocks)
 {
     const bool masks = d->causal || d->window >= 0;
     const int64_t bytes = masks ? 24 << 20 : 40 << 20; /* of items' q, dout and sums of dq */
+    if (blocks) return 1;                              /* nobody waits: sums of dq have no turns */
     const int64_t n = masks || joint ? bytes / (rows * d->head_dim * 8) : lac_cuda_processors / tiles;
     return (int)(n < 1 ? 1 : n > items ? items : n);
 }
 
 /* groups of 64 keys of a tile */
-static int tile_groups(int head_dim, bool joint) { return joint ? 2 : attn_hopper_groups(head_dim); }
+static int tile_groups(int head_dim, bool joint, bool blocks)
+{
+    return joint ? 2 : attn_hopper_groups(head_dim, blocks);
+}
 
 struct hopper_sizes {
-    int64_t blocks, tiles;
+    int64_t blocks, tiles, steps;
 };
 /* has the branch keys at all? not where there are no more of them than its lattices' offset */
 static bool has_keys(const lac_plan *p, int g)
@@ -52,10 +56,10 @@ static bool has_keys(const lac_plan *p, int g)
 }
 /* The branches of the list; their segments are those with keys. Tiles are claimed in the order of ranks: where branches
  * meet, a tile adds its keys' gradients to those of smaller rank. */
-static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint)
+static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint, bool blocks)
 {
     const lac_attn_desc *d = &p->desc;
-    const int groups = tile_groups(d->head_dim, joint);
+    const int groups = tile_groups(d->head_dim, joint, blocks);
     hopper_sizes all = {};
     int64_t before = 0; /* tiles of all ranks before */
     int awaits = -1, needs = 0;
@@ -73,13 +77,16 @@ static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint)
         b.blocks = up(rows, HOPPER_ROWS);
         b.tiles = up(up(hopper_lattice_rows(p, g, d->m), HOPPER_ROWS), groups);
         items = d->batch * b.segments * p->heads[g];
-        b.group = interleaved(d, b.tiles, rows, items, joint);
+        b.group = interleaved(d, b.tiles, rows, items, joint, blocks);
         b.awaits = awaits, b.needs = needs;
         keys = keys || has_keys(p, g);
         b.first_block = (int)all.blocks, b.first_tile = (int)all.tiles;
         b.segment = divider((uint32_t)p->segment[g]);
         b.dilation = divider((uint32_t)(d->dilation[g] < INT32_MAX ? d->dilation[g] : INT32_MAX));
         all.blocks += items * b.blocks, all.tiles += items * b.tiles;
+        if (!blocks) continue;
+        h.place[g] = {all.steps, b.tiles, up(b.blocks, 32) + 1};
+        all.steps += items * b.tiles * h.place[g].width;
     }
     return all;
 }
@@ -93,12 +100,14 @@ __device__ __forceinline__ int item_block(const attn_args &a, const hopper_args 
     return br.first_block + ((b * br.segments + s) * a.branch[g].heads + h - a.branch[g].head0) * br.blocks;
 }
 
-/* The groups of 64 keys of an item are spread evenly over its tiles, so that none is left with one busy warpgroup. */
+/* The groups of 64 keys of an item are spread evenly over its tiles, so that none is left with one busy warpgroup; with
+ * active blocks (`even`) all tiles but the last have as many, because each belongs to a block. */
 struct hopper_split {
     int64_t groups, tiles;
-    __device__ __forceinline__ hopper_split(int keys, int most)
+    __device__ __forceinline__ hopper_split(int keys, int most, bool even)
         : groups((keys + HOPPER_ROWS - 1) / HOPPER_ROWS), tiles((groups + most - 1) / most)
     {
+        if (even) groups = tiles * most;
     }
     __device__ __forceinline__ int first(int64_t tile) const { return (int)(tile * groups / tiles); }
     __device__ __forceinline__ int owner(int64_t key) const
@@ -124,15 +133,23 @@ static __device__ hopper_tile make_tile(const attn_args &a, const hopper_args &p
     attn_tile t;
     attn_span(a, g, b, h, s, t);
     if (t.keys == 0 || !attn_leads(a, g, h)) return x;
-    const hopper_split split(t.keys, most);
+    const hopper_split split(t.keys, most, p.steps);
     if (order >= split.tiles) return x;
-    const int64_t tile = backwards(a) ? split.tiles - 1 - order : order;
+    const int64_t tile = backwards(a) && !p.steps ? split.tiles - 1 - order : order;
     x.batch = b, x.kv_head = h / a.group, x.order = order;
     for (int e = h; e >= 0; e = attn_follows(a, g, e)) x.heads |= 1u << (e - x.kv_head * a.group);
     x.keys = t.keys, x.live = t.live, x.key0 = (int)t.base;
     x.rows = t.q1 - t.q0, x.row0 = (int)(t.base + (int64_t)t.q0 * t.r - a.shift), x.query0 = t.q0;
-    x.first = split.first(tile), x.width = split.first(tile + 1) - x.first;
+    x.first = split.first(tile), x.width = min(split.first(tile + 1), up(t.keys, HOPPER_ROWS)) - x.first;
     x.block = item_block(a, p, g, b, s, x.kv_head * a.group);
+    if (p.steps) {
+        const hopper_steps &place = p.place[g];
+        x.low = (x.block - br.first_block) / br.blocks;
+        for (unsigned rest = x.heads; rest; rest &= rest - 1)
+            x.high +=
+                (int)p.steps[place.at + ((int64_t)(x.low + __ffs((int)rest) - 1) * place.tiles + order) * place.width];
+        return x;
+    }
     const int first = x.first * HOPPER_ROWS, last = min((x.first + x.width) * HOPPER_ROWS, t.live) - 1;
     if (first > last || x.rows == 0) return x;
     const int low = max(first - t.q0 - t.after, 0) / HOPPER_ROWS, reach = last - t.q0 + t.before;
@@ -145,7 +162,7 @@ static __device__ hopper_tile make_tile(const attn_args &a, const hopper_args &p
 __device__ __forceinline__ int first_turn(const attn_args &a, const attn_tile &t, int m, int most)
 {
     if (t.live == 0) return 0;
-    const hopper_split split(t.keys, most);
+    const hopper_split split(t.keys, most, false);
     if (!backwards(a)) return 0;
     const int last = t.q0 + m * HOPPER_ROWS + HOPPER_ROWS - 1 + t.after; /* key that the block's rows may see */
     return (int)split.tiles - 1 - split.owner(min(last, t.live - 1));
@@ -171,7 +188,7 @@ __device__ __forceinline__ void list_blocks(const attn_args &a, const hopper_arg
         const int block = item_block(a, p, g, t.b, segment % br.segments, h) + m, i = t.q0 + m * HOPPER_ROWS;
         const int rows = t.q1 - i;
         const int64_t from = attn_stat(a, t, h, i, a.per_branch);
-        if (lane < LIST_BLOCKS) p.turn[block] = first_turn(a, t, m, most) | HOPPER_FRESH;
+        if (lane < LIST_BLOCKS) p.turn[block] = p.steps ? 0 : first_turn(a, t, m, most) | HOPPER_FRESH;
         float lse[2 * LIST_BLOCKS], delta[2 * LIST_BLOCKS];
 #pragma unroll
         for (int e = 0; e < 2 * LIST_BLOCKS; e++) { /* 32 rows */
@@ -203,8 +220,8 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* ---- dq ---- */
 
-/* where the sums of row (b, n, h) lie in branch g, if any have been made: block * 64 + row of the block; -1: nowhere */
-__device__ __forceinline__ int sums_of(const attn_args &a, const hopper_args &p, int g, int b, int n, int h)
+/* where sums of row (b, n, h) would lie in branch g: block * 64 + row of the block; -1: nowhere */
+__device__ __forceinline__ int place_of(const attn_args &a, const hopper_args &p, int g, int b, int n, int h)
 {
     const attn_branch &ab = a.branch[g];
     const hopper_branch &br = p.branch[g];
@@ -262,7 +279,7 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
     previous_done();
 #pragma unroll 1
     for (int g = 0; g < a.branches; g++) {
-        const int at = mine < a.n ? sums_of(a, p, g, b, mine, h) : -1;
+        const int at = mine < a.n ? place_of(a, p, g, b, mine, h) : -1;
         if (!__any_sync(~0u, at >= 0)) continue;
 #pragma unroll
         for (int e0 = 0; e0 < DQ_SETS; e0 += 2) {
@@ -314,6 +331,84 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
                 if (i < left) to[i] = out[i];
     }
     if (masks && probe != 0) *p.spoilt = 1;
+}
+
+/* eight columns of row `at` (see place_of), from chunk 8 of the row's columns on. The order of a block is that of the
+ * product's registers: rows eight apart share sixteen bytes. */
+__device__ __forceinline__ const float *sums_at(int columns, const hopper_args &p, int at, int chunk)
+{
+    const int r = at % HOPPER_ROWS;
+    return p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * columns) + chunk * 512 + (r / 16 * 32 + r % 8 * 4) * 4 +
+           r / 8 % 2 * 2;
+}
+/* eight columns of dq; `whole`: they can be written at once. Not zero where they are not finite. */
+template <class T> __device__ __forceinline__ float put_dq(T *to, const float (&x)[8], float scale, bool whole)
+{
+    struct alignas(16) chunk {
+        T at[8];
+    } out;
+    float probe = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        probe += x[i] * 0;
+        out.at[i] = from_compute<T>(x[i] * scale);
+    }
+    if (whole) *(chunk *)to = out;
+    else
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] = out.at[i];
+    return probe;
+}
+
+/* The same with active blocks: sums in fixed point. Sums that did not fit are NaN, so that they are done again. */
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS)
+    hopper_block_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq)
+{
+    constexpr unsigned UNIT = D; /* threads: 8 pairs of rows, D / 8 chunks of columns */
+    const unsigned heads = (unsigned)a.heads, slabs = ((unsigned)a.n + 15) / 16;
+    const unsigned unit = blockIdx.x * (THREADS / UNIT) + threadIdx.x / UNIT, rest = unit / heads;
+    const int h = (int)(unit % heads), b = (int)(rest / slabs), chunk = (int)(threadIdx.x % UNIT / 8);
+    const int n = (int)(rest % slabs * 16 + threadIdx.x % 8);
+    previous_done();
+    if (b >= a.batch || chunk * 8 >= a.head_dim) return;
+    float x[2][8] = {};
+    for (int g = 0; g < a.branches; g++) {
+        int at[2];
+        float one[2];
+        int2 v[2][4] = {};
+#pragma unroll
+        for (int y = 0; y < 2; y++) {
+            at[y] = n + 8 * y < a.n ? place_of(a, p, g, b, n + 8 * y, h) : -1;
+            one[y] = at[y] < 0 ? 0 : p.turn[at[y] / HOPPER_ROWS] == HOPPER_SPOILT ? NAN : 1 / p.scales[at[y]];
+        }
+        const int *const from = (const int *)sums_at(D, p, max(at[0], 0), chunk);
+        const bool both = at[0] >= 0 && at[1] == at[0] + 8 && at[0] % 16 < 8; /* side by side */
+        const int *const other = (const int *)sums_at(D, p, max(at[1], 0), chunk);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            if (both) {
+                const int4 two = *(const int4 *)(from + 4 * k);
+                v[0][k] = {two.x, two.y}, v[1][k] = {two.z, two.w};
+            } else {
+                if (at[0] >= 0) v[0][k] = *(const int2 *)(from + 4 * k);
+                if (at[1] >= 0) v[1][k] = *(const int2 *)(other + 4 * k);
+            }
+        }
+#pragma unroll
+        for (int y = 0; y < 2; y++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                x[y][2 * k] = fmaf((float)v[y][k].x, one[y], x[y][2 * k]);
+                x[y][2 * k + 1] = fmaf((float)v[y][k].y, one[y], x[y][2 * k + 1]);
+            }
+    }
+    T *const to = dq + (((int64_t)b * a.n + n) * a.heads + h) * a.head_dim + chunk * 8;
+    const bool whole = (uintptr_t)dq % 16 == 0;
+    float probe = 0;
+    if (n < a.n) probe += put_dq(to, x[0], (float)a.scale, whole);
+    if (n + 8 < a.n) probe += put_dq(to + (int64_t)8 * a.heads * a.head_dim, x[1], (float)a.scale, whole);
+    if (probe != 0) *p.spoilt = 1;
 }
 
 /* ---- values that are not finite ---- */
@@ -380,7 +475,7 @@ __global__ void __launch_bounds__(THREADS)
 static bool countable(const lac_plan *p, bool joint)
 {
     hopper_args h;
-    const hopper_sizes n = list_branches(h, p, joint);
+    const hopper_sizes n = list_branches(h, p, joint, false);
     return n.blocks <= INT32_MAX / HOPPER_ROWS && n.tiles <= INT32_MAX / HOPPER_ROWS;
 }
 
@@ -398,7 +493,10 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
     const lac_attn_desc *d = &p->desc;
     const lac_view *read[] = {&f->q, &f->k, &f->v, &w->dout};
     const char *why = lac_plan_no_hopper_beyond(p, f->q.dtype);
-    if (!why) why = hopper_no_pairs(f);
+    if (!why && f->blocks.data)
+        why = f->mask.data || f->bias.data || f->slopes.data || f->padding.data || f->dropout > 0
+                  ? "there is a block_mask, with other options of pairs, padding or dropout"
+                  : lac_plan_no_hopper_blocks(p, f->block);
     if (why) return why;
     if (w->dbias.data) return "the bias has a gradient";
     if (d->heads / d->kv_heads > 32) return "more than 32 query heads share a key/value head";
@@ -416,9 +514,9 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
 static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
 /* the list's parts in `space`, one after the other; returns their size */
-static size_t carve(hopper_args &h, const lac_plan *p, bool joint, char *space, size_t *sums)
+static size_t carve(hopper_args &h, const lac_plan *p, bool joint, bool blocked, char *space, size_t *sums)
 {
-    const hopper_sizes n = list_branches(h, p, joint);
+    const hopper_sizes n = list_branches(h, p, joint, blocked);
     const size_t blocks = (size_t)n.blocks;
     const size_t stats = blocks * 2 * HOPPER_ROWS * sizeof(float), tiles = (size_t)n.tiles * sizeof(hopper_tile);
     const size_t turns = rounded(blocks * sizeof(int)),
@@ -431,13 +529,19 @@ static size_t carve(hopper_args &h, const lac_plan *p, bool joint, char *space, 
     h.counter = (int *)(space + stats + rounded(tiles) + turns);
     h.spoilt = h.counter + 1, h.delta_counter = h.counter + 2, h.ready = h.counter + 3;
     h.tiles = (int)n.tiles;
-    return stats + rounded(tiles) + turns + counters;
+    const size_t list = stats + rounded(tiles) + turns + rounded(counters);
+    if (!blocked) return list;
+    const size_t steps = rounded((size_t)n.steps * sizeof(uint32_t)), scales = blocks * HOPPER_ROWS * sizeof(float);
+    h.scales = (float *)(space + list);
+    h.steps = (uint32_t *)(space + list + scales);
+    h.most = (int *)(space + list + scales + steps);
+    return list + scales + steps + (size_t)(p->desc.batch * p->desc.kv_heads * 2) * sizeof(int);
 }
 
-size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint, size_t *sums)
+size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint, bool blocks, size_t *sums)
 {
-    hopper_args h;
-    return carve(h, plan, joint, NULL, sums);
+    hopper_args h = {};
+    return carve(h, plan, joint, blocks, NULL, sums);
 }
 
 template <class T, class A> static int redo(const A &a, const hopper_args &h, const lac_a_attend_bwd *w)
@@ -456,24 +560,28 @@ static void launch_dq(const attn_args &a, const hopper_args &h, T *dq, unsigned 
 }
 template <class T> static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
 {
-    const bool masks = a.causal || a.window >= 0 || a.lengths || a.padding || a.dedup || a.mask || a.bias;
+    const bool masks = a.causal || a.window >= 0 || a.lengths || a.padding || a.dedup || a.mask || a.bias || a.block;
     const int slabs = (a.n + DQ_ROWS - 1) / DQ_ROWS, parts = a.head_dim <= DQ_COLUMNS ? 1 : 2;
     const unsigned blocks = (unsigned)a.batch * (unsigned)slabs * (unsigned)(a.heads * parts);
     T *dq = (T *)w->dq.data;
-    if (a.head_dim <= 64) launch_dq<T, 64>(a, h, dq, blocks, masks);
+    if (a.block)
+        launch(a.head_dim <= 64 ? hopper_block_dq_kernel<T, 64> : hopper_block_dq_kernel<T, 128>,
+               blocks_for((int64_t)a.batch * ((a.n + 15) / 16) * a.heads * (a.head_dim <= 64 ? 64 : 128), THREADS),
+               THREADS, 0, (const attn_args &)a, h, dq);
+    else if (a.head_dim <= 64) launch_dq<T, 64>(a, h, dq, blocks, masks);
     else launch_dq<T, 128>(a, h, dq, blocks, masks);
     LAC_TRY(lac_cuda_launched("attention"));
     if (!masks) return 0;
-    return hopper_options(a) ? redo<T>(a, h, w) : redo<T>((const attn_args &)a, h, w);
+    return hopper_options(a) || a.block ? redo<T>(a, h, w) : redo<T>((const attn_args &)a, h, w);
 }
 
 int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *sums,
                          void *dk_acc, void *dv_acc, const hopper_kept *padding)
 {
-    hopper_args h;
+    hopper_args h = {};
     size_t bytes;
     const lac_plan *p = w->forward.plan;
-    carve(h, p, joint, (char *)space, &bytes);
+    carve(h, p, joint, a.block, (char *)space, &bytes);
     h.dq = (float *)sums, h.delta_tile = (hopper_delta_tile *)sums;
     int64_t most = 1;
     a.ranks = p->backward_phases;
@@ -484,10 +592,12 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool join
         a.branch[g].segment0 = 0, a.branch[g].segments = b.segments;
         if (items * b.blocks > most) most = items * b.blocks;
     }
-    if (a.per_branch && !joint && !hopper_options(a)) LAC_TRY(attn_hopper_deltas(a, h, w));
+    if (a.per_branch && !joint && !hopper_options(a) && !a.block) LAC_TRY(attn_hopper_deltas(a, h, w));
+    if (a.block) LAC_TRY(attn_hopper_steps(a, h, w->forward.q.dtype));
     const dim3 grid(blocks_filling(most, LIST_BLOCKS * (THREADS / 32)), (unsigned)a.branches);
-    launch(hopper_list_kernel, grid, THREADS, 0, a, h, tile_groups(a.head_dim, joint));
+    launch(hopper_list_kernel, grid, THREADS, 0, a, h, tile_groups(a.head_dim, joint, a.block));
     LAC_TRY(lac_cuda_launched("attention"));
+    if (a.block) LAC_TRY(attn_hopper_scales(a, h, w->forward.q.dtype));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(joint ? attn_joint_tiles(a, h, w->forward.q.dtype) : attn_hopper_keys(a, h, w, padding));
     return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w) : finish<bf16>(a, h, w);

@@ -9,7 +9,8 @@
  * Turns make the sums of dq deterministic. The tiles of an item are numbered by their keys; a block's turn is the
  * number of the tile that may add next, and whoever has added passes the turn on. The first one stores instead, so that
  * the sums need not be cleared, and a block that nobody touched is known by its turn. Tiles are claimed in the order of
- * their numbers, so a tile waits only for tiles that run already.
+ * their numbers, so a tile waits only for tiles that run already. With active blocks sums are whole numbers, which are
+ * the same in any order, and there are no turns (attn_hopper_block_keys.cu).
  *
  * Where branches meet, their ranks add to dk and dv one after the other. A tile with keys waits until all tiles of the
  * last rank before that has any are done; one of these waited in the same way, so that all earlier ranks are done too.
@@ -27,6 +28,8 @@ struct hopper_kept; /* attn_hopper_pairs.cuh */
 
 enum { HOPPER_ROWS = 64 };       /* query rows of a block, keys of a warpgroup */
 enum { HOPPER_FRESH = 1 << 30 }; /* in a turn: nothing has been added yet */
+enum { HOPPER_SPOILT = 1 };      /* with active blocks instead of a turn: what is added to dq did not fit */
+enum { HOPPER_WHOLE = 1 << 30 }; /* what does not, and more */
 enum { HOPPER_STOP = -1 };       /* instead of a tile or a block: there are no more */
 
 struct hopper_branch {
@@ -43,8 +46,8 @@ struct alignas(64) hopper_tile {
     int keys, live, key0;   /* lattice rows of keys, those before the item's length; position of row 0 */
     int rows, row0, query0; /* lattice rows of queries; the first one's row in q and its lattice index */
     int first, width;       /* the tile's groups of 64 keys; width 0: no keys, not a tile */
-    int low, high;          /* blocks [low, high) of every head see its keys */
-    int block;              /* number of the group's first head's first block */
+    int low, high; /* blocks [low, high) of every head see its keys; active blocks: the first head's item, steps */
+    int block;     /* number of the group's first head's first block */
     int order, branch;
 };
 /* A tile of the pass that works out deltas of branches (attn_hopper_deltas.cu). */
@@ -55,19 +58,28 @@ struct alignas(64) hopper_delta_tile {
     int live, key0;         /* keys before the item's length; position of the lattice's first */
     int low, high;          /* blocks of keys that the rows see */
 };
+/* Active blocks: which blocks of rows a branch's tiles meet, a row of words a tile: how many, then a bit a block. */
+struct hopper_steps {
+    int64_t at;       /* of the branch's first row */
+    int tiles, width; /* rows of an item; words of one */
+};
 struct hopper_args {
     hopper_branch branch[LAC_MAX_BRANCHES];
     hopper_tile *tile;
     float *stats;                  /* [blocks][2][64]: lse, delta */
     float *dq;                     /* [blocks][64 columns], in the order of the products' registers */
     int columns;                   /* of a row of these sums: at least the head dimension */
-    int *turn;                     /* [blocks] */
+    int *turn;                     /* [blocks]; active blocks: HOPPER_SPOILT or 0 */
     int tiles;                     /* entries of the list */
     int *counter;                  /* tiles claimed beyond the first of every thread block */
     int *ready;                    /* [ranks]: warpgroups that are done with a tile of that rank, where branches meet */
     int *spoilt;                   /* does any gradient hold NaN or infinity? */
     hopper_delta_tile *delta_tile; /* where the sums of dq will be */
     int *delta_counter;            /* tiles claimed of these */
+    uint32_t *steps;               /* NULL: there are no active blocks */
+    float *scales;                 /* [blocks][64], of sums of dq in fixed point */
+    int *most;                     /* [B, Hk][2]: bits of the largest number of k, of the largest sum of squares of v */
+    hopper_steps place[LAC_HOPPER_BRANCHES];
 };
 
 /* the tiles of all branches (attn_hopper_keys.cu) */
@@ -82,14 +94,18 @@ inline int64_t hopper_lattice_rows(const lac_plan *p, int g, int64_t n)
     return (w - 1) / p->desc.dilation[g] + 1;
 }
 /* groups of 64 keys of a tile; columns that tiles compute: the tensor maps fill up those that rows do not have */
-inline int attn_hopper_groups(int head_dim) { return head_dim <= 64 ? 3 : 2; }
+inline int attn_hopper_groups(int head_dim, bool blocks) { return head_dim <= 64 && !blocks ? 3 : 2; }
 inline int attn_hopper_columns(int head_dim) { return head_dim <= 64 ? 64 : 128; }
+/* active blocks: what tiles meet, before the list; scales of sums of dq, after it (attn_hopper_block_keys.cu) */
+int attn_hopper_steps(const attn_pair_args &a, const hopper_args &p, int dtype);
+int attn_hopper_scales(const attn_pair_args &a, const hopper_args &p, int dtype);
 /* can this process's device run its kernels, and were they compiled for it? */
 bool attn_hopper_keys_exist(void);
 /* The backward as lac_cuda_attend_bwd() calls it. Fits: NULL, or why these kernels cannot do it. */
 const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w);
-/* Of device memory beside statistics: the list's, *sums those of dq. Joint: tiles by the portable kernel. */
-size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint, size_t *sums);
+/* Of device memory beside statistics: the list's, *sums those of dq. Joint: tiles by the portable kernel; blocks: there
+ * are active blocks. */
+size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint, bool blocks, size_t *sums);
 /* all but statistics; dk_acc, dv_acc: low bytes of what branches add to these (attn_sums.cuh); padding:
  * attn_hopper_ends() of attn_hopper_pairs.cuh */
 int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *sums,

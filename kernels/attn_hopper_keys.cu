@@ -13,7 +13,7 @@ static int make_branch(hopper_keys_branch &b, const attn_args &a, const hopper_a
     b.before = a.window < 0 ? 1 << 30 : a.window / r;
     b.after = a.causal ? 0 : b.before;
     b.rank = a.branch[g].rank, b.meets = a.ranks > 1;
-    b.awaits = h.branch[g].awaits, b.needs = h.branch[g].needs * attn_hopper_groups(a.head_dim);
+    b.awaits = h.branch[g].awaits, b.needs = h.branch[g].needs * attn_hopper_groups(a.head_dim, h.steps);
     return 0;
 }
 
@@ -45,12 +45,15 @@ int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_
     p.tile = h.tile, p.tiles = h.tiles;
     p.stats = h.stats, p.dq = h.dq, p.turn = h.turn, p.counter = h.counter, p.ready = h.ready, p.spoilt = h.spoilt;
     p.heads_each = a.group;
-    p.masks = masks || a.lengths || a.mask || a.bias;
+    p.masks = masks || a.lengths || a.mask || a.bias || a.block;
     p.padding = padding;
     p.log2_scale = a.log2_scale, p.masked = a.scale > 0 ? -INFINITY : INFINITY;
     p.weight = (float)(a.gscale * a.keep_scale), p.scale = (float)a.scale;
     p.dropout = hopper_dropout_of(a);
     const bool half = w->forward.q.dtype == LAC_F16;
+    p.steps = h.steps, p.scales = h.scales;
+    for (int g = 0; g < a.branches; g++) p.place[g] = h.place[g];
+    if (a.block) return attn_hopper_block_keys(p, half, masks);
     if (a.head_dim <= 64) return half ? launch<f16, 64>(p, masks) : launch<bf16, 64>(p, masks);
     return half ? launch<f16, 128>(p, masks) : launch<bf16, 128>(p, masks);
 }

@@ -16,6 +16,8 @@
  * for the block's turn, have them added in bulk and pass the turn on (attn_hopper_backward.cuh), so that neither the
  * order nor the additions cost the warpgroups anything. For D = 128 that takes the room of a second stage of v: the
  * next tile's v is asked for when the last product with this one's is done.
+ * Active blocks: only these are walked over, and sums of dq are whole numbers, without turns
+ * (attn_hopper_block_keys.cu).
  *
  * Rejected: 128 query rows a block (its dq needs twice the registers), converting sums of dq to their type where they
  * are finished (slower: few threads, bound by latency), starting tiles at different blocks (less reuse in the cache).
@@ -27,6 +29,10 @@
 #include "attn_mma.cuh"
 #include "attn_sums.cuh"
 #include "launch.cuh"
+
+enum {
+    HOPPER_BLOCKS = 8
+}; /* an option of instances beside those of attn_hopper_pairs.cuh: active blocks, without others */
 
 struct hopper_keys_branch {
     CUtensorMap q, k, v, g, dk, dv;
@@ -46,13 +52,20 @@ struct hopper_keys_args {
     int heads_each, masks;
     float log2_scale, masked, weight, scale; /* masked: the score of a masked pair; weight: what dout is times */
     const hopper_kept *padding;              /* of each batch item; NULL: there is no padding */
+    const uint32_t *steps;                   /* active blocks: see hopper_walk */
+    const float *scales;                     /* of sums of dq in fixed point */
+    hopper_steps place[LAC_HOPPER_BRANCHES];
 };
 
 /* Sizes, and addresses in shared memory. */
-template <int D> struct hopper_shape {
+template <int D_, bool BLOCKS_> struct hopper_shape {
     enum {
-        GROUPS = D == 64 ? 3 : 2, /* warpgroups */
-        STAGES = GROUPS,          /* D = 64: the stage says whose turn it is at dq */
+        D = D_,
+        BLOCKS = BLOCKS_,
+        GROUPS = D == 64 && !BLOCKS ? 3 : 2,     /* warpgroups */
+        STAGES = D == 64 && BLOCKS ? 4 : GROUPS, /* D = 64: the stage says whose turn it is at dq */
+        STAT = BLOCKS ? 768 : 512,               /* bytes: lse, delta and scales of rows */
+        CARRIERS = GROUPS,        /* a stage's blocks have one carrier: its barriers tell two rounds apart, not three */
         TILES = 2,                /* stages of k */
         VALUES = D == 64 ? 2 : 1, /* of v: D = 128 has room for sums of dq instead */
         KEYS = 64 * GROUPS,
@@ -72,7 +85,7 @@ template <int D> struct hopper_shape {
         S = G + STAGES * BLOCK,
         DQ = S + STAGES * DS, /* D = 128; else sums lie in the stage of dS that they were made from */
         STATS = DQ + (D == 64 ? 0 : SUMS),
-        STEP = STATS + STAGES * 512, /* of two rounds of stages: block, its number, the tile's order, head */
+        STEP = STATS + STAGES * STAT, /* of two rounds of stages: block, its number, the tile's order, head */
         TILE_INFO = STEP + 2 * STAGES * 16,
         BARRIERS = TILE_INFO + TILES * 64,
         K_FULL = BARRIERS,
@@ -89,7 +102,8 @@ template <int D> struct hopper_shape {
         MEMORY = DQ_FREE + 8
     };
     static constexpr __host__ __device__ int value(int tile_stage) { return VALUES == 1 ? 0 : tile_stage; }
-    static constexpr int LOADER_REGISTERS = D == 64 ? 32 : 40, GROUP_REGISTERS = D == 64 ? 160 : 232;
+    static constexpr int LOADER_REGISTERS = GROUPS == 3 ? 32 : 40, GROUP_REGISTERS = GROUPS == 3 ? 160 : 232;
+    static_assert(STAGES % CARRIERS == 0, "one carrier a stage");
     static_assert(MEMORY <= 232448, "shared memory of a thread block");
     static_assert(128 * (LOADER_REGISTERS + GROUPS * GROUP_REGISTERS) <= THREADS_ * (65536 / THREADS_ / 8 * 8),
                   "registers that the launch gives a thread block; hopper_more() waits for ever for others");
@@ -98,11 +112,10 @@ template <int D> struct hopper_shape {
 /* ---- loaders and carriers: one thread each ---- */
 
 /* groups of a tile's rows of k, or of v, from shared memory's `to` on */
-template <int D>
+template <class M>
 HOPPER_FN void hopper_load_groups(uint32_t to, const CUtensorMap *map, uint32_t full, const volatile hopper_tile &t,
                                   int dilation, int step, int groups)
 {
-    typedef hopper_shape<D> M;
     const int row = HOPPER_WRAP - t.live + t.first * 64, z = t.batch * step + t.key0 + t.live * dilation;
     hopper_expect(full, groups * M::BLOCK);
 #pragma unroll 1
@@ -111,20 +124,64 @@ HOPPER_FN void hopper_load_groups(uint32_t to, const CUtensorMap *map, uint32_t 
         for (int c = 0; c < M::PANELS; c++)
             hopper_load(to + (c * M::GROUPS + g) * M::PANEL, map, full, 64 * c, row + 64 * g, z, t.kv_head);
 }
-template <int D>
+template <class M>
 HOPPER_FN void hopper_load_values(const hopper_keys_args &p, uint32_t memory, const volatile hopper_tile &t,
                                   const hopper_keys_branch &branch, int ts)
 {
-    typedef hopper_shape<D> M;
-    hopper_load_groups<D>(memory + M::V + M::value(ts) * M::TILE, &branch.v, memory + M::V_FULL + 8 * M::value(ts), t,
+    hopper_load_groups<M>(memory + M::V + M::value(ts) * M::TILE, &branch.v, memory + M::V_FULL + 8 * M::value(ts), t,
                           branch.dilation, p.batch_step[2], t.width);
 }
-template <int D> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_t memory)
+/* The blocks of rows that a tile meets, one after the other. */
+template <bool ACTIVE> struct hopper_walk {
+    const volatile hopper_tile &at;
+    int m, high;
+    __device__ __forceinline__ hopper_walk(const hopper_keys_args &, const volatile hopper_tile &t) : at(t) {}
+    __device__ __forceinline__ void begin(int) { m = at.low - 1, high = at.high; }
+    __device__ __forceinline__ bool next(int *to)
+    {
+        *to = ++m;
+        return m < high;
+    }
+    __device__ __forceinline__ int order() const { return at.order; }
+};
+/* The same of active blocks, from the tile's row of p.steps: a bit a block. */
+template <> struct hopper_walk<true> {
+    const hopper_keys_args &p;
+    const volatile hopper_tile &at;
+    const uint32_t *row;
+    uint32_t some, then; /* blocks that are looked at, without those that are done; those after them */
+    int number, words;
+    __device__ __forceinline__ hopper_walk(const hopper_keys_args &args, const volatile hopper_tile &t) : p(args), at(t)
+    {
+    }
+    __device__ __forceinline__ void begin(int member)
+    {
+        const hopper_steps &place = p.place[at.branch];
+        row = p.steps + place.at + ((int64_t)(at.low + member) * place.tiles + at.order) * place.width + 1;
+        number = -1, words = place.width - 1, some = 0, then = __ldg(row);
+    }
+    __device__ __forceinline__ bool next(int *to)
+    {
+        while (!some) {
+            if (++number >= words) return false;
+            some = then;
+            if (number + 1 < words) then = __ldg(row + number + 1);
+        }
+        *to = 32 * number + __ffs((int)some) - 1;
+        some &= some - 1;
+        return true;
+    }
+    __device__ __forceinline__ int order() const { return 0; }
+};
+
+HOPPER_FN int claim(const hopper_keys_args &p) { return atomicAdd(p.counter, 1) + (int)gridDim.x; }
+template <class M> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_t memory)
 {
-    typedef hopper_shape<D> M;
-    int ts = 0, tp = 1, qs = 0, qp = 1;
+    int ts = 0, tp = 1, qs = 0, qp = 1, next = -1;
 #pragma unroll 1
-    for (int id = blockIdx.x; id < p.tiles; id = atomicAdd(p.counter, 1) + (int)gridDim.x) {
+    for (int id = blockIdx.x; id < p.tiles; id = M::BLOCKS && next >= 0 ? next : claim(p)) {
+        int before = M::STAGES; /* short tiles: the next one is claimed before this one is through */
+        next = -1;
         const uint32_t info = memory + M::TILE_INFO + ts * 64;
         const int4 *from = (const int4 *)(p.tile + id);
         hopper_wait(memory + M::TILE_FREE + 8 * ts, tp);
@@ -137,32 +194,37 @@ template <int D> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_
             if (branch.meets) atomicAdd(p.ready + branch.rank, M::GROUPS);
             continue;
         }
-        hopper_load_groups<D>(memory + M::K + ts * M::TILE, &branch.k, memory + M::K_FULL + 8 * ts, at, branch.dilation,
+        hopper_load_groups<M>(memory + M::K + ts * M::TILE, &branch.k, memory + M::K_FULL + 8 * ts, at, branch.dilation,
                               p.batch_step[1], M::GROUPS); /* all: dq multiplies those of other tiles with zeros */
-        if (M::VALUES == M::TILES) hopper_load_values<D>(p, memory, at, branch, ts);
+        if (M::VALUES == M::TILES) hopper_load_values<M>(p, memory, at, branch, ts);
+        hopper_walk<M::BLOCKS> walk(p, at);
 #pragma unroll 1
         for (unsigned heads = at.heads; heads; heads &= heads - 1) {
-            const int member = __ffs((int)heads) - 1, high = at.high;
+            const int member = __ffs((int)heads) - 1;
+            walk.begin(member);
 #pragma unroll 1
-            for (int m = at.low; m < high; m++) {
+            for (int m; walk.next(&m);) {
                 const int row = HOPPER_WRAP - at.rows + 64 * m, token = at.row0 + at.rows * branch.dilation;
                 const int head = at.kv_head * p.heads_each + member, block = at.block + member * branch.blocks + m;
                 const uint32_t full = memory + M::Q_FULL + 8 * qs, q = memory + M::Q + qs * M::BLOCK;
                 hopper_wait(full + M::BLOCK_FREE - M::Q_FULL, qp);
                 hopper_put_four(memory + M::STEP + 16 * (qs + M::STAGES * (qp ^ 1)),
-                                make_int4(m, block, at.order, head));
-                hopper_expect(full, M::BLOCK + 512);
+                                make_int4(m, block, walk.order(), head));
+                hopper_expect(full, M::BLOCK + M::STAT);
 #pragma unroll
                 for (int c = 0; c < M::PANELS; c++)
                     hopper_load(q + c * M::PANEL, &branch.q, full, 64 * c, row, at.batch * p.batch_step[0] + token,
                                 head);
-                hopper_load_flat(memory + M::STATS + 512 * qs, p.stats + (size_t)block * 128, 512, full);
+                hopper_load_flat(memory + M::STATS + M::STAT * qs, p.stats + (size_t)block * 128, 512, full);
+                if (M::BLOCKS)
+                    hopper_load_flat(memory + M::STATS + M::STAT * qs + 512, p.scales + (size_t)block * 64, 256, full);
                 hopper_expect(full + 8 * M::STAGES, M::BLOCK);
 #pragma unroll
                 for (int c = 0; c < M::PANELS; c++)
                     hopper_load(q + M::G - M::Q + c * M::PANEL, &branch.g, full + 8 * M::STAGES, 64 * c, row,
                                 at.batch * p.batch_step[3] + token, head);
                 if (++qs == M::STAGES) qs = 0, qp ^= 1;
+                if (M::BLOCKS && --before == 0) next = claim(p);
             }
         }
         if (++ts == M::TILES) ts = 0, tp ^= 1;
@@ -181,9 +243,8 @@ template <int D> HOPPER_FN void hopper_loader(const hopper_keys_args &p, uint32_
 }
 
 /* D = 128: v waits for its only stage, which must not hold up what else there is to load. */
-template <int D> HOPPER_FN void hopper_value_loader(const hopper_keys_args &p, uint32_t memory)
+template <class M> HOPPER_FN void hopper_value_loader(const hopper_keys_args &p, uint32_t memory)
 {
-    typedef hopper_shape<D> M;
     int ts = 0, tp = 0;
 #pragma unroll 1
     for (;;) {
@@ -191,35 +252,52 @@ template <int D> HOPPER_FN void hopper_value_loader(const hopper_keys_args &p, u
         const volatile hopper_tile &t = *(const hopper_tile *)__cvta_shared_to_generic(memory + M::TILE_INFO + ts * 64);
         if (t.width == HOPPER_STOP) return;
         hopper_wait(memory + M::V_FREE, ts ^ 1);
-        hopper_load_values<D>(p, memory, t, p.branch[t.branch], ts);
+        hopper_load_values<M>(p, memory, t, p.branch[t.branch], ts);
         if (++ts == M::TILES) ts = 0, tp ^= 1;
     }
 }
 
-/* Every block of one stage: waits for its turn, sees that the tile's dq is added, passes the turn on. */
-template <int D> HOPPER_FN void hopper_carrier(const hopper_keys_args &p, uint32_t memory, int stage)
+/* bulk sums of whole numbers */
+HOPPER_FN void hopper_add_whole(float *to, uint32_t from, int bytes)
 {
-    typedef hopper_shape<D> M;
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
+                 : "memory");
+}
+
+/* Every block of one stage (where carriers are fewer: every CARRIERS-th block): waits for its turn, sees that the
+ * tile's dq is added, passes the turn on. Sums of whole numbers have no turns. */
+template <class M> HOPPER_FN void hopper_carrier(const hopper_keys_args &p, uint32_t memory, int stage)
+{
 #pragma unroll 1
-    for (int parity = 0;; parity ^= 1) {
+    for (int parity = 0;;) {
         const uint32_t step = memory + M::STEP + 16 * (stage + M::STAGES * parity);
         hopper_wait(memory + M::Q_FULL + 8 * stage, parity);
         const int4 at = hopper_four(step);
         hopper_arrive(memory + M::BLOCK_FREE + 8 * stage);
-        if (at.y == HOPPER_STOP) return;
-        const int fresh = hopper_turn(p.turn + at.y, at.z);
+        if (at.y == HOPPER_STOP) {
+            if (M::BLOCKS) hopper_bulk_done();
+            return;
+        }
+        const int fresh = M::BLOCKS ? 0 : hopper_turn(p.turn + at.y, at.z);
         hopper_wait(memory + M::DQ_FULL + 8 * stage, parity);
         hopper_fence();
-        float *to = p.dq + (size_t)at.y * 64 * D;
-        const uint32_t from = memory + (D == 64 ? M::S + stage * M::DS : M::DQ);
-        if (fresh) hopper_store_flat(to, from, M::SUMS);
+        float *to = p.dq + (size_t)at.y * 64 * M::D;
+        const uint32_t from = memory + (M::D == 64 ? M::S + stage * M::DS : M::DQ);
+        if (M::BLOCKS) hopper_add_whole(to, from, M::SUMS);
+        else if (fresh) hopper_store_flat(to, from, M::SUMS);
         else hopper_add_flat(to, from, M::SUMS);
         hopper_bulk_commit();
         hopper_bulk_read();
-        hopper_arrive(memory + (D == 64 ? M::DS_FREE + 8 * stage : M::DQ_FREE));
-        hopper_bulk_done();
-        hopper_fence();
-        hopper_pass(p.turn + at.y, at.z);
+        hopper_arrive(memory + (M::D == 64 ? M::DS_FREE + 8 * stage : M::DQ_FREE));
+        if (!M::BLOCKS) {
+            hopper_bulk_done();
+            hopper_fence();
+            hopper_pass(p.turn + at.y, at.z);
+        }
+        if (M::CARRIERS < M::STAGES) stage += M::CARRIERS - M::STAGES;
+        if (M::CARRIERS == M::STAGES || stage >= 0) parity ^= 1;
+        else stage += M::STAGES;
     }
 }
 
@@ -228,7 +306,7 @@ template <int D> HOPPER_FN void hopper_carrier(const hopper_keys_args &p, uint32
 /* 64 keys of one warpgroup, everything it holds in registers. MASKS: causal or a window. OPTIONS: there may be
  * dropout, slopes, padding, a mask and a bias (attn_hopper_pairs.cuh). */
 template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
-    typedef hopper_shape<D> M;
+    typedef hopper_shape<D, (OPTIONS & HOPPER_BLOCKS) != 0> M;
     static constexpr bool PAIRS = OPTIONS & HOPPER_PAIRS, PADDED = OPTIONS & HOPPER_PADDED,
                           ADDED = OPTIONS & HOPPER_ADDED;
     const hopper_keys_args &p;
@@ -240,6 +318,7 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
     int after, before; /* MASKS: of the tile's branch, lattice rows that a row may see */
     uint32_t kept;     /* PAIRS: does dropout keep the pair of this register of s? */
     int padded;        /* PADDED: are the thread's keys padding? a bit each */
+    float fixed[2];    /* active blocks: scales of the thread's rows of dq in the block before */
     bool first, held;  /* no block before in this tile; q and dout of the block before are still being read */
 
     __device__ __forceinline__ hopper_group(const hopper_keys_args &args, uint32_t at)
@@ -309,16 +388,37 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
         arrive(M::DS_FULL + 8 * qs);
     }
 
+    /* active blocks: the scales of this block's rows, for when its dq is done */
+    __device__ __forceinline__ void read_scales(float (&x)[2]) const
+    {
+        const uint32_t from = memory + M::STATS + qs * M::STAT + 512 + (warp * 16 + lane / 4) * 4;
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x[0]) : "r"(from));
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x[1]) : "r"(from + 32));
+    }
+    /* s in fixed point; what does not fit (NaN among it) marks the block, whose number is in `step` */
+    __device__ __forceinline__ void fix(int step)
+    {
+        bool fits = true;
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            const float x = s[i] * fixed[i / 2 % 2];
+            fits = fits && fabsf(x) < HOPPER_WHOLE;
+            s[i] = __int_as_float(__float2int_rn(x));
+        }
+        if (!fits) p.turn[hopper_four(memory + M::STEP + 16 * step).y] = HOPPER_SPOILT;
+    }
+
     /* dq of the block before, if it is this warpgroup's to do */
     __device__ __forceinline__ void add_dq()
     {
         const int stage = previous(), parity = qs == 0 ? qp ^ 1 : qp;
-        if (D == 64 && stage != w) return;
+        if (D == 64 && (M::STAGES == M::GROUPS ? stage : stage % M::GROUPS) != w) return;
         hopper_wait(memory + M::DS_FULL + 8 * stage, parity);
         hopper_pin(s);
         query_sums(stage);
         hopper_product_wait<0>();
         hopper_pin(s);
+        if constexpr (M::BLOCKS) fix(stage + M::STAGES * parity);
         uint32_t to = memory + thread * 16; /* to the carrier */
         if constexpr (D == 64) {            /* in the stage that has just been read by all four warps */
             to += M::S + stage * M::DS;
@@ -343,10 +443,13 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
     {
         hopper_wait(memory + M::Q_FULL + 8 * qs, qp);
         hopper_wait(memory + M::G_FULL + 8 * qs, qp);
+        float kept_scales[2];
+        if constexpr (M::BLOCKS) read_scales(kept_scales);
         __syncwarp();
         arrive(M::BLOCK_FREE + 8 * qs);
         put_ds<true>(); /* dq always sums over all the panels */
         if (!first) add_dq();
+        if constexpr (M::BLOCKS) fixed[0] = kept_scales[0], fixed[1] = kept_scales[1];
         advance();
     }
 
@@ -491,7 +594,7 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
         else if constexpr (MASKS) from -= 64 * hopper_four(memory + M::STEP + 16 * (qs + M::STAGES * qp)).x;
         if (PAIRS && p.a.slopes) lean(from, dilation, step.w);
         if (left < 64 || (MASKS && (from + 63 > after || from - 63 < -before)) || (PADDED && padded)) mask(from, left);
-        const uint32_t stats = memory + M::STATS + qs * 512 + lane % 4 * 8;
+        const uint32_t stats = memory + M::STATS + qs * M::STAT + lane % 4 * 8;
         probabilities(stats);
         hopper_product_wait<0>();
         hopper_pin(d);
@@ -505,6 +608,7 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
         hopper_pin(ds);
         weighted(dk, ds, memory + M::Q + qs * M::BLOCK);
         if (!first) add_dq();
+        if constexpr (M::BLOCKS) read_scales(fixed);
         advance();
     }
 
@@ -656,6 +760,13 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
             if (row < t.live && hopper_padded(p.a, t.batch, t.key0 + row * dilation)) padded |= 1 << y;
         }
     }
+    /* a loop that is known to run once would cost registers that there are not */
+    static __device__ __forceinline__ int once()
+    {
+        int one = 1;
+        asm volatile("" : "+r"(one));
+        return one;
+    }
     /* the keys of one tile */
     __device__ __forceinline__ void tile(const volatile hopper_tile &t)
     {
@@ -671,11 +782,11 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
         for (int i = 0; i < 16; i++) probability[i] = ds[i] = 0;
         if (busy || M::VALUES == 1) hopper_wait(memory + M::V_FULL + 8 * M::value(ts), M::VALUES == 1 ? ts : tp);
 #pragma unroll 1
-        for (int heads = __popc(t.heads); heads > 0; heads--) {
+        for (int heads = M::BLOCKS ? once() : __popc(t.heads); heads > 0; heads--) {
             const int from = (t.first + w) * 64 - t.query0, left = t.live - (t.first + w) * 64;
-            int blocks = __shfl_sync(~0u, t.high - t.low, 0);
+            int blocks = __shfl_sync(~0u, M::BLOCKS ? t.high : t.high - t.low, 0);
             int idle = 0; /* blocks whose rows are all too early to see these keys */
-            if (MASKS && from > after) idle = (from - after) / 64 - t.low;
+            if (MASKS && !M::BLOCKS && from > after) idle = (from - after) / 64 - t.low;
             idle = __shfl_sync(~0u, !busy || left <= 0 || idle > blocks ? blocks : idle < 0 ? 0 : idle, 0);
             blocks -= idle;
             last = blocks > 0;
@@ -716,11 +827,11 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
 };
 
 template <class T, int D, bool MASKS, int OPTIONS>
-__global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
+__global__ void __launch_bounds__(hopper_shape<D, (OPTIONS & HOPPER_BLOCKS) != 0>::THREADS_, 1)
     attn_hopper_keys_kernel(const __grid_constant__ hopper_keys_args p)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    typedef hopper_shape<D> M;
+    typedef hopper_shape<D, (OPTIONS & HOPPER_BLOCKS) != 0> M;
     extern __shared__ __align__(1024) uint8_t bytes[]; /* nothing else is shared: addresses are constants and stages */
     const uint32_t memory = attn_shared(bytes);
     if (threadIdx.x == 0) {
@@ -747,9 +858,9 @@ __global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
         hopper_fewer<M::LOADER_REGISTERS>();
         const int warp = threadIdx.x / 32;
         if (threadIdx.x % 32 != 0) return;
-        if (warp == 0) hopper_loader<D>(p, memory);
-        else if (warp <= M::STAGES) hopper_carrier<D>(p, memory, warp - 1);
-        else hopper_value_loader<D>(p, memory);
+        if (warp == 0) hopper_loader<M>(p, memory);
+        else if (warp <= M::CARRIERS) hopper_carrier<M>(p, memory, warp - 1);
+        else if (M::VALUES == 1 || !M::BLOCKS) hopper_value_loader<M>(p, memory);
     } else {
         hopper_more<M::GROUP_REGISTERS>();
         hopper_group<T, D, MASKS, OPTIONS>(p, memory).run();
@@ -762,11 +873,15 @@ __global__ void __launch_bounds__(hopper_shape<D>::THREADS_, 1)
 template <class T, int D, bool MASKS, int OPTIONS> int launch_keys(const hopper_keys_args &p)
 {
     auto kernel = attn_hopper_keys_kernel<T, D, MASKS, OPTIONS>;
-    const int memory = hopper_shape<D>::MEMORY, blocks = p.tiles < lac_cuda_processors ? p.tiles : lac_cuda_processors;
+    const int memory = hopper_shape<D, (OPTIONS & HOPPER_BLOCKS) != 0>::MEMORY,
+              blocks = p.tiles < lac_cuda_processors ? p.tiles : lac_cuda_processors;
     if (p.tiles == 0) return 0;
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
-    launch(kernel, blocks, hopper_shape<D>::THREADS_, memory, p);
+    launch(kernel, blocks, hopper_shape<D, (OPTIONS & HOPPER_BLOCKS) != 0>::THREADS_, memory, p);
     return lac_cuda_launched("attention");
 }
+
+/* with active blocks alone (attn_hopper_block_keys.cu) */
+int attn_hopper_block_keys(const hopper_keys_args &p, bool half, bool masks);
 
 #endif

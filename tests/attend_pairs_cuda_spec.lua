@@ -259,7 +259,7 @@ describe("options of single pairs on CUDA #gpu", function()
                             kernel = "hopper" }
     local lists = { P.inputs(c, 1, "bf16") }
     for option, what in pairs { mask = "there is a block_mask, with", bias = "the bias has a gradient",
-                                blocks = "there is a block_mask" } do
+                                blocks = "blocks are not multiples of 128 rows" } do
       local one = {}
       for key, value in pairs(c) do one[key] = value end
       P.seed(1)

@@ -122,11 +122,14 @@ function run.hopper()
         case("fp8", { segments = { 100, 200, 400 }, dilations = { 1, 2, 3 }, kv = 2, fp8 = true, window = 150,
           forward = true })
         case("fp8, one branch", { segments = { 300 }, dilations = { 1 }, fp8 = true, forward = true })
-        for _, block in ipairs{ 16, 64, 128 } do -- forward only, as below
+        -- all blocks: a last tile in which one warpgroup has no keys, with more steps than stages
+        case("all blocks of 128", { segments = { 300 }, dilations = { 1 }, block = 128,
+          block_mask = lac.ones{ 3, 3 }:gt(0) })
+        for _, block in ipairs{ 16, 64, 128 } do -- the backward takes blocks of 128
           local cells = math.ceil(300 / block)
           local active = lac.rand{ 4, cells, cells }:gt(0.4):logical_or(lac.eye(cells):gt(0))
-          case(("blocks of %d"):format(block), { segments = { 300 }, dilations = { 1 }, forward = true,
-            block = block, block_mask = active })
+          case(("blocks of %d"):format(block), { segments = { 300 }, dilations = { 1 },
+            forward = block < 128, block = block, block_mask = active })
         end
       end
     end

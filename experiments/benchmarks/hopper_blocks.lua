@@ -3,7 +3,8 @@
 -- A random tenth of the blocks, the diagonal among them, 32768 rows, heads times head_dim 2048, bf16. A row
 -- is the rate of active blocks as a share of the dense kernel's rate; density is the share of the blocks that
 -- causality leaves. Blocks of 256 and 64 and the portable kernel are shown beside blocks of 128, for which
--- the share is to be 0.85. Sides take turns in a new order each round (hopper.lua says why); medians.
+-- the share is to be 0.85. The backward has blocks of 128 rows and more. Sides take turns in a new order each
+-- round (hopper.lua says why); medians.
 
 local lac = require "lacuna"
 local bench = require "lacuna.bench"
@@ -12,30 +13,43 @@ local masks = require "lacuna.attention.masks"
 local ROUNDS, IDLE = 9, 0.02
 local WIDTH, DENSITY = 2048, 0.1
 
--- a side: one forward and a wait
+-- sides: one forward and a wait; one backward and a wait
 local function forward(x, options)
   local function body()
     lac.attend(x[1], x[2], x[3], options)
     lac.synchronize()
   end
-  local function once() lac.no_grad(lac.scope, body) end
-  return function() return bench.warm(once) end
+  return function() lac.no_grad(lac.scope, body) end
+end
+local function backward(x, options)
+  local out = lac.attend(x[1], x[2], x[3], options)
+  local how = { grad_outputs = { x[4] }, retain_graph = true }
+  local function body()
+    lac.grad(out, { x[1], x[2], x[3] }, how)
+    lac.synchronize()
+  end
+  return function() lac.scope(body) end
 end
 
-local function row(b, n, head_dim, block, causal)
+local function row(b, n, head_dim, block, causal, back)
   local x, heads, pattern = {}, math.floor(WIDTH / head_dim), masks.random(DENSITY, 1)
-  for i = 1, 3 do x[i] = lac.randn({ 1, n, heads, head_dim }, { dtype = "bf16", device = "cuda" }) end
+  for i = 1, 4 do
+    x[i] = lac.randn({ 1, n, heads, head_dim }, { dtype = "bf16", device = "cuda", grad = back and i < 4 })
+  end
   local z = { n = n, heads = heads, block = block, causal = causal }
   local mask = pattern:tensor(z):to{ device = "cuda" }
   local function side(kernel, active)
-    return forward(x, { segments = { n }, dilations = { 1 }, causal = causal, kernel = kernel,
-      block = active and block or nil, block_mask = active and mask or nil })
+    local once = (back and backward or forward)(x, { segments = { n }, dilations = { 1 }, causal = causal,
+      return_lse = false, kernel = kernel, block = active and block or nil,
+      block_mask = active and mask or nil })
+    return function() return bench.warm(once) end
   end
   local t = bench.shuffled({ side("hopper", true), side("portable", true), side("hopper") },
     b:size(ROUNDS, 1), IDLE)
-  b:value{ what = ("D %d, blocks of %d%s: %.3f ms, dense %.3f, portable %.2fx"):format(head_dim, block,
-    causal and ", causal" or "", t[1] * 1e3, t[3] * 1e3, t[2] / t[1]),
-    value = pattern:statistics(z).density * t[3] / t[1], unit = "x", at_least = block == 128 and 0.85 or nil }
+  b:value{ what = ("%s, D %d, blocks of %d%s: %.3f ms, dense %.3f, portable %.2fx"):format(
+    back and "backward" or "forward", head_dim, block, causal and ", causal" or "", t[1] * 1e3, t[3] * 1e3,
+    t[2] / t[1]), value = pattern:statistics(z).density * t[3] / t[1], unit = "x",
+    at_least = block == 128 and 0.85 or nil }
 end
 
 return {
@@ -50,7 +64,9 @@ return {
     for _, head_dim in ipairs{ 64, 128 } do
       for _, block in ipairs(b:size({ 128, 256, 64 }, { 128 })) do
         for _, causal in ipairs{ false, true } do
-          lac.scope(row, b, b:size(32768, 1024), head_dim, block, causal)
+          for _, back in ipairs(block >= 128 and { false, true } or { false }) do
+            lac.scope(row, b, b:size(32768, 1024), head_dim, block, causal, back)
+          end
         end
       end
     end

@@ -178,17 +178,19 @@ end
 local CPU = "tiles in %s, %s sums, %d threads"
 -- the kernel of a GPU, as far as it does not depend on the call; refusal: why it is not the one for Hopper;
 -- behind: why that one has no backward
-local function choice_of(kernel, refusal, behind)
+local function choice_of(kernel, refusal, in_blocks, behind)
   if kernel == "portable" then return "portable (chosen)" end
+  local some = (in_blocks or behind) and " with padding, dropout or options of pairs," or ""
   if kernel == "hopper" then
     if refusal then return "hopper (chosen) fails: " .. refusal end
-    return "hopper (chosen), an error" .. (behind and " with padding, dropout or options of pairs, backward ("
-      .. behind .. ") and" or "") .. " on other GPUs"
+    return "hopper (chosen), an error" .. some .. " on other GPUs"
+      .. (behind and " and backward: " .. behind or "")
   end
   if refusal then return "portable: " .. refusal end
   if behind then
-    return "forward hopper on a Hopper GPU; backward (" .. behind .. "), with padding, dropout or options of "
-      .. "pairs, and on others portable"
+    return "forward hopper on a Hopper GPU; backward (" .. behind .. ")," .. some .. " and on others portable"
+  elseif in_blocks then
+    return "hopper on a Hopper GPU;" .. some .. " and on others portable"
   end
   return "hopper on a Hopper GPU, with a bias' gradient and on others portable"
 end
@@ -206,7 +208,7 @@ local FEW = 4 -- rows that kernels/attn_few.cu takes
 
 -- which arithmetic runs for this dtype, and which kernel; a GPU may be asked about where there is none; isa:
 -- the CPU's
-local function kernel_of(z, dtype, kernel, refusal, n, fp8, isa, behind)
+local function kernel_of(z, dtype, kernel, refusal, n, fp8, isa, in_blocks, behind)
   local name = z.device
   if fp8 and dtype == C.LAC_F64 then return "fp8 fails: it takes f32, f16 or bf16" end
   if fp8 and (name or device.default_device()):find "^cuda" then
@@ -215,7 +217,7 @@ local function kernel_of(z, dtype, kernel, refusal, n, fp8, isa, behind)
       .. "padding, dropout or options of pairs"
   end
   if (name or device.default_device()):find "^cuda" then
-    local half, choice = device.dtype_size[dtype] == 2, choice_of(kernel, refusal, behind)
+    local half, choice = device.dtype_size[dtype] == 2, choice_of(kernel, refusal, in_blocks, behind)
     if n <= FEW and kernel == "auto" then
       return ("cuda: %s sums; %d rows: their keys in parts; with dropout, padding or options of pairs and to "
         .. "be differentiated where branches have softmaxes of their own, portable"):format(
@@ -333,7 +335,8 @@ function Attention:explain(n, sizes)
   local behind = not refusal
     and core.hopper_refusal(plan, dtype, o.kernel, block, true) or nil
   if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or in_blocks and "there is a block_mask" end
-  t.kernel = kernel_of(z, dtype, o.kernel, refusal or nil, n, o.fp8, core.isa_of(plan, dtype, block), behind)
+  t.kernel = kernel_of(z, dtype, o.kernel, refusal or nil, n, o.fp8, core.isa_of(plan, dtype, block), in_blocks,
+    behind)
   t.fp8 = o.fp8 and fp8_of(t, element, p, (z.device or device.default_device()):find "^cuda") or nil
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
