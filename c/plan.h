@@ -139,7 +139,7 @@ static inline bool lac_plan_hopper_pays(const lac_plan *p, int64_t block)
     return true;
 }
 
-/* The backward for Hopper has active blocks, of `block` rows, whose tiles of keys lie in one block each: NULL, or why
+/* The backward in one pass has active blocks, of `block` rows, if its tiles of keys lie in one block each: NULL, or why
  * not with this plan. */
 enum { LAC_HOPPER_BLOCK = 128 }; /* keys of such a tile */
 static inline const char *lac_plan_no_hopper_blocks(const lac_plan *p, int64_t block)

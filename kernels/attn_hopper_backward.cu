@@ -360,8 +360,10 @@ template <class T> __device__ __forceinline__ float put_dq(T *to, const float (&
     return probe;
 }
 
-/* The same with active blocks: sums in fixed point. Sums that did not fit are NaN, so that they are done again. */
-template <class T, int D>
+/* The same with active blocks: sums in fixed point. Sums that did not fit are NaN, so that they are done again. JOINT:
+ * eight columns of a row lie side by side, two in one number of 64 bits, to which the lower one, when it is negative,
+ * has added -1 above itself. */
+template <class T, int D, bool JOINT>
 __global__ void __launch_bounds__(THREADS)
     hopper_block_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq)
 {
@@ -382,17 +384,20 @@ __global__ void __launch_bounds__(THREADS)
             at[y] = n + 8 * y < a.n ? place_of(a, p, g, b, n + 8 * y, h) : -1;
             one[y] = at[y] < 0 ? 0 : p.turn[at[y] / HOPPER_ROWS] == HOPPER_SPOILT ? NAN : 1 / p.scales[at[y]];
         }
-        const int *const from = (const int *)sums_at(D, p, max(at[0], 0), chunk);
-        const bool both = at[0] >= 0 && at[1] == at[0] + 8 && at[0] % 16 < 8; /* side by side */
-        const int *const other = (const int *)sums_at(D, p, max(at[1], 0), chunk);
+        const int columns = JOINT ? p.columns : D, r = max(at[0], 0) % HOPPER_ROWS, q = max(at[1], 0) % HOPPER_ROWS;
+        const int *const from =
+            (const int *)sums_at(columns, p, max(at[0], 0), chunk) + (JOINT ? r / 8 % 2 * 62 - r % 8 * 8 : 0);
+        const bool both = !JOINT && at[0] >= 0 && at[1] == at[0] + 8 && at[0] % 16 < 8; /* side by side */
+        const int *const other =
+            (const int *)sums_at(columns, p, max(at[1], 0), chunk) + (JOINT ? q / 8 % 2 * 62 - q % 8 * 8 : 0);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             if (both) {
                 const int4 two = *(const int4 *)(from + 4 * k);
                 v[0][k] = {two.x, two.y}, v[1][k] = {two.z, two.w};
             } else {
-                if (at[0] >= 0) v[0][k] = *(const int2 *)(from + 4 * k);
-                if (at[1] >= 0) v[1][k] = *(const int2 *)(other + 4 * k);
+                if (at[0] >= 0) v[0][k] = *(const int2 *)(from + (JOINT ? 2 : 4) * k);
+                if (at[1] >= 0) v[1][k] = *(const int2 *)(other + (JOINT ? 2 : 4) * k);
             }
         }
 #pragma unroll
@@ -400,7 +405,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 x[y][2 * k] = fmaf((float)v[y][k].x, one[y], x[y][2 * k]);
-                x[y][2 * k + 1] = fmaf((float)v[y][k].y, one[y], x[y][2 * k + 1]);
+                x[y][2 * k + 1] = fmaf((float)(v[y][k].y + (JOINT && v[y][k].x < 0)), one[y], x[y][2 * k + 1]);
             }
     }
     T *const to = dq + (((int64_t)b * a.n + n) * a.heads + h) * a.head_dim + chunk * 8;
@@ -479,10 +484,25 @@ static bool countable(const lac_plan *p, bool joint)
     return n.blocks <= INT32_MAX / HOPPER_ROWS && n.tiles <= INT32_MAX / HOPPER_ROWS;
 }
 
+/* NULL, or why neither Hopper's tiles nor, with active blocks, the portable ones can do the call */
+static const char *no_tiles(const lac_a_attend_bwd *w)
+{
+    const lac_a_attend *f = &w->forward;
+    const lac_view *read[] = {&f->q, &f->k, &f->v, &w->dout};
+    const char *why = lac_plan_no_hopper_beyond(f->plan, f->q.dtype);
+    if (!why && f->blocks.data)
+        why = f->mask.data || f->bias.data || f->slopes.data || f->padding.data || f->dropout > 0
+                  ? "there is a block_mask, with other options of pairs, padding or dropout"
+                  : lac_plan_no_hopper_blocks(f->plan, f->block);
+    for (int i = 0; i < 4 && !why; i++) hopper_readable(read[i], &why);
+    return why;
+}
+
 bool attn_joint_fits(const lac_a_attend_bwd *w)
 {
     const lac_a_attend *f = &w->forward;
-    if (lac_attend_pairs(f) || (f->q.dtype != LAC_BF16 && f->q.dtype != LAC_F16)) return false;
+    if (f->blocks.data ? no_tiles(w) : lac_attend_pairs(f)) return false;
+    if (f->q.dtype != LAC_BF16 && f->q.dtype != LAC_F16) return false;
     return lac_plan_one_pass(f->plan) && countable(f->plan, true) && attn_joint_runs(f->plan->desc.head_dim);
 }
 
@@ -492,16 +512,10 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w)
     const lac_plan *p = f->plan;
     const lac_attn_desc *d = &p->desc;
     const lac_view *read[] = {&f->q, &f->k, &f->v, &w->dout};
-    const char *why = lac_plan_no_hopper_beyond(p, f->q.dtype);
-    if (!why && f->blocks.data)
-        why = f->mask.data || f->bias.data || f->slopes.data || f->padding.data || f->dropout > 0
-                  ? "there is a block_mask, with other options of pairs, padding or dropout"
-                  : lac_plan_no_hopper_blocks(p, f->block);
+    const char *why = no_tiles(w);
     if (why) return why;
     if (w->dbias.data) return "the bias has a gradient";
     if (d->heads / d->kv_heads > 32) return "more than 32 query heads share a key/value head";
-    for (int i = 0; i < 4; i++)
-        if (!hopper_readable(read[i], &why)) return why;
     for (int g = 0; g < d->branches; g++)
         for (int i = 0; i < 4; i++)
             if (d->dilation[g] > (((int64_t)1 << 33) - 1) / (read[i]->shape[1] > 1 ? read[i]->stride[1] : d->head_dim))
@@ -558,16 +572,22 @@ static void launch_dq(const attn_args &a, const hopper_args &h, T *dq, unsigned 
     const bool full = a.head_dim == D && (uintptr_t)dq % 16 == 0;
     launch(full ? hopper_dq_kernel<T, D, true> : hopper_dq_kernel<T, D, false>, blocks, THREADS, 0, a, h, dq, masks);
 }
-template <class T> static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w)
+template <class T> static void launch_block_dq(const attn_args &a, const hopper_args &h, T *dq, bool joint)
+{
+    const int wide = a.head_dim <= 64 ? 64 : 128;
+    const unsigned blocks = blocks_for((int64_t)a.batch * ((a.n + 15) / 16) * a.heads * wide, THREADS);
+    const auto narrow = joint ? hopper_block_dq_kernel<T, 64, true> : hopper_block_dq_kernel<T, 64, false>;
+    const auto full = joint ? hopper_block_dq_kernel<T, 128, true> : hopper_block_dq_kernel<T, 128, false>;
+    launch(wide == 64 ? narrow : full, blocks, THREADS, 0, a, h, dq);
+}
+template <class T>
+static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w, bool joint)
 {
     const bool masks = a.causal || a.window >= 0 || a.lengths || a.padding || a.dedup || a.mask || a.bias || a.block;
     const int slabs = (a.n + DQ_ROWS - 1) / DQ_ROWS, parts = a.head_dim <= DQ_COLUMNS ? 1 : 2;
     const unsigned blocks = (unsigned)a.batch * (unsigned)slabs * (unsigned)(a.heads * parts);
     T *dq = (T *)w->dq.data;
-    if (a.block)
-        launch(a.head_dim <= 64 ? hopper_block_dq_kernel<T, 64> : hopper_block_dq_kernel<T, 128>,
-               blocks_for((int64_t)a.batch * ((a.n + 15) / 16) * a.heads * (a.head_dim <= 64 ? 64 : 128), THREADS),
-               THREADS, 0, (const attn_args &)a, h, dq);
+    if (a.block) launch_block_dq<T>(a, h, dq, joint);
     else if (a.head_dim <= 64) launch_dq<T, 64>(a, h, dq, blocks, masks);
     else launch_dq<T, 128>(a, h, dq, blocks, masks);
     LAC_TRY(lac_cuda_launched("attention"));
@@ -600,5 +620,5 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool join
     if (a.block) LAC_TRY(attn_hopper_scales(a, h, w->forward.q.dtype));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(joint ? attn_joint_tiles(a, h, w->forward.q.dtype) : attn_hopper_keys(a, h, w, padding));
-    return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w) : finish<bf16>(a, h, w);
+    return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w, joint) : finish<bf16>(a, h, w, joint);
 }

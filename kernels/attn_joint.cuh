@@ -41,6 +41,20 @@
  * (D = 64, 32k rows); 40 MB with: the same within 1%; 64 MB: up to 3% slower without, up to 6% with (8k). Two passes
  * had, in a run of an earlier form, 0.88, 0.83, 0.79, 0.78 for D = 64, causal 0.93, 0.89, 0.83, 0.83.
  *
+ * Active blocks (BLOCKS): steps are the blocks of rows that the list has bits for, looked for 1024 at a time. Sums of
+ * dq are whole numbers without turns, as on Hopper (attn_hopper_block_keys.cu says why), so nobody looks, waits or
+ * fences. Two of a row are added as one number of 64 bits, and what a warp adds at once lies side by side. Time as a
+ * multiple of the dense kernel's times density, a tenth of the blocks, otherwise as above (target 1.3; two passes had
+ * 1.5 and 1.55 for D = 64):
+ *
+ *     blocks of       128      causal   256      causal
+ *     D = 64          1.15     1.28     1.17     1.25
+ *     D = 128         1.16     1.27     1.15     1.23
+ *
+ * About half of what is above 1 are the passes before and after the tiles, which take as long for a tenth of the
+ * blocks as for all: largest keys and values 0.19 ms of 8.5 (causal 4.8), scales 0.13, sums of dq to their type 0.18,
+ * clearing them. The rest was not taken apart; tiles begin and end ten times as often for as much work.
+ *
  * Rejected: 16 keys a warp with all rows (180 fetches), atomic additions (order, and four narrow ones on sm_80 where a
  * load and a store are wide), fetching the sums to the second cache a step ahead (D = 128: as fast or up to 4% slower),
  * tiles of an item that begin at different rows so that nobody waits (tiles would wait for some that do not run yet), a
@@ -188,7 +202,15 @@ __device__ __forceinline__ bool joint_claim(const attn_args &a, const hopper_arg
 /* waits for the warp's partner */
 __device__ __forceinline__ void joint_pair(int which) { asm volatile("bar.sync %0, 64;" ::"r"(1 + which) : "memory"); }
 
-template <class Op, int DP>
+/* adds whole numbers to two sums of dq, as one number of 64 bits: the dq pass takes them apart again */
+__device__ __forceinline__ void joint_add_whole(float *sums, int low, int high)
+{
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(sums), "l"((int64_t)high * ((int64_t)1 << 32) + low)
+                 : "memory");
+}
+
+/* BLOCKS: there are active blocks */
+template <class Op, int DP, bool BLOCKS>
 __global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op, DP>::PAIRS ? 1 : 2)
     attn_joint_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, int late)
 {
@@ -211,7 +233,7 @@ __global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op,
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp % 2;
     const int mine = PAIRS ? warp / 2 : warp; /* which 32 keys */
     const int w0 = t.first + 32 * mine, hk = x.kv_head;
-    const int columns = (a.head_dim + 7) / 8 * 8; /* of the sums of dq */
+    const int columns = BLOCKS ? p.columns : (a.head_dim + 7) / 8 * 8; /* of the sums of dq */
     const float gz = (float)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
     __shared__ bool quick;
@@ -254,8 +276,33 @@ __global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op,
         }
         if (lane == 0) steps[at & 3] = {head, row, head < 0 ? -1 : x.block + head * blocks + row / HOPPER_ROWS, sees};
     };
+    /* BLOCKS: the step of the first active block of rows from number m on, or else of a head that follows */
+    __shared__ unsigned active[BLOCKS ? 32 : 1]; /* 1024 blocks of rows, a bit each */
+    auto seek = [&](int at, int head, int m) {
+        const hopper_steps &place = p.place[x.branch];
+        const int lane = (int)attn_opaque(threadIdx.x) % 32;
+        unsigned words = 0;
+        for (; head >= 0; m = 0) {
+            const uint32_t *row = p.steps + place.at + ((int64_t)(x.low + head) * place.tiles + x.order) * place.width;
+            for (; m < blocks; m = (m / 1024 + 1) * 1024) {
+                const int word = m / 32 + lane, first = m / 32 % 32;
+                if (m % 1024 == 0) active[lane] = word < place.width - 1 ? __ldg(row + 1 + word) : 0;
+                const unsigned some = active[lane] & (lane < first ? 0 : lane > first ? ~0u : ~0u << m % 32);
+                words = __ballot_sync(~0u, some);
+                if (words == 0) continue;
+                const int next = __ffs((int)words) - 1;
+                m = m / 1024 * 1024 + 32 * next + __ffs(__shfl_sync(~0u, (int)some, next)) - 1;
+                break;
+            }
+            if (words) break;
+            const unsigned more = x.heads & ~0u << head << 1;
+            head = more ? __ffs((int)more) - 1 : -1;
+        }
+        plan(at, head, m * HOPPER_ROWS);
+    };
     auto plan_after = [&](int at, const joint_step &s) {
         const int row = s.row + HOPPER_ROWS;
+        if constexpr (BLOCKS) return seek(at, s.head, row / HOPPER_ROWS);
         if (s.head < 0 || row < min(x.rows, x.high * HOPPER_ROWS)) return plan(at, s.head, row);
         const unsigned more = x.heads & ~0u << s.head << 1;
         plan(at, more ? __ffs((int)more) - 1 : -1, x.low * HOPPER_ROWS);
@@ -321,13 +368,19 @@ __global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op,
         float *sums =
             p.dq + (int64_t)block * (HOPPER_ROWS * columns) + WIDE / 8 * 512 * strip + 2 * half * 128 + lane * 4;
         const int there = columns / 8 - WIDE / 8 * strip;
+        float scales[2][2]; /* BLOCKS */
+        if constexpr (BLOCKS) {
+            const float *from = p.scales + (int64_t)block * HOPPER_ROWS + 32 * half + lane / 4;
+#pragma unroll
+            for (int i = 0; i < 4; i++) scales[i / 2][i % 2] = __ldcg(from + 8 * i);
+        }
         float4 old[2][WIDE / 8];
 #pragma unroll
         for (int m = 0; m < 2; m++)
 #pragma unroll
             for (int n = 0; n < WIDE / 8; n++) {
                 old[m][n] = {0, 0, 0, 0};
-                if (!first && n < there) old[m][n] = __ldcg((const float4 *)(sums + n * 512 + m * 128));
+                if (!BLOCKS && !first && n < there) old[m][n] = __ldcg((const float4 *)(sums + n * 512 + m * 128));
             }
         clear(dq);
         auto add = [&](int keys) {
@@ -356,13 +409,34 @@ __global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op,
             for (int keys = 0; keys < 4; keys++)
                 if (sees >> (4 * half + keys) & 1) add(keys);
         }
+        if constexpr (BLOCKS) {
+            bool fits = true;
+            sums -= 2 * lane;
 #pragma unroll
-        for (int m = 0; m < 2; m++)
+            for (int m = 0; m < 2; m++)
 #pragma unroll
-            for (int n = 0; n < WIDE / 8; n++)
-                if (n < there)
-                    *(float4 *)(sums + n * 512 + m * 128) = {old[m][n].x + dq[m][n][0], old[m][n].y + dq[m][n][1],
-                                                             old[m][n].z + dq[m][n][2], old[m][n].w + dq[m][n][3]};
+                for (int n = 0; n < WIDE / 8; n++) {
+                    int whole[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float sum = dq[m][n][i] * scales[m][i / 2];
+                        fits = fits && fabsf(sum) < HOPPER_WHOLE;
+                        whole[i] = __float2int_rn(sum);
+                    }
+                    if (WIDE * strip + 8 * n >= p.columns) continue; /* not n >= there: no register to spare */
+                    joint_add_whole(sums + n * 512 + m * 128, whole[0], whole[1]);
+                    joint_add_whole(sums + n * 512 + m * 128 + 64, whole[2], whole[3]);
+                }
+            if (!fits) p.turn[block] = HOPPER_SPOILT;
+        } else {
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+#pragma unroll
+                for (int n = 0; n < WIDE / 8; n++)
+                    if (n < there)
+                        *(float4 *)(sums + n * 512 + m * 128) = {old[m][n].x + dq[m][n][0], old[m][n].y + dq[m][n][1],
+                                                                 old[m][n].z + dq[m][n][2], old[m][n].w + dq[m][n][3]};
+        }
     };
 
     auto parts_of = [&](int stage) { return tiles + M::S + late * stage * M::PARTS_; }; /* dS^T of a step */
@@ -370,9 +444,10 @@ __global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op,
     if (warp == 1) {
         plan(-1, -1, 0);
         plan(0, -1, 0);
-        plan(1, x.low < x.high ? __ffs((int)x.heads) - 1 : -1, x.low * HOPPER_ROWS);
+        if constexpr (BLOCKS) seek(1, x.high > 0 ? __ffs((int)x.heads) - 1 : -1, 0);
+        else plan(1, x.low < x.high ? __ffs((int)x.heads) - 1 : -1, x.low * HOPPER_ROWS);
     }
-    if (threadIdx.x == 0) done = -1;
+    if (!BLOCKS && threadIdx.x == 0) done = -1;
     __shared__ volatile int where[M::WARPS]; /* the step, while sums and products take all registers */
 #pragma unroll 1
     for (int n = 0;; n++) { /* the first turn only loads */
@@ -383,7 +458,7 @@ __global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op,
         {
             const joint_step &past = steps[(n - 1) & 3], &now = steps[n & 3], &next = steps[(n + 1) & 3];
             const int stage = n & 1;
-            if (threadIdx.x == 0 && now.head >= 0) coming = joint_look(p.turn + now.block);
+            if (!BLOCKS && threadIdx.x == 0 && now.head >= 0) coming = joint_look(p.turn + now.block);
             if (next.head >= 0) load(next, stage ^ 1);
             attn_commit();
             if (warp == 1) plan_after(n + 2, next);
@@ -405,12 +480,12 @@ __global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op,
         const joint_step &past = steps[(n - 1) & 3], &now = steps[n & 3], &next = steps[(n + 1) & 3];
         const int stage = n & 1;
         /* One fence for what others added, which the look saw, and for what this block did a step ago. */
-        if (threadIdx.x == 0) {
+        if (!BLOCKS && threadIdx.x == 0) {
             asm volatile("fence.acq_rel.gpu;" ::: "memory");
             if (done >= 0) joint_pass(p.turn + done, x.order);
         }
         auto settle = [&](int to) {
-            if (threadIdx.x == 0 && now.head >= 0) {
+            if (!BLOCKS && threadIdx.x == 0 && now.head >= 0) {
                 if ((coming & ~HOPPER_FRESH) != x.order) coming = hopper_turn(p.turn + now.block, x.order);
                 fresh[to] = coming & HOPPER_FRESH;
             }
@@ -430,13 +505,13 @@ __global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op,
                 joint_add_from<Op>(dk, other, y, 64 * half);
             }
         }
-        if (threadIdx.x == 0) done = ripe.block;
+        if (!BLOCKS && threadIdx.x == 0) done = ripe.block;
         if (next.head < 0 && now.head < 0) break;
         if (late) settle(stage ^ 1);
     }
     attn_arrived();
     __syncthreads();
-    if (threadIdx.x == 0 && done >= 0) hopper_pass(p.turn + done, x.order);
+    if (!BLOCKS && threadIdx.x == 0 && done >= 0) hopper_pass(p.turn + done, x.order);
     const bool masks = a.causal || a.window >= 0 || a.dedup || a.lengths || pad;
     if (masks && !(finite(dk) && finite(dv))) *p.spoilt = 1;
     const int awaits = p.branch[t.g].awaits;
@@ -462,5 +537,37 @@ __global__ void __launch_bounds__(joint_shape<Op, DP>::THREADS_, joint_shape<Op,
         atomicAdd(p.ready + a.branch[t.g].rank, 1);
     }
 }
+
+/* ---- launch ---- */
+
+enum { JOINT_STATIC = 512 }; /* what else the kernel has in shared memory, at most */
+
+static int joint_limit(cudaDeviceAttr which)
+{
+    int device, most;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&most, which, device) != cudaSuccess) return 0;
+    return most;
+}
+
+template <class Op, int DP, bool BLOCKS> static int joint_launch(const attn_args &a, const hopper_args &p)
+{
+    typedef joint_shape<Op, DP> M;
+    const int late = joint_limit(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= M::LATE + ATTN_ALIGN + JOINT_STATIC;
+    const int memory = (late ? M::LATE : M::MEMORY) + ATTN_ALIGN;
+    if (p.tiles == 0) return 0;
+    CUDA_TRY("attention", cudaFuncSetAttribute(attn_joint_kernel<Op, DP, BLOCKS>,
+                                               cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
+    attn_joint_kernel<Op, DP, BLOCKS><<<(unsigned)p.tiles, M::THREADS_, memory, lac_cuda_stream>>>(a, p, late);
+    return lac_cuda_launched("attention");
+}
+template <bool BLOCKS> static int joint_tiles(const attn_args &a, const hopper_args &p, int dtype)
+{
+    if (a.head_dim <= 64)
+        return dtype == LAC_BF16 ? joint_launch<op_bf16<64>, 64, BLOCKS>(a, p)
+                                 : joint_launch<op_f16<64>, 64, BLOCKS>(a, p);
+    return dtype == LAC_BF16 ? joint_launch<op_bf16<128>, 128, BLOCKS>(a, p)
+                             : joint_launch<op_f16<128>, 128, BLOCKS>(a, p);
+}
+int attn_joint_block_tiles(const attn_args &a, const hopper_args &p, int dtype); /* attn_joint_blocks.cu */
 
 #endif

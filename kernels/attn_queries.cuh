@@ -1,8 +1,8 @@
 /* attn_queries.cuh: the backward of attention on tensor cores, seen from the queries: dq, and deltas where a branch
  * needs its own.
  *
- * What attn_joint.cuh does not do in one pass (f32, options of single pairs, D above 128, short lattices, devices with
- * too little shared memory) takes two that share nothing: this one owns query rows and sums over keys (dq), the other
+ * What attn_joint.cuh does not do in one pass (f32, options of pairs, small blocks, D above 128, short lattices, too
+ * little shared memory) takes two that share nothing: this one owns query rows and sums over keys (dq), the other
  * owns keys and sums over query rows (attn_keys.cuh). Both recompute the scores, P = exp2(S - lse), dS = P (dP -
  * delta), so seven products run instead of five, but no sum ever crosses blocks: results are the same bits every time,
  * and no f32 copy of dq is written and read back. Merges with one softmax per branch, or with constant weights, run
