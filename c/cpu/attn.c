@@ -165,10 +165,8 @@ static void attn_philox(uint64_t seed, uint64_t offset, const uint64_t block[ATT
 #define IREAL int32_t
 #ifdef ATTN_AMX
 #define ATTN_PARTS 1
-#define ATTN_PARTS_LEAST 32  /* numbers of a row: of fewer, whose tiles are filled up, multiply-adds are as fast */
-#define ATTN_PARTS_BLOCK 128 /* and rows of an active block, in one lattice */
-#define ATTN_PARTS_KEYS 128  /* probabilities of so many keys are taken apart at a time */
-#define ATTN_GATHER 32       /* rows that are packed together */
+#define ATTN_PARTS_KEYS 128 /* probabilities of so many keys are taken apart at a time */
+#define ATTN_GATHER 32      /* rows that are packed together */
 #define ATTN_HEIGHT AMX_SIDE
 #else
 #define ATTN_PARTS 0
@@ -286,7 +284,7 @@ static bool owns_keys(const attn_job *job) { return job->bwd && !job->new_delta;
 /* Rows of memory for the rows of a task with active blocks: each row of blocks begins at a multiple of 32. */
 static int64_t blocks_slots(int64_t rows)
 {
-    return round_up(rows, AMX_SIDE) + (rows / ATTN_PARTS_BLOCK + 2) * AMX_SIDE;
+    return round_up(rows, AMX_SIDE) + (rows / LAC_ATTN_PARTS_BLOCK + 2) * AMX_SIDE;
 }
 #endif
 
@@ -329,7 +327,7 @@ static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most
     if (keys) {
         item.blocks = (span_most(p, item.branch, p->desc.n) - 1) / LAC_ATTN_BQUERIES + 1;
 #ifdef ATTN_AMX
-        if (job->a->blocks.data) item.blocks = span_most(p, item.branch, p->desc.n) / (ATTN_PARTS_BLOCK / 2) + 2;
+        if (job->a->blocks.data) item.blocks = span_most(p, item.branch, p->desc.n) / (LAC_ATTN_PARTS_BLOCK / 2) + 2;
 #endif
         item.turn = job->turn_count;
         if (item.chunks > 1) job->turn_count += item.segments * p->desc.batch * item.heads * item.blocks;
