@@ -167,21 +167,11 @@ describe("layers", function()
 
   it("repeat numbers of the engine as they are", function() -- explain() tells what the engine will do
     local lua = read "lua/lacuna/attention/module.lua"
-    local least, block, run, blocks_run =
-      lua:match "local PARTS_LEAST, PARTS_BLOCK, KEY_RUN, BLOCKS_RUN = (%d+), (%d+), (%d+), (%d+)\n"
-    local cpu, plan = read "c/cpu/attn.c", read "c/plan.h"
-    assert.are.equal(cpu:match "define ATTN_PARTS_LEAST (%d+)", least)
-    assert.are.equal(cpu:match "define ATTN_PARTS_BLOCK (%d+)", block)
-    assert.are.equal(plan:match "LAC_ATTN_KEY_RUN = (%d+)", run)
-    assert.are.equal(plan:match "LAC_ATTN_BLOCKS_RUN = (%d+)", blocks_run)
-    local list = { lua:match("local QUERIES, BLOCKS_QUERIES, BQUERIES, BLOCKS_ROWS, PARTS_RUN = "
-      .. "(%d+), (%d+), (%d+), (%d+), (%d+)\n") }
-    for i, name in ipairs { "QUERIES", "BLOCKS_QUERIES", "BQUERIES", "BLOCKS_ROWS", "PARTS_RUN" } do
-      assert.are.equal(plan:match("LAC_ATTN_" .. name .. " = (%d+)"), list[i])
-    end
     local most = read("kernels/attn_parts_forward.cu"):match "return head_dim <= (%d+) &&"
     assert.are.equal(most, lua:match "local EXACT_MOST = (%d+)")
-    assert.is_true(#most > 0 and #run > 0)
+    local few = read("kernels/attn_few.cu"):match "FEW_ROWS = (%d+)"
+    assert.are.equal(few, lua:match "local FEW = (%d+)")
+    assert.is_true(#most > 0 and #few > 0)
   end)
 
   it("keep the engine's ffi in one file", function()

@@ -18,7 +18,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { BLOCK = 1024, COLUMNS = 1024, TILE_ROWS = 64, BUFFER_ROWS = 16, PART = 32768, MOST_PARTS = 64, LANES = 32 };
+enum { BLOCK = 512, COLUMNS = 1024, TILE_ROWS = 64, BUFFER_ROWS = 16, PART = 32768, MOST_PARTS = 64, LANES = 32 };
 enum { CLASS_SUM, CLASS_PRODUCT, CLASS_EXTREME, CLASS_TRUTH, CLASS_VARIANCE, CLASS_LSE };
 enum { PLAIN, SQUARE, ABSOLUTE }; /* of each element before it is added or compared */
 
