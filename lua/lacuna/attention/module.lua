@@ -335,8 +335,8 @@ function Attention:explain(n, sizes)
   local behind = not refusal
     and core.hopper_refusal(plan, dtype, o.kernel, block, true) or nil
   if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or in_blocks and "there is a block_mask" end
-  t.kernel = kernel_of(z, dtype, o.kernel, refusal or nil, n, o.fp8, core.isa_of(plan, dtype, block), in_blocks,
-    behind)
+  t.kernel = kernel_of(z, dtype, o.kernel, refusal or nil, n, o.fp8, core.isa_of(plan, dtype, block),
+    in_blocks, behind)
   t.fp8 = o.fp8 and fp8_of(t, element, p, (z.device or device.default_device()):find "^cuda") or nil
   t.ring = ring_of(self, n, m, 2 * z.batch * z.head_dim * element)
   if z.as == "table" then return t end
