@@ -40,6 +40,9 @@
 -- 1.36, 1.66 and 1.48; with 16384 rows of 16 heads and half of the blocks a tile 1.3 to 1.7; blocks of 32,
 -- which pay for tiles of 64 rows, 5.0 and 3.1. Before runs of blocks were listed some hundred steps ahead:
 -- blocks of 128 1.45 to 1.8, of 64 1.7 to 3.2.
+-- When dense attention's backward came to take one pass, two passes of active blocks were at 1.47 and causal
+-- 1.52 (D 64, blocks of 128; of 64 1.51 and 1.59). Blocks of 128 and more take one pass too since, another
+-- run, four rounds, backward: D 64 1.16, causal 1.28; D 128 1.18, causal 1.29.
 
 local lac = require "lacuna"
 local masks = require "lacuna.attention.masks"
