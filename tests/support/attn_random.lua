@@ -135,7 +135,7 @@ local function worse(exact, x, y)
   local r = {}
   for name, list in pairs(exact) do
     r[name] = {}
-    for i, e in ipairs(y[name] and list or {}) do
+    for i, e in ipairs(x[name] and y[name] and list or {}) do
       local a, b = x[name][i], y[name][i]
       r[name][i] = math.abs(b - e) > math.abs(a - e) and b or a
     end

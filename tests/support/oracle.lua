@@ -13,13 +13,21 @@
 -- backward then has only what a backward that saves out and lse has: probabilities exp(s - lse) and the
 -- inner product of dout and out, each rounded. (One that keeps the whole probability matrix is a little
 -- better in peaked rows.) A third function, weight, rounds the softmax' exponentials where they weigh values
--- but not in their sum.
+-- but not in their sum. `products` {count, f}: inner products are made as matrix units make them, `count`
+-- products at a time exactly, their sum and the one so far by f.
 --
 -- Arrays are flat, row-major, from 1. Configurations as in attn_direct (filled).
 
 local oracle = {}
 
 local exact = { result = function(x) return x end, sum = function(x) return x end }
+
+-- the function that rounds an inner product of n terms after its i-th
+local function adder(ro)
+  if not ro.products then return ro.sum end
+  local count, f = unpack(ro.products)
+  return function(x, i, n) return (i % count == 0 or i == n) and f(x) or x end
+end
 
 -- ---- which pairs ---------------------------------------------------------------------------------
 
@@ -178,13 +186,15 @@ end
 -- ---- forward and backward ------------------------------------------------------------------------
 
 --- Everything at once. dout nil: forward only. keep(b, h, n, j) says whether dropout keeps a pair.
--- @treturn table out, lse, dq, dk, dv (flat arrays)
+-- @treturn table out, lse, dq, dk, dv (flat arrays); dbias of a bias; branch_lse [G, B, N, H] of mean and sum
 function oracle.run(c, q, k, v, dout, dlse, opts)
   opts = opts or {}
   local ro, keep = opts.rounding or exact, opts.keep
+  local add = adder(ro)
   local B, N, M, H, Hk, D = c.B, c.N, c.M, c.H, c.Hk, c.D
   local scale = (c.scale and c.scale ~= 0) and c.scale or 1 / math.sqrt(D)
-  local res = { out = {}, lse = {}, dq = {}, dk = {}, dv = {}, dbias = c.bias and {} }
+  local res = { out = {}, lse = {}, dq = {}, dk = {}, dv = {}, dbias = c.bias and {},
+                branch_lse = c.heads == "all" and (c.merge == "mean" or c.merge == "sum") and {} or nil }
   for i = 1, c.bias and #c.bias.data or 0 do res.dbias[i] = 0 end
   for i = 1, B * N * H * D do res.out[i], res.dq[i] = 0, 0 end
   for i = 1, B * M * Hk * D do res.dk[i], res.dv[i] = 0, 0 end
@@ -196,7 +206,7 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
       local s, z = {}, {}
       for j = 0, M - 1 do
         local ka, dot = ((b * M + j) * Hk + hk) * D, 0
-        for d = 1, D do dot = ro.sum(dot + q[qa + d] * k[ka + d]) end
+        for d = 1, D do dot = add(dot + q[qa + d] * k[ka + d], d, D) end
         s[j + 1] = ro.result(ro.result(dot) * scale)
         if c.bias then s[j + 1] = ro.result(s[j + 1] + oracle.at(c.bias, b, h, n, j)) end
         if c.alibi then s[j + 1] = ro.result(s[j + 1] - c.alibi[h + 1] * math.abs(position(c, n) - j)) end
@@ -204,13 +214,14 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
       end
       local parts, lse, merged = parts_of(c, s, b, h, n, ro)
       res.lse[(b * N + n) * H + h + 1] = lse
-      for _, part in ipairs(parts) do
+      for g, part in ipairs(parts) do
+        if res.branch_lse then res.branch_lse[(((g - 1) * B + b) * N + n) * H + h + 1] = part.lse end
         part.out = {}
         for d = 1, D do
           local sum = 0
           for j = 0, M - 1 do
             if part.p[j + 1] ~= 0 then
-              sum = ro.sum(sum + part.p[j + 1] * z[j + 1] * v[((b * M + j) * Hk + hk) * D + d])
+              sum = add(sum + part.p[j + 1] * z[j + 1] * v[((b * M + j) * Hk + hk) * D + d], j + 1, M)
             end
           end
           part.out[d] = ro.result(sum)
@@ -228,7 +239,7 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
             for d = 1, D do
               local g = ro.result(part.weight * dout[qa + d])
               res.dv[ka + d] = ro.sum(res.dv[ka + d] + part.again[j + 1] * z[j + 1] * g)
-              dot = ro.sum(dot + g * v[ka + d])
+              dot = add(dot + g * v[ka + d], d, D)
             end
           end
           dp[j + 1] = ro.result(dot * z[j + 1])
