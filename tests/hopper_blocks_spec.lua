@@ -13,6 +13,7 @@ local it = attn_device.it(it, pending)
 local direct = require "support.attn_direct"
 local attn = require "support.attn_random"
 local P = require "support.attn_pairs"
+local lac = require "lacuna"
 local C = direct.C
 local NAN = 0 / 0
 local pick, chance = attn.pick, attn.chance
@@ -223,3 +224,53 @@ describe(("active blocks in the backward of kernel '%s' #gpu"):format(kernel), f
   it("wrote over no guard bytes", unharmed)
 end)
 end
+
+-- In one pass tiles of keys add to sums of dq, four bytes for each number of q that a branch keeps. Two
+-- passes have nothing as large beside the gradients: statistics take 16 bytes a row. So the pool's peak says
+-- what ran.
+describe("the portable backward #gpu", function()
+  local n, heads, D = 2048, 4, 64
+
+  -- did it take one pass? options of lac.attend; m: keys
+  local function one_pass(options, m)
+    local o, beside = { segments = { n }, dilations = { 1 }, kernel = "portable", return_lse = false }, nil
+    for name, value in pairs(options) do o[name] = value end
+    if o.block then
+      local cells = math.ceil(n / o.block)
+      o.block_mask = lac.ones({ cells, math.ceil((m or n) / o.block) }, { dtype = "bool", device = "cuda" })
+    end
+    local function random(rows, grad)
+      return lac.randn({ 1, rows, heads, D }, { dtype = "bf16", device = "cuda", grad = grad })
+    end
+    lac.scope(function()
+      local q, k, v, dout = random(n, true), random(m or n, true), random(m or n, true), random(n)
+      local out = lac.attend(q, k, v, o)
+      lac.reset_peak()
+      local before = lac.memory("cuda").live
+      lac.grad(out, { q, k, v }, { grad_outputs = { dout } })
+      beside = lac.memory("cuda").peak - before - 2 * heads * D * (n + 2 * (m or n))
+    end)
+    local sums = 4 * heads * D * n / o.dilations[1]
+    assert.is_true(beside >= sums or beside < sums / 2, ("%d bytes, sums are %d"):format(beside, sums))
+    return beside >= sums
+  end
+
+  it("takes one pass where tiles of keys lie in one block each, else two", function()
+    for _, block in ipairs { 128, 256, 2048 } do assert.is_true(one_pass { block = block }, block) end
+    assert.is_true(one_pass { block = 256, dilations = { 2 } })
+    assert.is_true(one_pass { block = 128, segments = { 1024 }, causal = true })
+    for _, block in ipairs { 16, 64, 192 } do assert.is_false(one_pass { block = block }, block) end
+    assert.is_false(one_pass { block = 128, dilations = { 2 } })
+    assert.is_false(one_pass { block = 128, segments = { 1000 } })
+    assert.is_false(one_pass({ block = 128, align = "end" }, n + 128))
+  end)
+
+  it("takes one pass without blocks but for options of pairs", function()
+    assert.is_true(one_pass {})
+    assert.is_true(one_pass { dropout = 0.1, causal = true })
+    assert.is_true(one_pass { key_padding = lac.ones({ 1, n }, { dtype = "bool", device = "cuda" }) })
+    assert.is_false(one_pass { alibi = true })
+    assert.is_false(one_pass { mask = lac.ones({ n, n }, { dtype = "bool", device = "cuda" }) })
+    assert.is_false(one_pass { segments = { 31 } })
+  end)
+end)
