@@ -674,10 +674,14 @@ const char *lac_plan_hopper(const lac_plan *plan, int32_t dtype, int32_t kernel,
         why = plan->desc.head_dim > LAC_HOPPER_WIDE ? "head_dim is above 128, with a block_mask"
               : backward                            ? lac_plan_no_hopper_blocks(plan, block)
                                                     : NULL;
-    if (!why && kernel != LAC_KERNEL_HOPPER && !lac_plan_hopper_pays(plan, block))
-        why = lac_plan_hopper_pays(plan, 0) ? "a branch has fewer than 64 rows a block"
-                                            : "a branch has fewer than 64 rows a segment";
-    return why;
+    if (why) return why;
+    if (backward && plan->desc.heads / plan->desc.kv_heads > 32)
+        return "more than 32 query heads share a key/value head"; /* attn_hopper_backward_fits() */
+    if (kernel == LAC_KERNEL_HOPPER || (backward ? lac_plan_one_pass(plan) : lac_plan_hopper_pays(plan, block)))
+        return NULL;
+    if (backward) return "a branch has fewer than 32 rows a segment";
+    return lac_plan_hopper_pays(plan, 0) ? "a branch has fewer than 64 rows a block"
+                                         : "a branch has fewer than 64 rows a segment";
 }
 
 int lac_plan_reach(const lac_plan *plan, int64_t position, int64_t *first)

@@ -318,7 +318,9 @@ describe("lac.attention", function()
     assert.matches(call, kernel({}, 64, half()))
     assert.matches(call, kernel({ alibi = true, dropout = 0.1 }, 64, half()))
     assert.matches("^cuda: f32 sums; 4 rows: their keys in parts; ", kernel({}, 4, half()))
-    assert.matches("; portable: a branch has fewer than 64 rows a segment$", kernel({}, 63, half()))
+    assert.matches("; portable: a branch has fewer than 64 rows a segment$", kernel({}, 31, half()))
+    assert.matches("; forward portable %(a branch has fewer than 64 rows a segment%); backward hopper on a "
+      .. "Hopper GPU, with a bias' gradient and on others portable$", kernel({}, 32, half()))
     assert.matches("; portable: tensors are neither f16 nor bf16$", kernel({}, 64, { dtype = "f64" }))
     assert.matches("; hopper %(chosen%) fails: tensors are neither f16 nor bf16$",
       kernel({ kernel = "hopper" }, 64, { dtype = "f32" }))
@@ -336,7 +338,13 @@ describe("lac.attention", function()
     assert.matches("; portable: head_dim is above 256 or no multiple of 8$", kernel({}, 64, half(36)))
     assert.matches("; portable: head_dim is above 256 or no multiple of 8$", kernel({}, 64, half(264)))
     assert.matches("; portable %(chosen%)$", kernel({ kernel = "portable" }, 64, half()))
-    assert.matches("; hopper %(chosen%), an error on other GPUs$", kernel({ kernel = "hopper" }, 63, half()))
+    assert.matches("; hopper %(chosen%), an error on other GPUs$", kernel({ kernel = "hopper" }, 31, half()))
+    local shared = lac.attention{ variant = "dense", heads = 33, kv_heads = 1 }
+    assert.matches("; forward hopper on a Hopper GPU; backward %(more than 32 query heads share a key/value "
+      .. "head%)", shared:explain(64, { dtype = "bf16", device = "cuda", as = "table" }).kernel)
+    shared = lac.attention{ variant = "dense", heads = 33, kv_heads = 1, fp8 = true }
+    assert.matches("; hopper, an error on other GPUs",
+      shared:explain(64, { dtype = "bf16", device = "cuda", as = "table" }).kernel)
     assert.matches("; hopper %(chosen%) fails: head_dim is", kernel({ kernel = "hopper" }, 64, half(36)))
     local function sparse(block, choice, head_dim)
       local o = { variant = "block_sparse", pattern = "full()", block = block, heads = 2, kernel = choice }

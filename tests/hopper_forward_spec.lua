@@ -10,6 +10,7 @@ local it = attn_device.it(it, pending)
 
 local direct = require "support.attn_direct"
 local attn = require "support.attn_random"
+local lac = require "lacuna"
 local C = direct.C
 local random, pick, chance, text = attn.random, attn.pick, attn.chance, attn.text
 local forward = attn_device.forward
@@ -111,4 +112,67 @@ describe("the forward of attention on Hopper #gpu", function()
   end)
 
   it("wrote over no guard bytes", unharmed)
+end)
+
+-- Kernels add in different orders, so that f16 results of some ten thousand numbers tell them apart.
+describe("the kernel of a plan on Hopper #gpu", function()
+  local function same(a, b)
+    for i, x in ipairs(a) do if (x - b[i]):abs():max():item() ~= 0 then return false end end
+    return true
+  end
+
+  local function normal(n, heads, head_dim)
+    return lac.randn({ 1, n, heads, head_dim }, { dtype = "f16", device = "cuda" })
+  end
+
+  -- { out }, and the gradients or nil and why there are none
+  local function results(options, inputs, dout)
+    local x = {}
+    for i, t in ipairs(inputs) do x[i] = t:detach():requires_grad_() end
+    local out = lac.attention(options)(unpack(x))
+    local ok, found = pcall(lac.grad, out, x, { grad_outputs = { dout } })
+    return { out:detach() }, ok and found, tostring(found)
+  end
+
+  -- what explain() says: forward, backward, its words
+  local function said(options, n, head_dim)
+    local words = lac.attention(options):explain(n, { dtype = "f16", device = "cuda", head_dim = head_dim,
+                                                      as = "table" }).kernel
+    local one = words:match "; forward (%w+)" or words:match "; (%w+)"
+    return one, words:match "backward (%w+) on" or words:match "backward %(" and "portable" or one, words
+  end
+
+  local CASES = { -- rows, head dimension, forward, backward, options
+    { 64, 64, "hopper", "hopper" }, { 63, 64, "portable", "hopper" }, { 31, 64, "portable", "portable" },
+    { 300, 128, "hopper", "hopper", { causal = true } }, { 300, 136, "hopper", "portable" },
+    { 300, 36, "portable", "portable" }, { 100, 64, "hopper", "portable", { heads = 33, kv_heads = 1 } },
+    { 512, 64, "hopper", "hopper", { block = 128 } }, { 512, 128, "hopper", "portable", { block = 64 } },
+    { 512, 64, "portable", "portable", { block = 48 } },
+  }
+  for number, case in ipairs(CASES) do
+    local n, head_dim, one, two, more = unpack(case, 1, 5)
+    it(("is what explain() says, %d: forward %s, backward %s"):format(number, one, two), function()
+      local o = { variant = "dense", heads = 16 }
+      for name, value in pairs(more or {}) do o[name] = value end
+      if o.block then o.variant, o.pattern = "block_sparse", "local_window(100)" end
+      local says = { said(o, n, head_dim) }
+      assert.are.same({ one, two }, { says[1], says[2] }, says[3])
+      lac.scope(function()
+        local inputs = { normal(n, o.heads, head_dim) }
+        for i = 2, 3 do inputs[i] = normal(n, o.kv_heads or o.heads, head_dim) end
+        local dout = normal(n, o.heads, head_dim)
+        local out, gradients = results(o, inputs, dout)
+        o.kernel = "portable"
+        local other, theirs = results(o, inputs, dout)
+        assert.are.equal(one == "portable", same(out, other))
+        if one == two then assert.are.equal(one == "portable", same(gradients, theirs)) end
+        if one == "portable" then return end -- a single tile's gradients are the same by both kernels
+        o.kernel = "hopper"
+        local forced, its, why = results(o, inputs, dout)
+        assert.is_true(same(out, forced))
+        if two == "hopper" then return assert.is_true(same(gradients, its)) end
+        assert.matches("kernel 'hopper' cannot do this call: ", why)
+      end)
+    end)
+  end
 end)

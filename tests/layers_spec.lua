@@ -168,7 +168,8 @@ describe("layers", function()
   it("repeat numbers of the engine as they are", function() -- explain() tells what the engine will do
     local lua = read "lua/lacuna/attention/module.lua"
     local most = read("kernels/attn_parts_forward.cu"):match "return head_dim <= (%d+) &&"
-    assert.are.equal(most, lua:match "local EXACT_MOST = (%d+)")
+    assert.are.equal(most, lua:match "local WIDEST = (%d+)")
+    assert.are.equal(most, read("c/plan.h"):match "LAC_HOPPER_WIDE = (%d+)")
     local few = read("kernels/attn_few.cu"):match "FEW_ROWS = (%d+)"
     assert.are.equal(few, lua:match "local FEW = (%d+)")
     assert.is_true(#most > 0 and #few > 0)

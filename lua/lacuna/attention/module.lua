@@ -177,7 +177,7 @@ end
 
 local CPU = "tiles in %s, %s sums, %d threads"
 -- the kernel of a GPU, as far as it does not depend on the call; refusal: why it is not the one for Hopper;
--- behind: why that one has no backward
+-- behind: why not in the backward
 local function choice_of(kernel, refusal, in_blocks, behind)
   if kernel == "portable" then return "portable (chosen)" end
   local some = (in_blocks or behind) and " with padding, dropout or options of pairs," or ""
@@ -186,21 +186,22 @@ local function choice_of(kernel, refusal, in_blocks, behind)
     return "hopper (chosen), an error" .. some .. " on other GPUs"
       .. (behind and " and backward: " .. behind or "")
   end
-  if refusal then return "portable: " .. refusal end
+  if refusal and behind then return "portable: " .. refusal end
+  local there = "hopper on a Hopper GPU" .. (in_blocks and ";" .. some or ", with a bias' gradient")
+    .. " and on others portable"
+  if refusal then return "forward portable (" .. refusal .. "); backward " .. there end
   if behind then
     return "forward hopper on a Hopper GPU; backward (" .. behind .. ")," .. some .. " and on others portable"
-  elseif in_blocks then
-    return "hopper on a Hopper GPU;" .. some .. " and on others portable"
   end
-  return "hopper on a Hopper GPU, with a bias' gradient and on others portable"
+  return there
 end
 
 -- what multiplies f32 on a GPU (kernels/attn.cu); with little shared memory multiply-adds
-local EXACT_MOST = 128 -- head dimension, as in kernels/attn_parts_forward.cu
+local WIDEST = 128 -- head dimension of f32 in parts (kernels/attn_parts_forward.cu), and of fp8
 local function wide_of(dtype, head_dim)
   if dtype == C.LAC_F64 then return "multiply-adds of f64" end
   if device.use_tf32() then return "tensor cores, TF32" end
-  if head_dim > EXACT_MOST then return "multiply-adds of f32" end
+  if head_dim > WIDEST then return "multiply-adds of f32" end
   return "tensor cores, f32 in three parts of bf16 where shared memory holds their tiles", true
 end
 
@@ -281,9 +282,9 @@ local function fp8_of(t, element, p, on_cuda)
 end
 
 -- why a plan, or a choice of kernel, has no fp8 on a GPU
-local function fp8_refusal(plan, dtype, o)
+local function fp8_refusal(plan, dtype, o, head_dim)
   if o.kernel == "portable" then return "kernel 'portable' has none" end
-  return core.hopper_refusal(plan, dtype, "hopper", nil, true) -- head dimensions as in the backward
+  return core.hopper_refusal(plan, dtype, "hopper") or head_dim > WIDEST and "head_dim is above 128"
     or o.alibi and "there are alibi slopes" or o.dropout > 0 and "there is dropout"
 end
 
@@ -332,9 +333,8 @@ function Attention:explain(n, sizes)
   t.blocks = blocks
   t.variant, t.causal, t.reason = self.variant, p.causal, self.reason or nil
   local refusal = core.hopper_refusal(plan, dtype, o.kernel, block)
-  local behind = not refusal
-    and core.hopper_refusal(plan, dtype, o.kernel, block, true) or nil
-  if o.fp8 then refusal = fp8_refusal(plan, dtype, o) or in_blocks and "there is a block_mask" end
+  local behind = core.hopper_refusal(plan, dtype, o.kernel, block, true)
+  if o.fp8 then refusal = fp8_refusal(plan, dtype, o, z.head_dim) or in_blocks and "there is a block_mask" end
   t.kernel = kernel_of(z, dtype, o.kernel, refusal or nil, n, o.fp8, core.isa_of(plan, dtype, block),
     in_blocks, behind)
   t.fp8 = o.fp8 and fp8_of(t, element, p, (z.device or device.default_device()):find "^cuda") or nil
