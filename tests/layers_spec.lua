@@ -185,3 +185,34 @@ describe("layers", function()
     assert.are.same({ "lua/lacuna/lib.lua" }, users)
   end)
 end)
+
+describe("the build of attention's kernels", function()
+  local function judged(kernel, bytes, warning)
+    local path = os.tmpname()
+    local f = assert(io.open(path, "w"))
+    f:write(([[
+ptxas info    : Compiling entry function '%s' for 'sm_90a'
+ptxas info    : Function properties for %s
+    0 bytes stack frame, %d bytes spill stores, %d bytes spill loads
+%s]]):format(kernel, kernel, bytes, bytes, warning or ""))
+    f:close()
+    local said = files("awk -f kernels/ptxas.awk " .. path .. "; echo $?")
+    os.remove(path)
+    return tonumber(said[#said]), said[1]
+  end
+
+  it("fails where registers spill or products wait for each other", function()
+    assert.are.equal(0, (judged("_Z22hopper_forward_kernel1", 0)))
+    local status, why = judged("_Z22hopper_forward_kernel1", 4)
+    assert.are.equal(1, status)
+    assert.are.equal("_Z22hopper_forward_kernel1 for sm_90a spills 4 bytes", why)
+    local serial = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+      .. "serialized due to insufficient register resources for the wgmma pipeline in function 'k'\n"
+    status, why = judged("_Z22hopper_forward_kernel1", 0, serial)
+    assert.are.equal(1, status)
+    assert.matches("C7510", why)
+    for bytes, expected in pairs { [64] = 0, [68] = 1 } do -- one that may
+      assert.are.equal(expected, (judged("_Z18hopper_redo_kernelI6__half", bytes)))
+    end
+  end)
+end)

@@ -61,4 +61,27 @@ describe("a device that the CPU pretends to be", function()
       assert.matches("[1-9]%d* passed, 0 failed", out)
     end)
   end
+
+  it("is refused from other sources or on other machines, with what to do", function()
+    local sources = "the engine and the plug%-in were built from different sources: run `make` again"
+    local abi = "was built for ABI %d+ %(%d+ bytes%), the engine has %d+ %(%d+ bytes%): run `make` again"
+    local refusals = { [0] = "it does not export lac_backend_v1", abi, abi, sources, sources, sources,
+                       "there is no driver" }
+    for stale = 0, #refusals do
+      local folder = sys.temporary("-stale")
+      assert(sys.mkdir(folder))
+      local status, out, err = sys.run(([[ln -s "$(readlink -f %s/liblacuna.so)" %s/ &&
+        cc -shared -std=c11 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Ic -DSTALE=%d \
+          tests/support/stale_cuda.c -o %s/liblacuna_cuda.so]]):format(dir, folder, stale, folder))
+      assert.are.equal(0, status, out .. err)
+      local said = output(([[LACUNA_LIBRARY=%s/liblacuna.so LUA_PATH="lua/?.lua;lua/?/init.lua;;" luajit -e '
+        local lac = require "lacuna"
+        print(pcall(lac.zeros, { 2 }, { device = "cuda" }))
+        print((lac.ones { 2 } + 1):sum():item(), lac.devices())' 2>&1]]):format(folder))
+      os.execute("rm -rf " .. sys.quote(folder))
+      local _, times = said:gsub(refusals[stale], "")
+      assert.are.equal(2, times, said) -- by the call and in the list of devices
+      assert.matches("^false.*\n4\t", said) -- the CPU works on
+    end
+  end)
 end)

@@ -93,6 +93,24 @@ describe("the queue of the device #gpu", function()
       assert.is_true(e:done())
     end)
 
+    it("leave what takes their memory alone, when an end is released while they are under way", function()
+      for round = 1, 20 do
+        local host, x = lac.full({ 2 ^ 18 }, round):pin(), lac.full({ 2 ^ 18 }, -round, CUDA)
+        busy(slow)
+        local there, back = host:to { device = "cuda", async = true }, x:to { device = "cpu", async = true }
+        there:release()
+        x:release()
+        local y, z = lac.full({ 2 ^ 18 }, 0.5, CUDA), lac.full({ 2 ^ 18 }, 0.25, CUDA) -- in their places
+        host:fill_(9) -- waits
+        assert.are.equal(-round, back:min():item())
+        assert.are.equal(-round, back:max():item())
+        for value, t in pairs { [0.5] = y, [0.25] = z } do
+          assert.are.equal(value, t:min():item())
+          assert.are.equal(value, t:max():item())
+        end
+      end
+    end)
+
     it("copy whole pinned tensors safely in the plain way, too", function()
       local host = lac.ones { 2 ^ 20 }:pin()
       local there = host:to(CUDA)

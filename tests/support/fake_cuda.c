@@ -4,7 +4,7 @@
  * lists of operators with their arguments, run from the start at every launch, with the random numbers replaced as
  * kernels/graph.cu does it. Asynchronous copies are done as late as the contract allows: when somebody waits for them
  * or is ordered after them. What the engine and the Lua layer do with a device is then wrong in the same ways as on a
- * real one, and every run is the same. graph_spec.lua compiles it and runs the specs of the device with it.
+ * real one, and every run is the same. queue_spec.lua compiles it and runs the specs of the device with it.
  */
 #include "device.h"
 #include "plan.h"
