@@ -211,3 +211,44 @@ describe("the plan cache", function()
     assert.equal(0, tonumber(stats.size))
   end)
 end)
+
+-- Forward and backward; what they do is asked on a device.
+describe("kernels for Hopper", function()
+  it("are refused with the reason", function()
+    local few, whole = "a branch has fewer than 64 rows a segment", "segments are not made of whole blocks"
+    local aligned = "with a block_mask, and queries aligned to the end of the keys"
+    local twice, many = "pairs that several branches keep are to be counted once", {}
+    for g = 1, 17 do many[g] = 64 end
+    local odd, half = "head_dim is above 256 or no multiple of 8", "tensors are neither f16 nor bf16"
+    local rows, more = "blocks are not multiples of 128 rows of a branch", "there are more than 16 branches"
+    local wide, blocked = "head_dim is above 128", "head_dim is above 128, with a block_mask"
+    for _, case in ipairs {
+      { {} }, { { dilations = { 2 } } }, { { dilations = { 3 } }, few, nil },
+      { { dilations = { 5 } }, few, "a branch has fewer than 32 rows a segment" },
+      { { dilations = { 5 }, kernel = 2 } },
+      { { segments = { 128, 256 }, dilations = { 1, 1 }, dedup = true }, twice, twice },
+      { { segments = many, dilations = many }, more, more },
+      { { D = 136 }, nil, wide }, { { D = 132 }, odd, odd }, { { D = 264 }, odd, odd },
+      { { H = 33, Hk = 1 }, nil, "more than 32 query heads share a key/value head" }, { { H = 32, Hk = 1 } },
+      { { block = 128 } }, { { block = 256, dilations = { 2 }, segments = { 512 } } },
+      { { block = 128, dilations = { 2 } }, nil, rows }, { { block = 192, segments = { 192 } }, nil, rows },
+      { { block = 63 }, "a branch has fewer than 64 rows a block", rows },
+      { { block = 256 }, nil, whole }, { { block = 256, segments = { 1000 } } },
+      { { block = 128, M = 1128, align = "end" }, nil, aligned },
+      { { block = 128, D = 136 }, blocked, wide },
+      { { dtype = 1 } }, { { dtype = 1, dilations = { 3 } }, few, few },
+      { { dtype = 1, kernel = 2 }, half, half },
+      { { dtype = 1, block = 128 }, "there is a block_mask", "there is a block_mask" },
+      { { dtype = 0 }, half, half },
+    } do
+      local c, want = { N = 1000, D = 64, H = 2, segments = { 128 }, dilations = { 1 } }, { case[2], case[3] }
+      for name, value in pairs(case[1]) do c[name] = value end
+      local plan = direct.plan(direct.fill(c))
+      for backward = 0, 1 do
+        local why = C.lac_plan_hopper(plan, c.dtype or 3, c.kernel or 0, c.block or 0, backward)
+        assert.are.equal(want[backward + 1], why ~= nil and ffi.string(why) or nil,
+          choices.text(c) .. (backward == 1 and " backward" or " forward"))
+      end
+    end
+  end)
+end)
