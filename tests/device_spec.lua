@@ -19,9 +19,9 @@ local BOTH = {
 
 local ELSEWHERE = {
   ["the device's own, tagged #gpu"] = {
-    "attend_cuda", "attend_f32_cuda", "attend_pairs_cuda", "cuda", "cuda_shapes", "cuda_train", "device",
-    "graph_cuda", "hopper_backward", "hopper_blocks", "hopper_forward", "hopper_fp8", "hopper_pairs",
-    "runtime_cuda", "variants_cuda",
+    "attend_cuda", "attend_f32_cuda", "attend_pairs_cuda", "cuda", "cuda_large", "cuda_shapes",
+    "cuda_train", "device", "graph_cuda", "hopper_backward", "hopper_blocks", "hopper_forward", "hopper_fp8",
+    "hopper_pairs", "runtime_cuda", "variants_cuda",
   },
   ["the CPU's kernels, pool or threads; those of the device have specs above"] = {
     "attend", "attend_pairs", "attend_parts", "engine", "fp8", "fuzz", "memory", "sgemm", "threads",
