@@ -688,6 +688,27 @@ describe("nn.LongNetLM", function()
     end
   end)
 
+  it("has a chunk's logits at a time, forward and backward", function()
+    local rows, vocab = 4096, 8192
+    local x, w = lac.randn({ rows, 16 }, { grad = true }), lac.randn({ vocab, 16 }, { grad = true })
+    local target = lac.randint({ rows }, { high = vocab })
+    local function grown(options)
+      return lac.scope(function()
+        lac.reset_peak()
+        local before = lac.memory(lac.default_device()).live
+        local loss = lac.linear_cross_entropy(x, w, nil, target, options)
+        lac.grad(options.reduction and loss:sum() or loss, { x, w })
+        return lac.memory(lac.default_device()).peak - before
+      end)
+    end
+    for _, reduction in ipairs{ "mean", "none" } do
+      local o = { chunk = 128, reduction = reduction ~= "mean" and reduction or nil }
+      assert.is_true(grown(o) < 4 * rows * vocab / 4, reduction)
+      o.chunk = rows
+      assert.is_true(grown(o) >= 4 * rows * vocab, reduction) -- the measure sees them
+    end
+  end)
+
   it("is causal", function()
     local model = tiny{ scheme = "split", merge = "sum" }
     local x = tokens(1, 12, 11):totable()
