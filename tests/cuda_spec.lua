@@ -236,6 +236,18 @@ describe("cuda #gpu", function()
     assert.is_true(lac.equal(a, lac.dropout(x:to { device = "cuda" }, 0.4):to { device = "cpu" }))
   end)
 
+  it("multiplies f32 exactly, or with 11 bits where use_tf32 allows it", function()
+    local a, b = lac.randn { 256, 512, device = "cuda" }, lac.randn { 512, 128, device = "cuda" }
+    local exact = a:to { dtype = "f64" }:matmul(b:to { dtype = "f64" })
+    local function off() return (a:matmul(b):to { dtype = "f64" } - exact):abs():max():item() end
+    assert.is_true(off() < 5e-4)
+    lac.use_tf32(true)
+    local rounded = off()
+    lac.use_tf32(false)
+    assert.is_true(rounded > 2e-3 and rounded < 0.2, rounded)
+    assert.is_true(off() < 5e-4)
+  end)
+
   it("gives the same bits twice for large reductions, products and scattered sums", function()
     local x = lac.randn { 777, 1031, device = "cuda" }
     local idx = lac.randint { 2000, high = 50, device = "cuda" }
