@@ -17,6 +17,8 @@ local ROUNDS, IDLE = 13, 0.03
 local LONG_ROUNDS, LONG = 3, 0.25 -- sustained
 local ROWS, WIDTH = 32768, 2048
 
+local PORTABLE = 0.9 -- of FlashAttention-2
+
 local function heads_of(head_dim) return math.floor(WIDTH / head_dim) end
 
 -- a call: `times` forwards in a row and a wait
@@ -59,6 +61,9 @@ local function against_peers(b, n, head_dim, causal, ours, target)
       i == 2 and ", sustained" or "", ours[1].name, work / t[1], ours[2].name, work / t[2], work / t[3],
       work / t[4])
     b:value{ what = rates, value = math.min(t[3], t[4]) / t[1], unit = "x", at_least = target }
+    if ours[2].kernel == "portable" and target then
+      b:value{ what = "  portable, of FA2", value = t[4] / t[2], unit = "x", at_least = PORTABLE }
+    end
   end
   for _, side in ipairs(dropped) do side:drop() end
 end
