@@ -220,8 +220,8 @@ local function kernel_of(z, dtype, kernel, refusal, n, fp8, isa, in_blocks, behi
   if (name or device.default_device()):find "^cuda" then
     local half, choice = device.dtype_size[dtype] == 2, choice_of(kernel, refusal, in_blocks, behind)
     if n <= FEW and kernel == "auto" then
-      return ("cuda: %s sums; %d rows: their keys in parts; with dropout, padding or options of pairs and to "
-        .. "be differentiated where branches have softmaxes of their own, portable"):format(
+      return ("cuda: %s sums; %d rows: their keys in parts; with dropout, padding, key lengths or options of "
+        .. "pairs and to be differentiated where branches have softmaxes of their own, portable"):format(
         half and "f32" or "f64", n)
     end
     if half then return "cuda: tensor cores, f32 sums; " .. choice end
