@@ -19,7 +19,7 @@
 #include "rows.cuh"
 #include "short.cuh"
 
-enum { LOSS_THREADS = 512, DENSE_THREADS = 256, CHUNK_ELEMENTS = 1 << 27 };
+enum { LOSS_THREADS = 512, DENSE_THREADS = 128, DENSE_BLOCKS = 8, CHUNK_ELEMENTS = 1 << 27 };
 
 static int64_t numel(const lac_view *v)
 {
@@ -262,9 +262,10 @@ static __device__ __forceinline__ void load_groups(const loss_group<T, G> *x, in
 }
 
 /* A thread's next groups, at last those of the block's next row, are on their way while it adds, and while the block
- * adds up. */
+ * adds up. So are the target of the block's next row and the logit of this one's: after the row, the first thread, for
+ * which all wait, would wait for memory twice. */
 template <class T>
-__global__ void __launch_bounds__(DENSE_THREADS, 4)
+__global__ void __launch_bounds__(DENSE_THREADS, DENSE_BLOCKS)
     loss_dense(loss_rows<T> a, loss_target<float> t, lac_cuda_reporter bad)
 {
     previous_done();
@@ -274,10 +275,21 @@ __global__ void __launch_bounds__(DENSE_THREADS, 4)
     int groups = (int)(a.n / G);
     loss_group<T, G> raw[FLIGHT], next[FLIGHT];
     auto row_at = [&](int64_t r) { return (const loss_group<T, G> *)(a.logits + r * a.row_stride); };
-    if (blockIdx.x < a.rows) load_groups<DENSE_THREADS>(row_at(blockIdx.x), threadIdx.x, groups, raw);
+    int64_t k = 0; /* of the first thread */
+    if (blockIdx.x < a.rows) {
+        load_groups<DENSE_THREADS>(row_at(blockIdx.x), threadIdx.x, groups, raw);
+        if (threadIdx.x == 0) k = t.at(a.first + blockIdx.x);
+    }
     for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
         const loss_group<T, G> *x = row_at(r);
         running_sum<T> mine;
+        bool outside = k < 0 || k >= a.n;
+        int64_t next_k = 0;
+        T hit = {};
+        if (threadIdx.x == 0) {
+            if (r + gridDim.x < a.rows) next_k = t.at(a.first + r + gridDim.x);
+            if (!outside) hit = a.logits[r * a.row_stride + k];
+        }
         for (int c = threadIdx.x; c < groups; c += FLIGHT * DENSE_THREADS) {
             int then = c + FLIGHT * DENSE_THREADS;
             if (then < groups) load_groups<DENSE_THREADS>(x, then, groups, next);
@@ -295,12 +307,11 @@ __global__ void __launch_bounds__(DENSE_THREADS, 4)
         }
         double lse = mine.lse(space, wide_space), loss = 0;
         if (threadIdx.x) continue;
-        int64_t row = a.first + r, k = t.at(row);
-        bool outside = k < 0 || k >= a.n;
+        int64_t row = a.first + r;
         if (k != t.ignore && outside) bad.report(row, k);
-        if (k != t.ignore && !outside)
-            loss = (t.weight ? (double)t.weight[k] : 1) * (lse - (double)to_compute(a.logits[r * a.row_stride + k]));
+        if (k != t.ignore && !outside) loss = (t.weight ? (double)t.weight[k] : 1) * (lse - (double)to_compute(hit));
         a.lse[row] = (float)lse, a.out[row] = (float)loss;
+        k = next_k;
     }
 }
 
@@ -465,7 +476,7 @@ static int run_loss(const char *op, const loss_rows<T> &r, const loss_target<com
     unsigned blocks = row_blocks_of(r.rows);
     if constexpr (sizeof(T) < 8)
         if (loss_is_dense(r, t)) {
-            launch(loss_dense<T>, blocks_filling(r.rows, 1, 4), DENSE_THREADS, 0, r, t, bad);
+            launch(loss_dense<T>, blocks_filling(r.rows, 1, DENSE_BLOCKS), DENSE_THREADS, 0, r, t, bad);
             return lac_cuda_launched(op);
         }
     launch(loss_kernel<T, S>, blocks, LOSS_THREADS, 0, r, t, bad);
