@@ -59,6 +59,7 @@ typedef struct { lac_view x, w, g, dx, dw; int64_t stride, dilation, before; } l
 typedef struct { int64_t ignore; double smoothing; lac_view weight; } lac_loss;
 typedef struct { lac_view logits, target, out, lse; lac_loss loss; } lac_a_cross_entropy;
 typedef struct { lac_view logits, target, lse, g, out; lac_loss loss; } lac_a_cross_entropy_bwd;
+typedef struct { lac_view losses, target, out, total; lac_loss loss; } lac_a_loss_mean;
 typedef struct { lac_view x, w, bias, target, out, lse; lac_loss loss; int64_t chunk; } lac_a_linear_ce;
 typedef struct { /* out.data not NULL: the losses and lse are written too, chunk by chunk, before lse is read */
     lac_view x, w, bias, target, lse, g, dx, dw, dbias, out;

@@ -258,6 +258,10 @@ int lac_cross_entropy(const lac_tensor *logits, const lac_tensor *target, const 
                       double smoothing, lac_tensor *out, lac_tensor *lse);
 int lac_cross_entropy_bwd(const lac_tensor *logits, const lac_tensor *target, const lac_tensor *weight, int64_t ignore,
                           double smoothing, const lac_tensor *lse, const lac_tensor *g, lac_tensor *dlogits); /* g [R] */
+/* out [] = sum of losses [R] (f32 or f64) over total [], what the targets that are not `ignore` weigh: weight [V] (of the
+ * logits' dtype) at the target, or 1 if weight is NULL; NaN where that is 0. Targets must have passed the loss itself. */
+int lac_loss_mean(const lac_tensor *losses, const lac_tensor *target, const lac_tensor *weight, int64_t ignore,
+                  lac_tensor *out, lac_tensor *total);
 /* The same on logits = x w^T (+ bias), x [R, E], w [V, E], bias [V] or NULL, computed `chunk` rows at a time: the
  * logits never exist as a whole, in either direction. chunk 0 chooses. dbias is NULL exactly when bias is; target [R]. */
 int lac_linear_cross_entropy(const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, const lac_tensor *target,

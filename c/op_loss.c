@@ -108,6 +108,33 @@ int lac_cross_entropy_bwd(const lac_tensor *logits, const lac_tensor *target, co
     return 0;
 }
 
+int lac_loss_mean(const lac_tensor *losses, const lac_tensor *target, const lac_tensor *weight, int64_t ignore,
+                  lac_tensor *out, lac_tensor *total)
+{
+    const char *op = "loss_mean";
+    lac_a_loss_mean a = {.loss.ignore = ignore};
+    LAC_OUT(op, "out", out);
+    LAC_OUT(op, "total", total);
+    LAC_TRY(lac_view_get(op, "losses", losses, &a.losses));
+    if (losses->ndim != 1 || (losses->dtype != LAC_F32 && losses->dtype != LAC_F64))
+        LAC_FAIL(SHAPE, "%s: losses must be [rows] in f32 or f64, got %s of %s", op,
+                 lac_shape_text(losses->shape, losses->ndim), lac_dtype_name(losses->dtype));
+    LAC_TRY(target_get(op, target, losses, "losses", losses->shape[0], &a.target));
+    if (weight) {
+        LAC_TRY(lac_view_get(op, "weight", weight, &a.loss.weight));
+        LAC_TRY(lac_need_float(op, "weight", weight));
+        LAC_TRY(lac_same_device(op, "losses", losses, "weight", weight));
+        if (weight->ndim != 1 || lac_front_stat_dtype(weight->dtype) != losses->dtype)
+            LAC_FAIL(SHAPE, "%s: weight must be [classes] of the logits' dtype, got %s of %s for losses in %s", op,
+                     lac_shape_text(weight->shape, weight->ndim), lac_dtype_name(weight->dtype),
+                     lac_dtype_name(losses->dtype));
+    }
+    LAC_TRY(lac_tensor_new(op, losses->dtype, losses->device, 0, NULL, out, &a.out));
+    LAC_TRY_OUT(lac_tensor_new(op, losses->dtype, losses->device, 0, NULL, total, &a.total), out);
+    LAC_RUN_OUT(loss_mean, losses->device, &a, out, total);
+    return 0;
+}
+
 /* the arguments that both directions of the fused loss have */
 static int linear_get(const char *op, const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias,
                       const lac_tensor *target, int64_t chunk, lac_view *vx, lac_view *vw, lac_view *vb, lac_view *vt)

@@ -148,6 +148,7 @@ COST(cross_entropy, lac_a_cross_entropy, .flops = 4.0 * logits_of(&a->logits),
      .bytes = BYTES(&a->logits, &a->target, &a->out, &a->lse))
 COST(cross_entropy_bwd, lac_a_cross_entropy_bwd, .flops = 3.0 * logits_of(&a->logits),
      .bytes = BYTES(&a->logits, &a->target, &a->lse, &a->g, &a->out))
+COST(loss_mean, lac_a_loss_mean, .flops = 2.0 * all(&a->losses), .bytes = BYTES(&a->losses, &a->target, &a->out))
 COST(linear_cross_entropy, lac_a_linear_ce, .flops = cells_of(&a->x, &a->w) * (2 * last(&a->x) + 4),
      .bytes = BYTES(&a->x, &a->w, &a->bias, &a->target, &a->out, &a->lse))
 /* the logits (again), then dx and dw */

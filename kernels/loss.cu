@@ -577,6 +577,44 @@ static int target_of(const char *op, const lac_loss *loss, const lac_view *targe
     return lac_cuda_launched(op);
 }
 
+/* ---- the mean over what the targets weigh, in one launch: the losses are few, and launches are what takes time ----
+ */
+
+enum { MEAN_THREADS = 1024 };
+template <class C>
+__global__ void __launch_bounds__(MEAN_THREADS)
+    loss_mean_kernel(loss_target<C> t, int64_t classes, const C *losses, int64_t stride, int64_t rows, C *out, C *total)
+{
+    previous_done();
+    __shared__ double space[MEAN_THREADS / 32];
+    double sum = 0, all = 0;
+#pragma unroll 4
+    for (int64_t r = threadIdx.x; r < rows; r += MEAN_THREADS) {
+        int64_t k = t.at(r);
+        sum += (double)losses[r * stride];
+        if (k != t.ignore) all += !t.weight ? 1 : k >= 0 && k < classes ? (double)t.weight[k] : 0;
+    }
+    sum = block_sum(sum, space);
+    all = block_sum(all, space);
+    if (threadIdx.x == 0) *out = (C)(sum / all), *total = (C)all;
+}
+
+extern "C" int lac_cuda_loss_mean(const lac_a_loss_mean *a)
+{
+    const char *op = "loss_mean";
+    auto run = [&](auto zero) {
+        typedef decltype(zero) C;
+        loss_weights<C> weights;
+        loss_target<C> t;
+        int64_t classes = a->loss.weight.data ? a->loss.weight.shape[0] : 0;
+        LAC_TRY(target_of<C>(op, &a->loss, &a->target, classes, &weights, &t));
+        launch(loss_mean_kernel<C>, 1, MEAN_THREADS, 0, t, classes, (const C *)a->losses.data, a->losses.stride[0],
+               a->losses.shape[0], (C *)a->out.data, (C *)a->total.data);
+        return lac_cuda_launched(op);
+    };
+    return a->losses.dtype == LAC_F64 ? run(0.0) : run(0.0f);
+}
+
 /* ---- from logits ---- */
 
 template <class T> static loss_rows<T> rows_of(const lac_view *x)

@@ -1521,6 +1521,12 @@ describe("engine errors:", function()
       o2)
     fails("shape", "target must be %[2%]", "cross_entropy", f(2, 3), i64(3), nil, 0, 0, o, o2)
     fails("shape", "at least one class", "cross_entropy", f(2, 0), i64(2), nil, 0, 0, o, o2)
+    fails("shape", "losses must be %[rows%] in f32 or f64, got %[2%] of f16", "loss_mean", half(2), i64(2),
+      nil, 0, o, o2)
+    fails("shape", "target must be %[2%]", "loss_mean", f(2), i64(3), nil, 0, o, o2)
+    fails("shape", "weight must be %[classes%]", "loss_mean", f(2), i64(2), f(2, 2), 0, o, o2)
+    fails("index", "target number 2 is 5", "loss_mean", f(2), tensor("i64", { 2 }, { 0, 5 }), f(3), -100, o,
+      o2)
     fails("argument", "chunk must be at least 1", "linear_cross_entropy", f(2, 3), f(4, 3), nil, i64(2), nil,
       0, 0, -1, o, o2)
     fails("argument", "no place for dbias", "linear_cross_entropy_bwd", f(2, 3), f(4, 3), f(4), i64(2), nil,
@@ -1694,6 +1700,7 @@ describe("engine errors:", function()
       T, T, I, I, O },
       { "matmul", T, T, T, O }, { "layernorm", T, T, T, N, O, O, O }, { "layernorm_bwd", T, T, T, T, T, O, O,
       O },
+      { "loss_mean", T, T, T, I, O, O },
       { "cross_entropy", T, T, T, I, N, O, O }, { "cross_entropy_bwd", T, T, T, I, N, T, T, O },
       { "linear_cross_entropy", T, T, T, T, T, I, N, I, O, O },
       { "linear_cross_entropy_bwd", T, T, T, T, T, I, N, I, T, T, O, O, O },

@@ -299,6 +299,37 @@ int LAC_CPU(cross_entropy)(const lac_a_cross_entropy *a)
     return status;
 }
 
+static double scalar_at(const lac_view *v, int64_t i)
+{
+    return v->dtype == LAC_F64 ? ((const double *)v->data)[i * v->stride[0]]
+                               : (double)((const float *)v->data)[i * v->stride[0]];
+}
+static void scalar_put(const lac_view *v, double x)
+{
+    if (v->dtype == LAC_F64) *(double *)v->data = x;
+    else *(float *)v->data = (float)x;
+}
+
+int LAC_CPU(loss_mean)(const lac_a_loss_mean *a)
+{
+    const char *op = "loss_mean";
+    int64_t *target, rows = a->losses.shape[0];
+    int64_t classes = a->loss.weight.data ? a->loss.weight.shape[0] : INT64_MAX; /* then nobody knows */
+    void *weight;
+    double sum = 0, total = 0;
+    loss_job job = {.ctype = lac_compute_type(a->losses.dtype)};
+    LAC_TRY(loss_begin(op, &job, &a->loss, &a->target, classes, &target, &weight));
+    for (int64_t r = 0; r < rows; r++) {
+        sum += scalar_at(&a->losses, r);
+        if (target[r] != a->loss.ignore) total += weight ? value_at(&job, weight, target[r]) : 1;
+    }
+    scalar_put(&a->out, sum / total);
+    scalar_put(&a->total, total);
+    lac_workspace_put(weight);
+    lac_workspace_put(target);
+    return 0;
+}
+
 int LAC_CPU(cross_entropy_bwd)(const lac_a_cross_entropy_bwd *a)
 {
     const char *op = "cross_entropy_bwd";

@@ -90,12 +90,31 @@ local function total_weight(target, weight, o, dtype)
   return raw_reduce(C.LAC_SUM, fn.where(counts, each, 0), 0, false)
 end
 
+-- losses [R] over what their targets weigh
+local mean_ce = { name = "cross_entropy_mean", public = "cross_entropy", method = false, internal = true }
+function mean_ce.forward(losses, target, weight, o)
+  local c, total = new(), new()
+  call(C.lac_loss_mean, losses.c, target.c, weight and weight.c or nil, o.ignore_index, c, total)
+  local out = adopt(c)
+  total = adopt(total)
+  if wants(losses) then
+    local node = record(mean_ce, out, losses)
+    node.total, node.rows = total, numel(losses)
+  end
+  return out
+end
+function mean_ce.backward(node, g)
+  return fn.expand(fn.reshape(raw_map2(map_id.div, g, node.total), 1), node.rows)
+end
+define(mean_ce)
+
 local function reduce_classes(losses, sizes, target, weight, o)
   if o.reduction == "none" then return fn.reshape(losses, sizes) end
+  if o.reduction == "mean" and not device.is_float(target.c.dtype) then
+    return mean_ce.forward(losses, target, weight, o)
+  end
   local total = fn.sum(losses)
-  if o.reduction == "sum" then return total end
-  if device.is_float(target.c.dtype) then return total / numel(losses) end
-  return total / total_weight(target, weight, o, total.c.dtype)
+  return o.reduction == "sum" and total or total / numel(losses)
 end
 
 local LOSS = { ignore_index = { type = "integer" }, reduction = REDUCTION, weight = { type = "tensor" },
@@ -152,7 +171,7 @@ define { name = "cross_entropy", composite = true, forward = function(logits, ta
   local sizes = shape(logits)
   sizes[#sizes] = nil
   local flat = soft and as_rows(target) or target.c.ndim == 1 and target or fn.reshape(target, numel(target))
-  return reduce_classes(rows_ce.forward(as_rows(logits), flat, o.weight, o), sizes, target, o.weight, o)
+  return reduce_classes(rows_ce.forward(as_rows(logits), flat, o.weight, o), sizes, flat, o.weight, o)
 end }
 
 local rows_lce = { name = "linear_cross_entropy_rows", public = "linear_cross_entropy", saves = "abc",
@@ -242,7 +261,7 @@ define { name = "linear_cross_entropy", composite = true, forward = function(x, 
     return joined_lce.forward(rows, w, bias, flat, o)
   end
   local losses = rows_lce.forward(rows, w, bias, flat, o.weight, o)
-  return reduce_classes(losses, shape(target), target, o.weight, o)
+  return reduce_classes(losses, shape(target), flat, o.weight, o)
 end }
 
 local NLL = { ignore_index = LOSS.ignore_index, reduction = REDUCTION, weight = LOSS.weight }
@@ -261,7 +280,10 @@ define { name = "nll_loss", composite = true, forward = function(x, target, opti
   local safe = fn.where(counts, flat, 0)
   local losses = fn.neg(fn.squeeze(fn.gather(rows, 2, fn.unsqueeze(safe, 2)), 2))
   if o.weight then losses = losses * fn.index_select(o.weight, 1, safe) end
-  return reduce_classes(fn.where(counts, losses, 0), shape(target), target, o.weight, o)
+  losses = fn.where(counts, losses, 0)
+  if o.reduction ~= "mean" then return reduce_classes(losses, shape(target), flat, o.weight, o) end
+  local total = fn.sum(losses) -- in the dtype of x, which may be half
+  return total / total_weight(flat, o.weight, o, total.c.dtype)
 end }
 
 -- ---- elementwise losses -----------------------------------------------------------------------------------
