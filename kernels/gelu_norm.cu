@@ -7,11 +7,12 @@
  * for bit, but for dgamma and dbeta, whose sums have another order (tests/cuda_shapes_spec.lua). Rows that rows.cuh
  * keeps in registers have the kernel; f64, strides and longer rows run the operators in turn.
  *
- * Instructions bound these kernels, not bytes: at a copy's rate a multiprocessor of an H200 has time for some 30 a bf16
- * on the way there and 45 on the way back, and they took 32 and 48, of which gelu 16 and 20. So bf16 looks gelu up in
- * shared memory, which by count is the bound then: eight bytes from random places take a multiprocessor six cycles for
- * an element of each of a warp's lanes. In the backward half of the elements are looked up and half computed, two rows
- * at a time; all looked up took 4% to 10% longer, one row at a time 10% (rows of 3072).
+ * Instructions bound these kernels as much as bytes: at a copy's rate a multiprocessor of an H200 has time for some
+ * 30 a bf16 on the way there and 45 on the way back, and they took 32 and 48, of which gelu 16 and 20. So bf16 looks
+ * gelu up in shared memory, whose pipe is then the busiest: 32 reads of four bytes from random places take it 3.5
+ * cycles, of eight bytes six. So a quarter of the elements is computed, and half in the backward. Forward, rows come
+ * ahead of their turn; two rows ahead were slower than one (32.7 to 30.1 us for rows of 768), runs of rows slower
+ * than every so-manieth row.
  */
 #include "norm_bwd.cuh"
 #include "sum.cuh"
@@ -32,112 +33,197 @@ struct gelu_norm_args {
     float eps;
 };
 
+/* bf16 looks gelu up */
+template <class T> inline constexpr bool looks_up = std::is_same_v<T, bf16>;
+
 /* gelu and its derivative of every bf16 from 2^-28 to 16 and of their opposites, in shared memory: four instructions
  * and a read where the functions take twenty. Others are computed. An entry has `BYTES`: the first float is gelu,
- * rounded, the second its derivative. Entries of negative numbers begin at byte 2^15. */
+ * rounded, the second its derivative. Entries of negative numbers begin at byte 2^15; both of a pair have one tail. */
 enum { GELU_FIRST = (127 - 28) << 7, GELU_ENTRIES = 1 << 12 };
 template <int BYTES> inline constexpr int gelu_table = (1 << 15) + GELU_ENTRIES *BYTES;
 template <int BYTES> static __device__ __forceinline__ void fill_gelu_table(void *table)
 {
-    for (unsigned i = threadIdx.x; i < 2 * GELU_ENTRIES; i += blockDim.x) {
-        unsigned number = i % GELU_ENTRIES, sign = i / GELU_ENTRIES << 15;
-        float x = __uint_as_float((number + GELU_FIRST + sign) << 16), slope;
-        float y = __bfloat162float(__float2bfloat16_rn(short_gelu_both(x, &slope)));
-        char *to = (char *)table + sign + number * BYTES;
-        if constexpr (BYTES == 8) *(float2 *)to = make_float2(y, slope);
-        else *(float *)to = y;
-    }
+    for (unsigned i = threadIdx.x; i < GELU_ENTRIES; i += blockDim.x)
+#pragma unroll
+        for (int sign = 0; sign < 2; sign++) {
+            float x = __uint_as_float((i + GELU_FIRST) << 16), slope;
+            float y = short_gelu_both(sign ? -x : x, &slope);
+            y = __bfloat162float(__float2bfloat16_rn(y));
+            char *to = (char *)table + (sign << 15) + i * BYTES;
+            if constexpr (BYTES == 8) *(float2 *)to = make_float2(y, slope);
+            else *(float *)to = y;
+        }
 }
-/* of x(0), x(8), ..., KEEP elements, the first SPLIT of 8; y is rounded */
-template <int BYTES, int SPLIT, int KEEP, class X>
-static __device__ __forceinline__ void look_gelu_up(const void *table, X x, float (&y)[KEEP], float (&slope)[KEEP])
+/* of the bf16 in `word`, two each, the first SPLIT of eight; y is rounded. One test for all. */
+template <int BYTES, int SPLIT, int KEEP>
+static __device__ __forceinline__ void look_gelu_up(const void *table, const uint32_t (&word)[KEEP / 2],
+                                                    float (&y)[KEEP], float (&slope)[KEEP])
+{
+    auto compute = [&](int i) {
+        float e = __uint_as_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
+        y[i] = __bfloat162float(__float2bfloat16_rn(short_gelu_both(e, slope + i)));
+    };
+    auto entry = [&](int i) { return (word[i] & 0x7fff7fffu) - GELU_FIRST * 0x10001u; };
+    uint32_t outside = 0;
+#pragma unroll
+    for (int i = 0; i < KEEP / 2; i++)
+        if (i % 4 < SPLIT / 2) outside |= entry(i);
+    if (outside & 0xf000f000u) {
+#pragma unroll
+        for (int i = 0; i < KEEP; i++)
+            if (i % 8 < SPLIT) compute(i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < KEEP / 2; i++) {
+            if (i % 4 >= SPLIT / 2) continue;
+            uint32_t o = entry(i) * BYTES | (word[i] & 0x80008000u); /* places of both in the table */
+            const char *low = (const char *)table + (o & 0xffff), *high = (const char *)table + (o >> 16);
+            if constexpr (BYTES == 8) {
+                float2 a = *(const float2 *)low, b = *(const float2 *)high;
+                y[2 * i] = a.x, slope[2 * i] = a.y, y[2 * i + 1] = b.x, slope[2 * i + 1] = b.y;
+            } else {
+                y[2 * i] = *(const float *)low, y[2 * i + 1] = *(const float *)high;
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < KEEP; i++)
+        if (i % 8 >= SPLIT) compute(i);
+}
+/* x(0), x(8), ... as words */
+template <int KEEP, class X> static __device__ __forceinline__ void words_of(X x, uint32_t (&word)[KEEP / 2])
 {
 #pragma unroll
     for (int k = 0; k < KEEP; k += 8) {
         uint4 raw = x(k).word;
-        const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
-        uint32_t at[4], outside = 0;
-        auto compute = [&](int i) {
-            float e = __uint_as_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
-            y[k + i] = __bfloat162float(__float2bfloat16_rn(short_gelu_both(e, slope + k + i)));
-        };
-#pragma unroll
-        for (int i = 0; i < SPLIT / 2; i++) at[i] = (word[i] & 0x7fff7fffu) - GELU_FIRST * 0x10001u, outside |= at[i];
-        if (outside & 0xf000f000u) {
-#pragma unroll
-            for (int i = 0; i < SPLIT; i++) compute(i);
-        } else {
-#pragma unroll
-            for (int i = 0; i < SPLIT / 2; i++) {
-                uint32_t o = at[i] * BYTES | (word[i] & 0x80008000u); /* places of both in the table */
-                const char *low = (const char *)table + (o & 0xffff), *high = (const char *)table + (o >> 16);
-                if constexpr (BYTES == 8) {
-                    float2 a = *(const float2 *)low, b = *(const float2 *)high;
-                    y[k + 2 * i] = a.x, slope[k + 2 * i] = a.y, y[k + 2 * i + 1] = b.x, slope[k + 2 * i + 1] = b.y;
-                } else {
-                    y[k + 2 * i] = *(const float *)low, y[k + 2 * i + 1] = *(const float *)high;
-                }
-            }
-        }
-#pragma unroll
-        for (int i = SPLIT; i < 8; i++) compute(i);
+        word[k / 2] = raw.x, word[k / 2 + 1] = raw.y, word[k / 2 + 2] = raw.z, word[k / 2 + 3] = raw.w;
     }
 }
 
-/* bf16 reads gelu from a table, so that one block with as many rows as fit fills a multiprocessor */
-template <class T> inline constexpr bool looks_up = std::is_same_v<T, bf16>;
-template <class T, int KEEP> inline constexpr int gelu_registers = norm_registers<T, KEEP> + (sizeof(T) == 4 ? 14 : 0);
-template <class T, int ROW, int KEEP> constexpr int gelu_threads_of()
-{
-    int blocks = row_blocks<ROW>(gelu_registers<T, KEEP>), most = 1024 / row_threads<ROW>;
-    return row_threads<ROW> * (!looks_up<T> ? 1 : blocks < most ? blocks : most);
-}
-template <class T, int ROW, int KEEP> inline constexpr int gelu_threads = gelu_threads_of<T, ROW, KEEP>();
-
+/* f32, whose bytes leave time: many small blocks */
+template <class T, int KEEP> inline constexpr int gelu_registers = norm_registers<T, KEEP> + 14;
 template <class T, int ROW, int N, int KEEP>
-__global__ void __launch_bounds__(gelu_threads<T, ROW, KEEP>,
-                                  looks_up<T> ? 1 : row_blocks<ROW>(gelu_registers<T, KEEP>))
+__global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(gelu_registers<T, KEEP>))
     gelu_norm_rows(gelu_norm_args a, const T *x, const T *gamma, const T *beta, T *act, T *out, float *mean,
                    float *rstd)
 {
-    constexpr bool TABLE = looks_up<T>;
-    constexpr int ROWS = gelu_threads<T, ROW, KEEP> / ROW;
+    __shared__ float space[ROW_LONG / 32];
+    previous_done();
+    NEXT_ROWS(ROW, a.rows)
+    {
+        row<T, ROW, N, KEEP> v(x + r * a.n, a.n, 1);
+        float e[KEEP];
+        v.places([&](int64_t first, int k) {
+            float y[N];
+            row_unpack<T, N>(v.kept[k / N], y);
+#pragma unroll
+            for (int i = 0; i < N; i++) e[k + i] = y[i] = F_gelu(y[i]);
+            if (act) *(row_access<T, N> *)(act + r * a.n + first) = row_pack<T, N>(y);
+        });
+        normalise_row(v, e, a.eps, gamma, beta, out + r * a.n, mean + r, rstd + r, space);
+    }
+}
+
+/* Half types: one block fills a multiprocessor. A thread asks for what it needs of its next row (cp.async) as soon as
+ * it has read this one: where all rows of a block first waited for memory and then were worked on, neither hid the
+ * other. gamma and beta stay in registers, because shared memory's pipe, which reads of the first-level cache take too,
+ * is the busiest. */
+template <int ROW, int KEEP> constexpr int gelu_threads_of()
+{
+    int most = 65536 / (2 * KEEP + 32), unit = ROW < 128 ? 128 : ROW;
+    return (most < 1024 ? most : 1024) / unit * unit;
+}
+template <int ROW, int KEEP> inline constexpr int gelu_threads = gelu_threads_of<ROW, KEEP>();
+template <class T, int ROW, int KEEP>
+inline constexpr int gelu_shared = (looks_up<T> ? gelu_table<4> : 0) + gelu_threads<ROW, KEEP> *KEEP *(int)sizeof(T);
+
+/* WHOLE: rows have ROW * KEEP elements, so that nothing is asked */
+template <class T, int ROW, int KEEP, bool WHOLE>
+__global__ void __launch_bounds__(gelu_threads<ROW, KEEP>, 1)
+    gelu_norm_ahead(gelu_norm_args a, const T *x, const T *gamma, const T *beta, T *act, T *out, float *mean,
+                    float *rstd)
+{
+    constexpr int N = 8, THREADS = gelu_threads<ROW, KEEP>, TEAMS = THREADS / ROW;
+    constexpr int TABLE = looks_up<T> ? gelu_table<4> : 0;
+    typedef row_access<T, N> vector;
     extern __shared__ float4 norm_space[];
-    __shared__ float space[TABLE ? gelu_threads<T, ROW, KEEP> / 32 : ROW_LONG / 32];
-    if constexpr (TABLE) {
+    __shared__ float space[2][TEAMS][ROW / 32];
+    int team = threadIdx.x / ROW, lane = threadIdx.x % ROW, n = (int)a.n;
+    float count = (float)n, part = 1.0f / count;
+    vector *mine = (vector *)norm_space + TABLE / 16 + threadIdx.x;
+    auto kept = [&](int k) -> vector & { return mine[k / N * THREADS]; };
+    auto place = [&](int k) { return (k / N * ROW + lane) * N; };
+    auto inside = [&](int k) { return WHOLE || place(k) < n; };
+    uint32_t mine_at = (uint32_t)__cvta_generic_to_shared(mine);
+    auto fetch = [&](int64_t r) {
+        const T *from = x + r * n + lane * N;
+#pragma unroll
+        for (int k = 0; k < KEEP; k += N)
+            if (r < a.rows && inside(k)) fetch16(mine_at + k / N * THREADS * 16, from + k * ROW, true);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+#pragma unroll
+    for (int k = 0; k < KEEP; k += N) /* what is looked up for nothing is 1, which the table has */
+        if (!inside(k)) kept(k).word = make_uint4(0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80);
+    previous_done();
+    int64_t hop = (int64_t)gridDim.x * TEAMS, r = (int64_t)blockIdx.x * TEAMS + team;
+    fetch(r);
+    vector gain[KEEP / N], bias[KEEP / N];
+#pragma unroll
+    for (int k = 0; k < KEEP; k += N) {
+        float one[N], zero[N] = {};
+#pragma unroll
+        for (int i = 0; i < N; i++) one[i] = 1;
+        gain[k / N] = row_pack<T, N>(one), bias[k / N] = row_pack<T, N>(zero);
+        if (gamma && inside(k)) gain[k / N] = *(const vector *)(gamma + place(k));
+        if (beta && inside(k)) bias[k / N] = *(const vector *)(beta + place(k));
+    }
+    if constexpr (TABLE > 0) {
         fill_gelu_table<4>(norm_space);
         __syncthreads();
     }
-    previous_done();
-    for (int64_t r = (int64_t)blockIdx.x * ROWS + threadIdx.x / ROW; r < a.rows; r += (int64_t)gridDim.x * ROWS) {
-        row<T, ROW, N, KEEP> v(x + r * a.n, a.n, 1);
-        float e[KEEP];
-        if constexpr (TABLE) {
+    for (; r < a.rows; r += hop) {
+        float e[KEEP], total[1] = {}, square[1] = {};
+        fetched(1);
+        if constexpr (TABLE > 0) {
+            uint32_t word[KEEP / 2];
             float none[KEEP];
-            look_gelu_up<4, 8>(
-                norm_space, [&](int k) { return v.kept[k / N]; }, e, none);
-            if (act)
-                v.places([&](int64_t first, int k) {
-                    float y[N];
-#pragma unroll
-                    for (int i = 0; i < N; i++) y[i] = e[k + i];
-                    *(row_access<T, N> *)(act + r * a.n + first) = row_pack<T, N>(y);
-                });
+            words_of<KEEP>(kept, word);
+            look_gelu_up<4, 6>(norm_space, word, e, none);
         } else {
-            v.places([&](int64_t first, int k) {
-                float y[N];
-                row_unpack<T, N>(v.kept[k / N], y);
+            unpack_kept<T, N>(kept, e);
 #pragma unroll
-                for (int i = 0; i < N; i++) y[i] = gelu_of<T>(y[i]);
-                row_access<T, N> result = row_pack<T, N>(y);
-                if (act) *(row_access<T, N> *)(act + r * a.n + first) = result;
-                row_unpack<T, N>(result, y);
-#pragma unroll
-                for (int i = 0; i < N; i++) e[k + i] = y[i];
-            });
+            for (int k = 0; k < KEEP; k++) e[k] = to_compute(from_compute<T>(short_gelu(e[k])));
         }
-        normalise_row<TABLE>(v, e, a.eps, gamma, beta, out + r * a.n, mean + r, rstd + r,
-                             space + (TABLE ? threadIdx.x / ROW * (ROW / 32) : 0));
+        fetch(r + hop);
+#pragma unroll
+        for (int k = 0; k < KEEP; k += N) {
+            float y[N];
+            if (!inside(k)) break;
+#pragma unroll
+            for (int i = 0; i < N; i++) total[0] += y[i] = e[k + i];
+            if (act) *(vector *)(act + r * n + place(k)) = row_pack<T, N>(y);
+        }
+        team_sums(total, space[0][team], ROW, team);
+        float m = quotient(total[0], count, part);
+#pragma unroll
+        for (int k = 0; k < KEEP; k += N) {
+            if (!inside(k)) break;
+#pragma unroll
+            for (int i = 0; i < N; i++) e[k + i] -= m, square[0] += e[k + i] * e[k + i];
+        }
+        team_sums(square, space[1][team], ROW, team);
+        float s = inverse_deviation<T>(square[0], count, a.eps);
+#pragma unroll
+        for (int k = 0; k < KEEP; k += N) {
+            float p[N], q[N];
+            if (!inside(k)) break;
+            row_unpack<T, N>(gain[k / N], p), row_unpack<T, N>(bias[k / N], q);
+#pragma unroll
+            for (int i = 0; i < N; i++) q[i] = fmaf(e[k + i] * s, p[i], q[i]);
+            *(vector *)(out + r * n + place(k)) = row_pack<T, N>(q);
+        }
+        if (lane == 0) mean[r] = m, rstd[r] = s;
     }
 }
 
@@ -163,7 +249,9 @@ template <class T, bool AGAIN> struct gelu_norm_back {
         template <class X> __device__ __forceinline__ void before(X x, float (&e)[KEEP], int u, const void *table)
         {
             if constexpr (TABLE > 0) {
-                look_gelu_up<8, 4>(table, x, e, slope[u]);
+                uint32_t word[KEEP / 2];
+                words_of<KEEP>(x, word);
+                look_gelu_up<8, 4>(table, word, e, slope[u]);
                 return;
             }
             unpack_kept<T, N>(x, e);
@@ -249,18 +337,27 @@ extern "C" int lac_cuda_gelu_norm(const lac_a_gelu_norm *a)
     return dispatch_float(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         int status = 0;
+        auto run = [&](auto kernel, int rows, int threads, int shared, int waves) {
+            launch(kernel, blocks_filling(j.rows, rows, waves), threads, shared, j, (const T *)a->x.data,
+                   (const T *)a->gamma.data, (const T *)a->beta.data, (T *)a->act.data, (T *)a->out.data,
+                   (float *)a->mean.data, (float *)a->rstd.data);
+        };
         if constexpr (sizeof(T) < 8)
             with_rows<T>(j.n, true, [&](auto rt, auto nt, auto kt) {
                 constexpr int ROW = decltype(rt)::value, N = decltype(nt)::value, KEEP = decltype(kt)::value;
-                if constexpr (KEEP > 0) {
-                    constexpr int threads = gelu_threads<T, ROW, KEEP>, shared = looks_up<T> ? gelu_table<4> : 0;
-                    auto kernel = gelu_norm_rows<T, ROW, N, KEEP>;
+                auto ahead = [&](auto whole) {
+                    constexpr int threads = gelu_threads<ROW, KEEP>, shared = gelu_shared<T, ROW, KEEP>;
+                    auto kernel = gelu_norm_ahead<T, ROW, KEEP, decltype(whole)::value>;
                     static cudaError_t allowed =
                         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
                     status = lac_cuda_check("gelu_norm", allowed);
-                    launch(kernel, blocks_filling(j.rows, threads / ROW, looks_up<T> ? 1 : 64), threads, shared, j,
-                           (const T *)a->x.data, (const T *)a->gamma.data, (const T *)a->beta.data, (T *)a->act.data,
-                           (T *)a->out.data, (float *)a->mean.data, (float *)a->rstd.data);
+                    run(kernel, threads / ROW, threads, shared, 1);
+                };
+                if constexpr (KEEP > 0 && sizeof(T) == 2) {
+                    if (j.n == ROW * KEEP) ahead(std::true_type());
+                    else ahead(std::false_type());
+                } else if constexpr (KEEP > 0) {
+                    run(gelu_norm_rows<T, ROW, N, KEEP>, row_threads<ROW> / ROW, row_threads<ROW>, 0, 64);
                 }
             });
         LAC_TRY(status);

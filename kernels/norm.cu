@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(row_threads<ROW>, KEEP ? row_blocks<ROW>(forwa
         row<T, ROW, N, KEEP> v(x + a.x.offset(r), a.n, a.x_stride);
         C sum = 0, square = 0;
         v.each([&](C e, int64_t, int) { sum += e; });
-        C m = row_sum<ROW>(sum, space) * share_of_mean;
+        C m = quotient(row_sum<ROW>(sum, space), (C)a.n, share_of_mean);
         v.each([&](C e, int64_t, int) { square += (e - m) * (e - m); });
         C s = inverse_deviation<T>(row_sum<ROW>(square, space), (C)a.n, (C)a.eps);
         v.store_groups(out + r * a.n, [&](C(&e)[N], int64_t first, int) {

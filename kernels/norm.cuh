@@ -17,12 +17,12 @@ template <class T, int KEEP> inline constexpr int forward_registers = KEEP *(int
 /* of norms, which unpack their elements once: bytes leave room for some 27 instructions an element of a half type */
 template <class T, int KEEP> inline constexpr int norm_registers = KEEP *(int)sizeof(compute_t<T>) / 4 + ROW_REGISTERS;
 
-/* (e - m) s; of half types in one instruction: shift = -m s, whose rounding is no more than that of m */
-template <class T>
-static __device__ __forceinline__ compute_t<T> centred(compute_t<T> e, compute_t<T> m, compute_t<T> s)
+/* total / n, where `part` = 1 / n, in three instructions: rows of equal numbers have their mean exactly, and so become
+ * beta, whatever 1 / sqrt(eps) would make of a rounding */
+template <class C> static __device__ __forceinline__ C quotient(C total, C n, C part)
 {
-    if constexpr (sizeof(T) == 2) return fmaf(e, s, -__fmul_rn(m, s));
-    else return (e - m) * s;
+    C m = total * part;
+    return fma(fma(-m, n, total), part, m);
 }
 /* 1 / sqrt(variance + eps) from the sum of n squares */
 template <class T>
@@ -31,7 +31,7 @@ static __device__ __forceinline__ compute_t<T> inverse_deviation(compute_t<T> sq
     if constexpr (sizeof(T) == 2) return rsqrtf(__fdividef(square, n) + eps);
     else return compute_t<T>(1) / root(square / n + eps);
 }
-/* N neighbours of a row, normalised */
+/* N neighbours of a row, normalised: never e s - m s, which loses what e - m is exact in */
 template <int N, class T>
 static __device__ __forceinline__ void scale_group(compute_t<T> (&e)[N], compute_t<T> m, compute_t<T> s, const T *gamma,
                                                    const T *beta, int64_t first, int64_t gamma_step = 1,
@@ -39,7 +39,7 @@ static __device__ __forceinline__ void scale_group(compute_t<T> (&e)[N], compute
 {
     compute_t<T> p[N], q[N];
 #pragma unroll
-    for (int i = 0; i < N; i++) e[i] = centred<T>(e[i], m, s);
+    for (int i = 0; i < N; i++) e[i] = (e[i] - m) * s;
     if (sizeof(T) == 2 && gamma && beta) {
         load_run<N>(gamma, first, gamma_step, p);
         load_run<N>(beta, first, beta_step, q);
@@ -66,7 +66,7 @@ __device__ __forceinline__ void normalise_row(const row<T, ROW, N, KEEP> &v, flo
 {
     float total = 0, square = 0, n = (float)v.n;
     v.each([&](float e, int64_t, int) { total += e; });
-    float m = row_sum<ROW>(total, space) * (1.0f / n);
+    float m = quotient(row_sum<ROW>(total, space), n, 1.0f / n);
     v.each([&](float e, int64_t, int) { square += (e - m) * (e - m); });
     float s = inverse_deviation<T>(row_sum<ROW>(square, space), n, eps);
     v.store_groups(out, [&](float(&e)[N], int64_t first, int) { scale_group<N>(e, m, s, gamma, beta, first); });
@@ -74,9 +74,8 @@ __device__ __forceinline__ void normalise_row(const row<T, ROW, N, KEEP> &v, flo
     *mean = m;
     *rstd = s;
 }
-/* the same of elements e that are unpacked, which takes more registers and fewer instructions. SHARED: the block has
- * other rows too */
-template <bool SHARED, class T, int ROW, int N, int KEEP>
+/* the same of elements e that are unpacked, which takes more registers and fewer instructions */
+template <class T, int ROW, int N, int KEEP>
 __device__ __forceinline__ void normalise_row(const row<T, ROW, N, KEEP> &v, const float (&e)[KEEP], float eps,
                                               const T *gamma, const T *beta, T *out, float *mean, float *rstd,
                                               float *space)
@@ -86,12 +85,12 @@ __device__ __forceinline__ void normalise_row(const row<T, ROW, N, KEEP> &v, con
 #pragma unroll
         for (int i = 0; i < N; i++) total += e[k + i];
     });
-    float m = row_sum<ROW, SHARED>(total, space) * (1.0f / n);
+    float m = quotient(row_sum<ROW>(total, space), n, 1.0f / n);
     v.places([&](int64_t, int k) {
 #pragma unroll
         for (int i = 0; i < N; i++) square += (e[k + i] - m) * (e[k + i] - m);
     });
-    float s = inverse_deviation<T>(row_sum<ROW, SHARED>(square, space), n, eps);
+    float s = inverse_deviation<T>(row_sum<ROW>(square, space), n, eps);
     v.places([&](int64_t first, int k) {
         float y[N];
 #pragma unroll

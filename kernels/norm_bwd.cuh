@@ -41,8 +41,8 @@ inline constexpr int back_most = KEEP > 16 || (KEEP > 8 && COLUMNS + ROWS > 3) ?
                                  : KEEP > 8 || COLUMNS > 2                     ? (int)BACK_TEAM
                                                                                : (int)BACK_MOST;
 
-/* sums of COUNT numbers, 2 or 4, over a row's threads; lanes share the numbers as they add. `space`: COUNT x warps of
- * this row */
+/* sums of COUNT numbers, 1, 2 or 4, over a row's threads; lanes share the numbers as they add. `space`: COUNT x warps
+ * of this row, not read again after the team's next barrier */
 template <int COUNT>
 static __device__ __forceinline__ void team_sums(float (&v)[COUNT], float *space, int threads, int team)
 {
@@ -55,11 +55,16 @@ static __device__ __forceinline__ void team_sums(float (&v)[COUNT], float *space
         float b = (high ? v[3] : v[1]) + __shfl_xor_sync(all, high ? v[1] : v[3], 16);
         x = (odd ? b : a) + __shfl_xor_sync(all, odd ? a : b, 8);
     } else {
-        x = (high ? v[1] : v[0]) + __shfl_xor_sync(all, high ? v[0] : v[1], 16);
+        if constexpr (COUNT == 2) x = (high ? v[1] : v[0]) + __shfl_xor_sync(all, high ? v[0] : v[1], 16);
+        else x = v[0] + __shfl_xor_sync(all, v[0], 16);
         x += __shfl_xor_sync(all, x, 8);
     }
 #pragma unroll
     for (int o = 4; o; o >>= 1) x += __shfl_xor_sync(all, x, o);
+    if (COUNT == 1 && warps == 1) {
+        v[0] = x;
+        return;
+    }
     if (lane % (32 / COUNT) == 0) space[warp * COUNT + lane / (32 / COUNT)] = x;
     if (warps == 1) __syncwarp();
     else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(threads) : "memory");

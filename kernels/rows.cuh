@@ -170,22 +170,17 @@ __device__ __forceinline__ void load_run(const T *p, int64_t first, int64_t stri
     row_unpack<T, N>(*(const row_access<T, N> *)(p + (N > 1 ? first : first * stride)), v);
 }
 
-/* sums over a row's threads of ROW / 32 warps; `space` has as many values and may be reused after the call. SHARED: the
- * block has more rows than this. */
-template <int ROW, bool SHARED = false, class C> __device__ __forceinline__ C row_sum(C x, C *space)
+/* sums over a row's threads of ROW / 32 warps; `space` has as many values and may be reused after the call */
+template <int ROW, class C> __device__ __forceinline__ C row_sum(C x, C *space)
 {
-    auto wait = [] {
-        if (SHARED) asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.x / ROW + 1), "n"(ROW) : "memory");
-        else __syncthreads();
-    };
     x = warp_sum(x);
     if constexpr (ROW > 32) {
-        if (threadIdx.x % 32 == 0) space[(SHARED ? threadIdx.x % ROW : threadIdx.x) / 32] = x;
-        wait();
+        if (threadIdx.x % 32 == 0) space[threadIdx.x / 32] = x;
+        __syncthreads();
         x = space[0];
 #pragma unroll
         for (int w = 1; w < ROW / 32; w++) x += space[w];
-        wait();
+        __syncthreads();
     }
     return x;
 }

@@ -242,6 +242,21 @@ describe("cuda at size #gpu", function()
     end)
   end)
 
+  -- 1 / sqrt(eps) would multiply any rounding of their mean
+  it("rows of equal numbers become the bias, to the bit", function()
+    each_width(function(width, dtype, draw)
+      local gain, bias = draw(width):detach(), draw(width):detach()
+      local x = lac.full({ 5, width }, 100, { dtype = dtype, device = "cuda" }) -- gelu(100) = 100
+      local wanted = bias:view(1, width):expand(5, width)
+      local _, joined = lac.residual_norm(x, x, gain, bias)
+      local list = { layernorm = lac.layernorm(x, gain, bias), gelu_norm = lac.gelu_norm(x, gain, bias),
+        residual_norm = joined }
+      for name, out in pairs(list) do
+        assert.is_true(lac.equal(out, wanted), ("%s, width %d, %s"):format(name, width, dtype))
+      end
+    end)
+  end)
+
   it("linear_cross_entropy takes its gradient on the way there, with any factor", function()
     local x, w = normal(300, 64):to{ device = "cuda" }, normal(1000, 64):to{ device = "cuda" }
     local t = classes(300, 1000):to{ device = "cuda" }
