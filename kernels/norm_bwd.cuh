@@ -124,11 +124,13 @@ static __device__ __forceinline__ void store_columns(const float (&sums)[COLUMNS
     }
 }
 
-/* A team of `threads` takes a run of rows, ROWS in a step; the teams of a block are neighbours. */
-template <class T, int KEEP, int ROWS, class P>
+/* A team of `threads` takes a run of rows, ROWS in a step; the teams of a block are neighbours. TEAM: threads, of rows
+ * with KEEP elements for each, so that nothing is asked of a place; or 0, of any rows. */
+template <class T, int KEEP, int ROWS, int TEAM, class P>
 __global__ void __launch_bounds__(back_most<KEEP, ROWS, P::COLUMNS>, 1)
-    norm_bwd_rows(norm_grad<T> a, int threads, int stages, P p)
+    norm_bwd_rows(norm_grad<T> a, int any_threads, int stages, P p)
 {
+    const int threads = TEAM > 0 ? TEAM : any_threads;
     previous_done();
     constexpr int N = 16 / sizeof(T), STREAMS = P::STREAMS, COLUMNS = P::COLUMNS;
     constexpr bool WIDE = COLUMNS > 2;
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(back_most<KEEP, ROWS, P::COLUMNS>, 1)
 #pragma unroll
     for (int stream = 0; stream < STREAMS; stream++) from[stream] = p.row(stream, begin) + lane * N;
 #pragma unroll
-    for (int k = 0; k < KEEP; k += N) inside[k / N] = (k / N * threads + lane) * N < n;
+    for (int k = 0; k < KEEP; k += N) inside[k / N] = TEAM > 0 || (k / N * threads + lane) * N < n;
     vector *mine = (vector *)norm_space + P::TABLE / 16 + threadIdx.x;
     uint32_t mine_at = (uint32_t)__cvta_generic_to_shared(mine);
     asm volatile("" : "+r"(mine_at)); /* not to be computed again for every step */
@@ -170,15 +172,14 @@ __global__ void __launch_bounds__(back_most<KEEP, ROWS, P::COLUMNS>, 1)
             }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
-    /* past the end those of the last row: what they are multiplied with is 0 */
+    /* a step ahead; past the end those of the last row: what they are multiplied with is 0 */
     const float *mean = (a.mean ? a.mean : a.rstd) + begin, *rstd = a.rstd + begin;
-    float m[ROWS], s[ROWS];
+    float m[ROWS], s[ROWS], m_next[ROWS], s_next[ROWS];
     auto statistics = [&](int r) {
 #pragma unroll
         for (int u = 0; u < ROWS; u++) {
             int64_t at = (r + u < count ? r + u : count - 1) * next;
-            m[u] = mean[at], s[u] = rstd[at];
-            if (!a.mean) m[u] = 0;
+            m_next[u] = mean[at], s_next[u] = rstd[at];
         }
     };
     for (int stage = 0; stage < stages; stage++) fetch(stage * ROWS, stage);
@@ -206,6 +207,9 @@ __global__ void __launch_bounds__(back_most<KEEP, ROWS, P::COLUMNS>, 1)
     for (int r = 0; r < count; r += ROWS, turn ^= 1) {
         typename P::template state<N, KEEP, ROWS> more;
         float z[ROWS][KEEP], both[2 * ROWS];
+#pragma unroll
+        for (int u = 0; u < ROWS; u++) m[u] = a.mean ? m_next[u] : 0, s[u] = s_next[u];
+        statistics(r + ROWS);
         fetched(stages);
 #pragma unroll
         for (int u = 0; u < ROWS; u++) {
@@ -237,7 +241,7 @@ __global__ void __launch_bounds__(back_most<KEEP, ROWS, P::COLUMNS>, 1)
 #pragma unroll
             for (int k = 0; k < KEEP; k += N) {
                 float e[N];
-                if (r + u >= count || !inside[k / N]) break;
+                if ((ROWS > 1 && r + u >= count) || !inside[k / N]) break;
                 row_unpack<T, N>(*slot(stage, u, 1, k), e);
 #pragma unroll
                 for (int i = 0; i < N; i++) e[i] = fmaf(z[u][k + i], dot, fmaf(__fmul_rn(w[k + i], e[i]), s[u], total));
@@ -255,7 +259,6 @@ __global__ void __launch_bounds__(back_most<KEEP, ROWS, P::COLUMNS>, 1)
             to += next * n;
         }
         fetch(r + stages * ROWS, stage);
-        statistics(r + ROWS);
         stage = stages - 1 - stage; /* of one or two */
     }
     if (!a.share) return;
@@ -266,13 +269,13 @@ __global__ void __launch_bounds__(back_most<KEEP, ROWS, P::COLUMNS>, 1)
 }
 
 /* launches it and adds the shares of dgamma, dbeta and of the sums of dx up; `a` lacks only where those are */
-template <int KEEP, int ROWS, class T, class P>
+template <int KEEP, int ROWS, int TEAM, class T, class P>
 int norm_bwd_kept(const char *op, norm_grad<T> a, const P &p, const lac_view *dgamma, const lac_view *dbeta,
                   const lac_view *dx_sums)
 {
     constexpr int COLUMNS = P::COLUMNS;
     constexpr int STEP = ROWS * P::STREAMS * KEEP * (int)sizeof(T);
-    auto kernel = norm_bwd_rows<T, KEEP, ROWS, P>;
+    auto kernel = norm_bwd_rows<T, KEEP, ROWS, TEAM, P>;
     static int shared_most = 0;
     static cudaError_t allowed = [&] {
         cudaError_t e = cudaDeviceGetAttribute(&shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
@@ -298,30 +301,38 @@ int norm_bwd_kept(const char *op, norm_grad<T> a, const P &p, const lac_view *dg
            (T *)dgamma->data, (T *)dbeta->data, dx_sums ? (T *)dx_sums->data : NULL);
     return lac_cuda_launched(op);
 }
-/* rows of at most ROW_KEPT elements. Few threads with many elements in flight are better than many: each has its share
- * of what is done once a row. */
+/* rows of at most ROW_KEPT elements, of models' usual widths by instances of their own (TEAM). Few threads with many
+ * elements in flight are better than many: each has its share of what is done once a row. */
 template <class T, class P>
 int norm_bwd_run(const char *op, const norm_grad<T> &a, const P &p, const lac_view *dgamma, const lac_view *dbeta,
                  const lac_view *dx_sums = NULL)
 {
-    auto run = [&](auto keep, auto rows) {
-        return norm_bwd_kept<decltype(keep)::value, decltype(rows)::value>(op, a, p, dgamma, dbeta, dx_sums);
+    auto run = [&](auto keep, auto rows, auto team) {
+        return norm_bwd_kept<decltype(keep)::value, decltype(rows)::value, decltype(team)::value>(op, a, p, dgamma,
+                                                                                                  dbeta, dx_sums);
     };
+    std::integral_constant<int, 0> any;
     std::integral_constant<int, 1> one;
     std::integral_constant<int, 2> two;
     std::integral_constant<int, 8> keep8;
     std::integral_constant<int, 16> keep16;
     if constexpr (sizeof(T) == 4) {
         /* a block of one team would stand still while that adds up */
-        return a.n <= 8 * BACK_WIDE ? run(keep8, one) : run(keep16, one);
+        if (a.n == 768) return run(keep8, one, std::integral_constant<int, 96>());
+        return a.n <= 8 * BACK_WIDE ? run(keep8, one, any) : run(keep16, one, any);
     } else {
         /* 16 elements a thread where that leaves no more of them idle than 8 do */
         bool fits = (a.n + 511) / 512 * 512 == (a.n + 255) / 256 * 256;
         if constexpr (P::COLUMNS == 2) {
-            if (a.n > 512 && a.n <= 768) return run(std::integral_constant<int, 24>(), one);
-            if (fits && a.n <= 8 * BACK_WIDE) return run(keep16, two);
+            std::integral_constant<int, 24> keep24;
+            if (a.n == 768) return run(keep24, one, std::integral_constant<int, 32>());
+            if (a.n == 3072) return run(keep24, one, std::integral_constant<int, 128>());
+            if (a.n > 512 && a.n < 768) return run(keep24, one, any);
+            if (fits && a.n <= 8 * BACK_WIDE) return run(keep16, two, any);
+        } else if (a.n == 3072) {
+            return run(keep16, one, std::integral_constant<int, 192>());
         }
-        return a.n <= 8 * BACK_TEAM && !fits ? run(keep8, two) : run(keep16, one);
+        return a.n <= 8 * BACK_TEAM && !fits ? run(keep8, two, any) : run(keep16, one, any);
     }
 }
 
