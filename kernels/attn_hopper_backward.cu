@@ -236,24 +236,6 @@ __device__ __forceinline__ int place_of(const attn_args &a, const hopper_args &p
     return item_block(a, p, g, b, s, h) * HOPPER_ROWS + i;
 }
 
-/* Of a row's 64 columns lane i of four has 8 e + 2 i and 8 e + 2 i + 1 in u[e]; then 16 i to 16 i + 15. */
-__device__ __forceinline__ void sort_columns(uint32_t (&u)[8])
-{
-#pragma unroll
-    for (int m = 1; m < 4; m *= 2)
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            if (e & 2 * m) continue;
-            const bool upper = threadIdx.x & m;
-            const uint32_t got = __shfl_xor_sync(~0u, upper ? u[e] : u[e + 2 * m], m);
-            if (upper) u[e] = got;
-            else u[e + 2 * m] = got;
-        }
-    const uint32_t x[8] = {u[0], u[2], u[4], u[6], u[1], u[3], u[5], u[7]};
-#pragma unroll
-    for (int e = 0; e < 8; e++) u[e] = x[e];
-}
-
 enum { DQ_SETS = 4, DQ_ROWS = 8 * DQ_SETS * (THREADS / 32), DQ_COLUMNS = 64 }; /* of a thread block */
 
 /* Rows and 64 columns of a head, the sums of all branches in their order. The order of a block is that of the products'
@@ -319,7 +301,7 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
             probe += x[e][i] * 0;
             out[i] = from_compute<T>(x[e][i] * (float)a.scale);
         }
-        sort_columns(u);
+        hopper_sort_columns(u);
         T *to = dq + (((int64_t)b * a.n + n) * a.heads + h) * width + begin + lane % 4 * 16;
         if (n >= a.n) continue;
         if (FULL || (left >= 16 && width % 8 == 0 && (uintptr_t)dq % 16 == 0)) {

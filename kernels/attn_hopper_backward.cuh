@@ -115,6 +115,26 @@ bool attn_joint_fits(const lac_a_attend_bwd *w);
 bool attn_joint_runs(int head_dim);
 int attn_joint_tiles(const attn_args &a, const hopper_args &p, int dtype);
 
+/* ---- rows ---- */
+
+/* Of a row's 64 columns lane i of four has 8 e + 2 i and 8 e + 2 i + 1 in u[e]; then 16 i to 16 i + 15. */
+HOPPER_FN void hopper_sort_columns(uint32_t (&u)[8])
+{
+#pragma unroll
+    for (int m = 1; m < 4; m *= 2)
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            if (e & 2 * m) continue;
+            const bool upper = threadIdx.x & m;
+            const uint32_t got = __shfl_xor_sync(~0u, upper ? u[e] : u[e + 2 * m], m);
+            if (upper) u[e] = got;
+            else u[e + 2 * m] = got;
+        }
+    const uint32_t x[8] = {u[0], u[2], u[4], u[6], u[1], u[3], u[5], u[7]};
+#pragma unroll
+    for (int e = 0; e < 8; e++) u[e] = x[e];
+}
+
 /* ---- turns ---- */
 
 /* waits until it is tile `order`'s turn; was the block fresh? */
