@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(gelu_registe
  * is the busiest. */
 template <int ROW, int KEEP> constexpr int gelu_threads_of()
 {
-    int most = 65536 / (2 * KEEP + 32), unit = ROW < 128 ? 128 : ROW;
+    int most = 65536 / (2 * KEEP + 46), unit = ROW < 128 ? 128 : ROW;
     return (most < 1024 ? most : 1024) / unit * unit;
 }
 template <int ROW, int KEEP> inline constexpr int gelu_threads = gelu_threads_of<ROW, KEEP>();
