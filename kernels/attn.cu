@@ -200,6 +200,7 @@ struct stats_args {
     bool per_branch, branch_softmax, parts;
     bool flat, gaps; /* do rows lie one after the other? may there be rows that no branch reaches? */
     void *lse2, *lse2_low, *delta, *delta_low;
+    float *squares; /* NULL, or where sums of squares of dout's rows go: f16 and bf16 */
     double *lse_all;
 };
 
@@ -225,10 +226,10 @@ __device__ __forceinline__ void stats_place(const stats_args &a, int64_t row, in
     } else *h = (int)(row % a.heads), *n = (int)(row / a.heads % a.n), *b = (int)(row / a.heads / a.n);
 }
 /* dout times out of EACH rows, of which eight lanes take 16 bytes at a time: all are asked for before one is used.
- * `wanted`: of which rows, a bit each */
-template <class T, int EACH>
+ * `wanted`: of which rows, a bit each; SQUARES: dout times itself too */
+template <class T, int EACH, bool SQUARES>
 __device__ __forceinline__ void stats_products(const stats_args &a, const int64_t (&x)[EACH], const int64_t (&y)[EACH],
-                                               unsigned wanted, float (&sum)[EACH])
+                                               unsigned wanted, float (&sum)[EACH], float (&squares)[EACH])
 {
     constexpr int PER = 16 / (int)sizeof(T);
     struct alignas(16) chunk {
@@ -245,7 +246,11 @@ __device__ __forceinline__ void stats_products(const stats_args &a, const int64_
         for (int k = 0; k < EACH; k++)
 #pragma unroll
             for (int i = 0; i < PER; i++)
-                if (wanted >> k & 1) sum[k] = fmaf(to_compute(u[k].at[i]), to_compute(v[k].at[i]), sum[k]);
+                if (wanted >> k & 1) {
+                    const float x = to_compute(v[k].at[i]);
+                    sum[k] = fmaf(to_compute(u[k].at[i]), x, sum[k]);
+                    if (SQUARES) squares[k] = fmaf(x, x, squares[k]);
+                }
     }
 }
 
@@ -289,7 +294,8 @@ __device__ __forceinline__ float stats_parts(const stats_args &a, int64_t x, int
 /* Eight lanes a row, four rows one after the other in f16 and bf16. In f32 and f64 dout and out are multiplied in the
  * order of the kernels' products, which is that of one lane where they are multiply-adds: where one key has all the
  * weight, out is its value and dP - delta cancels to the last bit, as it should. */
-template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(const __grid_constant__ stats_args a)
+template <class T, bool SQUARES>
+__global__ void __launch_bounds__(THREADS) attn_stats_kernel(const __grid_constant__ stats_args a)
 {
     typedef compute_t<T> C;
     constexpr int EACH = sizeof(T) == 2 ? 4 : 1; /* rows of eight lanes; those of a warp are neighbours */
@@ -298,7 +304,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
     const int64_t row = first + 4 * lane; /* one of the eight lanes' rows a lane */
     const bool mine = lane < EACH && row < a.rows;
     int64_t x[EACH], y[EACH];
-    C sums[EACH] = {}, lse = 0;
+    C sums[EACH] = {}, squares[EACH] = {}, lse = 0;
     int b, n, h;
     previous_done();
     if (mine) {
@@ -324,19 +330,24 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
         for (int k = 0; k < EACH; k++)
             if (__shfl_sync(~0u, lse, threadIdx.x % 32 / 8 * 8 + k) == -INFINITY) wanted &= ~(1u << k);
     }
-    if (!a.per_branch) {
+    if (SQUARES || !a.per_branch) {
         if constexpr (EACH > 1) {
-            if (a.out.vec && a.g.vec) stats_products<T, EACH>(a, x, y, wanted, sums);
+            if (a.out.vec && a.g.vec) stats_products<T, EACH, SQUARES>(a, x, y, wanted, sums, squares);
             else
                 for (int d = lane; d < a.head_dim; d += 8)
 #pragma unroll
-                    for (int k = 0; k < EACH; k++)
-                        sums[k] += to_compute(((const T *)a.out.data)[x[k] + d * a.out.stride[3]]) *
-                                   to_compute(((const T *)a.g.data)[y[k] + d * a.g.stride[3]]);
+                    for (int k = 0; k < EACH; k++) {
+                        const float u = to_compute(((const T *)a.g.data)[y[k] + d * a.g.stride[3]]);
+                        sums[k] += to_compute(((const T *)a.out.data)[x[k] + d * a.out.stride[3]]) * u;
+                        if (SQUARES) squares[k] += u * u;
+                    }
 #pragma unroll
             for (int k = 0; k < EACH; k++)
 #pragma unroll
-                for (int o = 1; o < 8; o *= 2) sums[k] += __shfl_xor_sync(~0u, sums[k], o);
+                for (int o = 1; o < 8; o *= 2) {
+                    sums[k] += __shfl_xor_sync(~0u, sums[k], o);
+                    if (SQUARES) squares[k] += __shfl_xor_sync(~0u, squares[k], o);
+                }
         } else if (sizeof(T) == 4 && a.parts) {
             sums[0] = stats_parts(a, x[0], y[0]);
         } else if (lane == 0) {
@@ -348,7 +359,11 @@ template <class T> __global__ void __launch_bounds__(THREADS) attn_stats_kernel(
     if (!mine) return;
     C sum = sums[0];
 #pragma unroll
-    for (int k = 1; k < EACH; k++) sum = lane == k ? sums[k] : sum;
+    for (int k = 1; k < EACH; k++) {
+        sum = lane == k ? sums[k] : sum;
+        if (SQUARES) squares[0] = lane == k ? squares[k] : squares[0];
+    }
+    if constexpr (SQUARES) a.squares[row] = squares[0];
     C high, low;
     base2(lse, &high, &low);
     if (!a.flat || a.branch_softmax || a.dlse.data) stats_place(a, row, &b, &n, &h);
@@ -383,7 +398,7 @@ static bool one_by_one(const attn_args &a, const attn_tensor &x, int64_t width)
            (a.batch == 1 || x.stride[0] == a.n * token);
 }
 
-static int make_stats(attn_args &a, const lac_a_attend_bwd *w, bool gaps)
+static int make_stats(attn_args &a, const lac_a_attend_bwd *w, bool gaps, float *squares)
 {
     stats_args s = {};
     s.out = tensor_of(&w->forward.out), s.g = a.g, s.lse = tensor_of(&w->forward.lse), s.dlse = a.dlse;
@@ -392,12 +407,17 @@ static int make_stats(attn_args &a, const lac_a_attend_bwd *w, bool gaps)
     s.n = a.n, s.heads = a.heads, s.head_dim = a.head_dim, s.branches = a.branches;
     s.per_branch = a.per_branch, s.branch_softmax = a.sum, s.parts = parts(w->forward.q.dtype, a.head_dim);
     s.flat = one_by_one(a, s.out, a.head_dim) && one_by_one(a, s.g, a.head_dim) && one_by_one(a, s.lse, 1);
-    s.gaps = gaps;
+    s.gaps = gaps, s.squares = squares;
+    if (a.per_branch) s.out = s.g; /* not needed, but read beside squares */
     s.lse2 = a.lse2, s.lse2_low = a.lse2_low, s.delta = a.delta, s.delta_low = a.delta_low,
     s.lse_all = (double *)a.lse_all;
     return dispatch_float(w->forward.q.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
-        launch(attn_stats_kernel<T>, blocks_for(s.rows, THREADS / 8 * (sizeof(T) == 2 ? 4 : 1)), THREADS, 0, s);
+        const unsigned blocks = blocks_for(s.rows, THREADS / 8 * (sizeof(T) == 2 ? 4 : 1));
+        auto kernel = attn_stats_kernel<T, false>;
+        if constexpr (sizeof(T) == 2)
+            if (squares) kernel = attn_stats_kernel<T, true>;
+        launch(kernel, blocks, THREADS, 0, s);
         return lac_cuda_launched("attention");
     });
 }
@@ -534,7 +554,7 @@ static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_a
                         void *list, void *sums, bool joint, const hopper_kept *padding)
 {
     const lac_a_attend *f = &w->forward;
-    LAC_TRY(make_stats(a, w, !covered(f->plan) || f->plan->shift < 0));
+    LAC_TRY(make_stats(a, w, !covered(f->plan) || f->plan->shift < 0, list && a.block ? (float *)w->dq.data : NULL));
     if (a.per_branch && (!list || joint || hopper_options(a) || a.block)) {
         a.deltas = 1;
         LAC_TRY(queries_pass(a, f));

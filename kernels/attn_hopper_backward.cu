@@ -4,9 +4,9 @@
  *
  * Launches: the list (tiles, turns, statistics block by block), the tiles of all branches, dq from the sums of all
  * branches, and, where masks can meet NaN, a look at whether anything has to be done again. Nothing is cleared
- * beforehand: dq's last pass writes every row, also those that no branch keeps, and the list's kernel clears the
- * counters. Each starts while the one before it ends (launch.cuh); so does the forward's launch
- * (attn_hopper_launch.cuh).
+ * beforehand (but dq's sums with active blocks, attn_hopper_block_keys.cu): dq's last pass writes every row, also those
+ * that no branch keeps, and the list's kernel clears the counters. Each starts while the one before it ends
+ * (launch.cuh); so does the forward's launch (attn_hopper_launch.cuh).
  *
  * The list is made on the device by arithmetic, so nothing is uploaded. Tiles of several items are interleaved in it:
  * heavy tiles come early, and neighbours in the list, which run at the same time, add to different blocks.
@@ -171,14 +171,25 @@ __device__ __forceinline__ int first_turn(const attn_args &a, const attn_tile &t
 enum { LIST_BLOCKS = 4 }; /* of a warp at a time */
 enum { COUNTERS = 3 };    /* beside those of ranks, see carve() */
 
+/* What a row's sums of dq are times, as whole numbers (attn_hopper_block_keys.cu); 0: they may be any. keys, values:
+ * the largest key, and gscale times the largest norm of a value */
+__device__ __forceinline__ float scale_of(float keys, float values, float squares, float delta)
+{
+    const float most = 1.5f * keys * (sqrtf(squares) * values + fabsf(delta));
+    int exponent;
+    frexpf(most, &exponent);
+    return most < INFINITY ? ldexpf(1, min(30 - exponent, 126)) : 0;
+}
+
 /* Turns of the branch's blocks, and their statistics. A lane works out what one of the warp's blocks is; then all lanes
- * copy them, of which everything is read before it is written. */
+ * copy them, of which everything is read before it is written. BLOCKS: there are active blocks. */
+template <bool BLOCKS>
 __device__ __forceinline__ void list_blocks(const attn_args &a, const hopper_args &p, int g, int most)
 {
     const hopper_branch &br = p.branch[g];
     const int heads = a.branch[g].heads, blocks = a.batch * br.segments * heads * br.blocks, lane = threadIdx.x % 32;
     const int warp = (int)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, warps = (int)gridDim.x * (THREADS / 32);
-    const int64_t step = (int64_t)a.branch[g].dilation * a.heads;
+    const int64_t step = (int64_t)a.branch[g].dilation * a.heads, stats = (int64_t)a.batch * a.n * a.heads;
     for (int first = warp * LIST_BLOCKS; first < blocks; first += warps * LIST_BLOCKS) {
         /* heads vary fastest: their statistics lie side by side */
         const int id = min(first + lane % LIST_BLOCKS, blocks - 1), m = id / heads % br.blocks;
@@ -188,23 +199,37 @@ __device__ __forceinline__ void list_blocks(const attn_args &a, const hopper_arg
         const int block = item_block(a, p, g, t.b, segment % br.segments, h) + m, i = t.q0 + m * HOPPER_ROWS;
         const int rows = t.q1 - i;
         const int64_t from = attn_stat(a, t, h, i, a.per_branch);
-        if (lane < LIST_BLOCKS) p.turn[block] = p.steps ? 0 : first_turn(a, t, m, most) | HOPPER_FRESH;
-        float lse[2 * LIST_BLOCKS], delta[2 * LIST_BLOCKS];
+        if (!BLOCKS && lane < LIST_BLOCKS) p.turn[block] = first_turn(a, t, m, most) | HOPPER_FRESH;
+        float lse[2 * LIST_BLOCKS], delta[2 * LIST_BLOCKS], squares[2 * LIST_BLOCKS], keys, values;
+        if constexpr (BLOCKS) {
+            const int *const all = p.most + 2 * (t.b * a.kv_heads + h / a.group);
+            keys = __int_as_float(all[0]), values = sqrtf(__int_as_float(all[1])) * (float)a.gscale;
+        }
 #pragma unroll
         for (int e = 0; e < 2 * LIST_BLOCKS; e++) { /* 32 rows */
             const int row = e % 2 * 32 + lane, left = __shfl_sync(~0u, rows, e / 2);
             const int64_t at = __shfl_sync(~0u, from, e / 2) + row * step;
             lse[e] = row < left ? ((const float *)a.lse2)[at] : 0; /* rows past the end: q and dout are zeros there, */
             delta[e] = row < left ? ((const float *)a.delta)[at] : 0; /* any finite P and delta will do */
+            if (BLOCKS) squares[e] = row < left ? p.squares[a.per_branch ? at - g * stats : at] : 0;
         }
+        int fits = ~0; /* a bit a block */
 #pragma unroll
         for (int e = 0; e < 2 * LIST_BLOCKS; e++) {
             float *to = p.stats + (int64_t)__shfl_sync(~0u, block, e / 2) * 2 * HOPPER_ROWS + e % 2 * 32 + lane;
             to[0] = lse[e], to[HOPPER_ROWS] = delta[e];
+            if constexpr (!BLOCKS) continue;
+            const float scale =
+                scale_of(__shfl_sync(~0u, keys, e / 2), __shfl_sync(~0u, values, e / 2), squares[e], delta[e]);
+            p.scales[(int64_t)__shfl_sync(~0u, block, e / 2) * HOPPER_ROWS + e % 2 * 32 + lane] =
+                scale == 0 ? 1 : scale;
+            if (__any_sync(~0u, scale == 0)) fits &= ~(1 << e / 2);
         }
+        if (BLOCKS && lane < LIST_BLOCKS) p.turn[block] = fits >> lane & 1 ? 0 : HOPPER_SPOILT;
     }
 }
 
+template <bool BLOCKS>
 static __global__ void __launch_bounds__(THREADS)
     hopper_list_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, int most)
 {
@@ -215,7 +240,7 @@ static __global__ void __launch_bounds__(THREADS)
     if (blockIdx.x + blockIdx.y == 0 && threadIdx.x < a.ranks + COUNTERS) p.counter[threadIdx.x] = 0;
     for (int id = blockIdx.x * THREADS + threadIdx.x; id < tiles; id += gridDim.x * THREADS)
         p.tile[br.first_tile + id] = make_tile(a, p, g, most, id);
-    list_blocks(a, p, g, most);
+    list_blocks<BLOCKS>(a, p, g, most);
 }
 
 /* ---- dq ---- */
@@ -243,8 +268,9 @@ enum { DQ_SETS = 4, DQ_ROWS = 8 * DQ_SETS * (THREADS / 32), DQ_COLUMNS = 64 }; /
  * take a row of eight a set. A warp's rows are eight apart: they share those bytes in most branches, and those which
  * dilated branches reach are together in few warps. All of two sets is asked for before any is used, and beside it
  * whether anything has been added to the blocks at all. FULL: rows are D numbers and dq is aligned, as nearly always on
- * Hopper; else rows have up to D columns. */
-template <class T, int D, bool FULL>
+ * Hopper; else rows have up to D columns. BLOCKS: there are active blocks, and sums are whole numbers in units of rows;
+ * those that did not fit become NaN, so that they are done again. */
+template <class T, int D, bool FULL, bool BLOCKS>
 __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
     hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks)
 {
@@ -267,6 +293,7 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
         for (int e0 = 0; e0 < DQ_SETS; e0 += 2) {
             float2 v[2][8];
             int turn[2];
+            float scale[2];
             asm volatile("" ::: "memory"); /* registers for what is asked for of two sets, beside sums of all */
 #pragma unroll
             for (int e = 0; e < 2; e++) {
@@ -275,17 +302,24 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
                                     (r / 16 * 32 + r % 8 * 4) * 4 + r / 8 % 2 * 2;
                 turn[e] = HOPPER_FRESH;
                 if (i >= 0) turn[e] = p.turn[i / HOPPER_ROWS];
+                if (BLOCKS) scale[e] = i >= 0 ? p.scales[i] : 1;
 #pragma unroll
                 for (int k = 0; k < 8; k++)
                     if (i >= 0 && (FULL || begin + 8 * k < columns)) v[e][k] = *(const float2 *)(from + 512 * k);
             }
 #pragma unroll
-            for (int e = 0; e < 2; e++)
+            for (int e = 0; e < 2; e++) {
+                const float unit = BLOCKS && turn[e] == HOPPER_SPOILT ? NAN : 1 / scale[e];
 #pragma unroll
                 for (int k = 0; k < 8; k++) {
                     if (turn[e] & HOPPER_FRESH || (!FULL && begin + 8 * k >= columns)) continue;
-                    x[e0 + e][2 * k] += v[e][k].x, x[e0 + e][2 * k + 1] += v[e][k].y;
+                    float *const to = x[e0 + e] + 2 * k;
+                    if constexpr (BLOCKS) {
+                        to[0] = fmaf((float)__float_as_int(v[e][k].x), unit, to[0]);
+                        to[1] = fmaf((float)__float_as_int(v[e][k].y), unit, to[1]);
+                    } else to[0] += v[e][k].x, to[1] += v[e][k].y;
                 }
+            }
         }
     }
     float probe = 0;
@@ -315,14 +349,6 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
     if (masks && probe != 0) *p.spoilt = 1;
 }
 
-/* eight columns of row `at` (see place_of), from chunk 8 of the row's columns on. The order of a block is that of the
- * product's registers: rows eight apart share sixteen bytes. */
-__device__ __forceinline__ const float *sums_at(int columns, const hopper_args &p, int at, int chunk)
-{
-    const int r = at % HOPPER_ROWS;
-    return p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * columns) + chunk * 512 + (r / 16 * 32 + r % 8 * 4) * 4 +
-           r / 8 % 2 * 2;
-}
 /* eight columns of dq; `whole`: they can be written at once. Not zero where they are not finite. */
 template <class T> __device__ __forceinline__ float put_dq(T *to, const float (&x)[8], float scale, bool whole)
 {
@@ -342,10 +368,9 @@ template <class T> __device__ __forceinline__ float put_dq(T *to, const float (&
     return probe;
 }
 
-/* The same with active blocks: sums in fixed point. Sums that did not fit are NaN, so that they are done again. JOINT:
- * eight columns of a row lie side by side, two in one number of 64 bits, to which the lower one, when it is negative,
- * has added -1 above itself. */
-template <class T, int D, bool JOINT>
+/* The same with active blocks and portable tiles (attn_joint.cuh): eight columns of a row lie side by side, two in one
+ * number of 64 bits, to which the lower one, when it is negative, has added -1 above itself. Two rows a thread. */
+template <class T, int D>
 __global__ void __launch_bounds__(THREADS)
     hopper_block_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq)
 {
@@ -358,36 +383,28 @@ __global__ void __launch_bounds__(THREADS)
     if (b >= a.batch || chunk * 8 >= a.head_dim) return;
     float x[2][8] = {};
     for (int g = 0; g < a.branches; g++) {
-        int at[2];
-        float one[2];
-        int2 v[2][4] = {};
+        float factor[2];
+        int4 v[2][2] = {};
 #pragma unroll
         for (int y = 0; y < 2; y++) {
-            at[y] = n + 8 * y < a.n ? place_of(a, p, g, b, n + 8 * y, h) : -1;
-            one[y] = at[y] < 0 ? 0 : p.turn[at[y] / HOPPER_ROWS] == HOPPER_SPOILT ? NAN : 1 / p.scales[at[y]];
-        }
-        const int columns = JOINT ? p.columns : D, r = max(at[0], 0) % HOPPER_ROWS, q = max(at[1], 0) % HOPPER_ROWS;
-        const int *const from =
-            (const int *)sums_at(columns, p, max(at[0], 0), chunk) + (JOINT ? r / 8 % 2 * 62 - r % 8 * 8 : 0);
-        const bool both = !JOINT && at[0] >= 0 && at[1] == at[0] + 8 && at[0] % 16 < 8; /* side by side */
-        const int *const other =
-            (const int *)sums_at(columns, p, max(at[1], 0), chunk) + (JOINT ? q / 8 % 2 * 62 - q % 8 * 8 : 0);
+            const int at = n + 8 * y < a.n ? place_of(a, p, g, b, n + 8 * y, h) : -1, r = at % HOPPER_ROWS;
+            factor[y] = at < 0 ? 0 : p.turn[at / HOPPER_ROWS] == HOPPER_SPOILT ? NAN : 1 / p.scales[at];
+            const float *const from = p.dq + (int64_t)(at / HOPPER_ROWS) * (HOPPER_ROWS * p.columns) + chunk * 512 +
+                                      r / 16 * 128 + r / 8 % 2 * 64 + r % 8 * 8;
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (both) {
-                const int4 two = *(const int4 *)(from + 4 * k);
-                v[0][k] = {two.x, two.y}, v[1][k] = {two.z, two.w};
-            } else {
-                if (at[0] >= 0) v[0][k] = *(const int2 *)(from + (JOINT ? 2 : 4) * k);
-                if (at[1] >= 0) v[1][k] = *(const int2 *)(other + (JOINT ? 2 : 4) * k);
-            }
+            for (int k = 0; k < 2; k++)
+                if (at >= 0) v[y][k] = ((const int4 *)from)[k];
         }
 #pragma unroll
         for (int y = 0; y < 2; y++)
 #pragma unroll
-            for (int k = 0; k < 4; k++) {
-                x[y][2 * k] = fmaf((float)v[y][k].x, one[y], x[y][2 * k]);
-                x[y][2 * k + 1] = fmaf((float)(v[y][k].y + (JOINT && v[y][k].x < 0)), one[y], x[y][2 * k + 1]);
+            for (int k = 0; k < 2; k++) {
+                float *const to = x[y] + 4 * k;
+                const int4 two = v[y][k];
+                to[0] = fmaf((float)two.x, factor[y], to[0]);
+                to[1] = fmaf((float)(two.y + (two.x < 0)), factor[y], to[1]);
+                to[2] = fmaf((float)two.z, factor[y], to[2]);
+                to[3] = fmaf((float)(two.w + (two.z < 0)), factor[y], to[3]);
             }
     }
     T *const to = dq + (((int64_t)b * a.n + n) * a.heads + h) * a.head_dim + chunk * 8;
@@ -549,18 +566,18 @@ template <class T, class A> static int redo(const A &a, const hopper_args &h, co
 }
 
 template <class T, int D>
-static void launch_dq(const attn_args &a, const hopper_args &h, T *dq, unsigned blocks, bool masks)
+static void launch_dq(const attn_pair_args &a, const hopper_args &h, T *dq, unsigned blocks, bool masks)
 {
     const bool full = a.head_dim == D && (uintptr_t)dq % 16 == 0;
-    launch(full ? hopper_dq_kernel<T, D, true> : hopper_dq_kernel<T, D, false>, blocks, THREADS, 0, a, h, dq, masks);
+    const auto all = full ? hopper_dq_kernel<T, D, true, false> : hopper_dq_kernel<T, D, false, false>;
+    const auto some = full ? hopper_dq_kernel<T, D, true, true> : hopper_dq_kernel<T, D, false, true>;
+    launch(a.block ? some : all, blocks, THREADS, 0, a, h, dq, masks);
 }
-template <class T> static void launch_block_dq(const attn_args &a, const hopper_args &h, T *dq, bool joint)
+template <class T> static void launch_block_dq(const attn_args &a, const hopper_args &h, T *dq)
 {
     const int wide = a.head_dim <= 64 ? 64 : 128;
     const unsigned blocks = blocks_for((int64_t)a.batch * ((a.n + 15) / 16) * a.heads * wide, THREADS);
-    const auto narrow = joint ? hopper_block_dq_kernel<T, 64, true> : hopper_block_dq_kernel<T, 64, false>;
-    const auto full = joint ? hopper_block_dq_kernel<T, 128, true> : hopper_block_dq_kernel<T, 128, false>;
-    launch(wide == 64 ? narrow : full, blocks, THREADS, 0, a, h, dq);
+    launch(wide == 64 ? hopper_block_dq_kernel<T, 64> : hopper_block_dq_kernel<T, 128>, blocks, THREADS, 0, a, h, dq);
 }
 template <class T>
 static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w, bool joint)
@@ -569,7 +586,7 @@ static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_att
     const int slabs = (a.n + DQ_ROWS - 1) / DQ_ROWS, parts = a.head_dim <= DQ_COLUMNS ? 1 : 2;
     const unsigned blocks = (unsigned)a.batch * (unsigned)slabs * (unsigned)(a.heads * parts);
     T *dq = (T *)w->dq.data;
-    if (a.block) launch_block_dq<T>(a, h, dq, joint);
+    if (a.block && joint) launch_block_dq<T>(a, h, dq);
     else if (a.head_dim <= 64) launch_dq<T, 64>(a, h, dq, blocks, masks);
     else launch_dq<T, 128>(a, h, dq, blocks, masks);
     LAC_TRY(lac_cuda_launched("attention"));
@@ -585,6 +602,7 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool join
     const lac_plan *p = w->forward.plan;
     carve(h, p, joint, a.block, (char *)space, &bytes);
     h.dq = (float *)sums, h.delta_tile = (hopper_delta_tile *)sums;
+    h.squares = (const float *)w->dq.data, h.sums = (int64_t)(bytes / sizeof(float));
     int64_t most = 1;
     a.ranks = p->backward_phases;
     for (int g = 0; g < a.branches; g++) {
@@ -597,9 +615,9 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool join
     if (a.per_branch && !joint && !hopper_options(a) && !a.block) LAC_TRY(attn_hopper_deltas(a, h, w));
     if (a.block) LAC_TRY(attn_hopper_steps(a, h, w->forward.q.dtype));
     const dim3 grid(blocks_filling(most, LIST_BLOCKS * (THREADS / 32)), (unsigned)a.branches);
-    launch(hopper_list_kernel, grid, THREADS, 0, a, h, tile_groups(a.head_dim, joint, a.block));
+    launch(a.block ? hopper_list_kernel<true> : hopper_list_kernel<false>, grid, THREADS, 0, a, h,
+           tile_groups(a.head_dim, joint, a.block));
     LAC_TRY(lac_cuda_launched("attention"));
-    if (a.block) LAC_TRY(attn_hopper_scales(a, h, w->forward.q.dtype));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(joint ? attn_joint_tiles(a, h, w->forward.q.dtype) : attn_hopper_keys(a, h, w, padding));
     return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w, joint) : finish<bf16>(a, h, w, joint);

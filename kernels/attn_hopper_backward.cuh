@@ -75,6 +75,8 @@ struct hopper_args {
     int *ready;                    /* [ranks]: warpgroups that are done with a tile of that rank, where branches meet */
     int *spoilt;                   /* does any gradient hold NaN or infinity? */
     hopper_delta_tile *delta_tile; /* where the sums of dq will be */
+    const float *squares;          /* [B, N, H], active blocks: sums of squares of dout's rows, where dq will be */
+    int64_t sums;                  /* numbers of dq's sums */
     int *delta_counter;            /* tiles claimed of these */
     uint32_t *steps;               /* NULL: there are no active blocks */
     float *scales;                 /* [blocks][64], of sums of dq in fixed point */
@@ -96,9 +98,8 @@ inline int64_t hopper_lattice_rows(const lac_plan *p, int g, int64_t n)
 /* groups of 64 keys of a tile; columns that tiles compute: the tensor maps fill up those that rows do not have */
 inline int attn_hopper_groups(int head_dim, bool blocks) { return head_dim <= 64 && !blocks ? 3 : 2; }
 inline int attn_hopper_columns(int head_dim) { return head_dim <= 64 ? 64 : 128; }
-/* active blocks: what tiles meet, before the list; scales of sums of dq, after it (attn_hopper_block_keys.cu) */
+/* active blocks, before the list: what tiles meet, and largest keys and values (attn_hopper_block_keys.cu) */
 int attn_hopper_steps(const attn_pair_args &a, const hopper_args &p, int dtype);
-int attn_hopper_scales(const attn_pair_args &a, const hopper_args &p, int dtype);
 /* can this process's device run its kernels, and were they compiled for it? */
 bool attn_hopper_keys_exist(void);
 /* The backward as lac_cuda_attend_bwd() calls it. Fits: NULL, or why these kernels cannot do it. */
@@ -106,7 +107,8 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w);
 /* Of device memory beside statistics: the list's, *sums those of dq. Joint: tiles by the portable kernel; blocks: there
  * are active blocks. */
 size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint, bool blocks, size_t *sums);
-/* all but statistics; dk_acc, dv_acc: low bytes of what branches add to these (attn_sums.cuh); padding:
+/* all but statistics, which with active blocks have left sums of squares of dout's rows in dq's memory, in f32: nothing
+ * else is there before the tiles; dk_acc, dv_acc: low bytes of what branches add to these (attn_sums.cuh); padding:
  * attn_hopper_ends() of attn_hopper_pairs.cuh */
 int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *sums,
                          void *dk_acc, void *dv_acc, const hopper_kept *padding);
