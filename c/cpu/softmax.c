@@ -1,8 +1,11 @@
 /* softmax.c: softmax and its logarithm over any axis on the CPU, forward and backward.
  *
  * Along the last axis a row is a task: it fits a cache, so the passes over it (maximum, exponentials and their sum,
- * scaling) cost one trip to memory. Milakov and Gimelshein's online form was rejected there: its rescaling serialises
- * the exponentials, and the row is in cache anyway. Along another axis the rows' elements are far apart, and a row by
+ * scaling) cost one trip to memory. The passes run together, each over a row of its own: one is written while of the
+ * next the exponentials are computed and of the one after that the maximum is found. One after the other they take 15
+ * cycles a line of floats on a Zen 4 (writing past the caches alone 8.3, the exponential 8.4, the maximum 1.3),
+ * together 9.5, a copy 9.6 to 10. Milakov and Gimelshein's online form was rejected there: its rescaling serialises the
+ * exponentials, and the row is in cache anyway. Along another axis the rows' elements are far apart, and a row by
  * itself would use 4 bytes of each cache line: there a task takes a block of neighbouring columns, with one maximum and
  * one sum per column, and goes through memory twice: 32 rows at a time for the statistics (the online form, whose
  * rescaling is then rare), and again for the results, where each exponential is computed anew, because that is cheaper
@@ -18,7 +21,7 @@
 #include "cpu.h"
 #include "rows.h"
 
-enum { SUM_ROWS = 32, MOST_COLUMNS = 1024 };
+enum { SUM_ROWS = 32, MOST_COLUMNS = 1024, AHEAD = 12288 }; /* AHEAD: bytes to what is fetched */
 
 typedef struct {
     lac_nest nest;        /* the axes that are not normalised: out, x (, g) */
@@ -26,6 +29,7 @@ typedef struct {
     int64_t stride[3];    /* bytes between a row's elements */
     int dtype, ctype, inputs;
     bool logarithm, stream; /* stream: a result larger than the caches */
+    bool direct;            /* forward along rows that are arrays of the compute type */
     int64_t width, blocks;  /* columns: how many of them a task works on together, tasks per outer row */
     char *workspace;
     int64_t space; /* bytes of it per thread */
@@ -67,7 +71,7 @@ typedef struct {
         }                                                                                                              \
     } while (0)
 #define ROW_LOG(i) ((x[i] - m) - rest)
-#define ROW_SCALE(i) (work[i] * scale)
+#define ROW_SCALE(i) (x[i] * scale)
 #define ROW_SLOPE(i) (y[i] * (g[i] - s))
 #define ROW_LOGARITHM(i) y[i]
 #define ROW_LOG_SLOPE(i, e) (g[i] - (e)*s)
@@ -79,17 +83,75 @@ typedef struct {
 #define COLUMN_LOG_SLOPE(i, e) (ig[i] - (e)*s[i])
 
 #define ROW_KERNELS(T, S, V, SUM, EXP, LINE, INF)                                                                      \
-    /* y may be x; work: n elements, may be y */                                                                       \
-    static void softmax_row_##S(const T *x, T *y, T *work, int64_t n, bool logarithm, bool stream)                     \
+    /* y of a row whose maximum is m and whose exponentials' sum is known. x: the row, or without the logarithm its    \
+     * exponentials */                                                                                                 \
+    static void softmax_write_##S(const T *x, T m, double sum, T *y, int64_t n, bool logarithm, bool stream)           \
+    {                                                                                                                  \
+        T rest = (T)log(sum), scale = (T)(1.0 / sum);                                                                  \
+        if (logarithm) WRITE(T, n, y, x, stream, ROW_LOG);                                                             \
+        else WRITE(T, n, y, x, stream, ROW_SCALE);                                                                     \
+    }                                                                                                                  \
+    /* y may be x */                                                                                                   \
+    static void softmax_row_##S(const T *x, T *y, int64_t n, bool logarithm)                                           \
     {                                                                                                                  \
         T m = row_max_##S(x, n);                                                                                       \
-        if (logarithm) {                                                                                               \
-            T rest = (T)log(row_exp_##S(x, m, NULL, n));                                                               \
-            WRITE(T, n, y, x, stream, ROW_LOG); /* the exponentials asked for the next row: they take longest */       \
-            return;                                                                                                    \
+        double sum = row_exp_##S(x, m, logarithm ? NULL : y, n);                                                       \
+        softmax_write_##S(logarithm ? x : y, m, sum, y, n, logarithm, false);                                          \
+    }                                                                                                                  \
+    /* The exponentials of row x go to `work` and their sum is returned, while y, the row before, is written from      \
+     * `from` and *top becomes the largest of the row after. Loads stand before stores, which rows some pages apart    \
+     * would have to wait for. */                                                                                      \
+    LAC_INLINE double softmax_step_##S(const T *x, T m, T *work, const T *from, T shift, T scale, T *y, const T *next, \
+                                       T *top, int64_t n, bool logarithm, bool stream)                                 \
+    {                                                                                                                  \
+        enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
+        V most[CHUNK / L];                                                                                             \
+        T line[CHUNK], done[CHUNK], up[CHUNK], best = -INF;                                                            \
+        double total = 0;                                                                                              \
+        for (int k = 0; k < CHUNK / L; k++) most[k] = (V){0} - INF;                                                    \
+        for (int64_t i = 0; i < n;) {                                                                                  \
+            int64_t end = n - i < ROW_SUM ? n : i + ROW_SUM;                                                           \
+            V s[CHUNK / L] = {{0}};                                                                                    \
+            T rest = 0;                                                                                                \
+            for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
+                __builtin_prefetch((const char *)(next + i) + AHEAD, 0, 2);                                            \
+                _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK / L; k++) * (V *)(up + k * L) = most[k];             \
+                _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)                                                    \
+                {                                                                                                      \
+                    T v = next[i + k], f = from[i + k];                                                                \
+                    line[k] = x[i + k] - m;                                                                            \
+                    done[k] = logarithm ? (f - shift) - scale : f * scale;                                             \
+                    up[k] = v > up[k] ? v : up[k];                                                                     \
+                }                                                                                                      \
+                LINE(line);                                                                                            \
+                _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK / L; k++)                                            \
+                {                                                                                                      \
+                    most[k] = *(V *)(up + k * L);                                                                      \
+                    s[k] += *(const V *)(line + k * L);                                                                \
+                }                                                                                                      \
+                if (!logarithm) v_put_line(work + i, line, false);                                                     \
+                v_put_line(y + i, done, stream);                                                                       \
+            }                                                                                                          \
+            if (i < end) {                                                                                             \
+                T part[CHUNK];                                                                                         \
+                for (int k = 0; k < CHUNK; k++) part[k] = i + k < end ? x[i + k] - m : -INF;                           \
+                LINE(part);                                                                                            \
+                for (; i < end; i++) {                                                                                 \
+                    T e = part[i % CHUNK], f = from[i];                                                                \
+                    rest += e;                                                                                         \
+                    best = next[i] > best ? next[i] : best;                                                            \
+                    y[i] = logarithm ? (f - shift) - scale : f * scale;                                                \
+                    if (!logarithm) work[i] = e;                                                                       \
+                }                                                                                                      \
+            }                                                                                                          \
+            _Pragma("GCC unroll 4") for (int k = 1; k < CHUNK / L; k++) s[0] += s[k];                                  \
+            total += (double)(SUM(s[0]) + rest);                                                                       \
         }                                                                                                              \
-        T scale = (T)(1.0 / row_exp_##S(x, m, work, n));                                                               \
-        WRITE(T, n, y, work, stream, ROW_SCALE);                                                                       \
+        T best_of[CHUNK];                                                                                              \
+        memcpy(best_of, most, sizeof best_of);                                                                         \
+        for (int k = 0; k < CHUNK; k++) best = best_of[k] > best ? best_of[k] : best;                                  \
+        *top = best;                                                                                                   \
+        return total;                                                                                                  \
     }                                                                                                                  \
     static double row_dot_##S(const T *x, const T *y, int64_t n)                                                       \
     {                                                                                                                  \
@@ -218,33 +280,79 @@ static void *row_target(const softmax_job *job, char *out, void *buffer)
     return lac_is_native(job->dtype) && job->stride[0] == lac_bytes_of(job->dtype) ? out : buffer;
 }
 
+/* addresses of row t of each view; rows are asked for in order, the first one as such */
+static void row_at(const softmax_job *job, lac_cursor *c, int64_t t, bool first, char **at)
+{
+    int last = job->nest.ndim - 1;
+    int64_t length = job->nest.shape[last], i = t % length;
+    if (first) LAC_CPU(cursor_set)(&job->nest, c, t / length);
+    else if (i == 0) lac_cursor_next(&job->nest, c);
+    for (int v = 0; v <= job->inputs; v++) at[v] = c->at[v] + i * job->nest.stride[v][last];
+}
+
+static bool row_streams(const softmax_job *job, const void *y)
+{
+    return job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0;
+}
+
+/* Rows that need no conversion, three at a time: one is written, the next one's exponentials are computed, and of the
+ * one after that the maximum is found. Arithmetic, reading and writing overlap, which in turn they do not. */
+#define ROW_PIPELINE(T, S)                                                                                             \
+    static void softmax_rows_##S(const softmax_job *job, int64_t begin, int64_t end, T *work)                          \
+    {                                                                                                                  \
+        const int64_t n = job->n;                                                                                      \
+        const bool logarithm = job->logarithm;                                                                         \
+        lac_cursor c;                                                                                                  \
+        char *row[3][2] = {{0}}; /* y and x of each */                                                                 \
+        row_at(job, &c, begin, true, row[0]);                                                                          \
+        T m[3] = {row_max_##S((const T *)row[0][1], n)};                                                               \
+        double sum = row_exp_##S((const T *)row[0][1], m[0], logarithm ? NULL : work, n);                              \
+        if (begin + 1 < end) {                                                                                         \
+            row_at(job, &c, begin + 1, false, row[1]);                                                                 \
+            m[1] = row_max_##S((const T *)row[1][1], n);                                                               \
+        }                                                                                                              \
+        for (int64_t t = begin + 1; t < end; t++) {                                                                    \
+            const T *x = (const T *)row[1][1], *from = logarithm ? (const T *)row[0][1] : work;                        \
+            T *y = (T *)row[0][0];                                                                                     \
+            if (t + 1 < end) row_at(job, &c, t + 1, false, row[2]);                                                    \
+            const T *next = t + 1 < end ? (const T *)row[2][1] : x;                                                    \
+            if (logarithm)                                                                                             \
+                sum = softmax_step_##S(x, m[1], NULL, from, m[0], (T)log(sum), y, next, &m[2], n, true,                \
+                                       row_streams(job, y));                                                           \
+            else                                                                                                       \
+                sum = softmax_step_##S(x, m[1], work, from, 0, (T)(1.0 / sum), y, next, &m[2], n, false,               \
+                                       row_streams(job, y));                                                           \
+            memmove(row[0], row[1], 2 * sizeof row[0]);                                                                \
+            memmove(m, m + 1, 2 * sizeof m[0]);                                                                        \
+        }                                                                                                              \
+        softmax_write_##S(logarithm ? (const T *)row[0][1] : work, m[0], sum, (T *)row[0][0], n, logarithm,            \
+                          row_streams(job, row[0][0]));                                                                \
+    }
+ROW_PIPELINE(float, f)
+ROW_PIPELINE(double, d)
+
 static void softmax_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const softmax_job *job = context;
     char *space = job->workspace + job->space * thread;
-    int64_t rows_inner = job->nest.shape[job->nest.ndim - 1];
     lac_cursor c;
-    for (int64_t t = begin; t < end; t++) {
-        int64_t i = t % rows_inner;
-        if (t == begin) LAC_CPU(cursor_set)(&job->nest, &c, t / rows_inner);
-        else if (i == 0) lac_cursor_next(&job->nest, &c);
-        const int64_t(*stride)[LAC_MAX_DIMS] = job->nest.stride;
-        int last = job->nest.ndim - 1;
-        char *out = c.at[0] + i * stride[0][last];
-        const void *x = LAC_CPU(load)(job->dtype, c.at[1] + i * stride[1][last], job->stride[1], job->n, space);
-        void *y = row_target(job, out, space + 2 * job->row_bytes);
-        bool stream = job->stream && y == out && ((uintptr_t)y & (V_LINE - 1)) == 0;
+    if (job->direct && job->ctype == C_F32) softmax_rows_f(job, begin, end, (float *)space);
+    else if (job->direct) softmax_rows_d(job, begin, end, (double *)space);
+    for (int64_t t = begin; t < end && !job->direct; t++) {
+        char *at[3] = {0};
+        row_at(job, &c, t, t == begin, at);
+        const void *x = LAC_CPU(load)(job->dtype, at[1], job->stride[1], job->n, space);
+        void *y = row_target(job, at[0], space + 2 * job->row_bytes);
         if (job->inputs == 2) {
-            const void *g = LAC_CPU(load)(job->dtype, c.at[2] + i * stride[2][last], job->stride[2], job->n,
-                                          space + job->row_bytes);
+            const void *g = LAC_CPU(load)(job->dtype, at[2], job->stride[2], job->n, space + job->row_bytes);
+            bool stream = y == at[0] && row_streams(job, y);
             if (job->ctype == C_F32) softmax_bwd_row_f(x, g, y, job->n, job->logarithm, stream);
             else softmax_bwd_row_d(x, g, y, job->n, job->logarithm, stream);
         } else {
-            void *work = stream ? space + 2 * job->row_bytes : y;
-            if (job->ctype == C_F32) softmax_row_f(x, y, work, job->n, job->logarithm, stream);
-            else softmax_row_d(x, y, work, job->n, job->logarithm, stream);
+            if (job->ctype == C_F32) softmax_row_f(x, y, job->n, job->logarithm);
+            else softmax_row_d(x, y, job->n, job->logarithm);
         }
-        if (y != out) LAC_CPU(store)(job->dtype, y, out, job->stride[0], job->n);
+        if (y != at[0]) LAC_CPU(store)(job->dtype, y, at[0], job->stride[0], job->n);
     }
     if (job->stream) v_stream_end();
 }
@@ -312,6 +420,7 @@ static int softmax_run(const char *op, int inputs, const lac_view *const *views,
     LAC_CPU(nest_make)(&job.nest, inputs + 1, list);
     bool columns = columns_fit(&job, numel / job.n);
     job.stream = lac_is_native(job.dtype) && numel * size >= LAC_STREAM_BYTES;
+    job.direct = inputs == 1 && lac_is_native(job.dtype) && job.stride[0] == size && job.stride[1] == size;
     job.row_bytes = (job.n * size + 63) / 64 * 64;
     int64_t rows = numel / job.n, work = numel * 4;
     int64_t tasks = columns ? rows / job.nest.shape[job.nest.ndim - 1] * job.blocks : rows;
