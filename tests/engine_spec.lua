@@ -1001,6 +1001,33 @@ describe("engine on " .. isa .. ":", function()
         for i = 1, 3 do check_all("layernorm_bwd", dtype, get(got[i]), get(exact[i]), 1, 2 ^ -19) end
       end
     end)
+    it("gradients of wide and of many rows agree with the formula", function()
+      for _, shape in ipairs { { 1, 40 }, { 2, 16 }, { 37, 1061 }, { 2113, 19 } } do
+        local rows, n = unpack(shape)
+        local x, g, gamma = randoms(rows * n, -2, 2), randoms(rows * n, -1, 1), randoms(n, 0.5, 2)
+        local _, mean, rstd = reference(x, n)
+        local dx, dgamma, dbeta = {}, {}, {}
+        for i = 1, n do dgamma[i], dbeta[i] = 0, 0 end
+        for r = 1, rows do
+          local at, a, b = (r - 1) * n, 0, 0
+          local function h(i) return (x[at + i] - mean[r]) * rstd[r] end
+          for i = 1, n do
+            a, b = a + g[at + i] * gamma[i] / n, b + g[at + i] * gamma[i] * h(i) / n
+            dgamma[i], dbeta[i] = dgamma[i] + g[at + i] * h(i), dbeta[i] + g[at + i]
+          end
+          for i = 1, n do dx[at + i] = rstd[r] * (g[at + i] * gamma[i] - a - h(i) * b) end
+        end
+        for dtype, slack in pairs { f64 = 1e-11, f32 = 2 ^ -15 } do
+          local tx, tgamma = tensor(dtype, { rows, n }, x), tensor(dtype, { n }, gamma)
+          local m, s = tensor(dtype, { rows }, mean), tensor(dtype, { rows }, rstd)
+          local got = { d.out(), d.out(), d.out() }
+          call("layernorm_bwd", tx, tgamma, m, s, tensor(dtype, { rows, n }, g), unpack(got))
+          for i, want in ipairs { dx, dgamma, dbeta } do
+            check_all(("layernorm_bwd %d %d"):format(rows, n), dtype, get(got[i]), want, 1, slack)
+          end
+        end
+      end
+    end)
   end)
 
   describe("cross-entropy", function()
