@@ -290,6 +290,7 @@ static double lse_block(int ctype, const void *x, double top, int64_t n)
         float sum[V_FLOATS] = {0}, t = 0, line[V_FLOATS];
         int64_t i = 0;
         for (; i + V_FLOATS <= n; i += V_FLOATS) {
+            __builtin_prefetch(f + i + 4 * BLOCK, 0, 2);
 #pragma omp simd
             for (int k = 0; k < V_FLOATS; k++) line[k] = f[i + k] - m;
             v_exp_term_line(line);
@@ -394,11 +395,14 @@ static void reduce_row(const reduce_job *job, const char *base, int64_t begin, i
     double space[BLOCK];
     reduced_cursor c;
     int last = job->reduced - 1, dtype = job->a->x.dtype;
+    bool direct = dtype == LAC_F32 && job->rx[last] == 4;
+    /* of floats in place, whose sums are doubles, longer pieces; exponentials are summed in float */
+    int64_t most = !direct ? BLOCK : job->class == CLASS_LSE ? 2 * BLOCK : 8 * BLOCK;
     if (begin >= end) return; /* also when an axis has no elements */
     reduced_seek(job, &c, base, begin);
     for (int64_t r = begin, n; r < end; r += n) {
         n = job->rs[last] - c.index[last];
-        if (n > BLOCK) n = BLOCK;
+        if (n > most) n = most;
         if (n > end - r) n = end - r;
         block_add(job, p, LAC_CPU(load)(dtype, c.at, job->rx[last], n, space), n, r);
         reduced_step(job, &c, n);
