@@ -63,12 +63,14 @@ enum { V_WIDTH = 16 };
 typedef float v_floats __attribute__((vector_size(V_WIDTH), aligned(4), may_alias));
 typedef double v_doubles __attribute__((vector_size(V_WIDTH), aligned(8), may_alias));
 
-/* the sum of all lanes, by halves */
+/* the sum of all lanes, by halves; unrolled, or it goes through memory */
 LAC_INLINE float v_sum_f(v_floats v)
 {
     float t[V_WIDTH / sizeof(float)];
     memcpy(t, &v, sizeof t);
+#pragma GCC unroll 4
     for (int w = V_WIDTH / (int)sizeof(float) / 2; w > 0; w /= 2)
+#pragma GCC unroll 8
         for (int k = 0; k < w; k++) t[k] += t[k + w];
     return t[0];
 }
@@ -76,7 +78,9 @@ LAC_INLINE double v_sum_d(v_doubles v)
 {
     double t[V_WIDTH / sizeof(double)];
     memcpy(t, &v, sizeof t);
+#pragma GCC unroll 4
     for (int w = V_WIDTH / (int)sizeof(double) / 2; w > 0; w /= 2)
+#pragma GCC unroll 8
         for (int k = 0; k < w; k++) t[k] += t[k + w];
     return t[0];
 }
