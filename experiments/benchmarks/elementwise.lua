@@ -11,8 +11,8 @@
 -- 64, pow 125; one multiply-add each takes one, a division 6. f16 adds 4 to each and bf16 7, for half the
 -- bytes, so of those only relu, add and the like can keep up. What is computed in double (from log10 on in
 -- c/cpu/maps.h) has half the lanes and longer polynomials. softmax of a row is an exponential, a maximum and
--- a scaling, which run over three rows at once: 10 of 10 to 11 cycles of a copy (15 one after the other);
--- over columns it takes two exponentials.
+-- a scaling, which run over three rows at once: 12 cycles beside a copy's 10 (15 one after the other); over
+-- columns it takes two exponentials.
 -- Reading alone. 6.3 to 7 cycles a line whatever is asked for ahead, where 77% of a copy allow 6.8: the
 -- maximum over rows is there. A sum converts to double, 5 cycles for 16 floats, a variance 9, a log-sum-exp
 -- takes 10; over columns sums are loaded and stored as well.
