@@ -394,13 +394,21 @@ int lac_plan_workspace(const lac_plan *p, int32_t dtype, int64_t block, int64_t 
     return 0;
 }
 
+/* Does the backward's one phase reach every row? Then dk and dv are stored as they are (c/cpu/attn.c). */
+static bool stores(const lac_plan *p)
+{
+    bool all = p->backward_phases == 1 && p->shift == 0 && p->desc.n == p->desc.m;
+    for (int g = 0; g < p->desc.branches; g++) all &= p->desc.dilation[g] == 1;
+    return all;
+}
+
 /* Sums of what is stored as f16 or bf16. */
 static void count_sums(lac_plan *p)
 {
     int64_t out = p->desc.batch * p->desc.n * p->desc.heads * p->desc.head_dim;
     int64_t kv = p->desc.batch * p->desc.m * p->desc.kv_heads * p->desc.head_dim;
     p->info.bytes_accumulate_forward = p->forward_phases > 1 ? 4 * out : 0;
-    p->info.bytes_accumulate_backward = 4 * (out + 2 * kv);
+    p->info.bytes_accumulate_backward = 4 * (out + (stores(p) ? 0 : 2 * kv));
     if (lac_plan_branch_delta(p)) p->info.bytes_accumulate_backward += 4 * p->desc.batch * p->desc.n * p->desc.heads;
 }
 

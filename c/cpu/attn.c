@@ -759,8 +759,8 @@ int ATTN_OPERATOR(attend_bwd)(const lac_a_attend_bwd *w)
         if (!job.delta) status = LAC_E_MEMORY;
     }
     if (!status) status = accumulator(&w->dq, job.store, &job.acc_dq);
-    if (!status) status = accumulator(&w->dk, job.store, &job.acc_dk);
-    if (!status) status = accumulator(&w->dv, job.store, &job.acc_dv);
+    if (!status && !(job.store && is_half(&w->dk))) status = accumulator(&w->dk, job.store, &job.acc_dk);
+    if (!status && !(job.store && is_half(&w->dv))) status = accumulator(&w->dv, job.store, &job.acc_dv);
     for (int32_t i = 0; !status && i < p->backward_phases; i++) {
         status = run_deltas(&job, i);
         if (!status) status = run_phase(&job, p->backward_phase, i);

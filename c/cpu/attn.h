@@ -40,8 +40,8 @@ typedef struct attn_job {
     bool carry;         /* continue the softmax that earlier phases left in out and lse */
     bool add;           /* add to out instead of storing */
     bool store;         /* the phase is the only one and reaches every row of dq, dk, dv: nothing to add to */
-    /* results in the compute type, contiguous: the tensors themselves, or workspace for f16 and bf16; acc_out is NULL
-     * where a task stores straight into an f16 or bf16 tensor */
+    /* results in the compute type, contiguous: the tensors themselves, or workspace for f16 and bf16; NULL where tasks
+     * store straight into an f16 or bf16 tensor */
     void *acc_out, *acc_dq, *acc_dk, *acc_dv;
     void *delta, *new_delta; /* [B, N, H]: deltas of the phase's branches; where they are made, while they are */
     uint32_t whole; /* backward: branches (bits) whose tasks own whole segments and make the deltas themselves */
