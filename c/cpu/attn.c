@@ -553,57 +553,6 @@ static void run_tasks(attn_job *job, int threads, char *workspace, size_t bytes)
     }
 }
 
-/* Runs one phase; working memory for each thread is taken here and given back. */
-static int run_phase(attn_job *job, const int32_t *phase, int32_t which)
-{
-    const lac_plan *p = job->a->plan;
-    bool wide = job->a->q.dtype == LAC_F64;
-    double work = (double)p->info.pairs * (double)p->desc.batch * p->desc.head_dim;
-    int stop = 0;
-    job->stop = &stop;
-    job->threads = work < LAC_PARALLEL_WORK || omp_in_parallel() ? 1 : omp_get_max_threads();
-    add_phase(job, phase, which);
-    size_t bytes = job->bwd ? (wide ? attn_f64_backward_bytes : attn_f32_backward_bytes)(job, job->rows, job->keys)
-                            : (wide ? attn_f64_forward_bytes : attn_f32_forward_bytes)(job, job->rows);
-    bytes = (bytes + 4095) / 4096 * 4096;
-    int threads = job->threads < job->tasks ? job->threads : (int)job->tasks;
-    size_t turns = ((size_t)job->turn_count * sizeof(int32_t) + 63) / 64 * 64;
-    char *workspace = lac_workspace_get("attention", turns + bytes * (size_t)threads);
-    if (workspace) {
-        job->turns = (int32_t *)workspace;
-        memset(workspace, 0, turns);
-        run_tasks(job, threads, workspace + turns, bytes);
-        lac_workspace_put(workspace);
-    }
-    job->stop = NULL; /* it ends with this call */
-    if (!workspace) return LAC_E_MEMORY;
-    if (stop) LAC_FAIL(INTERRUPTED, "attention: interrupted");
-    return 0;
-}
-
-/* The deltas of a phase's branches (see attn_backward.inc), but for those whose tasks own whole segments. */
-static int run_deltas(attn_job *job, int32_t which)
-{
-    const lac_plan *p = job->a->plan;
-    const int32_t *phase = p->backward_phase;
-    if (!lac_plan_branch_delta(p)) return 0;
-    bool rest = false;
-    job->whole = 0;
-    for (int g = 0; g < p->desc.branches; g++) {
-        if (phase[g] != which) continue;
-        bool whole = !job->a->blocks.data && lac_plan_key_whole(p, g);
-        job->whole |= (uint32_t)whole << g;
-        rest |= !whole;
-    }
-    if (!rest) return 0;
-    job->new_delta = job->delta;
-    job->delta = NULL;
-    int status = run_phase(job, p->backward_phase, which);
-    job->delta = job->new_delta;
-    job->new_delta = NULL;
-    return status;
-}
-
 /* ---- results in the compute type ---- */
 
 enum { ATTN_PIECE = 1 << 18, ATTN_PAST_CACHES = 4 << 20 }; /* bytes */
@@ -684,6 +633,73 @@ static int accumulator(const lac_view *t, bool covered, void **acc)
     return covered ? 0 : fill(*acc, n * (t->dtype == LAC_F64 ? 8 : 4), 0);
 }
 
+/* ---- phases ---- */
+
+/* Does one task add up all of a row of dq, and only store it? */
+static bool rows_alone(const attn_job *job)
+{
+    bool alone = job->store;
+#ifdef ATTN_AMX
+    alone &= job->a->blocks.data != NULL;
+#else
+    alone = false;
+#endif
+    for (int64_t i = 0; i < job->item_count; i++) alone &= job->items[i].pieces == 1;
+    return alone;
+}
+
+/* Runs one phase; working memory for each thread is taken here and given back. */
+static int run_phase(attn_job *job, const int32_t *phase, int32_t which)
+{
+    const lac_plan *p = job->a->plan;
+    bool wide = job->a->q.dtype == LAC_F64;
+    double work = (double)p->info.pairs * (double)p->desc.batch * p->desc.head_dim;
+    int stop = 0;
+    job->threads = work < LAC_PARALLEL_WORK || omp_in_parallel() ? 1 : omp_get_max_threads();
+    add_phase(job, phase, which);
+    if (owns_keys(job) && !job->acc_dq && !rows_alone(job)) LAC_TRY(accumulator(&job->bwd->dq, true, &job->acc_dq));
+    job->stop = &stop;
+    size_t bytes = job->bwd ? (wide ? attn_f64_backward_bytes : attn_f32_backward_bytes)(job, job->rows, job->keys)
+                            : (wide ? attn_f64_forward_bytes : attn_f32_forward_bytes)(job, job->rows);
+    bytes = (bytes + 4095) / 4096 * 4096;
+    int threads = job->threads < job->tasks ? job->threads : (int)job->tasks;
+    size_t turns = ((size_t)job->turn_count * sizeof(int32_t) + 63) / 64 * 64;
+    char *workspace = lac_workspace_get("attention", turns + bytes * (size_t)threads);
+    if (workspace) {
+        job->turns = (int32_t *)workspace;
+        memset(workspace, 0, turns);
+        run_tasks(job, threads, workspace + turns, bytes);
+        lac_workspace_put(workspace);
+    }
+    job->stop = NULL; /* it ends with this call */
+    if (!workspace) return LAC_E_MEMORY;
+    if (stop) LAC_FAIL(INTERRUPTED, "attention: interrupted");
+    return 0;
+}
+
+/* The deltas of a phase's branches (see attn_backward.inc), but for those whose tasks own whole segments. */
+static int run_deltas(attn_job *job, int32_t which)
+{
+    const lac_plan *p = job->a->plan;
+    const int32_t *phase = p->backward_phase;
+    if (!lac_plan_branch_delta(p)) return 0;
+    bool rest = false;
+    job->whole = 0;
+    for (int g = 0; g < p->desc.branches; g++) {
+        if (phase[g] != which) continue;
+        bool whole = !job->a->blocks.data && lac_plan_key_whole(p, g);
+        job->whole |= (uint32_t)whole << g;
+        rest |= !whole;
+    }
+    if (!rest) return 0;
+    job->new_delta = job->delta;
+    job->delta = NULL;
+    int status = run_phase(job, p->backward_phase, which);
+    job->delta = job->new_delta;
+    job->new_delta = NULL;
+    return status;
+}
+
 static void settle_piece(void *context, int64_t begin, int64_t end, int thread)
 {
     const lac_view *t = ((const lac_view *const *)context)[0];
@@ -758,7 +774,7 @@ int ATTN_OPERATOR(attend_bwd)(const lac_a_attend_bwd *w)
                                                        (q->dtype == LAC_F64 ? sizeof(double) : sizeof(float)));
         if (!job.delta) status = LAC_E_MEMORY;
     }
-    if (!status) status = accumulator(&w->dq, job.store, &job.acc_dq);
+    if (!status && !(job.store && is_half(&w->dq))) status = accumulator(&w->dq, job.store, &job.acc_dq);
     if (!status && !(job.store && is_half(&w->dk))) status = accumulator(&w->dk, job.store, &job.acc_dk);
     if (!status && !(job.store && is_half(&w->dv))) status = accumulator(&w->dv, job.store, &job.acc_dv);
     for (int32_t i = 0; !status && i < p->backward_phases; i++) {
