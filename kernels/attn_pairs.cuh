@@ -18,10 +18,11 @@
  * walk over the other side jumps from run to run. A warp finds the runs of 256 cells of the block row at a time and
  * lists them in shared memory, some hundred steps ahead, so a step reads where it begins and ends. Steps do not cross
  * the end of a run. So the cost follows the active blocks, and tiles fit best where a block is a multiple of a tile's
- * height. Rejected: runs looked for in every step, by every warp (a look at memory for each 32 cells and a division a
- * run, all while nothing else is under way: a fifth of a step), lists in memory (another launch and a wait for its
- * sizes), tiles across blocks of rows (a step for the union of what their rows see: at 10% of blocks that is most of
- * them).
+ * height: where no block has more than 16, 32 or 64 rows, tiles have as many, and steps no more (attn_pairs_forward.cu
+ * says what that brings). Rejected: runs looked for in every step, by every warp (a look at memory for each 32 cells
+ * and a division a run, all while nothing else is under way: a fifth of a step), lists in memory (another launch and a
+ * wait for its sizes), tiles across blocks of rows (a step for the union of what their rows see: at 10% of blocks that
+ * is most of them).
  * What a tile does before its first step and behind its last is waited for, and with a tenth of the blocks and
  * causality a tile has some 25 steps. So its number is decoded with few divisions, the side that it keeps is loaded
  * without a loop, and its results leave several rows at a time: for D = 128, 17% of the forward's time was there and
@@ -393,12 +394,15 @@ inline int attn_block_of(const attn_block_args &a) { return a.block; }
 
 /* are blocks all that there is? */
 inline bool attn_only_blocks(const attn_pair_args &a) { return a.block && !a.mask && !a.bias && !a.slopes; }
-/* has no block more than 64 rows? */
-inline bool attn_low_blocks(const attn_block_args &a)
+/* most rows of a block in any branch; as many as there can be where there are no blocks */
+inline int attn_block_rows(const attn_block_args &a)
 {
-    for (int g = 0; g < a.branches; g++)
-        if (attn_pieces(a.branch[g], a.block, 64) > 1) return false;
-    return true;
+    int most = a.block ? 0 : INT32_MAX;
+    for (int g = 0; g < a.branches && a.block; g++) {
+        const int rows = attn_pieces(a.branch[g], a.block, 1);
+        most = rows > most ? rows : most;
+    }
+    return most;
 }
 
 int attn_pairs_forward_tensor(attn_pair_args &a, const lac_plan *plan, int dtype);

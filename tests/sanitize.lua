@@ -93,6 +93,11 @@ function run.pairs()
         dilations = { 1 } })
       case("blocks of 128", { block_mask = lac.rand{ 2, 2 }:gt(0.4), block = 128, segments = { 300 },
         dilations = { 1 } })
+      for _, block in ipairs{ 16, 24 } do -- tiles of 16 and of 32 rows
+        local cells = math.ceil(150 / block)
+        case(("blocks of %d"):format(block), { block_mask = lac.rand{ cells, cells }:gt(0.4), block = block,
+          segments = { 300 }, dilations = { 1 } })
+      end
       case("packed", { cu_seqlens = { 0, 60, 61, 150 } })
     end
     lac.use_tf32(false)
