@@ -143,11 +143,12 @@ __device__ __forceinline__ void parts_put(uint32_t to, int height, int row0, uin
                          : "memory");
     }
 }
-/* ROWS lattice rows, in parts, by way of `raw`, which holds STEP of them; followed by a barrier */
-template <int DP, int ROWS, int STEP, int THREADS_>
+/* ROWS lattice rows, in parts, by way of `raw`, which holds RAW rows; followed by a barrier */
+template <int DP, int ROWS, int RAW, int THREADS_>
 __device__ __forceinline__ void parts_load(uint32_t to, uint32_t raw, const attn_args &a, const attn_tensor &x,
                                            const attn_tile &t, int h, int shift, int first, int limit, bool padding)
 {
+    constexpr int STEP = ROWS < RAW ? ROWS : RAW;
     static_assert(ROWS % STEP == 0, "whole steps");
 #pragma unroll 1
     for (int i = 0; i < ROWS; i += STEP) {
