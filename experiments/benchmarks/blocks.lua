@@ -45,12 +45,19 @@
 -- last tiles of a launch. Causal launches begin with the heavier halves of all tiles since: in turns with the
 -- order before, after 20 ms of idling, D 64 1.34 and 1.19 (1.35 and 1.21), D 128 1.25 and 1.21 (1.30 and
 -- 1.24). Not measured since: blocks of 64, D 64 1.33 and 1.19, 1.42 and 1.33; D 128 1.46 and
--- 1.36, 1.66 and 1.48; with 16384 rows of 16 heads and half of the blocks a tile 1.3 to 1.7; blocks of 32,
--- which pay for tiles of 64 rows, 5.0 and 3.1. Before runs of blocks were listed some hundred steps ahead:
--- blocks of 128 1.45 to 1.8, of 64 1.7 to 3.2.
+-- 1.36, 1.66 and 1.48; with 16384 rows of 16 heads and half of the blocks a tile 1.3 to 1.7. Before runs of
+-- blocks were listed some hundred steps ahead: blocks of 128 1.45 to 1.8, of 64 1.7 to 3.2.
 -- When dense attention's backward came to take one pass, two passes of active blocks were at 1.47 and causal
 -- 1.52 (D 64, blocks of 128; of 64 1.51 and 1.59). Blocks of 128 and more take one pass too since, another
 -- run, four rounds, backward: D 64 1.16, causal 1.28; D 128 1.18, causal 1.29.
+-- Blocks of 16 and of 32 have tiles of as many rows (kernels/attn_pairs_forward.cu has the floor, 3.2 and
+-- 1.6 for the forward, D 64), which were of 64 before. One run, the faster of two rounds, forward and
+-- backward, then causal, before in brackets: blocks of 16 D 64 2.64 and 3.12, 2.67 and 3.14 (18.6 and 16.1,
+-- 18.5 and not run), D 128 3.04 and 2.61, 3.12 and 2.63 (10.8 and 13.4); blocks of 32 D 64 1.57 and 1.85,
+-- 1.63 and not run (4.84 and 3.91, 4.84), D 128 1.78 and 1.75, 1.86 and 1.81 (2.71 and 3.92). Sizes between
+-- pay for the next tile: blocks of 48 2.43 and 2.80, 2.49 and 2.53; of 24, D 128, 3.61 and 3.46. f32, 16384
+-- rows, width 1024, one round: blocks of 16 2.8 and 2.2, 3.6 and 3.0 (D 128); of 32 1.7 and 1.4, 2.1 and 1.9;
+-- of 64, whose tiles are dense attention's, 2.0 and 1.1, 1.6 and 1.1.
 
 local lac = require "lacuna"
 local masks = require "lacuna.attention.masks"
