@@ -103,8 +103,8 @@ return {
         work = density, other_work = 1, unit = "calls/s",
         at_most = block == 128 and 1.3 or nil }
     end
-    for _, head_dim in ipairs(o.head_dims) do
-      for _, block in ipairs(b:size({ 128, 64, 32, 16 }, { 128 })) do
+    for _, block in ipairs(b:size({ 128, 64, 32, 16 }, { 128 })) do -- those with a target first
+      for _, head_dim in ipairs(o.head_dims) do
         for _, causal in ipairs{ false, true } do
           row(head_dim, block, causal, false)
           row(head_dim, block, causal, true)
