@@ -15,27 +15,31 @@
 -- products run brought less than what runs differ by. On a busy machine a pair varies by a tenth and more.
 --
 -- With the matrix unit (one core of a shared Xeon, f32, the fastest of 24 calls of ours and 6 of dense in
--- turns, three rounds; a round in which dense ran at half its speed left out) against dense attention on
--- the unit, the form before in the same rounds in brackets, blocks of 128. Forward: D 64 1.10 to 1.22
--- (1.28 to 1.33), causal 1.19 to 1.21 (1.36); D 128 1.18 to 1.23 (1.24 to 1.36), causal 1.21 to 1.24
--- (1.35 to 1.49); two earlier rounds, 1.24 to 1.29, 1.27 to 1.30, 1.24 to 1.27, 1.26 to 1.27. Backward: D
--- 64 1.25, causal 1.14 to 1.21; D 128 1.10 to 1.22, causal 1.28 to 1.32, before 1.19 to 1.30. Three later
--- rounds: D 64 1.15 to 1.38, causal 1.21, D 128 1.29 to 1.35, causal 1.18 to 1.26. bf16, rounds at full
--- speed, before bf16 was packed by moving words in brackets: forward D 64 1.11 to 1.19 (1.25), causal
--- 1.33 (1.33 to 1.38), D 128 1.29 (1.41), causal 1.28 to 1.30 (1.43); with steps at fixed places (see
--- below) 1.09 to 1.23, 1.19 to 1.21, 1.17 to 1.27, 1.19 to 1.28. Backward D 64 1.23 to 1.42 (1.50 to
--- 1.55), causal 1.44 (1.54 to 1.65), D 128 1.43 to 1.52 (1.53), causal 1.60 to 1.67 (1.72): missed; rows,
--- keys and sums take half of its time (D 128, causal), most of it packing, whose stores go to the second
--- cache. Where the forward's time goes and what was tried says c/cpu/attn_parts_blocks.inc. Memory of
--- rows of blocks that is used again took 4% off the forward, 9% where D 128 is causal; 4096 rows a task
--- instead of 2048 2 to 9%; maxima of 16 rows at once 1 to 2%, and 0 to 5% off dense. Of the backward
--- (f32) no gain: dk and dv of a tile added to the results a pair, so that no task holds them; tiles of 64
--- keys; tiles of 128 rows; the next keys asked for between P and dS, the next rows, or dk and dv, while
--- others are packed. Steps of the unit at fixed places between the rows of the softmax, in dense
--- attention too: no gain in one round, both up to 15% faster in two, ratios about the same: left out.
--- Time of multiply-adds over the unit's, with the form before: D 64 1.09 and 1.09, D 128 1.20 and 1.23,
--- bf16 D 64 1.25 and 1.39; blocks of 64 0.86 to 0.97, of 32 0.73 to 0.86: so blocks of fewer than 128
--- rows stay with multiply-adds. Neighbours slow the unit alone, then all of these are worse.
+-- turns, three rounds; a round in which dense ran at half its speed left out) against dense attention on the
+-- unit, the form before in the same rounds in brackets, blocks of 128. Forward: D 64 1.10 to 1.22 (1.28 to
+-- 1.33), causal 1.19 to 1.21 (1.36); D 128 1.18 to 1.23 (1.24 to 1.36), causal 1.21 to 1.24 (1.35 to 1.49);
+-- two earlier rounds, 1.24 to 1.29, 1.27 to 1.30, 1.24 to 1.27, 1.26 to 1.27. Backward: D 64 1.25, causal
+-- 1.14 to 1.21; D 128 1.10 to 1.22, causal 1.28 to 1.32, before 1.19 to 1.30. Three later rounds: D 64 1.15
+-- to 1.38, causal 1.21, D 128 1.29 to 1.35, causal 1.18 to 1.26. bf16, rounds at full speed, before bf16 was
+-- packed by moving words in brackets: forward D 64 1.11 to 1.19 (1.25), causal 1.33 (1.33 to 1.38), D 128
+-- 1.29 (1.41), causal 1.28 to 1.30 (1.43); with steps at fixed places (see below) 1.09 to 1.23, 1.19 to
+-- 1.21, 1.17 to 1.27, 1.19 to 1.28. Backward D 64 1.23 to 1.42 (1.50 to 1.55), causal 1.44 (1.54 to 1.65), D
+-- 128 1.43 to 1.52 (1.53), causal 1.60 to 1.67 (1.72): missed; rows, keys and sums take half of its time (D
+-- 128, causal), most of it packing. Where the forward's time goes and what was tried says
+-- c/cpu/attn_parts_blocks.inc. Memory of rows of blocks that is used again took 4% off the forward, 9% where
+-- D 128 is causal; 4096 rows a task instead of 2048 2 to 9%; maxima of 16 rows at once 1 to 2%, and 0 to 5%
+-- off dense. Of the backward (f32) no gain: dk and dv of a tile added to the results a pair, so that no task
+-- holds them; tiles of 64 keys; tiles of 128 rows; the next keys asked for between P and dS, the next rows,
+-- or dk and dv, while others are packed. Steps of the unit at fixed places between the rows of the softmax,
+-- in dense attention too: no gain in one round, both up to 15% faster in two, ratios about the same: left
+-- out. Time of multiply-adds over the unit's, with the form before: D 64 1.09 and 1.09, D 128 1.20 and 1.23,
+-- bf16 D 64 1.25 and 1.39; blocks of 64 0.86 to 0.97, of 32 0.73 to 0.86: so blocks of fewer than 128 rows
+-- stay with multiply-adds. Neighbours slow the unit alone, then all of these are worse. In a third job,
+-- medians of four rounds, slow ones among them, before and after bf16's packing: backward f32 D 64 1.16 and
+-- 1.25, causal 1.24 and 1.24, D 128 1.25 and 1.29, causal 1.18 and 1.22; with lines asked for ahead of
+-- writing them, as it is now, the fastest calls took 1 to 4% less. This benchmark, f32, two runs at the end:
+-- forward 1.00 to 1.20, backward D 64 1.31 and 1.38, causal 1.23 and 1.24, D 128 1.20 and 1.30, causal 1.16
+-- and 1.23: the backward is at the edge. With LACUNA_CPU=avx512 see above.
 --
 -- On CUDA both sides are the portable kernels' in bf16. An H200, one run, seven rounds in turns, blocks of
 -- 128, forward and backward, then causal, before in brackets: D 64 1.19 and 1.12, 1.26 and 1.20 (1.23 and
@@ -50,6 +54,9 @@
 -- When dense attention's backward came to take one pass, two passes of active blocks were at 1.47 and causal
 -- 1.52 (D 64, blocks of 128; of 64 1.51 and 1.59). Blocks of 128 and more take one pass too since, another
 -- run, four rounds, backward: D 64 1.16, causal 1.28; D 128 1.18, causal 1.29.
+-- All of it in one later run, this benchmark, forward and backward, then causal: blocks of 128 D 64 1.20 and
+-- 1.15, 1.21 and 1.23, D 128 1.14 and 1.15, 1.18 and 1.24; of 64 1.20 and 1.50, 1.25 and 1.56, 1.38 and 1.46,
+-- 1.46 and 1.50; of 32 1.56 and 1.86, 1.61 and 1.96, 1.81 and 1.77, 1.87 and 1.82.
 -- Blocks of 16 and of 32 have tiles of as many rows (kernels/attn_pairs_forward.cu has the floor, 3.2 and
 -- 1.6 for the forward, D 64), which were of 64 before. One run, the faster of two rounds, forward and
 -- backward, then causal, before in brackets: blocks of 16 D 64 2.64 and 3.12, 2.67 and 3.14 (18.6 and 16.1,
