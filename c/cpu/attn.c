@@ -638,14 +638,14 @@ static int accumulator(const lac_view *t, bool covered, void **acc)
 /* Does one task add up all of a row of dq, and only store it? */
 static bool rows_alone(const attn_job *job)
 {
-    bool alone = job->store;
 #ifdef ATTN_AMX
-    alone &= job->a->blocks.data != NULL;
-#else
-    alone = false;
-#endif
+    bool alone = job->store && job->a->blocks.data;
     for (int64_t i = 0; i < job->item_count; i++) alone &= job->items[i].pieces == 1;
     return alone;
+#else
+    (void)job;
+    return false;
+#endif
 }
 
 /* Runs one phase; working memory for each thread is taken here and given back. */

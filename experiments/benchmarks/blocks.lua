@@ -37,7 +37,7 @@
 -- stay with multiply-adds. Neighbours slow the unit alone, then all of these are worse. In a third job,
 -- medians of four rounds, slow ones among them, before and after bf16's packing: backward f32 D 64 1.16 and
 -- 1.25, causal 1.24 and 1.24, D 128 1.25 and 1.29, causal 1.18 and 1.22; with lines asked for ahead of
--- writing them, as it is now, the fastest calls took 1 to 4% less. This benchmark, f32, two runs at the end:
+-- writing them, as it is now, the fastest calls took 0 to 6% less. This benchmark, f32, two runs at the end:
 -- forward 1.00 to 1.20, backward D 64 1.31 and 1.38, causal 1.23 and 1.24, D 128 1.20 and 1.30, causal 1.16
 -- and 1.23: the backward is at the edge. With LACUNA_CPU=avx512 see above.
 --
