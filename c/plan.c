@@ -225,7 +225,9 @@ int64_t lac_plan_key_chunk(const lac_plan *p, int32_t phase)
     for (int32_t u = 0; u < p->units; u++)
         if (p->backward_phase[p->unit[u].branch] == phase)
             all += (p->desc.m - 1) / p->desc.dilation[p->unit[u].branch] + 1;
-    int64_t each = round_up(all * p->desc.batch / LAC_ATTN_TASKS, LAC_ATTN_BKEYS);
+    /* fewer where a branch has deltas of its own: parts of a segment make its scores twice */
+    int64_t chunks = lac_plan_branch_delta(p) ? LAC_ATTN_TASKS / 2 : LAC_ATTN_TASKS;
+    int64_t each = round_up(all * p->desc.batch / chunks, LAC_ATTN_BKEYS);
     return each < LAC_ATTN_KEY_RUN_LEAST ? LAC_ATTN_KEY_RUN_LEAST : each > LAC_ATTN_KEY_RUN ? LAC_ATTN_KEY_RUN : each;
 }
 
