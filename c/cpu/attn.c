@@ -728,12 +728,17 @@ static int items_get(attn_job *job)
     return job->items ? 0 : LAC_E_MEMORY;
 }
 
-/* does one phase of branches without dilation write every row, so that there is nothing to clear? */
-static bool covered(const lac_plan *p, int32_t phases)
+/* do branches of the first phase, without dilation, write every row, so that there is nothing to clear? */
+static bool covered(const lac_plan *p, const int32_t *phase)
 {
-    bool all = phases == 1 && p->shift >= 0;
-    for (int g = 0; g < p->desc.branches; g++) all &= p->desc.dilation[g] == 1;
-    return all;
+    bool all = p->shift >= 0;
+    int32_t heads = 0;
+    for (int g = 0; g < p->desc.branches; g++) {
+        if (phase[g]) continue;
+        all &= p->desc.dilation[g] == 1;
+        heads += p->heads[g];
+    }
+    return all && heads == p->desc.heads;
 }
 
 /* ---- operators ---- */
@@ -744,15 +749,17 @@ int ATTN_OPERATOR(attend)(const lac_a_attend *a)
     if (!parts_used(a)) return lac_cpu_avx512_attend(a);
 #endif
     const lac_plan *p = a->plan;
-    bool softmax_goes_on = lac_plan_many(p) && !lac_plan_branch_softmax(p), all = covered(p, p->forward_phases);
-    attn_job job = {.a = a, .add = lac_plan_branch_softmax(p)};
-    if (!all || lac_plan_many(p)) LAC_TRY(fill_lse(&a->lse, a->lse.data, lac_view_numel(&a->lse)));
+    bool apart = lac_plan_branch_softmax(p), softmax_goes_on = lac_plan_many(p) && !apart;
+    bool all = covered(p, p->forward_phase);
+    attn_job job = {.a = a};
+    if (!all || apart) LAC_TRY(fill_lse(&a->lse, a->lse.data, lac_view_numel(&a->lse)));
     LAC_TRY(fill_branch_lse(&a->branch_lse));
-    if (!is_half(&a->out) || p->forward_phases > 1) LAC_TRY(accumulator(&a->out, all && !job.add, &job.acc_out));
+    if (!is_half(&a->out) || p->forward_phases > 1) LAC_TRY(accumulator(&a->out, all, &job.acc_out));
     else if (!all) LAC_TRY(fill(a->out.data, (size_t)lac_view_numel(&a->out) * 2, 0));
     int status = items_get(&job);
     for (int32_t i = 0; !status && i < p->forward_phases; i++) {
         job.carry = softmax_goes_on && i > 0;
+        job.add = apart && (i > 0 || !all);
         status = run_phase(&job, p->forward_phase, i);
     }
     lac_workspace_put(job.items);
@@ -767,17 +774,19 @@ int ATTN_OPERATOR(attend_bwd)(const lac_a_attend_bwd *w)
     const lac_plan *p = w->forward.plan;
     const lac_view *q = &w->forward.q;
     attn_job job = {.a = &w->forward, .bwd = w};
-    job.store = covered(p, p->backward_phases) && p->shift == 0 && p->desc.n == p->desc.m;
+    bool all = covered(p, p->backward_phase) && p->shift == 0 && p->desc.n == p->desc.m;
+    bool once = all && p->backward_phases == 1; /* half types need no sums in float */
     int status = items_get(&job);
     if (!status && lac_plan_branch_delta(p)) {
         job.delta = lac_workspace_get("attention", (size_t)(p->desc.batch * p->desc.n * p->desc.heads) *
                                                        (q->dtype == LAC_F64 ? sizeof(double) : sizeof(float)));
         if (!job.delta) status = LAC_E_MEMORY;
     }
-    if (!status && !(job.store && is_half(&w->dq))) status = accumulator(&w->dq, job.store, &job.acc_dq);
-    if (!status && !(job.store && is_half(&w->dk))) status = accumulator(&w->dk, job.store, &job.acc_dk);
-    if (!status && !(job.store && is_half(&w->dv))) status = accumulator(&w->dv, job.store, &job.acc_dv);
+    if (!status && !(once && is_half(&w->dq))) status = accumulator(&w->dq, all, &job.acc_dq);
+    if (!status && !(once && is_half(&w->dk))) status = accumulator(&w->dk, all, &job.acc_dk);
+    if (!status && !(once && is_half(&w->dv))) status = accumulator(&w->dv, all, &job.acc_dv);
     for (int32_t i = 0; !status && i < p->backward_phases; i++) {
+        job.store = all && i == 0;
         status = run_deltas(&job, i);
         if (!status) status = run_phase(&job, p->backward_phase, i);
     }

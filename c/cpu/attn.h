@@ -39,7 +39,7 @@ typedef struct attn_job {
     int64_t rows, keys; /* the most query rows (of all heads) and keys (backward) of a task: sizes of its buffers */
     bool carry;         /* continue the softmax that earlier phases left in out and lse */
     bool add;           /* add to out instead of storing */
-    bool store;         /* the phase is the only one and reaches every row of dq, dk, dv: nothing to add to */
+    bool store;         /* the phase is the first one and reaches every row of dq, dk, dv: nothing to add to */
     /* results in the compute type, contiguous: the tensors themselves, or workspace for f16 and bf16; NULL where tasks
      * store straight into an f16 or bf16 tensor */
     void *acc_out, *acc_dq, *acc_dk, *acc_dv;
