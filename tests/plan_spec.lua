@@ -114,6 +114,13 @@ describe("an attention plan", function()
     c.segments, c.dilations = { 2 ^ 11, 2 ^ 10 }, { 4, 1 } -- but not where a task has all keys of a segment
     info = direct.info(direct.plan(c))
     assert.equal(10 * 64 * 3 * tonumber(info.pairs), info.flops_backward)
+    for heads, each in pairs { [8] = 10, [7] = 14 } do -- eight segments in a branch are not cut
+      c = direct.fill { B = 1, N = 2048, H = heads, Hk = heads, D = 64, segments = { 1024, 2048 },
+                        dilations = { 1, 2 }, merge = "lse_detach" }
+      info = direct.info(direct.plan(c))
+      local long = heads * 1024 * 1024
+      assert.equal(64 * (10 * 2 * long + each * long), info.flops_backward)
+    end
   end)
 
   it("names what is wrong with a description", function()
