@@ -73,6 +73,20 @@
 --   * The sums of P and P dP in vectors, where a chain of scalar additions had been 31 ms of 386, and the
 --     tiles of the gradients from the last to the first, while they are in the second cache: 386 -> 335
 --     ms. Tiles of 48 rows instead of 96, which halves what is held: the same time.
+--   * Of the three branches the last one has 12 segments in its phase. Cut into 16 runs of keys at least, as
+--     plans did, none was whole, and its S and dP were made twice: 14% more of both in all. Now branches with
+--     deltas are cut into 8: backward 332 -> 310 ms. P, dS and the sums for deltas in one walk over a row,
+--     half a panel of scores where the band ends, rows of tiles an odd number of lines apart: 310 -> 305;
+--     dense backward D = 64 54.7 -> 53.2 ms, D = 128 and the forward 0 to 2%. On a Xeon with the matrix
+--     unit the same: 239 to 261 ms -> 216 to 224, with multiply-adds 258 to 269 -> 237 to 241.
+--     Results of the first branch stored where they were cleared and added to: 0 to 0.5%, kept for its
+--     memory traffic.
+--   * Tried there without gain. All three branches of one head and 4096 rows before the next, so that rows
+--     are read again from the third cache: 1% of the backward; with everything in that cache, 2%: so much is
+--     memory at most. Asking between the products for the next rows and keys: 0.5%. In the micro-kernel by
+--     itself, which reaches 113 to 117 GFLOP/s from the second cache: asking for panels, rows or results
+--     ahead, adding the result at the end, dk apart from dv: within 1%, or slower. Exponentials by a table of
+--     16 powers: 14 to 16 instructions a vector either way; not built.
 --   * The products run at 0.90 to 0.97 of the bare loop there (samples of a dense call); 1.3 of SDPA's
 --     backward at D = 128, N = 2048 would be 0.95 of it for everything, and is 0.85.
 --
