@@ -93,6 +93,62 @@ describe("elementwise", function()
     end)
   end
 
+  -- lines that go abreast and those that are left over, within gelu's tables and beyond
+  for _, name in ipairs(isas()) do
+    it("functions computed by lines take no value from a neighbour #cpu on " .. name, function()
+      assert(C.lac_isa(name) ~= nil)
+      local N = 16 * 22 + 5
+      local x = lac.cat({ lac.randn { 160 }, lac.randn { 100 } * 3, lac.randn { N - 260 } * 12 }, 1)
+      for i, special in ipairs { 0, -0.0, 1 / 0, -1 / 0, 0 / 0, 3.875, -3.875, 7.875, 40, -88.73, 1e30,
+                                 -1e30 } do
+        x[{ { 29 * i, 29 * i } }]:fill_(special)
+      end
+      local g = lac.randn { N }
+      local function value(f) return function(t) return f(t) end end
+      local function slope(f)
+        return function(t, upstream)
+          local leaf = t:detach():requires_grad_(true)
+          return lac.grad(f(leaf), { leaf }, { grad_outputs = { upstream } })[1]
+        end
+      end
+      local functions = { gelu_slope = slope(lac.gelu), silu_slope = slope(lac.silu) }
+      for _, f in ipairs { "exp", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "softplus" } do
+        functions[f] = value(lac[f])
+      end
+      for f, of in pairs(functions) do
+        local all = of(x, g)
+        local whole = pointer(all, "float *")
+        for i = 1, N do
+          local one = of(x[{ { i, i } }], g[{ { i, i } }])
+          local alone, y = load_f32(pointer(one, "float *"), 0), load_f32(whole, i - 1)
+          assert.is_true(alone == y or (alone ~= alone and y ~= y), ("%s: %g and %g"):format(f, alone, y))
+        end
+      end
+      C.lac_isa(isa)
+    end)
+
+    it("slopes of gelu and silu in f32 are those in f64 #cpu on " .. name, function()
+      assert(C.lac_isa(name) ~= nil)
+      local special = lac.tensor { 0 / 0, 1 / 0, 1e30, -1e30, 1e-40 }
+      local x = lac.cat({ lac.arange { -16, 16, 1 / 512 }, special }, 1)
+      for f, bound in pairs { gelu = 2 * 2 ^ -24, silu = 8 * 2 ^ -24 } do
+        local function slope(dtype)
+          local leaf = x:to { dtype = dtype }:requires_grad_(true)
+          local y = lac[f](leaf)
+          return lac.grad(y, { leaf }, { grad_outputs = { lac.ones(x:size()):to { dtype = dtype } } })[1]
+        end
+        local single, double = slope "f32", slope "f64"
+        local y, r = pointer(single, "float *"), pointer(double, "double *")
+        for i = 0, x:size(1) - 1 do
+          local a, b = load_f32(y, i), load_f64(r, i)
+          assert.is_true((a ~= a and b ~= b) or math.abs(a - b) <= bound,
+            ("%s: %.9g, not %.9g"):format(f, a, b))
+        end
+      end
+      C.lac_isa(isa)
+    end)
+  end
+
   it("pow in f32 has the cases of C's pow", function()
     local inf, nan = math.huge, 0 / 0
     local list = { 0, -0.0, 1, -1, 0.5, -0.5, 2, -2, 3, -3, 2.5, inf, -inf, nan, 1e-40, 1e38, 16777217 }

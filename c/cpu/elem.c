@@ -7,8 +7,8 @@
  * a chunk at a time, in loops of their own. Loading, arithmetic and storing of one tile are close enough for the
  * processor to overlap them. So there are about 400 kernels instead of 400 x dtypes x strides, a broadcast or a scalar
  * is one tile that is used again, and contiguous f32 data costs no copy at all. Gradients towards both arguments of a
- * binary function come from one kernel with two outputs: five arrays move instead of eight. Functions that are mostly
- * an exponential compute it by lines (exps.h).
+ * binary function come from one kernel with two outputs: five arrays move instead of eight. What models call on whole
+ * activations is computed by lines where tables in registers do it in fewer steps (exps.h, activations.h).
  * Strips and tiles start at fixed places, so the vector and the remainder code see the same elements whatever the
  * number of threads. What a kernel reads is read off the text of its expression, so that a line of maps.def needs no
  * more than the mathematics.
@@ -16,7 +16,7 @@
  * whole strips of 1024 elements converted, computed and stored in turn (the phases did not overlap: up to 1.5 times
  * the time).
  */
-#include "exps.h"
+#include "activations.h"
 #include "maps.h"
 #include <string.h>
 
@@ -258,13 +258,14 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
             PUT(1);                                                                                                    \
         }                                                                                                              \
     }
-/* with e = LINE(argument), which computes a whole line of exponentials */
-#define LOOP_EXP(kind, count, LINE, argument, expression, ...)                                                         \
-    {                                                                                                                  \
-        const int kind_ = kind;                                                                                        \
-        CHUNKS                                                                                                         \
+/* with e = LINES(argument), which computes `lines` whole lines from chunk i on */
+#define ABREAST(lines) _Pragma("GCC unroll 4") for (int j = 0; j < (lines); j++)
+#define LOOP_ABREAST(lines, count, LINES, argument, expression, ...)                                                   \
+    for (; first_ + ((lines)-1) * CHUNK < m_; first_ += (lines)*CHUNK) {                                               \
+        T line[lines][CHUNK];                                                                                          \
+        ABREAST(lines)                                                                                                 \
         {                                                                                                              \
-            T line[CHUNK];                                                                                             \
+            const int64_t i = first_ + j * CHUNK;                                                                      \
             if (past0) {                                                                                               \
                 AHEAD##count;                                                                                          \
             }                                                                                                          \
@@ -272,19 +273,31 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
             LANES                                                                                                      \
             {                                                                                                          \
                 __VA_ARGS__;                                                                                           \
-                line[k] = (argument);                                                                                  \
+                line[j][k] = (argument);                                                                               \
             }                                                                                                          \
-            LINE(line);                                                                                                \
+        }                                                                                                              \
+        LINES(line, lines);                                                                                            \
+        ABREAST(lines)                                                                                                 \
+        {                                                                                                              \
+            const int64_t i = first_ + j * CHUNK;                                                                      \
+            TAKE##count;                                                                                               \
             LANES                                                                                                      \
             {                                                                                                          \
                 __VA_ARGS__;                                                                                           \
-                T e = line[k];                                                                                         \
-                line[k] = (expression);                                                                                \
+                T e = line[j][k];                                                                                      \
+                line[j][k] = (expression);                                                                             \
             }                                                                                                          \
-            PUT_LINE(0, line);                                                                                         \
+            PUT_LINE(0, line[j]);                                                                                      \
         }                                                                                                              \
     }
-#define KERNEL_EXP(name, count, declare, LINE, argument, expression)                                                   \
+#define LOOP_LINES(kind, lines, ...)                                                                                   \
+    {                                                                                                                  \
+        const int kind_ = kind;                                                                                        \
+        int64_t first_ = 0;                                                                                            \
+        if (lines > 1 && kind_ != MIXED) LOOP_ABREAST(lines, __VA_ARGS__)                                              \
+        LOOP_ABREAST(1, __VA_ARGS__)                                                                                   \
+    }
+#define KERNEL_LINES(name, lines, count, declare, LINES, argument, expression)                                         \
     static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants_)                         \
     {                                                                                                                  \
         T space_[count][TILE];                                                                                         \
@@ -293,7 +306,7 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
         {                                                                                                              \
             IN##count;                                                                                                 \
             OUT(0);                                                                                                    \
-            KINDS(SAME##count(into0), LOOP_EXP, count, LINE, argument, expression, declare)                            \
+            KINDS(SAME##count(into0), LOOP_LINES, lines, count, LINES, argument, expression, declare)                  \
             PUT(0);                                                                                                    \
         }                                                                                                              \
     }
@@ -319,12 +332,16 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
     BACKWARD3(b3x_f32_##name, dx) BACKWARD3(b3y_f32_##name, dy) BACKWARD3(b3z_f32_##name, dz)
 #include "../maps.def"
 KERNEL(axpy_f32, 3, X3, x *y + g)
-KERNEL_EXP(line_f32_exp, 1, X1; (void)x, v_exp_line, x, e)
-KERNEL_EXP(line_f32_sigmoid, 1, X1; (void)x, v_exp_flush_line, -x, 1 / (1 + e))
-KERNEL_EXP(line_f32_silu, 1, X1, v_exp_flush_line, -x, x *(1 / (1 + e)))
-KERNEL_EXP(line_b1_f32_silu, 3, X3; (void)y; (void)g, v_exp_flush_line, -x, g *f_silu_slope(x, 1 / (1 + e)))
-KERNEL_EXP(line_f32_softplus, 1, X1, v_exp_down_line, v_float(v_bits(x) | 0x80000000u), f_relu(x) + v_log1p_unit(e))
-KERNEL_EXP(line_f32_gelu_tanh, 1, X1, v_exp_flush_line, -F_GELU_TANH_ARGUMENT(x), x *(1 / (1 + e)))
+#define NEGATIVE(x) v_float(v_bits(x) | 0x80000000u) /* -|x| */
+KERNEL_LINES(line_f32_exp, 1, 1, X1; (void)x, v_exp_lines, x, e)
+KERNEL_LINES(line_f32_tanh, 4, 1, X1; (void)x, v_tanh_lines, x, e)
+KERNEL_LINES(line_f32_sigmoid, 4, 1, X1; (void)x, v_logistic_lines, x, 1 / e)
+KERNEL_LINES(line_f32_silu, 4, 1, X1, v_logistic_lines, x, x / e)
+KERNEL_LINES(line_b1_f32_silu, 4, 3, X3; (void)y; (void)g, v_logistic_lines, NEGATIVE(x), g *f_silu_slope_of(x, 1 / e))
+KERNEL_LINES(line_f32_gelu, 4, 1, X1; (void)x, v_gelu_lines, x, e)
+KERNEL_LINES(line_b1_f32_gelu, 4, 3, X3; (void)x; (void)y; (void)g, v_gelu_grad_lines, x, g *e)
+KERNEL_LINES(line_f32_gelu_tanh, 4, 1, X1, v_logistic_lines, F_GELU_TANH_ARGUMENT(x), x / e)
+KERNEL_LINES(line_f32_softplus, 1, 1, X1, v_exp_down_lines, NEGATIVE(x), f_relu(x) + v_log1p_unit(e))
 KERNEL(near_f32_sin, 1, X1, f_sin_near(x))
 KERNEL(near_f32_cos, 1, X1, f_cos_near(x))
 BACKWARD1(near_b1_f32_sin, f_cos_near(x))
@@ -420,11 +437,13 @@ enum { /* positions in maps1 */
 #include "../maps.def"
 };
 
-/* the kernels of f32 that compute exponentials by lines: of the value, of the gradient */
+/* the kernels of f32 that compute by lines: of the value, of the gradient */
 static lac_kernel *const by_line[][2] = {
     [M1_exp] = {line_f32_exp},
+    [M1_tanh] = {line_f32_tanh},
     [M1_sigmoid] = {line_f32_sigmoid},
     [M1_silu] = {line_f32_silu, line_b1_f32_silu},
+    [M1_gelu] = {line_f32_gelu, line_b1_f32_gelu},
     [M1_softplus] = {line_f32_softplus},
     [M1_gelu_tanh] = {line_f32_gelu_tanh},
 };

@@ -14,12 +14,14 @@
 enum { V_FLOATS = V_LINE / 4 };
 
 #if defined(__AVX512F__)
+/* 2^(j/16) */
+static const float v_powers[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878864f, 1.18920712f, 1.24185781f,
+                                   1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                                   1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+
 /* e^x by table, 1.1 ulp. `bounded`: x is known to be at most 88; `loose`: as in v_exp_normal */
 LAC_INLINE void v_exp_table(float *line, bool bounded, bool loose)
 {
-    static const float powers[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878864f, 1.18920712f, 1.24185781f,
-                                     1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
-                                     1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
     const __m512 magic = _mm512_set1_ps(0x1.8p19f);                           /* its last bit is 1/16 */
     __m512 x = _mm512_max_ps(_mm512_set1_ps(-104.5f), _mm512_loadu_ps(line)); /* NaN passes as the second argument */
     if (!bounded) x = _mm512_min_ps(_mm512_set1_ps(89.0f), x);
@@ -33,7 +35,7 @@ LAC_INLINE void v_exp_table(float *line, bool bounded, bool loose)
     /* e^r - 1 on |r| <= ln2/32, 1.6e-9 */
     __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(0.166669f), _mm512_set1_ps(0.5000162f));
     p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, r);
-    __m512 power = _mm512_permutexvar_ps(_mm512_castps_si512(t), _mm512_loadu_ps(powers));
+    __m512 power = _mm512_permutexvar_ps(_mm512_castps_si512(t), _mm512_loadu_ps(v_powers));
     _mm512_storeu_ps(line, _mm512_scalef_ps(_mm512_fmadd_ps(power, p, power), n));
 }
 #define V_EXP_LINE(name, scalar, bounded, loose)                                                                       \
@@ -46,7 +48,6 @@ LAC_INLINE void v_exp_table(float *line, bool bounded, bool loose)
     }
 #endif
 V_EXP_LINE(v_exp_line, v_expf, false, false)
-V_EXP_LINE(v_exp_flush_line, v_exp_flushf, false, false)
 V_EXP_LINE(v_exp_down_line, v_exp_downf, true, false) /* x <= 0 */
 V_EXP_LINE(v_exp_term_line, v_exp_termf, true, true)
 #undef V_EXP_LINE

@@ -102,6 +102,9 @@ LAC_INLINE float f_pow(float x, float y)
 FLOATS(float, f, f, v_sigmoidf, f_pow, v_logf)
 FLOATS(double, d, , d_sigmoid, pow, log)
 
+/* silu's slope s + x s (1 - s) from q = sigmoid(-|x|), which is s or 1 - s, without cancellation */
+LAC_INLINE float f_silu_slope_of(float x, float q) { return (x > 0 ? 1 - q : q) + x * q * (1 - q); }
+
 /* gelu by tanh (Hendrycks and Gimpel 2016): 1 + tanh(u) = 2 sigmoid(2u), without cancellation */
 #define GELU_TANH_ARGUMENT(x) (1.59576912160573071175 * ((x) + 0.044715 * (x) * (x) * (x)))
 #define GELU_TANH_SLOPE(x) (1.59576912160573071175 * (1 + 3 * 0.044715 * (x) * (x)))
@@ -111,11 +114,11 @@ LAC_INLINE double d_gelu_tanh_grad(double x)
     double s = d_sigmoid(GELU_TANH_ARGUMENT(x)), t = d_sigmoid(-GELU_TANH_ARGUMENT(x)); /* 1 - s would cancel */
     return s + x * s * t * GELU_TANH_SLOPE(x);
 }
-#define F_GELU_TANH_ARGUMENT(x) (1.595769122f * ((x) + 0.044715f * (x) * (x) * (x)))
+#define F_GELU_TANH_ARGUMENT(x) ((x) * (1.595769122f + 0.0713548163f * ((x) * (x))))
 LAC_INLINE float f_gelu_tanh(float x) { return x * v_sigmoidf(F_GELU_TANH_ARGUMENT(x)); }
 LAC_INLINE float f_gelu_tanh_grad(float x)
 {
-    float a = 1.595769122f * (x + 0.044715f * x * x * x), slope = 1.595769122f + 0.21406530f * x * x;
+    float a = F_GELU_TANH_ARGUMENT(x), slope = 1.595769122f + 0.21406530f * x * x;
     float e = v_exp_downf(-fabsf(a)), w = 1 / (1 + e),
           s = a > 0 ? w : e * w; /* s (1 - s) = e w w, without cancellation */
     return s + x * (e * w * w) * slope;

@@ -11,8 +11,8 @@
  * multiplications that the processor's window cannot overlap. Rarer float functions are computed in double inside, to a
  * relative 1e-10, and rounded once: no ulp analysis, and still 4 to 8 lanes. Functions of double arguments go to libm:
  * f64 exists for gradient checks, where accuracy is everything. Polynomials are our own fits, nearly minimax; the range
- * and the largest error stand next to each. Rejected: tables (gathers are slow; exps.h has
- * one that fits a register of AVX-512), _Float16 (library calls without AVX512-FP16).
+ * and the largest error stand next to each. Rejected: tables (gathers are slow; exps.h and
+ * activations.h have some that fit registers of AVX-512), _Float16 (library calls without AVX512-FP16).
  */
 #ifndef LAC_CPU_SIMD_H
 #define LAC_CPU_SIMD_H

@@ -6,13 +6,15 @@
 -- operator on as many threads. What misses on one thread, and by what (one core of an EPYC, Zen 4, AVX-512;
 -- cycles of 0.28 ns; it copies 16 floats in 8 to 10 cycles, past the caches):
 --
--- Arithmetic. Cycles for 16 floats that are in the cache: relu 5, exp 9, exp2 10, sigmoid 12, silu 13, expm1
--- 15, tanh 17, gelu by tanh 18, softplus 22, log 23, erf 27, gelu 28, log2 38, dropout 48, atan 54, sin, cos
--- 64, pow 125; one multiply-add each takes one, a division 6. f16 adds 4 to each and bf16 7, for half the
--- bytes, so of those only relu, add and the like can keep up. What is computed in double (from log10 on in
--- c/cpu/maps.h) has half the lanes and longer polynomials. softmax of a row is an exponential, a maximum and
--- a scaling, which run over three rows at once: 12 cycles beside a copy's 10 (15 one after the other); over
--- columns it takes two exponentials.
+-- Arithmetic. Cycles for 16 floats that are in the cache: relu 5, exp 8, exp2, sigmoid, silu 10, tanh,
+-- gelu 11, gelu by tanh 14, expm1 15, softplus 22, log 23, erf 27, log2 38, dropout 48, atan 54, sin, cos 64,
+-- pow 125; a multiply-add takes one, a division 6, of which it leaves 4 to others. 77% of a copy are 12 to
+-- 13: sigmoid and silu have 87%, tanh, gelu and gelu's gradient 82 to 86 (c/cpu/activations.h). gelu of
+-- numbers beyond 3.9 takes 30: of normal numbers, 1 group of 64 in 150 has one; times 3, all have, and
+-- gelu 31%. f16 adds 4 to each and bf16 7, for half the bytes, so of those only relu, add and the like can
+-- keep up. What is computed in double (from log10 on in c/cpu/maps.h) has half the lanes and longer
+-- polynomials. softmax of a row is an exponential, a maximum and a scaling, which run over three rows at
+-- once: 12 cycles beside a copy's 10 (15 one after the other); over columns it takes two exponentials.
 -- Reading alone. 6.3 to 7 cycles a line whatever is asked for ahead, where 77% of a copy allow 6.8: the
 -- maximum over rows is there. A sum converts to double, 5 cycles for 16 floats, a variance 9, a log-sum-exp
 -- takes 10; over columns sums are loaded and stored as well.
@@ -20,14 +22,13 @@
 -- cycles for a line each of x, g and dx, 5 of them for dgamma and dbeta in the cache; rows wider than 1024
 -- leave the first cache, and from memory all overlap to 19.
 --
--- Tried, not kept: sin and cos in float after a reduction in double (64 -> 52, and 0.9 ulp); gelu with
--- 16 polynomials instead of its quotient (28 -> 25 and 3.2 ulp, but 128 constants); tanh by a table (as
--- many steps: it needs one degree more for its relative accuracy near 0); norms' backwards by two or
--- four rows at once, to load and store dgamma less often (rows a power of two apart push each other out
--- of the cache: 0.8x of four; the two rows at hand are added at once instead); asking for rows ahead in
--- sums and maxima (0.7x on Zen 4; an Intel processor needs it), and into the first cache anywhere
--- (softmax 1.4x the time; into the second, 8 to 16 KB ahead, is right); two rows at once of columns'
--- sums (10 cycles a line, not 7); rows of a softmax over columns fetched three ahead (4% at most).
+-- Tried, not kept: sin and cos in float after a reduction in double (64 -> 52, and 0.9 ulp); tanh by 16
+-- polynomials in intervals that grow (12.5 -> 10.9 by its addition theorem); norms' backwards by two or
+-- four rows at once, to load and store dgamma less often (rows a power of two apart push each other out of
+-- the cache: 0.8x of four; the two rows at hand are added at once instead); asking for rows ahead in sums
+-- and maxima (0.7x on Zen 4; an Intel processor needs it), and into the first cache anywhere (softmax 1.4x
+-- the time; into the second, 8 to 16 KB ahead, is right); two rows at once of columns' sums (10 cycles a
+-- line, not 7); rows of a softmax over columns fetched three ahead (4% at most).
 
 local lac = require "lacuna"
 
