@@ -341,6 +341,10 @@ KERNEL_LINES(line_b1_f32_silu, 4, 3, X3; (void)y; (void)g, v_logistic_lines, NEG
 KERNEL_LINES(line_f32_gelu, 4, 1, X1; (void)x, v_gelu_lines, x, e)
 KERNEL_LINES(line_b1_f32_gelu, 4, 3, X3; (void)x; (void)y; (void)g, v_gelu_grad_lines, x, g *e)
 KERNEL_LINES(line_f32_gelu_tanh, 4, 1, X1, v_logistic_lines, F_GELU_TANH_ARGUMENT(x), x / e)
+KERNEL_LINES(line_b1_f32_gelu_tanh, 4, 3, X3; (void)y;
+             (void)g, v_logistic_lines, NEGATIVE(F_GELU_TANH_ARGUMENT(x)), g *f_gelu_tanh_slope_of(x, 1 / e))
+KERNEL_LINES(line2_f32_swiglu, 4, 2, X2; (void)y, v_logistic_lines, x, x / e * y)
+KERNEL_LINES(line2_f32_geglu, 4, 2, X2; (void)x; (void)y, v_gelu_lines, x, e *y)
 KERNEL_LINES(line_f32_softplus, 1, 1, X1, v_exp_down_lines, NEGATIVE(x), f_relu(x) + v_log1p_unit(e))
 KERNEL(near_f32_sin, 1, X1, f_sin_near(x))
 KERNEL(near_f32_cos, 1, X1, f_cos_near(x))
@@ -445,8 +449,11 @@ static lac_kernel *const by_line[][2] = {
     [M1_silu] = {line_f32_silu, line_b1_f32_silu},
     [M1_gelu] = {line_f32_gelu, line_b1_f32_gelu},
     [M1_softplus] = {line_f32_softplus},
-    [M1_gelu_tanh] = {line_f32_gelu_tanh},
+    [M1_gelu_tanh] = {line_f32_gelu_tanh, line_b1_f32_gelu_tanh},
 };
+
+/* the same for functions of two arguments */
+static lac_kernel *const by_line2[] = {[M2_swiglu] = line2_f32_swiglu, [M2_geglu] = line2_f32_geglu};
 
 /* ---- reading expressions ---- */
 
@@ -631,6 +638,12 @@ static lac_kernel *kernel_of(int fn, int ctype, bool gradient)
     return lines ? lines : gradient ? maps1[fn].gradient[0][ctype] : maps1[fn].value[ctype];
 }
 
+static lac_kernel *kernel2_of(int fn, int ctype)
+{
+    lac_kernel *lines = ctype == C_F32 && fn < (int)(sizeof by_line2 / sizeof *by_line2) ? by_line2[fn] : NULL;
+    return lines ? lines : maps2[fn].value[ctype];
+}
+
 int LAC_CPU(map1)(const lac_a_map1 *a)
 {
     const lac_view *views[] = {&a->out, &a->x};
@@ -667,7 +680,7 @@ int LAC_CPU(map2)(const lac_a_map2 *a)
     }
     const lac_map *map = &maps2[a->fn];
     const lac_view *views[] = {&a->out, a->swapped ? y : x, a->swapped ? x : y};
-    elem_job job = {.kernel = map->value[lac_compute_type(x->dtype)], .outputs = 1, .raw = map->to_bool};
+    elem_job job = {.kernel = kernel2_of(a->fn, lac_compute_type(x->dtype)), .outputs = 1, .raw = map->to_bool};
     return elem_run("map2", &job, 3, views, map->text, "xy");
 }
 

@@ -116,12 +116,15 @@ LAC_INLINE double d_gelu_tanh_grad(double x)
 }
 #define F_GELU_TANH_ARGUMENT(x) ((x) * (1.595769122f + 0.0713548163f * ((x) * (x))))
 LAC_INLINE float f_gelu_tanh(float x) { return x * v_sigmoidf(F_GELU_TANH_ARGUMENT(x)); }
+/* from q = sigmoid(-|argument|), as for silu's; 0 is multiplied by x, not by x^2, which may be infinite */
+LAC_INLINE float f_gelu_tanh_slope_of(float x, float q)
+{
+    float p = x * (q * (1 - q));
+    return (x > 0 ? 1 - q : q) + (1.595769122f * p + 0.21406530f * (p * x * x));
+}
 LAC_INLINE float f_gelu_tanh_grad(float x)
 {
-    float a = F_GELU_TANH_ARGUMENT(x), slope = 1.595769122f + 0.21406530f * x * x;
-    float e = v_exp_downf(-fabsf(a)), w = 1 / (1 + e),
-          s = a > 0 ? w : e * w; /* s (1 - s) = e w w, without cancellation */
-    return s + x * (e * w * w) * slope;
+    return f_gelu_tanh_slope_of(x, v_sigmoidf(-fabsf(F_GELU_TANH_ARGUMENT(x))));
 }
 
 /* rarer functions: f32 in double inside, rounded once */
