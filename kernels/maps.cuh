@@ -175,7 +175,8 @@ template <class T> MAP_FN T F_gelu_tanh(T x)
 template <class T> MAP_FN T F_gelu_tanh_grad(T x)
 {
     T u = T(1.59576912160573071175) * (x + T(0.044715) * x * x * x), e = F_exp(-F_abs(u)), d = T(1) / (T(1) + e);
-    return (u > T(0) ? d : e * d) + x * (e * d * d) * (T(1.59576912160573071175) * (T(1) + T(3 * 0.044715) * x * x));
+    T p = T(1.59576912160573071175) * (x * (e * d * d)); /* 0 is multiplied by x, not by x^2, which may be infinite */
+    return (u > T(0) ? d : e * d) + (p + T(3 * 0.044715) * (p * x * x));
 }
 MAP_LONG float F_pow_dx(float x, float y) { return y == 0 ? 0.0f : y * powf(x, y - 1); }
 MAP_LONG double F_pow_dx(double x, double y) { return y == 0 ? 0.0 : y * pow(x, y - 1); }
@@ -255,8 +256,8 @@ template <class T> MAP_LONG T F_mish(T x)
 }
 template <class T> MAP_LONG T F_mish_grad(T x)
 {
-    T w = F_exp(x > 20 ? T(20) : x), n = w * (w + 2), r = 1 / (n + 2);
-    return n * r + x * (4 * w * (1 + w) * r * r);
+    T c = x > 20 ? T(20) : x, w = F_exp(c), n = w * (w + 2), r = 1 / (n + 2); /* 1 from 20 on */
+    return n * r + c * (4 * w * (1 + w) * r * r);
 }
 
 #endif

@@ -152,6 +152,18 @@ describe("elementwise", function()
     end)
   end
 
+  it("slopes of activations end at 0 and 1", function()
+    for _, f in ipairs { "gelu", "gelu_tanh", "silu", "mish" } do
+      for _, dtype in ipairs { "f64", "f32", "bf16" } do
+        local x = lac.tensor({ 1e30, 1e10, 100, -100, -1e10, -1e30 }, { dtype = dtype, grad = true })
+        lac[f](x):sum():backward()
+        for i, y in ipairs(x.grad:totable()) do
+          assert.is_true(math.abs(y - (i > 3 and 0 or 1)) < 1e-15, ("%s, %s: %g"):format(f, dtype, y))
+        end
+      end
+    end
+  end)
+
   it("pow in f32 has the cases of C's pow", function()
     local inf, nan = math.huge, 0 / 0
     local list = { 0, -0.0, 1, -1, 0.5, -0.5, 2, -2, 3, -3, 2.5, inf, -inf, nan, 1e-40, 1e38, 16777217 }

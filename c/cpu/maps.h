@@ -223,14 +223,14 @@ LAC_INLINE float f_mish(float x)
 }
 LAC_INLINE float f_mish_grad(float x)
 {
-    float w = v_exp_flushf(x > 20 ? 20 : x), n = w * (w + 2), r = 1 / (n + 2);
-    return n * r + x * (4 * w * (1 + w) * r * r);
+    float c = x > 20 ? 20 : x, w = v_exp_flushf(c), n = w * (w + 2), r = 1 / (n + 2); /* 1 from 20 on */
+    return n * r + c * (4 * w * (1 + w) * r * r);
 }
 LAC_INLINE double d_mish(double x) { return x * tanh(d_softplus(x)); }
 LAC_INLINE double d_mish_grad(double x)
 {
-    double w = exp(x > 20 ? 20 : x), n = w * (w + 2), r = 1 / (n + 2);
-    return n * r + x * (4 * w * (1 + w) * r * r);
+    double c = x > 20 ? 20 : x, w = exp(c), n = w * (w + 2), r = 1 / (n + 2);
+    return n * r + c * (4 * w * (1 + w) * r * r);
 }
 
 /* log(e^x + e^y); equal infinities have no difference */
