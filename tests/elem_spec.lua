@@ -4,7 +4,7 @@
 -- patterns spread evenly over all floats, so every exponent, subnormals, infinities and NaN are among them.
 -- The bound is in units of the last place of the exact result and is what simd.h promises; the one exception
 -- is results below 2^-126 (silu: 2^-119, where its sigmoid is below that), which may be flushed to zero.
--- Chosen instruction sets: all that this machine has.
+-- Chosen instruction sets: all that this machine has. Activations of f16 and bf16: every value, the same way.
 --
 -- Large outputs are written past the caches, by other code than small ones: they must have the same bits as
 -- the same operator on small slices, in every dtype, aligned or not.
@@ -55,6 +55,41 @@ end
 -- promised units of the last place
 local PROMISE = { exp = 1.1, expm1 = 1.7, log = 1, log1p = 1.5, tanh = 2.3, sigmoid = 2.5, softplus = 2.3,
                   erf = 2.3, gelu = 6, silu = 3.5, sin = 1, cos = 1, exp2 = 1.3, log2 = 1.5 }
+
+-- the same of f16 and bf16, of which 0.5 are the rounding
+local PROMISE_HALF = { relu = 0, exp = 0.51, sigmoid = 0.51, silu = 0.51, tanh = 0.51, gelu = 0.54,
+                       slope = 0.54 }
+
+local function gelu_slope(x)
+  local leaf = x:detach():requires_grad_(true)
+  local ones = lac.ones { x:size(1), dtype = x:dtype() }
+  return lac.grad(lac.gelu(leaf), { leaf }, { grad_outputs = { ones } })[1]
+end
+
+-- Largest error in units of the last place of half types, as worst_ulp. Near the root of gelu's slope
+-- results below `least` count as it.
+local function worst_half(got, exact, x, n, dtype, least, flush)
+  local digits, last = 8, -133
+  if dtype == "f16" then digits, last = 11, -24 end
+  local most = dtype == "f16" and 65520 or 2 ^ 128 - 2 ^ 119 -- rounds to infinity
+  local worst, at, wrong = 0, -1, 0
+  for i = 0, n - 1 do
+    local y, r = load_f64(got, i), load_f64(exact, i)
+    if r ~= r or math.abs(r) >= most then
+      local rounded_r = r > 0 and math.huge or -math.huge
+      if not (y == rounded_r or (y ~= y and r ~= r)) then wrong, at = wrong + 1, i end
+    elseif y ~= y then
+      wrong, at = wrong + 1, i
+    elseif not (math.abs(r) < flush and math.abs(y) < flush) then
+      local argument = load_f64(x, i)
+      local near_root = argument > -0.8 and argument < -0.7
+      local _, e = math.frexp(math.max(math.abs(r), near_root and least or 0))
+      local error = math.abs(y - r) / 2 ^ math.max(e - digits, last)
+      if error > worst then worst, at = error, i end
+    end
+  end
+  return worst, at, wrong
+end
 
 local function isas()
   local list, now = {}, ffi.string(C.lac_isa(nil))
@@ -163,6 +198,46 @@ describe("elementwise", function()
       end
     end
   end)
+
+  for _, name in ipairs(isas()) do
+    it("activations are as accurate as promised over all halves, wherever they stand #cpu on " .. name,
+       function()
+      assert(C.lac_isa(name) ~= nil)
+      local N = 65536
+      for _, dtype in ipairs { "bf16", "f16" } do
+        local x = lac.empty { N, dtype = dtype }
+        local bits = pointer(x, "uint16_t *")
+        for i = 0, N - 1 do bits[i] = i end
+        local wide, backwards = x:to { dtype = "f64" }, x[{ { -1, 1, -1 } }]
+        for f, promise in pairs(PROMISE_HALF) do
+          local of = f == "slope" and gelu_slope or lac[f]
+          local y, exact = of(x), of(wide)
+          local flush = dtype == "f16" and 0 or (f == "silu" or f == "slope") and 2 ^ -119 or 2 ^ -126
+          local values = y:to { dtype = "f64" }
+          local arguments = pointer(wide, "double *")
+          local worst, at, wrong = worst_half(pointer(values, "double *"), pointer(exact, "double *"),
+                                              arguments, N, dtype, f == "slope" and 2 ^ -6 or 0, flush)
+          local argument = load_f64(arguments, math.max(at, 0))
+          assert.is_true(wrong == 0, ("%s of %s: %d values are NaN or infinite on one side, one at %g")
+            :format(f, dtype, wrong, argument))
+          assert.is_true(worst <= promise, ("%s of %s: %.4f ulp at %.9g"):format(f, dtype, worst, argument))
+          -- other neighbours, other places in a line, strided, the end of a row
+          local p = pointer(y, "uint16_t *")
+          local turned, middle, few = of(backwards), of(x[{ { 8, N - 5 } }]), of(x[{ { 40, 47 } }])
+          local q = {}
+          for i, t in ipairs { turned, middle, few } do q[i] = pointer(t, "uint16_t *") end
+          local differ = 0
+          for i = 0, N - 1 do
+            if q[1][N - 1 - i] ~= p[i] then differ = differ + 1 end
+            if i >= 7 and i < N - 5 and q[2][i - 7] ~= p[i] then differ = differ + 1 end
+            if i >= 39 and i < 47 and q[3][i - 39] ~= p[i] then differ = differ + 1 end
+          end
+          assert.are.equal(0, differ, f .. " of " .. dtype)
+        end
+      end
+      C.lac_isa(isa)
+    end)
+  end
 
   it("pow in f32 has the cases of C's pow", function()
     local inf, nan = math.huge, 0 / 0

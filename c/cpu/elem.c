@@ -8,7 +8,8 @@
  * processor to overlap them. So there are about 400 kernels instead of 400 x dtypes x strides, a broadcast or a scalar
  * is one tile that is used again, and contiguous f32 data costs no copy at all. Gradients towards both arguments of a
  * binary function come from one kernel with two outputs: five arrays move instead of eight. What models call on whole
- * activations is computed by lines where tables in registers do it in fewer steps (exps.h, activations.h).
+ * activations is computed by lines where tables in registers do it in fewer steps (exps.h, activations.h); of f16 and
+ * bf16, the commonest have lines and kernels of their own (halves.h).
  * Strips and tiles start at fixed places, so the vector and the remainder code see the same elements whatever the
  * number of threads. What a kernel reads is read off the text of its expression, so that a line of maps.def needs no
  * more than the mathematics.
@@ -17,6 +18,7 @@
  * the time).
  */
 #include "activations.h"
+#include "halves.h"
 #include "maps.h"
 #include <string.h>
 
@@ -382,6 +384,63 @@ KERNEL(axpy_f64, 3, X3, x *y + g)
 KERNEL(axpy_i64, 3, X3, i_add(i_mul(x, y), g))
 #undef T
 
+/* ---- activations of half types ---- */
+
+#ifdef V_HALF_LINES
+/* elements [at, at + m) of an input of f16 (half = 1) or bf16 (2), in `space` if they have to be gathered or converted
+ * or are fewer than a line */
+static const uint16_t *words_in(const elem_in *in, int half, int64_t at, int64_t m, uint16_t *space)
+{
+    const char *x = in->x + at * in->stride;
+    if (in->half && m >= HALF_LINE) return (const uint16_t *)x;
+    if (m < HALF_LINE) memset(space, 0, V_LINE);
+    if (in->direct) LAC_CPU(store)(half == 1 ? LAC_F16 : LAC_BF16, x, space, 2, m); /* one value, as floats */
+    else LAC_CPU(move)(2, (char *)space, 2, x, in->stride, m);
+    return space;
+}
+/* y = f(x) or f(x, g) by lines; every input and the output are of one half type */
+LAC_INLINE void half_strip(int64_t n, int half, const elem_in *x, const elem_in *g, const elem_out *to,
+                           __m512i (*f)(int, const uint16_t *), __m512i (*f_g)(int, const uint16_t *, const uint16_t *))
+{
+    uint16_t space[2][TILE], result[TILE];
+    const bool dense = x->half && (!g || g->half) && to->half && n >= HALF_LINE; /* all lines at once */
+    for (int64_t at = 0, m; at < n; at += m) {
+        m = dense && at == 0 ? n - n % HALF_LINE : tile_size(n - at, HALF_LINE);
+        const uint16_t *xs = words_in(x, half, at, m, space[0]), *gs = g ? words_in(g, half, at, m, space[1]) : NULL;
+        const bool whole = to->half && m >= HALF_LINE, past = whole && to->stream;
+        uint16_t *out = whole ? (uint16_t *)to->x + at : result;
+        for (int64_t i = 0; i < m; i += HALF_LINE) {
+            if (past) {
+                __builtin_prefetch((const char *)(xs + i) + AHEAD, 0, 2);
+                if (g) __builtin_prefetch((const char *)(gs + i) + AHEAD, 0, 2);
+            }
+            __m512i v = g ? f_g(half, xs + i, gs + i) : f(half, xs + i);
+            if (past) _mm512_stream_si512((__m512i *)(out + i), v);
+            else _mm512_storeu_si512(out + i, v);
+        }
+        if (whole) continue;
+        char *end = to->x + at * to->stride;
+        if (to->stream) v_stream(end, result, (size_t)(m * 2));
+        else LAC_CPU(move)(2, end, to->stride, (const char *)result, 2, m);
+    }
+}
+#define HALF_KERNEL(name, half, g, f, f_g)                                                                             \
+    static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants)                          \
+    {                                                                                                                  \
+        (void)constants;                                                                                               \
+        half_strip(n, half, in, g, to, f, f_g);                                                                        \
+    }
+#define HALF_MAP(f) HALF_KERNEL(f16_##f, 1, NULL, f, NULL) HALF_KERNEL(bf16_##f, 2, NULL, f, NULL)
+HALF_MAP(h_relu)
+HALF_MAP(h_exp)
+HALF_MAP(h_sigmoid)
+HALF_MAP(h_silu)
+HALF_MAP(h_tanh)
+HALF_MAP(h_gelu)
+HALF_KERNEL(f16_h_gelu_bwd, 1, in + 2, NULL, h_gelu_bwd)
+HALF_KERNEL(bf16_h_gelu_bwd, 2, in + 2, NULL, h_gelu_bwd)
+#endif
+
 typedef struct {
     lac_kernel *value[3];       /* by compute type; NULL: not defined there */
     lac_kernel *gradient[3][2]; /* [argument][compute type] */
@@ -454,6 +513,17 @@ static lac_kernel *const by_line[][2] = {
 
 /* the same for functions of two arguments */
 static lac_kernel *const by_line2[] = {[M2_swiglu] = line2_f32_swiglu, [M2_geglu] = line2_f32_geglu};
+
+/* the same of half types: [gradient][f16 or bf16] */
+static lac_kernel *const of_halves[][2][2] = {
+#ifdef V_HALF_LINES
+    [M1_relu] = {{f16_h_relu, bf16_h_relu}}, [M1_exp] = {{f16_h_exp, bf16_h_exp}},
+    [M1_tanh] = {{f16_h_tanh, bf16_h_tanh}}, [M1_sigmoid] = {{f16_h_sigmoid, bf16_h_sigmoid}},
+    [M1_silu] = {{f16_h_silu, bf16_h_silu}}, [M1_gelu] = {{f16_h_gelu, bf16_h_gelu}, {f16_h_gelu_bwd, bf16_h_gelu_bwd}},
+#else
+    {{NULL}},
+#endif
+};
 
 /* ---- reading expressions ---- */
 
@@ -632,8 +702,11 @@ static lac_kernel *near_of(int fn, int dtype, bool gradient)
     return fn == M1_sin ? near_f32_sin : near_f32_cos;
 }
 
-static lac_kernel *kernel_of(int fn, int ctype, bool gradient)
+static lac_kernel *kernel_of(int fn, int dtype, bool gradient)
 {
+    int half = half_of(dtype), ctype = lac_compute_type(dtype);
+    if (half && fn < (int)(sizeof of_halves / sizeof *of_halves) && of_halves[fn][gradient][half - 1])
+        return of_halves[fn][gradient][half - 1];
     lac_kernel *lines = ctype == C_F32 && fn < (int)(sizeof by_line / sizeof *by_line) ? by_line[fn][gradient] : NULL;
     return lines ? lines : gradient ? maps1[fn].gradient[0][ctype] : maps1[fn].value[ctype];
 }
@@ -648,7 +721,7 @@ int LAC_CPU(map1)(const lac_a_map1 *a)
 {
     const lac_view *views[] = {&a->out, &a->x};
     const lac_map *map = &maps1[a->fn];
-    elem_job job = {.kernel = kernel_of(a->fn, lac_compute_type(a->x.dtype), false),
+    elem_job job = {.kernel = kernel_of(a->fn, a->x.dtype, false),
                     .near = near_of(a->fn, a->x.dtype, false),
                     .outputs = 1,
                     .raw = map->to_bool};
@@ -659,9 +732,8 @@ int LAC_CPU(map1_bwd)(const lac_a_map1_bwd *a)
 {
     const lac_view *views[] = {&a->out, &a->x, &a->y, &a->g};
     const lac_map *map = &maps1[a->fn];
-    elem_job job = {.kernel = kernel_of(a->fn, lac_compute_type(a->x.dtype), true),
-                    .near = near_of(a->fn, a->x.dtype, true),
-                    .outputs = 1};
+    elem_job job = {
+        .kernel = kernel_of(a->fn, a->x.dtype, true), .near = near_of(a->fn, a->x.dtype, true), .outputs = 1};
     return elem_run("map1_bwd", &job, 4, views, map->slope[0], "xyg");
 }
 
