@@ -109,6 +109,7 @@ template <class T>
 __global__ void __launch_bounds__(COMBINE)
     layernorm_combine(int64_t n, int64_t parts, const compute_t<T> *share, T *dgamma, T *dbeta, T *sums)
 {
+    let_next_in();
     previous_done();
     __shared__ double space[COMBINE / 32][33];
     int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
