@@ -6,7 +6,7 @@
  * layernorm centres before it squares, as on the CPU: the sum of squares loses everything when the mean is large. Its
  * backward is norm_bwd.cuh's where rows are dense and fit a block. rmsnorm is layernorm with a mean of 0.
  */
-#include "norm_bwd.cuh"
+#include "norm_whole.cuh"
 
 static __device__ __forceinline__ float exponential(float x) { return expf(x); }
 static __device__ __forceinline__ double exponential(double x) { return exp(x); }
@@ -263,6 +263,19 @@ static int norm_run(const char *op, const lac_a_layernorm *a)
         constexpr int64_t V = 16 / sizeof(T);
         bool dense =
             rows_dense(&a->x, V) && rows_dense(&a->out, V) && parameters_dense(&a->gamma) && parameters_dense(&a->beta);
+        if constexpr (sizeof(T) == 2) {
+            whole_rows<T> w = {j.rows,
+                               j.x.stride[0],
+                               (float)j.eps,
+                               (const T *)a->x.data,
+                               (const T *)a->gamma.data,
+                               (const T *)a->beta.data,
+                               (T *)a->out.data,
+                               (float *)a->mean.data,
+                               (float *)a->rstd.data};
+            /* 3,072 elements are no faster so */
+            if (dense && j.x.ndim <= 1 && whole_fits<32>(w, n)) return norm_whole<32, rows_themselves<T>>(op, w);
+        }
         with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
             constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;
             launch(layernorm_rows<T, ROW, decltype(nt)::value, decltype(kt)::value>,
