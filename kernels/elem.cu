@@ -5,8 +5,6 @@
  * values that args.fn names. Two files, so that two processors compile them side by side.
  */
 #include "elem.cuh"
-#include <cstddef>
-#include <cstring>
 
 // clang-format off
 SELECT(map1)
@@ -60,7 +58,7 @@ QUICK_KERNELS(axpy, 3, quick_axpy_list)
 /* ---- launching ---- */
 
 /* may the dense loop run? fills a.scalar */
-static bool dense_fits(const nest &n, const operands &o, map_args *a)
+static bool dense_fits(const nest &n, const operands &o, dense_args *a)
 {
     int64_t size = dtype_bytes(a->dtype), out_size = dtype_bytes(a->out_dtype), per = 16 / size;
     bool fits = a->dtype >= LAC_F32 && a->dtype <= LAC_BF16 && nest_run(n, 0, out_size) != RUN_STRIDED;
@@ -74,7 +72,7 @@ static bool dense_fits(const nest &n, const operands &o, map_args *a)
 }
 
 /* are all tensors dense, aligned, and of more than one element? fills a.n and the places: most calls need no nest */
-static bool all_plain(const operands &o, map_args *a)
+static bool all_plain(const operands &o, dense_args *a)
 {
     const lac_view *out = o.view[0];
     bool plain = a->dtype >= LAC_F32 && a->dtype <= LAC_BF16 && view_contiguous(out);
@@ -89,7 +87,7 @@ static bool all_plain(const operands &o, map_args *a)
     return a->n > 1;
 }
 
-static int launch_dense(const char *op, const operands &o, map_kernel *quick, map_kernel *dense, map_args *a)
+static int launch_dense(const char *op, const operands &o, dense_kernel *quick, dense_kernel *dense, dense_args *a)
 {
     int64_t vectors = quick ? QUICK_VECTORS : o.inputs > 2 ? 2 : 4; /* dense_vectors */
     int64_t per_turn = THREADS * vectors * (16 / dtype_bytes(a->dtype));
@@ -98,11 +96,11 @@ static int launch_dense(const char *op, const operands &o, map_kernel *quick, ma
     return lac_cuda_launched(op);
 }
 
-int elem_launch(const char *op, const operands &o, int fn, map_kernel *quick, map_kernel *dense, map_kernel *floats,
+int elem_launch(const char *op, const operands &o, int fn, dense_kernel *quick, dense_kernel *dense, map_kernel *floats,
                 map_kernel *doubles, map_kernel *integers)
 {
-    map_args a;
-    memset(&a, 0, offsetof(map_args, nest_small)); /* the nests are large, and mostly not looked at */
+    map_args a; /* its nests are large, and mostly not looked at */
+    (dense_args &)a = {};
     a.number = o.number;
     for (int i = 0; i < 3; i++) a.constant[i] = o.constant[i];
     a.fn = fn;

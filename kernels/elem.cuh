@@ -27,22 +27,30 @@ enum { INPUTS = 4, GROUP = 8 /* elements that a thread computes at once */ };
  * of either hides more latency, and both cost registers */
 template <int I> inline constexpr int dense_vectors = I > 2 ? 2 : 4;
 template <int I> inline constexpr int dense_blocks = I > 2 ? 3 : 4;
-enum { QUICK_VECTORS = 2 }; /* of the kernels of one function */
-
-struct map_args;
-typedef void map_kernel(map_args);
+/* Of the kernels of one function: small blocks are enough to hide latency there. On an H200 exp of bf16 [32768, 768]
+ * and [32768, 3072] took 25.4 and 96.5 us with one vector, 26.0 and 99.5 with two, 26.3 and 100 with four, f32 49.0 and
+ * 190, 50.4 and 196, 50.9 and 198; blocks of 128 threads the same, of 512 0.5% to 1% more, of 64 a quarter. Hints to
+ * the caches changed nothing or cost up to 7%. */
+enum { QUICK_VECTORS = 1 };
 
 /* All inputs have one dtype. The input `slot` (-1: none) is the number; p, q, r of MAPP and MAP3 are constants. */
-struct map_args {
+struct dense_args {
     char *in[INPUTS], *out;
     int64_t n;
     double number, constant[3];
     int fn, dtype, out_dtype, slot;
-    bool scalar[INPUTS]; /* in[i] is one element (dense loops) */
-    bool small;          /* which of the nests is filled (strided loops) */
-    nest32 nest_small;
-    nest64 nest_large;
+    bool scalar[INPUTS]; /* in[i] is one element */
 };
+/* Strided loops get a nest as well. */
+struct map_args : dense_args {
+    bool small;
+    union {
+        nest32 nest_small;
+        nest64 nest_large;
+    };
+};
+typedef void dense_kernel(dense_args);
+typedef void map_kernel(map_args);
 
 /* ---- one element of any dtype ---- */
 
@@ -135,7 +143,7 @@ static __device__ __forceinline__ void store_group(int dtype, bool wide, char *o
 
 /* Loads a turn's vectors, then computes eight elements at a time: a vector of a half type, two of f32. select(visit)
  * calls visit(f) with the function; I inputs. */
-template <int I, int VECTORS, class S> __device__ __forceinline__ void dense_loop(const map_args &a, S select)
+template <int I, int VECTORS, class S> __device__ __forceinline__ void dense_loop(const dense_args &a, S select)
 {
     bool wide = a.dtype == LAC_F32;
     int per = wide ? 4 : 8, step = wide ? 2 : 1;
@@ -200,7 +208,7 @@ template <int I, int VECTORS, class S> __device__ __forceinline__ void dense_loo
 
 /* One function of one type: as dense_loop, but a block has one turn, and nothing in it depends on what is asked for but
  * whether an input is a repeated scalar. */
-template <int DTYPE, int I, class S> __device__ __forceinline__ void quick_loop(const map_args &a, S select)
+template <int DTYPE, int I, class S> __device__ __forceinline__ void quick_loop(const dense_args &a, S select)
 {
     constexpr int PER = DTYPE == LAC_F32 ? 4 : 8, BYTES = 16 / PER, VECTORS = QUICK_VECTORS;
     int64_t begin = (int64_t)blockIdx.x * (THREADS * VECTORS), first = begin + threadIdx.x;
@@ -350,7 +358,7 @@ static constexpr quick_entry quick_map2_list[] = {
             });                                                                                                        \
         break;
 #define SELECT(name)                                                                                                   \
-    template <class C, class V> __device__ __forceinline__ void select_##name(int fn, const map_args &a, V visit)      \
+    template <class C, class V> __device__ __forceinline__ void select_##name(int fn, const dense_args &a, V visit)    \
     {                                                                                                                  \
         C p = (C)a.constant[0], q = (C)a.constant[1], r = (C)a.constant[2];                                            \
         (void)p, (void)q, (void)r;                                                                                     \
@@ -361,7 +369,7 @@ static constexpr quick_entry quick_map2_list[] = {
 
 /* the kernels of a family: name_dense for the float types, name_strided for any compute type */
 #define KERNELS(name, inputs)                                                                                          \
-    __global__ void __launch_bounds__(THREADS, dense_blocks<inputs>) name##_dense(map_args a)                          \
+    __global__ void __launch_bounds__(THREADS, dense_blocks<inputs>) name##_dense(dense_args a)                        \
     {                                                                                                                  \
         previous_done();                                                                                               \
         dense_loop<inputs, dense_vectors<inputs>>(a, [&](auto visit) { select_##name<float>(a.fn, a, visit); });       \
@@ -374,12 +382,12 @@ static constexpr quick_entry quick_map2_list[] = {
 
 /* the kernels of one function and type; name_quick(fn, dtype) gives the one of a list's function, or NULL */
 #define QUICK_KERNELS(name, inputs, list)                                                                              \
-    template <int FN, int DTYPE> __global__ void __launch_bounds__(THREADS) name##_one(map_args a)                     \
+    template <int FN, int DTYPE> __global__ void __launch_bounds__(THREADS) name##_one(dense_args a)                   \
     {                                                                                                                  \
         previous_done();                                                                                               \
         quick_loop<DTYPE, inputs>(a, [&](auto visit) { select_##name<float>(FN, a, visit); });                         \
     }                                                                                                                  \
-    template <int AT> static map_kernel *name##_entry(int dtype)                                                       \
+    template <int AT> static dense_kernel *name##_entry(int dtype)                                                     \
     {                                                                                                                  \
         if constexpr (list[AT].types != QUICK_HALF)                                                                    \
             if (dtype == LAC_F32) return name##_one<list[AT].fn, LAC_F32>;                                             \
@@ -389,13 +397,13 @@ static constexpr quick_entry quick_map2_list[] = {
         }                                                                                                              \
         return NULL;                                                                                                   \
     }                                                                                                                  \
-    template <int... AT> static map_kernel *name##_find(int fn, int dtype, std::integer_sequence<int, AT...>)          \
+    template <int... AT> static dense_kernel *name##_find(int fn, int dtype, std::integer_sequence<int, AT...>)        \
     {                                                                                                                  \
-        map_kernel *found = NULL;                                                                                      \
+        dense_kernel *found = NULL;                                                                                    \
         ((list[AT].fn == fn ? (void)(found = name##_entry<AT>(dtype)) : (void)0), ...);                                \
         return found;                                                                                                  \
     }                                                                                                                  \
-    static map_kernel *name##_quick(int fn, int dtype)                                                                 \
+    static dense_kernel *name##_quick(int fn, int dtype)                                                               \
     {                                                                                                                  \
         return name##_find(fn, dtype, std::make_integer_sequence<int, sizeof list / sizeof list[0]>());                \
     }
@@ -409,7 +417,7 @@ struct operands {
 };
 
 /* kernels: of this one function (or NULL), dense, of float, double and int64_t (NULL where a family has floats only) */
-int elem_launch(const char *op, const operands &o, int fn, map_kernel *quick, map_kernel *dense, map_kernel *floats,
+int elem_launch(const char *op, const operands &o, int fn, dense_kernel *quick, dense_kernel *dense, map_kernel *floats,
                 map_kernel *doubles, map_kernel *integers);
 #define LAUNCH_ANY(op, name, fn, quick, o)                                                                             \
     elem_launch(op, o, fn, quick, name##_dense, name##_strided<float>, name##_strided<double>, name##_strided<int64_t>)
