@@ -417,6 +417,34 @@ describe("memory", function()
     assert.matches("pool: live .* cached .* peak .* limit", message)
   end)
 
+  local function storages()
+    collectgarbage()
+    return lac.memory("cpu").storages
+  end
+
+  it("gives back the storages of dead tensors, and no others #cpu", function()
+    local before = storages()
+    local kept = {}
+    for i = 1, 5000 do
+      local t = lac.full({ 3 }, i, { device = "cpu" })
+      if i % 3 == 0 or i > 4990 then kept[#kept + 1] = { i, t } end
+      if i % 1700 == 0 then collectgarbage() end
+    end
+    assert.are.equal(before + #kept, storages())
+    for _, pair in ipairs(kept) do assert.are.equal(3 * pair[1], pair[2]:sum():item()) end
+    local view = kept[1][2]:view(3, 1)
+    kept = { kept[2] } -- luacheck: ignore
+    assert.are.equal(before + 2, storages()) -- one behind its view
+    assert.are.equal(9, view:sum():item())
+    view, kept = nil, nil -- luacheck: ignore
+    assert.are.equal(before, storages())
+  end)
+
+  it("gives no storage back twice when an interrupt comes meanwhile #cpu", function()
+    local status, out, err = sys.run "luajit tests/support/interrupted.lua"
+    assert.are.equal(0, status, out .. err)
+  end)
+
   it("does not pile up dead tensors", function()
     collectgarbage()
     collectgarbage()

@@ -219,12 +219,14 @@ function device.memory_limit(bytes, options)
 end
 
 --- Start the peak statistic afresh from what is live now.
-function device.reset_peak() lib.check(C.lac_memory_reset_peak()) end
+function device.reset_peak()
+  lib.bury()
+  lib.check(C.lac_memory_reset_peak())
+end
 
 --- Collect dead tensors and give cached memory back to the system.
 function device.trim()
-  collectgarbage()
-  collectgarbage()
+  lib.collect()
   lib.check(C.lac_memory_trim())
 end
 
@@ -232,6 +234,7 @@ end
 -- (lac.trim does). Memory of the device goes back when nothing is queued there: this waits.
 -- @tparam[opt] string name only that pool: "cpu", "cuda" or "pinned"
 function device.empty_cache(name)
+  lib.bury()
   if name == nil then return lib.check(C.lac_memory_trim()) end
   lib.check(C.lac_memory_empty(device.pool("empty_cache", name)))
 end

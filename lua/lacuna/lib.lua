@@ -17,6 +17,11 @@
 -- heap. When the pool refuses an allocation, lib.recover collects and trims, and the caller tries exactly
 -- once more; a refusal by the soft limit is lifted for that one retry.
 --
+-- Owners of storage have no finalizers: to set and to run one took longer than the rest of a small operator.
+-- They are listed, weakly, beside their storages. One struct that is garbage from the start has a finalizer,
+-- which raises flags.attention: a collection is over, and lib.attend drops the storages of owners that are
+-- gone. Rejected: doing that in the finalizer, where nothing is compiled and an allocation may be under way.
+--
 -- Because every caller looks at flags.attention after every call, a tracer needs no hook of its own: while
 -- one is set, the flag stays up and lib.attend calls it after each engine call. lib.place tells it from
 -- where.
@@ -224,6 +229,59 @@ function lib.fail(format, ...)
   error(message .. lib.where(), 0)
 end
 
+-- ---- owners -------------------------------------------------------------------------------------
+
+local flags = lib.flags
+local owners, owned, room = setmetatable({}, { __mode = "v" }), 0, 2 ^ 10
+local storages = ffi.new("lac_storage *[?]", room + 1)
+local herald, grave = ffi.typeof("lac_flags"), ffi.new("lac_tensor")
+local collected = false -- since the last look at the owners
+
+local function announce()
+  collected, flags.attention = true, 1
+end
+
+--- Drop the storages of dead owners, if there was a collection since the last time: whoever looks at a pool's
+-- state calls this before. An interrupt may end it anywhere: in this order nothing is dropped twice, and what
+-- is left is found after the next collection.
+local function bury()
+  if not collected then return end
+  ffi.gc(herald(), announce)
+  collected = false
+  local n = 0
+  for i = 1, owned do
+    local owner = owners[i]
+    if not owner then
+      grave.storage = storages[i]
+      storages[i] = nil
+      C.lac_tensor_drop(grave)
+    else
+      n = n + 1
+      if n < i then
+        local storage = storages[i]
+        owners[n], storages[i] = owner, nil
+        storages[n] = storage
+        owners[i] = nil
+      end
+    end
+  end
+  owned = n
+end
+lib.bury = bury
+
+--- Drop c's storage when c is garbage.
+-- @tparam cdata c lac_tensor with one reference
+function lib.own(c)
+  local n = owned + 1
+  if n > room then
+    local larger = ffi.new("lac_storage *[?]", 2 * room + 1)
+    ffi.copy(larger, storages, ffi.sizeof("lac_storage *") * (room + 1))
+    storages, room = larger, 2 * room
+  end
+  storages[n], owners[n] = c.storage, c
+  owned = n
+end
+
 -- ---- memory -------------------------------------------------------------------------------------
 
 local stats = ffi.new("lac_memory_stats")
@@ -248,6 +306,7 @@ end
 
 --- Statistics of the pool as a Lua table of numbers (bytes, and counts), which prints as a sentence.
 function lib.memory_stats(device)
+  bury()
   C.lac_memory(device or C.LAC_CPU, stats)
   return setmetatable({ live = tonumber(stats.live), cached = tonumber(stats.cached),
     peak = tonumber(stats.peak), limit = tonumber(stats.limit), live_blocks = tonumber(stats.live_blocks),
@@ -272,14 +331,15 @@ end
 --- Collect garbage to the end.
 function lib.collect()
   collectgarbage()
+  bury()
   collectgarbage() -- the second cycle frees what the finalizers of the first let go
+  bury()
 end
 local collect = lib.collect
 
 -- ---- checking calls -----------------------------------------------------------------------------
 
 local MEMORY, INTERRUPTED = lib.status.memory, lib.status.interrupted
-local flags = lib.flags
 local tracer, excused = nil, false
 local soft, softs = 0, {} -- softs: by device; soft: their sum
 
@@ -342,11 +402,13 @@ end
 -- that came after the engine's own last look is left to the next call, which fails: what this one made has
 -- no owner yet and would leak.
 function lib.attend()
-  flags.attention = tracer and 1 or 0 -- first: what is raised while we look is then seen at the next call
+  -- first: what is raised while we look is then seen at the next call
+  flags.attention = (tracer or collected) and 1 or 0
   if excused then
     excused = false
     C.lac_memory_excuse(0)
   end
+  bury()
   if tracer then tracer() end
   if flags.interrupted ~= 0 then flags.attention = 1 end
   if flags.pressure ~= 0 then
@@ -384,6 +446,7 @@ function lib.call(f, ...)
   if flags.attention ~= 0 then attend() end
 end
 
+announce()
 lib.pace(C.LAC_CPU)
 lib.has_cuda = false -- device.lua, once the plug-in is loaded
 

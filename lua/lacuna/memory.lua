@@ -56,6 +56,7 @@ end
 -- @treturn table list of tables as of memory.block
 function memory.blocks(pool)
   pool = pool or C.LAC_CPU
+  lib.bury()
   local n = tonumber(C.lac_memory_blocks(pool, nil, 0))
   local raw = ffi.new("lac_block_info[?]", math.max(n, 1))
   -- between the calls the collector may have run

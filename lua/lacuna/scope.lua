@@ -3,9 +3,9 @@
 -- The garbage collector frees tensors when it gets round to it; a scope frees them at a known moment, which
 -- keeps the peak of a training step flat. Every owner (a tensor with its own storage; views have none) that
 -- is made while a scope runs is listed in it, weakly, so that the collector may be faster (what it has found
--- dead leaves the list, and its bytes come back when its finalizer runs, a little later). At the end the
--- owners that are reachable from the returned values survive into the outer scope; the others are released at
--- once, also when the function raises.
+-- dead leaves the list, and its bytes come back at the engine's next call). At the end the owners that are
+-- reachable from the returned values survive into the outer scope; the others are released at once, also when
+-- the function raises.
 --
 -- What survives: returned tensors and tensors in returned tables (deep, through metatables' instances, not
 -- through closures); the owner behind a returned view; gradients of tensors from outside; the saved tensors

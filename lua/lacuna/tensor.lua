@@ -1,7 +1,7 @@
 --- The tensor: a Lua table round a view struct of the engine.
 --
 -- A tensor is { c = lac_tensor, root = the owner of the bytes, node = tape record or false, requires_grad,
--- version, level }. An owner is its own root and its cdata has the C finalizer; a view copies the struct (no
+-- version, level }. An owner is its own root, and lib.own watches its cdata; a view copies the struct (no
 -- C call at all) and keeps the owner alive by `root`. `version` counts in-place writes and lives on the root,
 -- so that the tape can tell that a saved tensor was changed through any view. `level` belongs to scope.lua.
 --
@@ -29,7 +29,7 @@ local dtype_name = device.dtype_name
 local ctensor = ffi.typeof("lac_tensor")
 local SIZE = ffi.sizeof(ctensor)
 local MAX_DIMS = tonumber(C.LAC_MAX_DIMS)
-local ffi_gc, ffi_copy, drop = ffi.gc, ffi.copy, C.lac_tensor_drop
+local own, ffi_copy = lib.own, ffi.copy
 
 local tensor = {}
 local Tensor = { __name = "Tensor" }
@@ -49,7 +49,7 @@ local FIXED = { c = true, root = true, node = true, requires_grad = true, versio
 -- @tparam cdata c lac_tensor with one reference
 -- @treturn Tensor
 local function adopt(c)
-  ffi_gc(c, drop)
+  own(c)
   local t = setmetatable({ c = c, root = false, node = false, requires_grad = false, version = 0, level = 0 },
                          Tensor)
   t.root = t
