@@ -1,20 +1,23 @@
 /* sum.cu: sums and means of dense rows, columns and whole tensors of f32, f16 and bf16 on CUDA: the shapes that models
  * sum, at the speed of memory. Everything else is reduce.cu's.
  *
- * What it takes: loads of 16 bytes of which a thread has four or more on the way, types known when compiled, and few
- * partial results, because a tensor of 50 MB is read in 12 us and a second kernel costs two. Rows: a warp adds four
- * rows at a time. Columns: a lane has the columns of one vector, a block of 8 warps takes a run of rows, and a second
- * kernel adds the blocks' shares. All: the last block to finish adds the others' shares, in order. Loads say that
- * nothing is read again (ld.global.cs).
+ * What it takes: loads of 16 bytes of which a thread has four or more on the way, types known when compiled, and little
+ * behind the last load, because a tensor of 50 MB is read in 12 us and a second kernel costs two. Rows: a warp adds
+ * four rows at a time. Columns: a block has some columns of a run of rows; the last block of those columns adds the
+ * others' shares, in order. All: the last block of all does. Loads say that nothing is read again (ld.global.cs).
  *
- * On an H200, bf16 [32768, 768], 50 MB, of which a copy's rate would take 11.9 us: everything 14.8 us, the same without
- * the last block's sum 12.9; without the hint 15.1 and 13.4. Columns 15.1 us, without the hint 16.1, in blocks of 16
- * warps with four loads 15.5 and 16.6; the second kernel is 1.8 us of it. Rejected: numbers that are their own message
- * (blocks store them, others look until they are there): for everything no faster than the ticket, for columns, added
- * by all blocks, 12% to 18% slower than a second kernel, added by the last block 9% slower. Asking the second-level
- * cache for a kernel's first bytes before the kernel ahead is done, by lines or in bulk, with or without letting it in
- * early: 0% to 9% slower. Rings in shared memory, filled by cp.async or by bulk copies: no faster for everything, 6%
- * slower for columns; more bytes on the way than some 100 KB a multiprocessor are slower everywhere.
+ * On an H200, bf16 [32768, 768], 50 MB, of which a copy's rate would take 11.9 us, medians of one run: columns by a
+ * second kernel 15.4 us, with the next kernel let in early 15.4 to 15.8; the last block of 256 columns adds 88 shares
+ * of them, 17.9, of 128 columns 44, 15.5, of 64 columns 22, 14.4 (13.3 without that), of 32 columns 11, 16.5.
+ * Everything 14.3, without the last block's sum 12.6; without the hint 0.3 to 1 us more each.
+ *
+ * Rejected: clusters. Of 2 to 8 blocks that add up in each other's shared memory before they leave a share:
+ * columns 15.2 to 22, everything 17.1 to 22.6; of 8 or 16 blocks that have all rows of a strip of columns, so that
+ * nothing is left: 20.6 to 28. Numbers that are their own message (blocks store them, others look until they are
+ * there): for everything no faster than the ticket, for columns 9% to 18% slower than a second kernel. Asking the
+ * second-level cache for a kernel's first bytes before the kernel ahead is done, by lines or in bulk: 0% to 9% slower.
+ * Rings in shared memory, filled by cp.async or by bulk copies: no faster for everything, 6% slower for columns; more
+ * bytes on the way than some 100 KB a multiprocessor are slower everywhere.
  *
  * Sums are in double, as in reduce.cu; up to eight numbers of a half type, whose sum fits a float but for rounding far
  * below the result's, are added in float first. No atomics but the ticket of the last block: same shape, same bits.
@@ -22,7 +25,7 @@
 #include "elem.cuh"
 #include "sum.cuh"
 
-enum { LANES = 32, TILE = 4, COLUMN_THREADS = 256, COLUMN_WARPS = COLUMN_THREADS / 32, SHARE_THREADS = 1024 };
+enum { LANES = 32, TILE = 4, COLUMN_THREADS = 256, ALL_THREADS = 512 };
 
 template <int DTYPE> inline constexpr int vector_of = DTYPE == LAC_F32 ? 4 : 8;
 
@@ -72,28 +75,49 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS) sum_rows(sum_job
         if (lane == t && first + t < j.outputs) store_sum(j, first + t, s[t]);
 }
 
+/* ---- the last block ---- */
+
+enum { MOST_GROUPS = 1024 };
+/* blocks of the call that runs which have left their share, of each group; 0 between calls */
+static __device__ unsigned finished[MOST_GROUPS];
+
+/* Is this block the last of `blocks` of its group? One thread asks; its own writes before, and those that a barrier has
+ * put before, are seen by the last, and those of the others are seen after. A fence each way by the ticket itself: 2%
+ * less than two of __threadfence(). */
+static __device__ __forceinline__ bool last_of(unsigned group, unsigned blocks)
+{
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(&finished[group]) : "memory");
+    bool last = before == blocks - 1;
+    if (last) finished[group] = 0;
+    return last;
+}
+
 /* ---- columns ---- */
 
-/* shares[part][column]; blockIdx.x: 32 vectors of columns, blockIdx.y: part */
-template <int DTYPE> __global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_columns(sum_job j, double *shares)
+/* shares[part][column]; blockIdx.x: ROW vectors of columns, of which a warp reads 32 / ROW rows at a time, blockIdx.y:
+ * part */
+template <int DTYPE, int ROW>
+__global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_columns(sum_job j, double *shares)
 {
     previous_done();
-    constexpr int N = vector_of<DTYPE>, FLIGHT = 8;
-    __shared__ double space[COLUMN_WARPS][N][LANES];
-    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-    int64_t column = ((int64_t)blockIdx.x * LANES + lane) * N;
+    constexpr int N = vector_of<DTYPE>, FLIGHT = 8, ROWS = COLUMN_THREADS / ROW, COLUMNS = ROW * N;
+    constexpr int WARPS = COLUMN_THREADS / LANES, DEEP = COLUMN_THREADS / COLUMNS, KEEP = N * ROW / LANES;
+    __shared__ double sums[WARPS][COLUMNS];
+    __shared__ bool last;
+    int lane = threadIdx.x % ROW;
+    int64_t column = ((int64_t)blockIdx.x * ROW + lane) * N;
     int64_t begin = blockIdx.y * j.share, end = begin + j.share < j.count ? begin + j.share : j.count;
     bool inside = column < j.outputs;
     const char *x = j.x + column * (16 / N);
     double s[N] = {};
     /* the last rows like the others, with zeros past the end: alone, each would wait for memory once more */
-    for (int64_t r = begin + warp; inside && r < end; r += FLIGHT * COLUMN_WARPS) {
+    for (int64_t r = begin + threadIdx.x / ROW; inside && r < end; r += FLIGHT * ROWS) {
         uint4 raw[FLIGHT];
         float v[FLIGHT][8];
 #pragma unroll
         for (int u = 0; u < FLIGHT; u++)
-            raw[u] =
-                r + u * COLUMN_WARPS < end ? __ldcs((const uint4 *)(x + (r + u * COLUMN_WARPS) * j.step)) : uint4{};
+            raw[u] = r + u * ROWS < end ? __ldcs((const uint4 *)(x + (r + u * ROWS) * j.step)) : uint4{};
 #pragma unroll
         for (int u = 0; u < FLIGHT; u++) unpack(DTYPE, raw[u], v[u]);
 #pragma unroll
@@ -105,56 +129,61 @@ template <int DTYPE> __global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_co
                 else s[i] += (double)((a + b) + (c + d));
             }
     }
+    /* lanes of the same columns share their columns out: each step leaves half of them, of twice as many rows */
+    int number = lane * N;
 #pragma unroll
-    for (int i = 0; i < N; i++) space[warp][i][lane] = s[i];
+    for (int o = 16, keep = N / 2; o >= ROW; o >>= 1, keep >>= 1) {
+        const bool upper = threadIdx.x & o;
+        number += upper ? keep : 0;
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            if (i >= keep) break;
+            double other = __shfl_xor_sync(0xffffffffu, upper ? s[i] : s[i + keep], o);
+            s[i] = (upper ? s[i + keep] : s[i]) + other;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < KEEP; i++) sums[threadIdx.x / LANES][number + i] = s[i];
     __syncthreads();
-    /* a thread adds one column up */
-    int of = threadIdx.x / N, number = threadIdx.x % N;
-    column += ((int64_t)of - lane) * N + number;
-    if (of >= LANES || column >= j.outputs) return;
-    double sum = 0;
+    /* a thread has a column, and of one run of the parts */
+    const int run = threadIdx.x / COLUMNS;
+    number = threadIdx.x % COLUMNS;
+    column = (int64_t)blockIdx.x * COLUMNS + number;
+    inside = column < j.outputs;
+    auto total = [&](int rows) {
+        double t = 0;
 #pragma unroll
-    for (int w = 0; w < COLUMN_WARPS; w++) sum += space[w][number][of];
-    shares[blockIdx.y * j.outputs + column] = sum;
-}
-static_assert(COLUMN_THREADS >= 8 * LANES, "a thread for every column");
-
-/* 32 columns a block, 32 threads deep */
-__global__ void __launch_bounds__(SHARE_THREADS) add_shares(sum_job j, const double *shares, int64_t parts)
-{
-    previous_done();
-    __shared__ double space[SHARE_THREADS / LANES][LANES];
-    int lane = threadIdx.x % LANES, deep = threadIdx.x / LANES;
-    int64_t column = (int64_t)blockIdx.x * LANES + lane;
-    constexpr int DEEP = SHARE_THREADS / LANES, FLIGHT = 4;
-    double s = 0;
-    for (int64_t p = deep; p < parts; p += FLIGHT * DEEP) {
+        for (int w = 0; w < rows; w++) t += sums[w][number];
+        return t;
+    };
+    if (run == 0 && inside) shares[blockIdx.y * j.outputs + column] = total(WARPS);
+    __syncthreads();
+    if (threadIdx.x == 0) last = last_of(blockIdx.x, gridDim.y);
+    __syncthreads();
+    if (!last) return;
+    double sum = 0;
+    for (int p = run; p < (int)gridDim.y && inside; p += FLIGHT * DEEP) {
         double v[FLIGHT];
 #pragma unroll
         for (int u = 0; u < FLIGHT; u++)
-            v[u] = p + u * DEEP < parts && column < j.outputs ? shares[(p + u * DEEP) * j.outputs + column] : 0;
+            v[u] = p + u * DEEP < (int)gridDim.y ? __ldcg(shares + (p + u * DEEP) * j.outputs + column) : 0;
 #pragma unroll
-        for (int u = 0; u < FLIGHT; u++) s += v[u];
+        for (int u = 0; u < FLIGHT; u++) sum += v[u];
     }
-    space[deep][lane] = s;
+    sums[run][number] = sum;
     __syncthreads();
-    if (deep || column >= j.outputs) return;
-#pragma unroll
-    for (int w = 1; w < SHARE_THREADS / LANES; w++) s += space[w][lane];
-    store_sum(j, column, s);
+    if (run == 0 && inside) store_sum(j, column, total(DEEP));
 }
 
 /* ---- everything ---- */
 
-static __device__ unsigned finished; /* blocks of the call that runs; 0 between calls */
-
-template <int DTYPE> __global__ void __launch_bounds__(THREADS) sum_all(sum_job j, double *shares)
+template <int DTYPE> __global__ void __launch_bounds__(ALL_THREADS) sum_all(sum_job j, double *shares)
 {
     previous_done();
-    __shared__ double space[THREADS / 32];
-    __shared__ bool last;
+    __shared__ double space[ALL_THREADS / LANES];
     constexpr int N = vector_of<DTYPE>, FLIGHT = 4;
-    int64_t vectors = j.count / N, step = (int64_t)gridDim.x * THREADS, i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    int64_t vectors = j.count / N, step = (int64_t)gridDim.x * ALL_THREADS,
+            i = (int64_t)blockIdx.x * ALL_THREADS + threadIdx.x;
     const uint4 *x = (const uint4 *)j.x;
     double s = 0;
     for (; i < vectors; i += FLIGHT * step) { /* as above */
@@ -164,49 +193,60 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS) sum_all(sum_job 
 #pragma unroll
         for (int u = 0; u < FLIGHT; u++) s += add_up<DTYPE>(raw[u]);
     }
-    s = block_sum(s, space);
-    if (threadIdx.x == 0) {
-        unsigned before; /* a fence each way by the ticket itself: 2% less than two of __threadfence() */
-        shares[blockIdx.x] = s;
-        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(&finished) : "memory");
-        last = before == gridDim.x - 1;
-    }
+    s = warp_sum(s);
+    if (threadIdx.x % LANES == 0) space[threadIdx.x / LANES] = s;
     __syncthreads();
-    if (!last) return;
+    if (threadIdx.x >= LANES) return;
+    /* one warp, which needs no barriers */
+    s = warp_sum(threadIdx.x < ALL_THREADS / LANES ? space[threadIdx.x] : 0);
+    bool last = false;
+    if (threadIdx.x == 0) {
+        shares[blockIdx.x] = s;
+        last = last_of(0, gridDim.x);
+    }
+    if (!__shfl_sync(0xffffffffu, (int)last, 0)) return;
     s = 0;
-    for (int b = threadIdx.x; b < (int)gridDim.x; b += THREADS) s += shares[b];
-    s = block_sum(s, space);
-    if (threadIdx.x) return;
-    finished = 0;
-    store_sum(j, 0, s);
+#pragma unroll 8
+    for (int b = threadIdx.x; b < (int)gridDim.x; b += LANES) s += __ldcg(shares + b);
+    s = warp_sum(s);
+    if (threadIdx.x == 0) store_sum(j, 0, s);
 }
 
 /* ---- launching ---- */
+
+template <int DTYPE, int ROW> static int columns_run(sum_job j)
+{
+    int64_t groups = (j.outputs / vector_of<DTYPE> + ROW - 1) / ROW, parts = 2 * (int64_t)lac_cuda_processors / groups;
+    int64_t most = (j.count + COLUMN_THREADS / ROW - 1) / (COLUMN_THREADS / ROW);
+    parts = parts < 1 ? 1 : parts > most ? most : parts;
+    j.share = (j.count + parts - 1) / parts;
+    lac_scratch shares("reduce", (size_t)(parts * j.outputs) * sizeof(double));
+    if (!shares.data) return LAC_E_MEMORY;
+    dim3 grid((unsigned)groups, (unsigned)parts);
+    launch(sum_columns<DTYPE, ROW>, grid, COLUMN_THREADS, 0, j, (double *)shares.data);
+    return lac_cuda_launched("reduce");
+}
 
 template <int DTYPE> static int sum_run(sum_job j)
 {
     constexpr int N = vector_of<DTYPE>;
     if (j.outputs == 1) {
-        unsigned blocks = blocks_filling(j.count / N, THREADS * 4, 8);
+        /* all threads that a multiprocessor can have for long sums, half of them, whose shares are few, for short ones
+         */
+        bool large = j.count / N > (int64_t)lac_cuda_processors * ALL_THREADS * 64;
+        unsigned blocks = blocks_filling(j.count / N, ALL_THREADS * 4, large ? 4 : 2);
         lac_scratch shares("reduce", blocks * sizeof(double));
         if (!shares.data) return LAC_E_MEMORY;
-        launch(sum_all<DTYPE>, blocks, THREADS, 0, j, (double *)shares.data);
+        launch(sum_all<DTYPE>, blocks, ALL_THREADS, 0, j, (double *)shares.data);
         return lac_cuda_launched("reduce");
     }
     if (j.along_rows) {
         launch(sum_rows<DTYPE>, blocks_for(j.outputs, THREADS / LANES * TILE), THREADS, 0, j);
         return lac_cuda_launched("reduce");
     }
-    int64_t groups = (j.outputs / N + LANES - 1) / LANES, parts = 2 * (int64_t)lac_cuda_processors / groups;
-    int64_t most = (j.count + COLUMN_WARPS - 1) / COLUMN_WARPS;
-    parts = parts < 1 ? 1 : parts > most ? most : parts;
-    j.share = (j.count + parts - 1) / parts;
-    lac_scratch shares("reduce", (size_t)(parts * j.outputs) * sizeof(double));
-    if (!shares.data) return LAC_E_MEMORY;
-    launch(sum_columns<DTYPE>, dim3((unsigned)groups, (unsigned)parts), COLUMN_THREADS, 0, j, (double *)shares.data);
-    LAC_TRY(lac_cuda_launched("reduce"));
-    launch(add_shares, blocks_for(j.outputs, LANES), SHARE_THREADS, 0, j, (const double *)shares.data, parts);
-    return lac_cuda_launched("reduce");
+    /* few parts of many groups: the last block of a group has little to add, as long as the groups divide the device */
+    if (j.outputs / N <= 24 * 8) return columns_run<DTYPE, 8>(j);
+    return j.outputs / N <= 24 * 16 ? columns_run<DTYPE, 16>(j) : columns_run<DTYPE, 32>(j);
 }
 
 bool lac_cuda_sum_fits(const sum_job *j)
