@@ -31,7 +31,8 @@ struct reduce_job {
 
 /* ---- what is accumulated ---- */
 
-/* FLIGHT: loads of a thread before the first is used; one where the arithmetic is long */
+/* loads of a thread before the first is used, FLIGHT of elements and VECTORS of 16 bytes; one where the arithmetic is
+ * long. start(): the first element of a dense row, the same for all who work on it. */
 
 template <class T> __device__ __forceinline__ T from_lane(T x, int lane)
 {
@@ -42,7 +43,7 @@ template <class T> __device__ __forceinline__ T from_lane(T x, int lane)
  * the CPU (Knuth's two-sum) */
 template <class C> struct sum_of {
     typedef C compute;
-    enum { FLIGHT = 4 };
+    enum { FLIGHT = 4, VECTORS = 4 };
     static constexpr bool EXACT = std::is_same_v<C, double>;
     typedef std::conditional_t<std::is_same_v<C, int64_t>, int64_t, double> S;
     S s, rest;
@@ -82,7 +83,7 @@ template <class C> struct sum_of {
 
 template <class C> struct product_of {
     typedef C compute;
-    enum { FLIGHT = 1 };
+    enum { FLIGHT = 1, VECTORS = 1 };
     typedef typename sum_of<C>::S S;
     S p;
     __device__ static product_of none() { return {1}; }
@@ -104,7 +105,7 @@ template <class C> __device__ __forceinline__ C turned(const reduce_job &j, C x)
 
 template <class C> struct extreme_of {
     typedef C compute;
-    enum { FLIGHT = 4 };
+    enum { FLIGHT = 4, VECTORS = 4 };
     C v;
     __device__ static extreme_of none()
     {
@@ -121,7 +122,7 @@ template <class C> struct extreme_of {
 /* at: -1 before the first element */
 template <class C> struct place_of {
     typedef C compute;
-    enum { FLIGHT = 2 };
+    enum { FLIGHT = 2, VECTORS = 2 };
     C v;
     int64_t at;
     __device__ static place_of none() { return {0, -1}; }
@@ -141,12 +142,13 @@ template <class C> struct place_of {
     __device__ int64_t integer(const reduce_job &) const { return at; }
 };
 
-/* sums of x - shift and of its square; the shift is the first element */
+/* sums of x - shift and of its square; the shift is the first element, of a dense row the row's */
 template <class C> struct variance_of {
     typedef C compute;
-    enum { FLIGHT = 1 };
+    enum { FLIGHT = 1, VECTORS = 4 };
     double shift, s, squares, n;
     __device__ static variance_of none() { return {0, 0, 0, 0}; }
+    __device__ void start(C x) { shift = (double)x; }
     __device__ void add(const reduce_job &, C x, int64_t)
     {
         if (n == 0) shift = (double)x;
@@ -164,6 +166,10 @@ template <class C> struct variance_of {
     __device__ void merge(const variance_of &other)
     {
         if (other.n == 0) return;
+        if (other.shift == shift) {
+            s += other.s, squares += other.squares, n += other.n;
+            return;
+        }
         variance_of a = centred(), b = other.centred();
         double d = b.shift - a.shift, all = a.n + b.n;
         *this = a.n == 0
@@ -184,7 +190,7 @@ template <class C> struct variance_of {
 
 template <class C> struct lse_of {
     typedef C compute;
-    enum { FLIGHT = 1 };
+    enum { FLIGHT = 1, VECTORS = 4 };
     C m;
     double s; /* of exp(x - m) */
     __device__ static lse_of none() { return {-(C)INFINITY, 0}; }
@@ -221,6 +227,97 @@ __device__ __forceinline__ void add_vector(const reduce_job &j, sum_of<float> &a
 #pragma unroll
     for (int i = 0; i < 8; i++)
         if (i < n) a.add(j, v[i], at + i);
+}
+
+/* max.NaN: NaN wins */
+__device__ __forceinline__ float larger(float x, float y)
+{
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+    return x;
+}
+__device__ __forceinline__ void add_vector(const reduce_job &j, extreme_of<float> &a, const float (&v)[8], int n,
+                                           int64_t)
+{
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < n) a.v = larger(a.v, turned(j, v[i]));
+}
+/* Of a half type, whose differences and squares fit a float but for rounding far below the result's, as for sums; they
+ * are divided by 32, so that no difference and no sum of eight is infinite, and squares hardly ever. */
+__device__ __forceinline__ void add_vector(const reduce_job &j, variance_of<float> &a, const float (&v)[8], int n,
+                                           int64_t at)
+{
+    if (n == 8) {
+        float less = (float)a.shift * -0.03125f, s = 0, q = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float d = fmaf(v[i], 0.03125f, less);
+            s += d;
+            q = fmaf(d, d, q);
+        }
+        double squares = (double)q;
+        if (isinf(q)) {
+            squares = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                double d = (double)fmaf(v[i], 0.03125f, less);
+                squares = fma(d, d, squares);
+            }
+        }
+        a.s = fma((double)s, 32.0, a.s);
+        a.squares = fma(squares, 1024.0, a.squares);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            double d = (double)v[i] - a.shift;
+            a.s += d;
+            a.squares += d * d;
+        }
+    }
+    a.n += n;
+}
+/* One exponential an element, and one for what was added before. Of nothing but infinities the sum is theirs. */
+__device__ __forceinline__ void add_vector(const reduce_job &, lse_of<float> &a, const float (&v)[8], int n, int64_t)
+{
+    float m = a.m, s = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < n) m = fmaxf(m, v[i]);
+    const float to = isfinite(m) ? m : 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < n) s += n == 8 ? short_exp(v[i] - to) : F_exp(v[i] - to);
+    a.s = (m > a.m ? a.s * (double)F_exp(a.m - m) : a.s) + (double)s;
+    a.m = m;
+}
+
+/* of the threads of a warp */
+template <class A> __device__ __forceinline__ void merge_warp(A &a)
+{
+#pragma unroll
+    for (int o = 16; o; o >>= 1) a.merge(a.lane(o));
+}
+/* the largest number first, so that a thread has one exponential */
+__device__ __forceinline__ void merge_warp(lse_of<float> &a)
+{
+    float m = warp_max(a.m);
+    a.s = warp_sum(m > a.m ? a.s * (double)F_exp(a.m - m) : a.s);
+    a.m = m;
+}
+
+/* of rows of whole vectors */
+template <class A> __device__ __forceinline__ void merge_tile(A &a) { merge_warp(a); }
+__device__ __forceinline__ void merge_tile(variance_of<float> &a) /* the shift is the same */
+{
+    a.s = warp_sum(a.s);
+    a.squares = warp_sum(a.squares);
+    a.n = warp_sum(a.n);
+}
+
+template <class A> __device__ __forceinline__ void start_row(A &, const reduce_job &, const char *) {}
+__device__ __forceinline__ void start_row(variance_of<float> &a, const reduce_job &j, const char *x)
+{
+    a.start(load_element<float>(j.dtype, x));
 }
 
 /* ---- places ---- */
@@ -272,6 +369,7 @@ template <class A> __device__ __forceinline__ void deliver(const reduce_job &j, 
 /* `team` threads (32 or THREADS) per output; DENSE: the reduced range is one aligned run of a float type */
 template <class A, bool DENSE> __global__ void __launch_bounds__(THREADS) rows_kernel(reduce_job j, int team)
 {
+    previous_done();
     typedef typename A::compute C;
     __shared__ alignas(16) char space[THREADS / 32 * sizeof(A)];
     int lane = threadIdx.x % team, teams = THREADS / team;
@@ -282,8 +380,9 @@ template <class A, bool DENSE> __global__ void __launch_bounds__(THREADS) rows_k
         const char *x = j.x + x_at * j.bytes;
         A a = A::none();
         if constexpr (DENSE) {
-            constexpr int FLIGHT = A::FLIGHT;
+            constexpr int FLIGHT = A::VECTORS;
             int per = 16 / j.bytes;
+            start_row(a, j, x);
             int64_t full = end / per; /* begin is a multiple of per */
             for (int64_t i = begin / per + lane; i < full; i += team * FLIGHT) {
                 uint4 raw[FLIGHT];
@@ -306,8 +405,7 @@ template <class A, bool DENSE> __global__ void __launch_bounds__(THREADS) rows_k
                 a.add(j, load_element<C>(j.dtype, x + (j.reduced == 1 ? i * j.rx[0] : reduced_offset(j, i)) * j.bytes),
                       i);
         }
-#pragma unroll
-        for (int o = 16; o; o >>= 1) a.merge(a.lane(o));
+        merge_warp(a);
         if (team > 32) {
             A *warps = (A *)space;
             if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = a;
@@ -319,9 +417,61 @@ template <class A, bool DENSE> __global__ void __launch_bounds__(THREADS) rows_k
     }
 }
 
+/* rows of whole vectors, TILE of them a warp: what one row leaves of memory's latency the others fill */
+template <class A, int DTYPE> __global__ void __launch_bounds__(THREADS) tiles_kernel(reduce_job j)
+{
+    previous_done();
+    constexpr int TILE = 4, PER = DTYPE == LAC_F32 ? 4 : 8;
+    int lane = threadIdx.x % 32, vectors = (int)(j.count / PER);
+    int64_t first = ((int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32) * TILE, out_at[TILE];
+    const uint4 *x[TILE];
+    A a[TILE];
+    if (first >= j.outputs) return;
+#pragma unroll
+    for (int t = 0; t < TILE; t++) { /* rows past the end are the last once more */
+        int64_t x_at;
+        kept_offsets(j, first + t < j.outputs ? first + t : j.outputs - 1, &x_at, &out_at[t]);
+        x[t] = (const uint4 *)(j.x + x_at * j.bytes);
+        a[t] = A::none();
+        start_row(a[t], j, (const char *)x[t]);
+    }
+#pragma unroll 2
+    for (int i = lane; i < vectors; i += 32) {
+        uint4 raw[TILE];
+#pragma unroll
+        for (int t = 0; t < TILE; t++) raw[t] = x[t][i];
+#pragma unroll
+        for (int t = 0; t < TILE; t++) {
+            float v[8];
+            unpack(DTYPE, raw[t], v);
+            add_vector(j, a[t], v, PER, (int64_t)i * PER);
+        }
+    }
+    A mine = A::none();
+    int64_t at = 0;
+#pragma unroll
+    for (int t = 0; t < TILE; t++) {
+        merge_tile(a[t]);
+        if (lane == t) mine = a[t], at = out_at[t];
+    }
+    if (lane < TILE && first + lane < j.outputs) finish(j, mine, at);
+}
+template <class A> static void tiles_launch(const reduce_job &j)
+{
+    unsigned blocks = blocks_for(j.outputs, THREADS / 32 * 4);
+    if (j.dtype == LAC_F32) launch(tiles_kernel<A, LAC_F32>, blocks, THREADS, 0, j);
+    else if (j.dtype == LAC_F16) launch(tiles_kernel<A, LAC_F16>, blocks, THREADS, 0, j);
+    else launch(tiles_kernel<A, LAC_BF16>, blocks, THREADS, 0, j);
+}
+/* has it kernels of tiles? */
+template <class A>
+inline constexpr bool in_tiles =
+    std::is_same_v<A, extreme_of<float>> || std::is_same_v<A, variance_of<float>> || std::is_same_v<A, lse_of<float>>;
+
 /* V (4 or 1) neighbouring outputs per thread, 32 threads along the outputs, 8 along the reduced range */
 template <class A, int V> __global__ void __launch_bounds__(THREADS) columns_kernel(reduce_job j)
 {
+    previous_done();
     typedef typename A::compute C;
     enum { DEEP = THREADS / 32 };
     __shared__ alignas(16) char space[DEEP * 32 * sizeof(A)];
@@ -367,6 +517,7 @@ template <class A, int V> __global__ void __launch_bounds__(THREADS) columns_ker
 
 template <class A> __global__ void __launch_bounds__(THREADS) combine_kernel(reduce_job j)
 {
+    previous_done();
     __shared__ alignas(16) char space[THREADS / 32 * sizeof(A)];
     if (j.outputs == 1) { /* the sum of everything: a block for its parts */
         A a = A::none(), *warps = (A *)space;
@@ -444,7 +595,9 @@ static bool columns_aligned(const reduce_job *j)
 template <class A> static int run(reduce_job j, bool position)
 {
     constexpr bool FLOATS = std::is_same_v<typename A::compute, float>;
-    bool columns = choose_order(&j, position), wide = !columns && j.count >= 1024, dense = false;
+    bool columns = choose_order(&j, position), dense = false;
+    /* a warp a row wherever that fills the device: no barrier, and loads in flight */
+    bool wide = !columns && j.count >= (j.outputs < (int64_t)lac_cuda_processors * 64 ? 1024 : 8192);
     bool vector = FLOATS && columns && columns_aligned(&j);
     int64_t units = j.outputs, per_block = wide ? 1 : THREADS / 32, per = 16 / j.bytes;
     if (columns) {
@@ -466,19 +619,24 @@ template <class A> static int run(reduce_job j, bool position)
     lac_scratch partials("reduce", j.parts > 1 ? (size_t)(j.parts * j.outputs) * sizeof(A) : 1);
     if (!partials.data) return LAC_E_MEMORY;
     j.partials = partials.data;
+    if constexpr (in_tiles<A>)
+        if (dense && !wide && j.parts == 1 && j.count % per == 0 && j.count > 0 && j.count < INT32_MAX) {
+            tiles_launch<A>(j);
+            return lac_cuda_launched("reduce");
+        }
     dim3 grid(blocks_filling(units, per_block, 16), (unsigned)j.parts);
     int team = wide ? THREADS : 32;
     if (columns && !vector) {
-        columns_kernel<A, 1><<<grid, THREADS, 0, lac_cuda_stream>>>(j);
+        launch(columns_kernel<A, 1>, grid, THREADS, 0, j);
     } else if (!columns && !dense) {
-        rows_kernel<A, false><<<grid, THREADS, 0, lac_cuda_stream>>>(j, team);
+        launch(rows_kernel<A, false>, grid, THREADS, 0, j, team);
     } else if constexpr (FLOATS) {
-        if (columns) columns_kernel<A, 4><<<grid, THREADS, 0, lac_cuda_stream>>>(j);
-        else rows_kernel<A, true><<<grid, THREADS, 0, lac_cuda_stream>>>(j, team);
+        if (columns) launch(columns_kernel<A, 4>, grid, THREADS, 0, j);
+        else launch(rows_kernel<A, true>, grid, THREADS, 0, j, team);
     }
     LAC_TRY(lac_cuda_launched("reduce"));
     if (j.parts == 1) return 0;
-    combine_kernel<A><<<blocks_filling(j.outputs, THREADS), THREADS, 0, lac_cuda_stream>>>(j);
+    launch(combine_kernel<A>, blocks_filling(j.outputs, THREADS), THREADS, 0, j);
     return lac_cuda_launched("reduce");
 }
 

@@ -96,6 +96,22 @@ for _, sizes in ipairs{ { 1024, 32 }, { 2051, 768 }, { 1100, 776 }, { 4099, 72 }
   case("sum over 1, a slice," .. text, function(x) return x:narrow(2, 9, sizes[2] - 8):sum(1) end, make)
   case("sum over 2, a slice," .. text, function(x) return x:narrow(2, 9, sizes[2] - 8):sum(2) end, make)
 end
+for _, sizes in ipairs{ { 37, 24 }, { 2051, 768 }, { 1100, 771 }, { 300, 3072 }, { 9000, 1032 },
+  { 12, 9000 } } do
+  local text = (" of [%d, %d]"):format(sizes[1], sizes[2])
+  local function make() return { normal(sizes[1], sizes[2]) * 3 + 1 } end
+  local function outlier() -- in front, where variances take their shift from
+    local x = normal(sizes[1], sizes[2])
+    x:narrow(2, 1, 1):fill_(300)
+    return { x }
+  end
+  for _, name in ipairs{ "max", "min", "var", "logsumexp" } do
+    case(name .. " over 2" .. text, function(x) return x[name](x, 2) end, make)
+    if sizes[1] < 2000 then case(name .. " of all" .. text, function(x) return x[name](x) end, make) end
+  end
+  case("max over 2, a slice," .. text, function(x) return x:narrow(2, 9, sizes[2] - 8):max(2) end, make)
+  case("var over 2, an outlier in front," .. text, function(x) return x:var(2) end, outlier)
+end
 for _, n in ipairs{ 2, 7, 4096, 16384, 100003 } do
   for _, name in ipairs{ "neg", "abs", "square", "relu", "tanh", "gelu_tanh", "exp", "sigmoid", "silu",
     "gelu" } do
@@ -255,6 +271,32 @@ describe("cuda at size #gpu", function()
   end)
 
   -- 1 / sqrt(eps) would multiply any rounding of their mean
+  it("reduces rows with NaN and infinities as the CPU does", function()
+    local inf = math.huge
+    local rows = { { 3, 0 / 0, 1 }, { inf, 2, inf }, { -inf, -inf, -inf }, { inf, -inf, 0 }, { 7, 7, 7 },
+      { -inf, 5, 5 }, { -inf, 0 / 0, -inf } }
+    for _, dtype in ipairs{ "f32", "bf16", "f16" } do
+      for _, width in ipairs{ 3, 24, 768, 1032 } do
+        local list = {}
+        for i, values in ipairs(rows) do
+          list[i] = {}
+          for k = 1, width do list[i][k] = values[k * 3 > width * 2 and 3 or k * 3 > width and 2 or 1] end
+        end
+        local x = lac.tensor(list, { dtype = dtype, device = "cpu" })
+        for _, name in ipairs{ "max", "min", "logsumexp", "var" } do
+          local cpu = x[name](x, 2):to{ dtype = "f32" }:totable()
+          local cuda = x[name](x:to{ device = "cuda" }, 2):to{ dtype = "f32", device = "cpu" }:totable()
+          for i, v in ipairs(cpu) do
+            local same = v == cuda[i] or (v ~= v and cuda[i] ~= cuda[i]) -- or both are NaN
+              or math.abs(v - cuda[i]) <= 4 * cases.epsilon(dtype) * math.abs(v)
+            assert.is_true(same, ("%s of %s, row %d of %d: %g, CPU %g"):format(name, dtype, i, width,
+              cuda[i], v))
+          end
+        end
+      end
+    end
+  end)
+
   it("rows of equal numbers become the bias, to the bit", function()
     each_width(function(width, dtype, draw)
       local gain, bias = draw(width):detach(), draw(width):detach()

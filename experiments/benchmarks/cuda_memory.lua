@@ -28,12 +28,18 @@ local FUNCTIONS = {
   ["sum over 1"] = plain(function(x) return x:sum(1) end),
   ["sum over 2"] = plain(function(x) return x:sum(2) end),
   ["sum of all"] = plain(function(x) return x:sum() end),
+  ["max over 2"] = plain(function(x) return x:max(2) end),
+  ["variance over 2"] = plain(function(x) return x:var(2) end),
+  ["logsumexp over 2"] = plain(function(x) return x:logsumexp(2) end),
   layernorm = norm_of(lac.layernorm), gelu_norm = norm_of(lac.gelu_norm),
   rmsnorm = function(sizes, dtype, grad)
     local gain = draw({ sizes[2] }, dtype, grad)
     return function(x) return lac.rmsnorm(x, gain) end, gain
   end,
 }
+
+local REDUCTIONS = { "sum over 1", "sum over 2", "sum of all", "max over 2", "variance over 2",
+                     "logsumexp over 2" }
 
 local KINDS = {}
 
@@ -96,9 +102,7 @@ local function operators(b, sizes, dtype)
   for _, name in ipairs{ "exp", "silu", "gelu" } do row("forward", name, sizes, dtype, 2) end
   row("backward", "gelu", sizes, dtype, 3)
   row("both", "gelu", sizes, dtype, 5)
-  for _, name in ipairs{ "sum over 1", "sum over 2", "sum of all" } do
-    row("forward", name, sizes, dtype, 1)
-  end
+  for _, name in ipairs(REDUCTIONS) do row("forward", name, sizes, dtype, 1) end
   for _, name in ipairs{ "softmax", "layernorm", "gelu_norm", "rmsnorm" } do
     row("forward", name, sizes, dtype, 2)
     row("backward", name, sizes, dtype, 3)
