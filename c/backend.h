@@ -36,7 +36,7 @@ typedef struct { int fn, dim; lac_view x, y, g, dx; } lac_a_scan_bwd;
 typedef struct { lac_view a, b, bias, out; } lac_a_matmul; /* batch axes expanded; bias.data may be NULL */
 /* pre = x w^T + bias, out = fn(pre); bias.data NULL: none, pre.data NULL: not kept */
 typedef struct { int fn; lac_view x, w, bias, pre, out; } lac_a_linear_act;
-typedef struct { int fn; lac_view g, w, pre, out, sums; } lac_a_linear_act_bwd; /* sums.data NULL: not wanted */
+typedef struct { int fn; lac_view g, w, pre, out, sums, act; } lac_a_linear_act_bwd; /* sums.data, act.data NULL: not wanted */
 typedef struct { lac_view g, x, dw, sums; } lac_a_weight_grad;
 typedef struct { lac_view x, gamma, beta, out, mean, rstd; double eps; } lac_a_layernorm;
 typedef struct { lac_view x, gamma, mean, rstd, g, dx, dgamma, dbeta; } lac_a_layernorm_bwd;

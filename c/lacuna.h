@@ -201,9 +201,9 @@ int lac_matmul(const lac_tensor *a, const lac_tensor *b, const lac_tensor *bias,
 int lac_linear_act(int fn, const lac_tensor *x, const lac_tensor *w, const lac_tensor *bias, lac_tensor *pre,
                    lac_tensor *out);
 /* out = (g w) fn'(pre): the gradient of pre, where fn(pre) [R, H] went into a product with w [V, H] whose gradient is g
- * [R, V]; sums [H]: its column sums, or NULL */
+ * [R, V]; sums [H]: its column sums, or NULL; act: fn(pre) once more, or NULL */
 int lac_linear_act_bwd(int fn, const lac_tensor *g, const lac_tensor *w, const lac_tensor *pre, lac_tensor *out,
-                       lac_tensor *sums);
+                       lac_tensor *sums, lac_tensor *act);
 /* gradients of weight and bias of x w^T + bias from g [R, V] and x [R, E]: dw = g^T x, sums [V] = column sums of g */
 int lac_weight_grad(const lac_tensor *g, const lac_tensor *x, lac_tensor *dw, lac_tensor *sums);
 

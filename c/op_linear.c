@@ -63,12 +63,13 @@ int lac_linear_act(int fn, const lac_tensor *x, const lac_tensor *w, const lac_t
 }
 
 int lac_linear_act_bwd(int fn, const lac_tensor *g, const lac_tensor *w, const lac_tensor *pre, lac_tensor *out,
-                       lac_tensor *sums)
+                       lac_tensor *sums, lac_tensor *act)
 {
     const char *op = "linear_act_bwd";
     lac_a_linear_act_bwd a = {.fn = fn};
     LAC_OUT(op, "out", out);
     if (sums) sums->storage = NULL;
+    if (act) act->storage = NULL;
     LAC_TRY(activation_check(op, fn));
     LAC_TRY(matrix_get(op, "g", g, &a.g));
     LAC_TRY(partner_get(op, "g", g, "w", w, 0, g->shape[1], &a.w));
@@ -76,7 +77,8 @@ int lac_linear_act_bwd(int fn, const lac_tensor *g, const lac_tensor *w, const l
     LAC_TRY(partner_get(op, "w", w, "pre", pre, 1, w->shape[1], &a.pre));
     LAC_TRY(lac_tensor_new(op, g->dtype, g->device, 2, pre->shape, out, &a.out));
     if (sums) LAC_TRY_OUT(lac_tensor_new(op, g->dtype, g->device, 1, &pre->shape[1], sums, &a.sums), out);
-    LAC_RUN_OUT(linear_act_bwd, g->device, &a, out, sums);
+    if (act) LAC_TRY_OUT(lac_tensor_new(op, g->dtype, g->device, 2, pre->shape, act, &a.act), out, sums);
+    LAC_RUN_OUT(linear_act_bwd, g->device, &a, out, sums, act);
     return 0;
 }
 

@@ -1,12 +1,15 @@
 /* linear.cu: what a linear layer does beside its product, inside the product, on CUDA.
  *
  * cuBLASLt adds the bias, keeps what goes into the activation and applies it while the result is in registers
- * (linear_act); on the way back it multiplies the gradient by the activation's derivative there and adds up its columns
- * (linear_act_bwd). Its activation is gelu_tanh, to 1e-5, which is good for half types only. What it has no kernel for
- * - gelu by the error function, f32 and f64, widths that are no whole vectors - runs as the operators in turn; the
- * numbers differ by rounding only, because in turn what goes into the activation is rounded before. Rejected: its
- * epilogue for the gradient of a bias beside the weight's. Of 32,768 positions on an H200 it took 88, 279 and 250 us
- * for weights of 768 x 768, 3,072 x 768 and 768 x 3,072, the product and the sum apart 73, 249 and 229.
+ * (linear_act). Its activation is gelu_tanh, to 1e-5, which is good for half types only. What it has no kernel for -
+ * gelu by the error function, f32 and f64, widths that are no whole vectors - runs as the operators in turn; the
+ * numbers differ by rounding only, because in turn what goes into the activation is rounded before. On the way back
+ * half types have a pass after the product (act_bwd.cu).
+ *
+ * Rejected: cuBLASLt's epilogues for the backward. Of 32,768 positions, hidden layer 3,072, inputs 768, bf16 on an
+ * H200: the product alone 205 us, with the derivative of gelu_tanh 271 at best, with that and sums 849 at best. The
+ * gradient of a bias beside the weight's took 88, 279 and 250 us for weights of 768 x 768, 3,072 x 768 and 768 x 3,072,
+ * the product and the sum apart 73, 249 and 229.
  */
 #include "gemm.cuh"
 #include "sum.cuh"
@@ -18,20 +21,19 @@ enum {
 
 static bool dense(const lac_view *v) { return view_contiguous(v) && (uintptr_t)v->data % 16 == 0; }
 
-/* a product of whole dense matrices: C [m, n] = A B, either transposed as stored */
-static lac_cuda_gemm_args product(const lac_view *a, bool a_transposed, const lac_view *b, bool b_transposed,
-                                  const lac_view *c)
+/* out = x w^T, all of them dense */
+static lac_cuda_gemm_args product(const lac_view *x, const lac_view *w, const lac_view *out)
 {
     lac_cuda_gemm_args g = {};
-    g.m = c->shape[0], g.n = c->shape[1], g.k = a->shape[a_transposed ? 0 : 1], g.batch = 1;
-    g.a = a->data, g.b = b->data, g.c = c->data;
-    g.dtype = g.c_dtype = c->dtype;
-    g.a_transposed = a_transposed, g.b_transposed = b_transposed;
-    g.lda = a->shape[1], g.ldb = b->shape[1], g.ldc = g.n;
+    g.m = out->shape[0], g.n = out->shape[1], g.k = x->shape[1], g.batch = 1;
+    g.a = x->data, g.b = w->data, g.c = out->data;
+    g.dtype = g.c_dtype = out->dtype;
+    g.b_transposed = true;
+    g.lda = x->shape[1], g.ldb = w->shape[1], g.ldc = g.n;
     return g;
 }
 
-/* has cuBLASLt an epilogue for these (dense, with rows of whole vectors)? absent ones fit */
+/* are these dense with rows of whole vectors, as cuBLASLt's epilogues and act_bwd.cu want them? absent ones are */
 static bool fits(const lac_view *const *list, int count)
 {
     for (int i = 0; i < count; i++) {
@@ -69,7 +71,7 @@ extern "C" int lac_cuda_linear_act(const lac_a_linear_act *a)
 {
     const lac_view *list[] = {&a->x, &a->w, &a->bias, &a->pre, &a->out};
     if (a->fn == M1_gelu_tanh && dtype_bytes(a->x.dtype) == 2 && fits(list, 5)) {
-        lac_cuda_gemm_args g = product(&a->x, false, &a->w, true, &a->out);
+        lac_cuda_gemm_args g = product(&a->x, &a->w, &a->out);
         g.bias = a->bias.data;
         g.aux = a->pre.data;
         g.epilogue = GEMM_GELU;
@@ -84,19 +86,15 @@ extern "C" int lac_cuda_linear_act(const lac_a_linear_act *a)
 
 extern "C" int lac_cuda_linear_act_bwd(const lac_a_linear_act_bwd *a)
 {
-    const lac_view *list[] = {&a->g, &a->w, &a->pre, &a->out, &a->sums};
-    if (a->fn == M1_gelu_tanh && dtype_bytes(a->g.dtype) == 2 && fits(list, 5)) {
-        lac_cuda_gemm_args g = product(&a->g, false, &a->w, false, &a->out);
-        g.aux = a->pre.data;
-        g.sums = a->sums.data;
-        g.epilogue = GEMM_GELU_GRADIENT;
-        int status = lac_cuda_gemm("linear_act_bwd", &g);
-        if (status != GEMM_UNKNOWN) return status;
-    }
+    const lac_view *list[] = {&a->pre, &a->out, &a->sums, &a->act};
     lac_a_matmul m = {a->g, a->w, {}, a->out};
     lac_a_map1_bwd f = {a->fn, a->pre, a->pre, a->out, a->out};
+    lac_a_map1 again = {a->fn, a->pre, a->act};
     LAC_TRY(lac_cuda_matmul(&m));
+    if (dtype_bytes(a->g.dtype) == 2 && fits(list, 4))
+        return lac_cuda_act_back(a->fn == M1_gelu_tanh, &a->pre, &a->out, &a->sums, &a->act);
     LAC_TRY(lac_cuda_map1_bwd(&f));
+    if (a->act.data) LAC_TRY(lac_cuda_map1(&again));
     return lac_cuda_column_sums(&a->out, &a->sums);
 }
 

@@ -5,15 +5,16 @@
  * spans it, which transposed and sliced views are; others are copied once into scratch memory. Batch axes that step
  * evenly are one strided-batch call; uneven ones (two broadcast axes) are one call per item of the outer axes.
  *
- * What follows a product inside the same kernel (bias, gelu_tanh and its derivative, sums) is an epilogue of
- * cuBLASLt's; linear.cu uses them. The choice of algorithm is cuBLASLt's first suggestion, remembered per shape: asking
- * costs tens of microseconds, and a training step repeats the same few dozen shapes. Large results of short sums in a
- * half type on Hopper have the suggestion with tiles of 128 x 128 instead, or else of 128 x 160: the first mostly has
- * larger ones, and where there are few steps along a sum, writing a tile down takes as long as half of them. Of 20 such
- * shapes on an H200 none was slower by it, the products of a training step of LongNet-125M took 34.3 ms instead
- * of 36.7. Rejected: timing the suggestions at first use, which could give other bits in every run. f32 runs in exact
- * f32 unless the script allows TF32 (lac.use_tf32), f16 and bf16 multiply on tensor cores and add in f32, f64 in f64.
- * Same shape, same device: same algorithm, so the same bits.
+ * What follows a product inside the same kernel (bias, gelu_tanh) is an epilogue of cuBLASLt's; linear.cu uses them.
+ * The choice of algorithm is cuBLASLt's first suggestion, remembered per shape: asking costs tens of microseconds, and
+ * a training step repeats the same few dozen shapes. Large results of short sums in a half type on Hopper have the
+ * suggestion with tiles of 128 x 128 instead, or else of 128 x 160: the first mostly has larger ones, and where there
+ * are few steps along a sum, writing a tile down takes as long as half of them. Of 20 such shapes on an H200 none was
+ * slower by it, the products of a training step of LongNet-125M took 34.3 ms instead of 36.7. Where what goes into gelu
+ * is kept, the first is faster (up of a feed-forward layer 287 us to 302). Rejected: timing the suggestions at first
+ * use, which could give other bits in every run. f32 runs in exact f32 unless the script allows TF32 (lac.use_tf32),
+ * f16 and bf16 multiply on tensor cores and add in f32, f64 in f64. Same shape, same device: same algorithm, so the
+ * same bits.
  */
 #include "gemm.cuh"
 #include <cstdio>
@@ -87,8 +88,6 @@ static cublasLtEpilogue_t epilogue_of(const lac_cuda_gemm_args *g)
     case GEMM_GELU:
         if (g->aux) return g->bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
         return g->bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
-    case GEMM_GELU_GRADIENT:
-        return g->sums ? CUBLASLT_EPILOGUE_DGELU_BGRAD : CUBLASLT_EPILOGUE_DGELU;
     default:
         return g->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
     }
@@ -100,8 +99,7 @@ static cublasLtEpilogue_t epilogue_of(const lac_cuda_gemm_args *g)
 /* the pointers of this call's epilogue */
 static int point(const char *op, const lac_cuda_gemm_args *g, const remembered *r)
 {
-    const void *vector = g->epilogue == GEMM_GELU_GRADIENT ? g->sums : g->bias;
-    if (vector) ATTRIBUTE(op, r, BIAS_POINTER, vector);
+    if (g->bias) ATTRIBUTE(op, r, BIAS_POINTER, g->bias);
     if (!g->aux) return 0;
     int64_t ld = g->n;
     ATTRIBUTE(op, r, EPILOGUE_AUX_POINTER, g->aux);
@@ -130,7 +128,8 @@ static int preferred(const shape_key *k, const cublasLtMatmulHeuristicResult_t *
 {
     static const int32_t tiles[] = {CUBLASLT_MATMUL_TILE_128x128, CUBLASLT_MATMUL_TILE_128x160};
     auto whole = [&](int i) { return setting(&found[i].algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1; };
-    bool large = k->dtype >= LAC_F16 && k->batch == 1 && k->k <= SHORT_SUM && k->m * k->n >= MANY_RESULTS;
+    bool kept = k->epilogue == CUBLASLT_EPILOGUE_GELU_AUX || k->epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+    bool large = !kept && k->dtype >= LAC_F16 && k->batch == 1 && k->k <= SHORT_SUM && k->m * k->n >= MANY_RESULTS;
     if (!large || !on_hopper() || !whole(0)) return 0;
     for (int32_t tile : tiles)
         for (int i = 0; i < count; i++)

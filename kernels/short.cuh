@@ -49,6 +49,15 @@ static __device__ __forceinline__ float short_gelu_both(float x, float *slope)
     *slope = x > 0 ? 1.0f - w : w;
     return fmaf(-m, tail, fmaxf(x, 0.0f));
 }
+/* gelu by tanh, which is x s(u) with the sigmoid s, and its derivative s(u) + x u' s(u) s(-u); e = exp(-|u|), so that
+ * neither cancels */
+static __device__ __forceinline__ float short_gelu_tanh_both(float x, float *slope)
+{
+    const float square = x * x, u = x * fmaf(0.07135481627f, square, 1.5957691216f);
+    const float e = short_exp(-fabsf(u)), d = short_recip(1.0f + e), s = u > 0 ? d : e * d;
+    *slope = fmaf(x * fmaf(0.21406444881f, square, 1.5957691216f), e * d * d, s);
+    return x * s;
+}
 static __device__ __forceinline__ float short_gelu(float x)
 {
     float slope;

@@ -1756,7 +1756,7 @@ describe("engine errors:", function()
       { "residual_norm_bwd", T, T, T, T, T, T, N, I, I, O, O, O, O },
       { "gelu_norm", T, T, T, N, O, O, O, O }, { "gelu_norm_bwd", T, T, T, T, T, T, T,
         N, O, O, O, O, O },
-      { "linear_act", I, T, T, T, O, O }, { "linear_act_bwd", I, T, T, T, O, O },
+      { "linear_act", I, T, T, T, O, O }, { "linear_act_bwd", I, T, T, T, O, O, O },
       { "weight_grad", T, T, O, O },
       { "sort", T, small, small, O, O }, { "topk", T, small, small, small, O, O },
       { "searchsorted", T, T, small, O }, { "runs", T, T, O, O }, { "nonzero", T, O },

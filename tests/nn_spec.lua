@@ -9,6 +9,7 @@ local lac = require "lacuna"
 local lib = require "lacuna.lib"
 local tensor = require "lacuna.tensor"
 local cases = require "support.cases"
+local internal = require("lacuna.ops").internal
 local nn = lac.nn
 
 local function leaf_values(t) return t:detach():to{ dtype = "f64" }:totable() end
@@ -189,6 +190,32 @@ describe("nn modules", function()
           assert.is_true(lac.allclose(again, out, { rtol = 2 * eps, atol = 8 * eps }), text)
           assert.is_true(lac.allclose(sums:double(), total, { rtol = 2 * eps, atol = rest }), text)
           assert.is_true(lac.allclose(dx, plain, { rtol = 2 * eps, atol = 2 * eps }), text)
+        end
+      end
+    end
+  end)
+
+  it("gives an activation's result again with its gradient, and that gradient's sums over rows", function()
+    local C, call, adopt, new = lib.C, lib.call, tensor.adopt, tensor.ctype
+    for _, o in ipairs{ { 3, 5, 8 }, { 40, 16, 72 }, { 300, 24, 3072 }, { 5, 7, 9 }, { 0, 4, 8 } } do
+      for _, dtype in ipairs{ "f64", "f32", "f16", "bf16" } do
+        for _, name in ipairs{ "gelu", "gelu_tanh" } do
+          local rows, width, hidden = unpack(o)
+          local g, w = lac.randn{ rows, width, dtype = dtype }, lac.randn{ width, hidden, dtype = dtype }
+          local pre = (lac.randn{ rows, hidden, dtype = dtype } * 2):requires_grad_(true)
+          local id, all, sums, act, alone = internal.map_id["1" .. name], new(), new(), new(), new()
+          call(C.lac_linear_act_bwd, id, g.c, w.c, pre.c, all, sums, act)
+          call(C.lac_linear_act_bwd, id, g.c, w.c, pre.c, alone, nil, nil)
+          all, sums, act, alone = adopt(all), adopt(sums), adopt(act), adopt(alone)
+          local eps, rest = cases.epsilon(dtype), dtype == "f64" and 1e-12 or 1e-3
+          local text = ("%s, %s, %s"):format(name, dtype, table.concat(o, " x "))
+          local made = lac[name](pre)
+          local grad = lac.grad(made, pre, { grad_outputs = { g:matmul(w) } })
+          assert.is_true(lac.equal(all, alone), text)
+          assert.is_true(lac.allclose(act, made:detach(), { rtol = 2 * eps, atol = 2 * eps }), text)
+          assert.is_true(lac.allclose(all, grad, { rtol = 4 * eps, atol = 4 * eps }), text)
+          local total = all:double():sum(1)
+          assert.is_true(lac.allclose(sums:double(), total, { rtol = 2 * eps, atol = rest }), text)
         end
       end
     end

@@ -38,8 +38,10 @@ int LAC_CPU(linear_act_bwd)(const lac_a_linear_act_bwd *a)
 {
     lac_a_matmul m = {.a = a->g, .b = a->w, .out = a->out};
     lac_a_map1_bwd f = {.fn = a->fn, .x = a->pre, .y = a->pre, .g = a->out, .out = a->out};
+    lac_a_map1 again = {.fn = a->fn, .x = a->pre, .out = a->act};
     LAC_TRY(LAC_CPU(matmul)(&m));
     LAC_TRY(LAC_CPU(map1_bwd)(&f));
+    if (a->act.data) LAC_TRY(LAC_CPU(map1)(&again));
     return LAC_CPU(column_sums)(&a->out, &a->sums);
 }
 

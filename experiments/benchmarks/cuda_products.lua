@@ -3,8 +3,8 @@
 -- 32,768 positions times every weight of the model (four projections, fused q, k and v, both feed-forward
 -- matrices, the tied output), forward and towards input and weight, in bf16 and in f32 with TF32. Both sides
 -- call cuBLAS; what is compared is the choice of algorithm and what happens around it. Then the feed-forward
--- layer as a whole, with and without its norm, where biases, gelu_tanh and sums of gradients are part of the
--- products here; the work that is counted is the products' alone.
+-- layer as a whole, with and without its norm, where biases and gelu_tanh are part of the products here, and
+-- their gradients and the hidden layer once more are one pass; the work counted is the products' alone.
 
 local lac = require "lacuna"
 

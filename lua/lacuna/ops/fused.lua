@@ -282,29 +282,30 @@ local function down_grad(node, g, grads, retain, hidden)
   if not (node.hidden and retain) then release(hidden) end
 end
 
--- the gradient of what goes into the activation, and of up_bias; with a norm also of gamma and beta, and what
--- the second product read, if it was not kept
+-- the gradient of what goes into the activation, and of up_bias; with a norm also of gamma and beta. And what
+-- the second product read, if it is needed and was not kept
 local function pre_grad(node, g, grads)
   local summed = node.up_bias and node.up_bias.requires_grad
+  local again = not node.hidden and node.down.requires_grad
   if node.norm then
     local dh = raw_matmul(g, node.down)
     local dpre, dgamma, dbeta, hidden, sums = gelu_norm_grad(node.pre, node.act, node.gamma, node.beta,
-      node.mean, node.rstd, dh, node.eps, not node.hidden and node.down.requires_grad, summed)
+      node.mean, node.rstd, dh, node.eps, again, summed)
     grads.gamma, grads.beta, grads.up_bias = dgamma, dbeta, sums
     release(dh)
     return dpre, hidden
   end
-  local c, sums = new(), summed and new() or nil
-  call(C.lac_linear_act_bwd, node.id, g.c, node.down.c, node.pre.c, c, sums)
+  local c, sums, act = new(), summed and new() or nil, again and new() or nil
+  call(C.lac_linear_act_bwd, node.id, g.c, node.down.c, node.pre.c, c, sums, act)
   grads.up_bias = sums and adopt(sums)
-  return adopt(c)
+  return adopt(c), act and adopt(act)
 end
 
 function feed_op.backward(node, g, _, retain)
   local x, up, grads = node.x, node.up, {}
   local g2 = rows("feed_forward", g)
   local dpre, hidden
-  if node.norm then dpre, hidden = pre_grad(node, g2, grads) end
+  if node.norm or not node.hidden then dpre, hidden = pre_grad(node, g2, grads) end
   down_grad(node, g2, grads, retain, hidden)
   dpre = dpre or pre_grad(node, g2, grads)
   if not retain then
