@@ -1,9 +1,18 @@
-/* attn_forward.cu: which shape of attn_forward.cuh's kernel runs. */
+/* attn_forward.cu: which kernel of attn_forward_plain.cuh or attn_forward.cuh runs, and its shape. */
 #include "attn_forward.cuh"
+#include "attn_forward_plain.cuh"
+
+template <template <int> class Op> static int plain(attn_args &a, const lac_plan *plan)
+{
+    return a.head_dim <= 64 ? launch_plain<Op<64>, 64, 2, 4, 48, 3>(a, plan)
+                            : launch_plain<Op<128>, 128, 2, 4, 64, 2>(a, plan);
+}
 
 int attn_forward_tensor(attn_args &a, const lac_plan *plan, int dtype)
 {
     int d = a.head_dim;
+    if (dtype != LAC_F32 && d <= 128 && a.p == 0)
+        return dtype == LAC_BF16 ? plain<op_bf16>(a, plan) : plain<op_f16>(a, plan);
     if (dtype == LAC_BF16)
         return d <= 64    ? launch<op_bf16<64>, 64, 2, 4, 48, 3>(a, plan)
                : d <= 128 ? launch<op_bf16<128>, 128, 2, 4, 64, 2>(a, plan)

@@ -1,4 +1,5 @@
-/* attn_forward.cuh: the forward of attention on tensor cores.
+/* attn_forward.cuh: the forward of attention on tensor cores. Half types to D = 128 without dropout and without options
+ * of single pairs have attn_forward_plain.cuh.
  *
  * A block has 128 query rows (64 for head dimensions above 128) in shared memory and walks over the keys its rows may
  * see, 64 to 16 at a time. Keys and values are double-buffered by cp.async: a step first asks for the next tile, then

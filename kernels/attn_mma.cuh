@@ -220,26 +220,29 @@ __device__ __forceinline__ void scores(float (&c)[M][N][4], uint32_t x, int row0
     }
 }
 
-/* c += P Y[0 .. 8 N)[all columns]; P as `scores` left it */
+/* c += P Y[0 .. 8 N)[all columns]; P as `scores` left it: one step of k, and all */
+template <class Op, int M, int N, int E>
+__device__ __forceinline__ void weighted_step(float (&c)[M][E][4], const float (&p)[M][N][4], uint32_t y, int k)
+{
+    uint32_t a[M][4], b[4];
+#pragma unroll
+    for (int m = 0; m < M; m++) Op::left(a[m], p[m][Op::BLOCKS * k], p[m][Op::BLOCKS * k + Op::BLOCKS - 1]);
+#pragma unroll
+    for (int e = 0; e < E; e += 2) {
+        Op::bt(b, y, 8 * e, k);
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            Op::mma(c[m][e], a[m], b[0], b[1]);
+            Op::mma(c[m][e + 1], a[m], b[2], b[3]);
+        }
+    }
+}
 template <class Op, int M, int N, int E>
 __device__ __forceinline__ void weighted(float (&c)[M][E][4], const float (&p)[M][N][4], uint32_t y)
 {
     y = attn_opaque(y);
 #pragma unroll
-    for (int k = 0; k < N / Op::BLOCKS; k++) {
-        uint32_t a[M][4], b[4];
-#pragma unroll
-        for (int m = 0; m < M; m++) Op::left(a[m], p[m][Op::BLOCKS * k], p[m][Op::BLOCKS * k + Op::BLOCKS - 1]);
-#pragma unroll
-        for (int e = 0; e < E; e += 2) {
-            Op::bt(b, y, 8 * e, k);
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-                Op::mma(c[m][e], a[m], b[0], b[1]);
-                Op::mma(c[m][e + 1], a[m], b[2], b[3]);
-            }
-        }
-    }
+    for (int k = 0; k < N / Op::BLOCKS; k++) weighted_step<Op>(c, p, y, k);
 }
 
 /* The lane's row has these columns; attn_select asks for them in the accumulators' order. In shared memory, because the
@@ -490,12 +493,12 @@ __device__ __forceinline__ float quad_max(float x)
 
 /* ---- loads of tiles that a block keeps ---- */
 
-/* attn_load(); where active blocks are all that there is, without its loop if the tensor can be read so */
-template <class Tile, class T, int ROWS, int DP, int THREADS_, class A>
+/* attn_load(); QUICK, or where active blocks are all that there is: without its loop if the tensor can be read so */
+template <class Tile, class T, int ROWS, int DP, int THREADS_, bool QUICK = false, class A>
 __device__ __forceinline__ void attn_load_once(uint32_t to, const A &a, const attn_tensor &x, const attn_tile &t, int h,
                                                int shift, int first, int limit, bool padding)
 {
-    if constexpr (attn_blocks_alone<A>) {
+    if constexpr (QUICK || attn_blocks_alone<A>) {
         const int64_t step = (int64_t)t.r * x.stride[1]; /* as attn_quick() */
         if (x.vec && !padding && step < 1 << 23 && step > -(1 << 23)) {
             attn_stream<Tile, T, ROWS, DP, THREADS_, true> rows;
@@ -539,8 +542,7 @@ __device__ __forceinline__ void attn_stash_slow(float *sums, int row, const floa
     __syncwarp();
 }
 
-/* Writes `count` rows that are this branch's alone, some at a time: with active blocks tiles are short, and a warp
- * would wait for each. */
+/* Writes `count` rows that are this branch's alone, some at a time: where tiles are short, waiting for each shows. */
 template <class T, int DP>
 __device__ __forceinline__ void attn_write_alone(const attn_args &a, T *out, int columns, float *sums,
                                                  const attn_row<float> *rows, int count)
@@ -568,15 +570,16 @@ __device__ __forceinline__ void attn_write_alone(const attn_args &a, T *out, int
     __syncwarp();
 }
 
-/* Writes `count` rows, columns from `first` on: the sums so far are added (factor `before`; 0: there are none) to `own`
+/* QUICK, or where active blocks are all that there is: rows of one branch leave some at a time.
+ * Writes `count` rows, columns from `first` on: the sums so far are added (factor `before`; 0: there are none) to `own`
  * times the row, which becomes the sums so far (attn_sums.cuh) or, if this branch is the row's last, rounded in `out`.
  */
-template <class T, int DP, class A, class S>
+template <class T, int DP, bool QUICK = false, class A, class S>
 __device__ __forceinline__ void attn_write(const A &a, void *out, S so_far, float *sums, const attn_row<float> *rows,
                                            int count, int first = 0)
 {
     const bool whole = a.head_dim % 4 == 0 && (uintptr_t)out % 16 == 0 && so_far.aligned();
-    if constexpr (attn_blocks_alone<A>)
+    if constexpr (QUICK || attn_blocks_alone<A>)
         if (whole && a.ranks == 1) {
             attn_write_alone<T, DP>(a, (T *)out + first, a.head_dim - first, sums, rows, count);
             return;
@@ -625,7 +628,7 @@ __device__ __forceinline__ attn_row<float> attn_summed(const attn_args &a, const
 /* Rows [row0, row_end) of a warp leave the forward: sums o of weighted values, over those of their softmax, or
  * (`spoilt`) as attn_slow.cuh has them. A lane finishes a row: maximum and sum reach it through shared memory, and what
  * becomes of the row goes back so. `lane` is the thread's in its warp, which callers have, here and below. */
-template <class T, int DP, int M, class A>
+template <class T, int DP, bool QUICK = false, int M, class A>
 __device__ __forceinline__ void
 attn_leave_forward(const A &a, const attn_tile &t, int lane, float *sums, attn_row<float> *rows, int row0, int row_end,
                    bool spoilt, const float (&o)[M][DP / 8][4], const float (&top)[M][2], const float (&sum)[M][2])
@@ -655,7 +658,7 @@ attn_leave_forward(const A &a, const attn_tile &t, int lane, float *sums, attn_r
         rows[lane] = f;
     }
     __syncwarp();
-    attn_write<T, DP>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, rows, row_end - row0);
+    attn_write<T, DP, QUICK>(a, a.out, attn_f32_sums{(float *)a.acc}, sums, rows, row_end - row0);
 }
 
 /* SPLIT warps, APART from each other, that share rows and have sums of their own; the first leads. */
