@@ -95,6 +95,30 @@ describe("bench", function()
     assert.equal(2, runs)
   end)
 
+  it("measures sides after idling and sustained", function()
+    local calls, waited = 0, sys.time()
+    local function own()
+      calls = calls + 1
+      local go = sys.time() + 0.01
+      repeat until sys.time() >= go
+    end
+    local b = run{ peer = dir .. "/shell" }
+    local peer = b:case("good", "fine")
+    local paces = b:paces({ own, peer }, { rounds = 2, idle = 0.02, long_rounds = 1, long = 0.05 })
+    waited = sys.time() - waited
+    assert.equal("", paces[1].name)
+    assert.equal(", sustained", paces[2].name)
+    for _, pace in ipairs(paces) do assert.is_true(pace.times[1] >= 0.01 and pace.times[1] < 1) end
+    assert.equal(0.5, paces[1].times[2])
+    assert.equal(0.25, paces[2].times[2])
+    assert.is_true(calls >= 2 * 2 + 2 and calls <= 2 * 2 + 6) -- two a turn; then 0.05 seconds of them
+    assert.is_true(waited >= 4 * 0.02 + calls * 0.01)
+    calls = 0
+    run{ quick = true }:paces({ own }, { rounds = 5, idle = 0, long = 10 })
+    assert.equal(2 + 2, calls)
+    assert.error_matches(function() b:paces({ own }, { round = 3 }) end, "bench.paces: unknown option")
+  end)
+
   it("times a function: as many turns as asked, `before` at each", function()
     local before, calls = 0, 0
     local t = bench.time(function() calls = calls + 1 end,

@@ -3,7 +3,8 @@
 -- LongNet's pattern: 12 heads of 64, segments 2,048 to 32,768 at dilations 1 to 16, bf16. `torchscale` runs
 -- every head in every branch and merges by log-sum-exp; `fkodom` divides the heads. The peers are their
 -- pipelines in PyTorch round the faster of cuDNN's and FlashAttention-2's kernel (peers/cuda_pipelines.py).
--- Sides take turns in a new order each round after some idle time; times are medians over the rounds.
+-- Sides take turns in a new order each round, after some idle time and then without a pause ("sustained", see
+-- Run:paces of bench.lua); times are medians over the rounds.
 --
 -- torchscale's merge weights are constants in its gradient. The exact gradient is judged; the row "detached"
 -- is torchscale's own, and is compared with the peer's in value. fkodom's division by the sum of outputs is
@@ -14,7 +15,7 @@ local lac = require "lacuna"
 local bench = require "lacuna.bench"
 local sys = require "lacuna.sys"
 
-local ROUNDS, IDLE = 11, 0.02
+local PACE = { rounds = 11, idle = 0.02 }
 local HEADS, HEAD_DIM = 12, 64
 
 local PROJECTS = {
@@ -50,11 +51,10 @@ end
 
 -- several calls in a row, so that launches overlap, and a wait
 local function repeated(fn, times)
-  local function calls()
+  return function()
     for _ = 1, times do lac.scope(function() fn() end) end
     lac.synchronize()
   end
-  return function() return bench.warm(calls) end
 end
 
 local function wide(x) return x:detach():to{ dtype = "f64" } end
@@ -104,11 +104,13 @@ local function measured(b, o, t, data)
     segments = pattern.segments, dilations = pattern.dilations, causal = o.causal, backward = o.backward,
     times = repeats(o.n) })
   if not side then return b:value{ what = what, problem = told, at_least = o.target } end
-  local times = bench.shuffled({ repeated(function() return ours(t, pattern, o.backward) end, repeats(o.n)),
-    function() return side:turn(1e-9) end }, b:size(ROUNDS, 1), IDLE)
   local ms = 1e3 / repeats(o.n)
-  b:value{ what = ("%s: %.3g ms, theirs %.3g"):format(what, times[1] * ms, times[2] * ms),
-    value = times[2] / times[1], unit = "x", at_least = o.target }
+  local call = repeated(function() return ours(t, pattern, o.backward) end, repeats(o.n))
+  for _, pace in ipairs(b:paces({ call, side }, PACE)) do
+    local mine, theirs = unpack(pace.times)
+    b:value{ what = ("%s%s: %.3g ms, theirs %.3g"):format(what, pace.name, mine * ms, theirs * ms),
+      value = theirs / mine, unit = "x", at_least = o.target }
+  end
   if data and o.project.scheme == "all" and o.detached == o.backward then
     b:value{ what = "  difference of results", value = difference(told, t, pattern, o.backward),
       at_most = 1e-2 }

@@ -3,18 +3,16 @@
 -- 32768 kept rows in all, heads times head_dim 2048, bf16. The peers' inputs are gathered and contiguous; the
 -- faster one counts. A turn is some idle time, one call that is not timed, and one that is: several forwards
 -- in a row. The sides take turns in a new order each round, because the order alone moves results by several
--- percent; times are medians over the rounds. Then the same "sustained": a turn is a quarter of a second of
--- calls without a pause, of which the second half counts, at the clock that the power allows by then. The
--- portable kernel is a side as well, and in rows of their own fp8 beside bf16. Dilation is measured at equal
--- rows, kept and written, and several branches in one launch against the sum of their own times.
+-- percent; times are medians over the rounds. Then all rows once more, "sustained": a turn is a quarter of a
+-- second of calls without a pause, of which the second half counts, at the clock that power allows by then
+-- (Run:paces of bench.lua). The portable kernel is a side as well, and in rows of their own fp8 beside bf16.
+-- Dilation is measured at equal rows, kept and written, and several branches in one launch against the sum of
+-- their own times.
 -- kernels/HOPPER.md has the record: floors, expectations, what was tried.
 
 local lac = require "lacuna"
-local bench = require "lacuna.bench"
 local device = require "lacuna.device"
 
-local ROUNDS, IDLE = 13, 0.03
-local LONG_ROUNDS, LONG = 3, 0.25 -- sustained
 local ROWS, WIDTH = 32768, 2048
 
 local PORTABLE = 0.9 -- of FlashAttention-2
@@ -34,12 +32,6 @@ local function forwards(o, times)
   return function() lac.no_grad(lac.scope, body) end
 end
 
--- median seconds of the sides: calls, or cases of a peer
-local function medians(b, calls) return bench.shuffled(bench.sides(calls), b:size(ROUNDS, 1), IDLE) end
-local function sustained(b, calls)
-  return bench.shuffled(bench.sides(calls, b:size(LONG, 1e-3)), b:size(LONG_ROUNDS, 1), 0)
-end
-
 -- ours: two sides, the first of which counts
 local function against_peers(b, n, head_dim, causal, ours, target)
   local what = ("D %d, %d rows%s"):format(head_dim, n, causal and ", causal" or "")
@@ -56,10 +48,10 @@ local function against_peers(b, n, head_dim, causal, ours, target)
     sides[#sides + 1] = side
   end
   local work = 4 * n ^ 2 * heads_of(head_dim) * head_dim * count / (causal and 2 or 1) * times / 1e12
-  for i, t in ipairs{ medians(b, sides), sustained(b, sides) } do
-    local rates = ("%s%s: %s%.0f TFLOP/s, %s %.0f, cuDNN %.0f, FA2 %.0f"):format(what,
-      i == 2 and ", sustained" or "", ours[1].name, work / t[1], ours[2].name, work / t[2], work / t[3],
-      work / t[4])
+  for _, pace in ipairs(b:paces(sides)) do
+    local t = pace.times
+    local rates = ("%s%s: %s%.0f TFLOP/s, %s %.0f, cuDNN %.0f, FA2 %.0f"):format(what, pace.name,
+      ours[1].name, work / t[1], ours[2].name, work / t[2], work / t[3], work / t[4])
     b:value{ what = rates, value = math.min(t[3], t[4]) / t[1], unit = "x", at_least = target }
     if ours[2].kernel == "portable" and target then
       b:value{ what = "  portable, of FA2", value = t[4] / t[2], unit = "x", at_least = PORTABLE }
@@ -121,15 +113,17 @@ local function dilated(b, head_dim, causal)
     side(o)
   end
   for _, r in ipairs(list) do side(branches(n * r, 2048 * r, r, 1)) end
-  local t = medians(b, sides)
-  local what = ("D %d%s, "):format(head_dim, causal and " causal" or "")
-  for i, r in ipairs(list) do
-    b:value{ what = what .. ("time at r = %d against r = 1, all rows kept"):format(r),
-      value = t[i + 1] / t[1], unit = "x", at_most = 1.02 }
-  end
-  for i, r in ipairs(list) do
-    b:value{ what = what .. ("time at r = %d against r = 1, with %.1f GB of zeros"):format(r,
-      n * (r - 1) * WIDTH * 2 / 1e9), value = t[#list + i + 1] / t[1], unit = "x" }
+  for _, pace in ipairs(b:paces(sides)) do
+    local t = pace.times
+    local what = ("D %d%s%s, "):format(head_dim, causal and " causal" or "", pace.name)
+    for i, r in ipairs(list) do
+      b:value{ what = what .. ("time at r = %d against r = 1, all rows kept"):format(r),
+        value = t[i + 1] / t[1], unit = "x", at_most = 1.02 }
+    end
+    for i, r in ipairs(list) do
+      b:value{ what = what .. ("time at r = %d against r = 1, with %.1f GB of zeros"):format(r,
+        n * (r - 1) * WIDTH * 2 / 1e9), value = t[#list + i + 1] / t[1], unit = "x" }
+    end
   end
 end
 
@@ -144,11 +138,12 @@ local function together(b, n, causal)
   end
   local sides = { side(segments, dilations, 1) }
   for i = 1, #segments do sides[i + 1] = side({ segments[i] }, { dilations[i] }, many) end
-  local t = medians(b, sides)
-  local sum = 0
-  for i = 2, #t do sum = sum + t[i] end
-  b:value{ what = ("D 64%s, %d positions, five branches: sum of the branches' tiles / together"):format(
-    causal and " causal" or "", o.n), value = sum / t[1], unit = "x", at_least = 0.93 }
+  for _, pace in ipairs(b:paces(sides)) do
+    local sum = 0
+    for i = 2, #sides do sum = sum + pace.times[i] end
+    b:value{ what = ("D 64%s, %d positions%s, five branches: sum of the branches' tiles / together"):format(
+      causal and " causal" or "", o.n, pace.name), value = sum / pace.times[1], unit = "x", at_least = 0.93 }
+  end
 end
 
 return {

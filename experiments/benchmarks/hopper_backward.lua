@@ -5,15 +5,12 @@
 -- faster one of the peers. The peers' inputs are gathered and contiguous. A turn is some idle time, one call
 -- that is not timed, and one that is: several backwards in a row. The four sides take turns in a new order
 -- each round, because the order alone moves results by several percent; times are medians over the rounds.
--- Beside it the same sides "sustained", as in hopper.lua.
+-- Beside it all rows "sustained", as in hopper.lua.
 -- kernels/HOPPER_BACKWARD.md has the record: floors, expectations, what was tried.
 
 local lac = require "lacuna"
-local bench = require "lacuna.bench"
 local device = require "lacuna.device"
 
-local ROUNDS, IDLE = 13, 0.03
-local LONG_ROUNDS, LONG = 3, 0.25 -- sustained
 local ROWS, WIDTH = 32768, 2048
 
 local function heads_of(head_dim) return math.floor(WIDTH / head_dim) end
@@ -41,12 +38,6 @@ local function ours(o)
   return function() lac.scope(body) end
 end
 
--- median seconds of the sides: calls, or cases of a peer
-local function medians(b, calls) return bench.shuffled(bench.sides(calls), b:size(ROUNDS, 1), IDLE) end
-local function sustained(b, calls)
-  return bench.shuffled(bench.sides(calls, b:size(LONG, 1e-3)), b:size(LONG_ROUNDS, 1), 0)
-end
-
 local PORTABLE = 0.9 -- of FlashAttention-2
 
 local function against_peers(b, o, what, target)
@@ -65,8 +56,8 @@ local function against_peers(b, o, what, target)
   end
   local width = heads_of(o.head_dim) * o.head_dim
   local flops = 10 * o.rows ^ 2 * width * o.segments / (o.causal and 2 or 1) * repeats(o)
-  for i, t in ipairs{ medians(b, sides), sustained(b, sides) } do
-    local as = i == 2 and what .. ", sustained" or what
+  for _, pace in ipairs(b:paces(sides)) do
+    local t, as = pace.times, what .. pace.name
     local function speed(side) return flops / t[side] / 1e12 end
     b:value{ what = ("%s: %.0f TFLOP/s, cuDNN %.0f, FA2 %.0f"):format(as, speed(1), speed(3), speed(4)),
       value = math.min(t[3], t[4]) / t[1], unit = "x", at_least = target }
@@ -107,10 +98,13 @@ local function dilations(b)
         local list = b:size({ 1, 2, 4, 8, 16 }, { 1, 2 })
         local sides = {}
         for i, r in ipairs(list) do sides[i] = side(r) end
-        local t = medians(b, sides)
-        for i = 2, #list do
-          b:value{ what = ("D %d%s, time at r = %d against r = 1, all rows kept"):format(head_dim,
-            causal and " causal" or "", list[i]), value = t[i] / t[1], unit = "x", at_most = 1.02 }
+        for _, pace in ipairs(b:paces(sides)) do
+          local t = pace.times
+          for i = 2, #list do
+            b:value{ what = ("D %d%s%s, time at r = %d against r = 1, all rows kept"):format(head_dim,
+              causal and " causal" or "", pace.name, list[i]), value = t[i] / t[1], unit = "x",
+              at_most = 1.02 }
+          end
         end
       end)
     end

@@ -399,6 +399,27 @@ function Run:case(name, case, arguments)
   return Remote(peer, answer.id), answer.info
 end
 
+local PACES = {
+  rounds = { type = "integer", min = 1, default = 13 }, idle = { type = "number", min = 0, default = 0.03 },
+  long_rounds = { type = "integer", min = 1, default = 3 },
+  long = { type = "number", min = 0, default = 0.25 },
+}
+
+--- Times of several sides that take turns (bench.shuffled), twice: after idling, where a turn is one call,
+-- behind one that is not timed; and sustained, where it is `long` seconds of calls without a pause, of which
+-- the second half counts, at the clock that a GPU's power allows by then.
+-- @tparam table calls functions, or a peer's cases
+-- @tparam[opt] table options rounds = 13, idle = 0.03 (seconds before every turn); sustained: long_rounds =
+--   3, long = 0.25 (seconds); a quick run has one round of each
+-- @treturn table { { name = "", times = median seconds of every side }, { name = ", sustained", times = } }
+function Run:paces(calls, options)
+  local o = schema.options("bench.paces", options or {}, PACES)
+  local function times(seconds, rounds, idle)
+    return bench.shuffled(bench.sides(calls, seconds), self:size(rounds, 1), idle)
+  end
+  return { { name = "", times = times(nil, o.rounds, o.idle) },
+    { name = ", sustained", times = times(self:size(o.long, 1e-3), o.long_rounds, 0) } }
+end
 
 -- ---- printing ---------------------------------------------------------------------------------------------
 
