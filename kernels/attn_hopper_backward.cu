@@ -27,15 +27,14 @@ __host__ __device__ static int up(int64_t n, int64_t by) { return (int)((n + by 
 
 /* Items whose tiles are interleaved, so that tiles of one item are not claimed at the same time, when all but one would
  * wait for their turns. Hopper's without masks: as many as the device runs at once. With masks tiles begin at different
- * blocks, and the portable kernel, of which more tiles run at once, waits longer: as many as stay in the cache.
- */
-static int interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, int64_t items, bool joint, bool blocks)
+ * blocks, and the portable kernel, of which more tiles run at once, waits longer: as many as stay in the cache. */
+static int64_t interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, bool joint, bool blocks)
 {
     const bool masks = d->causal || d->window >= 0;
     const int64_t bytes = masks ? 24 << 20 : 40 << 20; /* of items' q, dout and sums of dq */
     if (blocks) return 1;                              /* nobody waits: sums of dq have no turns */
     const int64_t n = masks || joint ? bytes / (rows * d->head_dim * 8) : lac_cuda_processors / tiles;
-    return (int)(n < 1 ? 1 : n > items ? items : n);
+    return n < 1 ? 1 : n;
 }
 
 /* groups of 64 keys of a tile */
@@ -54,6 +53,26 @@ static bool has_keys(const lac_plan *p, int g)
         if (lac_plan_offset(&p->desc, g, h) < p->desc.m) return true;
     return false;
 }
+static int64_t items_of(const hopper_args &h, const lac_plan *p, int g)
+{
+    return p->desc.batch * h.branch[g].segments * p->heads[g];
+}
+/* Branches of one rank that follow each other are a pool if their items have as many blocks and tiles: these are
+ * interleaved as if they were one branch's, in parts of as many items but for one: the last part, with which few others
+ * run, has its share. */
+static void list_pools(hopper_args &h, const lac_plan *p, bool joint, bool blocks)
+{
+    const lac_attn_desc *d = &p->desc;
+    for (int g = 0; g < d->branches; g++) {
+        hopper_branch &b = h.branch[g];
+        int64_t items = 0;
+        for (int e = 0; e < d->branches; e++)
+            if (h.branch[e].first_tile == b.first_tile) items += items_of(h, p, e);
+        const int64_t most = interleaved(d, b.tiles, (int64_t)b.blocks * HOPPER_ROWS, joint, blocks);
+        const int64_t parts = items > most ? (items + most - 1) / most : 1;
+        b.group = (int)(items / parts), b.larger = (int)(items % parts);
+    }
+}
 /* The branches of the list; their segments are those with keys. Tiles are claimed in the order of ranks: where branches
  * meet, a tile adds its keys' gradients to those of smaller rank. */
 static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint, bool blocks)
@@ -61,26 +80,29 @@ static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint,
     const lac_attn_desc *d = &p->desc;
     const int groups = tile_groups(d->head_dim, joint, blocks);
     hopper_sizes all = {};
-    int64_t before = 0; /* tiles of all ranks before */
-    int awaits = -1, needs = 0;
-    bool keys = false; /* has the rank any, so far? */
+    int64_t before = 0;                    /* tiles of all ranks before */
+    int awaits = -1, needs = 0, last = -1; /* last: the rank's branch before */
+    bool keys = false;                     /* has the rank any, so far? */
     for (int i = 0, rank = 0; i < d->branches * p->backward_phases; i++, rank = i / d->branches) {
         if (i % d->branches == 0) {
             if (keys) awaits = rank - 1, needs = (int)(all.tiles - before);
-            before = all.tiles, keys = false;
+            before = all.tiles, keys = false, last = -1;
         }
         const int g = i % d->branches;
         if (p->backward_phase[g] != p->backward_phases - 1 - rank) continue;
         hopper_branch &b = h.branch[g];
-        int64_t rows = hopper_lattice_rows(p, g, d->n), items;
         b.segments = (int)((d->m - 1) / p->segment[g]) + 1;
-        b.blocks = up(rows, HOPPER_ROWS);
+        b.blocks = up(hopper_lattice_rows(p, g, d->n), HOPPER_ROWS);
         b.tiles = up(up(hopper_lattice_rows(p, g, d->m), HOPPER_ROWS), groups);
-        items = d->batch * b.segments * p->heads[g];
-        b.group = interleaved(d, b.tiles, rows, items, joint, blocks);
+        const int64_t items = items_of(h, p, g);
         b.awaits = awaits, b.needs = needs;
         keys = keys || has_keys(p, g);
-        b.first_block = (int)all.blocks, b.first_tile = (int)all.tiles;
+        b.first_block = (int)all.blocks, b.first_tile = (int)all.tiles, b.earlier = 0;
+        if (last >= 0 && h.branch[last].tiles == b.tiles && h.branch[last].blocks == b.blocks) {
+            b.first_tile = h.branch[last].first_tile;
+            b.earlier = h.branch[last].earlier + (int)items_of(h, p, last);
+        }
+        last = g;
         b.segment = divider((uint32_t)p->segment[g]);
         b.dilation = divider((uint32_t)(d->dilation[g] < INT32_MAX ? d->dilation[g] : INT32_MAX));
         all.blocks += items * b.blocks, all.tiles += items * b.tiles;
@@ -88,6 +110,7 @@ static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint,
         h.place[g] = {all.steps, b.tiles, up(b.blocks, 32) + 1};
         all.steps += items * b.tiles * h.place[g].width;
     }
+    list_pools(h, p, joint, blocks);
     return all;
 }
 
@@ -120,13 +143,17 @@ struct hopper_split {
  * began earlier get there: nobody waits for a turn. The heaviest tiles of causal attention are then the last ones. */
 __device__ __forceinline__ bool backwards(const attn_args &a) { return a.causal || a.window >= 0; }
 
-static __device__ hopper_tile make_tile(const attn_args &a, const hopper_args &p, int g, int most, int id)
+/* where it is in the list */
+static __device__ int place_of_tile(const hopper_branch &br, int item, int order)
+{
+    const int all = br.earlier + item, more = br.larger * (br.group + 1); /* items of the larger parts */
+    const int members = br.group + (all < more), at = all < more ? all : all - more;
+    return br.first_tile + (all - at % members) * br.tiles + order * members + at % members;
+}
+static __device__ hopper_tile make_tile(const attn_args &a, const hopper_args &p, int g, int most, int item, int order)
 {
     const hopper_branch &br = p.branch[g];
-    const int heads = a.branch[g].heads, items = a.batch * br.segments * heads;
-    const int part = id / (br.group * br.tiles), rest = id - part * (br.group * br.tiles);
-    const int members = min(br.group, items - part * br.group), order = rest / members;
-    const int item = part * br.group + rest % members, h = a.branch[g].head0 + item % heads;
+    const int heads = a.branch[g].heads, h = a.branch[g].head0 + item % heads;
     const int s = item / heads % br.segments, b = item / heads / br.segments;
     hopper_tile x = {};
     x.branch = g;
@@ -238,8 +265,12 @@ static __global__ void __launch_bounds__(THREADS)
     const int tiles = a.batch * br.segments * a.branch[g].heads * br.tiles;
     previous_done();
     if (blockIdx.x + blockIdx.y == 0 && threadIdx.x < a.ranks + COUNTERS) p.counter[threadIdx.x] = 0;
-    for (int id = blockIdx.x * THREADS + threadIdx.x; id < tiles; id += gridDim.x * THREADS)
-        p.tile[br.first_tile + id] = make_tile(a, p, g, most, id);
+    for (int id = blockIdx.x * THREADS + threadIdx.x; id < tiles; id += gridDim.x * THREADS) {
+        const hopper_tile x = make_tile(a, p, g, most, id / br.tiles, id % br.tiles);
+        int again = id; /* hidden from the compiler, which would keep the place in registers that there are not */
+        asm volatile("" : "+r"(again));
+        p.tile[place_of_tile(br, again / br.tiles, again % br.tiles)] = x;
+    }
     list_blocks<BLOCKS>(a, p, g, most);
 }
 
@@ -266,10 +297,10 @@ enum { DQ_SETS = 4, DQ_ROWS = 8 * DQ_SETS * (THREADS / 32), DQ_COLUMNS = 64 }; /
 /* Rows and 64 columns of a head, the sums of all branches in their order. The order of a block is that of the products'
  * registers: rows eight apart share sixteen bytes. A lane finds out where one row of each branch is; then four lanes
  * take a row of eight a set. A warp's rows are eight apart: they share those bytes in most branches, and those which
- * dilated branches reach are together in few warps. All of two sets is asked for before any is used, and beside it
- * whether anything has been added to the blocks at all. FULL: rows are D numbers and dq is aligned, as nearly always on
- * Hopper; else rows have up to D columns. BLOCKS: there are active blocks, and sums are whole numbers in units of rows;
- * those that did not fit become NaN, so that they are done again. */
+ * dilated branches reach are together in few warps. All of two sets is asked for before any is used, and beside
+ * it whether anything has been added to the blocks at all. FULL: rows are D numbers and dq is aligned, as nearly always
+ * on Hopper; else rows have up to D columns. BLOCKS: there are active blocks, and sums are whole numbers in units of
+ * rows; those that did not fit become NaN, so that they are done again. */
 template <class T, int D, bool FULL, bool BLOCKS>
 __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
     hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks)
