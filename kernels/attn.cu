@@ -142,15 +142,40 @@ int attn_number(attn_args &a, const lac_plan *p, bool keys, int height, int64_t 
     return 0;
 }
 
-/* does a branch without dilation reach every row of every head? */
+/* Do branches reach every position of the head, as far as that is easily seen? One of a single segment, or whose
+ * segment is a whole number of dilations, keeps the same rows of every dilation: those of all such branches are marked
+ * in a common multiple of their dilations, if that is small. */
+static bool head_covered(const lac_plan *p, int head)
+{
+    enum { MOST = 1024 };
+    bool kept[MOST];
+    const lac_attn_desc *d = &p->desc;
+    const int64_t end = max(p->shift + d->n, d->m);
+    int64_t period = 1, rows = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        memset(kept, 0, (size_t)period * sizeof *kept);
+        for (int g = 0; g < d->branches; g++) {
+            if (head < p->head0[g] || head >= p->head0[g] + p->heads[g]) continue;
+            const int64_t r = d->dilation[g], w = p->segment[g], o = lac_plan_offset(d, g, head);
+            int64_t all = period;
+            if (r == 1) return true;
+            if ((w % r != 0 && w < end) || o >= r || r > MOST) continue;
+            while (all % r != 0) all += period;
+            if (all > MOST) continue;
+            if (pass == 0) period = all;
+            else
+                for (int64_t i = o; i < period; i += r) kept[i] = true;
+        }
+    }
+    for (int64_t i = 0; i < period; i++) rows += kept[i];
+    return rows == period;
+}
 static bool covered(const lac_plan *p)
 {
-    bool all = true, any = false;
-    for (int g = 0; g < p->desc.branches; g++) {
-        all = all && p->desc.dilation[g] == 1;
-        any = any || p->desc.dilation[g] == 1;
-    }
-    return p->desc.heads_scheme == LAC_HEADS_ALL ? any : all;
+    const bool alike = p->desc.heads_scheme == LAC_HEADS_ALL && p->desc.offset_rule == LAC_OFFSET_BRANCH;
+    for (int h = 0; h < (alike ? 1 : p->desc.heads); h++)
+        if (!head_covered(p, h)) return false;
+    return true;
 }
 
 /* ---- filling ---- */

@@ -114,6 +114,15 @@ for _, kernel in ipairs { "hopper", "portable" } do
       end
     end)
 
+    it("equals the CPU where dilated branches reach all rows, or nearly", function()
+      attn.seed(43)
+      for trial = 1, 15 do
+        local c = attn_device.covering(trial)
+        c.D = kernel == "hopper" and pick { 64, 128 } or pick { 66, 128 }
+        holds(direct.fill(c), trial, pick { "bf16", "f16" }, by_cpu)
+      end
+    end)
+
     it("gives the same bits twice", function()
       attn.seed(12)
       for _ = 1, 4 do

@@ -85,6 +85,18 @@ describe("the forward of attention on Hopper #gpu", function()
       end)
   end
 
+  it("equals the CPU where dilated branches reach all rows, or nearly", function()
+    attn.seed(44)
+    for trial = 1, 15 do
+      local c, dtype = attn_device.covering(trial), pick { "bf16", "f16" }
+      c.D, c.kernel = pick { 64, 128 }, "hopper"
+      c = direct.fill(c)
+      local lists = attn_device.inputs(c, trial, dtype)
+      local exact, naive = attn_device.cpu(forward, c, dtype, lists)
+      attn_device.judge(dtype, forward(C.LAC_CUDA, dtype, c, lists), exact, naive, text(c))
+    end
+  end)
+
   it("says why it cannot do a call that it is forced to do", function()
     local function refused(pattern, change, dtype, layout)
       local c = { N = 70, D = 64, segments = { 70 }, dilations = { 1 }, kernel = "hopper" }

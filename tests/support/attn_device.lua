@@ -59,6 +59,21 @@ local function with_kernel(where, c, kernel, f, ...)
   return found
 end
 
+--- A configuration without D: r branches, an offset each, that reach all rows, so that nothing is cleared
+-- beforehand. In every third trial the last branch is missing, and where segments are no whole numbers of
+-- dilations, lattices of neighbouring ones leave rows out too.
+function device.covering(trial)
+  local r = attn.pick { 2, 3, 16 }
+  local w = 64 * r + attn.pick { 0, 0, 1 }
+  local c = { N = 2 * w + attn.pick { 0, 5 }, Hk = attn.random(2), offset = "branch", segments = {},
+    dilations = {} }
+  c.H, c.M, c.causal, c.merge = c.Hk * attn.random(2), c.N, attn.chance(0.3), attn.pick { "lse", "mean" }
+  for g = 1, trial % 3 == 0 and r - 1 or r do
+    c.segments[g], c.dilations[g] = trial % 5 == 0 and 10 * w or w, r
+  end
+  return c
+end
+
 --- out, lse and, where the merge makes them, branch_lse of a forward alone.
 function device.forward(where, dtype, c, lists, layout, kernel)
   return with_kernel(where, c, kernel, function()
