@@ -153,8 +153,8 @@ static __device__ int place_of_tile(const hopper_branch &br, int item, int order
 static __device__ hopper_tile make_tile(const attn_args &a, const hopper_args &p, int g, int most, int item, int order)
 {
     const hopper_branch &br = p.branch[g];
-    const int heads = a.branch[g].heads, h = a.branch[g].head0 + item % heads;
-    const int s = item / heads % br.segments, b = item / heads / br.segments;
+    const int heads = a.branch[g].heads, s = item % br.segments; /* segments first: see HOPPER_BACKWARD.md */
+    const int h = a.branch[g].head0 + item / br.segments % heads, b = item / br.segments / heads;
     hopper_tile x = {};
     x.branch = g;
     attn_tile t;
