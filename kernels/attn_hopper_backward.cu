@@ -294,25 +294,42 @@ __device__ __forceinline__ int place_of(const attn_args &a, const hopper_args &p
 
 enum { DQ_SETS = 4, DQ_ROWS = 8 * DQ_SETS * (THREADS / 32), DQ_COLUMNS = 64 }; /* of a thread block */
 
+/* 1 << wide thread blocks have the rows of as many times DQ_ROWS; those of all rows */
+__host__ __device__ static unsigned dq_slabs(int n, int wide)
+{
+    const unsigned rows = DQ_ROWS << wide;
+    return (((unsigned)n + rows - 1) / rows) << wide;
+}
+/* Where all dilations are multiples of 16, so are the steps between a warp's rows: else half of them are of a branch
+ * and half of another. */
+static int dq_wide(const attn_args &a)
+{
+    int all = 0;
+    for (int g = 0; g < a.branches; g++) all |= a.branch[g].dilation;
+    return all % 16 != 0 ? 0 : all % 32 != 0 ? 1 : 2;
+}
+
 /* Rows and 64 columns of a head, the sums of all branches in their order. The order of a block is that of the products'
  * registers: rows eight apart share sixteen bytes. A lane finds out where one row of each branch is; then four lanes
- * take a row of eight a set. A warp's rows are eight apart: they share those bytes in most branches, and those which
- * dilated branches reach are together in few warps. All of two sets is asked for before any is used, and beside
+ * take a row of eight a set. A warp's rows are 8 << `wide` apart: they share those bytes in most branches, and those
+ * which dilated branches reach are together in few warps. All of two sets is asked for before any is used, and beside
  * it whether anything has been added to the blocks at all. FULL: rows are D numbers and dq is aligned, as nearly always
  * on Hopper; else rows have up to D columns. BLOCKS: there are active blocks, and sums are whole numbers in units of
  * rows; those that did not fit become NaN, so that they are done again. */
 template <class T, int D, bool FULL, bool BLOCKS>
 __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
-    hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks)
+    hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks,
+                     int wide)
 {
     constexpr unsigned PARTS = D / DQ_COLUMNS;
-    const unsigned heads = (unsigned)a.heads, slabs = ((unsigned)a.n + DQ_ROWS - 1) / DQ_ROWS;
+    const unsigned heads = (unsigned)a.heads, slabs = dq_slabs(a.n, wide);
     const unsigned rest = blockIdx.x / PARTS / heads;
     const int begin = (int)(blockIdx.x % PARTS) * DQ_COLUMNS, lane = threadIdx.x % 32;
     const int h = (int)(blockIdx.x / PARTS % heads), b = (int)(rest / slabs);
     const int width = FULL ? D : a.head_dim, columns = FULL ? D : p.columns;
-    const int n0 = (int)(rest % slabs) * DQ_ROWS + threadIdx.x / 32;
-    const int mine = n0 + lane / 8 * 64 + lane % 8 * 8; /* the row that the lane looks up */
+    const int slab = (int)(rest % slabs), apart = 8 << wide;
+    const int n0 = ((slab >> wide) * DQ_ROWS << wide) + (slab & ((1 << wide) - 1)) * 8 + threadIdx.x / 32;
+    const int mine = n0 + lane * apart; /* the row that the lane looks up */
     const float *sums = p.dq + begin * HOPPER_ROWS + lane % 4 * 4;
     float x[DQ_SETS][16] = {};
     previous_done();
@@ -356,7 +373,7 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
     float probe = 0;
 #pragma unroll
     for (int e = 0; e < DQ_SETS; e++) {
-        const int n = n0 + e * 64 + lane / 4 * 8, left = width - begin - lane % 4 * 16;
+        const int n = n0 + (e * 8 + lane / 4) * apart, left = width - begin - lane % 4 * 16;
         union {
             uint32_t u[8];
             T out[16];
@@ -602,7 +619,7 @@ static void launch_dq(const attn_pair_args &a, const hopper_args &h, T *dq, unsi
     const bool full = a.head_dim == D && (uintptr_t)dq % 16 == 0;
     const auto all = full ? hopper_dq_kernel<T, D, true, false> : hopper_dq_kernel<T, D, false, false>;
     const auto some = full ? hopper_dq_kernel<T, D, true, true> : hopper_dq_kernel<T, D, false, true>;
-    launch(a.block ? some : all, blocks, THREADS, 0, a, h, dq, masks);
+    launch(a.block ? some : all, blocks, THREADS, 0, a, h, dq, masks, dq_wide(a));
 }
 template <class T> static void launch_block_dq(const attn_args &a, const hopper_args &h, T *dq)
 {
@@ -614,8 +631,8 @@ template <class T>
 static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w, bool joint)
 {
     const bool masks = a.causal || a.window >= 0 || a.lengths || a.padding || a.dedup || a.mask || a.bias || a.block;
-    const int slabs = (a.n + DQ_ROWS - 1) / DQ_ROWS, parts = a.head_dim <= DQ_COLUMNS ? 1 : 2;
-    const unsigned blocks = (unsigned)a.batch * (unsigned)slabs * (unsigned)(a.heads * parts);
+    const unsigned blocks =
+        (unsigned)a.batch * dq_slabs(a.n, dq_wide(a)) * (unsigned)(a.heads * (a.head_dim <= DQ_COLUMNS ? 1 : 2));
     T *dq = (T *)w->dq.data;
     if (a.block && joint) launch_block_dq<T>(a, h, dq);
     else if (a.head_dim <= 64) launch_dq<T, 64>(a, h, dq, blocks, masks);
