@@ -13,6 +13,11 @@
  * Blocks of at most 64 rows, with rows of at most 64 numbers, have tiles of 64: one warpgroup a thread block, and two
  * thread blocks a multiprocessor, which take turns by themselves (HOPPER_SMALL).
  *
+ * Larger blocks with rows of at most 64 numbers, without branches that meet or gaps, have two teams a thread block
+ * (HOPPER_TEAMS): two warpgroups each, a loader and a scout, shared memory and turns of their own. A step is one piece,
+ * so that scores and weights of four warpgroups have room, and a piece that a warpgroup's rows do not see is passed
+ * over. One team's first and last steps run under the products of the other.
+ *
  * Keys come a step ahead of values, whose room is free later: scores are what a warpgroup waits for first.
  *
  * Rejected: lists in device memory (another launch, and room for all blocks of a head); the loading warp walking over
@@ -34,11 +39,18 @@ HOPPER_FN uint32_t hopper_list_slot(uint32_t at)
     return at % (HOPPER_LIST * HOPPER_LISTS) * (int)sizeof(hopper_piece);
 }
 
+/* one piece is both */
+HOPPER_FN void hopper_piece_at(uint32_t at, int4 &step)
+{
+    asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(step.x), "=r"(step.y) : "r"(at));
+    step.z = step.x, step.w = step.y;
+}
+
 /* keys [first, until), of a run or none, become pieces */
 template <class M>
 HOPPER_FN void hopper_list_run(const hopper_forward_tile &f, uint32_t memory, uint32_t &tail, int first, int until)
 {
-    const int lane = threadIdx.x % 32;
+    const hopper_own_if<M::TEAMED, 0, 32> lane((int)(threadIdx.x % 32));
     do {
         const int at = (int)(tail % HOPPER_LIST), room = HOPPER_LIST - at;
         const int some = first < until ? min((until - first + 63) / 64, room) : room; /* none: empty ones, to the end */
@@ -66,7 +78,8 @@ HOPPER_FN void hopper_list_run(const hopper_forward_tile &f, uint32_t memory, ui
 template <class M>
 HOPPER_FN void hopper_list(const hopper_forward_args &p, const hopper_forward_tile &f, uint32_t memory, uint32_t &tail)
 {
-    const int lane = threadIdx.x % 32, block = hopper_opaque(p.a.block);
+    const hopper_own_if<M::TEAMED, 0, 32> lane((int)(threadIdx.x % 32));
+    const int block = hopper_opaque(p.a.block);
     const int64_t *stride = p.a.blocks_stride;
     const uint8_t *on = p.a.blocks + f.t.b * stride[0] + f.t.h * stride[1] +
                         (f.key + f.t.first * f.t.r - p.a.shift) / block * stride[2];
@@ -89,7 +102,7 @@ HOPPER_FN void hopper_list(const hopper_forward_args &p, const hopper_forward_ti
         }
     }
     /* an empty step is the end; the other half of the last one may take the list's last place */
-    const bool split = tail % HOPPER_LIST == HOPPER_LIST - 1;
+    const bool split = M::PIECES == 2 && tail % HOPPER_LIST == HOPPER_LIST - 1;
     hopper_list_run<M>(f, memory, tail, 0, 0);
     if (split) hopper_list_run<M>(f, memory, tail, 0, 0);
 }
@@ -100,11 +113,10 @@ template <class M> struct hopper_block_feeder : hopper_feeder<M> {
     using base::p;
     using base::slot;
     using base::slot_free;
-    using base::stage; /* of values */
-    using base::stage_free;
-    uint32_t head, number; /* pieces so far, and what follows them in lists; steps whose keys have been asked for */
+    /* pieces so far, and what follows them in lists; steps whose keys, whose values have been asked for */
+    uint32_t head, number, valued;
     __device__ __forceinline__ hopper_block_feeder(const hopper_forward_args &p, uint32_t memory)
-        : base(p, memory), head(0), number(0)
+        : base(p, memory), head(0), number(0), valued(0)
     {
     }
     /* a hopper_step, which is how it travels; `ended`: the tile has no more */
@@ -114,14 +126,17 @@ template <class M> struct hopper_block_feeder : hopper_feeder<M> {
         if (ended) return {0, 0, 0, 0};
         if (head % HOPPER_LIST == 0)
             hopper_wait(hopper_list_barrier<M>(memory, M::LIST_FULL, head), hopper_list_parity(head));
-        const int4 two = hopper_four(memory + M::LIST + hopper_list_slot(head));
+        int4 two;
+        if (M::PIECES == 2) two = hopper_four(memory + M::LIST + hopper_list_slot(head));
+        else hopper_piece_at(memory + M::LIST + hopper_list_slot(head), two);
         const int some = two.y & 0xff, more = two.w & 0xff, one = two.y >> 8, other = two.w >> 8;
         const uint32_t last = head;
         ended = some == 0;
-        head = ended ? (head / HOPPER_LIST + 1) * HOPPER_LIST : head + 2;
+        head = ended ? (head / HOPPER_LIST + 1) * HOPPER_LIST : head + M::PIECES;
         if (head % HOPPER_LIST == 0) hopper_arrive(hopper_list_barrier<M>(memory, M::LIST_FREE, last));
         if (ended) return {0, 0, 0, 0};
-        return {two.x, two.z, HOPPER_SOME | ((one | other) & MASKED) | (other & HALF), some | more << 16};
+        const int kinds = HOPPER_SOME | ((one | other) & MASKED) | (other & HALF) | some << HOPPER_COUNT;
+        return {two.x, two.z, kinds, M::PIECES == 1 ? kinds : some | more << 16};
     }
 
     /* ---- copies ---- */
@@ -134,8 +149,8 @@ template <class M> struct hopper_block_feeder : hopper_feeder<M> {
         hopper_expect(full, M::BLOCK);
 #pragma unroll
         for (int c = 0; c < M::PANELS; c++) {
-            hopper_load(to + c * HOPPER_KEYS * 128, map, full, 64 * c, first, z, head);
-            hopper_load(to + c * HOPPER_KEYS * 128 + 64 * 128, map, full, 64 * c, second, z, head);
+            hopper_load(to + c * M::KEYS * 128, map, full, 64 * c, first, z, head);
+            if (M::PIECES == 2) hopper_load(to + c * M::KEYS * 128 + 64 * 128, map, full, 64 * c, second, z, head);
         }
     }
     __device__ __forceinline__ void keys(const volatile hopper_forward_tile &f, const int4 &step, const int4 &then)
@@ -149,22 +164,23 @@ template <class M> struct hopper_block_feeder : hopper_feeder<M> {
     }
     __device__ __forceinline__ void values(const volatile hopper_forward_tile &f, const int4 &step)
     {
-        hopper_wait(memory + M::V_FREE + 8 * stage, stage_free);
-        copy(f, &p.map[f.map].v, p.v_step, memory + M::V + stage * M::BLOCK, memory + M::V_FULL + 8 * stage, step);
-        this->step(stage, stage_free, M::STAGES);
+        const int at = valued % M::STAGES;
+        hopper_wait(memory + M::V_FREE + 8 * at, ~(valued / M::STAGES) & 1);
+        copy(f, &p.map[f.map].v, p.v_step, memory + M::V + at * M::BLOCK, memory + M::V_FULL + 8 * at, step);
+        valued++;
     }
     __device__ __forceinline__ void run()
     {
-        for (int full = 0;; full ^= 1) {
+        for (uint32_t tiles = 0;; tiles++) {
+            slot = tiles & 1, slot_free = ~(tiles >> 1) & 1;
             const uint32_t at = memory + M::TILE + HOPPER_TILE * slot;
-            this->take(at, full);
+            this->take(at, tiles & 1);
             const volatile hopper_forward_tile &f = *(const hopper_forward_tile *)__cvta_shared_to_generic(at);
             if (f.g == HOPPER_STOP) break;
             bool ended = false;
             int4 now = step_after(ended);
             hopper_put_four(at + (int)offsetof(hopper_forward_tile, begin), now);
             this->queries(f, p.map[f.map]);
-            this->step(slot, slot_free, M::SLOTS);
             int4 then = step_after(ended);
             keys(f, now, then);
             while (now.z) {

@@ -33,11 +33,11 @@
 #include <cfloat>
 
 enum { HOPPER_BRANCHES = 16 }; /* most branches of a plan: every one has its tensor maps among the arguments */
-enum { HOPPER_KEYS = 128, HOPPER_KEYS_WIDE = 80 }; /* keys of a block; above a head dimension of 128 */
-enum { HOPPER_TILE = 224 };                        /* bytes that describe a tile */
-enum { HOPPER_USUAL = 1, HOPPER_SMALL = 2 };       /* active blocks; of at most 64 rows */
-enum { HOPPER_STOP = -1 };                         /* instead of a branch: there are no more tiles */
-enum { HOPPER_LIST = 32, HOPPER_LISTS = 4 };       /* pieces of a list, and lists (attn_hopper_blocks.cuh) */
+enum { HOPPER_KEYS = 128, HOPPER_KEYS_WIDE = 80 };     /* keys of a block; above a head dimension of 128 */
+enum { HOPPER_TILE = 224 };                            /* bytes that describe a tile */
+enum { HOPPER_USUAL = 1, HOPPER_SMALL, HOPPER_TEAMS }; /* active blocks; of at most 64 rows; see there */
+enum { HOPPER_STOP = -1 };                             /* instead of a branch: there are no more tiles */
+enum { HOPPER_LIST = 32, HOPPER_LISTS = 4 };           /* pieces of a list, and lists (attn_hopper_blocks.cuh) */
 
 /* x / d of 0 <= x < 2^31 by a product: e = factor d - 2^(31 + shift) is below d <= 2^shift, so that e x < 2^(31 +
  * shift) */
@@ -91,7 +91,7 @@ struct alignas(8) hopper_piece {
 struct alignas(16) hopper_step {
     int first, second, kinds, counts;
 };
-enum { HOPPER_MASKED = 1, HOPPER_HALF = 2, HOPPER_GROUP = 4, HOPPER_SOME = 1 << 16 };
+enum { HOPPER_MASKED = 1, HOPPER_HALF = 2, HOPPER_GROUP = 4, HOPPER_SOME = 1 << 16, HOPPER_COUNT = 20 };
 struct alignas(16) hopper_forward_tile {
     int g, low, blocks, groups; /* g HOPPER_STOP: none; first key that any row sees; blocks of keys; of 64 rows */
     union {
@@ -125,19 +125,25 @@ constexpr int hopper_groups(int d, int blocks, bool two)
  * eight bits, rows of 64 numbers take the 128 bytes of an operand's rows too. */
 template <class T, int D, int BLOCKS, bool ADDED = false> struct hopper_forward_shape {
     static constexpr bool EIGHT = std::is_same_v<T, e4m3>, STEPPED = BLOCKS > 0, SMALL = BLOCKS == HOPPER_SMALL;
+    static constexpr bool TEAMED = BLOCKS == HOPPER_TEAMS;
     enum {
         DIM = D,
         WIDE = D > 128,
-        KEYS = WIDE ? HOPPER_KEYS_WIDE : HOPPER_KEYS,
+        KEYS = WIDE     ? HOPPER_KEYS_WIDE
+               : TEAMED ? HOPPER_KEYS / 2
+                        : HOPPER_KEYS,
+        PIECES = KEYS / 64,     /* of a step */
+        TEAMS = TEAMED ? 2 : 1, /* warpgroups with a tile, and warps that feed them; each with memory of its own */
         GROUPS = hopper_groups(D, BLOCKS, EIGHT || ADDED),
         TOGETHER = SMALL ? 2 : 1,                      /* thread blocks of a multiprocessor */
         STAGES = !SMALL && (D == 64 || EIGHT) ? 4 : 2, /* of keys, values; powers of two: others cost registers */
         SLOTS = 2,                                     /* of queries; results leave through the same memory */
         PLACES = WIDE ? 1 : SLOTS,                     /* of queries themselves */
-        LATE = D == 64 ? 12
-               : WIDE  ? 10
-                       : 8, /* eight columns each, whose weights do not wait for product with values */
-        THREADS_ = 128 * (GROUPS + 1),
+        LATE = TEAMED    ? 6
+               : D == 64 ? 12
+               : WIDE    ? 10
+                         : 8, /* eight columns each, whose weights do not wait for product with values */
+        THREADS_ = 128 * (GROUPS * TEAMS + 1),
         PANELS = D / 64,
         PANEL = 64 * 128, /* 64 rows of 64 columns */
         QUERIES = GROUPS * PANELS * PANEL,
@@ -168,10 +174,15 @@ template <class T, int D, int BLOCKS, bool ADDED = false> struct hopper_forward_
         LIST_FREE = LIST_FULL + STEPPED * HOPPER_LISTS * 8,
         TAKEN = LIST_FREE + STEPPED * HOPPER_LISTS * 8, /* WIDE: a slot's tile is known; Q_FULL is a warpgroup's then */
         PLACE_FREE = TAKEN + WIDE * 8 * SLOTS,          /* WIDE: of each warpgroup's queries */
-        MEMORY = PLACE_FREE + WIDE * 8 * GROUPS
+        NEXT = PLACE_FREE + WIDE * 8 * GROUPS,          /* TEAMED: the number of the scout's next tile */
+        ENDS = NEXT + TEAMED * 8,
+        TEAM = (ENDS + 1023) / 1024 * 1024, /* from the memory of one to that of the next */
+        MEMORY = TEAMS == 1 ? (int)ENDS : TEAMS * TEAM
     };
-    static constexpr int FEEDER_REGISTERS = GROUPS == 3 ? 32 : 40;
-    static constexpr int GROUP_REGISTERS = (65536 / TOGETHER / 128 - FEEDER_REGISTERS) / GROUPS / 8 * 8;
+    static constexpr int FEEDER_REGISTERS = GROUPS == 3 || TEAMED ? 32 : 40;
+    /* a launch gives all threads equally many */
+    static constexpr int REGISTERS = 65536 / TOGETHER / THREADS_ / 8 * 8 * THREADS_ / 128;
+    static constexpr int GROUP_REGISTERS = (REGISTERS - FEEDER_REGISTERS) / (GROUPS * TEAMS) / 8 * 8;
     static_assert(!WIDE || (int)GROUPS == (int)SLOTS, "as many barriers Q_FULL");
     static_assert(MEMORY <= 232448 && TOGETHER * (MEMORY + 1024) <= 233472, "shared memory of a multiprocessor");
 };
@@ -181,6 +192,72 @@ HOPPER_FN int hopper_opaque(int x)
 {
     asm volatile("" : "+r"(x));
     return x;
+}
+
+/* Bits of the thread's number, read where they are used: registers that the main loop does not have. */
+template <int SHIFT, int COUNT> struct hopper_own {
+    __device__ __forceinline__ hopper_own(int) {}
+    __device__ __forceinline__ operator int() const
+    {
+        int x;
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+        return x >> SHIFT & (COUNT - 1);
+    }
+};
+template <bool LAZY, int SHIFT, int COUNT>
+using hopper_own_if = std::conditional_t<LAZY, hopper_own<SHIFT, COUNT>, int>;
+
+HOPPER_FN float hopper_log2(float x)
+{
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+/* A branch that is never taken, on a value of at least 0: what waits for products may not move above what made it. */
+HOPPER_FN void hopper_hold(float x)
+{
+    if (x < 0) asm volatile("trap;");
+}
+/* x plus two products of halves */
+template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
+{
+    if constexpr (std::is_same_v<T, bf16>) {
+        x = fmaf(__uint_as_float(a << 16), __uint_as_float(b << 16), x);
+        return fmaf(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u), x);
+    }
+    const float2 u = __half22float2(*(const __half2 *)&a), v = __half22float2(*(const __half2 *)&b);
+    return fmaf(u.y, v.y, fmaf(u.x, v.x, x));
+}
+
+/* x += scores of two rows by N / 4 pairs of keys, two columns at a time, where there are no registers for more: q and k
+ * are where the first row and the first pair's keys are in shared memory; what their chunks are swizzled by. */
+template <class T, int D, int N>
+HOPPER_FN void hopper_scores_again(float (&x)[N], uint32_t q, uint32_t k, int row, int key)
+{
+#pragma unroll 1
+    for (int d = 0; d < D / 2; d++) {
+        const uint32_t from = q + (((d >> 2) ^ row) << 4) + (d & 3) * 4;
+        const uint32_t u = hopper_word(from), v = hopper_word(from + 1024);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const uint32_t at = k + e * 128 + (((d >> 2) ^ (key + e)) << 4) + (d & 3) * 4;
+#pragma unroll
+            for (int i = 0; i < N / 4; i++) {
+                const uint32_t c = hopper_word(at + i * 1024);
+                x[4 * i + e] = hopper_dot<T>(u, c, x[4 * i + e]);
+                x[4 * i + 2 + e] = hopper_dot<T>(v, c, x[4 * i + 2 + e]);
+            }
+        }
+    }
+}
+
+/* scouts of the launch */
+template <class M> HOPPER_FN int hopper_scouts()
+{
+    if constexpr (!M::TEAMED) return (int)gridDim.x;
+    int x;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(x));
+    return M::TEAMS * x;
 }
 
 /* of an item and head in branch g: tiles that are done */
@@ -344,14 +421,15 @@ HOPPER_FN void hopper_list(const hopper_forward_args &p, const hopper_forward_ti
 template <class M, bool MEETS, int OPTIONS> HOPPER_FN void hopper_scout(const hopper_forward_args &p, uint32_t memory)
 {
     hopper_forward_tile &f = *(hopper_forward_tile *)__cvta_shared_to_generic(memory + M::FOUND);
-    const int lane = threadIdx.x % 32;
-    int id = blockIdx.x, free = 1;
+    const hopper_own_if<M::TEAMED, 0, 32> lane((int)(threadIdx.x % 32));
+    int id = (int)blockIdx.x + (M::TEAMED ? threadIdx.x / 64 * gridDim.x : 0), free = 1;
     uint32_t tail = 0;
 #pragma unroll 1
     while (id < p.tiles) {
         hopper_wait(memory + M::FOUND_FREE, free);
         int next = 0;
-        if (lane == 0) next = atomicAdd(p.claims, 1) + (int)gridDim.x; /* takes a while, and not too early */
+        if (lane == 0) next = atomicAdd(p.claims, 1) + hopper_scouts<M>(); /* takes a while, and not too early */
+        if (M::TEAMED && lane == 0) hopper_put_two(memory + M::NEXT, next, 0);
         const bool rows = hopper_find<M, OPTIONS>(p, id, f);
         __syncwarp();
         if (rows) {
@@ -362,13 +440,16 @@ template <class M, bool MEETS, int OPTIONS> HOPPER_FN void hopper_scout(const ho
             if constexpr (M::STEPPED) hopper_list<M>(p, f, memory, tail);
             free ^= 1;
         } else if (MEETS && lane == 0) atomicAdd(hopper_done(p, f.t, f.t.g), 1);
-        id = __shfl_sync(~0u, next, 0);
+        if constexpr (M::TEAMED) {
+            id = (int)hopper_word(memory + M::NEXT);
+            __syncwarp();
+        } else id = __shfl_sync(~0u, next, 0);
     }
     hopper_wait(memory + M::FOUND_FREE, free);
     if (lane != 0) return;
     f.g = HOPPER_STOP;
     hopper_arrive(memory + M::FOUND_FULL);
-    if (atomicAdd(p.claims + 1, 1) == (int)gridDim.x - 1) p.claims[0] = p.claims[1] = 0; /* for the next launch */
+    if (atomicAdd(p.claims + 1, 1) == hopper_scouts<M>() - 1) p.claims[0] = p.claims[1] = 0; /* for the next launch */
 }
 
 /* Zeros, and lse -inf, in rows that no branch reaches, by one of `warps` warps that have nothing else to do: D numbers
@@ -548,7 +629,7 @@ template <class M> struct hopper_feeder {
     {
         hopper_wait(memory + M::Q_FREE + 8 * slot, slot_free);
         hopper_wait(memory + M::FOUND_FULL, full);
-#pragma unroll
+#pragma unroll(M::TEAMED ? 2 : HOPPER_TILE / 16)
         for (int i = 0; i < HOPPER_TILE; i += 16) hopper_put_four(at + i, hopper_four(memory + M::FOUND + i));
         hopper_arrive(memory + M::FOUND_FREE);
     }

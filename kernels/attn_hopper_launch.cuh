@@ -37,9 +37,35 @@ template <class M> HOPPER_FN void feed(const hopper_forward_args &p, uint32_t me
     else hopper_feeder<M>(p, memory).run();
 }
 
+template <class M, bool MEETS> HOPPER_FN void hopper_barriers(uint32_t memory)
+{
+    hopper_barrier(memory + M::FOUND_FULL, 1);
+    hopper_barrier(memory + M::FOUND_FREE, 1);
+    for (int i = 0; i < M::SLOTS; i++) {
+        hopper_barrier(memory + M::Q_FULL + 8 * i, 1);
+        hopper_barrier(memory + M::Q_FREE + 8 * i, M::GROUPS + MEETS);
+        hopper_barrier(memory + M::CARRIED + 8 * i, 1);
+        hopper_barrier(memory + M::DONE + 8 * i, 4 * M::GROUPS);
+    }
+    for (int i = 0; i < M::STAGES; i++) {
+        hopper_barrier(memory + M::K_FULL + 8 * i, 1);
+        hopper_barrier(memory + M::V_FULL + 8 * i, 1);
+        hopper_barrier(memory + M::K_FREE + 8 * i, 4 * M::GROUPS); /* every warp */
+        hopper_barrier(memory + M::V_FREE + 8 * i, 4 * M::GROUPS);
+    }
+    for (int i = 0; M::WIDE && i < M::SLOTS; i++) {
+        hopper_barrier(memory + M::TAKEN + 8 * i, 1);
+        hopper_barrier(memory + M::PLACE_FREE + 8 * i, 4);
+    }
+    for (int i = 0; M::STEPPED && i < HOPPER_LISTS; i++) {
+        hopper_barrier(memory + M::LIST_FULL + 8 * i, 1);
+        hopper_barrier(memory + M::LIST_FREE + 8 * i, 1);
+    }
+}
+
 template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS>
 __global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0>::THREADS_,
-                                  BLOCKS == HOPPER_SMALL ? 2 : 1)
+                                  hopper_forward_shape<T, D, BLOCKS, (OPTIONS & HOPPER_ADDED) != 0>::TOGETHER)
     attn_hopper_forward_kernel(const __grid_constant__ hopper_forward_args p)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -47,41 +73,26 @@ __global__ void __launch_bounds__(hopper_forward_shape<T, D, BLOCKS, (OPTIONS & 
     extern __shared__ __align__(1024) uint8_t bytes[]; /* nothing else is shared: swizzled tiles begin at multiples */
     const uint32_t memory = attn_shared(bytes);
     if (threadIdx.x == 0) {
-        hopper_barrier(memory + M::FOUND_FULL, 1);
-        hopper_barrier(memory + M::FOUND_FREE, 1);
-        for (int i = 0; i < M::SLOTS; i++) {
-            hopper_barrier(memory + M::Q_FULL + 8 * i, 1);
-            hopper_barrier(memory + M::Q_FREE + 8 * i, M::GROUPS + MEETS);
-            hopper_barrier(memory + M::CARRIED + 8 * i, 1);
-            hopper_barrier(memory + M::DONE + 8 * i, 4 * M::GROUPS);
-        }
-        for (int i = 0; i < M::STAGES; i++) {
-            hopper_barrier(memory + M::K_FULL + 8 * i, 1);
-            hopper_barrier(memory + M::V_FULL + 8 * i, 1);
-            hopper_barrier(memory + M::K_FREE + 8 * i, 4 * M::GROUPS); /* every warp */
-            hopper_barrier(memory + M::V_FREE + 8 * i, 4 * M::GROUPS);
-        }
-        for (int i = 0; M::WIDE && i < M::SLOTS; i++) {
-            hopper_barrier(memory + M::TAKEN + 8 * i, 1);
-            hopper_barrier(memory + M::PLACE_FREE + 8 * i, 4);
-        }
-        for (int i = 0; BLOCKS && i < HOPPER_LISTS; i++) {
-            hopper_barrier(memory + M::LIST_FULL + 8 * i, 1);
-            hopper_barrier(memory + M::LIST_FREE + 8 * i, 1);
-        }
+#pragma unroll
+        for (int team = 0; team < M::TEAMS; team++) hopper_barriers<M, MEETS>(memory + team * M::TEAM);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     previous_done();
     __syncthreads();
     if (threadIdx.x < 128) {
         hopper_fewer<M::FEEDER_REGISTERS>();
-        if (threadIdx.x == 0) feed<M>(p, memory);
+        if constexpr (M::TEAMS > 1) {
+            const uint32_t own = memory + __shfl_sync(~0u, threadIdx.x / 64, 0) * M::TEAM;
+            if (threadIdx.x / 32 % 2) hopper_scout<M, MEETS, OPTIONS>(p, own);
+            else if (threadIdx.x % 32 == 0) feed<M>(p, own);
+        } else if (threadIdx.x == 0) feed<M>(p, memory);
         else if (threadIdx.x / 32 == 1) hopper_scout<M, MEETS, OPTIONS>(p, memory);
         else if (MEETS && threadIdx.x / 32 == 2) hopper_carrier<M>(p, memory).run();
         else if (threadIdx.x >= 64 && p.gaps) hopper_fill<D>(p, 3 - threadIdx.x / 32, 2 - MEETS);
     } else {
         hopper_more<M::GROUP_REGISTERS>();
-        hopper_rows<T, D, MEETS, OPTIONS, BLOCKS>(p, memory).run();
+        const uint32_t own = M::TEAMS == 1 ? 0 : __shfl_sync(~0u, (threadIdx.x / 128 - 1) / M::GROUPS, 0) * M::TEAM;
+        hopper_rows<T, D, MEETS, OPTIONS, BLOCKS>(p, memory + own).run();
     }
 #endif
 }

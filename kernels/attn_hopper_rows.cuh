@@ -24,28 +24,6 @@
 #include "attn_hopper_wide.cuh"
 #include "attn_mma.cuh"
 
-HOPPER_FN float hopper_log2(float x)
-{
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-/* A branch that is never taken, on a value of at least 0: what waits for products may not move above what made it. */
-HOPPER_FN void hopper_hold(float x)
-{
-    if (x < 0) asm volatile("trap;");
-}
-/* x plus two products of halves */
-template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
-{
-    if constexpr (std::is_same_v<T, bf16>) {
-        x = fmaf(__uint_as_float(a << 16), __uint_as_float(b << 16), x);
-        return fmaf(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u), x);
-    }
-    const float2 u = __half22float2(*(const __half2 *)&a), v = __half22float2(*(const __half2 *)&b);
-    return fmaf(u.y, v.y, fmaf(u.x, v.x, x));
-}
-
 /* MEETS: several branches meet in rows. OPTIONS: there may be dropout, slopes and padding (attn_hopper_pairs.cuh).
  * BLOCKS: keys come in steps, each of which says what the next one is (attn_hopper_blocks.cuh). T e4m3: queries, keys,
  * values and weights are of eight bits (attn_hopper_fp8.cuh). */
@@ -62,7 +40,10 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     static constexpr int BIASES = D == 64 ? 1 : 4; /* parts in which a block's are read */
     const hopper_forward_args &p;
     const uint32_t memory;
-    const int w, thread, lane, warp;
+    const int w;
+    const hopper_own_if<M::TEAMED, 0, 128> thread;
+    const hopper_own_if<M::TEAMED, 0, 32> lane;
+    const hopper_own_if<M::TEAMED, 5, 4> warp;
     float s[BN / 2], o[D / 2], top0, top1, sum0, sum1;        /* rows lane / 4 and lane / 4 + 8 of the warp's 16 */
     uint32_t weights[EIGHT ? BN / 8 : BN / 4], kept[BN / 64]; /* kept: a bit a register of s; PAIRS */
     uint32_t shown;                                           /* PADDED: keys that are none (hopper_shown_keys) */
@@ -75,8 +56,10 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     bool held, stored; /* the last tile's product and results are due; its results may not have left shared memory */
 
     __device__ __forceinline__ hopper_rows(const hopper_forward_args &p, uint32_t memory)
-        : p(p), memory(memory), w(__shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0)), thread(threadIdx.x % 128),
-          lane(threadIdx.x % 32), warp(threadIdx.x % 128 / 32), block(0), tiles(0), due(0), held(false), stored(false)
+        : p(p), memory(memory),
+          w(__shfl_sync(~0u, M::TEAMED ? (int)(threadIdx.x / 128 - 1) % M::GROUPS : (int)threadIdx.x / 128 - 1, 0)),
+          thread((int)(threadIdx.x % 128)), lane((int)(threadIdx.x % 32)), warp((int)(threadIdx.x % 128 / 32)),
+          block(0), tiles(0), due(0), held(false), stored(false)
     {
         top0 = top1 = sum0 = sum1 = 0;
         if (EIGHT) unit = 0, late0 = late1 = 1;
@@ -121,15 +104,21 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     {
         return memory + M::Q + slot % M::PLACES * M::QUERIES + w * M::PANEL;
     }
+    /* among all warpgroups of the thread block */
+    __device__ __forceinline__ int group() const
+    {
+        if constexpr (M::TEAMS == 1) return w;
+        else return hopper_own<7, 8>(0) - 1;
+    }
     __device__ __forceinline__ void take_turn() /* a warpgroup alone always has it */
     {
-        if (M::GROUPS > 1) hopper_sync(TURN + w, 256);
+        if (M::GROUPS > 1) hopper_sync(TURN + group(), 256);
     }
     __device__ __forceinline__ void pass_turn()
     {
-        if (M::GROUPS > 1) hopper_meet(TURN + (w + 1) % M::GROUPS, 256);
+        if (M::GROUPS > 1) hopper_meet(TURN + (M::TEAMS > 1 ? group() ^ 1 : (w + 1) % M::GROUPS), 256);
     }
-    __device__ __forceinline__ void meet() { hopper_sync(OWN + w, 128); }
+    __device__ __forceinline__ void meet() { hopper_sync(OWN + group(), 128); }
     /* a block that this warpgroup has no use for */
     __device__ __forceinline__ void skip()
     {
@@ -271,8 +260,8 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     __device__ __forceinline__ void mask(int slot, const int4 &step)
     {
         if constexpr (BLOCKS) {
-            mask<BN / 2>(slot, s, step.x, step.x + (step.w & 0xffff));
-            mask<BN / 2>(slot, s + BN / 4, step.y, step.y + (step.w >> 16));
+            mask<64>(slot, s, step.x, step.x + (M::PIECES == 1 ? step.w >> HOPPER_COUNT : step.w & 0xffff));
+            if constexpr (M::PIECES == 2) mask<64>(slot, s + BN / 4, step.y, step.y + (step.w >> 16));
         } else mask<BN>(slot, s, step.x, 0);
     }
     /* slopes: scores lose by the distance of row and key */
@@ -344,25 +333,28 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
         const uint32_t k = memory + M::K + block % M::STAGES * M::BLOCK + lane % 4 * 256;
 #pragma unroll
         for (int i = 0; i < BN / 2; i++) s[i] = 0;
+        if constexpr (M::TEAMED) hopper_scores_again<T, D>(s, q, k, row & 7, lane % 4 * 2);
+        else {
 #pragma unroll 1
-        for (int d = 0; d < D / 8; d++) { /* a chunk of 8 columns */
-            const uint32_t from = q + (d >> 3) * M::GROUPS * M::PANEL + (((d & 7) ^ (row & 7)) << 4);
-            const int4 x = hopper_four(from), y = hopper_four(from + 1024);
-            const uint32_t u[4] = {(uint32_t)x.x, (uint32_t)x.y, (uint32_t)x.z, (uint32_t)x.w};
-            const uint32_t v[4] = {(uint32_t)y.x, (uint32_t)y.y, (uint32_t)y.z, (uint32_t)y.w};
+            for (int d = 0; d < D / 8; d++) { /* a chunk of 8 columns */
+                const uint32_t from = q + (d >> 3) * M::GROUPS * M::PANEL + (((d & 7) ^ (row & 7)) << 4);
+                const int4 x = hopper_four(from), y = hopper_four(from + 1024);
+                const uint32_t u[4] = {(uint32_t)x.x, (uint32_t)x.y, (uint32_t)x.z, (uint32_t)x.w};
+                const uint32_t v[4] = {(uint32_t)y.x, (uint32_t)y.y, (uint32_t)y.z, (uint32_t)y.w};
 #pragma unroll
-            for (int i = 0; i < BN / 8; i++)
+                for (int i = 0; i < BN / 8; i++)
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int4 z = hopper_four(k + (d >> 3) * BN * 128 + (8 * i + e) * 128 +
-                                               (((d & 7) ^ (lane % 4 * 2 + e)) << 4));
-                    const uint32_t c[4] = {(uint32_t)z.x, (uint32_t)z.y, (uint32_t)z.z, (uint32_t)z.w};
+                    for (int e = 0; e < 2; e++) {
+                        const int4 z = hopper_four(k + (d >> 3) * BN * 128 + (8 * i + e) * 128 +
+                                                   (((d & 7) ^ (lane % 4 * 2 + e)) << 4));
+                        const uint32_t c[4] = {(uint32_t)z.x, (uint32_t)z.y, (uint32_t)z.z, (uint32_t)z.w};
 #pragma unroll
-                    for (int n = 0; n < 4; n++) {
-                        s[4 * i + e] = hopper_dot<T>(u[n], c[n], s[4 * i + e]);
-                        s[4 * i + 2 + e] = hopper_dot<T>(v[n], c[n], s[4 * i + 2 + e]);
+                        for (int n = 0; n < 4; n++) {
+                            s[4 * i + e] = hopper_dot<T>(u[n], c[n], s[4 * i + e]);
+                            s[4 * i + 2 + e] = hopper_dot<T>(v[n], c[n], s[4 * i + 2 + e]);
+                        }
                     }
-                }
+            }
         }
     }
     __device__ __forceinline__ void first_softmax(int slot, float old0, float old1)
@@ -668,6 +660,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
     __device__ __forceinline__ void later_block(int slot, bool fresh, const int4 step, bool half, bool some = true,
                                                 int4 *then = NULL)
     {
+        if (M::TEAMED) half = false; /* beyond() has seen to it */
         const int key = step.x;
         if (PAIRS && p.dropout.dropped) choose(slot, key);
         if (PADDED && MASKED) look(slot, key);
@@ -686,7 +679,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
             if (p.a.bias) hopper_bias<T, true, BIASES>(p.a, s, lines(slot, key));
         if (PAIRS && p.a.slopes) lean(slot, key);
         if (PADDED && MASKED && shown != ~0u) hide();
-        if (MASKED && some) mask(slot, step);
+        if (MASKED && some) mask(slot, again(step));
         if (EIGHT) free_keys(block);
         if (RUNNING || (MASKED && fresh)) {
             float most0, most1;
@@ -735,9 +728,11 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
         } else if constexpr (EIGHT) {
             late0 = shrink0, late1 = shrink1;
         } else if (__any_sync(~0u, !(sum0 < most() && sum1 < most()))) {
+#ifndef NOAGAIN
             multiply_again(slot);
+#endif
             if (PADDED && MASKED && shown != ~0u) hide();
-            if (MASKED) mask(slot, step);
+            if (MASKED) mask(slot, again(step));
             float most0, most1;
             maxima(most0, most1);
             raise(fmaxf(most0, top0), fmaxf(most1, top1), shrink0, shrink1);
@@ -830,9 +825,17 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
         return step;
     }
     __device__ __forceinline__ bool is(const int4 &step, int kind) const { return step.z >> HOPPER_GROUP * w & kind; }
+    /* the step of the current block, not the first: read once more, where its numbers have no registers */
+    __device__ __forceinline__ int4 again(const int4 &step) const
+    {
+        if constexpr (!BLOCKS || M::PIECES == 2) return step;
+        return hopper_four(memory + M::STEPS + (block - 1) % (2 * M::STAGES) * (int)sizeof(hopper_step));
+    }
+    /* is the only piece of a step hidden from all rows? Then so are those after it. */
+    __device__ __forceinline__ bool beyond(const int4 &step) const { return M::PIECES == 1 && is(step, HOPPER_HALF); }
     __device__ __forceinline__ void run_steps()
     {
-        if (M::GROUPS > 1 && w == 0) hopper_meet(TURN, 256);
+        if (M::GROUPS > 1 && w == 0) hopper_meet(TURN + group(), 256);
         for (;; tiles++) {
             const int slot = tiles & 1;
             hopper_wait(memory + M::Q_FULL + 8 * slot, tiles >> 1 & 1);
@@ -840,7 +843,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
             const int4 all = same(hopper_four(record));
             int4 step = same(hopper_four(record + 16));
             if (all.x == HOPPER_STOP) break;
-            const bool sees = w < all.w && step.z;
+            const bool sees = w < all.w && step.z && !beyond(step);
             if (held && !sees) flush(slot ^ 1);
             if (sees) {
                 const uint32_t release = block + 1;
@@ -848,15 +851,15 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
                 bool fresh = is(step, HOPPER_MASKED); /* may rows have seen nothing yet? */
                 first_block(slot);
                 if (MEETS) carry(slot, old0, old1);
-                if (fresh) mask(slot, step);
+                if (fresh) mask(slot, M::PIECES == 1 ? hopper_four(record + 16) : step);
                 first_softmax(slot, old0, old1);
                 step = step_after(block - 1);
-                if (!step.z) {
+                if (!step.z || beyond(step)) {
                     if (MEETS) meet();
                     free_stored();
                 }
 #pragma unroll 1
-                while (step.z) {
+                while (step.z && !beyond(step)) {
                     const bool masked = is(step, HOPPER_MASKED);
                     int4 then;
                     if (!masked && !fresh) later_block<false>(slot, false, step, false, false, &then);
@@ -866,6 +869,12 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
                     if (++block == release + 1) free_stored();
                 }
                 held = true, due = block - 1;
+#pragma unroll 1
+                for (int i = 1; M::PIECES == 1 && step.z; i++) {
+                    if (held && i == M::STAGES) flush(slot); /* values that are skipped need room */
+                    skip();
+                    step = step_after(block - 1);
+                }
                 continue;
             }
             free_stored();

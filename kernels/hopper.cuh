@@ -304,6 +304,12 @@ HOPPER_FN float2 hopper_pair(uint32_t at)
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
     return v;
 }
+HOPPER_FN uint32_t hopper_word(uint32_t at)
+{
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at));
+    return x;
+}
 HOPPER_FN void hopper_put_one(uint32_t at, float x)
 {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
