@@ -357,7 +357,7 @@ extern "C" int lac_cuda_gelu_norm(const lac_a_gelu_norm *a)
     return dispatch_float(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         int status = 0;
-        if constexpr (sizeof(T) == 2) {
+        if constexpr (std::is_same_v<T, bf16>) {
             whole_rows<T> w = {j.rows,
                                j.n,
                                j.eps,

@@ -263,7 +263,7 @@ static int norm_run(const char *op, const lac_a_layernorm *a)
         constexpr int64_t V = 16 / sizeof(T);
         bool dense =
             rows_dense(&a->x, V) && rows_dense(&a->out, V) && parameters_dense(&a->gamma) && parameters_dense(&a->beta);
-        if constexpr (sizeof(T) == 2) {
+        if constexpr (std::is_same_v<T, bf16>) {
             whole_rows<T> w = {j.rows,
                                j.x.stride[0],
                                (float)j.eps,
