@@ -255,14 +255,14 @@ KILLS ?= 100
 kill: all ## kill a writer of checkpoints at KILLS (100) random moments: every newest checkpoint must load
 	LACUNA_KILLS=$(KILLS) $(BUSTED) tests/checkpoint_spec.lua
 
-# Kernels are run by the best instruction set of this processor and, in engine_spec.lua and the specs of operators and
+# Kernels are run by the best instruction set of this processor and, in the engine's specs and those of operators and
 # attention, by every other one that it has.
 # Lines of Lua are counted with the JIT off. Specs below the library (direct) have nothing to count there and much to
 # compute, and run without that.
 COVERAGE_ENV  = LACUNA_LIBRARY=$(CURDIR)/$(BUILD)/coverage/lib/liblacuna.so LACUNA_COMMAND=$(BUILD)/coverage/bin/lacuna LACUNA_SLOWNESS=10
 COVERAGE_LUA  = LACUNA_COVERAGE=$(CURDIR)/$(BUILD)/coverage/lines LACUNA_FUZZ=10000 LUA_INIT=@$(CURDIR)/tests/support/coverage.lua
 spec = $(patsubst %,tests/%_spec.lua,$(1))
-DIRECT_SPECS := $(filter $(call spec,engine attend attend_pairs attend_parts golden plan threads dispatch elem),$(SPECS))
+DIRECT_SPECS := $(filter $(call spec,engine engine_errors engine_maps engine_rows attend attend_pairs attend_parts golden plan threads dispatch elem),$(SPECS))
 coverage: all ## line coverage of C and Lua over the suite; fails below 90%
 	$(call instrumented,coverage,-O1 -g --coverage)
 	@find $(BUILD)/coverage \( -name '*.gcda' -o -name '*.lines' \) -delete; mkdir -p $(BUILD)/coverage/lines

@@ -728,9 +728,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
         } else if constexpr (EIGHT) {
             late0 = shrink0, late1 = shrink1;
         } else if (__any_sync(~0u, !(sum0 < most() && sum1 < most()))) {
-#ifndef NOAGAIN
             multiply_again(slot);
-#endif
             if (PADDED && MASKED && shown != ~0u) hide();
             if (MASKED) mask(slot, again(step));
             float most0, most1;

@@ -24,8 +24,8 @@ local ELSEWHERE = {
     "hopper_pairs", "runtime_cuda", "variants_cuda",
   },
   ["the CPU's kernels, pool or threads; those of the device have specs above"] = {
-    "attend", "attend_pairs", "attend_parts", "engine", "fp8", "fuzz", "memory", "sgemm", "threads",
-    "timeline",
+    "attend", "attend_pairs", "attend_parts", "engine", "engine_errors", "engine_maps", "engine_rows", "fp8",
+    "fuzz", "memory", "sgemm", "threads", "timeline",
   },
   ["no tensors, or those of a child process"] = {
     "arguments", "bench", "command", "dispatch", "experiments", "layers", "log", "plan", "plot", "queue",
