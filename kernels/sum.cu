@@ -249,14 +249,6 @@ template <int DTYPE> static int sum_run(sum_job j)
     return j.outputs / N <= 24 * 16 ? columns_run<DTYPE, 16>(j) : columns_run<DTYPE, 32>(j);
 }
 
-int lac_cuda_add_shares(const char *op, const double *shares, int64_t parts, int64_t outputs, int out_dtype, void *out)
-{
-    sum_job j = {};
-    j.out = out, j.outputs = outputs, j.out_dtype = out_dtype, j.out_bytes = (int)dtype_bytes(out_dtype);
-    launch(add_shares, blocks_for(outputs, LANES), SHARE_THREADS, 0, j, shares, parts);
-    return lac_cuda_launched(op);
-}
-
 bool lac_cuda_sum_fits(const sum_job *j)
 {
     int64_t n = j->dtype == LAC_F32 ? 4 : 8, run = j->along_rows || j->outputs == 1 ? j->count : j->outputs;

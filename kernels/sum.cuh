@@ -14,8 +14,6 @@ struct sum_job {
 };
 bool lac_cuda_sum_fits(const sum_job *j);
 int lac_cuda_sum(const sum_job *j);
-/* out[i] = sum of shares[part][i], as sum.cu adds up the blocks' shares of columns */
-int lac_cuda_add_shares(const char *op, const double *shares, int64_t parts, int64_t outputs, int out_dtype, void *out);
 /* linear.cu: out [E] = sums of x [..., E] over rows; nothing where out has no data */
 int lac_cuda_column_sums(const lac_view *x, const lac_view *out);
 
