@@ -150,8 +150,11 @@ function device.cpu(run, c, dtype, lists)
   return exact, attn.worse(exact, naive, by_tensor_cores(c, dtype, lists))
 end
 
---- Every result obeys the rule, each gradient by itself.
+--- Every result obeys the rule; gradients together, where there are any.
 function device.judge(dtype, got, exact, naive, what)
+  if got.dq then
+    got, exact, naive = attn.together(got), attn.together(exact), naive and attn.together(naive)
+  end
   for name, data in pairs(got) do
     if exact[name] then attn.complain(dtype, name, data, exact[name], naive and naive[name], what) end
   end

@@ -120,8 +120,8 @@ local function run(device, dtype, c, lists, layout)
   return found
 end
 
--- The gradients as one list, for a rule that they obey together: where a row has one key, dq is what is left
--- of numbers that cancel, and one naive program may be exact by luck (device.judge has the worse of two).
+-- The gradients obey the rule together: where a row has one key, dq is what is left of numbers that cancel,
+-- and the naive program may be exact there by luck.
 local function together(r)
   local all = {}
   for _, name in ipairs { "dq", "dk", "dv", "dbias" } do
