@@ -27,7 +27,7 @@
 /* one declaration, one line */
 /* clang-format off */
 /* <ffi> */
-enum { LAC_ABI = 1, LAC_MAX_DIMS = 6, LAC_MAX_BRANCHES = 32 };
+enum { LAC_ABI = 2, LAC_MAX_DIMS = 6, LAC_MAX_BRANCHES = 32 };
 enum { LAC_F64 = 0, LAC_F32 = 1, LAC_F16 = 2, LAC_BF16 = 3, LAC_I64 = 4, LAC_I32 = 5, LAC_U8 = 6, LAC_BOOL = 7, LAC_DTYPES = 8 };
 enum { LAC_CPU = 0, LAC_CUDA = 256 }; /* a CUDA device k is LAC_CUDA + k */
 
@@ -136,7 +136,7 @@ int lac_tensor_role(const lac_tensor *t, int role); /* what its storage is for; 
 int lac_tensor_site(const lac_tensor *t, int site); /* a number of the host for where its storage was made, set unless < 0; returns it */
 int lac_tensor_block(const lac_tensor *t, lac_block_info *out); /* the block behind t; status "released" if there is none */
 int lac_empty(lac_tensor *t);            /* host fills dtype, device, ndim, shape; the call adds storage and strides */
-void lac_tensor_drop(lac_tensor *t);     /* the finalizer: drop the owner's reference (idempotent) */
+void lac_tensor_drop(lac_tensor *t);     /* drop the owner's reference (idempotent) */
 int lac_tensor_release(lac_tensor *t);   /* free the bytes now; later use of any view is an error of status "released" */
 int lac_tensor_data(const lac_tensor *t, void **data); /* address of element 0 (host memory), after checks */
 int lac_tensor_check(const lac_tensor *t);             /* is it a valid live view inside its storage? */

@@ -52,7 +52,7 @@ enum {
     LAC_ATTN_GROUP = 64,        /* most query rows of a block that meet their keys together, */
     LAC_ATTN_GROUPS = 128,      /* and where there are blocks, tasks begin at multiples of so many rows */
     LAC_ATTN_THREAD_TASKS = 4,  /* tasks of a thread, if there is work enough */
-    LAC_ATTN_TASKS = 16         /* backward chunks of a phase, if there is work enough */
+    LAC_ATTN_TASKS = 16         /* backward chunks of a phase, if there is work enough; with branches' deltas half */
 };
 
 /* The heads of one branch that share a key/value head and an offset: what one backward task owns. */

@@ -606,8 +606,9 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     bool hopper;
     LAC_TRY(choose(f, attn_hopper_backward_fits(w), lac_plan_one_pass(p), &hopper));
     const bool joint = !hopper && attn_joint_fits(w), once = hopper || joint; /* once: one pass */
-    if (!once && (!covered(p) || p->shift < 0)) LAC_TRY(clear(&w->dq));
-    if (!covered(p)) {
+    const bool all_rows = covered(p);
+    if (!once && (!all_rows || p->shift < 0)) LAC_TRY(clear(&w->dq));
+    if (!all_rows) {
         LAC_TRY(clear(&w->dk));
         LAC_TRY(clear(&w->dv));
     }

@@ -87,7 +87,8 @@ struct alignas(8) hopper_piece {
     int first, about;
 };
 /* The next keys of the tile, two pieces; `counts`: of both, the second's in the high half. `kinds`: 0 if there are
- * none; four bits a warpgroup. */
+ * none; four bits a warpgroup. With one piece a step `second` is `first`, and `counts` is `kinds`, whose bits from
+ * HOPPER_COUNT on are the count: two registers a step for the feeder. */
 struct alignas(16) hopper_step {
     int first, second, kinds, counts;
 };
@@ -234,6 +235,7 @@ template <class T> HOPPER_FN float hopper_dot(uint32_t a, uint32_t b, float x)
 template <class T, int D, int N>
 HOPPER_FN void hopper_scores_again(float (&x)[N], uint32_t q, uint32_t k, int row, int key)
 {
+    static_assert(D == 64, "one panel");
 #pragma unroll 1
     for (int d = 0; d < D / 2; d++) {
         const uint32_t from = q + (((d >> 2) ^ row) << 4) + (d & 3) * 4;
@@ -254,10 +256,11 @@ HOPPER_FN void hopper_scores_again(float (&x)[N], uint32_t q, uint32_t k, int ro
 /* scouts of the launch */
 template <class M> HOPPER_FN int hopper_scouts()
 {
-    if constexpr (!M::TEAMED) return (int)gridDim.x;
-    int x;
-    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(x));
-    return M::TEAMS * x;
+    if constexpr (M::TEAMED) {
+        int x;
+        asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(x));
+        return M::TEAMS * x;
+    } else return (int)gridDim.x;
 }
 
 /* of an item and head in branch g: tiles that are done */

@@ -333,6 +333,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
         const uint32_t k = memory + M::K + block % M::STAGES * M::BLOCK + lane % 4 * 256;
 #pragma unroll
         for (int i = 0; i < BN / 2; i++) s[i] = 0;
+        /* two columns at a time need fewer registers, which teams do not have, and take longer */
         if constexpr (M::TEAMED) hopper_scores_again<T, D>(s, q, k, row & 7, lane % 4 * 2);
         else {
 #pragma unroll 1

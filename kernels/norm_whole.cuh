@@ -1,5 +1,5 @@
-/* norm_whole.cuh: layer norms of bf16 (f16 spills) over models' usual rows, of 768 and 3,072 elements with gain and
- * bias, on their own (norm.cu) or of something that is made of x (gelu_norm.cu).
+/* norm_whole.cuh: layer norms of bf16 (f16 spills) over models' usual rows with gain and bias: of 768 elements on
+ * their own (norm.cu), of 768 and 3,072 behind gelu (gelu_norm.cu).
  *
  * One block fills a multiprocessor and stays: threads keep their columns of gain and bias, a row comes ahead of its
  * turn (cp.async), the first ones before the kernel ahead is done, and lengths are constants. On an H200, 32768 x 768

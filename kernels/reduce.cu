@@ -242,12 +242,13 @@ __device__ __forceinline__ void add_vector(const reduce_job &j, extreme_of<float
     for (int i = 0; i < 8; i++)
         if (i < n) a.v = larger(a.v, turned(j, v[i]));
 }
-/* Of a half type, whose differences and squares fit a float but for rounding far below the result's, as for sums; they
- * are divided by 32, so that no difference and no sum of eight is infinite, and squares hardly ever. */
+/* Of a half type, whose differences and squares fit a float but for rounding far below the result's, as for sums, in
+ * rows that are not so long that a first element far from all others leaves little of it; they are divided by 32, so
+ * that no difference and no sum of eight is infinite, and squares hardly ever. */
 __device__ __forceinline__ void add_vector(const reduce_job &j, variance_of<float> &a, const float (&v)[8], int n,
                                            int64_t at)
 {
-    if (n == 8) {
+    if (n == 8 && j.count <= 1 << 14) {
         float less = (float)a.shift * -0.03125f, s = 0, q = 0;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -268,7 +269,8 @@ __device__ __forceinline__ void add_vector(const reduce_job &j, variance_of<floa
         a.squares = fma(squares, 1024.0, a.squares);
     } else {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 8; i++) {
+            if (i >= n) break;
             double d = (double)v[i] - a.shift;
             a.s += d;
             a.squares += d * d;
@@ -382,7 +384,7 @@ template <class A, bool DENSE> __global__ void __launch_bounds__(THREADS) rows_k
         if constexpr (DENSE) {
             constexpr int FLIGHT = A::VECTORS;
             int per = 16 / j.bytes;
-            start_row(a, j, x);
+            if (begin < end) start_row(a, j, x);
             int64_t full = end / per; /* begin is a multiple of per */
             for (int64_t i = begin / per + lane; i < full; i += team * FLIGHT) {
                 uint4 raw[FLIGHT];

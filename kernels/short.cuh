@@ -55,7 +55,8 @@ static __device__ __forceinline__ float short_gelu_tanh_both(float x, float *slo
 {
     const float square = x * x, u = x * fmaf(0.07135481627f, square, 1.5957691216f);
     const float e = short_exp(-fabsf(u)), d = short_recip(1.0f + e), s = u > 0 ? d : e * d;
-    *slope = fmaf(x * fmaf(0.21406444881f, square, 1.5957691216f), e * d * d, s);
+    const float p = x * (e * d * d); /* 0 is multiplied by x, not by x^2, which may be infinite */
+    *slope = fmaf(p, 1.5957691216f, s) + 0.21406444881f * (p * x * x);
     return x * s;
 }
 static __device__ __forceinline__ float short_gelu(float x)

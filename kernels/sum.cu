@@ -77,8 +77,9 @@ template <int DTYPE> __global__ void __launch_bounds__(THREADS) sum_rows(sum_job
 
 /* ---- the last block ---- */
 
-enum { MOST_GROUPS = 1024 };
-/* blocks of the call that runs which have left their share, of each group; 0 between calls */
+enum { MOST_GROUPS = 1024, MOST_COLUMNS = 1 << 16 };
+static_assert(MOST_COLUMNS / (4 * 32) <= MOST_GROUPS, "a ticket for every group of columns");
+/* blocks of the call that runs which have left their share, of each group; 0 between calls, which one stream has */
 static __device__ unsigned finished[MOST_GROUPS];
 
 /* Is this block the last of `blocks` of its group? One thread asks; its own writes before, and those that a barrier has
@@ -256,7 +257,7 @@ bool lac_cuda_sum_fits(const sum_job *j)
     fits = fits && run % n == 0 && (uintptr_t)j->x % 16 == 0 && j->step % 16 == 0 && j->step >= 0;
     if (j->outputs == 1) return fits && j->count >= 1 << 14;
     if (j->along_rows) return fits && j->outputs >= 1024 && j->count >= 4 * n && j->count < INT32_MAX;
-    return fits && j->outputs >= 64 && j->outputs <= 1 << 16 && j->count >= 256;
+    return fits && j->outputs >= 64 && j->outputs <= MOST_COLUMNS && j->count >= 256;
 }
 
 int lac_cuda_sum(const sum_job *j)

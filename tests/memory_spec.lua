@@ -216,7 +216,7 @@ describe("soft limit", function()
     collectgarbage("stop")
     for i = 1, 500 do
       local t = lac.full{ 2 ^ 18 + i, value = 1 } -- 1 MiB and a bit: also what is cached counts
-      local now = lac.memory() -- one look: a finalizer between two would count its block twice
+      local now = lac.memory() -- one look: what is given back between two would count twice
       assert.is_true(now.live + now.cached <= soft)
       assert.are.equal(1, t:dim())
     end

@@ -221,6 +221,19 @@ describe("nn modules", function()
     end
   end)
 
+  it("has slopes of 0 and 1 where the square of what is activated is infinite", function()
+    local C, new = lib.C, tensor.ctype
+    for _, dtype in ipairs{ "f64", "f32", "bf16" } do
+      for _, name in ipairs{ "gelu", "gelu_tanh" } do
+        local pre = lac.tensor({ { 1e14, 1e30, 1e20, 10, -10, -1e14, -1e20, -1e30 } }, { dtype = dtype })
+        local g, w, all = lac.ones{ 1, 1, dtype = dtype }, lac.ones{ 1, 8, dtype = dtype }, new()
+        lib.call(C.lac_linear_act_bwd, internal.map_id["1" .. name], g.c, w.c, pre.c, all, nil, nil)
+        local slopes = lac.tensor { { 1, 1, 1, 1, 0, 0, 0, 0 } }
+        assert.is_true(lac.allclose(tensor.adopt(all):float(), slopes, { atol = 1e-6 }), name .. dtype)
+      end
+    end
+  end)
+
   it("calls what a script put in the place of a part", function()
     local x = lac.randn{ 2, 8, 4, dtype = "f64" }
     local ffn = nn.FeedForward(4, 6, { dtype = "f64" })

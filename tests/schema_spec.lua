@@ -154,7 +154,7 @@ describe("the namespace", function()
   end)
 
   it("checks the engine's ABI against this tree", function()
-    assert.are.equal(1, require("lacuna.lib").C.LAC_ABI)
+    assert.are.equal(2, require("lacuna.lib").C.LAC_ABI)
     assert.matches("^%d+%.%d+%.%d+$", lac.version())
     assert.matches("cpu", lac.devices())
   end)

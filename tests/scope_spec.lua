@@ -10,7 +10,7 @@
 local lac = require "lacuna"
 
 -- Blocks in use, after which the collector stands still, so that what is counted is the scopes' work alone: a
--- tensor that it finds dead leaves its scope's weak list at once, but its bytes only when the finalizer runs.
+-- tensor that it finds dead leaves its scope's weak list at once, but its bytes only at the next call.
 local function settle()
   collectgarbage()
   collectgarbage()

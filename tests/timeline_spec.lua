@@ -73,7 +73,7 @@ describe("lac.memory_profile", function()
     lac.reset_peak()
     local p = lac.memory_profile(function()
       step()
-      lib.collect() -- runs the finalizers of what a collection within the step has found
+      lib.collect() -- gives back what a collection within the step has found
     end)
     assert.are.equal(lac.memory().peak, p.peak.bytes)
     assert.are.equal(p.peak.bytes, sum(p.peak.blocks, "bytes"))

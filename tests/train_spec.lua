@@ -320,8 +320,8 @@ describe("train.fit", function()
     local live = {}
     collectgarbage() -- tensors of other specs
     collectgarbage()
-    -- A tensor that the collector has found dead leaves its scope's weak list at once, its bytes only when
-    -- the finalizer runs. So the collector stands still: what is flat now is flat by the scopes alone.
+    -- A tensor that the collector has found dead leaves its scope's weak list at once, its bytes only
+    -- at the engine's next call. So the collector stands still: what is flat now is flat by the scopes alone.
     collectgarbage("stop")
     lac.train.fit{ model = model, optimizer = optimizer, steps = 30, progress = "none", batch = function(k)
       live[k] = lac.memory("cpu").live

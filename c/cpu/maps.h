@@ -120,7 +120,7 @@ LAC_INLINE float f_gelu_tanh(float x) { return x * v_sigmoidf(F_GELU_TANH_ARGUME
 LAC_INLINE float f_gelu_tanh_slope_of(float x, float q)
 {
     float p = x * (q * (1 - q));
-    return (x > 0 ? 1 - q : q) + (1.595769122f * p + 0.21406530f * (p * x * x));
+    return (x > 0 ? 1 - q : q) + (1.595769122f * p + 0.214064449f * (p * x * x));
 }
 LAC_INLINE float f_gelu_tanh_grad(float x)
 {

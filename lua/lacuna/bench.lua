@@ -60,8 +60,7 @@ function Local:init(fn, options)
 end
 
 function Local:turn(seconds)
-  collectgarbage()
-  collectgarbage()
+  lib.collect()
   if self.before then self.before() end
   local fn, once = self.fn, repeat_calls(self.fn, 1)
   if not self.per_sample then
@@ -318,8 +317,7 @@ end
 -- @return what fn returns
 function bench.peak(fn, ...)
   if type(fn) ~= "function" then fail("bench.peak", "expected a function, got %s", schema.show(fn)) end
-  collectgarbage()
-  collectgarbage()
+  lib.collect()
   device.reset_peak()
   local code = device.code("bench.peak")
   local before = lib.memory_stats(code).live

@@ -30,7 +30,7 @@ local ffi = require "ffi"
 
 local lib = { ffi = ffi }
 
-local EXPECTED_ABI = 1
+local EXPECTED_ABI = 2
 local MIN_PACE = 64 * 2 ^ 20
 local STRUCTS = { "lac_tensor", "lac_memory_stats", "lac_flags", "lac_optim_item", "lac_attn_desc",
                   "lac_strip", "lac_plan_info", "lac_attn_args", "lac_cache_stats", "lac_block_info",
@@ -110,7 +110,8 @@ local function load_library()
   choose_blas_kernels()
   local ok, C = pcall(ffi.load, path)
   if not ok then error("lacuna: cannot load " .. path .. ": " .. tostring(C), 0) end
-  -- busted and `package.loaded[...] = nil` load this file again in one process: declarations exist then
+  -- busted and `package.loaded[...] = nil` load this file again in one process: declarations exist then, and
+  -- tensors that the file before has made keep their memory to the end of the process
   if not pcall(ffi.typeof, "struct lac_tensor") then
     if not pcall(function() return ffi.C.lac_cdef end) then pcall(ffi.cdef, "const char *lac_cdef(void);") end
     local found, text = pcall(function() return ffi.string(C.lac_cdef()) end)
@@ -242,14 +243,16 @@ local function announce()
 end
 
 --- Drop the storages of dead owners, if there was a collection since the last time: whoever looks at a pool's
--- state calls this before. An interrupt may end it anywhere: in this order nothing is dropped twice, and what
--- is left is found after the next collection.
+-- state calls this before. An interrupt may end it anywhere: in this order nothing is dropped twice, one
+-- storage may be lost, and what is left is found after the next collection. A finalizer of the script may
+-- make tensors meanwhile.
 local function bury()
   if not collected then return end
   ffi.gc(herald(), announce)
   collected = false
-  local n = 0
-  for i = 1, owned do
+  local n, i = 0, 0
+  while i < owned do
+    i = i + 1
     local owner = owners[i]
     if not owner then
       grave.storage = storages[i]
@@ -276,7 +279,8 @@ function lib.own(c)
   if n > room then
     local larger = ffi.new("lac_storage *[?]", 2 * room + 1)
     ffi.copy(larger, storages, ffi.sizeof("lac_storage *") * (room + 1))
-    storages, room = larger, 2 * room
+    storages = larger -- before its room: an interrupt may come between
+    room = 2 * room
   end
   storages[n], owners[n] = c.storage, c
   owned = n
@@ -332,7 +336,7 @@ end
 function lib.collect()
   collectgarbage()
   bury()
-  collectgarbage() -- the second cycle frees what the finalizers of the first let go
+  collectgarbage() -- the second cycle frees what finalizers of the first (of plans, graphs, files) let go
   bury()
 end
 local collect = lib.collect

@@ -152,6 +152,7 @@ local function leave(results, count)
       end
     end
   end
+  lib.bury()
 end
 
 local function on_error(message)

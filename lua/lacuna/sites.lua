@@ -12,7 +12,7 @@
 -- storage of another operator's result, so there the last known site stays.
 --
 -- Rejected: debug hooks (they run at every line, and not at all in compiled code), a table from tensors to
--- lines (a block outlives its tensor until the finalizer runs, and then nobody would know it).
+-- lines (a block outlives its tensor until the call after a collection, and then nobody would know it).
 
 local lib = require "lacuna.lib"
 local scope = require "lacuna.scope"

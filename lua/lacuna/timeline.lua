@@ -167,6 +167,7 @@ function timeline.run(fn, options)
   local started = C.lac_clock()
   local results, count = pack(pcall(fn))
   local wall = tonumber(C.lac_clock() - started) * 1e-9
+  lib.bury() -- what the last collection of fn has found is its own
   lib.check(C.lac_memory_record(0))
   if o.track then sites.track(false) end
   local events = read_events()

@@ -19,7 +19,7 @@ local adopt, expect = tensor.adopt, tensor.expect
 local internal = ops.internal
 local record, wants, new, define = internal.record, internal.wants, internal.new, internal.define
 local rows, set_leading, weight_grad = internal.rows, internal.set_leading, internal.weight_grad
-local raw_matmul, raw_map1, map_id = internal.raw_matmul, internal.raw_map1, internal.map_id
+local raw_matmul, map_id = internal.raw_matmul, internal.map_id
 
 local function release(t) C.lac_tensor_release(t.c) end
 
@@ -199,12 +199,6 @@ local FEED = { activation = { one_of = ACTIVATIONS, default = "gelu" },
 
 local feed_op = { name = "feed_forward", method = false }
 
--- what the second product reads; with a norm also what that needs for its gradient: act, mean, rstd
-local function hidden_of(node)
-  if node.norm then return gelu_norm(node.pre, node.gamma, node.beta, node.eps) end
-  return raw_map1(node.id, node.pre)
-end
-
 local function check_feed(op, x, up, up_bias, down, down_bias, o)
   check_linear(op, x, up, up_bias, { "x", "up", "up_bias" })
   expect(op, "down", down)
@@ -255,7 +249,7 @@ function feed_op.forward(x, up, up_bias, down, down_bias, options)
   local hidden
   if o.norm then
     kept.pre = raw_matmul(rows(op, x), tensor.raw_transpose(up, 0, 1), up_bias)
-    hidden, kept.act, kept.mean, kept.rstd = hidden_of(kept)
+    hidden, kept.act, kept.mean, kept.rstd = gelu_norm(kept.pre, kept.gamma, kept.beta, kept.eps)
   else
     hidden, kept.pre = linear_act(kept.id, rows(op, x), up, up_bias, wanted)
   end
@@ -271,15 +265,15 @@ function feed_op.forward(x, up, up_bias, down, down_bias, options)
   return out
 end
 
--- gradients of down and down_bias; hidden: what the second product read, if the caller has it
+-- gradients of down and down_bias; hidden: what the second product read, if that is needed and was not kept
 local function down_grad(node, g, grads, retain, hidden)
-  hidden = node.hidden or hidden or (hidden_of(node))
+  hidden = node.hidden or hidden
   local down, bias = node.down, node.down_bias
   if down.requires_grad or (bias and bias.requires_grad) then
     grads[node.at.down], grads.down_bias = weight_grad(g, hidden, down.requires_grad,
       bias and bias.requires_grad)
   end
-  if not (node.hidden and retain) then release(hidden) end
+  if hidden and not (node.hidden and retain) then release(hidden) end
 end
 
 -- the gradient of what goes into the activation, and of up_bias; with a norm also of gamma and beta. And what
