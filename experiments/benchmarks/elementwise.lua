@@ -6,19 +6,20 @@
 -- operator on as many threads. What misses on one thread, and by what (one core of an EPYC, Zen 4, AVX-512;
 -- cycles of 0.28 ns; it copies 16 floats in 8 to 10 cycles, past the caches):
 --
--- Arithmetic. Cycles for 16 floats that are in the cache: relu 5, exp 8, exp2, sigmoid, silu 10, tanh,
--- gelu 11, gelu by tanh 14, expm1 15, softplus 22, log 23, erf 27, log2 38, dropout 48, atan 54, sin, cos 64,
--- pow 125; a multiply-add takes one, a division 6, of which it leaves 4 to others. 77% of a copy are 12 to
--- 13: sigmoid and silu have 87%, tanh, gelu and gelu's gradient 82 to 86 (c/cpu/activations.h). gelu of
--- numbers beyond 3.9 takes 30: of normal numbers, 1 group of 64 in 150 has one; times 3, all have, and
--- gelu 31%. f16 adds 4 to each and bf16 7, for half the bytes. relu, exp, tanh, sigmoid, silu, gelu and its
+-- Arithmetic. Cycles for 16 floats that are in the cache: relu 5, exp 8, exp2, sigmoid, silu 10, tanh, gelu
+-- 11, gelu by tanh 14, expm1 15, softplus 22, log 23, erf 27, log2 38, dropout 48, atan 54, sin, cos 64, pow
+-- 125; a multiply-add takes one, a division 6, of which it leaves 4 to others. 77% of a copy are 12 to 13:
+-- in turns with a copy sigmoid and silu have 72 to 88%, tanh 74 to 86, gelu 67 to 83, gelu's gradient 85
+-- (c/cpu/activations.h); rows here read 69 to 82, in whose runs softmax, 79 to 84 in turns, read 59. gelu of
+-- numbers beyond 3.9 takes 30: of normal numbers, 1 group of 64 in 150 has one; times 3, all have, and gelu
+-- 31%. f16 adds 4 to each and bf16 7, for half the bytes. relu, exp, tanh, sigmoid, silu, gelu and its
 -- gradient of half types have lines of their own (c/cpu/halves.h), 32 values in 13 to 25 cycles beside a
 -- copy's 10. Share of a copy: bf16 relu 92, exp 68, tanh 61, sigmoid 58, silu 52, gelu 50, its gradient 62;
 -- f16 exp 52, tanh 41, sigmoid 40, silu 38, gelu 41, its gradient 52. 77% allow 11 cycles in the cache, 22
 -- steps of 512 bits: an exp of bf16 is 22 and runs at 1.7 a cycle, and f16's conversions alone take 7. What
--- is computed in double (from log10 on in c/cpu/maps.h) has half the lanes and longer polynomials. softmax of
--- a row is an exponential, a maximum and a scaling, which run over three rows at once: 12 cycles beside
--- a copy's 10 (15 one after the other); over columns it takes two exponentials.
+-- is computed in double (from log10 on in c/cpu/maps.h) has half the lanes and longer polynomials. softmax
+-- of a row is an exponential, a maximum and a scaling, which run over three rows at once: 12 cycles beside a
+-- copy's 10 (15 one after the other); over columns it takes two exponentials.
 -- Reading alone. 6.3 to 7 cycles a line whatever is asked for ahead, where 77% of a copy allow 6.8: the
 -- maximum over rows is there. A sum converts to double, 5 cycles for 16 floats, a variance 9, a log-sum-exp
 -- takes 10; over columns sums are loaded and stored as well.

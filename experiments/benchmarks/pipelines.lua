@@ -12,7 +12,7 @@
 -- What bounds ours on one thread (EPYC, Zen 4, AVX-512, by `perf`, torchscale forward + backward): the
 -- seven products are 82% of the time, at 111 to 113 GFLOP/s of the 117 that one multiply-add of 16 floats a
 -- cycle gives. The rest is exponentials and what makes P and dS (6%), packing keys (3%), rows of q, of its
--- gradient and of results (5%), deltas and the merge. At 2.06 (2.01 to 2.12 in four turns; 1.92, 1.89 to
+-- gradient and of results (5%), deltas and the merge. At 2.03 (1.99 to 2.07 in four turns; 1.92, 1.89 to
 -- 1.94, before branches of eight segments were held whole), nothing could pass 2.5.
 
 local lac = require "lacuna"
