@@ -23,6 +23,7 @@ while read -r line; do
   *'"op":"case"'*) echo '{"id": 7, "info": {"loss": 1.5}}' ;;
   *'"op":"turn"'*) echo '{"best": 0.5, "calls": 2}' ;;
   *'"op":"sustained"'*) echo '{"median": 0.25}' ;;
+  *'"op":"queued"'*) echo '{"mean": 0.125}' ;;
   *'"op":"peak"'*) echo '{"bytes": 4096}' ;;
   *'"op":"drop"'*) echo '{}' ;;
   esac
@@ -57,7 +58,7 @@ describe("bench", function()
   end)
   teardown(function() os.execute("rm -r " .. sys.quote(dir)) end)
 
-  it("lets sides take turns in new orders and gives the median of each", function()
+  it("lets sides take turns in new orders and gives the median and the least of each", function()
     local said, orders = { { 5, 1, 3 }, { 20, 40, 30 } }, {}
     local calls, sides = { 0, 0 }, {}
     for i = 1, 2 do
@@ -67,7 +68,7 @@ describe("bench", function()
         return said[i][calls[i]]
       end
     end
-    assert.same({ 3, 30 }, bench.shuffled(sides, 3, 0))
+    assert.same({ { 3, 30 }, { 1, 20 } }, { bench.shuffled(sides, 3, 0) })
     for round = 0, 2 do assert.equal(3, orders[2 * round + 1] + orders[2 * round + 2]) end
     local runs = 0
     assert.is_true(bench.warm(function() runs = runs + 1 end) >= 0)
@@ -93,6 +94,21 @@ describe("bench", function()
     runs = 0
     assert.is_true(bench.sides{ function() runs = runs + 1 end }[1]() >= 0)
     assert.equal(2, runs)
+  end)
+
+  it("takes the mean of calls until they return, after one that is not timed", function()
+    local runs = 0
+    local function slow_first()
+      runs = runs + 1
+      local go = sys.time() + (runs == 1 and 0.5 or 0.01)
+      repeat until sys.time() >= go
+    end
+    local seconds = bench.queued(slow_first, 3)
+    assert.equal(4, runs)
+    assert.is_true(seconds >= 0.01 and seconds < 0.1)
+    assert.error_matches(function() bench.queued(1, 1) end, "bench.queued: expected a function, got 1")
+    local side = run{ peer = dir .. "/shell" }:case("good", "fine")
+    assert.equal(0.125, side:queued(3))
   end)
 
   it("measures sides after idling and sustained", function()

@@ -15,8 +15,10 @@ Requests: {"op": "case", "case": name, "arguments": {...}, "threads": n, "device
 {"op": "turn", "id", "seconds", "sample"} -> {"best", "calls"}: one untimed call, then samples of as many calls as
 fill `sample` seconds until `seconds` are used, the fastest sample's seconds per call (on CUDA a sample ends when the
 device is idle); {"op": "sustained", "id", "seconds"} -> {"median"}: seconds of calls that follow each other without a
-pause, of the second half of them; {"op": "peak", "id"} -> {"bytes"}: growth of the resident set, or of CUDA's memory,
-during one call; {"op": "drop", "id"}. This is the same procedure that lua/lacuna/bench.lua follows on its side.
+pause, of the second half of them; {"op": "queued", "id", "times"} -> {"mean"}: seconds until a call returns that finds
+the device idle, the mean after one that is not timed; {"op": "peak", "id"} -> {"bytes"}: growth of the resident set, or
+of CUDA's memory, during one call; {"op": "drop", "id"}. This is the same procedure that lua/lacuna/bench.lua follows on
+its side.
 Standard output belongs to the protocol: prints of libraries go to standard error.
 """
 
@@ -101,6 +103,18 @@ def _sustained(state, seconds):
     return {"median": statistics.median(times[len(times) // 2:])}
 
 
+def _queued(fn, times):
+    spent = 0.0
+    fn()
+    for _ in range(times):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        fn()
+        spent += time.perf_counter() - start
+    return {"mean": spent / times}
+
+
 def _status(field):
     with open("/proc/self/status") as file:
         for line in file:
@@ -155,6 +169,8 @@ def _answer(request):
         return _turn(state, request["seconds"], request["sample"])
     if op == "sustained":
         return _sustained(state, request["seconds"])
+    if op == "queued":
+        return _queued(state["fn"], request["times"])
     if op == "peak":
         return {"bytes": _peak(state["fn"])}
     raise ValueError("unknown request '%s'" % op)

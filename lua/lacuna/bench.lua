@@ -158,6 +158,15 @@ function Remote:sustained(seconds)
   return answer.median
 end
 
+--- Seconds that a peer's calls take its host, as bench.queued gives them.
+-- @tparam integer times
+-- @treturn number
+function Remote:queued(times)
+  local answer, reason = self.peer:ask{ op = "queued", id = self.id, times = times }
+  if not answer then fail("bench", "%s: %s", self.peer.script, reason) end
+  return answer.mean
+end
+
 --- Extra bytes at the peak of one call of a peer's case, by the system's count (its resident set).
 -- @treturn ?number bytes, or nil and the reason
 function Remote:peak()
@@ -268,6 +277,25 @@ function bench.sustained(fn, seconds)
   return median(times)
 end
 
+--- Seconds that fn's calls take the host when the device has nothing else to do: every call is followed by a
+-- wait that is not timed. As many calls as let the collector take its part.
+-- @tparam function fn queues less than the device's queue holds (about a thousand operators)
+-- @tparam integer times calls, after one that is not timed
+-- @treturn number seconds of one call, their mean
+function bench.queued(fn, times)
+  if type(fn) ~= "function" then fail("bench.queued", "expected a function, got %s", schema.show(fn)) end
+  local spent = 0
+  fn()
+  for _ = 1, times do
+    device.synchronize()
+    local start = sys.time()
+    fn()
+    spent = spent + sys.time() - start
+  end
+  device.synchronize()
+  return spent / times
+end
+
 --- Sides for bench.shuffled.
 -- @tparam table calls functions, or a peer's cases
 -- @tparam[opt] number seconds of calls without a pause in a turn (bench.sustained); without, one call counts,
@@ -291,8 +319,9 @@ end
 -- @tparam integer rounds
 -- @tparam number idle seconds before every turn
 -- @treturn table median seconds of every side
+-- @treturn table the least of every side
 function bench.shuffled(sides, rounds, idle)
-  local times, order = {}, {}
+  local times, least, order = {}, {}, {}
   for i = 1, #sides do times[i], order[i] = {}, i end
   for round = 1, rounds do
     for i = #order, 2, -1 do
@@ -305,8 +334,8 @@ function bench.shuffled(sides, rounds, idle)
       times[i][round] = sides[i]()
     end
   end
-  for i = 1, #sides do times[i] = bench.median(times[i]) end
-  return times
+  for i = 1, #sides do times[i], least[i] = bench.median(times[i]), math.min(unpack(times[i])) end
+  return times, least
 end
 
 --- Bytes that a call needs at its peak beyond what was alive before it (the pool counts everything: tensors,
