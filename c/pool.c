@@ -377,10 +377,16 @@ int lac_storage_new(const char *op, int device, int dtype, int ndim, const int64
     lac_storage *s = malloc(sizeof *s);
     block *b;
     if (!s) LAC_FAIL(MEMORY, "out of memory for a storage header");
-    *s = (lac_storage){.references = 1, .bytes = bytes, .dtype = dtype, .ndim = ndim, .op = op};
+    atomic_init(&s->references, 1); /* field by field: compilers clear a whole one with a slow instruction */
     s->device = device == LAC_PINNED ? LAC_CPU : device;
     s->pinned = device == LAC_PINNED;
-    for (int i = 0; i < ndim; i++) s->shape[i] = shape[i];
+    s->bytes = bytes;
+    s->dtype = dtype;
+    s->ndim = ndim;
+    s->role = s->site = 0;
+    for (int i = 0; i < LAC_MAX_DIMS; i++) s->shape[i] = i < ndim ? shape[i] : 0;
+    s->copying = 0;
+    s->op = op;
     int status = block_take(heap_for(device), op, s, bytes, &b);
     if (status) {
         free(s);
