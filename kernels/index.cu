@@ -9,6 +9,7 @@
  * An index outside its axis reads nothing and leaves a note, which the script sees as an error at its next launch or
  * wait (backend.cu).
  */
+#include "launch.cuh"
 #include "lists.cuh"
 
 /* ---- index_select ---- */
@@ -22,6 +23,7 @@ struct select_args {
 template <class U>
 __global__ void __launch_bounds__(THREADS) select_kernel(select_args a, const U *x, U *out, lac_cuda_reporter bad)
 {
+    previous_done();
     for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.total; t += (int64_t)gridDim.x * THREADS) {
         int64_t row = t / a.inner_count, e = t - row * a.inner_count, o = row / a.n, i = row - o * a.n;
         int64_t at = a.index.at(i);
@@ -60,14 +62,14 @@ extern "C" int lac_cuda_index_select(const lac_a_index *a)
         v.step /= ratio;
         v.inner_count /= ratio;
         v.total /= ratio;
-        select_kernel<uint4><<<blocks_filling(v.total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(
-            v, (const uint4 *)a->x.data, (uint4 *)a->out.data, bad);
+        launch(select_kernel<uint4>, blocks_filling(v.total, THREADS, 32), THREADS, 0, v, (const uint4 *)a->x.data,
+               (uint4 *)a->out.data, bad);
         return lac_cuda_launched("index_select");
     }
     return dispatch_bytes(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type U;
-        select_kernel<U><<<blocks_filling(s.total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(s, (const U *)a->x.data,
-                                                                                                (U *)a->out.data, bad);
+        launch(select_kernel<U>, blocks_filling(s.total, THREADS, 32), THREADS, 0, s, (const U *)a->x.data,
+               (U *)a->out.data, bad);
         return lac_cuda_launched("index_select");
     });
 }
@@ -84,6 +86,7 @@ struct gather_args {
 template <class U>
 __global__ void __launch_bounds__(THREADS) gather_kernel(gather_args a, const U *x, U *out, lac_cuda_reporter bad)
 {
+    previous_done();
     for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.total; t += (int64_t)gridDim.x * THREADS) {
         int64_t rest = t, o = 0, at = a.index.at(t);
         for (int d = a.ndim - 1; d >= 0; d--) {
@@ -104,8 +107,8 @@ extern "C" int lac_cuda_gather(const lac_a_index *a)
     lac_cuda_reporter bad = lac_cuda_reporter_for("gather: index", a->x.shape[a->dim]);
     return dispatch_bytes(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type U;
-        gather_kernel<U><<<blocks_filling(g.total, THREADS, 32), THREADS, 0, lac_cuda_stream>>>(g, (const U *)a->x.data,
-                                                                                                (U *)a->out.data, bad);
+        launch(gather_kernel<U>, blocks_filling(g.total, THREADS, 32), THREADS, 0, g, (const U *)a->x.data,
+               (U *)a->out.data, bad);
         return lac_cuda_launched("gather");
     });
 }

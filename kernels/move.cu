@@ -6,9 +6,7 @@
  * training makes them hot; any other pair of dtypes goes through one kernel that switches on both at run time.
  * Rounding is that of the CPU: once, to nearest even; to integers towards zero, saturating, NaN gives 0.
  */
-#include "common.cuh"
-
-#define GRID(blocks) <<<blocks, THREADS, 0, lac_cuda_stream>>>
+#include "launch.cuh"
 
 /* ---- values of any dtype ---- */
 
@@ -98,6 +96,7 @@ template <class X, class Y> __global__ void cast_dense(const X *x, Y *out, int64
         Y at[N];
     };
     int64_t start = (int64_t)blockIdx.x * THREADS + threadIdx.x, step = (int64_t)gridDim.x * THREADS;
+    previous_done();
     for (int64_t i = start; i < n / N; i += step) {
         from a = ((const from *)x)[i];
         to b;
@@ -110,6 +109,7 @@ template <class X, class Y> __global__ void cast_dense(const X *x, Y *out, int64
 
 template <class T, class N> __global__ void copy_strided(N nest, char *out, const char *x, int64_t n)
 {
+    previous_done();
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
         std::conditional_t<std::is_same_v<N, nest32>, int32_t, int64_t> offset[2];
         nest.template offsets<2>(i, offset);
@@ -119,6 +119,7 @@ template <class T, class N> __global__ void copy_strided(N nest, char *out, cons
 
 template <class N> __global__ void cast_strided(N nest, int to, int from, char *out, const char *x, int64_t n)
 {
+    previous_done();
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
         std::conditional_t<std::is_same_v<N, nest32>, int32_t, int64_t> offset[2];
         nest.template offsets<2>(i, offset);
@@ -136,6 +137,7 @@ template <class T> __global__ void transpose_tiles(planes p, const T *x, T *out,
 {
     __shared__ T tile[32][33];
     int tx = threadIdx.x % 32, ty = threadIdx.x / 32;
+    previous_done();
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         int64_t b0 = t % p.tiles_b * 32, rest = t / p.tiles_b, a0 = rest % p.tiles_a * 32, plane = rest / p.tiles_a;
         const T *from = x + p.outer_x.offset(plane);
@@ -152,6 +154,7 @@ template <class T> __global__ void transpose_tiles(planes p, const T *x, T *out,
 template <class T, class N>
 __global__ void where_strided(N nest, char *out, const char *c, const char *x, const char *y, int64_t n)
 {
+    previous_done();
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
         std::conditional_t<std::is_same_v<N, nest32>, int32_t, int64_t> offset[4];
         nest.template offsets<4>(i, offset);
@@ -163,6 +166,7 @@ template <class N> __global__ void fill_strided(N nest, int dtype, char *out, do
 {
     bool integer = dtype >= LAC_I64;
     wide v = {value, integer ? (int64_t)value : 0};
+    previous_done();
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
         std::conditional_t<std::is_same_v<N, nest32>, int32_t, int64_t> offset[1];
         nest.template offsets<1>(i, offset);
@@ -172,6 +176,7 @@ template <class N> __global__ void fill_strided(N nest, int dtype, char *out, do
 
 __global__ void arange_kernel(int dtype, char *out, int64_t stride, double start, double step, int64_t n)
 {
+    previous_done();
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
         wide v = {__dadd_rn(start, __dmul_rn((double)i, step)),
                   dtype >= LAC_I64 ? (int64_t)((uint64_t)(int64_t)start + (uint64_t)i * (uint64_t)(int64_t)step) : 0};
@@ -182,6 +187,12 @@ __global__ void arange_kernel(int dtype, char *out, int64_t stride, double start
 /* ---- slots ---- */
 
 static unsigned grid_of(int64_t n) { return blocks_filling(n, THREADS, 32); }
+
+/* a kernel with a thread for each of n's elements, if these are not too many */
+template <class K, class... A> static void run(K *kernel, const nest &n, const A &...given)
+{
+    launch(kernel, grid_of(n.total), THREADS, 0, given...);
+}
 
 /* calls f with the nest in the width that it needs */
 template <class F> static void with_nest(const nest &n, F f)
@@ -228,9 +239,10 @@ static int copy_same(const nest &n, int dtype)
         if (transpose_fits(n, bytes, &p)) {
             int64_t tiles = p.tiles_a * p.tiles_b;
             for (int d = 0; d < p.outer_x.ndim; d++) tiles *= p.outer_x.shape[d];
-            transpose_tiles<T> GRID(blocks_filling(tiles, 1, 16))(p, (const T *)n.data[1], (T *)n.data[0], tiles);
+            launch(transpose_tiles<T>, blocks_filling(tiles, 1, 16), THREADS, 0, p, (const T *)n.data[1],
+                   (T *)n.data[0], tiles);
         } else {
-            with_nest(n, [&](auto m) { copy_strided<T> GRID(grid_of(n.total))(m, n.data[0], n.data[1], n.total); });
+            with_nest(n, [&](auto m) { run(copy_strided<T, decltype(m)>, n, m, n.data[0], n.data[1], n.total); });
         }
         return lac_cuda_launched("copy");
     });
@@ -250,12 +262,12 @@ extern "C" int lac_cuda_copy(const lac_a_copy *a)
             return dispatch_float(from, [&](auto f) {
                 typedef typename decltype(t)::type Y;
                 typedef typename decltype(f)::type X;
-                cast_dense<X, Y> GRID(blocks_filling(n.total, 4 * THREADS, 16))((const X *)n.data[1], (Y *)n.data[0],
-                                                                                n.total);
+                launch(cast_dense<X, Y>, blocks_filling(n.total, 4 * THREADS, 16), THREADS, 0, (const X *)n.data[1],
+                       (Y *)n.data[0], n.total);
                 return lac_cuda_launched("copy");
             });
         });
-    with_nest(n, [&](auto m) { cast_strided GRID(grid_of(n.total))(m, to, from, n.data[0], n.data[1], n.total); });
+    with_nest(n, [&](auto m) { run(cast_strided<decltype(m)>, n, m, to, from, n.data[0], n.data[1], n.total); });
     return lac_cuda_launched("copy");
 }
 
@@ -267,7 +279,7 @@ extern "C" int lac_cuda_where(const lac_a_where *a)
     return dispatch_bytes(a->out.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         with_nest(n, [&](auto m) {
-            where_strided<T> GRID(grid_of(n.total))(m, n.data[0], n.data[1], n.data[2], n.data[3], n.total);
+            run(where_strided<T, decltype(m)>, n, m, n.data[0], n.data[1], n.data[2], n.data[3], n.total);
         });
         return lac_cuda_launched("where");
     });
@@ -282,7 +294,7 @@ extern "C" int lac_cuda_fill(const lac_a_fill *a)
         CUDA_TRY("fill", cudaMemsetAsync(n.data[0], 0, (size_t)(n.total * dtype_bytes(a->x.dtype)), lac_cuda_stream));
         return lac_cuda_launched("fill");
     }
-    with_nest(n, [&](auto m) { fill_strided GRID(grid_of(n.total))(m, a->x.dtype, n.data[0], a->value, n.total); });
+    with_nest(n, [&](auto m) { run(fill_strided<decltype(m)>, n, m, a->x.dtype, n.data[0], a->value, n.total); });
     return lac_cuda_launched("fill");
 }
 
@@ -291,6 +303,6 @@ extern "C" int lac_cuda_arange(const lac_a_arange *a)
     const lac_view *v = &a->out;
     int64_t n = v->ndim ? v->shape[0] : 1, stride = v->ndim ? v->stride[0] * dtype_bytes(v->dtype) : 0;
     if (n == 0) return 0;
-    arange_kernel GRID(grid_of(n))(v->dtype, (char *)v->data, stride, a->start, a->step, n);
+    launch(arange_kernel, grid_of(n), THREADS, 0, v->dtype, (char *)v->data, stride, a->start, a->step, n);
     return lac_cuda_launched("arange");
 }

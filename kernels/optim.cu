@@ -10,7 +10,7 @@
  * which is then what is updated, and the half parameter is its rounding. The norm adds squares in double per chunk and
  * the chunks in order in one block, and the host waits for it: clipping needs the number before the update is queued.
  */
-#include "common.cuh"
+#include "launch.cuh"
 #include <cmath>
 #include <vector>
 
@@ -128,6 +128,7 @@ __device__ __forceinline__ void update_chunk(const optim_args &a, const optim_it
 
 template <class T> __global__ void __launch_bounds__(THREADS) optim_kernel(optim_args a, const optim_item *items, int n)
 {
+    previous_done();
     optim_item item = items[item_of(items, n, blockIdx.x)];
     update_chunk<T>(a, item, blockIdx.x - item.first);
 }
@@ -163,8 +164,7 @@ template <class T> static int optim_run(const lac_a_optim *a, int dtype, const o
     if (chunks == 0) return 0;
     lac_scratch space(a->name, items.size() * sizeof(optim_item));
     LAC_TRY(upload(a->name, items, space));
-    optim_kernel<T>
-        <<<(unsigned)chunks, THREADS, 0, lac_cuda_stream>>>(args, (const optim_item *)space.data, (int)items.size());
+    launch(optim_kernel<T>, (unsigned)chunks, THREADS, 0, args, (const optim_item *)space.data, (int)items.size());
     return lac_cuda_launched(a->name);
 }
 
@@ -205,6 +205,7 @@ template <class T> __device__ __forceinline__ double square_chunk(const norm_ite
 __global__ void __launch_bounds__(THREADS) square_kernel(const norm_item *items, int n, double *sums)
 {
     __shared__ double space[THREADS / 32];
+    previous_done();
     norm_item item = items[item_of(items, n, blockIdx.x)];
     int64_t chunk = blockIdx.x - item.first;
     double s = item.dtype == LAC_F64   ? square_chunk<double>(item, chunk)
@@ -219,6 +220,7 @@ __global__ void __launch_bounds__(THREADS) total_kernel(double *sums, int64_t n)
 {
     __shared__ double space[THREADS / 32];
     double s = 0;
+    previous_done();
     for (int64_t i = threadIdx.x; i < n; i += THREADS) s += sums[i];
     s = block_sum(s, space);
     if (threadIdx.x == 0) sums[n] = s;
@@ -240,9 +242,9 @@ extern "C" int lac_cuda_norm_many(const lac_a_norm *a)
     lac_scratch space("norm", items.size() * sizeof(norm_item)), sums("norm", (size_t)(chunks + 1) * 8);
     if (!sums.data) return LAC_E_MEMORY;
     LAC_TRY(upload("norm", items, space));
-    square_kernel<<<(unsigned)chunks, THREADS, 0, lac_cuda_stream>>>((const norm_item *)space.data, (int)items.size(),
-                                                                     (double *)sums.data);
-    total_kernel<<<1, THREADS, 0, lac_cuda_stream>>>((double *)sums.data, chunks);
+    launch(square_kernel, (unsigned)chunks, THREADS, 0, (const norm_item *)space.data, (int)items.size(),
+           (double *)sums.data);
+    launch(total_kernel, 1, THREADS, 0, (double *)sums.data, chunks);
     LAC_TRY(lac_cuda_launched("norm"));
     double total;
     CUDA_TRY("norm", cudaMemcpyAsync(&total, (double *)sums.data + chunks, 8, cudaMemcpyDeviceToHost, lac_cuda_stream));

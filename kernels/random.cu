@@ -4,7 +4,7 @@
  * whatever the strides. Uniforms, events and integers are the CPU's bit for bit: they are computed in double and
  * rounded once. Normals differ from the CPU's in the last bits of the logarithm and the cosine.
  */
-#include "common.cuh"
+#include "launch.cuh"
 #include "rng.h"
 
 struct random_args {
@@ -35,6 +35,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) random_kernel(rand
     bool wide = std::is_same_v<T, double> || a.kind == LAC_INTEGER;
     int per_block = wide ? 2 : 4;
     int64_t blocks = (a.n + per_block - 1) / per_block;
+    previous_done();
     for (int64_t block = (int64_t)blockIdx.x * THREADS + threadIdx.x; block < blocks;
          block += (int64_t)gridDim.x * THREADS) {
         uint32_t word[4];
@@ -79,7 +80,7 @@ extern "C" int lac_cuda_random(const lac_a_random *a)
         r.top = lac_rng_below(format[a->out.dtype].bits, format[a->out.dtype].least, a->a, a->b);
     return dispatch_any(a->out.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
-        random_kernel<T><<<blocks_filling(r.n, 4 * THREADS, 16), THREADS, 0, lac_cuda_stream>>>(r, (T *)a->out.data);
+        launch(random_kernel<T>, blocks_filling(r.n, 4 * THREADS, 16), THREADS, 0, r, (T *)a->out.data);
         return lac_cuda_launched("random");
     });
 }
@@ -101,6 +102,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) dropout_kernel(dro
     };
     int64_t blocks = (a.n + 3) / 4;
     C scale = (C)a.scale;
+    previous_done();
     for (int64_t block = (int64_t)blockIdx.x * THREADS + threadIdx.x; block < blocks;
          block += (int64_t)gridDim.x * THREADS) {
         uint32_t word[4];
@@ -137,8 +139,8 @@ extern "C" int lac_cuda_dropout(const lac_a_dropout *a)
               (uintptr_t)a->out.data % align == 0;
     return dispatch_float(a->x.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
-        dropout_kernel<T><<<blocks_filling(d.n, 4 * THREADS, 16), THREADS, 0, lac_cuda_stream>>>(
-            d, (const T *)a->x.data, (T *)a->out.data);
+        launch(dropout_kernel<T>, blocks_filling(d.n, 4 * THREADS, 16), THREADS, 0, d, (const T *)a->x.data,
+               (T *)a->out.data);
         return lac_cuda_launched("dropout");
     });
 }
