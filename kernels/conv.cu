@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(THREADS) conv_dx_kernel(conv_args a, const cha
 __global__ void __launch_bounds__(THREADS) conv_dw_kernel(conv_args a, const char *x, const char *g, char *dw)
 {
     __shared__ double space[THREADS / 32];
+    previous_done();
     for (int64_t t = blockIdx.x; t < a.total; t += gridDim.x) {
         int64_t k = t % a.k, c = t / a.k % a.in, o = t / a.k / a.in, channel = o / a.out * a.in + c;
         double s = 0;
@@ -99,8 +100,8 @@ extern "C" int lac_cuda_conv1d(const lac_a_conv1d *a)
     c.total = numel(&a->out);
     if (c.total == 0) return 0;
     if (a->bias.data) c.bias_stride = a->bias.stride[0];
-    conv_kernel GRID(c.total)(c, (const char *)a->x.data, (const char *)a->w.data, (const char *)a->bias.data,
-                              (char *)a->out.data);
+    each(conv_kernel, c.total, c, (const char *)a->x.data, (const char *)a->w.data, (const char *)a->bias.data,
+         (char *)a->out.data);
     return lac_cuda_launched("conv1d");
 }
 
@@ -111,12 +112,12 @@ extern "C" int lac_cuda_conv1d_bwd(const lac_a_conv1d_bwd *a)
     for (int d = 0; d < 3; d++) c.g[d] = a->g.stride[d];
     c.total = a->dx.data ? numel(&a->dx) : 0;
     if (c.total) {
-        conv_dx_kernel GRID(c.total)(c, (const char *)a->w.data, g, (char *)a->dx.data);
+        each(conv_dx_kernel, c.total, c, (const char *)a->w.data, g, (char *)a->dx.data);
         LAC_TRY(lac_cuda_launched("conv1d_bwd"));
     }
     c.total = a->dw.data ? numel(&a->dw) : 0;
     if (c.total == 0) return 0;
-    conv_dw_kernel<<<blocks_filling(c.total, 1, 32), THREADS, 0, lac_cuda_stream>>>(c, (const char *)a->x.data, g,
-                                                                                    (char *)a->dw.data);
+    launch(conv_dw_kernel, blocks_filling(c.total, 1, 32), THREADS, 0, c, (const char *)a->x.data, g,
+           (char *)a->dw.data);
     return lac_cuda_launched("conv1d_bwd");
 }

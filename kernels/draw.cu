@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(THREADS)
     __shared__ double warp_sums[THREADS / 32];
     __shared__ long long space[THREADS / 32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    previous_done();
     for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
         double before = 0;
         long long at = -1, positive = 0, wrong = 0;
@@ -117,15 +118,15 @@ static int draw_race(const draw_args &a, const char *w, int64_t *out)
     const char *op = "multinomial";
     pair_list list(op, a.rows * a.n);
     if (!list.space.data) return LAC_E_MEMORY;
-    draw_keys GRID(list.n)(a, w, list.keys, list.values);
+    each(draw_keys, list.n, a, w, list.keys, list.values);
     LAC_TRY(lac_cuda_launched(op));
     LAC_TRY(lac_cuda_sort_pairs(op, &list, 64));
     if (a.rows > 1) {
-        draw_rows GRID(list.n)(a.n, list.n, list.sorted, list.keys, list.values);
+        each(draw_rows, list.n, a.n, list.n, list.sorted, list.keys, list.values);
         LAC_TRY(lac_cuda_launched(op));
         LAC_TRY(lac_cuda_sort_pairs(op, &list, bits_of((uint64_t)a.rows - 1)));
     }
-    draw_store GRID(a.rows * a.samples)(a, list.sorted, out);
+    each(draw_store, a.rows * a.samples, a, list.sorted, out);
     return lac_cuda_launched(op);
 }
 
@@ -146,14 +147,14 @@ extern "C" int lac_cuda_multinomial(const lac_a_multinomial *a)
     double *sums = (double *)space.data;
     int64_t *last = (int64_t *)(sums + d.rows * d.n), *bad = last + d.rows, first;
     CUDA_TRY(op, cudaMemsetAsync(bad, 0xff, 8, lac_cuda_stream));
-    draw_sums<<<blocks_filling(d.rows, 1, 16), THREADS, 0, lac_cuda_stream>>>(d, (const char *)w->data, sums, last,
-                                                                              (unsigned long long *)bad);
+    launch(draw_sums, blocks_filling(d.rows, 1, 16), THREADS, 0, d, (const char *)w->data, sums, last,
+           (unsigned long long *)bad);
     LAC_TRY(lac_cuda_launched(op));
     LAC_TRY(lac_cuda_read(op, &first, bad, 8));
     if (first >= 0)
         LAC_FAIL(ARGUMENT, "%s: the weights of row %lld must be finite and not negative, with %lld above 0", op,
                  (long long)first + 1, (long long)(a->replacement ? 1 : d.samples));
     if (!a->replacement) return draw_race(d, (const char *)w->data, (int64_t *)a->out.data);
-    draw_lookup GRID(d.rows * d.samples)(d, sums, last, (int64_t *)a->out.data);
+    each(draw_lookup, d.rows * d.samples, d, sums, last, (int64_t *)a->out.data);
     return lac_cuda_launched(op);
 }

@@ -9,7 +9,6 @@
  * An index outside its axis reads nothing and leaves a note, which the script sees as an error at its next launch or
  * wait (backend.cu).
  */
-#include "launch.cuh"
 #include "lists.cuh"
 
 /* ---- index_select ---- */
@@ -123,7 +122,8 @@ struct key_args {
 __global__ void __launch_bounds__(THREADS)
     keys_kernel(key_args a, uint64_t *keys, int64_t *values, lac_cuda_reporter bad)
 {
-    for (int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x; t < a.n; t += (int64_t)gridDim.x * THREADS) {
+    EACH(t, a.n)
+    {
         int64_t i = a.index.at(t), key = i;
         if (a.lines) {
             int64_t before = t / (a.lines * a.after), behind = t % a.after;
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(THREADS)
 static int sort_by_key(const char *op, const key_args &a, const lac_cuda_reporter &bad, pair_list *list)
 {
     if (!list->space.data) return LAC_E_MEMORY;
-    keys_kernel<<<blocks_filling(a.n, THREADS, 16), THREADS, 0, lac_cuda_stream>>>(a, list->keys, list->values, bad);
+    each(keys_kernel, a.n, a, list->keys, list->values, bad);
     LAC_TRY(lac_cuda_launched(op));
     return lac_cuda_sort_pairs(op, list, 63);
 }
@@ -156,6 +156,7 @@ struct rows_args {
 /* block (i, outer): if sorted pair i is the first of its run, the sum of the run's rows */
 template <class T> __global__ void __launch_bounds__(THREADS) sum_rows(rows_args a, const T *g, T *out)
 {
+    previous_done();
     int64_t i = blockIdx.x, o = blockIdx.y, key = (int64_t)a.keys[i];
     if (key == INT64_MAX || (i > 0 && (int64_t)a.keys[i - 1] == key)) return;
     const T *from = g + a.outer.offset(o);
@@ -199,8 +200,8 @@ extern "C" int lac_cuda_index_select_bwd(const lac_a_index_bwd *a)
     r.values = list.sorted;
     return dispatch_float(a->g.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
-        sum_rows<T><<<dim3((unsigned)r.n, (unsigned)outer), THREADS, 0, lac_cuda_stream>>>(r, (const T *)a->g.data,
-                                                                                           (T *)a->out.data);
+        launch(sum_rows<T>, dim3((unsigned)r.n, (unsigned)outer), THREADS, 0, r, (const T *)a->g.data,
+               (T *)a->out.data);
         return lac_cuda_launched(op);
     });
 }
@@ -210,7 +211,8 @@ template <class T>
 __global__ void __launch_bounds__(THREADS)
     sum_elements(view_walk g_walk, const uint64_t *keys, const int64_t *values, int64_t n, const T *g, T *out)
 {
-    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
+    EACH(i, n)
+    {
         int64_t key = (int64_t)keys[i];
         if (key == INT64_MAX || (i > 0 && (int64_t)keys[i - 1] == key)) continue;
         double s = 0;
@@ -231,8 +233,8 @@ extern "C" int lac_cuda_gather_bwd(const lac_a_index_bwd *a)
     LAC_TRY(sort_by_key(op, k, bad, &list));
     return dispatch_float(a->g.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
-        sum_elements<T><<<blocks_filling(k.n, THREADS, 16), THREADS, 0, lac_cuda_stream>>>(
-            walk_axes(&a->g, 0, a->g.ndim), list.sorted_keys, list.sorted, k.n, (const T *)a->g.data, (T *)a->out.data);
+        each(sum_elements<T>, k.n, walk_axes(&a->g, 0, a->g.ndim), list.sorted_keys, list.sorted, k.n,
+             (const T *)a->g.data, (T *)a->out.data);
         return lac_cuda_launched(op);
     });
 }

@@ -87,9 +87,13 @@ static __device__ __forceinline__ void store_double(int dtype, char *p, double v
     }
 }
 
-/* threads that loop over n things */
+/* threads that loop over n things, once what the kernel reads is there; and their launch */
 #define EACH(i, n)                                                                                                     \
+    previous_done();                                                                                                   \
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < (n); i += (int64_t)gridDim.x * THREADS)
-#define GRID(n) <<<blocks_filling(n, THREADS, 16), THREADS, 0, lac_cuda_stream>>>
+template <class K, class... A> void each(K *kernel, int64_t n, const A &...given)
+{
+    launch(kernel, blocks_filling(n, THREADS, 16), THREADS, 0, given...);
+}
 
 #endif

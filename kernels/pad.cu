@@ -142,7 +142,7 @@ extern "C" int lac_cuda_pad(const lac_a_pad *a)
     pad_args p = pad_make(&a->x, &a->out, &a->x, &a->out, a->before, a->mode);
     if (p.total == 0) return 0;
     p.value = bits_of_value(a->x.dtype, a->mode == LAC_PAD_CONSTANT ? a->value : 0);
-    pad_kernel GRID(p.total)(p, (const char *)a->x.data, (char *)a->out.data);
+    each(pad_kernel, p.total, p, (const char *)a->x.data, (char *)a->out.data);
     return lac_cuda_launched("pad");
 }
 
@@ -150,6 +150,6 @@ extern "C" int lac_cuda_pad_bwd(const lac_a_pad_bwd *a)
 {
     pad_args p = pad_make(&a->out, &a->g, &a->g, &a->out, a->before, a->mode);
     if (p.total == 0) return 0;
-    pad_bwd_kernel GRID(p.total)(p, (const char *)a->g.data, (char *)a->out.data);
+    each(pad_bwd_kernel, p.total, p, (const char *)a->g.data, (char *)a->out.data);
     return lac_cuda_launched("pad_bwd");
 }

@@ -61,7 +61,6 @@ static __device__ __forceinline__ pair<float> rope_turn(double a, double e, floa
 template <class C>
 __global__ void __launch_bounds__(THREADS) rope_table(rope_args a, pair<C> *table, lac_cuda_reporter bad)
 {
-    previous_done();
     __shared__ double frequency[ROPE_SHARED], rate[ROPE_SHARED];
     auto frequency_of = [&](int64_t i) { return pow(a.base, -(double)i / (double)a.half); };
     auto rate_of = [&](int64_t i) { /* of XPOS's exponent */

@@ -61,6 +61,7 @@ struct scan_args {
 template <class A, class M, class P> __device__ __forceinline__ void scan_lines(const scan_args &a, M make, P store)
 {
     int lane = threadIdx.x % 32;
+    previous_done();
     int64_t warps = (int64_t)gridDim.x * (THREADS / 32);
     for (int64_t line = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; line < a.lines; line += warps) {
         A before = {};
@@ -138,8 +139,7 @@ __global__ void __launch_bounds__(THREADS)
         });
 }
 
-#define SCAN(...)                                                                                                      \
-    __VA_ARGS__<<<blocks_filling(s.lines, THREADS / 32, 16), THREADS, 0, lac_cuda_stream>>>(s, x, out, index)
+#define SCAN(...) launch(__VA_ARGS__, blocks_filling(s.lines, THREADS / 32, 16), THREADS, 0, s, x, out, index)
 
 extern "C" int lac_cuda_scan(const lac_a_scan *a)
 {
@@ -192,7 +192,7 @@ extern "C" int lac_cuda_scan_bwd(const lac_a_scan_bwd *a)
     s.bytes = (int)dtype_bytes(s.dtype);
     if (numel(&a->x) == 0) return 0;
     s.lines = numel(&a->x) / s.n;
-    scan_bwd_kernel<<<blocks_filling(s.lines, THREADS / 32, 16), THREADS, 0, lac_cuda_stream>>>(
-        s, (const char *)a->x.data, (const char *)a->y.data, (const char *)a->g.data, (char *)a->dx.data);
+    launch(scan_bwd_kernel, blocks_filling(s.lines, THREADS / 32, 16), THREADS, 0, s, (const char *)a->x.data,
+           (const char *)a->y.data, (const char *)a->g.data, (char *)a->dx.data);
     return lac_cuda_launched("scan_bwd");
 }

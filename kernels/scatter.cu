@@ -101,10 +101,10 @@ extern "C" int lac_cuda_scatter(const lac_a_scatter *a)
     if (s.n == 0) return 0;
     pair_list list(op, s.n);
     if (!list.space.data) return LAC_E_MEMORY;
-    scatter_keys GRID(s.n)(s, list.keys, list.values, lac_cuda_reporter_for("scatter: index", a->dst.shape[a->dim]));
+    each(scatter_keys, s.n, s, list.keys, list.values, lac_cuda_reporter_for("scatter: index", a->dst.shape[a->dim]));
     LAC_TRY(lac_cuda_launched(op));
     LAC_TRY(lac_cuda_sort_pairs(op, &list, 64));
-    scatter_store GRID(s.n)(s, list.sorted_keys, list.sorted, (char *)a->dst.data, (const char *)a->src.data);
+    each(scatter_store, s.n, s, list.sorted_keys, list.sorted, (char *)a->dst.data, (const char *)a->src.data);
     return lac_cuda_launched(op);
 }
 
@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(THREADS)
 __global__ void __launch_bounds__(THREADS)
     put_store(put_args a, int64_t outers, const uint64_t *keys, const int64_t *values, char *dst, const char *src)
 {
+    previous_done();
     uint64_t key = keys[blockIdx.x];
     int64_t first = blockIdx.x, end = first + 1;
     if (key == ~0ull || (first > 0 && keys[first - 1] == key)) return;
@@ -183,13 +184,13 @@ extern "C" int lac_cuda_index_put(const lac_a_index_put *a)
     if (p.n == 0) return 0;
     pair_list list(op, p.n);
     if (!list.space.data) return LAC_E_MEMORY;
-    put_keys GRID(p.n)(p.index, p.n, list.keys, list.values,
-                       lac_cuda_reporter_for("index_put: index", a->dst.shape[a->dim]));
+    each(put_keys, p.n, p.index, p.n, list.keys, list.values,
+         lac_cuda_reporter_for("index_put: index", a->dst.shape[a->dim]));
     LAC_TRY(lac_cuda_launched(op));
     if (outers * p.inner == 0) return 0;
     LAC_TRY(lac_cuda_sort_pairs(op, &list, 64));
     dim3 grid((unsigned)p.n, (unsigned)(outers < 65535 ? outers : 65535));
-    put_store<<<grid, THREADS, 0, lac_cuda_stream>>>(p, outers, list.sorted_keys, list.sorted, (char *)a->dst.data,
-                                                     (const char *)a->src.data);
+    launch(put_store, grid, THREADS, 0, p, outers, list.sorted_keys, list.sorted, (char *)a->dst.data,
+           (const char *)a->src.data);
     return lac_cuda_launched(op);
 }

@@ -118,15 +118,15 @@ static int sort_run(const char *op, const lac_a_sort *a)
     pair_list list(op, s.total);
     if (!list.space.data) return LAC_E_MEMORY;
     const char *x = (const char *)a->x.data;
-    sort_keys GRID(s.total)(s, x, list.keys, list.values);
+    each(sort_keys, s.total, s, x, list.keys, list.values);
     LAC_TRY(lac_cuda_launched(op));
     LAC_TRY(lac_cuda_sort_pairs(op, &list, s.wide ? 64 : 32 + line_bits));
     if (s.wide && line_bits) {
-        sort_lines GRID(s.total)(s.x.n, s.total, list.sorted, list.keys, list.values);
+        each(sort_lines, s.total, s.x.n, s.total, list.sorted, list.keys, list.values);
         LAC_TRY(lac_cuda_launched(op));
         LAC_TRY(lac_cuda_sort_pairs(op, &list, line_bits));
     }
-    sort_store GRID(s.lines * s.k)(s, x, list.sorted, (char *)a->values.data, (int64_t *)a->index.data);
+    each(sort_store, s.lines * s.k, s, x, list.sorted, (char *)a->values.data, (int64_t *)a->index.data);
     return lac_cuda_launched(op);
 }
 
@@ -159,10 +159,9 @@ extern "C" int lac_cuda_searchsorted(const lac_a_searchsorted *a)
     const lac_view *v = &a->values;
     int64_t total = numel(v), m = v->ndim ? v->shape[v->ndim - 1] : 1;
     if (total == 0) return 0;
-    search_kernel GRID(total)(v->dtype, (int)dtype_bytes(v->dtype), a->right,
-                              lines_along(&a->sorted, a->sorted.ndim - 1), a->sorted.ndim == 1,
-                              walk_axes(v, 0, v->ndim), m, total, (const char *)a->sorted.data, (const char *)v->data,
-                              (int64_t *)a->out.data);
+    each(search_kernel, total, v->dtype, (int)dtype_bytes(v->dtype), a->right,
+         lines_along(&a->sorted, a->sorted.ndim - 1), a->sorted.ndim == 1, walk_axes(v, 0, v->ndim), m, total,
+         (const char *)a->sorted.data, (const char *)v->data, (int64_t *)a->out.data);
     return lac_cuda_launched("searchsorted");
 }
 
@@ -199,11 +198,11 @@ extern "C" int lac_cuda_runs(const lac_a_runs *a)
     if (!space.data) return LAC_E_MEMORY;
     int64_t *marks = (int64_t *)space.data, *numbers = marks + n;
     int dtype = a->sorted.dtype;
-    run_marks GRID(n)(dtype, (int)dtype_bytes(dtype), a->sorted.stride[0], (const char *)a->sorted.data, n, marks);
+    each(run_marks, n, dtype, (int)dtype_bytes(dtype), a->sorted.stride[0], (const char *)a->sorted.data, n, marks);
     LAC_TRY(lac_cuda_launched("runs"));
     LAC_TRY(lac_cuda_running_sum("runs", marks, numbers, n));
-    run_store GRID(n)(reader_of(&a->order), n, numbers, (int64_t *)a->inverse.data, (int64_t *)a->starts.data,
-                      lac_cuda_reporter_for("runs: order", n));
+    each(run_store, n, reader_of(&a->order), n, numbers, (int64_t *)a->inverse.data, (int64_t *)a->starts.data,
+         lac_cuda_reporter_for("runs: order", n));
     LAC_TRY(lac_cuda_launched("runs"));
     return lac_cuda_read("runs", a->count, numbers + n - 1, 8);
 }
@@ -241,12 +240,12 @@ extern "C" int lac_cuda_nonzero(const lac_a_nonzero *a)
     lac_scratch space("nonzero", (size_t)n * 16);
     if (!space.data) return LAC_E_MEMORY;
     int64_t *marks = (int64_t *)space.data, *numbers = marks + n;
-    nonzero_marks GRID(n)(x->dtype, (int)dtype_bytes(x->dtype), walk_axes(x, 0, x->ndim), (const char *)x->data, n,
-                          marks);
+    each(nonzero_marks, n, x->dtype, (int)dtype_bytes(x->dtype), walk_axes(x, 0, x->ndim), (const char *)x->data, n,
+         marks);
     LAC_TRY(lac_cuda_launched("nonzero"));
     LAC_TRY(lac_cuda_running_sum("nonzero", marks, numbers, n));
     if (!a->out.data) return lac_cuda_read("nonzero", a->count, numbers + n - 1, 8);
-    nonzero_store GRID(n)(*x, n, marks, numbers, (int64_t *)a->out.data);
+    each(nonzero_store, n, *x, n, marks, numbers, (int64_t *)a->out.data);
     *a->count = a->out.shape[0];
     return lac_cuda_launched("nonzero");
 }
