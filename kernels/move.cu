@@ -1,10 +1,10 @@
 /* move.cu: copy and cast, where, fill and arange on CUDA.
  *
- * A copy that changes no dtype only moves bytes: dense runs 16 bytes at a time, planes that a transposition turns
- * round through 32 x 32 tiles in shared memory (so that both sides are read and written along memory), everything
- * else by a loop nest. Casts between the floating-point types have dense kernels of their own, since mixed-precision
- * training makes them hot; any other pair of dtypes goes through one kernel that switches on both at run time.
- * Rounding is that of the CPU: once, to nearest even; to integers towards zero, saturating, NaN gives 0.
+ * A copy that changes no dtype only moves bytes: dense runs 16 bytes at a time, long ones by the driver, planes that a
+ * transposition turns round through 32 x 32 tiles in shared memory (so that both sides are read and written along
+ * memory), everything else by a loop nest. Casts between the floating-point types have dense kernels of their own,
+ * since mixed-precision training makes them hot; any other pair of dtypes goes through one kernel that switches on both
+ * at run time. Rounding is that of the CPU: once, to nearest even; to integers towards zero, saturating, NaN gives 0.
  */
 #include "launch.cuh"
 
@@ -107,6 +107,13 @@ template <class X, class Y> __global__ void cast_dense(const X *x, Y *out, int64
     for (int64_t i = n / N * N + start; i < n; i += step) out[i] = from_compute<Y>((compute_t<Y>)to_compute(x[i]));
 }
 
+template <class T> __global__ void copy_dense(const T *x, T *out, int64_t n)
+{
+    previous_done();
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS)
+        out[i] = x[i];
+}
+
 template <class T, class N> __global__ void copy_strided(N nest, char *out, const char *x, int64_t n)
 {
     previous_done();
@@ -188,10 +195,10 @@ __global__ void arange_kernel(int dtype, char *out, int64_t stride, double start
 
 static unsigned grid_of(int64_t n) { return blocks_filling(n, THREADS, 32); }
 
-/* a kernel with a thread for each of n's elements, if these are not too many */
-template <class K, class... A> static void run(K *kernel, const nest &n, const A &...given)
+/* a kernel with a thread for each of n things, if these are not too many */
+template <class K, class... A> static void run(K *kernel, int64_t n, const A &...given)
 {
-    launch(kernel, grid_of(n.total), THREADS, 0, given...);
+    launch(kernel, grid_of(n), THREADS, 0, given...);
 }
 
 /* calls f with the nest in the width that it needs */
@@ -225,10 +232,18 @@ static bool transpose_fits(const nest &n, int64_t bytes, planes *p)
     return true;
 }
 
+/* The driver's copy takes the host 5 us, a launch 3: it is left to what is worth its rate. */
+enum { LONG_COPY = 1 << 20 };
+
 static int copy_same(const nest &n, int dtype)
 {
     int64_t bytes = dtype_bytes(dtype), total = n.total * bytes;
-    if (nest_run(n, 0, bytes) == RUN_DENSE && nest_run(n, 1, bytes) == RUN_DENSE) {
+    bool dense = nest_run(n, 0, bytes) == RUN_DENSE && nest_run(n, 1, bytes) == RUN_DENSE;
+    if (dense && total < LONG_COPY && ((uintptr_t)n.data[0] | (uintptr_t)n.data[1] | (uintptr_t)total) % 16 == 0) {
+        run(copy_dense<uint4>, total / 16, (const uint4 *)n.data[1], (uint4 *)n.data[0], total / 16);
+        return lac_cuda_launched("copy");
+    }
+    if (dense && total >= LONG_COPY) {
         CUDA_TRY("copy",
                  cudaMemcpyAsync(n.data[0], n.data[1], (size_t)total, cudaMemcpyDeviceToDevice, lac_cuda_stream));
         return lac_cuda_launched("copy");
@@ -242,7 +257,7 @@ static int copy_same(const nest &n, int dtype)
             launch(transpose_tiles<T>, blocks_filling(tiles, 1, 16), THREADS, 0, p, (const T *)n.data[1],
                    (T *)n.data[0], tiles);
         } else {
-            with_nest(n, [&](auto m) { run(copy_strided<T, decltype(m)>, n, m, n.data[0], n.data[1], n.total); });
+            with_nest(n, [&](auto m) { run(copy_strided<T, decltype(m)>, n.total, m, n.data[0], n.data[1], n.total); });
         }
         return lac_cuda_launched("copy");
     });
@@ -267,7 +282,7 @@ extern "C" int lac_cuda_copy(const lac_a_copy *a)
                 return lac_cuda_launched("copy");
             });
         });
-    with_nest(n, [&](auto m) { run(cast_strided<decltype(m)>, n, m, to, from, n.data[0], n.data[1], n.total); });
+    with_nest(n, [&](auto m) { run(cast_strided<decltype(m)>, n.total, m, to, from, n.data[0], n.data[1], n.total); });
     return lac_cuda_launched("copy");
 }
 
@@ -279,7 +294,7 @@ extern "C" int lac_cuda_where(const lac_a_where *a)
     return dispatch_bytes(a->out.dtype, [&](auto tag) {
         typedef typename decltype(tag)::type T;
         with_nest(n, [&](auto m) {
-            run(where_strided<T, decltype(m)>, n, m, n.data[0], n.data[1], n.data[2], n.data[3], n.total);
+            run(where_strided<T, decltype(m)>, n.total, m, n.data[0], n.data[1], n.data[2], n.data[3], n.total);
         });
         return lac_cuda_launched("where");
     });
@@ -294,7 +309,7 @@ extern "C" int lac_cuda_fill(const lac_a_fill *a)
         CUDA_TRY("fill", cudaMemsetAsync(n.data[0], 0, (size_t)(n.total * dtype_bytes(a->x.dtype)), lac_cuda_stream));
         return lac_cuda_launched("fill");
     }
-    with_nest(n, [&](auto m) { run(fill_strided<decltype(m)>, n, m, a->x.dtype, n.data[0], a->value, n.total); });
+    with_nest(n, [&](auto m) { run(fill_strided<decltype(m)>, n.total, m, a->x.dtype, n.data[0], a->value, n.total); });
     return lac_cuda_launched("fill");
 }
 
@@ -303,6 +318,6 @@ extern "C" int lac_cuda_arange(const lac_a_arange *a)
     const lac_view *v = &a->out;
     int64_t n = v->ndim ? v->shape[0] : 1, stride = v->ndim ? v->stride[0] * dtype_bytes(v->dtype) : 0;
     if (n == 0) return 0;
-    launch(arange_kernel, grid_of(n), THREADS, 0, v->dtype, (char *)v->data, stride, a->start, a->step, n);
+    run(arange_kernel, n, v->dtype, (char *)v->data, stride, a->start, a->step, n);
     return lac_cuda_launched("arange");
 }
