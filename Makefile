@@ -24,9 +24,10 @@ say = $(if $(V),,@printf '  %-4s %s\n' '$(1)' '$(2)')
 # -fno-trapping-math and -fno-math-errno let loops vectorise and keep NaN, infinities and denormals exact;
 # -ffast-math would not. -ffp-contract=fast allows fused multiply-add. Jump threading would turn two clamps in a row
 # into three paths with masks (half as many instructions again in an exponential) where a minimum and a maximum do.
+# -g1 has the lines for backtraces and profilers; with variables (-g) gcc takes a third longer for the same code.
 WARN   := -Wall -Wextra -Wstrict-prototypes -Wmissing-prototypes -Wshadow
 WERROR ?= -Werror
-CFLAGS ?= -O3 -g
+CFLAGS ?= -O3 -g1
 EXTRA  ?=
 ALL_CFLAGS := -std=c11 -D_GNU_SOURCE $(CFLAGS) -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-thread-jumps -fopenmp \
               -fvisibility=hidden $(WARN) $(WERROR) $(EXTRA)
