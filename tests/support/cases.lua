@@ -16,6 +16,8 @@
 -- `bad` is a list of { function(lac, x, y, ...), pattern }: the call must raise a string that matches. check
 -- replaces ref where a reference cannot be written without repeating the engine (dropout).
 
+local special = require "support.special"
+
 local cases = {}
 local list = {}
 cases.list = list
@@ -30,11 +32,7 @@ function cases.round(dtype, x)
   if not f or dtype == "f64" or x ~= x or x == 0 or math.abs(x) == math.huge then return x end
   local _, exponent = math.frexp(x)
   local unit = 2 ^ math.max(exponent - f[1], f[2])
-  local q = x / unit
-  local low = math.floor(q)
-  local rest = q - low
-  if rest > 0.5 or (rest == 0.5 and low % 2 == 1) then low = low + 1 end
-  local y = low * unit
+  local y = special.half_even(x / unit) * unit
   if f[3] and math.abs(y) > f[3] then return y > 0 and math.huge or -math.huge end
   return y
 end
@@ -160,48 +158,6 @@ local function map1(name, f, spec)
 end
 
 local function sign(x) return x > 0 and 1 or x < 0 and -1 or 0 end
-local function half_even(x)
-  local f = math.floor(x)
-  local d = x - f
-  if d > 0.5 or (d == 0.5 and f % 2 == 1) then f = f + 1 end
-  return f
-end
--- erfc of z > 0.4, without cancelling, by its continued fraction
-local function erfc(z)
-  local k = z
-  for n = 2000, 1, -1 do k = z + n / 2 / k end
-  return math.exp(-z * z) / (math.sqrt(math.pi) * k)
-end
--- erf by the series whose terms have one sign, so that nothing cancels; past 1/2 by erfc, whose error is
--- small against 1 where that of the longer series is not
-local function erf(x)
-  if math.abs(x) > 0.5 then return (x > 0 and 1 or -1) * (1 - erfc(math.abs(x))) end
-  local term, sum, n = x, x, 0
-  repeat
-    n = n + 1
-    term = term * 2 * x * x / (2 * n + 1)
-    sum = sum + term
-  until math.abs(term) <= 1e-18 * math.abs(sum)
-  return 2 / math.sqrt(math.pi) * math.exp(-x * x) * sum
-end
--- the normal distribution function
-local function phi(x)
-  if x < -0.6 then return 0.5 * erfc(-x / math.sqrt(2)) end
-  return 0.5 * (1 + erf(x / math.sqrt(2)))
-end
-local function expm1(x)
-  if math.abs(x) > 0.1 then return math.exp(x) - 1 end
-  local term, sum = x, x
-  for n = 2, 20 do
-    term = term * x / n
-    sum = sum + term
-  end
-  return sum
-end
-local function log1p(x)
-  local u = 1 + x
-  return u == 1 and x or math.log(u) * x / (u - 1)
-end
 local function sigmoid(x) return 1 / (1 + math.exp(-x)) end
 
 map1("neg", function(x) return -x end)
@@ -211,11 +167,11 @@ map1("square", function(x) return x * x end)
 map1("relu", function(x) return x > 0 and x or 0 end, { kind = "away" })
 map1("floor", math.floor)
 map1("ceil", math.ceil)
-map1("round", half_even)
+map1("round", special.half_even)
 map1("exp", math.exp)
-map1("expm1", expm1)
+map1("expm1", special.expm1)
 map1("log", math.log, { kind = "positive" })
-map1("log1p", log1p, { kind = "positive" })
+map1("log1p", special.log1p, { kind = "positive" })
 map1("sqrt", math.sqrt, { kind = "positive" })
 map1("rsqrt", function(x) return 1 / math.sqrt(x) end, { kind = "positive" })
 map1("recip", function(x) return 1 / x end, { kind = "away" })
@@ -224,12 +180,12 @@ map1("cos", math.cos)
 map1("tanh", math.tanh)
 map1("sigmoid", sigmoid)
 map1("silu", function(x) return x * sigmoid(x) end)
-map1("gelu", function(x) return x * phi(x) end)
+map1("gelu", function(x) return x * special.phi(x) end)
 map1("gelu_tanh", function(x)
   return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ^ 3)))
 end)
-map1("softplus", function(x) return math.max(x, 0) + log1p(math.exp(-math.abs(x))) end)
-map1("erf", erf)
+map1("softplus", function(x) return math.max(x, 0) + special.log1p(math.exp(-math.abs(x))) end)
+map1("erf", special.erf)
 map1("isnan", function(x) return x ~= x and 1 or 0 end, { grad = false })
 map1("isfinite", function(x) return (x == x and math.abs(x) < math.huge) and 1 or 0 end, { grad = false })
 case { name = "logical_not", inputs = { { 3, 4, kind = "bool" } }, grad = false,
@@ -753,7 +709,7 @@ case { name = "attend", inputs = { { 1, 6, 2, 3 }, { 1, 6, 1, 3 }, { 1, 6, 1, 3 
 cases.helpers = {
   case = case, map1 = map1, map2 = map2, reduction = reduction, broadcast = broadcast, with = with,
   without = without, insert = insert, fold = fold, along = along, dot = dot, total = total, same = same,
-  softmax_of = softmax_of, row_loss = row_loss, linear = linear, erf = erf, phi = phi, mean = mean,
+  softmax_of = softmax_of, row_loss = row_loss, linear = linear, mean = mean,
 }
 for _, part in ipairs { "index", "elem", "scan", "fused", "compare" } do
   require("support.cases_" .. part)(cases)

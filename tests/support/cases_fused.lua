@@ -1,9 +1,11 @@
 --- Cases of the operators that join others (lua/lacuna/ops/fused.lua); see support/cases.lua.
 
+local special = require "support.special"
+
 return function(cases)
   local help = cases.helpers
   local case, build, at = help.case, cases.build, cases.at
-  local with, mean, linear, phi = help.with, help.mean, help.linear, help.phi
+  local with, mean, linear = help.with, help.mean, help.linear
 
   -- f(element, R) of every element, and the layer norm of rows
   local function each(R, f, x)
@@ -41,7 +43,7 @@ return function(cases)
                    "gamma must be %[4%]" },
                  { function(lac, x, h) return lac.residual_norm(x, h, nil, nil, { p = 1 }) end, "p.*1" } } }
 
-  local function gelu(x, R) return x * R(phi(x)) end
+  local function gelu(x, R) return x * R(special.phi(x)) end
   local function gelu_tanh(x)
     return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ^ 3)))
   end
