@@ -222,18 +222,12 @@ describe("options of single pairs in attention", function()
       { N = 1700, H = 2, Hk = 1, D = 8, segments = { 1700 }, dilations = { 1 }, window = 900 },
       { N = 3, M = 900, H = 4, Hk = 2, D = 16, segments = { 900 }, dilations = { 1 }, align = "end" },
     } do
-      local c, first = direct.fill(case), nil
+      local c = direct.fill(case)
       c.mask, c.bias, c.alibi = P.mask(c, 0.6), P.bias(c, 4, true), {}
       for h = 1, c.H do c.alibi[h] = 2 ^ -h end
       P.blocks(c, 0.5)
       local lists = { P.inputs(c, 3) }
-      for n = 1, 4 do
-        C.lac_threads(n)
-        local got = P.run(c, lists, { dtype = "f32" })
-        first = first or got
-        for name, data in pairs(got) do assert.equal(0, direct.max_diff(data, first[name]), name) end
-      end
-      C.lac_threads(threads)
+      direct.any_threads(function() return P.run(c, lists, { dtype = "f32" }) end)
     end
   end)
 

@@ -251,21 +251,11 @@ describe("attention in parts", function()
     } do
       local c = direct.fill(case)
       if c.sizes then pairs_of.blocks(c, 0.2, c.sizes) end
-      local all, first = inputs(c, 3), {}
+      local all = inputs(c, 3)
       all[1][7 * c.H * c.D + 3] = math.huge -- one row that goes another way
-      for n = 1, 8 do
-        local dtype = n % 2 == 1 and "f32" or "bf16"
-        C.lac_threads((n + 1) / 2)
-        local got = run(c, all, dtype, "amx")
-        first[dtype] = first[dtype] or got
-        for name, data in pairs(got) do
-          for i, x in ipairs(data) do
-            local y = first[dtype][name][i]
-            if x ~= y and not (x ~= x and y ~= y) then error(("%s[%d]: %g and %g"):format(name, i, x, y)) end
-          end
-        end
+      for _, dtype in ipairs{ "f32", "bf16" } do
+        direct.any_threads(function() return run(c, all, dtype, "amx") end)
       end
-      C.lac_threads(threads)
     end
   end)
 end)

@@ -330,6 +330,21 @@ function direct.max_diff(a, b)
   return most
 end
 
+--- run() must give the same bits by one to four threads.
+-- @tparam function run returns { name = flat array }
+function direct.any_threads(run)
+  local threads, first = C.lac_threads(0), nil
+  for n = 1, 4 do
+    C.lac_threads(n)
+    local got = run()
+    first = first or got
+    for name, data in pairs(got) do
+      if direct.max_diff(data, first[name]) ~= 0 then error(("%s differs by %d threads"):format(name, n)) end
+    end
+  end
+  C.lac_threads(threads)
+end
+
 -- ---- safetensors --------------------------------------------------------------------------------
 
 --- Reads a file: { name = { dtype =, shape =, data = flat array } }, and its metadata.
