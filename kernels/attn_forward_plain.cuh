@@ -87,10 +87,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_plain_kernel
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float most = fmaxf(s[m][0][2 * i], s[m][0][2 * i + 1]);
-#pragma unroll
-                for (int n = 1; n < N; n++) most = fmaxf(most, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
-                most = quad_max(most) * a.log2_magnitude;
+                const float most = quad_max(row_max(s[m], i)) * a.log2_magnitude;
                 const bool grown = most > top[m][i] + SLACK;
                 shrink[m][i] = grown ? attn_ex2(top[m][i] - most) : 1;
                 top[m][i] = grown ? most : top[m][i];

@@ -490,6 +490,14 @@ __device__ __forceinline__ float quad_max(float x)
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
+/* the largest of the lane's numbers in its first row (i = 0) or second */
+template <int N> __device__ __forceinline__ float row_max(const float (&x)[N][4], int i)
+{
+    float most = fmaxf(x[0][2 * i], x[0][2 * i + 1]);
+#pragma unroll
+    for (int n = 1; n < N; n++) most = fmaxf(most, fmaxf(x[n][2 * i], x[n][2 * i + 1]));
+    return most;
+}
 
 /* ---- loads of tiles that a block keeps ---- */
 

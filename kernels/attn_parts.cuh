@@ -301,10 +301,8 @@ __device__ __forceinline__ void parts_soften(float (&s)[M][N][4], float (&top)[M
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float most = fmaxf(s[m][0][2 * i], s[m][0][2 * i + 1]), part = 0;
-#pragma unroll
-            for (int n = 1; n < N; n++) most = fmaxf(most, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
-            most = fmaxf(quad_max(most), top[m][i]);
+            float part = 0;
+            const float most = fmaxf(quad_max(row_max(s[m], i)), top[m][i]);
             const float shift = most == -INFINITY ? 0 : most;
             shrink[m][i] = attn_ex2(top[m][i] - shift);
             top[m][i] = most;
