@@ -348,17 +348,19 @@ static constexpr quick_entry quick_map1_list[] = {
 static constexpr quick_entry quick_map2_list[] = {
     {M2_add, QUICK_BOTH}, {M2_sub, QUICK_BOTH}, {M2_mul, QUICK_BOTH}, {M2_div, QUICK_BOTH}, {M2_swiglu, QUICK_BOTH}};
 
-/* one case: a function of x, y, z and w, if the domain has C */
+/* One case: a function of x, y, z and w, if the domain has C. A kernel of its own has but its own (ONLY; -1: all), for
+ * the compiler's time. */
 #define CASE(id, domain, expression)                                                                                   \
     case id:                                                                                                           \
-        if constexpr (DOMAIN_##domain)                                                                                 \
+        if constexpr (DOMAIN_##domain && (ONLY < 0 || ONLY == (id)))                                                   \
             visit([p, q, r](C x, C y, C z, C w) -> C {                                                                 \
                 (void)x, (void)y, (void)z, (void)w;                                                                    \
                 return (C)(expression);                                                                                \
             });                                                                                                        \
         break;
 #define SELECT(name)                                                                                                   \
-    template <class C, class V> __device__ __forceinline__ void select_##name(int fn, const dense_args &a, V visit)    \
+    template <class C, int ONLY = -1, class V>                                                                         \
+    __device__ __forceinline__ void select_##name(int fn, const dense_args &a, V visit)                                \
     {                                                                                                                  \
         C p = (C)a.constant[0], q = (C)a.constant[1], r = (C)a.constant[2];                                            \
         (void)p, (void)q, (void)r;                                                                                     \
@@ -385,7 +387,7 @@ static constexpr quick_entry quick_map2_list[] = {
     template <int FN, int DTYPE> __global__ void __launch_bounds__(THREADS) name##_one(dense_args a)                   \
     {                                                                                                                  \
         previous_done();                                                                                               \
-        quick_loop<DTYPE, inputs>(a, [&](auto visit) { select_##name<float>(FN, a, visit); });                         \
+        quick_loop<DTYPE, inputs>(a, [&](auto visit) { select_##name<float, FN>(FN, a, visit); });                     \
     }                                                                                                                  \
     template <int AT> static dense_kernel *name##_entry(int dtype)                                                     \
     {                                                                                                                  \
