@@ -24,6 +24,7 @@ extern const lac_backend lac_cpu_baseline_backend;
 extern const lac_backend lac_cpu_avx2_backend, lac_cpu_avx512_backend;
 int lac_cpu_amx_attend(const lac_a_attend *a);
 int lac_cpu_amx_attend_bwd(const lac_a_attend_bwd *w);
+int lac_cpu_avx512_map1_bytes(const lac_a_map1 *a);
 #endif
 
 static const lac_backend *cpu_backend, *cuda_backend;
@@ -53,12 +54,25 @@ static bool has_amx(void)
 #endif
 }
 
-/* AVX-512's table with another attention */
+/* AVX-512's table, with what looks bytes up in registers if the processor does (VBMI: all but the first) or, for tests,
+ * without */
+static const lac_backend *avx512_table(bool plain)
+{
+    static lac_backend tables[2];
+    if (!tables[1].abi) {
+        tables[0] = tables[1] = lac_cpu_avx512_backend;
+        if (__builtin_cpu_supports("avx512vbmi")) tables[0].map1 = lac_cpu_avx512_map1_bytes;
+        tables[1].detail = "avx512f";
+    }
+    return &tables[plain];
+}
+
+/* the same with another attention */
 static const lac_backend *amx_table(void)
 {
     static lac_backend table;
     if (!table.abi) {
-        lac_backend t = lac_cpu_avx512_backend;
+        lac_backend t = *avx512_table(false);
         t.detail = "amx";
         t.attend = lac_cpu_amx_attend;
         t.attend_bwd = lac_cpu_amx_attend_bwd;
@@ -75,7 +89,7 @@ static bool isa_available(const char *name)
 #ifdef LAC_HAVE_AVX
     __builtin_cpu_init();
     if (strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-    if (strcmp(name, "avx512") == 0)
+    if (strcmp(name, "avx512") == 0 || strcmp(name, "avx512f") == 0)
         return isa_available("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (strcmp(name, "amx") == 0) return isa_available("avx512") && has_amx();
@@ -88,7 +102,8 @@ static const lac_backend *isa_table(const char *name)
     if (!isa_available(name)) return NULL;
 #ifdef LAC_HAVE_AVX
     if (strcmp(name, "avx2") == 0) return &lac_cpu_avx2_backend;
-    if (strcmp(name, "avx512") == 0) return &lac_cpu_avx512_backend;
+    if (strcmp(name, "avx512") == 0) return avx512_table(false);
+    if (strcmp(name, "avx512f") == 0) return avx512_table(true);
     if (strcmp(name, "amx") == 0) return amx_table();
 #endif
     return &lac_cpu_baseline_backend;

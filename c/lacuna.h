@@ -87,7 +87,7 @@ const char *lac_build_info(void);        /* compiler, BLAS, ISA chosen, CUDA plu
 lac_flags *lac_flags_get(void);
 void lac_interrupt(int on);              /* async-signal-safe: ask running operators to stop / clear the request */
 int lac_threads(int n);                  /* set the number of threads if n > 0; returns the number in use */
-const char *lac_isa(const char *name);   /* force "baseline", "avx2", "avx512", "amx"; NULL asks. NULL result: not available */
+const char *lac_isa(const char *name);   /* force "baseline", "avx2", "avx512f", "avx512", "amx"; NULL asks; NULL: not available */
 int lac_backend_load(const char *path);  /* load the CUDA plug-in; fails with the reason (status "device") */
 int lac_backend_has(int device, const char *slot); /* 1 if the operator exists there, 0 if not, -1 if there is no such operator */
 /* Wait for everything queued on a device; an operator that failed there since the last wait is reported now, by name. */

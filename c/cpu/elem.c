@@ -392,35 +392,43 @@ KERNEL(axpy_i64, 3, X3, i_add(i_mul(x, y), g))
 
 #ifdef V_HALF_LINES
 /* elements [at, at + m) of an input of f16 (half = 1) or bf16 (2), in `space` if they have to be gathered or converted
- * or are fewer than a line */
-static const uint16_t *words_in(const elem_in *in, int half, int64_t at, int64_t m, uint16_t *space)
+ * or are fewer than are computed at once */
+static const uint16_t *words_in(const elem_in *in, int half, int64_t at, int64_t m, int64_t once, uint16_t *space)
 {
     const char *x = in->x + at * in->stride;
-    if (in->half && m >= HALF_LINE) return (const uint16_t *)x;
-    if (m < HALF_LINE) memset(space, 0, V_LINE);
+    if (in->half && m >= once) return (const uint16_t *)x;
+    if (m < once) memset(space, 0, (size_t)once * 2);
     if (in->direct) LAC_CPU(store)(half == 1 ? LAC_F16 : LAC_BF16, x, space, 2, m); /* one value, as floats */
     else LAC_CPU(move)(2, (char *)space, 2, x, in->stride, m);
     return space;
 }
-/* y = f(x) or f(x, g) by lines; every input and the output are of one half type */
+/* y = f(x) or f(x, g) by lines, or f_two(x) by two; every input and the output are of one half type */
 LAC_INLINE void half_strip(int64_t n, int half, const elem_in *x, const elem_in *g, const elem_out *to,
-                           __m512i (*f)(int, const uint16_t *), __m512i (*f_g)(int, const uint16_t *, const uint16_t *))
+                           __m512i (*f)(int, const uint16_t *), __m512i (*f_g)(int, const uint16_t *, const uint16_t *),
+                           void (*f_two)(const uint16_t *, __m512i *))
 {
     uint16_t space[2][TILE], result[TILE];
-    const bool dense = x->half && (!g || g->half) && to->half && n >= HALF_LINE; /* all lines at once */
+    const int64_t once = f_two ? 2 * HALF_LINE : HALF_LINE;
+    const bool dense = x->half && (!g || g->half) && to->half && n >= once; /* all lines in one go */
     for (int64_t at = 0, m; at < n; at += m) {
-        m = dense && at == 0 ? n - n % HALF_LINE : tile_size(n - at, HALF_LINE);
-        const uint16_t *xs = words_in(x, half, at, m, space[0]), *gs = g ? words_in(g, half, at, m, space[1]) : NULL;
-        const bool whole = to->half && m >= HALF_LINE, past = whole && to->stream;
+        m = dense && at == 0 ? n - n % once : tile_size(n - at, once);
+        const uint16_t *xs = words_in(x, half, at, m, once, space[0]);
+        const uint16_t *gs = g ? words_in(g, half, at, m, once, space[1]) : NULL;
+        const bool whole = to->half && m >= once, past = whole && to->stream;
         uint16_t *out = whole ? (uint16_t *)to->x + at : result;
-        for (int64_t i = 0; i < m; i += HALF_LINE) {
-            if (past) {
-                __builtin_prefetch((const char *)(xs + i) + AHEAD, 0, 2);
-                if (g) __builtin_prefetch((const char *)(gs + i) + AHEAD, 0, 2);
+        for (int64_t i = 0; i < m; i += once) {
+            __m512i v[2];
+            if (f_two) f_two(xs + i, v);
+            else v[0] = g ? f_g(half, xs + i, gs + i) : f(half, xs + i);
+            for (int64_t k = 0; k < once; k += HALF_LINE) {
+                if (past) {
+                    __builtin_prefetch((const char *)(xs + i + k) + AHEAD, 0, 2);
+                    if (g) __builtin_prefetch((const char *)(gs + i + k) + AHEAD, 0, 2);
+                    _mm512_stream_si512((__m512i *)(out + i + k), v[k / HALF_LINE]);
+                } else {
+                    _mm512_storeu_si512(out + i + k, v[k / HALF_LINE]);
+                }
             }
-            __m512i v = g ? f_g(half, xs + i, gs + i) : f(half, xs + i);
-            if (past) _mm512_stream_si512((__m512i *)(out + i), v);
-            else _mm512_storeu_si512(out + i, v);
         }
         if (whole) continue;
         char *end = to->x + at * to->stride;
@@ -428,21 +436,22 @@ LAC_INLINE void half_strip(int64_t n, int half, const elem_in *x, const elem_in 
         else LAC_CPU(move)(2, end, to->stride, (const char *)result, 2, m);
     }
 }
-#define HALF_KERNEL(name, half, g, f, f_g)                                                                             \
+#define HALF_KERNEL(name, half, g, f, f_g, f_two)                                                                      \
     static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants)                          \
     {                                                                                                                  \
         (void)constants;                                                                                               \
-        half_strip(n, half, in, g, to, f, f_g);                                                                        \
+        half_strip(n, half, in, g, to, f, f_g, f_two);                                                                 \
     }
-#define HALF_MAP(f) HALF_KERNEL(f16_##f, 1, NULL, f, NULL) HALF_KERNEL(bf16_##f, 2, NULL, f, NULL)
+#define HALF_MAP(f) HALF_KERNEL(f16_##f, 1, NULL, f, NULL, NULL) HALF_KERNEL(bf16_##f, 2, NULL, f, NULL, NULL)
 HALF_MAP(h_relu)
 HALF_MAP(h_exp)
 HALF_MAP(h_sigmoid)
 HALF_MAP(h_silu)
 HALF_MAP(h_tanh)
 HALF_MAP(h_gelu)
-HALF_KERNEL(f16_h_gelu_bwd, 1, in + 2, NULL, h_gelu_bwd)
-HALF_KERNEL(bf16_h_gelu_bwd, 2, in + 2, NULL, h_gelu_bwd)
+HALF_KERNEL(f16_h_gelu_bwd, 1, in + 2, NULL, h_gelu_bwd, NULL)
+HALF_KERNEL(bf16_h_gelu_bwd, 2, in + 2, NULL, h_gelu_bwd, NULL)
+HALF_KERNEL(H_BYTES bf16_h_tanh_bytes, 2, NULL, NULL, NULL, h_tanh_bytes)
 #endif
 
 typedef struct {
@@ -731,6 +740,18 @@ int LAC_CPU(map1)(const lac_a_map1 *a)
                     .raw = map->to_bool};
     return elem_run("map1", &job, 2, views, map->text, "x");
 }
+
+#ifdef V_HALF_LINES
+/* for processors that look bytes up (AVX512-VBMI); backend.c declares it too */
+int LAC_CPU(map1_bytes)(const lac_a_map1 *a);
+int LAC_CPU(map1_bytes)(const lac_a_map1 *a)
+{
+    if (a->fn != M1_tanh || a->x.dtype != LAC_BF16) return LAC_CPU(map1)(a);
+    const lac_view *views[] = {&a->out, &a->x};
+    elem_job job = {.kernel = bf16_h_tanh_bytes, .outputs = 1};
+    return elem_run("map1", &job, 2, views, maps1[M1_tanh].text, "x");
+}
+#endif
 
 int LAC_CPU(map1_bwd)(const lac_a_map1_bwd *a)
 {

@@ -125,7 +125,7 @@ local function load_library()
   local forced, chosen = os.getenv("LACUNA_CPU"), ffi.string(C.lac_isa(nil)):match("^%w+")
   if forced and forced ~= chosen then
     error(("LACUNA_CPU=%s is not available on this processor or in this build (valid: baseline, avx2, "
-      .. "avx512, amx; unset, it would be %s)"):format(forced, chosen), 0)
+      .. "avx512f, avx512, amx; unset, it would be %s)"):format(forced, chosen), 0)
   end
   for _, name in ipairs(STRUCTS) do
     local here, there = ffi.sizeof(name), C.lac_sizeof(name)
