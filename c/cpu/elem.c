@@ -3,13 +3,14 @@
  * c/maps.def is included once per compute type and turns every line into a kernel over a strip of a row. A kernel goes
  * tile by tile: 64 elements of each input are used in place if they are a contiguous array of the compute type, else
  * converted or gathered into a buffer that never leaves the first-level cache; the results are stored in place, or
- * converted, or written past the caches. Dense f16 and bf16 are converted on their way between memory and registers,
- * a chunk at a time, in loops of their own. Loading, arithmetic and storing of one tile are close enough for the
- * processor to overlap them. So there are about 400 kernels instead of 400 x dtypes x strides, a broadcast or a scalar
- * is one tile that is used again, and contiguous f32 data costs no copy at all. Gradients towards both arguments of a
- * binary function come from one kernel with two outputs: five arrays move instead of eight. What models call on whole
- * activations is computed by lines where tables in registers do it in fewer steps (exps.h, activations.h); of f16 and
- * bf16, the commonest have lines and kernels of their own (halves.h).
+ * converted, or written past the caches. A strip of which every array is used in place is one tile. Dense f16 and bf16
+ * are converted on their way between memory and registers, a chunk at a time, in loops of their own. Loading,
+ * arithmetic and storing of one tile are close enough for the processor to overlap them. So there are about 400 kernels
+ * instead of 400 x dtypes x strides, a broadcast or a scalar is one tile that is used again, and contiguous f32 data
+ * costs no copy at all. Gradients towards both arguments of a binary function come from one kernel with two outputs:
+ * five arrays move instead of eight. What models call on whole activations is computed by lines where tables in
+ * registers do it in fewer steps (exps.h, activations.h); of f16 and bf16, the commonest have lines and kernels of
+ * their own (halves.h).
  * Strips and tiles start at fixed places, so the vector and the remainder code see the same elements whatever the
  * number of threads. What a kernel reads is read off the text of its expression, so that a line of maps.def needs no
  * more than the mathematics.
@@ -22,16 +23,18 @@
 #include "maps.h"
 #include <string.h>
 
-enum { TILE = 512, STRIP = 4096, AHEAD = 1024 }; /* elements of a tile, of a strip; bytes */
+/* elements of a tile, of a strip, of one whose outputs are larger than the caches; bytes */
+enum { TILE = 512, STRIP = 4096, LONG_STRIP = 16384, AHEAD = 1024 };
 
 /* an input of one strip */
 typedef struct {
     const char *x;
     int64_t stride; /* bytes between elements; 0 with direct: one tile serves all */
     int dtype;
-    int half;    /* dense f16 (1) or bf16 (2): converted chunk by chunk in registers */
-    bool direct; /* an array of the compute type */
-    bool ahead;  /* dense, to be converted and beyond the caches: fetch early */
+    int half;      /* dense f16 (1) or bf16 (2): converted chunk by chunk in registers */
+    bool direct;   /* an array of the compute type */
+    bool repeated; /* one tile, for all elements */
+    bool ahead;    /* dense, to be converted and beyond the caches: fetch early */
 } elem_in;
 typedef struct {
     char *x;
@@ -79,7 +82,8 @@ static __attribute__((noinline)) void tile_out(const elem_out *to, int64_t at, i
  * is a tile of less than a chunk, computed as a whole one. So there is one loop, of fixed length, for the compiler to
  * turn into straight vector code. */
 #define CHUNK (V_LINE / (int64_t)sizeof(T))
-#define TILES for (int64_t at_ = 0, m_; m_ = tile_size(n - at_, CHUNK), m_ > 0; at_ += m_)
+#define TILES(most) for (int64_t at_ = 0, m_; m_ = tile_size(n - at_, CHUNK, most), m_ > 0; at_ += m_)
+#define MOST(inputs, outputs) const int64_t most_ = tile_of(n, CHUNK, in, inputs, to, outputs)
 #define CHUNKS for (int64_t i = 0; i < m_; i += CHUNK)
 #define LANES _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)
 /* Loops are compiled once for each way in which all arrays of a tile are stored: in the compute type (0), as f16 (1) or
@@ -152,9 +156,17 @@ enum { MIXED = 3 };
     else LOOP(MIXED, __VA_ARGS__)
 #endif
 
-static inline int64_t tile_size(int64_t left, int64_t chunk)
+/* the most elements of a tile: all that fill chunks where every array is used in place */
+static inline int64_t tile_of(int64_t n, int64_t chunk, const elem_in *in, int inputs, const elem_out *to, int outputs)
 {
-    return left >= TILE ? TILE : left >= chunk ? left - left % chunk : left;
+    bool in_place = n > TILE;
+    for (int k = 0; k < inputs; k++) in_place = in_place && !in[k].repeated && (in[k].direct || in[k].half);
+    for (int k = 0; k < outputs; k++) in_place = in_place && (to[k].direct || to[k].half);
+    return in_place ? n - n % chunk : TILE;
+}
+static inline int64_t tile_size(int64_t left, int64_t chunk, int64_t tile)
+{
+    return left >= tile ? tile : left >= chunk ? left - left % chunk : left;
 }
 
 /* `...`: the declaration of x, y, ..., which has commas */
@@ -181,7 +193,8 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
     {                                                                                                                  \
         T space_[count][TILE];                                                                                         \
         before;                                                                                                        \
-        TILES                                                                                                          \
+        MOST(count, 1);                                                                                                \
+        TILES(most_)                                                                                                   \
         {                                                                                                              \
             IN##count;                                                                                                 \
             OUT(0);                                                                                                    \
@@ -219,7 +232,7 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
     {                                                                                                                  \
         T space_[count][TILE];                                                                                         \
         (void)constants_;                                                                                              \
-        TILES                                                                                                          \
+        TILES(TILE)                                                                                                    \
         {                                                                                                              \
             IN##count;                                                                                                 \
             uint8_t truth[TILE], *out = to->direct && !to->stream && m_ >= CHUNK ? (uint8_t *)to->x + at_ : truth;     \
@@ -254,7 +267,8 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
     {                                                                                                                  \
         T space_[3][TILE];                                                                                             \
         (void)constants_;                                                                                              \
-        TILES                                                                                                          \
+        MOST(3, 2);                                                                                                    \
+        TILES(most_)                                                                                                   \
         {                                                                                                              \
             IN3;                                                                                                       \
             OUT(0);                                                                                                    \
@@ -308,7 +322,8 @@ static inline int64_t tile_size(int64_t left, int64_t chunk)
     {                                                                                                                  \
         T space_[count][TILE];                                                                                         \
         (void)constants_;                                                                                              \
-        TILES                                                                                                          \
+        MOST(count, 1);                                                                                                \
+        TILES(most_)                                                                                                   \
         {                                                                                                              \
             IN##count;                                                                                                 \
             OUT(0);                                                                                                    \
@@ -411,7 +426,7 @@ LAC_INLINE void half_strip(int64_t n, int half, const elem_in *x, const elem_in 
     const int64_t once = f_two ? 2 * HALF_LINE : HALF_LINE;
     const bool dense = x->half && (!g || g->half) && to->half && n >= once; /* all lines in one go */
     for (int64_t at = 0, m; at < n; at += m) {
-        m = dense && at == 0 ? n - n % once : tile_size(n - at, once);
+        m = dense && at == 0 ? n - n % once : tile_size(n - at, once, TILE);
         const uint16_t *xs = words_in(x, half, at, m, once, space[0]);
         const uint16_t *gs = g ? words_in(g, half, at, m, once, space[1]) : NULL;
         const bool whole = to->half && m >= once, past = whole && to->stream;
@@ -561,10 +576,10 @@ typedef struct {
     const void *constants;
     int32_t dtype[LAC_NEST_VIEWS];
     int outputs;
-    uint32_t unread; /* bit v: the kernel does not read view v */
-    bool raw;        /* the kernel writes the output's dtype itself (bool) */
-    bool stream;     /* large dense outputs: write past the caches */
-    int64_t strips;  /* of a row */
+    uint32_t unread;       /* bit v: the kernel does not read view v */
+    bool raw;              /* the kernel writes the output's dtype itself (bool) */
+    bool stream;           /* large dense outputs: write past the caches */
+    int64_t strip, strips; /* elements of a strip, strips of a row */
 } elem_job;
 
 /* a tile of each broadcast input, and the address of the value that it holds */
@@ -582,12 +597,12 @@ static elem_in input_of(const elem_job *job, elem_space *space, int v, const cha
     int64_t length = job->nest.shape[last], stride = job->nest.stride[v][last], bytes = lac_bytes_of(dtype);
     if (length == 1) stride = bytes;
     if (job->unread >> v & 1) /* an address, no values; stored as the output is */
-        return (elem_in){.x = (char *)space->tile[v], .half = half_of(job->dtype[0]), .direct = true};
+        return (elem_in){.x = (char *)space->tile[v], .half = half_of(job->dtype[0]), .direct = true, .repeated = true};
     if (stride == 0) {
         int64_t filled = length < TILE ? (length + V_LINE - 1) / V_LINE * V_LINE : TILE;
         if (space->repeated[v] != x) LAC_CPU(load)(dtype, x, 0, filled, space->tile[v]);
         space->repeated[v] = x;
-        return (elem_in){.x = (char *)space->tile[v], .direct = true};
+        return (elem_in){.x = (char *)space->tile[v], .direct = true, .repeated = true};
     }
     bool dense = stride == bytes, direct = dense && lac_is_native(dtype);
     return (elem_in){.x = x,
@@ -629,6 +644,15 @@ static bool strip_is_near(const elem_in *in, int64_t n)
     return true;
 }
 
+/* Inputs that are not read get the address of one that is and is stored like them: then a strip may be one tile. */
+static void stand_in(const elem_job *job, elem_in *in)
+{
+    const int inputs = job->nest.views - job->outputs;
+    for (int v = 0; v < inputs; v++)
+        for (int w = 0; w < inputs && job->unread >> (job->outputs + v) & 1; w++)
+            if (!in[w].repeated && (in[w].direct || in[w].half) && in[w].half == in[v].half) in[v] = in[w];
+}
+
 static void elem_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const elem_job *job = context;
@@ -642,14 +666,15 @@ static void elem_task(void *context, int64_t begin, int64_t end, int thread)
     int64_t strip = begin % job->strips;
     LAC_CPU(cursor_set)(nest, &c, begin / job->strips);
     for (int64_t t = begin; t < end; t++) {
-        int64_t start = strip * STRIP, n = length - start < STRIP ? length - start : STRIP;
-        elem_in in[LAC_NEST_VIEWS];
+        int64_t start = strip * job->strip, n = length - start < job->strip ? length - start : job->strip;
+        elem_in in[LAC_NEST_VIEWS] = {{NULL}};
         elem_out out[2];
         for (int v = 0; v < nest->views; v++) {
             char *x = c.at[v] + start * nest->stride[v][last];
             if (v < job->outputs) out[v] = output_of(job, v, x);
             else in[v - job->outputs] = input_of(job, &space, v, x);
         }
+        if (job->unread) stand_in(job, in);
         (job->near && strip_is_near(in, n) ? job->near : job->kernel)(n, in, out, job->constants);
         if (++strip == job->strips) {
             strip = 0;
@@ -676,7 +701,8 @@ static int elem_run(const char *op, elem_job *job, int count, const lac_view *co
     int64_t rows = 1;
     for (int d = 0; d < job->nest.ndim - 1; d++) rows *= job->nest.shape[d];
     int64_t length = job->nest.shape[job->nest.ndim - 1];
-    job->strips = (length + STRIP - 1) / STRIP;
+    job->strip = job->stream ? LONG_STRIP : STRIP;
+    job->strips = (length + job->strip - 1) / job->strip;
     return LAC_CPU(parallel)(op, rows * job->strips, rows * length, elem_task, job);
 }
 
