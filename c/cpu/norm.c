@@ -6,19 +6,21 @@
  *
  * Forward: the mean first, then the variance of the centred values; the sum-of-squares shortcut loses everything when
  * the mean is large. The mean is subtracted in two parts, so that f32 keeps the low bits of values far from 0.
- * While a row is written what comes some rows on is fetched; results larger than the caches are written past them.
- * Backward: dx of a row is written while the two means of the next one are found. dgamma and dbeta are sums over rows,
- * 32 rows in the compute type and then in double, in blocks of a number that depends on the shape only, combined in
- * order; a step has two rows at hand and adds both, so that they are loaded and stored every other step (a line of both
- * costs 5 cycles of a Zen 4, all else 6.5). Sums along a row are taken in the compute type over 1024 elements (each
- * vector lane adds 64 at most) and added up in double.
+ * Where rows are dense and short layernorm's three passes go together, each over a row of its own, so that arithmetic,
+ * reading and writing overlap. What comes some rows on is fetched; results larger than the caches are written past
+ * them. Backward: dx of a row is written while the two means of the next one are found. dgamma and dbeta are sums over
+ * rows, 32 rows in the compute type and then in double, in blocks of a number that depends on the shape only, combined
+ * in order; a step has two rows at hand and adds both, so that they are loaded and stored every other step (a line of
+ * both costs 5 cycles of a Zen 4, all else 6.5). Sums along a row are taken in the compute type over 1024 elements
+ * (each vector lane adds 64 at most) and added up in double.
  */
 #include "cpu.h"
 #include "simd.h"
 #include <math.h>
 #include <string.h>
 
-/* AHEAD: bytes to what is fetched */
+/* AHEAD: bytes to what is fetched; FIRST_CACHE: what three rows, gamma and beta may take of 32 KiB */
+enum { FIRST_CACHE = 28 << 10 };
 enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 32, AHEAD = 12288 };
 
 /* Half a cache line: what the backward loads and stores at a time. A Zen 4 stores a whole one as halves, and loses by
@@ -75,23 +77,87 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
     } while (0)
 
 #define ROW_KERNELS(T, S, V, H, SUM)                                                                                   \
-    /* without `mean`: rmsnorm. The mean is x[0] plus that of the differences, which keep the low bits of values far   \
-     * from 0. */                                                                                                      \
+    LAC_INLINE double row_differences_##S(const T *x, T first, int64_t n)                                              \
+    {                                                                                                                  \
+        double total = 0;                                                                                              \
+        BLOCK_SUM(T, V, SUM, total, DIFFERENCE)                                                                        \
+        return total;                                                                                                  \
+    }                                                                                                                  \
+    LAC_INLINE double row_squares_##S(const T *x, T high, T low, int64_t n)                                            \
+    {                                                                                                                  \
+        double total = 0;                                                                                              \
+        BLOCK_SUM(T, V, SUM, total, SQUARE)                                                                            \
+        return total;                                                                                                  \
+    }                                                                                                                  \
+    /* a row of the forward, and what is known of it: what is taken off first, the mean in two parts, 1 / deviation */ \
+    typedef struct {                                                                                                   \
+        const T *x;                                                                                                    \
+        T first, high, low, r;                                                                                         \
+    } forward_row_##S;                                                                                                 \
+    /* the mean is x[0] plus that of the differences, which keep the low bits of values far from 0 */                  \
+    LAC_INLINE void forward_mean_##S(forward_row_##S *row, double differences, int64_t n)                              \
+    {                                                                                                                  \
+        double m = (double)row->first + differences / (double)n;                                                       \
+        row->high = (T)m;                                                                                              \
+        row->low = (T)(m - (double)row->high);                                                                         \
+    }                                                                                                                  \
+    LAC_INLINE void forward_deviation_##S(forward_row_##S *row, double squares, double eps, int64_t n)                 \
+    {                                                                                                                  \
+        row->r = (T)(1.0 / sqrt(squares / (double)n + eps));                                                           \
+    }                                                                                                                  \
+    /* without `mean`: rmsnorm */                                                                                      \
     static void norm_row_##S(const T *x, const T *gamma, const T *beta, double eps, T *y, T *mean, T *rstd,            \
                              bool stream, int64_t n)                                                                   \
     {                                                                                                                  \
-        T first = mean && isfinite(x[0]) ? x[0] : 0;                                                                   \
-        double m = 0, squares = 0;                                                                                     \
+        forward_row_##S row = {.first = mean && isfinite(x[0]) ? x[0] : 0};                                            \
         if (mean) {                                                                                                    \
-            BLOCK_SUM(T, V, SUM, m, DIFFERENCE)                                                                        \
-            m = (double)first + m / (double)n;                                                                         \
+            forward_mean_##S(&row, row_differences_##S(x, row.first, n), n);                                           \
+            *mean = row.high;                                                                                          \
         }                                                                                                              \
-        T high = (T)m, low = (T)(m - (double)high);                                                                    \
-        BLOCK_SUM(T, V, SUM, squares, SQUARE)                                                                          \
-        T r = (T)(1.0 / sqrt(squares / (double)n + eps));                                                              \
-        if (mean) *mean = high;                                                                                        \
-        *rstd = r;                                                                                                     \
+        const T high = row.high, low = row.low;                                                                        \
+        forward_deviation_##S(&row, row_squares_##S(x, high, low, n), eps, n);                                         \
+        const T r = *rstd = row.r;                                                                                     \
         ROW_WRITE(T, y, x + AHEAD / sizeof(T), stream, NORMAL);                                                        \
+    }                                                                                                                  \
+    /* The passes of layernorm together, each over a row of its own: `now` is written to y, the squares of `middle`    \
+     * and the mean of `next` are found. The sums are those of norm_row. */                                            \
+    LAC_INLINE void forward_step_##S(const forward_row_##S *now, forward_row_##S *middle, forward_row_##S *next,       \
+                                     const T *gamma, const T *beta, double eps, T *y, bool stream, int64_t n)          \
+    {                                                                                                                  \
+        enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
+        const T *x = now->x, *xm = middle->x, *xn = next->x, high = now->high, low = now->low, r = now->r;             \
+        const T high_m = middle->high, low_m = middle->low, first_n = next->first;                                     \
+        double squares = 0, differences = 0;                                                                           \
+        for (int64_t i = 0; i < n;) {                                                                                  \
+            int64_t end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                                       \
+            V s[4] = {{0}, {0}, {0}, {0}}, d[4] = {{0}, {0}, {0}, {0}};                                                \
+            T rest_s = 0, rest_d = 0, line[4 * L];                                                                     \
+            for (; i + 4 * L <= end; i += 4 * L) {                                                                     \
+                _Pragma("GCC unroll 4") for (int k = 0; k < 4; k++)                                                    \
+                {                                                                                                      \
+                    const int64_t j = i + k * L;                                                                       \
+                    V c = (AT(V, xm, j) - high_m) - low_m;                                                             \
+                    s[k] += c * c;                                                                                     \
+                    d[k] += AT(V, xn, j) - first_n;                                                                    \
+                    *(V *)(line + k * L) = ((AT(V, x, j) - high) - low) * r * AT(V, gamma, j) + AT(V, beta, j);        \
+                }                                                                                                      \
+                _Pragma("GCC unroll 4") for (int k = 0; k < 4 * L; k += CHUNK)                                         \
+                {                                                                                                      \
+                    __builtin_prefetch((const char *)(xn + i + k) + AHEAD, 0, 2);                                      \
+                    v_put_line(y + i + k, line + k, stream);                                                           \
+                }                                                                                                      \
+            }                                                                                                          \
+            for (; i < end; i++) {                                                                                     \
+                T c = (xm[i] - high_m) - low_m;                                                                        \
+                rest_s += c * c;                                                                                       \
+                rest_d += xn[i] - first_n;                                                                             \
+                y[i] = NORMAL(i);                                                                                      \
+            }                                                                                                          \
+            squares += (double)(SUM((s[0] + s[1]) + (s[2] + s[3])) + rest_s);                                          \
+            differences += (double)(SUM((d[0] + d[1]) + (d[2] + d[3])) + rest_d);                                      \
+        }                                                                                                              \
+        forward_deviation_##S(middle, squares, eps, n);                                                                \
+        forward_mean_##S(next, differences, n);                                                                        \
     }                                                                                                                  \
     /* a row of the backward, and what is known of it: the means of g gamma and of that times the normalised x */      \
     typedef struct {                                                                                                   \
@@ -206,12 +272,51 @@ static inline const void *row_of(const norm_job *job, const lac_view *v, int64_t
     return job->dense ? (const char *)v->data + t * job->n * size : LAC_CPU(load_linear)(v, t * job->n, job->n, space);
 }
 
+/* layernorm of rows that are arrays of the compute type; at the end steps see the last row again, for nothing. A row's
+ * state stays where it is and pointers move: a struct that is copied in wider pieces than were stored waits for all
+ * stores before it, and those past the caches are slow (12.3 cycles of a Zen 4 a line of 1024 floats, 10.5 so; the
+ * passes in turn 12.6). Rejected: a row's rest between steps, to wait less for sums (five rows leave the cache: 16). */
+#define FORWARD_PIPELINE(T, S)                                                                                         \
+    LAC_INLINE void forward_take_##S(const norm_job *job, forward_row_##S *row, int64_t t, int64_t end)                \
+    {                                                                                                                  \
+        row->x = (const T *)job->x.data + (t < end ? t : end - 1) * job->n;                                            \
+        row->first = isfinite(row->x[0]) ? row->x[0] : 0;                                                              \
+    }                                                                                                                  \
+    static void norm_rows_##S(const norm_job *job, int64_t begin, int64_t end)                                         \
+    {                                                                                                                  \
+        const int64_t n = job->n;                                                                                      \
+        forward_row_##S rows[3] = {{0}}, *now = rows, *middle = rows + 1, *next = rows + 2;                            \
+        for (int k = 0; k < 2; k++) {                                                                                  \
+            forward_take_##S(job, rows + k, begin + k, end);                                                           \
+            forward_mean_##S(rows + k, row_differences_##S(rows[k].x, rows[k].first, n), n);                           \
+        }                                                                                                              \
+        forward_deviation_##S(now, row_squares_##S(now->x, now->high, now->low, n), job->eps, n);                      \
+        for (int64_t t = begin; t < end; t++) {                                                                        \
+            T *y = (T *)job->out.data + t * n;                                                                         \
+            forward_take_##S(job, next, t + 2, end);                                                                   \
+            ((T *)job->mean.data)[t] = now->high;                                                                      \
+            ((T *)job->rstd.data)[t] = now->r;                                                                         \
+            forward_step_##S(now, middle, next, job->gamma, job->beta, job->eps, y,                                    \
+                             job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0, n);                                    \
+            forward_row_##S *done = now;                                                                               \
+            now = middle;                                                                                              \
+            middle = next;                                                                                             \
+            next = done;                                                                                               \
+        }                                                                                                              \
+    }
+FORWARD_PIPELINE(float, f)
+FORWARD_PIPELINE(double, d)
+
 static void norm_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const norm_job *job = context;
     char *space = job->workspace + ROWS_OF_THREAD * job->row_bytes * thread;
     int64_t n = job->n, size = (int64_t)lac_compute_size(job->ctype);
-    for (int64_t t = begin; t < end; t++) {
+    /* with AVX-512, whose registers hold the sums of both rows: AVX2 takes 13.6 cycles a line so, 11.7 in turn */
+    const bool together = V_WIDTH == 64 && job->dense && !job->without_mean && 5 * job->row_bytes <= FIRST_CACHE;
+    if (together && job->ctype == C_F32) norm_rows_f(job, begin, end);
+    else if (together) norm_rows_d(job, begin, end);
+    for (int64_t t = begin; t < end && !together; t++) {
         const void *x = row_of(job, &job->x, t, space);
         char *out = (char *)job->out.data + t * n * lac_bytes_of(job->dtype); /* contiguous: made by the front end */
         void *y = lac_is_native(job->dtype) ? out : space + ROW_OUT * job->row_bytes;
