@@ -147,9 +147,12 @@ typedef struct {
             _Pragma("GCC unroll 4") for (int k = 1; k < CHUNK / L; k++) s[0] += s[k];                                  \
             total += (double)(SUM(s[0]) + rest);                                                                       \
         }                                                                                                              \
-        T best_of[CHUNK];                                                                                              \
+        T best_of[CHUNK]; /* by halves: one after the other they take a row's time */                                  \
         memcpy(best_of, most, sizeof best_of);                                                                         \
-        for (int k = 0; k < CHUNK; k++) best = best_of[k] > best ? best_of[k] : best;                                  \
+        _Pragma("GCC unroll 4") for (int w = CHUNK / 2; w > 0; w /= 2)                                                 \
+            _Pragma("GCC unroll 8") for (int k = 0; k < w; k++) best_of[k] =                                           \
+                best_of[k + w] > best_of[k] ? best_of[k + w] : best_of[k];                                             \
+        best = best_of[0] > best ? best_of[0] : best;                                                                  \
         *top = best;                                                                                                   \
         return total;                                                                                                  \
     }                                                                                                                  \
@@ -303,30 +306,36 @@ static bool row_streams(const softmax_job *job, const void *y)
         const int64_t n = job->n;                                                                                      \
         const bool logarithm = job->logarithm;                                                                         \
         lac_cursor c;                                                                                                  \
-        char *row[3][2] = {{0}}; /* y and x of each */                                                                 \
-        row_at(job, &c, begin, true, row[0]);                                                                          \
-        T m[3] = {row_max_##S((const T *)row[0][1], n)};                                                               \
-        double sum = row_exp_##S((const T *)row[0][1], m[0], logarithm ? NULL : work, n);                              \
+        char *at[3] = {0}; /* y and x */                                                                               \
+        row_at(job, &c, begin, true, at);                                                                              \
+        /* the row before, to be written to y; scalars, because an array that is moved up in wider pieces than were    \
+         * stored waits for all stores, and those past the caches are slow */                                          \
+        const T *before = (const T *)at[1], *x = before, *next = before;                                               \
+        T *y = (T *)at[0], *y_x = y, *y_next = y;                                                                      \
+        T m_before = row_max_##S(before, n), m = m_before, m_next = m_before;                                          \
+        double sum = row_exp_##S(before, m_before, logarithm ? NULL : work, n);                                        \
         if (begin + 1 < end) {                                                                                         \
-            row_at(job, &c, begin + 1, false, row[1]);                                                                 \
-            m[1] = row_max_##S((const T *)row[1][1], n);                                                               \
+            row_at(job, &c, begin + 1, false, at);                                                                     \
+            x = (const T *)at[1], y_x = (T *)at[0];                                                                    \
+            m = row_max_##S(x, n);                                                                                     \
         }                                                                                                              \
         for (int64_t t = begin + 1; t < end; t++) {                                                                    \
-            const T *x = (const T *)row[1][1], *from = logarithm ? (const T *)row[0][1] : work;                        \
-            T *y = (T *)row[0][0];                                                                                     \
-            if (t + 1 < end) row_at(job, &c, t + 1, false, row[2]);                                                    \
-            const T *next = t + 1 < end ? (const T *)row[2][1] : x;                                                    \
+            next = x;                                                                                                  \
+            if (t + 1 < end) {                                                                                         \
+                row_at(job, &c, t + 1, false, at);                                                                     \
+                next = (const T *)at[1], y_next = (T *)at[0];                                                          \
+            }                                                                                                          \
             if (logarithm)                                                                                             \
-                sum = softmax_step_##S(x, m[1], NULL, from, m[0], (T)log(sum), y, next, &m[2], n, true,                \
+                sum = softmax_step_##S(x, m, NULL, before, m_before, (T)log(sum), y, next, &m_next, n, true,           \
                                        row_streams(job, y));                                                           \
             else                                                                                                       \
-                sum = softmax_step_##S(x, m[1], work, from, 0, (T)(1.0 / sum), y, next, &m[2], n, false,               \
+                sum = softmax_step_##S(x, m, work, work, 0, (T)(1.0 / sum), y, next, &m_next, n, false,                \
                                        row_streams(job, y));                                                           \
-            memmove(row[0], row[1], 2 * sizeof row[0]);                                                                \
-            memmove(m, m + 1, 2 * sizeof m[0]);                                                                        \
+            before = x, x = next;                                                                                      \
+            y = y_x, y_x = y_next;                                                                                     \
+            m_before = m, m = m_next;                                                                                  \
         }                                                                                                              \
-        softmax_write_##S(logarithm ? (const T *)row[0][1] : work, m[0], sum, (T *)row[0][0], n, logarithm,            \
-                          row_streams(job, row[0][0]));                                                                \
+        softmax_write_##S(logarithm ? before : work, m_before, sum, y, n, logarithm, row_streams(job, y));             \
     }
 ROW_PIPELINE(float, f)
 ROW_PIPELINE(double, d)
@@ -336,6 +345,7 @@ static void softmax_task(void *context, int64_t begin, int64_t end, int thread)
     const softmax_job *job = context;
     char *space = job->workspace + job->space * thread;
     lac_cursor c;
+    if (job->direct) space = row_beside((uintptr_t)job->nest.data[1], space);
     if (job->direct && job->ctype == C_F32) softmax_rows_f(job, begin, end, (float *)space);
     else if (job->direct) softmax_rows_d(job, begin, end, (double *)space);
     for (int64_t t = begin; t < end && !job->direct; t++) {
@@ -424,7 +434,7 @@ static int softmax_run(const char *op, int inputs, const lac_view *const *views,
     job.row_bytes = (job.n * size + 63) / 64 * 64;
     int64_t rows = numel / job.n, work = numel * 4;
     int64_t tasks = columns ? rows / job.nest.shape[job.nest.ndim - 1] * job.blocks : rows;
-    job.space = columns ? (lac_is_native(job.dtype) ? 0 : SUM_ROWS * job.width * size) : 3 * job.row_bytes;
+    job.space = columns ? (lac_is_native(job.dtype) ? 0 : SUM_ROWS * job.width * size) : 3 * job.row_bytes + ROW_PAGE;
     job.workspace = lac_workspace_get(op, (size_t)(job.space * LAC_CPU(threads)(tasks, work) + 64));
     if (!job.workspace) return LAC_E_MEMORY;
     int status = LAC_CPU(parallel)(op, tasks, work, columns ? columns_task : softmax_task, &job);
