@@ -4,22 +4,22 @@
 -- operator must move (inputs read, results written once) as a share of the bandwidth of a copy on the same
 -- threads; a share of 1 / 1.3 is the target. Backwards are the gradient alone. The peer runs the same
 -- operator on as many threads. What misses on one thread, and by what (one core of an EPYC, Zen 4, AVX-512;
--- cycles of 0.28 ns; it copies 16 floats in 8 to 10 cycles, past the caches):
+-- cycles of 0.27 ns; it copies 16 floats in 9.4 cycles, past the caches):
 --
 -- Arithmetic. Cycles for 16 floats that are in the cache: relu 5, exp 8, exp2, sigmoid, silu 10, tanh, gelu
 -- 11, gelu by tanh 14, expm1 15, softplus 22, log 23, erf 27, log2 38, dropout 48, atan 54, sin, cos 64, pow
--- 125; a multiply-add takes one, a division 6, of which it leaves 4 to others. 77% of a copy are 12 to 13:
--- in turns with a copy sigmoid and silu have 72 to 88%, tanh 74 to 86, gelu 67 to 83, gelu's gradient 85
--- (c/cpu/activations.h); rows here read 69 to 82, in whose runs softmax, 79 to 84 in turns, read 59. gelu of
--- numbers beyond 3.9 takes 30: of normal numbers, 1 group of 64 in 150 has one; times 3, all have, and gelu
--- 31%. f16 adds 4 to each and bf16 7, for half the bytes. relu, exp, tanh, sigmoid, silu, gelu and its
--- gradient of half types have lines of their own (c/cpu/halves.h), 32 values in 13 to 25 cycles beside a
--- copy's 10. Share of a copy: bf16 relu 92, exp 68, tanh 61, sigmoid 58, silu 52, gelu 50, its gradient 62;
--- f16 exp 52, tanh 41, sigmoid 40, silu 38, gelu 41, its gradient 52. 77% allow 11 cycles in the cache, 22
--- steps of 512 bits: an exp of bf16 is 22 and runs at 1.7 a cycle, and f16's conversions alone take 7. What
--- is computed in double (from log10 on in c/cpu/maps.h) has half the lanes and longer polynomials. softmax
--- of a row is an exponential, a maximum and a scaling, which run over three rows at once: 12 cycles beside a
--- copy's 10 (15 one after the other); over columns it takes two exponentials.
+-- 125; a multiply-add takes one, a division 6, of which it leaves 4 to others. 77% of a copy are 12. Share
+-- of a copy of 128 MiB, by processor time, in turns with it: relu 89, exp 101, sigmoid 90, silu 91, tanh 85,
+-- gelu and its gradient 82, softmax 84, its logarithm 80, layernorm 91, rmsnorm 96; backwards of these four
+-- 79, 91, 74, 82. gelu of numbers beyond 3.9 takes 30 cycles: of normal numbers, 1 group of 64 in 150 has
+-- one; times 3, all have, and gelu 31%. f16 adds 4 to each and bf16 7, for half the bytes. relu, exp, tanh,
+-- sigmoid, silu, gelu and its gradient of half types have lines of their own (c/cpu/halves.h), 32 values in
+-- 11 to 25 cycles. Share of a copy: bf16 relu 87, exp 81, tanh 82, sigmoid 56, silu 51, gelu 49, its
+-- gradient 61; f16 relu 88, exp 50, tanh 40, sigmoid 39, silu 37, gelu 40, its gradient 51. 77% allow 12
+-- cycles; f16's conversions alone take 7. What is computed in double (from log10 on in c/cpu/maps.h) has
+-- half the lanes and longer polynomials. Compared by the clock on the wall, what takes longer than a time
+-- slice is interrupted in every sample if a core has other work, and a copy in none: rows then read half of
+-- what they are.
 -- Reading alone. 6.3 to 7 cycles a line whatever is asked for ahead, where 77% of a copy allow 6.8: the
 -- maximum over rows is there. A sum converts to double, 5 cycles for 16 floats, a variance 9, a log-sum-exp
 -- takes 10; over columns sums are loaded and stored as well.
@@ -28,12 +28,13 @@
 -- leave the first cache, and from memory all overlap to 19.
 --
 -- Tried, not kept: sin and cos in float after a reduction in double (64 -> 52, and 0.9 ulp); tanh by 16
--- polynomials in intervals that grow (12.5 -> 10.9 by its addition theorem); norms' backwards by two or
--- four rows at once, to load and store dgamma less often (rows a power of two apart push each other out of
--- the cache: 0.8x of four; the two rows at hand are added at once instead); asking for rows ahead in sums
--- and maxima (0.7x on Zen 4; an Intel processor needs it), and into the first cache anywhere (softmax 1.4x
--- the time; into the second, 8 to 16 KB ahead, is right); two rows at once of columns' sums (10 cycles a
--- line, not 7); rows of a softmax over columns fetched three ahead (4% at most).
+-- polynomials in intervals that grow (12.5 -> 10.9 by its addition theorem); norms' backwards by two or four
+-- rows at once, to load and store dgamma less often (rows a power of two apart push each other out of the
+-- cache: 0.8x of four; the two rows at hand are added at once instead); asking for rows ahead in sums and
+-- maxima (0.7x on Zen 4; an Intel processor needs it), and into the first cache anywhere (softmax 1.4x the
+-- time; into the second, 8 to 16 KB ahead, is right; relu gains 0.7 cycles from 2 KB ahead into the first,
+-- silu and gelu lose 0.3); two rows at once of columns' sums (10 cycles a line, not 7); rows of a softmax
+-- over columns fetched three ahead (4% at most).
 
 local lac = require "lacuna"
 
@@ -110,8 +111,10 @@ return {
   name = "elementwise",
   about = "maps, softmax, norms, reductions and optimizers of arrays beyond the caches",
   run = function(b)
-    for _, dtype in ipairs { "f32", "bf16", "f16" } do maps(b, b:size(2 ^ 24, 2 ^ 10), dtype) end
-    rows_of(b, b:size(16384, 16), b:size(1024, 16))
+    for _, dtype in ipairs { "f32", "bf16", "f16" } do
+      maps(b, b:size(dtype == "f32" and 2 ^ 25 or 2 ^ 26, 2 ^ 10), dtype)
+    end
+    rows_of(b, b:size(32768, 16), b:size(1024, 16))
     optimizers(b, b:size(2 ^ 24, 2 ^ 10))
   end,
 }
