@@ -13,21 +13,11 @@
  *
  * What is accumulated is a type, one per compute type (float, double, int64_t); storage types are told apart when
  * values are loaded, and functions that share an accumulator when one is added or finished. A kernel for each function
- * and dtype would be four times as many. Sums of dense rows, columns and tensors, which models take most, are sum.cu's.
+ * and dtype would be four times as many. Sums of dense rows, columns and tensors, which models take most, are sum.cu's;
+ * extrema, variances and log-sum-exps of dense rows reduce_rows.cu's.
  */
-#include "elem.cuh"
+#include "reduce.cuh"
 #include "sum.cuh"
-
-struct reduce_job {
-    int fn, dtype, out_dtype, kept, reduced;
-    int64_t ks[LAC_MAX_DIMS], kx[LAC_MAX_DIMS], ko[LAC_MAX_DIMS]; /* sizes; strides of x and out in elements */
-    int64_t rs[LAC_MAX_DIMS], rx[LAC_MAX_DIMS];
-    int64_t outputs, count, parts, share; /* share: elements of one part */
-    double correction;
-    const char *x;
-    void *out, *partials; /* [parts][outputs] if parts > 1 */
-    int bytes;            /* of an element of x */
-};
 
 /* ---- what is accumulated ---- */
 
@@ -307,15 +297,6 @@ __device__ __forceinline__ void merge_warp(lse_of<float> &a)
     a.m = m;
 }
 
-/* of rows of whole vectors */
-template <class A> __device__ __forceinline__ void merge_tile(A &a) { merge_warp(a); }
-__device__ __forceinline__ void merge_tile(variance_of<float> &a) /* the shift is the same */
-{
-    a.s = warp_sum(a.s);
-    a.squares = warp_sum(a.squares);
-    a.n = warp_sum(a.n);
-}
-
 template <class A> __device__ __forceinline__ void start_row(A &, const reduce_job &, const char *) {}
 __device__ __forceinline__ void start_row(variance_of<float> &a, const reduce_job &j, const char *x)
 {
@@ -323,20 +304,6 @@ __device__ __forceinline__ void start_row(variance_of<float> &a, const reduce_jo
 }
 
 /* ---- places ---- */
-
-/* elements from x to output `number`, and from out */
-static __device__ __forceinline__ void kept_offsets(const reduce_job &j, int64_t number, int64_t *x, int64_t *out)
-{
-    int64_t ox = 0, oo = 0;
-    for (int d = j.kept - 1; d >= 0; d--) {
-        int64_t q = d ? number / j.ks[d] : 0, i = number - q * j.ks[d];
-        number = q;
-        ox += i * j.kx[d];
-        oo += i * j.ko[d];
-    }
-    *x = ox;
-    *out = oo;
-}
 
 static __device__ __forceinline__ int64_t reduced_offset(const reduce_job &j, int64_t at)
 {
@@ -418,57 +385,6 @@ template <class A, bool DENSE> __global__ void __launch_bounds__(THREADS) rows_k
         if (lane == 0) deliver(j, a, number, out_at);
     }
 }
-
-/* rows of whole vectors, TILE of them a warp: what one row leaves of memory's latency the others fill */
-template <class A, int DTYPE> __global__ void __launch_bounds__(THREADS) tiles_kernel(reduce_job j)
-{
-    previous_done();
-    constexpr int TILE = 4, PER = DTYPE == LAC_F32 ? 4 : 8;
-    int lane = threadIdx.x % 32, vectors = (int)(j.count / PER);
-    int64_t first = ((int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32) * TILE, out_at[TILE];
-    const uint4 *x[TILE];
-    A a[TILE];
-    if (first >= j.outputs) return;
-#pragma unroll
-    for (int t = 0; t < TILE; t++) { /* rows past the end are the last once more */
-        int64_t x_at;
-        kept_offsets(j, first + t < j.outputs ? first + t : j.outputs - 1, &x_at, &out_at[t]);
-        x[t] = (const uint4 *)(j.x + x_at * j.bytes);
-        a[t] = A::none();
-        start_row(a[t], j, (const char *)x[t]);
-    }
-#pragma unroll 2
-    for (int i = lane; i < vectors; i += 32) {
-        uint4 raw[TILE];
-#pragma unroll
-        for (int t = 0; t < TILE; t++) raw[t] = x[t][i];
-#pragma unroll
-        for (int t = 0; t < TILE; t++) {
-            float v[8];
-            unpack(DTYPE, raw[t], v);
-            add_vector(j, a[t], v, PER, (int64_t)i * PER);
-        }
-    }
-    A mine = A::none();
-    int64_t at = 0;
-#pragma unroll
-    for (int t = 0; t < TILE; t++) {
-        merge_tile(a[t]);
-        if (lane == t) mine = a[t], at = out_at[t];
-    }
-    if (lane < TILE && first + lane < j.outputs) finish(j, mine, at);
-}
-template <class A> static void tiles_launch(const reduce_job &j)
-{
-    unsigned blocks = blocks_for(j.outputs, THREADS / 32 * 4);
-    if (j.dtype == LAC_F32) launch(tiles_kernel<A, LAC_F32>, blocks, THREADS, 0, j);
-    else if (j.dtype == LAC_F16) launch(tiles_kernel<A, LAC_F16>, blocks, THREADS, 0, j);
-    else launch(tiles_kernel<A, LAC_BF16>, blocks, THREADS, 0, j);
-}
-/* has it kernels of tiles? */
-template <class A>
-inline constexpr bool in_tiles =
-    std::is_same_v<A, extreme_of<float>> || std::is_same_v<A, variance_of<float>> || std::is_same_v<A, lse_of<float>>;
 
 /* V (4 or 1) neighbouring outputs per thread, 32 threads along the outputs, 8 along the reduced range */
 template <class A, int V> __global__ void __launch_bounds__(THREADS) columns_kernel(reduce_job j)
@@ -621,11 +537,7 @@ template <class A> static int run(reduce_job j, bool position)
     lac_scratch partials("reduce", j.parts > 1 ? (size_t)(j.parts * j.outputs) * sizeof(A) : 1);
     if (!partials.data) return LAC_E_MEMORY;
     j.partials = partials.data;
-    if constexpr (in_tiles<A>)
-        if (dense && !wide && j.parts == 1 && j.count % per == 0 && j.count > 0 && j.count < INT32_MAX) {
-            tiles_launch<A>(j);
-            return lac_cuda_launched("reduce");
-        }
+    if (dense && !wide && j.parts == 1 && lac_cuda_row_reduction_fits(&j)) return lac_cuda_row_reduction(&j);
     dim3 grid(blocks_filling(units, per_block, 16), (unsigned)j.parts);
     int team = wide ? THREADS : 32;
     if (columns && !vector) {

@@ -96,8 +96,8 @@ for _, sizes in ipairs{ { 1024, 32 }, { 2051, 768 }, { 1100, 776 }, { 4099, 72 }
   case("sum over 1, a slice," .. text, function(x) return x:narrow(2, 9, sizes[2] - 8):sum(1) end, make)
   case("sum over 2, a slice," .. text, function(x) return x:narrow(2, 9, sizes[2] - 8):sum(2) end, make)
 end
-for _, sizes in ipairs{ { 37, 24 }, { 2051, 768 }, { 1100, 771 }, { 300, 3072 }, { 9000, 1032 },
-  { 12, 9000 } } do
+for _, sizes in ipairs{ { 37, 24 }, { 5001, 64 }, { 1301, 248 }, { 2051, 768 }, { 1100, 771 }, { 300, 3072 },
+  { 9000, 1032 }, { 12, 9000 } } do
   local text = (" of [%d, %d]"):format(sizes[1], sizes[2])
   local function make() return { normal(sizes[1], sizes[2]) * 3 + 1 } end
   local function outlier() -- in front, where variances take their shift from
@@ -109,8 +109,15 @@ for _, sizes in ipairs{ { 37, 24 }, { 2051, 768 }, { 1100, 771 }, { 300, 3072 },
     case(name .. " over 2" .. text, function(x) return x[name](x, 2) end, make)
     if sizes[1] < 2000 then case(name .. " of all" .. text, function(x) return x[name](x) end, make) end
   end
+  case("norm inf over 2" .. text, function(x) return x:norm(math.huge, 2) end, make)
   case("max over 2, a slice," .. text, function(x) return x:narrow(2, 9, sizes[2] - 8):max(2) end, make)
   case("var over 2, an outlier in front," .. text, function(x) return x:var(2) end, outlier)
+end
+for _, name in ipairs{ "max", "min", "var", "logsumexp" } do -- rows of two axes with strides of their own
+  case(name .. " over 4 of [5, 3, 301, 64], turned", function(x)
+    local y = x:transpose(2, 3)
+    return y[name](y, 4)
+  end, function() return { normal(5, 3, 301, 64) * 3 } end)
 end
 for _, n in ipairs{ 2, 7, 4096, 16384, 100003 } do
   for _, name in ipairs{ "neg", "abs", "square", "relu", "tanh", "gelu_tanh", "exp", "sigmoid", "silu",
@@ -271,10 +278,16 @@ describe("cuda at size #gpu", function()
   end)
 
   -- 1 / sqrt(eps) would multiply any rounding of their mean
-  it("reduces rows with NaN and infinities as the CPU does", function()
+  it("reduces rows with NaN, infinities and the largest numbers as the CPU does", function()
     local inf = math.huge
     local rows = { { 3, 0 / 0, 1 }, { inf, 2, inf }, { -inf, -inf, -inf }, { inf, -inf, 0 }, { 7, 7, 7 },
-      { -inf, 5, 5 }, { -inf, 0 / 0, -inf } }
+      { -inf, 5, 5 }, { -inf, 0 / 0, -inf }, { 3e38, 3e38, -inf }, { -3e38, -3e38, -inf },
+      { 3e38, 2e38, -3e38 }, { 1e18, -1e18, 3e18 }, { 6e4, -6e4, 3e4 }, { 2e-38, -2e-38, 0 },
+      { 0.1, 0.1, 0.1 }, { 98816, 98304, 0 }, { -98304, -98816, -2e4 }, { 2e4, -2e4, 19968 } }
+    local function reduce(name, x)
+      if name == "norm" then return x:norm(inf, 2) end
+      return x[name](x, 2)
+    end
     for _, dtype in ipairs{ "f32", "bf16", "f16" } do
       for _, width in ipairs{ 3, 24, 768, 1032 } do
         local list = {}
@@ -283,9 +296,9 @@ describe("cuda at size #gpu", function()
           for k = 1, width do list[i][k] = values[k * 3 > width * 2 and 3 or k * 3 > width and 2 or 1] end
         end
         local x = lac.tensor(list, { dtype = dtype, device = "cpu" })
-        for _, name in ipairs{ "max", "min", "logsumexp", "var" } do
-          local cpu = x[name](x, 2):to{ dtype = "f32" }:totable()
-          local cuda = x[name](x:to{ device = "cuda" }, 2):to{ dtype = "f32", device = "cpu" }:totable()
+        for _, name in ipairs{ "max", "min", "logsumexp", "var", "norm" } do
+          local cpu = reduce(name, x):to{ dtype = "f32" }:totable()
+          local cuda = reduce(name, x:to{ device = "cuda" }):to{ dtype = "f32", device = "cpu" }:totable()
           for i, v in ipairs(cpu) do
             local same = v == cuda[i] or (v ~= v and cuda[i] ~= cuda[i]) -- or both are NaN
               or math.abs(v - cuda[i]) <= 4 * cases.epsilon(dtype) * math.abs(v)
@@ -295,6 +308,24 @@ describe("cuda at size #gpu", function()
         end
       end
     end
+  end)
+
+  it("reduces many long rows as f64 does", function()
+    lac.scope(function()
+      for _, width in ipairs{ 1536, 3072, 4104 } do
+        for _, dtype in ipairs{ "f32", "bf16", "f16" } do
+          local x = lac.randn({ 8500, width }, { dtype = dtype, device = "cuda" }) * 3 + 1
+          x:narrow(1, 1, 99):narrow(2, 1, 1):fill_(300)
+          local exact = x:to{ dtype = "f64" }
+          for _, name in ipairs{ "max", "min", "logsumexp", "var" } do
+            local wanted = exact[name](exact, 2)
+            local far = ((x[name](x, 2):to{ dtype = "f64" } - wanted) / wanted):abs():max():item()
+            local text = ("%s of %d, %s: %g"):format(name, width, dtype, far)
+            assert.is_true(far <= 2 * cases.epsilon(dtype), text)
+          end
+        end
+      end
+    end)
   end)
 
   it("rows of equal numbers become the bias, to the bit", function()
