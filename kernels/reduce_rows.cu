@@ -1,10 +1,10 @@
 /* reduce_rows.cu: the largest, the smallest, variances and log-sum-exps of dense rows of f32, f16 and bf16 on CUDA, at
  * the speed of memory. Everything else is reduce.cu's.
  *
- * A team of 16 or 32 lanes has a row and loads what it has of a chunk before it uses the first vector. 50 MB are read
- * in 11 us, in which a scheduler has 62 rows of 768 bf16 to work on, so that what an element costs decides, and what
- * ends a row. Half types are compared in pairs; differences, squares and exponentials are in float, in double where
- * they would overflow; a row has one shift, so that lanes merge by plain sums; both rows of a warp end at once. By
+ * A team of 8, 16 or 32 lanes has a row and loads what it has of a chunk before it uses the first vector. 50 MB are
+ * read in 11 us, in which a scheduler has 62 rows of 768 bf16 to work on, so that what an element costs decides, and
+ * what ends a row. Half types are compared in pairs; differences, squares and exponentials are in float, in double
+ * where they would overflow; a row has one shift, so that lanes merge by plain sums; all rows of a warp end at once. By
  * count log-sum-exp takes 190 instructions a row and 25 exponentials, some 6 us each if they were alone.
  *
  * The shift of a variance is the mean of an element or pair of every lane, rounded to the row's type: equal elements
@@ -248,7 +248,9 @@ template <class A, int DTYPE, int LANES, int V> __global__ void __launch_bounds_
 
 template <template <int> class A, int DTYPE> static int run(const row_job &j)
 {
-    if (j.vectors <= 96)
+    if (j.vectors <= 16)
+        launch(reduce_rows<A<DTYPE>, DTYPE, 8, 2>, blocks_for(j.outputs, ROWS_THREADS / 8), ROWS_THREADS, 0, j);
+    else if (j.vectors <= 96)
         launch(reduce_rows<A<DTYPE>, DTYPE, 16, 6>, blocks_for(j.outputs, ROWS_THREADS / 16), ROWS_THREADS, 0, j);
     else launch(reduce_rows<A<DTYPE>, DTYPE, 32, 6>, blocks_for(j.outputs, ROWS_THREADS / 32), ROWS_THREADS, 0, j);
     return lac_cuda_launched("reduce");
