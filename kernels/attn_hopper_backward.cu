@@ -57,6 +57,18 @@ static int64_t items_of(const hopper_args &h, const lac_plan *p, int g)
 {
     return p->desc.batch * h.branch[g].segments * p->heads[g];
 }
+/* Branches from g on whose lattices differ in their offsets alone, and all differ: a row is in one at most. */
+static int alike(const lac_plan *p, int g)
+{
+    const lac_attn_desc *d = &p->desc;
+    int n = 1;
+    if (d->offset_rule != LAC_OFFSET_BRANCH) return n;
+    for (int e = g + 1; e < d->branches && n < d->dilation[g]; e++, n++)
+        if (p->segment[e] != p->segment[g] || d->dilation[e] != d->dilation[g] || p->head0[e] != p->head0[g] ||
+            p->heads[e] != p->heads[g])
+            break;
+    return n;
+}
 /* Branches of one rank that follow each other are a pool if their items have as many blocks and tiles: these are
  * interleaved as if they were one branch's, in parts of as many items but for one: the last part, with which few others
  * run, has its share. */
@@ -103,6 +115,7 @@ static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint,
             b.earlier = h.branch[last].earlier + (int)items_of(h, p, last);
         }
         last = g;
+        b.alike = alike(p, g);
         b.segment = divider((uint32_t)p->segment[g]);
         b.dilation = divider((uint32_t)(d->dilation[g] < INT32_MAX ? d->dilation[g] : INT32_MAX));
         all.blocks += items * b.blocks, all.tiles += items * b.tiles;
@@ -276,20 +289,22 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* ---- dq ---- */
 
-/* where sums of row (b, n, h) would lie in branch g: block * 64 + row of the block; -1: nowhere */
+/* where sums of row (b, n, h) lie in branch g or one of those alike: block * 64 + row of the block; -1: nowhere */
 __device__ __forceinline__ int place_of(const attn_args &a, const hopper_args &p, int g, int b, int n, int h)
 {
     const attn_branch &ab = a.branch[g];
     const hopper_branch &br = p.branch[g];
     const int position = n + a.shift;
     if (h < ab.head0 || h >= ab.head0 + ab.heads || position < 0) return -1;
-    const int s = (int)br.segment.divide((uint32_t)position), offset = attn_offset(a, g, h);
-    const int at = position - s * ab.segment - offset;
-    if (s >= br.segments || at < 0) return -1;
-    int i = (int)br.dilation.divide((uint32_t)at);
-    if (i * ab.dilation != at) return -1;
-    i -= attn_count((int64_t)position - at, ab.dilation, a.shift); /* rows of the lattice before the first query */
-    return item_block(a, p, g, b, s, h) * HOPPER_ROWS + i;
+    const int s = (int)br.segment.divide((uint32_t)position), start = s * ab.segment;
+    if (s >= br.segments) return -1;
+    int i = (int)br.dilation.divide((uint32_t)(position - start));
+    const int offset = position - start - i * ab.dilation;
+    int further = offset - attn_offset(a, g, h); /* the branch's place among those alike, whose offsets go round */
+    if (further < 0) further += ab.dilation;
+    if (further >= br.alike) return -1;
+    i -= attn_count((int64_t)start + offset, ab.dilation, a.shift); /* rows of the lattice before the first query */
+    return item_block(a, p, g + further, b, s, h) * HOPPER_ROWS + i;
 }
 
 enum { DQ_SETS = 4, DQ_ROWS = 8 * DQ_SETS * (THREADS / 32), DQ_COLUMNS = 64 }; /* of a thread block */
@@ -310,12 +325,13 @@ static int dq_wide(const attn_args &a)
 }
 
 /* Rows and 64 columns of a head, the sums of all branches in their order. The order of a block is that of the products'
- * registers: rows eight apart share sixteen bytes. A lane finds out where one row of each branch is; then four lanes
- * take a row of eight a set. A warp's rows are 8 << `wide` apart: they share those bytes in most branches, and those
- * which dilated branches reach are together in few warps. All of two sets is asked for before any is used, and beside
- * it whether anything has been added to the blocks at all. FULL: rows are D numbers and dq is aligned, as nearly always
- * on Hopper; else rows have up to D columns. BLOCKS: there are active blocks, and sums are whole numbers in units of
- * rows; those that did not fit become NaN, so that they are done again. */
+ * registers: rows eight apart share sixteen bytes. A lane finds out where one row is, once for branches that are alike
+ * but for their offsets; then four lanes take a row of eight a set. A warp's rows are 8 << `wide` apart: they share
+ * those bytes in most branches, and those which dilated branches reach are together in few warps. All of two sets is
+ * asked for before any is used, and beside it whether anything has been added to the blocks at all. FULL: rows are D
+ * numbers and dq is aligned, as nearly always on Hopper; else rows have up to D columns. BLOCKS: there are active
+ * blocks, and sums are whole numbers in units of rows; those that did not fit become NaN, so that they are done again.
+ */
 template <class T, int D, bool FULL, bool BLOCKS>
 __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
     hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks,
@@ -334,7 +350,7 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
     float x[DQ_SETS][16] = {};
     previous_done();
 #pragma unroll 1
-    for (int g = 0; g < a.branches; g++) {
+    for (int g = 0; g < a.branches; g += p.branch[g].alike) {
         const int at = mine < a.n ? place_of(a, p, g, b, mine, h) : -1;
         if (!__any_sync(~0u, at >= 0)) continue;
 #pragma unroll
@@ -430,7 +446,7 @@ __global__ void __launch_bounds__(THREADS)
     previous_done();
     if (b >= a.batch || chunk * 8 >= a.head_dim) return;
     float x[2][8] = {};
-    for (int g = 0; g < a.branches; g++) {
+    for (int g = 0; g < a.branches; g += p.branch[g].alike) {
         float factor[2];
         int4 v[2][2] = {};
 #pragma unroll

@@ -61,15 +61,20 @@ end
 
 --- A configuration without D: r branches, an offset each, that reach all rows, so that nothing is cleared
 -- beforehand. In every third trial the last branch is missing, and where segments are no whole numbers of
--- dilations, lattices of neighbouring ones leave rows out too.
+-- dilations, lattices of neighbouring ones leave rows out too. In every fourth a branch comes before them, so
+-- that their offsets begin with 1 and go round; in every seventh they have one more, with the first's rows.
 function device.covering(trial)
-  local r = attn.pick { 2, 3, 16 }
+  local r = trial % 7 == 0 and 3 or attn.pick { 2, 3, 16 }
   local w = 64 * r + attn.pick { 0, 0, 1 }
   local c = { N = 2 * w + attn.pick { 0, 5 }, Hk = attn.random(2), offset = "branch", segments = {},
     dilations = {} }
   c.H, c.M, c.causal, c.merge = c.Hk * attn.random(2), c.N, attn.chance(0.3), attn.pick { "lse", "mean" }
-  for g = 1, trial % 3 == 0 and r - 1 or r do
-    c.segments[g], c.dilations[g] = trial % 5 == 0 and 10 * w or w, r
+  local function branch(segment, dilation)
+    c.segments[#c.segments + 1], c.dilations[#c.dilations + 1] = segment, dilation
+  end
+  if trial % 4 == 0 and r < 16 then branch(c.N, 3) end
+  for _ = 1, trial % 3 == 0 and r - 1 or trial % 7 == 0 and r + 1 or r do
+    branch(trial % 5 == 0 and 10 * w or w, r)
   end
   return c
 end
