@@ -574,18 +574,19 @@ static int queries_pass(attn_pair_args &a, const lac_a_attend *f)
     return paired(f) ? attn_pairs_queries_tensor(a, f->plan, dtype) : attn_queries_tensor(a, f->plan, dtype);
 }
 
-/* list, sums: of one pass, or NULL; padding: attn_hopper_ends() */
+/* list, sums: of one pass, or NULL; padding: attn_hopper_ends(); gaps: may there be rows that no branch reaches? */
 static int run_backward(attn_pair_args &a, const lac_a_attend_bwd *w, char *dq_acc, char *dk_acc, char *dv_acc,
-                        void *list, void *sums, bool joint, const hopper_kept *padding)
+                        void *list, void *sums, bool joint, const hopper_kept *padding, bool gaps)
 {
     const lac_a_attend *f = &w->forward;
-    LAC_TRY(make_stats(a, w, !covered(f->plan) || f->plan->shift < 0, list && a.block ? (float *)w->dq.data : NULL));
+    LAC_TRY(make_stats(a, w, gaps || f->plan->shift < 0, list && a.block ? (float *)w->dq.data : NULL));
     if (a.per_branch && (!list || joint || hopper_options(a) || a.block)) {
         a.deltas = 1;
         LAC_TRY(queries_pass(a, f));
         a.deltas = 0;
     }
-    if (list) return attn_hopper_backward(a, w, joint, list, sums, dk_acc, dv_acc, padding);
+    if (list)
+        return attn_hopper_backward(a, w, joint, list, sums, dk_acc, dv_acc, padding, gaps && attn_hopper_zeros(a));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(keys_pass(a, f));
     a.out = w->dq.data, a.acc = dq_acc;
@@ -606,9 +607,9 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     bool hopper;
     LAC_TRY(choose(f, attn_hopper_backward_fits(w), lac_plan_one_pass(p), &hopper));
     const bool joint = !hopper && attn_joint_fits(w), once = hopper || joint; /* once: one pass */
-    const bool all_rows = covered(p);
-    if (!once && (!all_rows || p->shift < 0)) LAC_TRY(clear(&w->dq));
-    if (!all_rows) {
+    const bool gaps = !covered(p);
+    if (!once && (gaps || p->shift < 0)) LAC_TRY(clear(&w->dq));
+    if (gaps && !(once && attn_hopper_zeros(a))) {
         LAC_TRY(clear(&w->dk));
         LAC_TRY(clear(&w->dv));
     }
@@ -635,5 +636,5 @@ extern "C" int lac_cuda_attend_bwd(const lac_a_attend_bwd *w)
     a.counter = (int *)(at + 4 * stats);
     const hopper_kept *padding = NULL;
     if (hopper) LAC_TRY(attn_hopper_ends(a, (int *)(at + 4 * stats + counters(a)), &padding));
-    return run_backward(a, w, dq_acc, dk_acc, dv_acc, once ? space.data : NULL, dq_sums.data, joint, padding);
+    return run_backward(a, w, dq_acc, dk_acc, dv_acc, once ? space.data : NULL, dq_sums.data, joint, padding, gaps);
 }

@@ -4,8 +4,9 @@
  *
  * Launches: the list (tiles, turns, statistics block by block), the tiles of all branches, dq from the sums of all
  * branches, and, where masks can meet NaN, a look at whether anything has to be done again. Nothing is cleared
- * beforehand (but dq's sums with active blocks, attn_hopper_block_keys.cu): dq's last pass writes every row, also those
- * that no branch keeps, and the list's kernel clears the counters. Each starts while the one before it ends
+ * beforehand (but dq's sums with active blocks, attn_hopper_block_keys.cu, and dk and dv where their rows are not those
+ * of dq and some may be reached by no branch): dq's pass writes every row, also those that no branch keeps, with zeros
+ * for dk and dv there, and the list's kernel clears the counters. Each starts while the one before it ends
  * (launch.cuh); so does the forward's launch (attn_hopper_launch.cuh).
  *
  * The list is made on the device by arithmetic, so nothing is uploaded. Tiles of several items are interleaved in it:
@@ -324,18 +325,34 @@ static int dq_wide(const attn_args &a)
     return all % 16 != 0 ? 0 : all % 32 != 0 ? 1 : 2;
 }
 
+/* 16 numbers of a row of `width`, of which `left` exist; FULL: all do, and rows are aligned */
+template <bool FULL, class T>
+__device__ __forceinline__ void put_columns(T *to, const uint32_t (&u)[8], int left, int width)
+{
+    if (FULL || (left >= 16 && width % 8 == 0 && (uintptr_t)to % 16 == 0)) {
+        ((uint4 *)to)[0] = {u[0], u[1], u[2], u[3]};
+        ((uint4 *)to)[1] = {u[4], u[5], u[6], u[7]};
+        return;
+    }
+    const T *const from = (const T *)u;
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+        if (i < left) to[i] = from[i];
+}
+
 /* Rows and 64 columns of a head, the sums of all branches in their order. The order of a block is that of the products'
  * registers: rows eight apart share sixteen bytes. A lane finds out where one row is, once for branches that are alike
  * but for their offsets; then four lanes take a row of eight a set. A warp's rows are 8 << `wide` apart: they share
  * those bytes in most branches, and those which dilated branches reach are together in few warps. All of two sets is
  * asked for before any is used, and beside it whether anything has been added to the blocks at all. FULL: rows are D
- * numbers and dq is aligned, as nearly always on Hopper; else rows have up to D columns. BLOCKS: there are active
+ * numbers and aligned, as nearly always on Hopper; else they have up to D columns. dk and dv: NULL, or what gets zeros
+ * where no branch reaches the row. BLOCKS: there are active
  * blocks, and sums are whole numbers in units of rows; those that did not fit become NaN, so that they are done again.
  */
 template <class T, int D, bool FULL, bool BLOCKS>
 __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
-    hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, bool masks,
-                     int wide)
+    hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, T *dk, T *dv,
+                     bool masks, int wide)
 {
     constexpr unsigned PARTS = D / DQ_COLUMNS;
     const unsigned heads = (unsigned)a.heads, slabs = dq_slabs(a.n, wide);
@@ -348,10 +365,12 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
     const int mine = n0 + lane * apart; /* the row that the lane looks up */
     const float *sums = p.dq + begin * HOPPER_ROWS + lane % 4 * 4;
     float x[DQ_SETS][16] = {};
+    bool reached = false; /* is the lane's row in any branch? */
     previous_done();
 #pragma unroll 1
     for (int g = 0; g < a.branches; g += p.branch[g].alike) {
         const int at = mine < a.n ? place_of(a, p, g, b, mine, h) : -1;
+        reached = reached || at >= 0;
         if (!__any_sync(~0u, at >= 0)) continue;
 #pragma unroll
         for (int e0 = 0; e0 < DQ_SETS; e0 += 2) {
@@ -390,6 +409,7 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
 #pragma unroll
     for (int e = 0; e < DQ_SETS; e++) {
         const int n = n0 + (e * 8 + lane / 4) * apart, left = width - begin - lane % 4 * 16;
+        const bool empty = dk && !__shfl_sync(~0u, reached, e * 8 + lane / 4);
         union {
             uint32_t u[8];
             T out[16];
@@ -400,15 +420,13 @@ __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
             out[i] = from_compute<T>(x[e][i] * (float)a.scale);
         }
         hopper_sort_columns(u);
-        T *to = dq + (((int64_t)b * a.n + n) * a.heads + h) * width + begin + lane % 4 * 16;
+        const int64_t at = (((int64_t)b * a.n + n) * a.heads + h) * width + begin + lane % 4 * 16;
         if (n >= a.n) continue;
-        if (FULL || (left >= 16 && width % 8 == 0 && (uintptr_t)dq % 16 == 0)) {
-            ((uint4 *)to)[0] = {u[0], u[1], u[2], u[3]};
-            ((uint4 *)to)[1] = {u[4], u[5], u[6], u[7]};
-        } else
-#pragma unroll
-            for (int i = 0; i < 16; i++)
-                if (i < left) to[i] = out[i];
+        put_columns<FULL>(dq + at, u, left, width);
+        if (!empty) continue;
+        const uint32_t zeros[8] = {};
+        put_columns<FULL>(dk + at, zeros, left, width);
+        put_columns<FULL>(dv + at, zeros, left, width);
     }
     if (masks && probe != 0) *p.spoilt = 1;
 }
@@ -629,13 +647,16 @@ template <class T, class A> static int redo(const A &a, const hopper_args &h, co
     return lac_cuda_launched("attention");
 }
 
+bool attn_hopper_zeros(const attn_pair_args &a) { return a.n == a.m && a.shift == 0 && a.group == 1 && !a.block; }
 template <class T, int D>
-static void launch_dq(const attn_pair_args &a, const hopper_args &h, T *dq, unsigned blocks, bool masks)
+static void launch_dq(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w, unsigned blocks,
+                      bool masks, bool zeros)
 {
-    const bool full = a.head_dim == D && (uintptr_t)dq % 16 == 0;
+    T *const dq = (T *)w->dq.data, *const dk = zeros ? (T *)w->dk.data : NULL, *dv = zeros ? (T *)w->dv.data : NULL;
+    const bool full = a.head_dim == D && ((uintptr_t)dq | (uintptr_t)dk | (uintptr_t)dv) % 16 == 0;
     const auto all = full ? hopper_dq_kernel<T, D, true, false> : hopper_dq_kernel<T, D, false, false>;
     const auto some = full ? hopper_dq_kernel<T, D, true, true> : hopper_dq_kernel<T, D, false, true>;
-    launch(a.block ? some : all, blocks, THREADS, 0, a, h, dq, masks, dq_wide(a));
+    launch(a.block ? some : all, blocks, THREADS, 0, a, h, dq, dk, dv, masks, dq_wide(a));
 }
 template <class T> static void launch_block_dq(const attn_args &a, const hopper_args &h, T *dq)
 {
@@ -644,22 +665,21 @@ template <class T> static void launch_block_dq(const attn_args &a, const hopper_
     launch(wide == 64 ? hopper_block_dq_kernel<T, 64> : hopper_block_dq_kernel<T, 128>, blocks, THREADS, 0, a, h, dq);
 }
 template <class T>
-static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w, bool joint)
+static int finish(const attn_pair_args &a, const hopper_args &h, const lac_a_attend_bwd *w, bool joint, bool zeros)
 {
     const bool masks = a.causal || a.window >= 0 || a.lengths || a.padding || a.dedup || a.mask || a.bias || a.block;
     const unsigned blocks =
         (unsigned)a.batch * dq_slabs(a.n, dq_wide(a)) * (unsigned)(a.heads * (a.head_dim <= DQ_COLUMNS ? 1 : 2));
-    T *dq = (T *)w->dq.data;
-    if (a.block && joint) launch_block_dq<T>(a, h, dq);
-    else if (a.head_dim <= 64) launch_dq<T, 64>(a, h, dq, blocks, masks);
-    else launch_dq<T, 128>(a, h, dq, blocks, masks);
+    if (a.block && joint) launch_block_dq<T>(a, h, (T *)w->dq.data);
+    else if (a.head_dim <= 64) launch_dq<T, 64>(a, h, w, blocks, masks, zeros);
+    else launch_dq<T, 128>(a, h, w, blocks, masks, zeros);
     LAC_TRY(lac_cuda_launched("attention"));
     if (!masks) return 0;
     return hopper_options(a) || a.block ? redo<T>(a, h, w) : redo<T>((const attn_args &)a, h, w);
 }
 
 int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *sums,
-                         void *dk_acc, void *dv_acc, const hopper_kept *padding)
+                         void *dk_acc, void *dv_acc, const hopper_kept *padding, bool zeros)
 {
     hopper_args h = {};
     size_t bytes;
@@ -684,5 +704,5 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool join
     LAC_TRY(lac_cuda_launched("attention"));
     a.out = w->dk.data, a.acc = dk_acc, a.out2 = w->dv.data, a.acc2 = dv_acc;
     LAC_TRY(joint ? attn_joint_tiles(a, h, w->forward.q.dtype) : attn_hopper_keys(a, h, w, padding));
-    return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w, joint) : finish<bf16>(a, h, w, joint);
+    return w->forward.q.dtype == LAC_F16 ? finish<f16>(a, h, w, joint, zeros) : finish<bf16>(a, h, w, joint, zeros);
 }

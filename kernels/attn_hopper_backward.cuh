@@ -111,9 +111,11 @@ const char *attn_hopper_backward_fits(const lac_a_attend_bwd *w);
 size_t attn_hopper_backward_bytes(const lac_plan *plan, bool joint, bool blocks, size_t *sums);
 /* all but statistics, which with active blocks have left sums of squares of dout's rows in dq's memory, in f32: nothing
  * else is there before the tiles; dk_acc, dv_acc: low bytes of what branches add to these (attn_sums.cuh); padding:
- * attn_hopper_ends() of attn_hopper_pairs.cuh */
+ * attn_hopper_ends() of attn_hopper_pairs.cuh; zeros: dk and dv get them where no branch reaches keys */
 int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool joint, void *space, void *sums,
-                         void *dk_acc, void *dv_acc, const hopper_kept *padding);
+                         void *dk_acc, void *dv_acc, const hopper_kept *padding, bool zeros);
+/* Can it write these zeros? Where keys are the rows of queries, which its pass over dq looks up. */
+bool attn_hopper_zeros(const attn_pair_args &a);
 /* The same with the portable kernel for tiles (attn_joint.cu): can it do the call? has the device the memory for it? */
 bool attn_joint_fits(const lac_a_attend_bwd *w);
 bool attn_joint_runs(int head_dim);
