@@ -27,15 +27,17 @@
 __host__ __device__ static int up(int64_t n, int64_t by) { return (int)((n + by - 1) / by); }
 
 /* Items whose tiles are interleaved, so that tiles of one item are not claimed at the same time, when all but one would
- * wait for their turns. Hopper's without masks: as many as the device runs at once. With masks tiles begin at different
- * blocks, and the portable kernel, of which more tiles run at once, waits longer: as many as stay in the cache. */
+ * wait for their turns. With masks tiles begin at different blocks, and the portable kernel, of which more tiles run at
+ * once, waits longer: as many as stay in the cache. Hopper's without masks: as many as the device runs at once, D = 64
+ * a sixth more, so that a part's tiles do not all begin together. Measured: HOPPER_BACKWARD.md, "Dilation". */
 static int64_t interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, bool joint, bool blocks)
 {
-    const bool masks = d->causal || d->window >= 0;
-    const int64_t bytes = masks ? 24 << 20 : 40 << 20; /* of items' q, dout and sums of dq */
-    if (blocks) return 1;                              /* nobody waits: sums of dq have no turns */
-    const int64_t n = masks || joint ? bytes / (rows * d->head_dim * 8) : lac_cuda_processors / tiles;
-    return n < 1 ? 1 : n;
+    const bool masks = d->causal || d->window >= 0, small = d->head_dim <= 64;
+    const int64_t bytes = !masks ? 40 << 20 : joint || small ? 24 << 20 : 16 << 20; /* of items' q, dout, sums of dq */
+    const int64_t kept = bytes / (rows * d->head_dim * 8), device = lac_cuda_processors;
+    if (blocks) return 1; /* nobody waits: sums of dq have no turns */
+    if (masks || joint) return max(kept, (int64_t)1);
+    return max(small ? (device * 7 / 6 + tiles - 1) / tiles : device / tiles, (int64_t)1);
 }
 
 /* groups of 64 keys of a tile */
@@ -72,7 +74,8 @@ static int alike(const lac_plan *p, int g)
 }
 /* Branches of one rank that follow each other are a pool if their items have as many blocks and tiles: these are
  * interleaved as if they were one branch's, in parts of as many items but for one: the last part, with which few others
- * run, has its share. */
+ * run, has its share. Those that are alike but for their offsets take turns, so that neighbours have neighbouring rows.
+ */
 static void list_pools(hopper_args &h, const lac_plan *p, bool joint, bool blocks)
 {
     const lac_attn_desc *d = &p->desc;
@@ -84,6 +87,12 @@ static void list_pools(hopper_args &h, const lac_plan *p, bool joint, bool block
         const int64_t most = interleaved(d, b.tiles, (int64_t)b.blocks * HOPPER_ROWS, joint, blocks);
         const int64_t parts = items > most ? (items + most - 1) / most : 1;
         b.group = (int)(items / parts), b.larger = (int)(items % parts);
+    }
+    for (int g = 0; g < d->branches; g += h.branch[g].alike) {
+        hopper_branch *const b = h.branch + g;
+        bool pooled = true;
+        for (int e = 1; e < b->alike; e++) pooled = pooled && b[e].first_tile == b->first_tile;
+        for (int e = 0; pooled && e < b->alike; e++) b[e].earlier = b->earlier + e, b[e].stride = b->alike;
     }
 }
 /* The branches of the list; their segments are those with keys. Tiles are claimed in the order of ranks: where branches
@@ -110,7 +119,7 @@ static hopper_sizes list_branches(hopper_args &h, const lac_plan *p, bool joint,
         const int64_t items = items_of(h, p, g);
         b.awaits = awaits, b.needs = needs;
         keys = keys || has_keys(p, g);
-        b.first_block = (int)all.blocks, b.first_tile = (int)all.tiles, b.earlier = 0;
+        b.first_block = (int)all.blocks, b.first_tile = (int)all.tiles, b.earlier = 0, b.stride = 1;
         if (last >= 0 && h.branch[last].tiles == b.tiles && h.branch[last].blocks == b.blocks) {
             b.first_tile = h.branch[last].first_tile;
             b.earlier = h.branch[last].earlier + (int)items_of(h, p, last);
@@ -160,7 +169,7 @@ __device__ __forceinline__ bool backwards(const attn_args &a) { return a.causal 
 /* where it is in the list */
 static __device__ int place_of_tile(const hopper_branch &br, int item, int order)
 {
-    const int all = br.earlier + item, more = br.larger * (br.group + 1); /* items of the larger parts */
+    const int all = br.earlier + item * br.stride, more = br.larger * (br.group + 1); /* items of the larger parts */
     const int members = br.group + (all < more), at = all < more ? all : all - more;
     return br.first_tile + (all - at % members) * br.tiles + order * members + at % members;
 }

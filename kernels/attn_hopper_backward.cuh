@@ -35,7 +35,8 @@ enum { HOPPER_STOP = -1 };       /* instead of a tile or a block: there are no m
 struct hopper_branch {
     int first_block, blocks; /* blocks of all items before this branch's, and of one item */
     int first_tile, tiles;   /* tiles before its pool's, and of one item; a list entry may turn out to have no keys */
-    int segments, earlier;   /* earlier: items of the pool before this branch's */
+    int segments;            /* of one head */
+    int earlier, stride;     /* the first item's place among those of the pool, and from one to the next */
     int alike;               /* branches from this one on that differ in their offset alone */
     int group, larger;       /* of the pool as many items are interleaved in the list; parts with one more */
     int awaits, needs;       /* the last rank before that has keys, or -1; its tiles */
