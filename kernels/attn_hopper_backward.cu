@@ -26,17 +26,31 @@
 
 __host__ __device__ static int up(int64_t n, int64_t by) { return (int)((n + by - 1) / by); }
 
-/* Items whose tiles are interleaved, so that tiles of one item are not claimed at the same time, when all but one would
- * wait for their turns. With masks tiles begin at different blocks, and the portable kernel, of which more tiles run at
- * once, waits longer: as many as stay in the cache. Hopper's without masks: as many as the device runs at once, D = 64
- * a sixth more, so that a part's tiles do not all begin together. Measured: HOPPER_BACKWARD.md, "Dilation". */
-static int64_t interleaved(const lac_attn_desc *d, int64_t tiles, int64_t rows, bool joint, bool blocks)
+static bool masked(const lac_attn_desc *d) { return d->causal || d->window >= 0; }
+
+/* Masks: do tiles with late keys come first, and meet their blocks of rows from the first to the last? They begin at
+ * later blocks then, which they are done with when tiles that began earlier get there: nobody waits for a turn, but the
+ * heaviest tiles of causal attention are the last ones. Else early keys come first, and rows from the last to the
+ * first: every tile begins at the last block, and waits for as many turns as there are tiles before it. That is less
+ * than what tiles of a rank wait for the last ones of the rank before, where there are several. */
+static bool late_keys_first(const lac_plan *p, bool joint, bool blocks)
 {
-    const bool masks = d->causal || d->window >= 0, small = d->head_dim <= 64;
-    const int64_t bytes = !masks ? 40 << 20 : joint || small ? 24 << 20 : 16 << 20; /* of items' q, dout, sums of dq */
+    return masked(&p->desc) && !blocks && (joint || p->backward_phases == 1);
+}
+
+/* Items whose tiles are interleaved, so that tiles of one item are not claimed at the same time, when all but one would
+ * wait for their turns. Late keys first, and the portable kernel, of which more tiles run at once: as many as stay in
+ * the cache. Hopper's without masks: as many as the device runs at once, D = 64 a sixth more, so that a part's tiles do
+ * not all begin together; early keys first twice as many. Measured: HOPPER_BACKWARD.md, "Dilation". */
+static int64_t interleaved(const lac_plan *p, int64_t tiles, int64_t rows, bool joint, bool blocks)
+{
+    const lac_attn_desc *d = &p->desc;
+    const bool masks = masked(d), small = d->head_dim <= 64, late = late_keys_first(p, joint, blocks);
+    const int64_t bytes = !masks ? 40 << 20 : joint || small || !late ? 24 << 20 : 16 << 20; /* q, dout, sums of dq */
     const int64_t kept = bytes / (rows * d->head_dim * 8), device = lac_cuda_processors;
     if (blocks) return 1; /* nobody waits: sums of dq have no turns */
-    if (masks || joint) return max(kept, (int64_t)1);
+    if (joint || late) return max(kept, (int64_t)1);
+    if (masks) return max(kept, (2 * device + tiles - 1) / tiles);
     return max(small ? (device * 7 / 6 + tiles - 1) / tiles : device / tiles, (int64_t)1);
 }
 
@@ -84,7 +98,7 @@ static void list_pools(hopper_args &h, const lac_plan *p, bool joint, bool block
         int64_t items = 0;
         for (int e = 0; e < d->branches; e++)
             if (h.branch[e].first_tile == b.first_tile) items += items_of(h, p, e);
-        const int64_t most = interleaved(d, b.tiles, (int64_t)b.blocks * HOPPER_ROWS, joint, blocks);
+        const int64_t most = interleaved(p, b.tiles, (int64_t)b.blocks * HOPPER_ROWS, joint, blocks);
         const int64_t parts = items > most ? (items + most - 1) / most : 1;
         b.group = (int)(items / parts), b.larger = (int)(items % parts);
     }
@@ -162,10 +176,6 @@ struct hopper_split {
     }
 };
 
-/* Do tiles with late keys come first? With masks they begin at later blocks, which they are done with when tiles that
- * began earlier get there: nobody waits for a turn. The heaviest tiles of causal attention are then the last ones. */
-__device__ __forceinline__ bool backwards(const attn_args &a) { return a.causal || a.window >= 0; }
-
 /* where it is in the list */
 static __device__ int place_of_tile(const hopper_branch &br, int item, int order)
 {
@@ -185,7 +195,7 @@ static __device__ hopper_tile make_tile(const attn_args &a, const hopper_args &p
     if (t.keys == 0 || !attn_leads(a, g, h)) return x;
     const hopper_split split(t.keys, most, p.steps);
     if (order >= split.tiles) return x;
-    const int64_t tile = backwards(a) && !p.steps ? split.tiles - 1 - order : order;
+    const int64_t tile = p.late_first ? split.tiles - 1 - order : order;
     x.batch = b, x.kv_head = h / a.group, x.order = order;
     for (int e = h; e >= 0; e = attn_follows(a, g, e)) x.heads |= 1u << (e - x.kv_head * a.group);
     x.keys = t.keys, x.live = t.live, x.key0 = (int)t.base;
@@ -208,14 +218,15 @@ static __device__ hopper_tile make_tile(const attn_args &a, const hopper_args &p
     return x;
 }
 
-/* the order of the first tile that adds to block m, if one does */
-__device__ __forceinline__ int first_turn(const attn_args &a, const attn_tile &t, int m, int most)
+/* the order of the first tile that adds to block m, if one does: of the first key that the block's rows may see, or of
+ * the last one */
+__device__ __forceinline__ int first_turn(const hopper_args &p, const attn_tile &t, int m, int most)
 {
     if (t.live == 0) return 0;
     const hopper_split split(t.keys, most, false);
-    if (!backwards(a)) return 0;
-    const int last = t.q0 + m * HOPPER_ROWS + HOPPER_ROWS - 1 + t.after; /* key that the block's rows may see */
-    return (int)split.tiles - 1 - split.owner(min(last, t.live - 1));
+    const int row = t.q0 + m * HOPPER_ROWS, key = p.late_first ? row + HOPPER_ROWS - 1 + t.after : row - t.before;
+    const int tile = split.owner(max(0, min(key, t.live - 1)));
+    return p.late_first ? (int)split.tiles - 1 - tile : tile;
 }
 
 enum { LIST_BLOCKS = 4 }; /* of a warp at a time */
@@ -249,7 +260,7 @@ __device__ __forceinline__ void list_blocks(const attn_args &a, const hopper_arg
         const int block = item_block(a, p, g, t.b, segment % br.segments, h) + m, i = t.q0 + m * HOPPER_ROWS;
         const int rows = t.q1 - i;
         const int64_t from = attn_stat(a, t, h, i, a.per_branch);
-        if (!BLOCKS && lane < LIST_BLOCKS) p.turn[block] = first_turn(a, t, m, most) | HOPPER_FRESH;
+        if (!BLOCKS && lane < LIST_BLOCKS) p.turn[block] = first_turn(p, t, m, most) | HOPPER_FRESH;
         float lse[2 * LIST_BLOCKS], delta[2 * LIST_BLOCKS], squares[2 * LIST_BLOCKS], keys, values;
         if constexpr (BLOCKS) {
             const int *const all = p.most + 2 * (t.b * a.kv_heads + h / a.group);
@@ -697,6 +708,7 @@ int attn_hopper_backward(attn_pair_args &a, const lac_a_attend_bwd *w, bool join
     h.dq = (float *)sums, h.delta_tile = (hopper_delta_tile *)sums;
     h.squares = (const float *)w->dq.data, h.sums = (int64_t)(bytes / sizeof(float));
     int64_t most = 1;
+    h.late_first = late_keys_first(p, joint, a.block);
     a.ranks = p->backward_phases;
     for (int g = 0; g < a.branches; g++) {
         const hopper_branch &b = h.branch[g];

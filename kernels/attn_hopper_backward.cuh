@@ -74,6 +74,7 @@ struct hopper_args {
     int columns;                   /* of a row of these sums: at least the head dimension */
     int *turn;                     /* [blocks]; active blocks: HOPPER_SPOILT or 0 */
     int tiles;                     /* entries of the list */
+    int late_first;                /* masks: tiles with late keys come first */
     int *counter;                  /* tiles claimed beyond the first of every thread block */
     int *ready;                    /* [ranks]: warpgroups that are done with a tile of that rank, where branches meet */
     int *spoilt;                   /* does any gradient hold NaN or infinity? */

@@ -24,7 +24,7 @@ struct hopper_keys_args {
     const hopper_tile *tile;
     float *stats, *dq;
     int *turn, *counter, *ready, *spoilt;
-    int tiles;
+    int tiles, late_first;
     int batch_step[6]; /* tokens from one batch item to the next, in the order of the maps */
     int heads_each, masks;
     float log2_scale, masked, weight, scale; /* masked: the score of a masked pair; weight: what dout is times */
@@ -108,16 +108,20 @@ HOPPER_FN void hopper_load_values(const hopper_keys_args &p, uint32_t memory, co
     hopper_load_groups<M>(memory + M::V + M::value(ts) * M::TILE, &branch.v, memory + M::V_FULL + 8 * M::value(ts), t,
                           branch.dilation, p.batch_step[2], t.width);
 }
-/* The blocks of rows that a tile meets, one after the other. */
+/* The blocks of rows that a tile meets, from the last to the first, or where tiles with late keys come first the other
+ * way round. */
 template <bool ACTIVE> struct hopper_walk {
+    const hopper_keys_args &p;
     const volatile hopper_tile &at;
-    int m, high;
-    __device__ __forceinline__ hopper_walk(const hopper_keys_args &, const volatile hopper_tile &t) : at(t) {}
-    __device__ __forceinline__ void begin(int) { m = at.low - 1, high = at.high; }
+    int m;
+    __device__ __forceinline__ hopper_walk(const hopper_keys_args &args, const volatile hopper_tile &t) : p(args), at(t)
+    {
+    }
+    __device__ __forceinline__ void begin(int) { m = p.late_first ? at.low - 1 : at.high; }
     __device__ __forceinline__ bool next(int *to)
     {
-        *to = ++m;
-        return m < high;
+        *to = m += p.late_first ? 1 : -1;
+        return m >= at.low && m < at.high;
     }
     __device__ __forceinline__ int order() const { return at.order; }
 };

@@ -42,7 +42,7 @@ int attn_hopper_keys(const attn_pair_args &a, const hopper_args &h, const lac_a_
     for (int g = 0; g < a.branches; g++) LAC_TRY(make_branch(p.branch[g], a, h, w, g));
     for (int i = 0; i < 6; i++) p.batch_step[i] = hopper_batch_step(view[i]);
     p.a = a;
-    p.tile = h.tile, p.tiles = h.tiles;
+    p.tile = h.tile, p.tiles = h.tiles, p.late_first = h.late_first;
     p.stats = h.stats, p.dq = h.dq, p.turn = h.turn, p.counter = h.counter, p.ready = h.ready, p.spoilt = h.spoilt;
     p.heads_each = a.group;
     p.masks = masks || a.lengths || a.mask || a.bias || a.block;

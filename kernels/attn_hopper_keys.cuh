@@ -518,12 +518,15 @@ template <class T, int D, bool MASKS, int OPTIONS> struct hopper_group {
             blocks -= idle;
             last = blocks > 0;
             held = false;
+            if (p.late_first)
 #pragma unroll 1
-            for (; idle > 0; idle--) pass_block();
+                for (; idle > 0; idle--) pass_block();
 #pragma unroll 1
             for (; blocks > 0; blocks--) block(t, branch.dilation, from, left, heads + blocks == 2);
             hopper_product_wait<0>();
             settle();
+#pragma unroll 1
+            for (; idle > 0; idle--) pass_block();
         }
         if constexpr (D == 64) {
             if (!first) add_dq();
