@@ -3,14 +3,13 @@
 -- A random tenth of the blocks, the diagonal among them, 32768 rows, heads times head_dim 2048, bf16. A row
 -- is the rate of active blocks as a share of the dense kernel's rate; density is the share of the blocks that
 -- causality leaves. Blocks of 256 and 64 and the portable kernel are shown beside blocks of 128, for which
--- the share is to be 0.85. The backward has blocks of 128 rows and more. Sides take turns in a new order each
--- round (hopper.lua says why); medians.
+-- the share is to be 0.85. The backward has blocks of 128 rows and more. Sides take turns, after idling and
+-- sustained (Run:paces of bench.lua); medians.
 
 local lac = require "lacuna"
-local bench = require "lacuna.bench"
 local masks = require "lacuna.attention.masks"
 
-local ROUNDS, IDLE = 9, 0.02
+local PACE = { rounds = 5, idle = 0.02, long_rounds = 3, long = 0.1 }
 local WIDTH, DENSITY = 2048, 0.1
 
 -- sides: one forward and a wait; one backward and a wait
@@ -39,17 +38,19 @@ local function row(b, n, head_dim, block, causal, back)
   local z = { n = n, heads = heads, block = block, causal = causal }
   local mask = pattern:tensor(z):to{ device = "cuda" }
   local function side(kernel, active)
-    local once = (back and backward or forward)(x, { segments = { n }, dilations = { 1 }, causal = causal,
+    return (back and backward or forward)(x, { segments = { n }, dilations = { 1 }, causal = causal,
       return_lse = false, kernel = kernel, block = active and block or nil,
       block_mask = active and mask or nil })
-    return function() return bench.warm(once) end
   end
-  local t = bench.shuffled({ side("hopper", true), side("portable", true), side("hopper") },
-    b:size(ROUNDS, 1), IDLE)
-  b:value{ what = ("%s, D %d, blocks of %d%s: %.3f ms, dense %.3f, portable %.2fx"):format(
-    back and "backward" or "forward", head_dim, block, causal and ", causal" or "", t[1] * 1e3, t[3] * 1e3,
-    t[2] / t[1]), value = pattern:statistics(z).density * t[3] / t[1], unit = "x",
-    at_least = block == 128 and 0.85 or nil }
+  local what = ("%s, D %d, blocks of %d%s"):format(back and "backward" or "forward", head_dim, block,
+    causal and ", causal" or "")
+  local density = pattern:statistics(z).density
+  for _, pace in ipairs(b:paces({ side("hopper", true), side("portable", true), side("hopper") }, PACE)) do
+    local t = pace.times
+    b:value{ what = ("%s%s: %.3f ms, dense %.3f, portable %.2fx"):format(what, pace.name, t[1] * 1e3,
+      t[3] * 1e3, t[2] / t[1]), value = density * t[3] / t[1], unit = "x",
+      at_least = block == 128 and 0.85 or nil }
+  end
 end
 
 return {
