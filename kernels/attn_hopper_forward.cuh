@@ -313,6 +313,30 @@ HOPPER_FN void hopper_scales(const hopper_forward_args &p, hopper_forward_tile &
     f.values = (hopper_values(x, p.a.branch[f.g], f.g, f.t.b, f.t.h, segment) + 1) * p.a.head_dim;
 }
 
+/* Active blocks: which block of rows of which item is tile number id of branch g? Where causal, the upper half of all
+ * items' tiles comes first, then the upper half of the rest, and so on: a launch ends with light tiles, which even out
+ * when thread blocks end. Each time twice as many items are interleaved, which have half as many keys. */
+HOPPER_FN void hopper_place(const hopper_forward_args &p, int g, int id, int &block, int &item)
+{
+    const int items = p.items[g];
+    int together = p.together[g], low = 0, high = p.a.branch[g].blocks;
+    const bool halves = p.a.causal && p.a.branch[g].rank == p.a.ranks - 1;
+#pragma unroll 1
+    for (; halves && together < items && high > 1; together = min(2 * together, items)) {
+        const int half = high / 2, tiles = items * (high - half);
+        if (id < tiles) {
+            low = half;
+            break;
+        }
+        id -= tiles, high = half;
+    }
+    const int blocks = high - low, part = id / hopper_opaque(together * blocks);
+    id -= part * together * blocks;
+    const int members = min(together, items - part * together);
+    block = id / hopper_opaque(members), item = part * together + id - block * members;
+    if (p.a.causal) block = high - 1 - block;
+}
+
 /* Tile number -> tile; false if it has no rows. */
 template <class M, int OPTIONS> HOPPER_FN bool hopper_find(const hopper_forward_args &p, int id, hopper_forward_tile &f)
 {
@@ -329,11 +353,15 @@ template <class M, int OPTIONS> HOPPER_FN bool hopper_find(const hopper_forward_
     const attn_branch &br = a.branch[g];
     attn_tile &t = f.t;
     id -= (int)br.begin;
-    const int together = p.together[g], part = id / hopper_opaque(together * br.blocks);
-    id -= part * together * br.blocks;
-    const int members = min(together, p.items[g] - part * together);
-    int block = id / hopper_opaque(members), item = part * together + id - block * members;
-    if (a.causal) block = br.blocks - 1 - block;
+    int block, item;
+    if constexpr (M::STEPPED) hopper_place(p, g, id, block, item);
+    else {
+        const int together = p.together[g], part = id / hopper_opaque(together * br.blocks);
+        id -= part * together * br.blocks;
+        const int members = min(together, p.items[g] - part * together);
+        block = id / hopper_opaque(members), item = part * together + id - block * members;
+        if (a.causal) block = br.blocks - 1 - block;
+    }
     /* items one segment after the other; where branches meet, one head after the other, so that heads are done early */
     const int inner = hopper_opaque(a.ranks > 1 ? br.segments : br.heads), outer = item / inner;
     const int span = a.ranks > 1 ? br.heads : br.segments, b = outer / hopper_opaque(span);
