@@ -32,10 +32,16 @@ static bool masked(const lac_attn_desc *d) { return d->causal || d->window >= 0;
  * later blocks then, which they are done with when tiles that began earlier get there: nobody waits for a turn, but the
  * heaviest tiles of causal attention are the last ones. Else early keys come first, and rows from the last to the
  * first: every tile begins at the last block, and waits for as many turns as there are tiles before it. That is less
- * than what tiles of a rank wait for the last ones of the rank before, where there are several. */
+ * than what tiles of a rank wait for the last ones of the rank before, where there are several, and a strip's rows are
+ * few: 4096 with D = 64, 2048 with 128. */
+enum { FEW_ROWS = 1 << 18 };
 static bool late_keys_first(const lac_plan *p, bool joint, bool blocks)
 {
-    return masked(&p->desc) && !blocks && (joint || p->backward_phases == 1);
+    const lac_attn_desc *d = &p->desc;
+    bool long_rows = false;
+    for (int g = 0; g < d->branches; g++)
+        long_rows = long_rows || hopper_lattice_rows(p, g, d->n) * d->head_dim > FEW_ROWS;
+    return masked(d) && !blocks && (joint || p->backward_phases == 1 || long_rows);
 }
 
 /* Items whose tiles are interleaved, so that tiles of one item are not claimed at the same time, when all but one would
