@@ -114,6 +114,16 @@ for _, kernel in ipairs { "hopper", "portable" } do
       end
     end)
 
+    -- Tiles walk down over few rows and up over many: 2,100 are few for D = 64, and many for 128.
+    it("equals the CPU where causal branches of few or many rows meet", function()
+      attn.seed(44)
+      for trial, D in ipairs { 64, 128 } do
+        local c = { N = 2100, M = 2100, Hk = 1, H = 1, D = D, causal = true, merge = "lse", offset = "mod",
+          segments = { 700, 2100, 2100 }, dilations = { 1, 1, 3 } }
+        holds(direct.fill(c), trial, pick { "bf16", "f16" }, by_cpu)
+      end
+    end)
+
     it("equals the CPU where dilated branches reach all rows, or nearly", function()
       attn.seed(43)
       for trial = 1, 15 do
