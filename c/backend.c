@@ -60,9 +60,11 @@ static const lac_backend *avx512_table(bool plain)
 {
     static lac_backend tables[2];
     if (!tables[1].abi) {
-        tables[0] = tables[1] = lac_cpu_avx512_backend;
-        if (__builtin_cpu_supports("avx512vbmi")) tables[0].map1 = lac_cpu_avx512_map1_bytes;
-        tables[1].detail = "avx512f";
+        lac_backend best = lac_cpu_avx512_backend, without = best;
+        if (__builtin_cpu_supports("avx512vbmi")) best.map1 = lac_cpu_avx512_map1_bytes;
+        without.detail = "avx512f";
+        tables[0] = best;
+        tables[1] = without;
     }
     return &tables[plain];
 }

@@ -8,6 +8,7 @@
 
 local lac = require "lacuna"
 local bench = require "lacuna.bench"
+local device = require "lacuna.device"
 local json = require "lacuna.json"
 local sys = require "lacuna.sys"
 
@@ -99,15 +100,18 @@ describe("bench", function()
   end)
 
   it("takes the mean of calls until they return, after one that is not timed", function()
-    local runs = 0
-    local function slow_first()
+    local runs, waits, clock, wait, now = 0, 0, sys.time, device.synchronize, 0
+    finally(function() sys.time, device.synchronize = clock, wait end)
+    sys.time = function() return now end
+    device.synchronize = function() now, waits = now + 1, waits + 1 end
+    local seconds = bench.queued(function()
       runs = runs + 1
-      local go = sys.time() + (runs == 1 and 0.5 or 0.01)
-      repeat until sys.time() >= go
-    end
-    local seconds = bench.queued(slow_first, 3)
+      now = now + (runs == 1 and 0.5 or runs == 4 and 0.04 or 0.01)
+    end, 3)
+    sys.time, device.synchronize = clock, wait
     assert.equal(4, runs)
-    assert.is_true(seconds >= 0.01 and seconds < 0.1)
+    assert.equal(4, waits) -- before every call that is timed, and after the last
+    assert.near(0.02, seconds, 1e-9)
     assert.error_matches(function() bench.queued(1, 1) end, "bench.queued: expected a function, got 1")
     local side = run{ peer = dir .. "/shell" }:case("good", "fine")
     assert.equal(0.125, side:queued(3))

@@ -2,7 +2,7 @@
  *
  * A half holds 11 or 8 bits, so short polynomials from tables in registers do. What tests/elem_spec.lua finds over all
  * 65,536 values, in units of the last place (0.5 is rounding alone): exp, sigmoid, silu, tanh 0.509, gelu and its slope
- * 0.538 (near its root in units of 2^-6), the slope times anything 0.561. Tails keep that accuracy, as far as the
+ * 0.538 (near its root in units of 2^-6), the slope times anything 0.575. Tails keep that accuracy, as far as the
  * results are normal floats.
  * The words of bf16 at even and at odd places are two vectors of floats after a shift and a mask, and come back by an
  * addition each and a permutation. Values exactly between two bf16 go away from zero; no function here makes any but of
