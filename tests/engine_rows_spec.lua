@@ -238,6 +238,24 @@ describe("engine on " .. isa .. ":", function()
       call("layernorm", x, gamma, beta, EPS, out, mean, rstd)
       return out, mean, rstd
     end
+    it("gives a row the same bits beside others as alone", function()
+      for _, dtype in ipairs(FLOATS) do
+        for _, n in ipairs { 1, 15, 64, 77, 600, 1029 } do
+          local x = randoms(6 * n, 2, 9)
+          x[n + 1], x[3 * n], x[4 * n + 1] = NAN, INF, -INF
+          local gamma = tensor(dtype, { n }, randoms(n, -2, 2))
+          local beta = tensor(dtype, { n }, randoms(n, -1, 1))
+          local all = { forward(tensor(dtype, { 6, n }, x), gamma, beta) }
+          for row = 0, 5 do
+            local values = { unpack(x, row * n + 1, row * n + n) }
+            for i, one in ipairs { forward(tensor(dtype, { 1, n }, values), gamma, beta) } do
+              local got, each = get(all[i]), i == 1 and n or 1
+              equal_all("row " .. row, { unpack(got, row * each + 1, row * each + each) }, get(one))
+            end
+          end
+        end
+      end
+    end)
     it("agrees with the reference, also with a large mean", function()
       for _, dtype in ipairs(FLOATS) do
         for _, n in ipairs { 1, 8, 300 } do

@@ -312,8 +312,10 @@ static void norm_task(void *context, int64_t begin, int64_t end, int thread)
     const norm_job *job = context;
     char *space = job->workspace + ROWS_OF_THREAD * job->row_bytes * thread;
     int64_t n = job->n, size = (int64_t)lac_compute_size(job->ctype);
-    /* with AVX-512, whose registers hold the sums of both rows: AVX2 takes 13.6 cycles a line so, 11.7 in turn */
-    const bool together = V_WIDTH == 64 && job->dense && !job->without_mean && 5 * job->row_bytes <= FIRST_CACHE;
+    /* with AVX-512, whose registers hold the sums of both rows: AVX2 takes 13.6 cycles a line so, 11.7 in turn; of one
+     * row or two most of the steps would be for nothing */
+    const bool together =
+        V_WIDTH == 64 && job->dense && !job->without_mean && 5 * job->row_bytes <= FIRST_CACHE && end - begin > 2;
     if (together && job->ctype == C_F32) norm_rows_f(job, begin, end);
     else if (together) norm_rows_d(job, begin, end);
     for (int64_t t = begin; t < end && !together; t++) {
