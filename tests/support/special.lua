@@ -1,5 +1,5 @@
---- Functions that Lua's mathematics lacks, in f64 to a few units in the last place (erfc's tail: z^2 of them),
---- for references.
+--- Functions that Lua's mathematics lacks, in f64 to a few units in the last place (erfc's tail: z^2), for
+--- references.
 --
 -- Written for exactness, not for speed: series whose terms have one sign, and a continued fraction where a
 -- series would cancel.
