@@ -372,9 +372,8 @@ __device__ __forceinline__ void put_columns(T *to, const uint32_t (&u)[8], int l
  * those bytes in most branches, and those which dilated branches reach are together in few warps. All of two sets is
  * asked for before any is used, and beside it whether anything has been added to the blocks at all. FULL: rows are D
  * numbers and aligned, as nearly always on Hopper; else they have up to D columns. dk and dv: NULL, or what gets zeros
- * where no branch reaches the row. BLOCKS: there are active
- * blocks, and sums are whole numbers in units of rows; those that did not fit become NaN, so that they are done again.
- */
+ * where no branch reaches the row. BLOCKS: there are active blocks, and sums are whole numbers in units of rows; those
+ * that did not fit become NaN, so that they are done again. */
 template <class T, int D, bool FULL, bool BLOCKS>
 __global__ void __launch_bounds__(THREADS, FULL ? 2 : 1)
     hopper_dq_kernel(const __grid_constant__ attn_args a, const __grid_constant__ hopper_args p, T *dq, T *dk, T *dv,
