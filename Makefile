@@ -140,9 +140,11 @@ $(BUILD)/obj/cuda/%.o: kernels/%.cu
 	$(call say,NVCC,$<)
 	$(Q)$(call compile_cuda,$(GENCODE)) -c $< -o $@
 
+# nvcc lets a template's host code call a function of the device, silently: what the host gets is a call of exit().
 $(PLUGIN): $(KERNELS)
 	@mkdir -p $(@D)
 	$(call say,LD,$@)
+	$(Q)for o in $^; do ! nm -u $$o | grep -qw exit || { echo "$$o: calls a function of the device on the host"; exit 1; }; done
 	$(Q)$(NVCC) -shared -cudart static $(GENCODE) -o $@.new $^ -L$(CUDA_LIB) -lcublasLt -Xlinker -rpath,$(CUDA_LIB) && mv $@.new $@
 
 -include $(KERNELS:.o=.d)

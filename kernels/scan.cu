@@ -47,8 +47,8 @@ template <class S> __device__ run_extreme<S> from(const run_extreme<S> &a, int l
 {
     return {lane_value(a.v, l), (int64_t)lane_value((long long)a.at, l), a.least};
 }
-__device__ run_lse from(const run_lse &a, int l) { return {lane_value(a.v, l), lane_value(a.s, l)}; }
-__device__ run_affine from(const run_affine &a, int l) { return {lane_value(a.c, l), lane_value(a.v, l)}; }
+static __device__ run_lse from(const run_lse &a, int l) { return {lane_value(a.v, l), lane_value(a.s, l)}; }
+static __device__ run_affine from(const run_affine &a, int l) { return {lane_value(a.c, l), lane_value(a.v, l)}; }
 
 struct scan_args {
     axis_lines x, y, g, out, index;
