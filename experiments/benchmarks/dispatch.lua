@@ -12,13 +12,15 @@
 -- shared with others, so the least of the rounds is told beside the median.
 --
 -- On the shared Xeon of an H200 a launch took 2.6 to 3.4 us, in medians (2.1 to 2.7 at least), an addition
--- 3.6 to 5.1 (2.7 to 3.7), PyTorch's 8 to 14. 2,000 launches and their wait took as long each: the host
--- limits. What changed nothing there: 8 to 4,000 bytes of arguments, arguments as one buffer, streams of
--- any kind or priority, modules loaded eagerly, one hardware queue, a process bound to a core, another
--- domain of memory. Launching without overlap costs 0.5 us more, the runtime's <<<>>> 0.7 to 1, a copy on
--- the device 1.5 to 2. By samples, 42% of a launch is spent at the locked instructions of the driver's
--- mutexes, where a processor waits until what it has written has left, and 20% where the driver copies to
--- the device. It does not wait beside other work: 0.8 us of arithmetic after each launch add 0.8 us.
+-- 3.6 to 5.1 (2.7 to 3.7), PyTorch's 8 to 14; where others kept the host busy a launch 3.8 to 3.9 (3.2 to
+-- 3.4), an addition 6.0 to 6.5 (5.2 to 5.3), PyTorch's 18. 2,000 launches and their wait took as long each
+-- (on the busy host 4 to 6% longer): the host limits. What changed nothing there: 8 to 4,000 bytes of
+-- arguments, arguments as one buffer, streams of any kind or priority, modules loaded eagerly, one hardware
+-- queue, a process bound to a core, another domain of memory. Launching without overlap costs 0.5 us more,
+-- the runtime's <<<>>> 0.7 to 1, a copy on the device 1.5 to 2. By samples, 42% of a launch is spent at the
+-- locked instructions of the driver's mutexes, where a processor waits until what it has written has left,
+-- and 20% where the driver copies to the device. It does not wait beside other work: 0.8 us of arithmetic
+-- after each launch add 0.8 us.
 
 local ffi = require "ffi"
 local lac = require "lacuna"
