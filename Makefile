@@ -196,7 +196,7 @@ $(BUILD)/lint/%.tidy: c/%.c .clang-tidy | $(BUILD)/ffi.h
 lint: ## luacheck, clang-format, clang-tidy, every translation unit with warnings as errors
 	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) $(LINTERS)"
 	luacheck -q lua experiments tests
-	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh tests/support/*.c \
+	clang-format --dry-run -Werror $(wildcard c/*.[ch] c/cpu/*.[ch] c/cpu/*.inc kernels/*.cu kernels/*.cuh kernels/*.h tests/support/*.c \
 	  experiments/benchmarks/*.c)
 	@$(MAKE) -s --no-print-directory -j$$(nproc) WERROR=-Werror $(OBJECTS) $(COMMAND)
 	@$(MAKE) --no-print-directory -k -j$$(nproc) $(TIDY)

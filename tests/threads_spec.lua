@@ -1,11 +1,11 @@
 --- Many threads: the engine under programs that call it from several at once.
 --
--- LuaJIT has one thread, so no spec can do this in Lua. Two C programs are compiled against the library that
--- this process uses, and run: tests/support/plan_stress.c works on the plan cache alone, and
--- tests/support/engine_stress.c on pool, operators and attention, comparing every bit with a run on one
--- thread. Under `make tsan` the same programs are instrumented (LACUNA_STRESS_FLAGS, words separated by
--- commas), and the spec asserts as well that a race made on purpose is reported: a gate that cannot fail says
--- nothing.
+-- LuaJIT has one thread, so no spec can do this in Lua. C programs are compiled against the library that
+-- this process uses, and run: tests/support/plan_stress.c works on the plan cache alone, engine_stress.c on
+-- pool, operators and attention, comparing every bit with a run on one thread, and launcher_stress.c on the
+-- ring by which the CUDA plug-in launches (kernels/launcher.h). Under `make tsan` the same programs are
+-- instrumented (LACUNA_STRESS_FLAGS, words separated by commas), and the spec asserts as well that a race
+-- made on purpose is reported: a gate that cannot fail says nothing.
 --
 -- Compiled here and not by the Makefile: the programs belong to the suite, and cc is there wherever the
 -- engine was built.
@@ -39,6 +39,13 @@ describe("the engine under several threads", function()
   it("keeps the plan cache whole", function()
     local status, out, err = sys.run("OMP_NUM_THREADS=1 " .. compile "plan_stress")
     assert.are.equal("0 failures, 32000 finds, capacity kept 1\n", out, err)
+    assert.are.equal(0, status, err)
+  end)
+
+  it("launches every call once, whole and in order", function()
+    local status, out, err = sys.run(compile "launcher_stress")
+    assert.are.equal("0 failures, some calls failed 1, some were made by their callers 1, not most 1\n"
+      .. "a child 0, a stop 1 with calls dropped 1\n", out, err)
     assert.are.equal(0, status, err)
   end)
 
