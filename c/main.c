@@ -60,6 +60,7 @@ static const char usage[] =
     "  LACUNA_MEMORY   trace: reports of memory name script lines; exit: and report what is alive at the end\n"
     "  LACUNA_DEVICE   cpu or cuda: where what names no device is made\n"
     "  LACUNA_CPU      baseline, avx2, avx512f, avx512 or amx instead of the best that it has\n"
+    "  LACUNA_CUDA_LAUNCHER=0  call the driver in the script's own thread, not in one beside it\n"
     "  LACUNA_CUDA_SYNC=1  wait for every operator on cuda, so that an error names the one that failed\n"
     "  LACUNA_HISTORY  file of the session's history (default ~/.local/state/lacuna/history)\n";
 

@@ -138,7 +138,7 @@ int attn_number(attn_args &a, const lac_plan *p, bool keys, int height, int64_t 
     }
     if (*tiles > INT32_MAX)
         LAC_FAIL(ARGUMENT, "attention: %lld tiles are too many for one launch on cuda", (long long)*tiles);
-    if (a.ranks > 1) CUDA_TRY("attention", cudaMemsetAsync(a.counter, 0, counters(a), lac_cuda_stream));
+    if (a.ranks > 1) CUDA_TRY("attention", lac_cuda_fill_bytes(a.counter, 0, counters(a)));
     return 0;
 }
 
@@ -192,15 +192,15 @@ static int fill_lse(const lac_view *v)
     int64_t n = lac_view_numel(v);
     unsigned blocks = blocks_filling(n, 4 * THREADS);
     if (v->dtype == LAC_F64)
-        attn_fill_kernel<<<blocks, THREADS, 0, lac_cuda_stream>>>((double *)v->data, n, -(double)INFINITY);
-    else attn_fill_kernel<<<blocks, THREADS, 0, lac_cuda_stream>>>((float *)v->data, n, -INFINITY);
+        attn_fill_kernel<<<blocks, THREADS, 0, lac_cuda_stream()>>>((double *)v->data, n, -(double)INFINITY);
+    else attn_fill_kernel<<<blocks, THREADS, 0, lac_cuda_stream()>>>((float *)v->data, n, -INFINITY);
     return lac_cuda_launched("attention");
 }
 
 static int clear(const lac_view *v)
 {
-    return lac_cuda_check(
-        "attention", cudaMemsetAsync(v->data, 0, (size_t)(lac_view_numel(v) * dtype_bytes(v->dtype)), lac_cuda_stream));
+    return lac_cuda_check("attention",
+                          lac_cuda_fill_bytes(v->data, 0, (size_t)(lac_view_numel(v) * dtype_bytes(v->dtype))));
 }
 
 /* ---- which kernels ---- */

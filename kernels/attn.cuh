@@ -556,7 +556,7 @@ template <class K, class A> int attn_launch(K kernel, A &a, int64_t tiles, int t
 {
     if (tiles == 0) return 0;
     CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<(unsigned)tiles, threads, shared, lac_cuda_stream>>>(a);
+    kernel<<<(unsigned)tiles, threads, shared, lac_cuda_stream()>>>(a);
     return lac_cuda_launched("attention");
 }
 

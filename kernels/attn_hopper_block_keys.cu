@@ -186,7 +186,7 @@ template <class T> static int steps(const attn_block_args &a, const hopper_args 
     for (int g = 0; g < a.branches; g++)
         most = max(most, (int64_t)a.batch * p.branch[g].segments * a.branch[g].heads * p.place[g].tiles);
     const int64_t items = (int64_t)a.batch * a.kv_heads;
-    CUDA_TRY("attention", cudaMemsetAsync(p.most, 0, (size_t)items * 2 * sizeof(int), lac_cuda_stream));
+    CUDA_TRY("attention", lac_cuda_fill_bytes(p.most, 0, (size_t)items * 2 * sizeof(int)));
     launch(hopper_steps_kernel, dim3(blocks_filling(most, THREADS / 32), (unsigned)a.branches), THREADS, 0, a, p);
     launch(a.head_dim <= 64 ? hopper_most_kernel<T, 8> : hopper_most_kernel<T, 16>,
            (unsigned)(items * ((a.m - 1) / a.block + 1)), THREADS, 0, a, p);

@@ -557,7 +557,7 @@ template <class Op, int DP, bool BLOCKS> static int joint_launch(const attn_args
     if (p.tiles == 0) return 0;
     CUDA_TRY("attention", cudaFuncSetAttribute(attn_joint_kernel<Op, DP, BLOCKS>,
                                                cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
-    attn_joint_kernel<Op, DP, BLOCKS><<<(unsigned)p.tiles, M::THREADS_, memory, lac_cuda_stream>>>(a, p, late);
+    attn_joint_kernel<Op, DP, BLOCKS><<<(unsigned)p.tiles, M::THREADS_, memory, lac_cuda_stream()>>>(a, p, late);
     return lac_cuda_launched("attention");
 }
 template <bool BLOCKS> static int joint_tiles(const attn_args &a, const hopper_args &p, int dtype)

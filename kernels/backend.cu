@@ -1,4 +1,4 @@
-/* backend.cu: the CUDA plug-in's entry point, its stream, its memory, and how errors reach the script.
+/* backend.cu: the CUDA plug-in's entry point, its memory, and how errors reach the script.
  *
  * The engine opens this library at run time and calls lac_backend_v1(). It answers with a table of operators, or
  * with NULL and the reason why this machine cannot run them (no driver, no device, a device that is too old), which
@@ -7,11 +7,12 @@
  * to the CPU. Rejected: linking CUDA into the engine itself, which would make one binary for both kinds of machine
  * impossible.
  *
- * Kernels run behind the script's back. An error of a launch is reported at once. An index outside its axis is
- * found by the kernel, which leaves a note in host memory; the next launch or wait turns it into the same message that
- * the CPU gives. A fault of the hardware (a broken kernel) surfaces at the next launch or wait, with the names of the
- * operators queued since the last wait, and stays: the driver accepts nothing more from this process, so every later
- * call gives that first message again. With LACUNA_CUDA_SYNC=1 every operator waits, and the name is exact.
+ * Kernels run behind the script's back, and most are launched there, too (launcher.cu). An error of a launch is
+ * reported at once, or with the operator's name by the next one or a wait. An index outside its axis is found by the
+ * kernel, which leaves a note in host memory; the next launch or wait turns it into the same message that the CPU
+ * gives. A fault of the hardware (a broken kernel) surfaces at the next launch or wait, with the names of the operators
+ * queued since the last wait, and stays: the driver accepts nothing more from this process, so every later call gives
+ * that first message again. With LACUNA_CUDA_SYNC=1 every operator waits, and the name is exact.
  */
 #include "launch.cuh"
 #include "streams.cuh"
@@ -19,10 +20,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <cuda.h>
 
 const lac_engine *lac_cuda_engine;
-cudaStream_t lac_cuda_stream;
 int lac_cuda_processors;
 
 static char text[512];
@@ -40,9 +39,10 @@ extern "C" int lac_fail(int status, const char *format, ...)
 
 /* ---- errors ---- */
 
-enum { RECENT = 16, FAULT_NAMES = 32 };
-static const char *recent[RECENT]; /* operators queued since the last wait, newest at (queued - 1) % RECENT */
-static int queued;
+/* KNOWN: more than the launcher's ring holds */
+enum { RECENT = 16, KNOWN = 8192, FAULT_NAMES = 32 };
+static const char *names[KNOWN];  /* of operators, by their number */
+static int64_t waited;            /* how many had been queued at the last wait */
 enum { MOST_SHARED = 227 << 10 }; /* what the largest kernels ask for */
 static int shared_most = MOST_SHARED;
 static char broken[768]; /* the message of the fault that ended the use of the device */
@@ -65,7 +65,7 @@ static int fault_report(void)
     if (!*(volatile int *)&fault->raised) return 0;
     lac_cuda_fault f = *fault;
     memset(fault, 0, sizeof *fault);
-    cudaMemsetAsync(fault_claimed, 0, sizeof *fault_claimed, lac_cuda_stream);
+    cudaMemsetAsync(fault_claimed, 0, sizeof *fault_claimed, lac_cuda_stream());
     LAC_FAIL(INDEX, "%s number %lld is %lld (counted from 0), outside 0..%lld", fault_names[f.op], f.number + 1,
              f.value, f.size - 1);
 }
@@ -94,19 +94,20 @@ static bool is_fault(cudaError_t error)
 static int report_broken(const char *op, cudaError_t error)
 {
     if (!broken[0]) {
-        int n = queued < RECENT ? queued : RECENT, at = 0;
-        char names[400] = "";
+        int64_t i = lac_cuda_operators - waited < RECENT ? waited : lac_cuda_operators - RECENT;
+        int at = 0;
+        char list[400] = "";
         const char *last = NULL;
-        for (int i = 0; i < n && at < (int)sizeof names - 40; i++) { /* runs of one name once */
-            const char *name = recent[(queued - n + i) % RECENT];
+        for (; i < lac_cuda_operators && at < (int)sizeof list - 40; i++) { /* runs of one name once */
+            const char *name = names[i % KNOWN];
             if (last && strcmp(last, name) == 0) continue;
-            at += snprintf(names + at, sizeof names - (size_t)at, "%s%s", last ? ", " : "", name);
+            at += snprintf(list + at, sizeof list - (size_t)at, "%s%s", last ? ", " : "", name);
             last = name;
         }
         snprintf(broken, sizeof broken, "%s: %s in %s%s%s. The device cannot be used any more by this process", op,
                  cudaGetErrorString(error),
                  synchronous ? "operator " : "one of the operators queued since the last wait: ",
-                 names[0] ? (synchronous ? last : names) : "none is known",
+                 list[0] ? (synchronous ? last : list) : "none is known",
                  synchronous ? "" : " (LACUNA_CUDA_SYNC=1 waits for each and says which)");
     }
     LAC_FAIL(INTERNAL, "%s", broken);
@@ -128,94 +129,38 @@ int lac_cuda_check(const char *op, cudaError_t error)
     LAC_FAIL(INTERNAL, "%s: %s: %s", op, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
+/* what a call of the driver returned that was made since this was last asked, by a caller or by the launcher's thread;
+ * a fault is nobody's */
+static int check_calls(const char *op)
+{
+    int64_t number;
+    const int code = lac_cuda_failed(&number);
+    if (!code) return 0;
+    if (number < lac_cuda_operators && lac_cuda_operators - number <= KNOWN && !is_fault((cudaError_t)code))
+        op = names[number % KNOWN];
+    if (code < LAC_CUDA_BLAS) return lac_cuda_check(op, (cudaError_t)code);
+    LAC_FAIL(INTERNAL, "%s: cuBLAS: %s", op, lac_cuda_blas_text(code - LAC_CUDA_BLAS));
+}
+
 static int wait(const char *op)
 {
     if (lac_cuda_capturing)
         LAC_FAIL(ARGUMENT, "%s: the host waits for a result here, and a graph runs later: do it outside of the graph",
                  op);
-    LAC_TRY(lac_cuda_check(op, cudaStreamSynchronize(lac_cuda_stream)));
-    queued = 0;
+    cudaStream_t stream = lac_cuda_stream();
+    LAC_TRY(check_calls(op));
+    LAC_TRY(lac_cuda_check(op, cudaStreamSynchronize(stream)));
+    waited = lac_cuda_operators;
     return fault_report();
-}
-
-/* ---- launches ---- */
-
-enum { KERNELS_KNOWN = 4096 };
-struct known_kernel {
-    const void *kernel;
-    CUfunction function;
-    bool overlaps; /* may it start while the kernel before it ends? */
-};
-static known_kernel known[KERNELS_KNOWN];
-static CUresult (*driver_launch)(const CUlaunchConfig *, CUfunction, void **, void **);
-static bool device_overlaps; /* has the device programmatic dependent launch? */
-static cudaError_t launch_error;
-
-static void launcher_open(int major)
-{
-    cudaDriverEntryPointQueryResult found;
-    void *entry = NULL;
-    cudaError_t error = cudaGetDriverEntryPointByVersion("cuLaunchKernelEx", &entry, 12000, cudaEnableDefault, &found);
-    if (error == cudaSuccess && found == cudaDriverEntryPointSuccess)
-        driver_launch = (CUresult(*)(const CUlaunchConfig *, CUfunction, void **, void **))entry;
-    cudaGetLastError();
-    device_overlaps = major >= 9;
-}
-
-/* The driver's name for a kernel, or NULL if the runtime does not say or the table is full. Only what was compiled from
- * PTX of Hopper and later waits by itself (launch.cuh), so only that may start early: not what a Hopper runs that was
- * made from an older device's PTX. */
-static const known_kernel *function_of(const void *kernel)
-{
-    uint64_t at = (uint64_t)(uintptr_t)kernel * UINT64_C(0x9e3779b97f4a7c15) >> 52;
-    for (int i = 0; i < 16; i++, at = (at + 1) % KERNELS_KNOWN) {
-        if (known[at].kernel == kernel) return &known[at];
-        if (known[at].kernel) continue;
-        CUfunction f = NULL;
-        cudaFuncAttributes made;
-        if (cudaGetFuncBySymbol((cudaFunction_t *)&f, kernel) != cudaSuccess ||
-            cudaFuncGetAttributes(&made, kernel) != cudaSuccess)
-            return cudaGetLastError(), (const known_kernel *)NULL;
-        known[at] = {kernel, f, device_overlaps && made.ptxVersion >= 90};
-        return &known[at];
-    }
-    return NULL;
-}
-
-void lac_cuda_launch(const void *kernel, dim3 grid, unsigned threads, size_t shared, void **arguments)
-{
-    const known_kernel *k = driver_launch ? function_of(kernel) : NULL;
-    if (!k) {
-        cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared, lac_cuda_stream); /* keeps its error itself */
-        return;
-    }
-    CUlaunchAttribute overlap;
-    overlap.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    overlap.value.programmaticStreamSerializationAllowed = 1;
-    CUlaunchConfig c;
-    c.gridDimX = grid.x, c.gridDimY = grid.y, c.gridDimZ = grid.z;
-    c.blockDimX = threads, c.blockDimY = c.blockDimZ = 1;
-    c.sharedMemBytes = (unsigned)shared;
-    c.hStream = lac_cuda_stream;
-    c.attrs = &overlap;
-    c.numAttrs = k->overlaps;
-    CUresult result = driver_launch(&c, k->function, arguments, NULL);
-    if (result == CUDA_ERROR_INVALID_CONTEXT || result == CUDA_ERROR_CONTEXT_IS_DESTROYED) { /* a thread's first call */
-        cudaSetDevice(0);
-        result = driver_launch(&c, k->function, arguments, NULL);
-    }
-    if (!launch_error) launch_error = (cudaError_t)result; /* one numbering */
 }
 
 int lac_cuda_launched(const char *op)
 {
-    recent[queued % RECENT] = op;
-    queued = queued == 2 * RECENT - 1 ? RECENT : queued + 1; /* more than RECENT: only the place counts */
+    names[lac_cuda_operators++ % KNOWN] = op;
     cudaError_t error = cudaGetLastError();
-    if (launch_error) error = launch_error;
-    launch_error = cudaSuccess;
     if (broken[0] && !error) error = cudaErrorLaunchFailure;
     LAC_TRY(lac_cuda_check(op, error));
+    LAC_TRY(check_calls(op));
     lac_cuda_mark();
     return synchronous ? wait(op) : fault_report();
 }
@@ -232,7 +177,11 @@ static int runtime_allocate(size_t bytes, void **out)
     return lac_cuda_check("allocate", error);
 }
 
-static int runtime_release(void *p) { return lac_cuda_check("release", cudaFree(p)); }
+static int runtime_release(void *p)
+{
+    lac_cuda_stream(); /* what is queued may use it: the driver is to wait for that, too */
+    return lac_cuda_check("release", cudaFree(p));
+}
 
 static int runtime_transfer(void *to, const void *from, size_t bytes, bool to_host)
 {
@@ -242,7 +191,7 @@ static int runtime_transfer(void *to, const void *from, size_t bytes, bool to_ho
                  "give it to the graph as an argument");
     if (lac_cuda_capturing || bytes == 0) return to_host ? wait("copy") : 0;
     CUDA_TRY("copy", cudaMemcpyAsync(to, from, bytes, to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice,
-                                     lac_cuda_stream));
+                                     lac_cuda_stream()));
     LAC_TRY(lac_cuda_launched("copy"));
     /* from pageable memory the call returns when the bytes are staged, so the caller may reuse them at once */
     return to_host ? wait("copy") : 0;
@@ -251,7 +200,7 @@ static int runtime_transfer(void *to, const void *from, size_t bytes, bool to_ho
 int lac_cuda_read(const char *op, void *to, const void *from, size_t bytes)
 {
     if (lac_cuda_capturing) return wait(op);
-    CUDA_TRY(op, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, lac_cuda_stream));
+    CUDA_TRY(op, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, lac_cuda_stream()));
     return wait(op);
 }
 
@@ -417,7 +366,7 @@ static const char *open_device(void)
                  device.major, device.minor);
         return text;
     }
-    error = cudaStreamCreateWithFlags(&lac_cuda_stream, cudaStreamNonBlocking);
+    error = lac_cuda_launcher_open(device.major, synchronous);
     if (!error) error = (cudaError_t)lac_cuda_streams_open();
     if (!error) error = cudaHostAlloc((void **)&fault, sizeof *fault, cudaHostAllocMapped);
     if (!error) error = cudaMalloc((void **)&fault_claimed, sizeof *fault_claimed);
@@ -428,7 +377,6 @@ static const char *open_device(void)
     }
     memset(fault, 0, sizeof *fault);
     lac_cuda_processors = device.multiProcessorCount;
-    launcher_open(device.major);
     shared_most = (int)device.sharedMemPerBlockOptin;
     snprintf(text, sizeof text, "cuda:0 %s, compute capability %d.%d, %.1f GiB, %d multiprocessors", device.name,
              device.major, device.minor, (double)device.totalGlobalMem / (1 << 30), device.multiProcessorCount);

@@ -25,8 +25,17 @@ extern "C" {
 /* ---- the device, as backend.cu found it ---- */
 
 extern const lac_engine *lac_cuda_engine;
-extern cudaStream_t lac_cuda_stream;
 extern int lac_cuda_processors; /* multiprocessors */
+/* The stream of the operators, after waiting until all that was queued is with the driver (launcher.cu): what is given
+ * this stream comes after it. Asked for at each use, never kept. */
+cudaStream_t lac_cuda_stream(void);
+/* Queues a call of the driver like a launch: run is given a copy of the data and the stream, here or in another thread,
+ * and returns 0, a CUDA error, or LAC_CUDA_BLAS + an error of cuBLAS. Returns what run returned, 0 if it was queued. */
+int lac_cuda_later(int (*run)(const void *data, cudaStream_t to), const void *data, size_t bytes);
+enum { LAC_CUDA_BLAS = 1 << 16 };
+/* memset and memcpy on the device, queued so */
+cudaError_t lac_cuda_fill_bytes(void *at, int byte, size_t bytes);
+cudaError_t lac_cuda_copy_bytes(void *to, const void *from, size_t bytes);
 /* a CUDA error of `op` as a status; 0 for success */
 int lac_cuda_check(const char *op, cudaError_t error);
 /* after a launch: reports what the launch itself refused, remembers the operator for errors that surface later */

@@ -146,7 +146,7 @@ extern "C" int lac_cuda_multinomial(const lac_a_multinomial *a)
     if (!space.data) return LAC_E_MEMORY;
     double *sums = (double *)space.data;
     int64_t *last = (int64_t *)(sums + d.rows * d.n), *bad = last + d.rows, first;
-    CUDA_TRY(op, cudaMemsetAsync(bad, 0xff, 8, lac_cuda_stream));
+    CUDA_TRY(op, lac_cuda_fill_bytes(bad, 0xff, 8));
     launch(draw_sums, blocks_filling(d.rows, 1, 16), THREADS, 0, d, (const char *)w->data, sums, last,
            (unsigned long long *)bad);
     LAC_TRY(lac_cuda_launched(op));

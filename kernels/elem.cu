@@ -92,7 +92,9 @@ static int launch_dense(const char *op, const operands &o, dense_kernel *quick, 
     int64_t vectors = quick ? QUICK_VECTORS : o.inputs > 2 ? 2 : 4; /* dense_vectors */
     int64_t per_turn = THREADS * vectors * (16 / dtype_bytes(a->dtype));
     void *arguments[] = {a};
-    lac_cuda_launch((const void *)(quick ? quick : dense), blocks_for(a->n, per_turn), THREADS, 0, arguments);
+    const uint32_t bytes = sizeof *a;
+    lac_cuda_launch((const void *)(quick ? quick : dense), blocks_for(a->n, per_turn), THREADS, 0, arguments, &bytes,
+                    1);
     return lac_cuda_launched(op);
 }
 
@@ -120,7 +122,8 @@ int elem_launch(const char *op, const operands &o, int fn, dense_kernel *quick, 
     else a.nest_large = nest_64(n);
     map_kernel *kernel = a.dtype == LAC_F64 ? doubles : a.dtype <= LAC_BF16 ? floats : integers;
     void *arguments[] = {&a};
-    lac_cuda_launch((const void *)kernel, blocks_filling(n.total, 2 * THREADS, 32), THREADS, 0, arguments);
+    const uint32_t bytes = sizeof a;
+    lac_cuda_launch((const void *)kernel, blocks_filling(n.total, 2 * THREADS, 32), THREADS, 0, arguments, &bytes, 1);
     return lac_cuda_launched(op);
 }
 

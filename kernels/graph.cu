@@ -132,7 +132,7 @@ bool lac_cuda_capturing;
 static int begin(void)
 {
     LAC_TRY(lac_cuda_idle("graph"));
-    CUDA_TRY("graph", cudaStreamBeginCapture(lac_cuda_stream, cudaStreamCaptureModeRelaxed));
+    CUDA_TRY("graph", cudaStreamBeginCapture(lac_cuda_stream(), cudaStreamCaptureModeRelaxed));
     lac_cuda_capturing = true;
     return 0;
 }
@@ -151,7 +151,7 @@ static int end(bool keep, const lac_draws *draws, void **out, int64_t *nodes)
 {
     captured *c = new captured();
     lac_cuda_capturing = false;
-    cudaError_t error = cudaStreamEndCapture(lac_cuda_stream, &c->graph);
+    cudaError_t error = cudaStreamEndCapture(lac_cuda_stream(), &c->graph);
     cudaGetLastError(); /* of a capture that failed, once */
     *out = NULL;
     int status = keep ? lac_cuda_check("graph", error) : 0;
@@ -173,7 +173,7 @@ static int launch(void *graph, uint64_t seed, uint64_t offset)
         CUresult r = api.set((CUgraphExec)c->exec, n.node, &n.params);
         if (r != CUDA_SUCCESS) LAC_FAIL(INTERNAL, "graph: the driver refused new random numbers (error %d)", (int)r);
     }
-    CUDA_TRY("graph", cudaGraphLaunch(c->exec, lac_cuda_stream));
+    CUDA_TRY("graph", cudaGraphLaunch(c->exec, lac_cuda_stream()));
     return lac_cuda_launched("graph");
 }
 

@@ -171,7 +171,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) sum_rows(rows_args
 
 static int zero(const char *op, const lac_view *out)
 {
-    CUDA_TRY(op, cudaMemsetAsync(out->data, 0, (size_t)(numel(out) * dtype_bytes(out->dtype)), lac_cuda_stream));
+    CUDA_TRY(op, lac_cuda_fill_bytes(out->data, 0, (size_t)(numel(out) * dtype_bytes(out->dtype))));
     return 0;
 }
 

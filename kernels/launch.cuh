@@ -7,17 +7,19 @@
  * both; exp of 50 MB took 25.9 us in a row of such calls instead of 27.5. A kernel that is launched so may touch memory
  * only after previous_done(), which waits until all kernels before it are done and their writes are seen: every one
  * begins with it, or with what touches no memory. Kernels that are launched by <<<>>> wait by themselves. Errors are
- * lac_cuda_launched()'s, as after <<<>>>. Letting the next kernel in before a kernel's own end (let_next_in()) is no
- * faster by itself: it is where the next one has something to do until then, as filling a table, or asking the
- * second-level cache for its first rows (ask_ahead()), and where every kernel between the two lets the next one in. All
- * that waits is waited for, because a kernel is done only when its own wait is over.
+ * lac_cuda_launched()'s, as after <<<>>>. Where there are processors enough it is another thread that goes to the
+ * driver (launcher.cu), and launch() returns before. Letting the next kernel in before a kernel's own end
+ * (let_next_in()) is no faster by itself: it is where the next one has something to do until then, as filling a table,
+ * or asking the second-level cache for its first rows (ask_ahead()), and where every kernel between the two lets the
+ * next one in. All that waits is waited for, because a kernel is done only when its own wait is over.
  */
 #ifndef LAC_CUDA_LAUNCH_CUH
 #define LAC_CUDA_LAUNCH_CUH
 #include "common.cuh"
 
-/* backend.cu */
-void lac_cuda_launch(const void *kernel, dim3 grid, unsigned threads, size_t shared, void **arguments);
+/* launcher.cu; the kernel takes `count` arguments of so many bytes */
+void lac_cuda_launch(const void *kernel, dim3 grid, unsigned threads, size_t shared, void **arguments,
+                     const uint32_t *bytes, int count);
 
 static __device__ __forceinline__ void previous_done()
 {
@@ -54,7 +56,8 @@ void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, co
     static_assert(sizeof...(P) == sizeof...(A), "as many arguments as the kernel takes");
     [&](P... values) { /* of the kernel's types */
                        void *arguments[] = {(void *)&values...};
-                       lac_cuda_launch((const void *)kernel, grid, threads, shared, arguments);
+                       static const uint32_t bytes[] = {(uint32_t)sizeof(P)...};
+                       lac_cuda_launch((const void *)kernel, grid, threads, shared, arguments, bytes, sizeof...(P));
     }(given...);
 }
 

@@ -32,6 +32,7 @@ static int blas_check(const char *op, cublasStatus_t status)
     LAC_FAIL(INTERNAL, "%s: cuBLAS: %s", op, cublasLtGetStatusString(status));
 }
 #define BLAS_TRY(op, expression) LAC_TRY(blas_check(op, expression))
+const char *lac_cuda_blas_text(int status) { return cublasLtGetStatusString((cublasStatus_t)status); }
 
 /* what a remembered choice depends on */
 struct shape_key {
@@ -41,6 +42,7 @@ struct shape_key {
 };
 struct remembered {
     bool used, unknown; /* there is no algorithm */
+    bool tried;         /* cuBLAS has taken such a product */
     shape_key key;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, c;
@@ -75,6 +77,7 @@ static int layout_make(const char *op, cublasLtMatrixLayout_t *l, int dtype, int
 
 static void forget(remembered *r)
 {
+    if (r->tried) lac_cuda_stream(); /* products that are queued use it */
     if (r->desc) cublasLtMatmulDescDestroy(r->desc);
     if (r->a) cublasLtMatrixLayoutDestroy(r->a);
     if (r->b) cublasLtMatrixLayoutDestroy(r->b);
@@ -92,15 +95,40 @@ static cublasLtEpilogue_t epilogue_of(const lac_cuda_gemm_args *g)
 #define ATTRIBUTE(op, r, name, value)                                                                                  \
     BLAS_TRY(op, cublasLtMatmulDescSetAttribute((r)->desc, CUBLASLT_MATMUL_DESC_##name, &(value), sizeof(value)))
 
-/* the pointers of this call's epilogue */
-static int point(const char *op, const lac_cuda_gemm_args *g, const remembered *r)
+/* a product, as it is queued (launcher.cu) */
+struct product {
+    const remembered *r;
+    const void *a, *b, *bias;
+    void *c, *aux;
+    int64_t aux_ld;
+    union scalar {
+        double wide;
+        float narrow;
+    } alpha, beta;
+};
+
+/* the pointers of this call's epilogue; only who hands products to cuBLAS, in their order, may set them */
+static cublasStatus_t point(const product *p)
 {
-    if (g->bias) ATTRIBUTE(op, r, BIAS_POINTER, g->bias);
-    if (!g->aux) return 0;
-    int64_t ld = g->n;
-    ATTRIBUTE(op, r, EPILOGUE_AUX_POINTER, g->aux);
-    ATTRIBUTE(op, r, EPILOGUE_AUX_LD, ld);
-    return 0;
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    auto set = [&](cublasLtMatmulDescAttributes_t name, const void *value) {
+        if (!status) status = cublasLtMatmulDescSetAttribute(p->r->desc, name, value, 8);
+    };
+    if (p->bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias);
+    if (p->aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p->aux);
+    if (p->aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &p->aux_ld);
+    return status;
+}
+
+static int run_product(const void *data, cudaStream_t to)
+{
+    const product *p = (const product *)data;
+    const remembered *r = p->r;
+    cublasStatus_t status = point(p);
+    if (!status)
+        status = cublasLtMatmul(handle, r->desc, &p->alpha, p->b, r->b, p->a, r->a, &p->beta, p->c, r->c, p->c, r->c,
+                                &r->algorithm, workspace, WORKSPACE, to);
+    return status ? LAC_CUDA_BLAS + (int)status : 0;
 }
 
 /* a number of an algorithm's configuration */
@@ -133,7 +161,7 @@ static int preferred(const shape_key *k, const cublasLtMatmulHeuristicResult_t *
     return 0;
 }
 
-static int choose(const char *op, const lac_cuda_gemm_args *g, const shape_key *k, remembered *r)
+static int choose(const char *op, const lac_cuda_gemm_args *g, const shape_key *k, const product *p, remembered *r)
 {
     cublasComputeType_t compute = k->dtype == LAC_F64              ? CUBLAS_COMPUTE_64F
                                   : k->dtype == LAC_F32 && k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
@@ -149,7 +177,7 @@ static int choose(const char *op, const lac_cuda_gemm_args *g, const shape_key *
     if (k->b_transposed) ATTRIBUTE(op, r, TRANSA, turned);
     if (k->a_transposed) ATTRIBUTE(op, r, TRANSB, turned);
     ATTRIBUTE(op, r, EPILOGUE, k->epilogue);
-    LAC_TRY(point(op, g, r));
+    BLAS_TRY(op, point(p));
     LAC_TRY(layout_make(op, &r->b, k->dtype, k->b_transposed ? k->k : k->n, k->b_transposed ? k->n : k->k, k->ldb,
                         k->batch, k->b_batch));
     LAC_TRY(layout_make(op, &r->a, k->dtype, k->a_transposed ? k->m : k->k, k->a_transposed ? k->k : k->m, k->lda,
@@ -194,20 +222,19 @@ int lac_cuda_gemm(const char *op, const lac_cuda_gemm_args *g)
     key.align_a = alignment(g->a), key.align_b = alignment(g->b);
     key.epilogue = epilogue_of(g);
     remembered *r = &memory[hash_of(&key) % REMEMBERED];
+    product p = {r, g->a, g->b, g->bias, g->c, g->aux, g->n, {}, {}};
+    if (g->dtype == LAC_F64) p.alpha.wide = 1, p.beta.wide = g->accumulate;
+    else p.alpha.narrow = 1, p.beta.narrow = g->accumulate;
     if (!r->used || memcmp(&r->key, &key, sizeof key)) {
         forget(r);
-        int status = choose(op, g, &key, r);
+        int status = choose(op, g, &key, &p, r);
         if (status) return forget(r), status;
     }
     if (r->unknown) return GEMM_UNKNOWN;
-    LAC_TRY(point(op, g, r));
-    double one = 1, zero = 0;
-    float one_f = 1, zero_f = 0;
-    bool wide = g->dtype == LAC_F64;
-    const void *alpha = wide ? (void *)&one : &one_f;
-    const void *beta = g->accumulate ? alpha : wide ? (void *)&zero : &zero_f;
-    BLAS_TRY(op, cublasLtMatmul(handle, r->desc, alpha, g->b, r->b, g->a, r->a, beta, g->c, r->c, g->c, r->c,
-                                &r->algorithm, workspace, WORKSPACE, lac_cuda_stream));
+    /* the first of a shape at once: what cuBLAS refuses is the caller's own error */
+    const int code = r->tried ? lac_cuda_later(run_product, &p, sizeof p) : run_product(&p, lac_cuda_stream());
+    if (code) return blas_check(op, (cublasStatus_t)(code - LAC_CUDA_BLAS));
+    r->tried = true;
     return lac_cuda_launched(op);
 }
 

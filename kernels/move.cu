@@ -244,8 +244,7 @@ static int copy_same(const nest &n, int dtype)
         return lac_cuda_launched("copy");
     }
     if (dense && total >= LONG_COPY) {
-        CUDA_TRY("copy",
-                 cudaMemcpyAsync(n.data[0], n.data[1], (size_t)total, cudaMemcpyDeviceToDevice, lac_cuda_stream));
+        CUDA_TRY("copy", lac_cuda_copy_bytes(n.data[0], n.data[1], (size_t)total));
         return lac_cuda_launched("copy");
     }
     return dispatch_bytes(dtype, [&](auto tag) {
@@ -306,7 +305,7 @@ extern "C" int lac_cuda_fill(const lac_a_fill *a)
     nest n = nest_make(1, views);
     if (n.total == 0) return 0;
     if (a->value == 0 && !signbit(a->value) && nest_run(n, 0, dtype_bytes(a->x.dtype)) == RUN_DENSE) {
-        CUDA_TRY("fill", cudaMemsetAsync(n.data[0], 0, (size_t)(n.total * dtype_bytes(a->x.dtype)), lac_cuda_stream));
+        CUDA_TRY("fill", lac_cuda_fill_bytes(n.data[0], 0, (size_t)(n.total * dtype_bytes(a->x.dtype))));
         return lac_cuda_launched("fill");
     }
     with_nest(n, [&](auto m) { run(fill_strided<decltype(m)>, n.total, m, a->x.dtype, n.data[0], a->value, n.total); });

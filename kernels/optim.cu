@@ -144,8 +144,8 @@ static int64_t numel(const lac_view *v)
 template <class I> static int upload(const char *op, const std::vector<I> &list, const lac_scratch &space)
 {
     if (!space.data) return LAC_E_MEMORY;
-    return lac_cuda_check(
-        op, cudaMemcpyAsync(space.data, list.data(), list.size() * sizeof(I), cudaMemcpyHostToDevice, lac_cuda_stream));
+    return lac_cuda_check(op, cudaMemcpyAsync(space.data, list.data(), list.size() * sizeof(I), cudaMemcpyHostToDevice,
+                                              lac_cuda_stream()));
 }
 
 /* the tensors of type T */
@@ -247,8 +247,9 @@ extern "C" int lac_cuda_norm_many(const lac_a_norm *a)
     launch(total_kernel, 1, THREADS, 0, (double *)sums.data, chunks);
     LAC_TRY(lac_cuda_launched("norm"));
     double total;
-    CUDA_TRY("norm", cudaMemcpyAsync(&total, (double *)sums.data + chunks, 8, cudaMemcpyDeviceToHost, lac_cuda_stream));
-    CUDA_TRY("norm", cudaStreamSynchronize(lac_cuda_stream));
+    CUDA_TRY("norm",
+             cudaMemcpyAsync(&total, (double *)sums.data + chunks, 8, cudaMemcpyDeviceToHost, lac_cuda_stream()));
+    CUDA_TRY("norm", cudaStreamSynchronize(lac_cuda_stream()));
     *a->norm = sqrt(total);
     return 0;
 }

@@ -15,21 +15,21 @@ int lac_cuda_sort_pairs(const char *op, pair_list *p, int bits)
     size_t bytes = 0;
     if (!p->space.data) return LAC_E_MEMORY;
     CUDA_TRY(op, cub::DeviceRadixSort::SortPairs(NULL, bytes, p->keys, p->sorted_keys, p->values, p->sorted, p->n, 0,
-                                                 bits, lac_cuda_stream));
+                                                 bits, lac_cuda_stream()));
     lac_scratch work(op, bytes + 1);
     if (!work.data) return LAC_E_MEMORY;
     CUDA_TRY(op, cub::DeviceRadixSort::SortPairs(work.data, bytes, p->keys, p->sorted_keys, p->values, p->sorted, p->n,
-                                                 0, bits, lac_cuda_stream));
+                                                 0, bits, lac_cuda_stream()));
     return lac_cuda_launched(op);
 }
 
 int lac_cuda_running_sum(const char *op, const int64_t *in, int64_t *out, int64_t n)
 {
     size_t bytes = 0;
-    CUDA_TRY(op, cub::DeviceScan::InclusiveSum(NULL, bytes, in, out, n, lac_cuda_stream));
+    CUDA_TRY(op, cub::DeviceScan::InclusiveSum(NULL, bytes, in, out, n, lac_cuda_stream()));
     lac_scratch work(op, bytes + 1);
     if (!work.data) return LAC_E_MEMORY;
-    CUDA_TRY(op, cub::DeviceScan::InclusiveSum(work.data, bytes, in, out, n, lac_cuda_stream));
+    CUDA_TRY(op, cub::DeviceScan::InclusiveSum(work.data, bytes, in, out, n, lac_cuda_stream()));
     return lac_cuda_launched(op);
 }
 

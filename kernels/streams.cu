@@ -26,11 +26,18 @@ int lac_cuda_streams_open(void)
     return error;
 }
 
+static int mark(const void *place, cudaStream_t stream)
+{
+    cudaEventRecord(marks[*(const int *)place], stream); /* what may be wrong is reported by the next wait */
+    return 0;
+}
+
 void lac_cuda_mark(void)
 {
     if (lac_cuda_capturing || ++launches % MARK_EVERY) return;
     marked = launches / MARK_EVERY;
-    cudaEventRecord(marks[marked % RING], lac_cuda_stream); /* what may be wrong is reported by the next wait */
+    const int place = (int)(marked % RING);
+    lac_cuda_later(mark, &place, sizeof place);
 }
 
 static int64_t queued(void) { return launches; }
@@ -39,8 +46,9 @@ static int64_t queued(void) { return launches; }
 static int copies_wait_for(int64_t after)
 {
     int64_t mark = after / MARK_EVERY + 1;
+    cudaStream_t stream = lac_cuda_stream(); /* every mark that is counted is with the driver */
     if (mark <= marked) return lac_cuda_check("copy", cudaStreamWaitEvent(copies, marks[mark % RING], 0));
-    CUDA_TRY("copy", cudaEventRecord(now, lac_cuda_stream));
+    CUDA_TRY("copy", cudaEventRecord(now, stream));
     return lac_cuda_check("copy", cudaStreamWaitEvent(copies, now, 0));
 }
 
@@ -72,7 +80,7 @@ static int copy_wait(int64_t number)
 static int after_copy(int64_t number)
 {
     if (copy_done(number)) return 0;
-    return lac_cuda_check("copy", cudaStreamWaitEvent(lac_cuda_stream, done[number % RING], 0));
+    return lac_cuda_check("copy", cudaStreamWaitEvent(lac_cuda_stream(), done[number % RING], 0));
 }
 
 cudaError_t lac_cuda_copies_wait(void) { return cudaStreamSynchronize(copies); }
@@ -83,7 +91,7 @@ static int event_new(void **event) { return lac_cuda_check("event", cudaEventCre
 static void event_drop(void *event) { cudaEventDestroy((cudaEvent_t)event); }
 static int event_record(void *event)
 {
-    return lac_cuda_check("event", cudaEventRecord((cudaEvent_t)event, lac_cuda_stream));
+    return lac_cuda_check("event", cudaEventRecord((cudaEvent_t)event, lac_cuda_stream()));
 }
 
 static int event_done(void *event, int *is)
@@ -123,7 +131,7 @@ static int release_host(void *p) { return lac_cuda_check("release", cudaFreeHost
 
 static void idle(void)
 {
-    cudaStreamSynchronize(lac_cuda_stream);
+    cudaStreamSynchronize(lac_cuda_stream());
     cudaStreamSynchronize(copies);
 }
 
@@ -131,8 +139,8 @@ static int move(void *to, const void *from, size_t bytes, bool to_host)
 {
     if (lac_cuda_capturing) return LAC_E_ARGUMENT;
     cudaMemcpyKind kind = to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice;
-    cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, lac_cuda_stream);
-    if (!error) error = cudaStreamSynchronize(lac_cuda_stream);
+    cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, lac_cuda_stream());
+    if (!error) error = cudaStreamSynchronize(lac_cuda_stream());
     cudaGetLastError(); /* a device that is broken stays so, and the next operator says it */
     return error ? LAC_E_INTERNAL : 0;
 }

@@ -191,6 +191,115 @@ describe("the queue of the device #gpu", function()
     end)
   end)
 
+  describe("calls", function()
+    local MOST = 9
+    -- a long row of calls on a device, by a dice of its own; all numbers are whole and small, so every device
+    -- gives the same bits. Returns what they left, and what was read between
+    local function row(device, calls, seed)
+      local dice, seen, there = seed, {}, device == "cuda"
+      local function roll(n)
+        dice = dice * 16807 % 2147483647
+        return dice % n + 1
+      end
+      local t, turn = {}, lac.eye(24, { dtype = "f64" }):flip(1):to(device)
+      local numbers = {} -- from -9 to 9
+      for i = 1, 24 * 24 do numbers[i] = roll(2 * MOST + 1) - MOST - 1 end
+      local noise = lac.tensor(numbers, { dtype = "f64" }):view(24, 24):to(device)
+      for i = 1, 4 do t[i] = noise:roll(i, 1) end
+      local double = there and lac.graph(function(x) return x * 2 - 1 end) or function(x) return x * 2 - 1 end
+      local kinds = {
+        function(x, y) return x + y end,
+        function(x, y) return x - y * 2 end,
+        function(x, y) return lac.maximum(x, y) - 1 end,
+        function(x) return x:t() + 1 end,
+        function(x) return x:sum(1, true) - x end,
+        function(x) x:fill_(roll(5)) return x - noise end,
+        function(x) return x:matmul(turn) end, -- the library's
+        function(x, y) return turn:matmul(x) + y end,
+        function(x, y) y:copy_(x) return y:t() + noise end,
+        function(x) return (x:sort(2)) end, -- launched by others' code
+        function(x) return x:cumsum(1):clamp(-MOST, MOST) end,
+        function(x) return x:to("cpu"):to(device) + 1 end, -- waits
+        function(x) seen[#seen + 1] = x:sum():item() return x end,
+        function(x) -- beside the operators
+          if not there then return x + 0 end
+          local host = x:to { device = "cpu", async = true }
+          return host:to { device = "cuda", async = true }
+        end,
+        function(x)
+          if there then lac.event("cuda"):wait() end
+          return x
+        end,
+        function(x) if there then lac.event("cuda"):done() end return x end,
+        function(x) if there then lac.empty_cache("cuda") end return x end,
+        function(x) return double(x) end, -- a graph, from the second time on
+        function(x) -- longer arguments: a nest of strided views
+          return x:view(2, 12, 2, 12):permute(3, 2, 1, 4):clone():view(24, 24)
+        end,
+        function(x, y) return lac.cat({ x[{ { 1, 12 } }], y[{ { 13, 24 } }] }, 1) end,
+      }
+      for i = 1, calls do
+        local at, kind = roll(4), roll(4 * #kinds)
+        -- most are operators, in a row
+        kind = kinds[kind <= #kinds and kind or kind % 11 + 1]
+        local x = kind(t[at], t[roll(4)])
+        t[at] = lac.where(x:abs():gt(MOST), noise:roll(i % 24, 2), x)
+        if i % 500 == 0 then lib.collect() end
+      end
+      for i = 1, 4 do t[i] = t[i]:to "cpu" end
+      return t, seen
+    end
+
+    it("come in the order of the script, whatever kinds there are", function()
+      for seed = 1, 3 do
+        local t, seen = row("cuda", 3000, seed)
+        local expected, read = row("cpu", 3000, seed)
+        assert.are.same(read, seen)
+        for i = 1, 4 do assert.is_true(lac.equal(expected[i], t[i]), ("%d of %d"):format(i, seed)) end
+      end
+    end)
+
+    it("are made by the script itself without a launcher", function()
+      local said = child([[
+        local lac = require "lacuna"
+        local x, y = lac.ones{ 1000, device = "cuda" }, lac.zeros{ 1000, device = "cuda" }
+        for i = 1, 2000 do y = y + x end
+        print(y:min():item(), y:max():item())
+      ]], "LACUNA_CUDA_LAUNCHER=0")
+      assert.are.equal("2000\t2000\n", said)
+    end)
+
+    it("that are queued do not keep a process from ending", function()
+      local said = child([[
+        local lac = require "lacuna"
+        local x = lac.ones({ 2 ^ 22 }, { device = "cuda" })
+        for i = 1, 3000 do x = x + 1 end
+        print "ends"
+        os.exit(tonumber(arg[1]) or 0)
+      ]])
+      assert.are.equal("ends\n", said)
+    end)
+
+    it("are refused in the child of a fork, which ends by itself", function()
+      local said = child([[
+        local lac = require "lacuna"
+        local ffi = require("lacuna.lib").ffi
+        ffi.cdef "int fork(void); int waitpid(int, int *, int);"
+        local x = lac.ones({ 1000 }, { device = "cuda" })
+        for i = 1, 1000 do x = x + 1 end
+        local child = ffi.C.fork()
+        if child == 0 then
+          pcall(function() for i = 1, 100 do x = x + 1 end lac.synchronize() end)
+          os.exit(3)
+        end
+        local status = ffi.new "int[1]"
+        ffi.C.waitpid(child, status, 0)
+        print(status[0], x:sum():item())
+      ]])
+      assert.are.equal("768\t1001000\n", said)
+    end)
+  end)
+
   describe("a fault of the device", function()
     local real = fake and pending or it
     real("names the operators that may have done it, and stays", function()

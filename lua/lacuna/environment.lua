@@ -10,7 +10,8 @@ local schema = require "lacuna.schema"
 local environment = {}
 
 -- what a user sets, and what the benchmarks and the suite read
-local SETTINGS = { "CPU", "CUDA_SYNC", "DEVICE", "HISTORY", "LIBRARY", "LUA", "MEMORY", "PEER", "TRACE" }
+local SETTINGS = { "CPU", "CUDA_LAUNCHER", "CUDA_SYNC", "DEVICE", "HISTORY", "LIBRARY", "LUA", "MEMORY",
+  "PEER", "TRACE" }
 local OTHERS = { "CHILDREN", "COMMAND", "COVERAGE", "FAKE", "FRESH", "FUZZ", "FUZZ_SEED", "GPU", "KILLS",
   "SEED", "SLOWNESS", "STRESS_FLAGS" }
 
