@@ -30,6 +30,7 @@ local sys = require "lacuna.sys"
 local CALLS = 100
 local LAUNCHED = 3 -- microseconds of an operator on a GPU
 local ROUNDS, TIMES = 15, 50 -- of 50 times 100 calls
+local LONG = 20 -- times 100 calls in a row, and one wait
 local SOURCE = debug.getinfo(1, "S").source:match("^@(.*)dispatch%.lua$") .. "launches.c"
 
 ffi.cdef[[
@@ -52,7 +53,8 @@ end
 
 -- microseconds of one launch by the driver
 local function launch(loaded, waits)
-  local seconds = loaded.launches_time(waits and 1 or TIMES, waits and 2000 or CALLS, waits and 1 or 0)
+  local times, n = waits and 1 or TIMES, waits and LONG * CALLS or CALLS
+  local seconds = loaded.launches_time(times, n, waits and 1 or 0)
   if seconds < 0 then error("a launch of launches.c failed") end
   return 1e6 * seconds
 end
@@ -67,6 +69,19 @@ local function report(b, add)
     sides[#sides + 1] = function() return launch(loaded) end
     place.launch = #sides
   end
+  sides[#sides + 1] = function()
+    scoped()
+    lac.synchronize()
+    local start = sys.time()
+    for _ = 1, LONG do scoped() end
+    lac.synchronize()
+    return 1e6 * (sys.time() - start) / (LONG * CALLS)
+  end
+  place.row = #sides
+  if loaded then
+    sides[#sides + 1] = function() return launch(loaded, true) end
+    place.launches = #sides
+  end
   if side then
     sides[#sides + 1] = function() return 1e6 * side:queued(times) / CALLS end
     place.peer = #sides
@@ -79,10 +94,13 @@ local function report(b, add)
   end
   value("  an addition until it returns", median, LAUNCHED)
   value("    least of the rounds", least)
+  b:value{ what = "    2,000 and their wait, each", value = median[place.row], unit = "us",
+    other = least[place.row], against = "at least" }
   if not loaded then return b:value{ what = "    the launch alone", problem = reason } end
   b:value{ what = "    the launch alone, a loop in C", value = median[place.launch], unit = "us",
     other = least[place.launch], against = "at least" }
-  b:value{ what = "    the launch alone, 2,000 and the wait", value = launch(loaded, true), unit = "us" }
+  b:value{ what = "    the launch alone, 2,000 and their wait", value = median[place.launches], unit = "us",
+    other = least[place.launches], against = "at least" }
 end
 
 return {
