@@ -192,8 +192,8 @@ static int fill_lse(const lac_view *v)
     int64_t n = lac_view_numel(v);
     unsigned blocks = blocks_filling(n, 4 * THREADS);
     if (v->dtype == LAC_F64)
-        attn_fill_kernel<<<blocks, THREADS, 0, lac_cuda_stream()>>>((double *)v->data, n, -(double)INFINITY);
-    else attn_fill_kernel<<<blocks, THREADS, 0, lac_cuda_stream()>>>((float *)v->data, n, -INFINITY);
+        launch_after(attn_fill_kernel<double>, blocks, THREADS, 0, (double *)v->data, n, -(double)INFINITY);
+    else launch_after(attn_fill_kernel<float>, blocks, THREADS, 0, (float *)v->data, n, -INFINITY);
     return lac_cuda_launched("attention");
 }
 

@@ -555,8 +555,10 @@ int attn_number(attn_args &a, const lac_plan *plan, bool keys, int height, int64
 template <class K, class A> int attn_launch(K kernel, A &a, int64_t tiles, int threads, size_t shared)
 {
     if (tiles == 0) return 0;
-    CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<(unsigned)tiles, threads, shared, lac_cuda_stream()>>>(a);
+    CUDA_TRY("attention", lac_cuda_shared((const void *)kernel, shared));
+    void *arguments[] = {&a};
+    const uint32_t bytes = sizeof a;
+    lac_cuda_launch_after((const void *)kernel, (unsigned)tiles, (unsigned)threads, shared, arguments, &bytes, 1);
     return lac_cuda_launched("attention");
 }
 

@@ -351,7 +351,7 @@ template <class T, int D> static int launch(const hopper_delta_args &p)
     auto kernel = hopper_delta_kernel<T, D>;
     const int memory = hopper_delta_shape<D>::MEMORY;
     if (p.tiles == 0) return 0;
-    CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
+    CUDA_TRY("attention", lac_cuda_shared((const void *)kernel, memory));
     launch(kernel, min(p.tiles, lac_cuda_processors), hopper_delta_shape<D>::THREADS_, memory, p);
     return lac_cuda_launched("attention");
 }

@@ -143,8 +143,10 @@ int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_a
     p.a = a;
     p.gaps = gaps;
     if (gaps || a.ranks > 1) p.lattices = lattices_of(a);
-    CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.claims, hopper_claims));
-    CUDA_TRY("attention", cudaGetSymbolAddress((void **)&p.spoilt, hopper_spoilt));
+    static void *claims, *spoilt;
+    if (!claims) CUDA_TRY("attention", cudaGetSymbolAddress(&claims, hopper_claims));
+    if (!spoilt) CUDA_TRY("attention", cudaGetSymbolAddress(&spoilt, hopper_spoilt));
+    p.claims = (decltype(p.claims))claims, p.spoilt = (decltype(p.spoilt))spoilt;
     p.dropout = hopper_dropout_of(a);
     p.padding = padding;
     return 0;

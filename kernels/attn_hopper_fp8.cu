@@ -292,9 +292,9 @@ static int round_all(const attn_args &a, const hopper_eight_space &space, char *
     }
     eight->q = r.of[0].scale, eight->k = r.of[1].scale, eight->v = r.of[2].scale;
     const dim3 grid((unsigned)((max(a.n, a.m) - 1) / FP8_ROWS + 1), (unsigned)a.heads, (unsigned)(3 * a.batch));
-    attn_fp8_most_kernel<T><<<grid, THREADS, 0, lac_cuda_stream()>>>(r);
+    launch_after(attn_fp8_most_kernel<T>, grid, THREADS, 0, r);
     LAC_TRY(lac_cuda_launched("attention"));
-    attn_fp8_round_kernel<T><<<grid, THREADS, 0, lac_cuda_stream()>>>(r);
+    launch_after(attn_fp8_round_kernel<T>, grid, THREADS, 0, r);
     return lac_cuda_launched("attention");
 }
 
@@ -312,8 +312,7 @@ static int turn_values(const attn_args &a, const hopper_eight_space &space, char
     if (blocks > INT32_MAX)
         LAC_FAIL(ARGUMENT, "attention: %lld pieces of values are too many for one launch on cuda", (long long)blocks);
     if (blocks == 0) return 0;
-    attn_fp8_values_kernel<T>
-        <<<(unsigned)blocks, THREADS, (size_t)(FP8_KEYS * (a.head_dim + 4)), lac_cuda_stream()>>>(v);
+    launch_after(attn_fp8_values_kernel<T>, (unsigned)blocks, THREADS, (size_t)(FP8_KEYS * (a.head_dim + 4)), v);
     return lac_cuda_launched("attention");
 }
 
@@ -324,8 +323,8 @@ template <class T> static int run(hopper_forward_args &p, const hopper_eight_spa
     const int status = launch_shape<e4m3, false, false>(p);
     if (status || !p.masks) return status;
     const int64_t rows = (int64_t)p.a.batch * p.a.n * p.a.heads;
-    attn_fp8_redo_kernel<T><<<blocks_filling(rows, THREADS / 32, 2), THREADS, 0, lac_cuda_stream()>>>(
-        (const attn_args &)p.a, p.eight, p.spoilt, p.call);
+    launch_after(attn_fp8_redo_kernel<T>, blocks_filling(rows, THREADS / 32, 2), THREADS, 0, (const attn_args &)p.a,
+                 p.eight, p.spoilt, p.call);
     return lac_cuda_launched("attention");
 }
 

@@ -606,7 +606,7 @@ template <class T, int D, bool MASKS, int OPTIONS> int launch_keys(const hopper_
     const int memory = hopper_shape<D, (OPTIONS & HOPPER_BLOCKS) != 0>::MEMORY,
               blocks = p.tiles < lac_cuda_processors ? p.tiles : lac_cuda_processors;
     if (p.tiles == 0) return 0;
-    CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
+    CUDA_TRY("attention", lac_cuda_shared((const void *)kernel, memory));
     launch(kernel, blocks, hopper_shape<D, (OPTIONS & HOPPER_BLOCKS) != 0>::THREADS_, memory, p);
     return lac_cuda_launched("attention");
 }

@@ -103,10 +103,12 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> static int launch
     auto kernel = attn_hopper_forward_kernel<T, D, MEETS, OPTIONS, BLOCKS>;
     const int memory = M::MEMORY;
     const int most = M::TOGETHER * lac_cuda_processors, blocks = p.gaps ? most : min(p.tiles, most);
-    CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
-    if (M::TOGETHER > 1) /* all thread blocks run at a time: some may wait for others' tiles */
-        CUDA_TRY("attention", cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                   cudaSharedmemCarveoutMaxShared));
+    CUDA_TRY("attention", lac_cuda_shared((const void *)kernel, memory));
+    if (M::TOGETHER > 1) { /* all thread blocks run at a time: some may wait for others' tiles */
+        static cudaError_t whole = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                        cudaSharedmemCarveoutMaxShared);
+        LAC_TRY(lac_cuda_check("attention", whole));
+    }
     launch(kernel, blocks, M::THREADS_, memory, p);
     return lac_cuda_launched("attention");
 }

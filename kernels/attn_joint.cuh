@@ -64,6 +64,7 @@
 #define LAC_CUDA_ATTN_JOINT_CUH
 #include "attn_hopper_backward.cuh"
 #include "attn_mma.cuh"
+#include "launch.cuh"
 #include <type_traits>
 
 /* Sizes, and places in shared memory. DP: columns that are computed, 64 or 128. */
@@ -555,9 +556,9 @@ template <class Op, int DP, bool BLOCKS> static int joint_launch(const attn_args
     const int late = joint_limit(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= M::LATE + ATTN_ALIGN + JOINT_STATIC;
     const int memory = (late ? M::LATE : M::MEMORY) + ATTN_ALIGN;
     if (p.tiles == 0) return 0;
-    CUDA_TRY("attention", cudaFuncSetAttribute(attn_joint_kernel<Op, DP, BLOCKS>,
-                                               cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
-    attn_joint_kernel<Op, DP, BLOCKS><<<(unsigned)p.tiles, M::THREADS_, memory, lac_cuda_stream()>>>(a, p, late);
+    auto kernel = attn_joint_kernel<Op, DP, BLOCKS>;
+    CUDA_TRY("attention", lac_cuda_shared((const void *)kernel, (size_t)memory));
+    launch_after(kernel, (unsigned)p.tiles, M::THREADS_, (size_t)memory, a, p, late);
     return lac_cuda_launched("attention");
 }
 template <bool BLOCKS> static int joint_tiles(const attn_args &a, const hopper_args &p, int dtype)

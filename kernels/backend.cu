@@ -190,10 +190,9 @@ static int runtime_transfer(void *to, const void *from, size_t bytes, bool to_ho
                  "copy: a graph would repeat the bytes that the cpu has now: bring the tensor over before, or "
                  "give it to the graph as an argument");
     if (lac_cuda_capturing || bytes == 0) return to_host ? wait("copy") : 0;
-    CUDA_TRY("copy", cudaMemcpyAsync(to, from, bytes, to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice,
-                                     lac_cuda_stream()));
+    if (to_host) CUDA_TRY("copy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, lac_cuda_stream()));
+    else CUDA_TRY("copy", lac_cuda_upload(to, from, bytes));
     LAC_TRY(lac_cuda_launched("copy"));
-    /* from pageable memory the call returns when the bytes are staged, so the caller may reuse them at once */
     return to_host ? wait("copy") : 0;
 }
 

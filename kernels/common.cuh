@@ -33,9 +33,16 @@ cudaStream_t lac_cuda_stream(void);
  * and returns 0, a CUDA error, or LAC_CUDA_BLAS + an error of cuBLAS. Returns what run returned, 0 if it was queued. */
 int lac_cuda_later(int (*run)(const void *data, cudaStream_t to), const void *data, size_t bytes);
 enum { LAC_CUDA_BLAS = 1 << 16 };
-/* memset and memcpy on the device, queued so */
+/* memset and memcpy on the device, queued so; and a copy of host memory, which may be written again at once */
 cudaError_t lac_cuda_fill_bytes(void *at, int byte, size_t bytes);
 cudaError_t lac_cuda_copy_bytes(void *to, const void *from, size_t bytes);
+cudaError_t lac_cuda_upload(void *to, const void *from, size_t bytes);
+/* Lets launches of a kernel have so much shared memory. The driver is asked only for more than before: it has locks,
+ * and while the launcher's thread holds one, a call of the driver here may take as long as a sleep. */
+cudaError_t lac_cuda_shared(const void *kernel, size_t bytes);
+/* as <<<>>> does, of a kernel whose `count` arguments have so many bytes (launch.cuh has one that is easier to call) */
+void lac_cuda_launch_after(const void *kernel, dim3 grid, unsigned threads, size_t shared, void **arguments,
+                           const uint32_t *bytes, int count);
 /* a CUDA error of `op` as a status; 0 for success */
 int lac_cuda_check(const char *op, cudaError_t error);
 /* after a launch: reports what the launch itself refused, remembers the operator for errors that surface later */

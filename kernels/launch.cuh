@@ -61,4 +61,16 @@ void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, co
     }(given...);
 }
 
+/* as <<<>>> does: a kernel that does not wait by itself starts when all before it are done */
+template <class... P, class... A>
+void launch_after(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, const A &...given)
+{
+    static_assert(sizeof...(P) == sizeof...(A), "as many arguments as the kernel takes");
+    [&](P... values) {
+        void *arguments[] = {(void *)&values...};
+        static const uint32_t bytes[] = {(uint32_t)sizeof(P)...};
+        lac_cuda_launch_after((const void *)kernel, grid, threads, shared, arguments, bytes, sizeof...(P));
+    }(given...);
+}
+
 #endif

@@ -3,7 +3,7 @@
  * A call of the driver is copied into a ring, and a thread makes it (launcher.h). lac_cuda_stream() is the only way to
  * the stream, and it waits for the ring: so whatever is given the stream comes after all that was queued, and no place
  * can forget it. Calls that return nothing that the host needs at once go through the ring as well (lac_cuda_later()):
- * fills, copies on the device, cuBLAS's products, the marks of streams.cu.
+ * fills, copies on the device and to it, cuBLAS's products, sorting, the marks of streams.cu.
  *
  * What a launch can be refused for is found by its caller. The first launch of a kernel, or with more threads or shared
  * memory than any before, is made by the caller itself, and so is the first product of a shape. So what fails in the
@@ -21,12 +21,13 @@
 #include <cuda.h>
 #include "launcher.h"
 
-enum { KERNELS_KNOWN = 4096, MOST_ARGUMENTS = 64 };
+enum { KERNELS_KNOWN = 4096, MOST_ARGUMENTS = 64, UPLOAD = 16 << 10 };
 struct known_kernel {
     const void *kernel;
     CUfunction function;
     unsigned threads; /* the most that the driver has accepted */
     size_t shared;
+    size_t limit;  /* of shared memory that it may ask for; 0: what all may */
     bool overlaps; /* may it start while the kernel before it ends? */
 };
 static known_kernel known[KERNELS_KNOWN];
@@ -90,7 +91,7 @@ static known_kernel *function_of(const void *kernel)
         if (cudaGetFuncBySymbol((cudaFunction_t *)&f, kernel) != cudaSuccess ||
             cudaFuncGetAttributes(&made, kernel) != cudaSuccess)
             return cudaGetLastError(), (known_kernel *)NULL;
-        known[at] = {kernel, f, 0, 0, device_overlaps && made.ptxVersion >= 90};
+        known[at] = {kernel, f, 0, 0, 0, device_overlaps && made.ptxVersion >= 90};
         return &known[at];
     }
     return NULL;
@@ -140,8 +141,18 @@ static size_t place(size_t from, size_t bytes)
     return (HEADER + from + to - 1) / to * to - HEADER;
 }
 
-void lac_cuda_launch(const void *kernel, dim3 grid, unsigned threads, size_t shared, void **arguments,
-                     const uint32_t *bytes, int count)
+cudaError_t lac_cuda_shared(const void *kernel, size_t bytes)
+{
+    known_kernel *k = function_of(kernel);
+    if (k && bytes <= k->limit) return cudaSuccess;
+    lac_launcher_settle(&launcher);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (k && !error) k->limit = bytes;
+    return error;
+}
+
+static void launch_call(const void *kernel, dim3 grid, unsigned threads, size_t shared, void **arguments,
+                        const uint32_t *bytes, int count, bool early)
 {
     known_kernel *k = driver_launch ? function_of(kernel) : NULL;
     if (!k) { /* keeps its error itself */
@@ -152,7 +163,7 @@ void lac_cuda_launch(const void *kernel, dim3 grid, unsigned threads, size_t sha
     c.function = k->function;
     c.grid[0] = grid.x, c.grid[1] = grid.y, c.grid[2] = grid.z;
     c.threads = threads, c.shared = (unsigned)shared;
-    c.overlaps = k->overlaps;
+    c.overlaps = early && k->overlaps;
     const bool accepted = threads <= k->threads && shared <= k->shared && grid.y < 1 << 16 && grid.z < 1 << 16 &&
                           grid.x && grid.y && grid.z && count <= MOST_ARGUMENTS;
     if (accepted && !lac_cuda_capturing) {
@@ -176,6 +187,17 @@ void lac_cuda_launch(const void *kernel, dim3 grid, unsigned threads, size_t sha
     } else if (!failed) {
         failed = code;
     }
+}
+
+void lac_cuda_launch(const void *kernel, dim3 grid, unsigned threads, size_t shared, void **arguments,
+                     const uint32_t *bytes, int count)
+{
+    launch_call(kernel, grid, threads, shared, arguments, bytes, count, true);
+}
+void lac_cuda_launch_after(const void *kernel, dim3 grid, unsigned threads, size_t shared, void **arguments,
+                           const uint32_t *bytes, int count)
+{
+    launch_call(kernel, grid, threads, shared, arguments, bytes, count, false);
 }
 
 /* ---- other calls ---- */
@@ -230,4 +252,25 @@ cudaError_t lac_cuda_copy_bytes(void *to, const void *from, size_t bytes)
 {
     const copy_call c = {to, from, bytes};
     return (cudaError_t)lac_cuda_later(run_copy, &c, sizeof c);
+}
+
+/* of pageable memory, so the bytes have been read when the driver's call returns; long ones are not copied twice */
+struct upload_call {
+    void *to;
+    size_t bytes;
+};
+static int run_upload(void *data)
+{
+    const upload_call *u = (const upload_call *)data;
+    return cudaMemcpyAsync(u->to, u + 1, u->bytes, cudaMemcpyHostToDevice, stream);
+}
+cudaError_t lac_cuda_upload(void *to, const void *from, size_t bytes)
+{
+    upload_call *u = NULL;
+    if (bytes <= UPLOAD && !lac_cuda_capturing) u = (upload_call *)lac_launcher_take(&launcher, sizeof *u + bytes);
+    if (!u) return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, lac_cuda_stream());
+    *u = {to, bytes};
+    memcpy(u + 1, from, bytes);
+    lac_launcher_give(&launcher, run_upload, lac_cuda_operators);
+    return cudaSuccess;
 }

@@ -140,12 +140,11 @@ static int64_t numel(const lac_view *v)
     return n;
 }
 
-/* list to the device; pageable memory is staged before the call returns */
+/* list to the device */
 template <class I> static int upload(const char *op, const std::vector<I> &list, const lac_scratch &space)
 {
     if (!space.data) return LAC_E_MEMORY;
-    return lac_cuda_check(op, cudaMemcpyAsync(space.data, list.data(), list.size() * sizeof(I), cudaMemcpyHostToDevice,
-                                              lac_cuda_stream()));
+    return lac_cuda_check(op, lac_cuda_upload(space.data, list.data(), list.size() * sizeof(I)));
 }
 
 /* the tensors of type T */

@@ -10,16 +10,30 @@
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_scan.cuh>
 
+struct sort_call {
+    void *work;
+    size_t bytes;
+    uint64_t *keys, *sorted_keys;
+    int64_t *values, *sorted, n;
+    int bits;
+};
+static int run_sort(const void *data, cudaStream_t to)
+{
+    sort_call c = *(const sort_call *)data;
+    return cub::DeviceRadixSort::SortPairs(c.work, c.bytes, c.keys, c.sorted_keys, c.values, c.sorted, c.n, 0, c.bits,
+                                           to);
+}
+
 int lac_cuda_sort_pairs(const char *op, pair_list *p, int bits)
 {
     size_t bytes = 0;
     if (!p->space.data) return LAC_E_MEMORY;
     CUDA_TRY(op, cub::DeviceRadixSort::SortPairs(NULL, bytes, p->keys, p->sorted_keys, p->values, p->sorted, p->n, 0,
-                                                 bits, lac_cuda_stream()));
+                                                 bits)); /* only tells how many */
     lac_scratch work(op, bytes + 1);
     if (!work.data) return LAC_E_MEMORY;
-    CUDA_TRY(op, cub::DeviceRadixSort::SortPairs(work.data, bytes, p->keys, p->sorted_keys, p->values, p->sorted, p->n,
-                                                 0, bits, lac_cuda_stream()));
+    const sort_call c = {work.data, bytes, p->keys, p->sorted_keys, p->values, p->sorted, p->n, bits};
+    CUDA_TRY(op, (cudaError_t)lac_cuda_later(run_sort, &c, sizeof c));
     return lac_cuda_launched(op);
 }
 
