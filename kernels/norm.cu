@@ -274,7 +274,9 @@ static int norm_run(const char *op, const lac_a_layernorm *a)
                                (float *)a->mean.data,
                                (float *)a->rstd.data};
             /* 3,072 elements are no faster so */
-            if (dense && j.x.ndim <= 1 && whole_fits<32>(w, n)) return norm_whole<32, rows_themselves<T>>(op, w);
+            if (dense && j.x.ndim <= 1 && whole_fits<32>(w, n))
+                return w.mean ? norm_whole<32, rows_themselves<T>>(op, w)
+                              : norm_whole<32, rows_themselves<T>, false>(op, w);
         }
         with_rows<T>(n, dense, [&](auto rt, auto nt, auto kt) {
             constexpr int ROW = decltype(rt)::value, threads = row_threads<ROW>;

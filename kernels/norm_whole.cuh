@@ -1,5 +1,5 @@
 /* norm_whole.cuh: layer norms of bf16 (f16 spills) over models' usual rows with gain and bias: of 768 elements on
- * their own (norm.cu), of 768 and 3,072 behind gelu (gelu_norm.cu).
+ * their own (norm.cu), rmsnorm with gain too, of 768 and 3,072 behind gelu (gelu_norm.cu).
  *
  * One block fills a multiprocessor and stays: threads keep their columns of gain and bias, a row comes ahead of its
  * turn (cp.async), the first ones before the kernel ahead is done, and lengths are constants. On an H200, 32768 x 768
@@ -23,8 +23,9 @@ template <class T> struct whole_rows {
     float *mean, *rstd;
 };
 
-/* A makes of x what is normalised: TABLE bytes of shared memory that fill() prepares, and elements() */
-template <class T, int ROW, class A>
+/* A makes of x what is normalised: TABLE bytes of shared memory that fill() prepares, and elements(). CENTRED is false
+ * for rmsnorm, which has neither mean nor bias. */
+template <class T, int ROW, bool CENTRED, class A>
 __global__ void __launch_bounds__(WHOLE_THREADS, 1) norm_whole_rows(whole_rows<T> a)
 {
     constexpr int N = 8, KEEP = WHOLE_KEEP, PER = KEEP / N, COUNT = ROW * KEEP, TEAMS = WHOLE_THREADS / ROW;
@@ -39,7 +40,10 @@ __global__ void __launch_bounds__(WHOLE_THREADS, 1) norm_whole_rows(whole_rows<T
     uint32_t mine_at = (uint32_t)__cvta_generic_to_shared(mine);
     let_next_in();
     if (lane == 0 && r < rows) ask_ahead(from, COUNT * (int)sizeof(T));
-    if (threadIdx.x == 0) ask_ahead(a.gamma, COUNT * (int)sizeof(T)), ask_ahead(a.beta, COUNT * (int)sizeof(T));
+    if (threadIdx.x == 0) {
+        ask_ahead(a.gamma, COUNT * (int)sizeof(T));
+        if (CENTRED) ask_ahead(a.beta, COUNT * (int)sizeof(T));
+    }
     if constexpr (A::TABLE > 0) A::fill(norm_space);
     previous_done();
     auto fetch = [&](int r) {
@@ -54,32 +58,38 @@ __global__ void __launch_bounds__(WHOLE_THREADS, 1) norm_whole_rows(whole_rows<T
 #pragma unroll
     for (int k = 0; k < KEEP; k += N) {
         gain[k / N] = *(const vector *)(a.gamma + k * ROW + lane * N);
-        bias[k / N] = *(const vector *)(a.beta + k * ROW + lane * N);
+        if (CENTRED) bias[k / N] = *(const vector *)(a.beta + k * ROW + lane * N);
     }
     if constexpr (A::TABLE > 0) __syncthreads();
     T *to = a.out + (int64_t)r * COUNT + lane * N;
     for (; r < rows; r += hop, to += (int64_t)hop * COUNT) {
-        float e[KEEP], total[1] = {}, square[1] = {};
+        float e[KEEP], total[1] = {}, square[1] = {}, m = 0;
         fetched(1);
         A::template elements<KEEP>([&](int k) -> vector & { return mine[k / N * WHOLE_THREADS]; }, e, norm_space);
         fetch(r + hop);
+        if constexpr (CENTRED) {
 #pragma unroll
-        for (int k = 0; k < KEEP; k++) total[0] += e[k];
-        team_sums(total, space[0][team], ROW, team);
-        float m = quotient(total[0], count, part);
+            for (int k = 0; k < KEEP; k++) total[0] += e[k];
+            team_sums(total, space[0][team], ROW, team);
+            m = quotient(total[0], count, part);
 #pragma unroll
-        for (int k = 0; k < KEEP; k++) e[k] -= m, square[0] += e[k] * e[k];
+            for (int k = 0; k < KEEP; k++) e[k] -= m;
+        }
+#pragma unroll
+        for (int k = 0; k < KEEP; k++) square[0] += e[k] * e[k];
         team_sums(square, space[1][team], ROW, team);
         float s = inverse_deviation<T>(square[0], count, a.eps);
 #pragma unroll
         for (int k = 0; k < KEEP; k += N) {
             float p[N], q[N];
-            row_unpack<T, N>(gain[k / N], p), row_unpack<T, N>(bias[k / N], q);
+            row_unpack<T, N>(gain[k / N], p);
+            if (CENTRED) row_unpack<T, N>(bias[k / N], q);
 #pragma unroll
-            for (int i = 0; i < N; i++) q[i] = fmaf(e[k + i] * s, p[i], q[i]);
+            for (int i = 0; i < N; i++) q[i] = CENTRED ? fmaf(e[k + i] * s, p[i], q[i]) : e[k + i] * s * p[i];
             *(vector *)(to + k * ROW) = row_pack<T, N>(q);
         }
-        if (lane == 0) a.mean[r] = m, a.rstd[r] = s;
+        if (CENTRED && lane == 0) a.mean[r] = m;
+        if (lane == 0) a.rstd[r] = s;
     }
 }
 
@@ -92,15 +102,15 @@ template <class T> struct rows_themselves {
     }
 };
 
-/* are rows of n elements such? They are aligned and dense; their distance is free */
+/* are rows of n elements such? They are aligned and dense; their distance is free. A bias goes with a mean. */
 template <int ROW, class T> bool whole_fits(const whole_rows<T> &a, int64_t n)
 {
-    return n == ROW * WHOLE_KEEP && a.gamma && a.beta && a.mean && a.rows <= 1 << 30;
+    return n == ROW * WHOLE_KEEP && a.gamma && !a.beta == !a.mean && a.rows <= 1 << 30;
 }
-template <int ROW, class A, class T> int norm_whole(const char *op, const whole_rows<T> &a)
+template <int ROW, class A, bool CENTRED = true, class T> int norm_whole(const char *op, const whole_rows<T> &a)
 {
     constexpr int SHARED = A::TABLE + WHOLE_THREADS * WHOLE_KEEP * (int)sizeof(T);
-    auto kernel = norm_whole_rows<T, ROW, A>;
+    auto kernel = norm_whole_rows<T, ROW, CENTRED, A>;
     static cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
     LAC_TRY(lac_cuda_check(op, allowed));
     launch(kernel, blocks_filling(a.rows, WHOLE_THREADS / ROW, 1), WHOLE_THREADS, SHARED, a);

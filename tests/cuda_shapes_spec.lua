@@ -77,12 +77,19 @@ for _, sizes in ipairs{ { 3500, 768 }, { 900, 3072 }, { 110000, 8 } } do
   case(("layernorm of [%d, %d]"):format(sizes[1], sizes[2]), function(x, gain, bias)
     return lac.layernorm(x, gain, bias)
   end, function() return { normal(sizes[1], sizes[2]) + 1, normal(sizes[2]), normal(sizes[2]) } end)
+  case(("rmsnorm of [%d, %d]"):format(sizes[1], sizes[2]), function(x, gain) return lac.rmsnorm(x, gain) end,
+    function() return { normal(sizes[1], sizes[2]) + 1, normal(sizes[2]) } end)
 end
 for _, width in ipairs{ 768, 3072 } do
+  case(("rmsnorm of rows of %d that lie apart"):format(width), function(x, gain)
+    return lac.rmsnorm(x:narrow(2, 9, width), gain)
+  end, function() return { normal(130, width + 16), normal(width) } end)
   case(("layernorm of rows of %d that lie apart"):format(width), function(x, gain, bias)
     return lac.layernorm(x:narrow(2, 9, width), gain, bias)
   end, function() return { normal(130, width + 16), normal(width), normal(width) } end)
 end
+case("rmsnorm without gain", function(x) return lac.rmsnorm(x) end,
+  function() return { normal(700, 768) } end)
 case("layernorm without gain", function(x) return lac.layernorm(x) end,
   function() return { normal(700, 768) } end)
 for _, sizes in ipairs{ { 1024, 32 }, { 2051, 768 }, { 1100, 776 }, { 4099, 72 }, { 300, 3072 },
