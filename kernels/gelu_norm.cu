@@ -59,9 +59,13 @@ template <int BYTES, int SPLIT, int KEEP>
 static __device__ __forceinline__ void look_gelu_up(const void *table, const uint32_t (&word)[KEEP / 2],
                                                     float (&y)[KEEP], float (&slope)[KEEP])
 {
+    /* both of a word, rounded by one instruction */
     auto compute = [&](int i) {
-        float e = __uint_as_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
-        y[i] = __bfloat162float(__float2bfloat16_rn(short_gelu_both(e, slope + i)));
+        float low = short_gelu_both(__uint_as_float(word[i] << 16), slope + 2 * i);
+        float high = short_gelu_both(__uint_as_float(word[i] & 0xffff0000u), slope + 2 * i + 1);
+        __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        uint32_t rounded = *(const uint32_t *)&pair;
+        y[2 * i] = __uint_as_float(rounded << 16), y[2 * i + 1] = __uint_as_float(rounded & 0xffff0000u);
     };
     auto entry = [&](int i) { return (word[i] & 0x7fff7fffu) - GELU_FIRST * 0x10001u; };
     uint32_t outside = 0;
@@ -70,8 +74,8 @@ static __device__ __forceinline__ void look_gelu_up(const void *table, const uin
         if (i % 4 < SPLIT / 2) outside |= entry(i);
     if (outside & 0xf000f000u) {
 #pragma unroll
-        for (int i = 0; i < KEEP; i++)
-            if (i % 8 < SPLIT) compute(i);
+        for (int i = 0; i < KEEP / 2; i++)
+            if (i % 4 < SPLIT / 2) compute(i);
     } else {
 #pragma unroll
         for (int i = 0; i < KEEP / 2; i++) {
@@ -87,8 +91,8 @@ static __device__ __forceinline__ void look_gelu_up(const void *table, const uin
         }
     }
 #pragma unroll
-    for (int i = 0; i < KEEP; i++)
-        if (i % 8 >= SPLIT) compute(i);
+    for (int i = 0; i < KEEP / 2; i++)
+        if (i % 4 >= SPLIT / 2) compute(i);
 }
 /* x(0), x(8), ... as words */
 template <int KEEP, class X> static __device__ __forceinline__ void words_of(X x, uint32_t (&word)[KEEP / 2])
