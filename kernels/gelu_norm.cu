@@ -14,6 +14,7 @@
  * ahead of their turn; two rows ahead were slower than one (32.7 to 30.1 us for rows of 768), runs of rows slower
  * than every so-manieth row. Models' usual widths have a kernel of their own (norm_whole.cuh), 4% to 8% faster.
  */
+#include "norm_bwd_whole.cuh"
 #include "norm_whole.cuh"
 #include "sum.cuh"
 
@@ -254,7 +255,7 @@ template <class T> struct gelu_of_rows {
 /* dx of the norm is rounded, then goes through gelu's derivative. AGAIN: it is summed over rows as it is stored, and
  * the norm's result is stored once more, for the product that read it */
 template <class T, bool AGAIN> struct gelu_norm_back {
-    enum { STREAMS = 2, COLUMNS = AGAIN ? 3 : 2, TABLE = looks_up<T> ? gelu_table<8> : 0 };
+    enum { STREAMS = 2, COLUMNS = AGAIN ? 3 : 2, TABLE = looks_up<T> ? gelu_table<8> : 0, OWN = looks_up<T> };
     const T *x, *g;
     T *dx;
     int64_t n;
@@ -298,6 +299,27 @@ template <class T, bool AGAIN> struct gelu_norm_back {
             row_access<T, N> result = row_pack<T, N>(e);
             row_store(dx, result);
             if constexpr (AGAIN) row_unpack<T, N>(result, e);
+        }
+    };
+};
+
+/* the same for norm_bwd_whole.cuh, of bf16 */
+struct gelu_back_of_rows {
+    enum { TABLE = gelu_table<8> };
+    static __device__ __forceinline__ void fill(void *table) { fill_gelu_table<8>(table); }
+    template <int KEEP> struct state {
+        float slope[KEEP];
+        template <class X> __device__ __forceinline__ void before(X x, float (&e)[KEEP], const void *table)
+        {
+            uint32_t word[KEEP / 2];
+            words_of<KEEP>(x, word);
+            look_gelu_up<8, 4>(table, word, e, slope);
+        }
+        __device__ __forceinline__ void after(float (&e)[8], int k) const
+        {
+            row_unpack<bf16, 8>(row_pack<bf16, 8>(e), e);
+#pragma unroll
+            for (int i = 0; i < 8; i++) e[i] *= slope[k + i];
         }
     };
 };
@@ -420,6 +442,12 @@ extern "C" int lac_cuda_gelu_norm_bwd(const lac_a_gelu_norm_bwd *a)
                 gelu_norm_back<T, true> back = {x, g, dx, j.n, beta, out};
                 return norm_bwd_run<T>(op, norm, back, &a->dgamma, &a->dbeta, &a->sums);
             }
+            if constexpr (looks_up<T>)
+                if (back_whole_fits<T>(j.rows, j.n)) {
+                    whole_grad<T> w = {j.rows, j.n, j.n, x, g, norm.gamma, norm.mean, norm.rstd, dx, NULL};
+                    LAC_TRY((norm_bwd_whole<gelu_back_of_rows>(op, j.n, w, &a->dgamma, &a->dbeta)));
+                    return beside(a);
+                }
             gelu_norm_back<T, false> back = {x, g, dx, j.n, NULL, NULL};
             LAC_TRY(norm_bwd_run<T>(op, norm, back, &a->dgamma, &a->dbeta));
             return beside(a);

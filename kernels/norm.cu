@@ -6,6 +6,7 @@
  * layernorm centres before it squares, as on the CPU: the sum of squares loses everything when the mean is large. Its
  * backward is norm_bwd.cuh's where rows are dense and fit a block. rmsnorm is layernorm with a mean of 0.
  */
+#include "norm_bwd_whole.cuh"
 #include "norm_whole.cuh"
 
 static __device__ __forceinline__ float exponential(float x) { return expf(x); }
@@ -342,7 +343,7 @@ __global__ void __launch_bounds__(row_threads<ROW>)
 
 /* rows that fit a block and are equally far apart: dx and the parameters' gradients in one pass */
 template <class T> struct layernorm_back {
-    enum { STREAMS = 2, COLUMNS = 2, TABLE = 0 };
+    enum { STREAMS = 2, COLUMNS = 2, TABLE = 0, OWN = true };
     const T *x, *g;
     int64_t x_step, g_step;
     T *dx;
@@ -408,6 +409,12 @@ static int norm_bwd_run(const char *op, const lac_a_layernorm_bwd *a)
         const C *mean = (const C *)a->mean.data, *rstd = (const C *)a->rstd.data;
         if constexpr (sizeof(T) < 8)
             if (keep) {
+                if constexpr (sizeof(T) == 2)
+                    if (back_whole_fits<T>(j.rows, n)) {
+                        whole_grad<T> w = {j.rows, j.x.stride[0], j.g.stride[0],   x,   g, gamma,
+                                           mean,   rstd,          (T *)a->dx.data, NULL};
+                        return norm_bwd_whole<back_themselves<T>>(op, n, w, &a->dgamma, &a->dbeta);
+                    }
                 norm_grad<T> norm = {j.rows, n, gamma, mean, rstd, NULL};
                 layernorm_back<T> back = {x, g, j.x.stride[0], j.g.stride[0], (T *)a->dx.data};
                 return norm_bwd_run<T>(op, norm, back, &a->dgamma, &a->dbeta);

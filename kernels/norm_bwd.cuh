@@ -23,8 +23,9 @@
  * rows (dealt out, 3072 columns: the same time), and so it does where a step is two rows.
  *
  * What is fused is a policy P: where a row's streams are (x, g and more), what becomes of x before the norm, and of dx
- * behind it; and whether dx is summed over rows and the norm's result made once more (COLUMNS = 3). Which products and
- * sums are one instruction is written out, so that dx has the same bits whatever P is.
+ * behind it; whether dx is summed over rows and the norm's result made once more (COLUMNS = 3); and whether rows of 768
+ * and 3,072 of half types have kernels of their own (OWN, norm_bwd_whole.cuh), whose dx has the same bits. Which
+ * products and sums are one instruction is written out, so that dx has the same bits whatever P is.
  */
 #ifndef LAC_CUDA_NORM_BWD_CUH
 #define LAC_CUDA_NORM_BWD_CUH
@@ -285,6 +286,15 @@ __global__ void __launch_bounds__(back_most<KEEP, ROWS, P::COLUMNS>, 1)
                                     norm_space + P::TABLE / 16);
 }
 
+/* adds the blocks' shares up, [block][columns][n]: of dgamma, dbeta and the sums of dx */
+template <class T>
+int add_shares(const char *op, int64_t n, int columns, unsigned blocks, const float *share, const lac_view *dgamma,
+               const lac_view *dbeta, const lac_view *dx_sums)
+{
+    launch(layernorm_combine<T>, dim3(blocks_for(n, 32), (unsigned)columns), COMBINE, 0, n, (int64_t)blocks, share,
+           (T *)dgamma->data, (T *)dbeta->data, dx_sums ? (T *)dx_sums->data : NULL);
+    return lac_cuda_launched(op);
+}
 /* launches it and adds the shares of dgamma, dbeta and of the sums of dx up; `a` lacks only where those are */
 template <int KEEP, int ROWS, int TEAM, class T, class P>
 int norm_bwd_kept(const char *op, norm_grad<T> a, const P &p, const lac_view *dgamma, const lac_view *dbeta,
@@ -313,10 +323,7 @@ int norm_bwd_kept(const char *op, norm_grad<T> a, const P &p, const lac_view *dg
     a.share = shares ? (float *)share.data : NULL;
     launch(kernel, blocks, block, P::TABLE + (shared > columns ? shared : columns), a, threads, stages, p);
     LAC_TRY(lac_cuda_launched(op));
-    if (!shares) return 0;
-    launch(layernorm_combine<T>, dim3(blocks_for(a.n, 32), COLUMNS), COMBINE, 0, a.n, (int64_t)blocks, a.share,
-           (T *)dgamma->data, (T *)dbeta->data, dx_sums ? (T *)dx_sums->data : NULL);
-    return lac_cuda_launched(op);
+    return shares ? add_shares<T>(op, a.n, COLUMNS, blocks, a.share, dgamma, dbeta, dx_sums) : 0;
 }
 /* rows of at most ROW_KEPT elements, of half types by instances for models' usual widths (TEAM; f32 of 768 columns went
  * from 91 to 90% of a copy's rate). Few threads with many elements in flight are better than many: each has its share
@@ -342,9 +349,11 @@ int norm_bwd_run(const char *op, const norm_grad<T> &a, const P &p, const lac_vi
         bool fits = (a.n + 511) / 512 * 512 == (a.n + 255) / 256 * 256;
         if constexpr (P::COLUMNS == 2) {
             std::integral_constant<int, 24> keep24;
-            if (a.n == 768) return run(keep24, one, std::integral_constant<int, 32>());
-            if (a.n == 3072) return run(keep24, one, std::integral_constant<int, 128>());
-            if (a.n > 512 && a.n < 768) return run(keep24, one, any);
+            if constexpr (!P::OWN) {
+                if (a.n == 768) return run(keep24, one, std::integral_constant<int, 32>());
+                if (a.n == 3072) return run(keep24, one, std::integral_constant<int, 128>());
+            }
+            if (a.n > 512 && a.n <= 768) return run(keep24, one, any);
             if (fits && a.n <= 8 * BACK_WIDE) return run(keep16, two, any);
         } else if (a.n == 3072) {
             return run(keep16, one, std::integral_constant<int, 192>());

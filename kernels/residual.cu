@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(row_threads<ROW>, row_blocks<ROW>(2 * forward_
 
 /* dx of the norm is rounded, then the sum's own gradient is added; with dropout that of h follows from it */
 template <class T> struct residual_back {
-    enum { STREAMS = 3, COLUMNS = 2, TABLE = 0 };
+    enum { STREAMS = 3, COLUMNS = 2, TABLE = 0, OWN = false };
     residual_args a;
     const T *sum, *g, *g_sum;
     T *dx, *dh;
