@@ -11,13 +11,22 @@
  * of them, 17.9, of 128 columns 44, 15.5, of 64 columns 22, 14.4 (13.3 without that), of 32 columns 11, 16.5.
  * Everything 14.3, without the last block's sum 12.6; without the hint 0.3 to 1 us more each.
  *
+ * Memory rests while a sum ends and the next begins. So the next kernel is let in when a block's last loads are on their
+ * way, and its blocks ask the second-level cache for what they read first, a line an instruction, before they wait: two
+ * vectors a thread for everything, four for columns. In turns with neither: everything 14.41 to 13.30 us, columns 14.28 to
+ * 13.38. Twice as much 13.54 and 13.79, four times 14.42 and 14.35; let in without asking 14.12 and 14.63, from the
+ * start on and asked for four 14.31 and 13.55. Blocks that come early go where there is room first: of everything,
+ * of which a multiprocessor could have four blocks, most came to those that were done first, and it took 18.1 us until
+ * its blocks took so much shared memory that there is room for two.
+ *
  * Rejected: clusters. Of 2 to 8 blocks that add up in each other's shared memory before they leave a share:
  * columns 15.2 to 22, everything 17.1 to 22.6; of 8 or 16 blocks that have all rows of a strip of columns, so that
  * nothing is left: 20.6 to 28. Numbers that are their own message (blocks store them, others look until they are
- * there): for everything no faster than the ticket, for columns 9% to 18% slower than a second kernel. Asking the
- * second-level cache for a kernel's first bytes before the kernel ahead is done, by lines or in bulk: 0% to 9% slower.
- * Rings in shared memory, filled by cp.async or by bulk copies: no faster for everything, 6% slower for columns; more
- * bytes on the way than some 100 KB a multiprocessor are slower everywhere.
+ * there): for everything 2% slower than the ticket, for columns 2% to 3% faster, but they need memory of their own;
+ * a ticket that is no fence, with such numbers: 0.5% to 2% slower. Small blocks that come and go, 1,024 to
+ * 4,096, for everything: 12% to 48% slower, for the tickets take turns. Rings in shared memory, filled by cp.async or
+ * by bulk copies: no faster for everything, 6% slower for columns; more bytes on the way than some 100 KB a
+ * multiprocessor are slower everywhere. Loads that fetch 256 bytes into the second-level cache: 4% slower.
  *
  * Sums are in double, as in reduce.cu; up to eight numbers of a half type, whose sum fits a float but for rounding far
  * below the result's, are added in float first. No atomics but the ticket of the last block: same shape, same bits.
@@ -101,7 +110,6 @@ static __device__ __forceinline__ bool last_of(unsigned group, unsigned blocks)
 template <int DTYPE, int ROW>
 __global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_columns(sum_job j, double *shares)
 {
-    previous_done();
     constexpr int N = vector_of<DTYPE>, FLIGHT = 8, ROWS = COLUMN_THREADS / ROW, COLUMNS = ROW * N;
     constexpr int WARPS = COLUMN_THREADS / LANES, DEEP = COLUMN_THREADS / COLUMNS, KEEP = N * ROW / LANES;
     __shared__ double sums[WARPS][COLUMNS];
@@ -111,11 +119,19 @@ __global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_columns(sum_job j, doub
     int64_t begin = blockIdx.y * j.share, end = begin + j.share < j.count ? begin + j.share : j.count;
     bool inside = column < j.outputs;
     const char *x = j.x + column * (16 / N);
+    constexpr int AHEAD = 4; /* rows of a thread that are asked for before the kernel ahead is done */
+    if (threadIdx.x < AHEAD * ROWS * (ROW / 8)) {
+        int64_t r = begin + threadIdx.x / (ROW / 8),
+                c = (int64_t)blockIdx.x * COLUMNS + threadIdx.x % (ROW / 8) * (8 * N);
+        if (r < end && c < j.outputs) ask_ahead(j.x + r * j.step + c * (16 / N));
+    }
+    previous_done();
     double s[N] = {};
     /* the last rows like the others, with zeros past the end: alone, each would wait for memory once more */
     for (int64_t r = begin + threadIdx.x / ROW; inside && r < end; r += FLIGHT * ROWS) {
         uint4 raw[FLIGHT];
         float v[FLIGHT][8];
+        if (r + FLIGHT * ROWS >= end) let_next_in();
 #pragma unroll
         for (int u = 0; u < FLIGHT; u++)
             raw[u] = r + u * ROWS < end ? __ldcs((const uint4 *)(x + (r + u * ROWS) * j.step)) : uint4{};
@@ -180,15 +196,20 @@ __global__ void __launch_bounds__(COLUMN_THREADS, 2) sum_columns(sum_job j, doub
 
 template <int DTYPE> __global__ void __launch_bounds__(ALL_THREADS) sum_all(sum_job j, double *shares)
 {
-    previous_done();
     __shared__ double space[ALL_THREADS / LANES];
-    constexpr int N = vector_of<DTYPE>, FLIGHT = 4;
+    constexpr int N = vector_of<DTYPE>, FLIGHT = 4, AHEAD = 2, LINES = ALL_THREADS / 8;
     int64_t vectors = j.count / N, step = (int64_t)gridDim.x * ALL_THREADS,
             i = (int64_t)blockIdx.x * ALL_THREADS + threadIdx.x;
     const uint4 *x = (const uint4 *)j.x;
+    if (threadIdx.x < AHEAD * LINES) {
+        int64_t line = i - threadIdx.x + threadIdx.x / LINES * step + threadIdx.x % LINES * 8;
+        if (line < vectors) ask_ahead(x + line);
+    }
+    previous_done();
     double s = 0;
     for (; i < vectors; i += FLIGHT * step) { /* as above */
         uint4 raw[FLIGHT];
+        if (i + FLIGHT * step >= vectors) let_next_in();
 #pragma unroll
         for (int u = 0; u < FLIGHT; u++) raw[u] = i + u * step < vectors ? __ldcs(x + i + u * step) : uint4{};
 #pragma unroll
@@ -232,13 +253,21 @@ template <int DTYPE> static int sum_run(sum_job j)
 {
     constexpr int N = vector_of<DTYPE>;
     if (j.outputs == 1) {
-        /* all threads that a multiprocessor can have for long sums, half of them, whose shares are few, for short ones
-         */
+        /* all threads that a multiprocessor can have for long sums, half of them, whose shares are few, for short ones:
+         * these take a third of its shared memory, so that it has two blocks and not more, where the next sum's come
+         * early: those that ended first would get all of them */
         bool large = j.count / N > (int64_t)lac_cuda_processors * ALL_THREADS * 64;
         unsigned blocks = blocks_filling(j.count / N, ALL_THREADS * 4, large ? 4 : 2);
+        static int third = 0;
+        static cudaError_t allowed = [] {
+            cudaError_t e = cudaDeviceGetAttribute(&third, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0);
+            third /= 3;
+            return e ? e : cudaFuncSetAttribute(sum_all<DTYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, third);
+        }();
+        LAC_TRY(lac_cuda_check("reduce", allowed));
         lac_scratch shares("reduce", blocks * sizeof(double));
         if (!shares.data) return LAC_E_MEMORY;
-        launch(sum_all<DTYPE>, blocks, ALL_THREADS, 0, j, (double *)shares.data);
+        launch(sum_all<DTYPE>, blocks, ALL_THREADS, large ? 0 : third, j, (double *)shares.data);
         return lac_cuda_launched("reduce");
     }
     if (j.along_rows) {

@@ -317,6 +317,29 @@ describe("cuda at size #gpu", function()
     end
   end)
 
+  -- a sum begins, and asks for its first lines, before the kernel that writes them is done
+  it("sums what the kernel ahead has just written, many in a row, to the bit", function()
+    for _, dtype in ipairs{ "f32", "bf16" } do
+      for _, sizes in ipairs{ { 2051, 768 }, { 33000, 64 }, { 9000, 3072 } } do
+        lac.scope(function()
+          local x, list = lac.randn(sizes, { dtype = dtype, device = "cuda" }), {}
+          for i = 1, 12 do
+            x = x * -1.25
+            list[i] = { x, x:sum(1), x:sum(), x:sum(1), x:sum() }
+          end
+          lac.synchronize()
+          for i, t in ipairs(list) do
+            local columns, all = t[1]:sum(1), t[1]:sum()
+            lac.synchronize()
+            local same = lac.equal(t[2], columns) and lac.equal(t[4], columns) and lac.equal(t[3], all)
+              and lac.equal(t[5], all)
+            assert.is_true(same, ("%s [%d, %d], %d"):format(dtype, sizes[1], sizes[2], i))
+          end
+        end)
+      end
+    end
+  end)
+
   it("reduces many long rows as f64 does", function()
     lac.scope(function()
       for _, width in ipairs{ 1536, 3072, 4104 } do
