@@ -44,16 +44,19 @@ enum { GELU_FIRST = (127 - 28) << 7, GELU_ENTRIES = 1 << 12 };
 template <int BYTES> inline constexpr int gelu_table = (1 << 15) + GELU_ENTRIES *BYTES;
 template <int BYTES> static __device__ __forceinline__ void fill_gelu_table(void *table)
 {
-    for (unsigned i = threadIdx.x; i < GELU_ENTRIES; i += blockDim.x)
+#pragma unroll 4
+    for (unsigned i = threadIdx.x; i < GELU_ENTRIES; i += blockDim.x) {
+        float x = __uint_as_float((i + GELU_FIRST) << 16), slope[2], y[2];
+        y[0] = short_gelu_both(x, slope), y[1] = short_gelu_both(-x, slope + 1);
+        __nv_bfloat162 rounded = __floats2bfloat162_rn(y[0], y[1]);
+        y[0] = __low2float(rounded), y[1] = __high2float(rounded);
 #pragma unroll
         for (int sign = 0; sign < 2; sign++) {
-            float x = __uint_as_float((i + GELU_FIRST) << 16), slope;
-            float y = short_gelu_both(sign ? -x : x, &slope);
-            y = __bfloat162float(__float2bfloat16_rn(y));
             char *to = (char *)table + (sign << 15) + i * BYTES;
-            if constexpr (BYTES == 8) *(float2 *)to = make_float2(y, slope);
-            else *(float *)to = y;
+            if constexpr (BYTES == 8) *(float2 *)to = make_float2(y[sign], slope[sign]);
+            else *(float *)to = y[sign];
         }
+    }
 }
 /* of the bf16 in `word`, two each, the first SPLIT of eight; y is rounded. One test for all. */
 template <int BYTES, int SPLIT, int KEEP>
@@ -303,8 +306,8 @@ template <class T, bool AGAIN> struct gelu_norm_back {
     };
 };
 
-/* the same for norm_bwd_whole.cuh, of bf16 */
-struct gelu_back_of_rows {
+/* the same for norm_bwd_whole.cuh, of bf16; the first SPLIT of eight are looked up */
+template <int SPLIT> struct gelu_back_of_rows {
     enum { TABLE = gelu_table<8> };
     static __device__ __forceinline__ void fill(void *table) { fill_gelu_table<8>(table); }
     template <int KEEP> struct state {
@@ -313,7 +316,7 @@ struct gelu_back_of_rows {
         {
             uint32_t word[KEEP / 2];
             words_of<KEEP>(x, word);
-            look_gelu_up<8, 4>(table, word, e, slope);
+            look_gelu_up<8, SPLIT>(table, word, e, slope);
         }
         __device__ __forceinline__ void after(float (&e)[8], int k) const
         {
@@ -445,7 +448,8 @@ extern "C" int lac_cuda_gelu_norm_bwd(const lac_a_gelu_norm_bwd *a)
             if constexpr (looks_up<T>)
                 if (back_whole_fits<T>(j.rows, j.n)) {
                     whole_grad<T> w = {j.rows, j.n, j.n, x, g, norm.gamma, norm.mean, norm.rstd, dx, NULL};
-                    LAC_TRY((norm_bwd_whole<gelu_back_of_rows>(op, j.n, w, &a->dgamma, &a->dbeta)));
+                    if (j.n == 768) LAC_TRY((norm_bwd_whole<32, gelu_back_of_rows<6>>(op, w, &a->dgamma, &a->dbeta)));
+                    else LAC_TRY((norm_bwd_whole<128, gelu_back_of_rows<2>>(op, w, &a->dgamma, &a->dbeta)));
                     return beside(a);
                 }
             gelu_norm_back<T, false> back = {x, g, dx, j.n, NULL, NULL};

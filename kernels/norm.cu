@@ -413,7 +413,8 @@ static int norm_bwd_run(const char *op, const lac_a_layernorm_bwd *a)
                     if (back_whole_fits<T>(j.rows, n)) {
                         whole_grad<T> w = {j.rows, j.x.stride[0], j.g.stride[0],   x,   g, gamma,
                                            mean,   rstd,          (T *)a->dx.data, NULL};
-                        return norm_bwd_whole<back_themselves<T>>(op, n, w, &a->dgamma, &a->dbeta);
+                        return n == 768 ? norm_bwd_whole<32, back_themselves<T>>(op, w, &a->dgamma, &a->dbeta)
+                                        : norm_bwd_whole<128, back_themselves<T>>(op, w, &a->dgamma, &a->dbeta);
                     }
                 norm_grad<T> norm = {j.rows, n, gamma, mean, rstd, NULL};
                 layernorm_back<T> back = {x, g, j.x.stride[0], j.g.stride[0], (T *)a->dx.data};

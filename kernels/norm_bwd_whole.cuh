@@ -65,10 +65,10 @@ __global__ void __launch_bounds__(BACK_THREADS, 1) norm_bwd_whole_rows(whole_gra
         if (a.mean) m_next = a.mean[at];
         s_next = a.rstd[at];
     };
-    /* before the kernel ahead is done: the first rows and what goes with them */
-    if (lane < BACK_STAGES && first + lane * hop < rows) {
-        ask_ahead(a.x + (first + lane * hop) * a.x_step, COUNT * (int)sizeof(T));
-        ask_ahead(a.g + (first + lane * hop) * a.g_step, COUNT * (int)sizeof(T));
+    /* before the kernel ahead is done: the first row and what goes with all */
+    if (first < rows) {
+        ask_lines<COUNT *(int)sizeof(T), ROW>(a.x + first * a.x_step, lane);
+        ask_lines<COUNT *(int)sizeof(T), ROW>(a.g + first * a.g_step, lane);
     }
     for (int r = first + lane * hop; r < rows; r += ROW * hop) {
         if (a.mean) ask_ahead(a.mean + r);
@@ -154,7 +154,7 @@ template <class T> bool back_whole_fits(int64_t rows, int64_t n)
     return sizeof(T) == 2 && (n == 32 * BACK_KEEP || n == 128 * BACK_KEEP) && rows <= 1 << 30;
 }
 template <int ROW, class A, class T>
-int norm_bwd_whole_of(const char *op, whole_grad<T> a, const lac_view *dgamma, const lac_view *dbeta)
+int norm_bwd_whole(const char *op, whole_grad<T> a, const lac_view *dgamma, const lac_view *dbeta)
 {
     constexpr int COUNT = ROW * BACK_KEEP;
     constexpr int SHARED = A::TABLE + BACK_STAGES * 2 * BACK_KEEP * (int)sizeof(T) * BACK_THREADS;
@@ -170,12 +170,6 @@ int norm_bwd_whole_of(const char *op, whole_grad<T> a, const lac_view *dgamma, c
     launch(kernel, blocks, BACK_THREADS, SHARED, a);
     LAC_TRY(lac_cuda_launched(op));
     return shares ? add_shares<T>(op, COUNT, 2, blocks, a.share, dgamma, dbeta, NULL) : 0;
-}
-template <class A, class T>
-int norm_bwd_whole(const char *op, int64_t n, const whole_grad<T> &a, const lac_view *dgamma, const lac_view *dbeta)
-{
-    if (n == 32 * BACK_KEEP) return norm_bwd_whole_of<32, A>(op, a, dgamma, dbeta);
-    return norm_bwd_whole_of<128, A>(op, a, dgamma, dbeta);
 }
 
 #endif

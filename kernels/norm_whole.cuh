@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(WHOLE_THREADS, 1) norm_whole_rows(whole_rows<T
     vector *mine = (vector *)norm_space + A::TABLE / 16 + threadIdx.x;
     uint32_t mine_at = (uint32_t)__cvta_generic_to_shared(mine);
     let_next_in();
-    if (lane == 0 && r < rows) ask_ahead(from, COUNT * (int)sizeof(T));
+    if (r < rows) ask_lines<COUNT *(int)sizeof(T), ROW>(a.x + r * a.step, lane);
     if (threadIdx.x == 0) {
         ask_ahead(a.gamma, COUNT * (int)sizeof(T));
         if (CENTRED) ask_ahead(a.beta, COUNT * (int)sizeof(T));
