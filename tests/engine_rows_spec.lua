@@ -200,6 +200,32 @@ describe("engine on " .. isa .. ":", function()
         end
       end
     end)
+    it("gradients of wide rows are right, and have the same bits beside others as alone", function()
+      for _, dtype in ipairs(FLOATS) do
+        for _, n in ipairs { 1, 15, 16, 37, 1029 } do
+          local g = tensor(dtype, { 4, n }, randoms(4 * n, -1, 1))
+          for logarithm = 0, 1 do
+            local y = op("softmax", tensor(dtype, { 4, n }, randoms(4 * n, -3, 3)), 1, logarithm)
+            local ys, gs, exact = get(y), get(g), {}
+            for first = 0, 3 * n, n do
+              local sum = 0
+              for i = first + 1, first + n do sum = sum + (logarithm == 1 and gs[i] or ys[i] * gs[i]) end
+              for i = first + 1, first + n do
+                exact[i] = logarithm == 1 and gs[i] - math.exp(ys[i]) * sum or ys[i] * (gs[i] - sum)
+              end
+            end
+            local got = get(op("softmax_bwd", y, g, 1, logarithm))
+            check_all(("softmax_bwd of %d, %d"):format(n, logarithm), dtype, got, exact, 1, 2 ^ -20)
+            for row = 0, 3 do
+              local one = tensor(dtype, { 1, n }, { unpack(ys, row * n + 1, row * n + n) })
+              local up = tensor(dtype, { 1, n }, { unpack(gs, row * n + 1, row * n + n) })
+              equal_all("row " .. row, { unpack(got, row * n + 1, row * n + n) }, get(op("softmax_bwd", one,
+                up, 1, logarithm)))
+            end
+          end
+        end
+      end
+    end)
     it("gradients agree with central differences", function()
       local x, g = randoms(15, -2, 2), randoms(15, -1, 1)
       for logarithm = 0, 1 do

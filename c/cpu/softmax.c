@@ -5,18 +5,21 @@
  * next the exponentials are computed and of the one after that the maximum is found. One after the other they take 15
  * cycles a line of floats on a Zen 4 (writing past the caches alone 8.3, the exponential 8.4, the maximum 1.3),
  * together 11.6, where a copy takes 10 and the loop by itself 9.5. Milakov and Gimelshein's online form was rejected
- * there: its rescaling serialises the exponentials, and the row is in cache anyway. Along another axis the rows'
- * elements are far apart, and a row by itself would use 4 bytes of each cache line: there a task takes a block of
- * neighbouring columns, with one maximum and one sum per column, and goes through memory twice: 32 rows at a time for
- * the statistics (the online form, whose rescaling is then rare), and again for the results, where each exponential is
- * computed anew, because that is cheaper than to write and read it. Only where no axis is dense, rows are gathered one
- * by one. Results larger than the caches are written past them. Sums are taken in the compute type over at most 1024
- * elements or 32 rows and added up in double. So columns cannot come near one copy: reading twice and writing once are
- * 1.5 times its bytes, and 1.67, 1.5 and 1.33 times those of the backward, the logarithm and its backward. On an
- * AVX-512 Xeon with 2 MB of second cache these four took 1.70, 1.62, 1.73 and 1.39 for 16384 rows of 4096 bytes on one
- * thread. Rejected: blocks of columns narrow enough to be kept in the second cache between the two passes: pieces of
- * 256 bytes come slowly (a mere copy in blocks of 64, 128, 256 bytes, asked for ahead, took 3.3, 2.4, 2.2 times a copy
- * in order). A row of -inf only has no softmax: it gives NaN, as 0/0 should; callers that mean "no key" must say so.
+ * there: its rescaling serialises the exponentials, and the row is in cache anyway. The backward has two passes: dx of
+ * a row is written while the sum of the next one is found; with AVX2 on a Zen 3 that is 80 to 85% of a copy instead of
+ * 70 to 74, and of the logarithm 89 instead of 25, of which most were loads that waited (WRITE_EXP). Along another axis
+ * the rows' elements are far apart, and a row by itself would use 4 bytes of each cache line: there a task takes a
+ * block of neighbouring columns, with one maximum and one sum per column, and goes through memory twice: 32 rows at a
+ * time for the statistics (the online form, whose rescaling is then rare), and again for the results, where each
+ * exponential is computed anew, because that is cheaper than to write and read it. Only where no axis is dense, rows
+ * are gathered one by one. Results larger than the caches are written past them. Sums are taken in the compute type
+ * over at most 1024 elements or 32 rows and added up in double. So columns cannot come near one copy: reading twice and
+ * writing once are 1.5 times its bytes, and 1.67, 1.5 and 1.33 times those of the backward, the logarithm and its
+ * backward. On an AVX-512 Xeon with 2 MB of second cache these four took 1.70, 1.62, 1.73 and 1.39 for 16384 rows of
+ * 4096 bytes on one thread. Rejected: blocks of columns narrow enough to be kept in the second cache between the two
+ * passes: pieces of 256 bytes come slowly (a mere copy in blocks of 64, 128, 256 bytes, asked for ahead, took 3.3, 2.4,
+ * 2.2 times a copy in order). A row of -inf only has no softmax: it gives NaN, as 0/0 should; callers that mean "no
+ * key" must say so.
  */
 #include "cpu.h"
 #include "rows.h"
@@ -29,7 +32,7 @@ typedef struct {
     int64_t stride[3];    /* bytes between a row's elements */
     int dtype, ctype, inputs;
     bool logarithm, stream; /* stream: a result larger than the caches */
-    bool direct;            /* forward along rows that are arrays of the compute type */
+    bool direct;            /* rows that are arrays of the compute type */
     int64_t width, blocks;  /* columns: how many of them a task works on together, tasks per outer row */
     char *workspace;
     int64_t space; /* bytes of it per thread */
@@ -50,36 +53,36 @@ typedef struct {
         }                                                                                                              \
         for (; i_ < (n); i_++) (y)[i_] = f(i_);                                                                        \
     } while (0)
-/* y[i] = f(i, e^argument(i)), the exponentials a line at a time */
-#define WRITE_EXP(T, n, y, ahead, stream, LINE, argument, f)                                                           \
+/* y[i] = f(i, e^argument(i)), the exponentials a line at a time. The arguments come as vectors: gcc would copy an array
+ * by 16 bytes, and AVX2 loads 32, which then wait for the stores (three times the time). */
+#define AT(U, x, i) (*(const U *)((x) + (i)))
+#define WRITE_EXP(T, V, n, y, ahead, stream, LINE, argument, f)                                                        \
     do {                                                                                                               \
-        enum { CHUNK_ = V_LINE / sizeof(T) };                                                                          \
+        enum { CHUNK_ = V_LINE / sizeof(T), L_ = V_WIDTH / sizeof(T) };                                                \
         int64_t i_ = 0;                                                                                                \
         for (; i_ + CHUNK_ <= (n); i_ += CHUNK_) {                                                                     \
             T line_[CHUNK_];                                                                                           \
             __builtin_prefetch((ahead) + i_);                                                                          \
-            _Pragma("omp simd") for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = argument(i_ + k_);                     \
+            _Pragma("GCC unroll 4") for (int k_ = 0; k_ < CHUNK_; k_ += L_) * (V *)(line_ + k_) =                      \
+                argument(V, i_ + k_);                                                                                  \
             LINE(line_);                                                                                               \
             _Pragma("omp simd") for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = f(i_ + k_, line_[k_]);                 \
             v_put_line((y) + i_, line_, stream);                                                                       \
         }                                                                                                              \
         if (i_ < (n)) {                                                                                                \
             T line_[CHUNK_];                                                                                           \
-            for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = i_ + k_ < (n) ? argument(i_ + k_) : 0;                     \
+            for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = i_ + k_ < (n) ? argument(T, i_ + k_) : 0;                  \
             LINE(line_);                                                                                               \
             for (; i_ < (n); i_++) (y)[i_] = f(i_, line_[i_ % CHUNK_]);                                                \
         }                                                                                                              \
     } while (0)
 #define ROW_LOG(i) ((x[i] - m) - rest)
 #define ROW_SCALE(i) (x[i] * scale)
-#define ROW_SLOPE(i) (y[i] * (g[i] - s))
-#define ROW_LOGARITHM(i) y[i]
-#define ROW_LOG_SLOPE(i, e) (g[i] - (e)*s)
 #define COLUMN_LOG(i) ((in[i] - m[i]) - s[i])
 #define COLUMN_SLOPE(i) (iy[i] * (ig[i] - s[i]))
-#define COLUMN_SHIFTED(i) (in[i] - m[i])
+#define COLUMN_SHIFTED(U, i) (AT(U, in, i) - AT(U, m, i))
 #define COLUMN_EXP(i, e) ((e)*s[i])
-#define COLUMN_LOGARITHM(i) iy[i]
+#define COLUMN_LOGARITHM(U, i) AT(U, iy, i)
 #define COLUMN_LOG_SLOPE(i, e) (ig[i] - (e)*s[i])
 
 #define ROW_KERNELS(T, S, V, SUM, EXP, LINE, INF)                                                                      \
@@ -156,28 +159,65 @@ typedef struct {
         *top = best;                                                                                                   \
         return total;                                                                                                  \
     }                                                                                                                  \
-    static double row_dot_##S(const T *x, const T *y, int64_t n)                                                       \
+    /* The backward's two passes over two rows: dx of y and g, whose sum is s, is written, while the next row's sum is \
+     * found. dx may be y. */                                                                                          \
+    LAC_INLINE T backward_step_##S(const T *y, const T *g, T s, T *dx, const T *yn, const T *gn, int64_t n,            \
+                                   bool logarithm, bool stream, bool write, bool sum)                                  \
     {                                                                                                                  \
-        enum { L = V_WIDTH / sizeof(T) };                                                                              \
+        enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
         double total = 0;                                                                                              \
         for (int64_t i = 0; i < n;) {                                                                                  \
             int64_t end = n - i < ROW_SUM ? n : i + ROW_SUM;                                                           \
-            V a = {0}, b = {0};                                                                                        \
-            T rest = 0;                                                                                                \
-            for (; i + 2 * L <= end; i += 2 * L) {                                                                     \
-                a += *(const V *)(x + i) * *(const V *)(y + i);                                                        \
-                b += *(const V *)(x + i + L) * *(const V *)(y + i + L);                                                \
+            V a[CHUNK / L] = {{0}};                                                                                    \
+            T rest = 0, line[CHUNK];                                                                                   \
+            for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
+                if (sum) {                                                                                             \
+                    __builtin_prefetch((const char *)(yn + i) + AHEAD, 0, 2);                                          \
+                    __builtin_prefetch((const char *)(gn + i) + AHEAD, 0, 2);                                          \
+                }                                                                                                      \
+                _Pragma("GCC unroll 4") for (int k = 0; sum && k < CHUNK / L; k++)                                     \
+                {                                                                                                      \
+                    if (logarithm) a[k] += AT(V, gn, i + k * L);                                                       \
+                    else a[k] += AT(V, yn, i + k * L) * AT(V, gn, i + k * L);                                          \
+                }                                                                                                      \
+                if (!write) continue;                                                                                  \
+                _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK; k += L) * (V *)(line + k) = AT(V, y, i + k);        \
+                if (logarithm) LINE(line);                                                                             \
+                _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK; k += L)                                             \
+                {                                                                                                      \
+                    V gk = AT(V, g, i + k), own = *(V *)(line + k);                                                    \
+                    *(V *)(line + k) = logarithm ? gk - own * s : own * (gk - s);                                      \
+                }                                                                                                      \
+                v_put_line(dx + i, line, stream);                                                                      \
             }                                                                                                          \
-            for (; i < end; i++) rest += x[i] * y[i];                                                                  \
-            total += (double)(SUM(a + b) + rest);                                                                      \
+            if (i < end) {                                                                                             \
+                for (int k = 0; write && k < CHUNK; k++) line[k] = i + k < end ? y[i + k] : 0;                         \
+                if (write && logarithm) LINE(line);                                                                    \
+                for (; i < end; i++) {                                                                                 \
+                    T own = line[i % CHUNK];                                                                           \
+                    if (sum) rest += logarithm ? gn[i] : yn[i] * gn[i];                                                \
+                    if (write) dx[i] = logarithm ? g[i] - own * s : own * (g[i] - s);                                  \
+                }                                                                                                      \
+            }                                                                                                          \
+            _Pragma("GCC unroll 4") for (int k = 1; k < CHUNK / L; k++) a[0] += a[k];                                  \
+            total += (double)(SUM(a[0]) + rest);                                                                       \
         }                                                                                                              \
-        return total;                                                                                                  \
+        return (T)total;                                                                                               \
+    }                                                                                                                  \
+    static T softmax_bwd_step_##S(const T *y, const T *g, T s, T *dx, const T *yn, const T *gn, int64_t n,             \
+                                  bool logarithm, bool stream)                                                         \
+    {                                                                                                                  \
+        if (logarithm && !dx) return backward_step_##S(y, g, s, dx, yn, gn, n, true, stream, false, true);             \
+        if (logarithm && !gn) return backward_step_##S(y, g, s, dx, yn, gn, n, true, stream, true, false);             \
+        if (logarithm) return backward_step_##S(y, g, s, dx, yn, gn, n, true, stream, true, true);                     \
+        if (!dx) return backward_step_##S(y, g, s, dx, yn, gn, n, false, stream, false, true);                         \
+        if (!gn) return backward_step_##S(y, g, s, dx, yn, gn, n, false, stream, true, false);                         \
+        return backward_step_##S(y, g, s, dx, yn, gn, n, false, stream, true, true);                                   \
     }                                                                                                                  \
     static void softmax_bwd_row_##S(const T *y, const T *g, T *dx, int64_t n, bool logarithm, bool stream)             \
     {                                                                                                                  \
-        T s = (T)(logarithm ? LAC_CPU(sum)(sizeof(T) == 4 ? C_F32 : C_F64, g, n) : row_dot_##S(y, g, n));              \
-        if (logarithm) WRITE_EXP(T, n, dx, v_asks() ? y + n : y, stream, LINE, ROW_LOGARITHM, ROW_LOG_SLOPE);          \
-        else WRITE(T, n, dx, v_asks() ? y + n : y, stream, ROW_SLOPE);                                                 \
+        T s = softmax_bwd_step_##S(NULL, NULL, 0, NULL, y, g, n, logarithm, false);                                    \
+        softmax_bwd_step_##S(y, g, s, dx, NULL, NULL, n, logarithm, stream);                                           \
     }                                                                                                                  \
     /* functions of their own, because gcc does not vectorise these loops inside of others */                          \
     static __attribute__((noinline)) void columns_max_##S(const T *restrict x, T *restrict top, int64_t w)             \
@@ -234,7 +274,7 @@ typedef struct {
             T *out = plain ? (T *)(y + r * sy) : space;                                                                \
             bool stream = job->stream && ((uintptr_t)out & (V_LINE - 1)) == 0;                                         \
             if (logarithm) WRITE(T, w, out, in + sx / bytes, stream, COLUMN_LOG);                                      \
-            else WRITE_EXP(T, w, out, in + sx / bytes, stream, LINE, COLUMN_SHIFTED, COLUMN_EXP);                      \
+            else WRITE_EXP(T, V, w, out, in + sx / bytes, stream, LINE, COLUMN_SHIFTED, COLUMN_EXP);                   \
             if (!plain) LAC_CPU(store)(job->dtype, out, y + r * sy, bytes, w);                                         \
         }                                                                                                              \
     }                                                                                                                  \
@@ -267,7 +307,7 @@ typedef struct {
             const T *next = v_asks() ? ig + sg / bytes : ig;                                                           \
             T *out = plain ? (T *)(dx + r * sd) : space;                                                               \
             bool stream = job->stream && ((uintptr_t)out & (V_LINE - 1)) == 0;                                         \
-            if (logarithm) WRITE_EXP(T, w, out, next, stream, LINE, COLUMN_LOGARITHM, COLUMN_LOG_SLOPE);               \
+            if (logarithm) WRITE_EXP(T, V, w, out, next, stream, LINE, COLUMN_LOGARITHM, COLUMN_LOG_SLOPE);            \
             else WRITE(T, w, out, next, stream, COLUMN_SLOPE);                                                         \
             if (!plain) LAC_CPU(store)(job->dtype, out, dx + r * sd, bytes, w);                                        \
         }                                                                                                              \
@@ -336,6 +376,25 @@ static bool row_streams(const softmax_job *job, const void *y)
             m_before = m, m = m_next;                                                                                  \
         }                                                                                                              \
         softmax_write_##S(logarithm ? before : work, m_before, sum, y, n, logarithm, row_streams(job, y));             \
+    }                                                                                                                  \
+    static void softmax_bwd_rows_##S(const softmax_job *job, int64_t begin, int64_t end)                               \
+    {                                                                                                                  \
+        const int64_t n = job->n;                                                                                      \
+        lac_cursor c;                                                                                                  \
+        char *at[3] = {0}; /* dx, y and g */                                                                           \
+        row_at(job, &c, begin, true, at);                                                                              \
+        T *dx = (T *)at[0], *dx_next = dx;                                                                             \
+        const T *y = (const T *)at[1], *g = (const T *)at[2], *y_next = y, *g_next = g;                                \
+        T s = softmax_bwd_step_##S(NULL, NULL, 0, NULL, y, g, n, job->logarithm, false);                               \
+        for (int64_t t = begin; t < end; t++) {                                                                        \
+            if (t + 1 < end) {                                                                                         \
+                row_at(job, &c, t + 1, false, at);                                                                     \
+                dx_next = (T *)at[0], y_next = (const T *)at[1], g_next = (const T *)at[2];                            \
+            }                                                                                                          \
+            s = softmax_bwd_step_##S(y, g, s, dx, y_next, t + 1 < end ? g_next : NULL, n, job->logarithm,              \
+                                     row_streams(job, dx));                                                            \
+            dx = dx_next, y = y_next, g = g_next;                                                                      \
+        }                                                                                                              \
     }
 ROW_PIPELINE(float, f)
 ROW_PIPELINE(double, d)
@@ -346,7 +405,9 @@ static void softmax_task(void *context, int64_t begin, int64_t end, int thread)
     char *space = job->workspace + job->space * thread;
     lac_cursor c;
     if (job->direct) space = row_beside((uintptr_t)job->nest.data[1], space);
-    if (job->direct && job->ctype == C_F32) softmax_rows_f(job, begin, end, (float *)space);
+    if (job->direct && job->inputs == 2 && job->ctype == C_F32) softmax_bwd_rows_f(job, begin, end);
+    else if (job->direct && job->inputs == 2) softmax_bwd_rows_d(job, begin, end);
+    else if (job->direct && job->ctype == C_F32) softmax_rows_f(job, begin, end, (float *)space);
     else if (job->direct) softmax_rows_d(job, begin, end, (double *)space);
     for (int64_t t = begin; t < end && !job->direct; t++) {
         char *at[3] = {0};
@@ -430,7 +491,8 @@ static int softmax_run(const char *op, int inputs, const lac_view *const *views,
     LAC_CPU(nest_make)(&job.nest, inputs + 1, list);
     bool columns = columns_fit(&job, numel / job.n);
     job.stream = lac_is_native(job.dtype) && numel * size >= LAC_STREAM_BYTES;
-    job.direct = inputs == 1 && lac_is_native(job.dtype) && job.stride[0] == size && job.stride[1] == size;
+    job.direct = lac_is_native(job.dtype) && job.stride[0] == size && job.stride[1] == size &&
+                 (inputs == 1 || job.stride[2] == size);
     job.row_bytes = (job.n * size + 63) / 64 * 64;
     int64_t rows = numel / job.n, work = numel * 4;
     int64_t tasks = columns ? rows / job.nest.shape[job.nest.ndim - 1] * job.blocks : rows;
