@@ -237,6 +237,21 @@ LAC_INLINE void v_gelu_grad(__m512 *x, int lines)
         vector(x, lines);                                                                                              \
         _Pragma("GCC unroll 4") for (int k = 0; k < lines; k++) _mm512_storeu_ps(line[k], x[k]);                       \
     }
+#elif defined(__AVX2__)
+#include "activations_avx2.h"
+/* two lines at once, or one: the bits are the same */
+#define V_LINES(name, vector, scalar)                                                                                  \
+    LAC_INLINE void name(float(*line)[V_FLOATS], int lines)                                                            \
+    {                                                                                                                  \
+        const int step = lines % 2 ? 1 : 2;                                                                            \
+        _Pragma("GCC unroll 4") for (int j = 0; j < lines; j += step)                                                  \
+        {                                                                                                              \
+            __m256 x[V8_ABREAST];                                                                                      \
+            _Pragma("GCC unroll 4") for (int k = 0; k < 2 * step; k++) x[k] = _mm256_loadu_ps(line[j] + 8 * k);        \
+            vector(x, 2 * step);                                                                                       \
+            _Pragma("GCC unroll 4") for (int k = 0; k < 2 * step; k++) _mm256_storeu_ps(line[j] + 8 * k, x[k]);        \
+        }                                                                                                              \
+    }
 #else
 LAC_INLINE float v_logisticf(float x) { return 1.0f + v_exp_flushf(-x); }
 #define V_LINES(name, vector, scalar)                                                                                  \

@@ -40,6 +40,60 @@ LAC_INLINE void v_exp_table(float *line, bool bounded, bool loose)
 }
 #define V_EXP_LINE(name, scalar, bounded, loose)                                                                       \
     LAC_INLINE void name(float *line) { v_exp_table(line, bounded, loose); }
+#elif defined(__AVX2__)
+enum { V8_ABREAST = 4 }; /* vectors at once, at most */
+#define V8_EACH _Pragma("GCC unroll 4") for (int k = 0; k < count; k++)
+
+LAC_INLINE __m256 v8_set(float x) { return _mm256_set1_ps(x); }
+LAC_INLINE __m256 v8_sign(void) { return v8_set(-0.0f); }
+/* 2^(n - 127) from n in the low bits of a float */
+LAC_INLINE __m256 v8_power(__m256 t) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23)); }
+/* NaN passes as the second argument */
+LAC_INLINE __m256 v8_at_least(float least, __m256 x) { return _mm256_max_ps(v8_set(least), x); }
+LAC_INLINE __m256 v8_at_most(float most, __m256 x) { return _mm256_min_ps(v8_set(most), x); }
+/* v_exp_poly */
+LAC_INLINE void v8_exp_poly(const __m256 *r, __m256 *p, int count)
+{
+    V8_EACH p[k] = _mm256_fmadd_ps(r[k], v8_set(1.3926213835e-3f), v8_set(8.3632029716e-3f));
+    V8_EACH p[k] = _mm256_fmadd_ps(r[k], p[k], v8_set(4.1666554432e-2f));
+    V8_EACH p[k] = _mm256_fmadd_ps(r[k], p[k], v8_set(1.6666576846e-1f));
+    V8_EACH p[k] = _mm256_fmadd_ps(r[k], p[k], v8_set(0.5f));
+    V8_EACH p[k] = _mm256_fmadd_ps(r[k], p[k], v8_set(1.0f));
+    V8_EACH p[k] = _mm256_fmadd_ps(r[k], p[k], v8_set(1.0f));
+}
+/* what is left of c where t = c log2(e) + magic has been rounded: v_minus_ln2, v_minus_ln2_loose */
+LAC_INLINE void v8_reduce(const __m256 *c, const __m256 *t, float magic, bool loose, __m256 *r, int count)
+{
+    __m256 n[V8_ABREAST];
+    V8_EACH n[k] = _mm256_sub_ps(t[k], v8_set(magic));
+    V8_EACH r[k] = _mm256_fnmadd_ps(n[k], v8_set(loose ? 0.693147182f : 0.693359375f), c[k]);
+    if (!loose) V8_EACH r[k] = _mm256_fmadd_ps(n[k], v8_set(2.12194440e-4f), r[k]);
+}
+/* v_expf, or what is bounded above and 0 where it leaves the normal floats: v_exp_downf, loose: v_exp_termf */
+LAC_INLINE void v8_exp(__m256 *x, bool bounded, bool loose, int count)
+{
+    const float magic = 12582912.0f + (bounded ? 127.0f : 254.0f);
+    __m256 t[V8_ABREAST], r[V8_ABREAST], p[V8_ABREAST];
+    V8_EACH x[k] = v8_at_least(bounded ? -88.0f : -104.5f, x[k]);
+    if (!bounded) V8_EACH x[k] = v8_at_most(89.0f, x[k]);
+    V8_EACH t[k] = _mm256_fmadd_ps(x[k], v8_set(1.44269504f), v8_set(magic));
+    v8_reduce(x, t, magic, loose, r, count);
+    v8_exp_poly(r, p, count);
+    V8_EACH
+    {
+        __m256i i = _mm256_castps_si256(t[k]), half = _mm256_srli_epi32(i, 1), rest = _mm256_sub_epi32(i, half);
+        if (!bounded) p[k] = _mm256_mul_ps(p[k], v8_power(_mm256_castsi256_ps(half)));
+        x[k] = _mm256_mul_ps(p[k], bounded ? v8_power(t[k]) : v8_power(_mm256_castsi256_ps(rest)));
+    }
+}
+#define V_EXP_LINE(name, scalar, bounded, loose)                                                                       \
+    LAC_INLINE void name(float *line)                                                                                  \
+    {                                                                                                                  \
+        __m256 x[2] = {_mm256_loadu_ps(line), _mm256_loadu_ps(line + 8)};                                              \
+        v8_exp(x, bounded, loose, 2);                                                                                  \
+        _mm256_storeu_ps(line, x[0]);                                                                                  \
+        _mm256_storeu_ps(line + 8, x[1]);                                                                              \
+    }
 #else
 #define V_EXP_LINE(name, scalar, bounded, loose)                                                                       \
     LAC_INLINE void name(float *line)                                                                                  \

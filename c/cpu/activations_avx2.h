@@ -1,0 +1,88 @@
+/* activations_avx2.h: activations of two cache lines of floats at a time, with AVX2.
+ *
+ * The formulas are those of simd.h, step by step over four vectors: one vector is a chain of 20 to 30 dependent steps,
+ * of which a processor sees few at once, and gcc puts those of a plain loop one after the other.
+ */
+#ifndef LAC_CPU_ACTIVATIONS_AVX2_H
+#define LAC_CPU_ACTIVATIONS_AVX2_H
+#include "exps.h"
+
+/* 1 + e^-x; infinite below -88.7 */
+LAC_INLINE void v_logistic(__m256 *x, int count)
+{
+    const float magic = 12582912.0f + 127.0f;
+    __m256 t[V8_ABREAST], r[V8_ABREAST], p[V8_ABREAST];
+    V8_EACH x[k] = _mm256_xor_ps(v8_at_most(87.0f, v8_at_least(-88.8f, x[k])), v8_sign());
+    V8_EACH t[k] = _mm256_fmadd_ps(x[k], v8_set(1.44269504f), v8_set(magic));
+    v8_reduce(x, t, magic, false, r, count);
+    v8_exp_poly(r, p, count);
+    V8_EACH x[k] = _mm256_fmadd_ps(p[k], v8_power(t[k]), v8_set(1.0f));
+}
+
+/* v_tanhf */
+LAC_INLINE void v_tanh(__m256 *x, int count)
+{
+    const float magic = 12582912.0f + 127.0f;
+    __m256 u[V8_ABREAST], t[V8_ABREAST], r[V8_ABREAST], z[V8_ABREAST], p[V8_ABREAST], q[V8_ABREAST];
+    V8_EACH u[k] = v8_at_most(10.0f, _mm256_andnot_ps(v8_sign(), x[k]));
+    V8_EACH u[k] = _mm256_add_ps(u[k], u[k]);
+    V8_EACH t[k] = _mm256_fmadd_ps(u[k], v8_set(1.44269504f), v8_set(magic));
+    v8_reduce(u, t, magic, false, r, count);
+    V8_EACH z[k] = _mm256_mul_ps(r[k], r[k]);
+    V8_EACH p[k] = _mm256_fmadd_ps(r[k], v8_set(0.000197642454f), v8_set(0.00139323424f));
+    V8_EACH q[k] = _mm256_fmadd_ps(r[k], v8_set(0.00833354332f), v8_set(0.0416664928f));
+    V8_EACH p[k] = _mm256_fmadd_ps(z[k], p[k], q[k]);
+    V8_EACH q[k] = _mm256_fmadd_ps(r[k], v8_set(0.166666657f), v8_set(0.5f));
+    V8_EACH p[k] = _mm256_fmadd_ps(z[k], p[k], q[k]);
+    V8_EACH p[k] = _mm256_fmadd_ps(z[k], p[k], r[k]);
+    V8_EACH t[k] = v8_power(t[k]);
+    V8_EACH p[k] = _mm256_fmadd_ps(t[k], p[k], _mm256_sub_ps(t[k], v8_set(1.0f)));
+    V8_EACH p[k] = _mm256_div_ps(p[k], _mm256_add_ps(p[k], v8_set(2.0f)));
+    V8_EACH x[k] = _mm256_or_ps(p[k], _mm256_and_ps(v8_sign(), x[k]));
+}
+
+/* v_normal_tailf of u, which is at most V_TAIL_END or NaN: the ratio, and the density's power e */
+LAC_INLINE void v8_normal_tail(const __m256 *u, __m256 *ratio, __m256 *e, int count)
+{
+    const float magic = 12582912.0f + 127.0f;
+    __m256 h[V8_ABREAST], t[V8_ABREAST], n[V8_ABREAST], r[V8_ABREAST], p[V8_ABREAST], q[V8_ABREAST];
+    V8_EACH h[k] = _mm256_mul_ps(u[k], v8_set(-0.5f));
+    V8_EACH t[k] = _mm256_fmadd_ps(_mm256_mul_ps(h[k], u[k]), v8_set(1.44269504f), v8_set(magic));
+    V8_EACH n[k] = _mm256_sub_ps(t[k], v8_set(magic));
+    V8_EACH r[k] = _mm256_fmadd_ps(h[k], u[k], _mm256_mul_ps(n[k], v8_set(-0.693359375f))); /* u^2 is not rounded */
+    V8_EACH r[k] = _mm256_fmadd_ps(n[k], v8_set(2.12194440e-4f), r[k]);
+    v8_exp_poly(r, p, count);
+    V8_EACH e[k] = _mm256_mul_ps(p[k], v8_power(t[k]));
+    V8_EACH p[k] = _mm256_fmadd_ps(u[k], v8_set(0.508964f), v8_set(5.0620623f));
+    V8_EACH q[k] = _mm256_fmadd_ps(u[k], v8_set(1.2757654f), v8_set(12.689643f));
+    V8_EACH p[k] = _mm256_fmadd_ps(u[k], p[k], v8_set(22.953695f));
+    V8_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(58.79122f));
+    V8_EACH p[k] = _mm256_fmadd_ps(u[k], p[k], v8_set(55.158436f));
+    V8_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(151.22324f));
+    V8_EACH p[k] = _mm256_fmadd_ps(u[k], p[k], v8_set(63.300518f));
+    V8_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(211.32993f));
+    V8_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(126.601036f));
+    V8_EACH ratio[k] = _mm256_div_ps(p[k], q[k]);
+}
+/* v_geluf */
+LAC_INLINE void v_gelu(__m256 *x, int count)
+{
+    __m256 u[V8_ABREAST], ratio[V8_ABREAST], e[V8_ABREAST];
+    V8_EACH u[k] = v8_at_most(V_TAIL_END, _mm256_andnot_ps(v8_sign(), x[k]));
+    v8_normal_tail(u, ratio, e, count);
+    V8_EACH u[k] = _mm256_mul_ps(u[k], ratio[k]);
+    V8_EACH x[k] = _mm256_fnmadd_ps(u[k], e[k], v8_at_least(0.0f, x[k]));
+}
+/* v_gelu_gradf */
+LAC_INLINE void v_gelu_grad(__m256 *x, int count)
+{
+    __m256 u[V8_ABREAST], ratio[V8_ABREAST], e[V8_ABREAST];
+    V8_EACH u[k] = v8_at_most(V_TAIL_END, _mm256_andnot_ps(v8_sign(), x[k]));
+    v8_normal_tail(u, ratio, e, count);
+    V8_EACH u[k] = _mm256_fnmadd_ps(u[k], v8_set(0.398942280f), ratio[k]);
+    V8_EACH u[k] = _mm256_mul_ps(u[k], e[k]);
+    /* by the sign, which is that of a zero or a NaN too: both sides are the same there */
+    V8_EACH x[k] = _mm256_blendv_ps(_mm256_sub_ps(v8_set(1.0f), u[k]), u[k], x[k]);
+}
+
+#endif
