@@ -20,6 +20,7 @@
  */
 #include "activations.h"
 #include "halves.h"
+#include "halves_avx2.h"
 #include "maps.h"
 #include <string.h>
 
@@ -419,8 +420,8 @@ static const uint16_t *words_in(const elem_in *in, int half, int64_t at, int64_t
 }
 /* y = f(x) or f(x, g) by lines, or f_two(x) by two; every input and the output are of one half type */
 LAC_INLINE void half_strip(int64_t n, int half, const elem_in *x, const elem_in *g, const elem_out *to,
-                           __m512i (*f)(int, const uint16_t *), __m512i (*f_g)(int, const uint16_t *, const uint16_t *),
-                           void (*f_two)(const uint16_t *, __m512i *))
+                           h_words (*f)(int, const uint16_t *), h_words (*f_g)(int, const uint16_t *, const uint16_t *),
+                           void (*f_two)(const uint16_t *, h_words *))
 {
     uint16_t space[2][TILE], result[TILE];
     const int64_t once = f_two ? 2 * HALF_LINE : HALF_LINE;
@@ -432,17 +433,15 @@ LAC_INLINE void half_strip(int64_t n, int half, const elem_in *x, const elem_in 
         const bool whole = to->half && m >= once, past = whole && to->stream;
         uint16_t *out = whole ? (uint16_t *)to->x + at : result;
         for (int64_t i = 0; i < m; i += once) {
-            __m512i v[2];
+            h_words v[2];
             if (f_two) f_two(xs + i, v);
             else v[0] = g ? f_g(half, xs + i, gs + i) : f(half, xs + i);
             for (int64_t k = 0; k < once; k += HALF_LINE) {
                 if (past) {
                     __builtin_prefetch((const char *)(xs + i + k) + AHEAD, 0, 2);
                     if (g) __builtin_prefetch((const char *)(gs + i + k) + AHEAD, 0, 2);
-                    _mm512_stream_si512((__m512i *)(out + i + k), v[k / HALF_LINE]);
-                } else {
-                    _mm512_storeu_si512(out + i + k, v[k / HALF_LINE]);
                 }
+                h_put(out + i + k, v[k / HALF_LINE], past);
             }
         }
         if (whole) continue;
@@ -466,7 +465,9 @@ HALF_MAP(h_tanh)
 HALF_MAP(h_gelu)
 HALF_KERNEL(f16_h_gelu_bwd, 1, in + 2, NULL, h_gelu_bwd, NULL)
 HALF_KERNEL(bf16_h_gelu_bwd, 2, in + 2, NULL, h_gelu_bwd, NULL)
+#ifdef H_BYTES
 HALF_KERNEL(H_BYTES bf16_h_tanh_bytes, 2, NULL, NULL, NULL, h_tanh_bytes)
+#endif
 #endif
 
 typedef struct {
@@ -769,7 +770,7 @@ int LAC_CPU(map1)(const lac_a_map1 *a)
     return elem_run("map1", &job, 2, views, map->text, "x");
 }
 
-#ifdef V_HALF_LINES
+#ifdef H_BYTES
 /* for processors that look bytes up (AVX512-VBMI); backend.c declares it too */
 int LAC_CPU(map1_bytes)(const lac_a_map1 *a);
 int LAC_CPU(map1_bytes)(const lac_a_map1 *a)

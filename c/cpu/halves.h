@@ -30,7 +30,13 @@
 #if defined(__AVX512F__)
 #define V_HALF_LINES
 enum { HALF_LINE = 32 }; /* values of a line; `half`: f16 (1) or bf16 (2), as everywhere */
+typedef __m512i h_words;
 
+LAC_INLINE void h_put(uint16_t *out, h_words w, bool past)
+{
+    if (past) _mm512_stream_si512((__m512i *)out, w);
+    else _mm512_storeu_si512(out, w);
+}
 /* the even and the odd words of bf16 as floats */
 LAC_INLINE void h_split(__m512i w, __m512 *x)
 {
