@@ -46,54 +46,78 @@ enum { V8_ABREAST = 4 }; /* vectors at once, at most */
 
 LAC_INLINE __m256 v8_set(float x) { return _mm256_set1_ps(x); }
 LAC_INLINE __m256 v8_sign(void) { return v8_set(-0.0f); }
-/* 2^(n - 127) from n in the low bits of a float */
-LAC_INLINE __m256 v8_power(__m256 t) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23)); }
 /* NaN passes as the second argument */
 LAC_INLINE __m256 v8_at_least(float least, __m256 x) { return _mm256_max_ps(v8_set(least), x); }
 LAC_INLINE __m256 v8_at_most(float most, __m256 x) { return _mm256_min_ps(v8_set(most), x); }
-/* v_exp_poly */
-LAC_INLINE void v8_exp_poly(const __m256 *r, __m256 *p, int count)
+/* is any |x| larger, or NaN? As integers, which leaves the multipliers alone. */
+LAC_INLINE __m256i v8_beyond(__m256 x, float bound)
 {
-    V8_EACH p[k] = _mm256_fmadd_ps(r[k], v8_set(1.3926213835e-3f), v8_set(8.3632029716e-3f));
-    V8_EACH p[k] = _mm256_fmadd_ps(r[k], p[k], v8_set(4.1666554432e-2f));
-    V8_EACH p[k] = _mm256_fmadd_ps(r[k], p[k], v8_set(1.6666576846e-1f));
+    return _mm256_cmpgt_epi32(_mm256_castps_si256(_mm256_andnot_ps(v8_sign(), x)), _mm256_castps_si256(v8_set(bound)));
+}
+LAC_INLINE bool v8_any_beyond(const __m256 *x, float bound, int count)
+{
+    __m256i any = v8_beyond(x[0], bound);
+    for (int k = 1; k < count; k++) any = _mm256_or_si256(any, v8_beyond(x[k], bound));
+    return __builtin_expect(_mm256_movemask_epi8(any), 0);
+}
+
+/* e^x = 2^(n + j/4) e^r for |x| <= 88: t = x log2(e) + magic has n + 127 and j in its low bits */
+#define V8_MAGIC (0x1.8p21f + 127.0f)
+/* 2^(n + j/4) by t: the table has the bits of 2^(j/4) less those of 1 and of j */
+LAC_INLINE __m256 v8_power(__m256 t)
+{
+    const __m256i by4 = _mm256_setr_epi32(0, -0x7c810, -0xafb0d, -0x8bb03, 0, -0x7c810, -0xafb0d, -0x8bb03);
+    __m256i i = _mm256_castps_si256(t), bits = _mm256_castps_si256(_mm256_permutevar_ps(_mm256_castsi256_ps(by4), i));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(i, 21), bits));
+}
+/* e^r - 1 on |r| <= ln2/8, 5e-9 */
+LAC_INLINE void v8_expm1_poly(const __m256 *r, __m256 *p, int count)
+{
+    V8_EACH p[k] = _mm256_fmadd_ps(r[k], v8_set(0.0416825488f), v8_set(0.166721106f));
     V8_EACH p[k] = _mm256_fmadd_ps(r[k], p[k], v8_set(0.5f));
     V8_EACH p[k] = _mm256_fmadd_ps(r[k], p[k], v8_set(1.0f));
-    V8_EACH p[k] = _mm256_fmadd_ps(r[k], p[k], v8_set(1.0f));
+    V8_EACH p[k] = _mm256_mul_ps(r[k], p[k]);
 }
-/* what is left of c where t = c log2(e) + magic has been rounded: v_minus_ln2, v_minus_ln2_loose */
-LAC_INLINE void v8_reduce(const __m256 *c, const __m256 *t, float magic, bool loose, __m256 *r, int count)
+/* what is left of x once t is rounded: v_minus_ln2, v_minus_ln2_loose */
+LAC_INLINE void v8_reduce(const __m256 *x, const __m256 *t, bool loose, __m256 *r, int count)
 {
     __m256 n[V8_ABREAST];
-    V8_EACH n[k] = _mm256_sub_ps(t[k], v8_set(magic));
-    V8_EACH r[k] = _mm256_fnmadd_ps(n[k], v8_set(loose ? 0.693147182f : 0.693359375f), c[k]);
+    V8_EACH n[k] = _mm256_sub_ps(t[k], v8_set(V8_MAGIC));
+    V8_EACH r[k] = _mm256_fnmadd_ps(n[k], v8_set(loose ? 0.693147182f : 0.693359375f), x[k]);
     if (!loose) V8_EACH r[k] = _mm256_fmadd_ps(n[k], v8_set(2.12194440e-4f), r[k]);
 }
-/* v_expf, or what is bounded above and 0 where it leaves the normal floats: v_exp_downf, loose: v_exp_termf */
-LAC_INLINE void v8_exp(__m256 *x, bool bounded, bool loose, int count)
+/* e^x for |x| <= 88; 1.1 ulp. At -88 it is 0. */
+LAC_INLINE void v8_exp(__m256 *x, bool loose, int count)
 {
-    const float magic = 12582912.0f + (bounded ? 127.0f : 254.0f);
     __m256 t[V8_ABREAST], r[V8_ABREAST], p[V8_ABREAST];
-    V8_EACH x[k] = v8_at_least(bounded ? -88.0f : -104.5f, x[k]);
-    if (!bounded) V8_EACH x[k] = v8_at_most(89.0f, x[k]);
-    V8_EACH t[k] = _mm256_fmadd_ps(x[k], v8_set(1.44269504f), v8_set(magic));
-    v8_reduce(x, t, magic, loose, r, count);
-    v8_exp_poly(r, p, count);
-    V8_EACH
-    {
-        __m256i i = _mm256_castps_si256(t[k]), half = _mm256_srli_epi32(i, 1), rest = _mm256_sub_epi32(i, half);
-        if (!bounded) p[k] = _mm256_mul_ps(p[k], v8_power(_mm256_castsi256_ps(half)));
-        x[k] = _mm256_mul_ps(p[k], bounded ? v8_power(t[k]) : v8_power(_mm256_castsi256_ps(rest)));
+    V8_EACH t[k] = _mm256_fmadd_ps(x[k], v8_set(1.44269504f), v8_set(V8_MAGIC));
+    v8_reduce(x, t, loose, r, count);
+    v8_expm1_poly(r, p, count);
+    V8_EACH t[k] = v8_power(t[k]);
+    V8_EACH x[k] = _mm256_fmadd_ps(t[k], p[k], t[k]);
+}
+/* values, but where |x| is beyond the bound those of the function of one float: out of line */
+#define V8_FAR(name, scalar)                                                                                           \
+    static __attribute__((noinline, cold, unused)) __m256 name(__m256 x, __m256 values, float bound)                   \
+    {                                                                                                                  \
+        float line[8];                                                                                                 \
+        _mm256_storeu_ps(line, x);                                                                                     \
+        _Pragma("omp simd") for (int k = 0; k < 8; k++) line[k] = scalar(line[k]);                                     \
+        return _mm256_blendv_ps(values, _mm256_loadu_ps(line), _mm256_castsi256_ps(v8_beyond(x, bound)));              \
     }
+V8_FAR(v8_exp_far, v_expf)
+/* a line; bounded: at most 88, and 0 below the normal floats */
+LAC_INLINE void v8_exp_line(float *line, bool bounded, bool loose)
+{
+    enum { count = 2 };
+    __m256 x[count] = {_mm256_loadu_ps(line), _mm256_loadu_ps(line + 8)}, y[count];
+    V8_EACH y[k] = bounded ? v8_at_least(-88.0f, x[k]) : x[k];
+    v8_exp(y, loose, count);
+    if (!bounded && v8_any_beyond(x, 87.0f, count)) V8_EACH y[k] = v8_exp_far(x[k], y[k], 87.0f);
+    V8_EACH _mm256_storeu_ps(line + 8 * k, y[k]);
 }
 #define V_EXP_LINE(name, scalar, bounded, loose)                                                                       \
-    LAC_INLINE void name(float *line)                                                                                  \
-    {                                                                                                                  \
-        __m256 x[2] = {_mm256_loadu_ps(line), _mm256_loadu_ps(line + 8)};                                              \
-        v8_exp(x, bounded, loose, 2);                                                                                  \
-        _mm256_storeu_ps(line, x[0]);                                                                                  \
-        _mm256_storeu_ps(line + 8, x[1]);                                                                              \
-    }
+    LAC_INLINE void name(float *line) { v8_exp_line(line, bounded, loose); }
 #else
 #define V_EXP_LINE(name, scalar, bounded, loose)                                                                       \
     LAC_INLINE void name(float *line)                                                                                  \

@@ -1,9 +1,9 @@
 /* halves_avx2.h: activations of f16 and bf16, a cache line of 32 values at a time, with AVX2.
  *
  * The same functions as halves.h has for AVX-512, for four vectors of 8 floats that go abreast, and as accurate; but
- * registers hold no tables here, so polynomials are longer. The powers that gelu needs come from squares: Q(u)^(1/32),
- * Q being the upper tail of the normal distribution, is a polynomial of degree 6, and what five squarings leave of its
- * error is 2^-17. tanh is a quotient of polynomials; quotients are products with an estimate and a Newton step.
+ * tables of a register hold four floats here, so polynomials are longer. gelu's tail comes from squares: Q(u)^(1/32),
+ * Q being the upper tail of the normal distribution, is a polynomial of degree 6, and five squarings leave 2^-17 of
+ * error. tanh is a quotient of polynomials; quotients are products with an estimate and a Newton step.
  * The words of bf16 at even and at odd places are two vectors of floats after a shift and a mask; they come back by an
  * addition each, a shift and a blend. What the formulas do not cover (`far`) is computed again out of line.
  */
@@ -60,19 +60,23 @@ LAC_INLINE h_words h_join(int half, const __m256 *y)
     return w;
 }
 
-/* e^r, and 2^n in `scale`, for x or -x = n ln2 + r; |x| <= 87. 2^-18.5. */
-LAC_INLINE void h_power(__m256 *x, __m256 *scale, bool minus)
+/* e^x or e^-x for |x| <= 87: bf16 2^-15.2, f16 2^-21.7 */
+LAC_INLINE void h_power(int half, __m256 *x, bool minus)
 {
-    const __m256 magic = v8_set(12582912.0f + 127.0f), ln2 = v8_set(0.693147182f);
+    const __m256 magic = v8_set(V8_MAGIC), ln2 = v8_set(0.693147182f);
     __m256 t[H_COUNT], n[H_COUNT], p[H_COUNT];
     H_EACH t[k] = _mm256_fmadd_ps(x[k], v8_set(minus ? -1.44269504f : 1.44269504f), magic);
     H_EACH n[k] = _mm256_sub_ps(t[k], magic);
     H_EACH x[k] = minus ? _mm256_fnmsub_ps(n[k], ln2, x[k]) : _mm256_fnmadd_ps(n[k], ln2, x[k]);
-    H_EACH p[k] = _mm256_fmadd_ps(x[k], v8_set(0.0414581932f), v8_set(0.167911544f));
-    H_EACH p[k] = _mm256_fmadd_ps(p[k], x[k], v8_set(0.50004375f));
-    H_EACH p[k] = _mm256_fmadd_ps(p[k], x[k], v8_set(0.999963284f));
-    H_EACH x[k] = _mm256_fmadd_ps(p[k], x[k], v8_set(0.999999285f));
-    H_EACH scale[k] = v8_power(t[k]);
+    if (half == 2) {
+        H_EACH p[k] = _mm256_fmadd_ps(x[k], v8_set(0.499764338f), v8_set(1.00093697f));
+    } else {
+        H_EACH p[k] = _mm256_fmadd_ps(x[k], v8_set(0.166604057f), v8_set(0.500312924f));
+        H_EACH p[k] = _mm256_fmadd_ps(x[k], p[k], v8_set(1.0f));
+    }
+    H_EACH p[k] = _mm256_mul_ps(x[k], p[k]);
+    H_EACH t[k] = v8_power(t[k]);
+    H_EACH x[k] = _mm256_fmadd_ps(t[k], p[k], t[k]);
 }
 /* 1 / d for d within 2^-125 and 2^125 */
 LAC_INLINE void h_invert(__m256 *d)
@@ -82,19 +86,11 @@ LAC_INLINE void h_invert(__m256 *d)
     H_EACH d[k] = _mm256_fnmadd_ps(d[k], y[k], v8_set(1.0f));
     H_EACH d[k] = _mm256_fmadd_ps(d[k], y[k], y[k]);
 }
-LAC_INLINE void h_exp_near(int half, __m256 *x)
-{
-    (void)half;
-    __m256 scale[H_COUNT];
-    h_power(x, scale, false);
-    H_EACH x[k] = _mm256_mul_ps(x[k], scale[k]);
-}
+LAC_INLINE void h_exp_near(int half, __m256 *x) { h_power(half, x, false); }
 LAC_INLINE void h_sigmoid_near(int half, __m256 *x)
 {
-    (void)half;
-    __m256 scale[H_COUNT];
-    h_power(x, scale, true);
-    H_EACH x[k] = _mm256_fmadd_ps(x[k], scale[k], v8_set(1.0f));
+    h_power(half, x, true);
+    H_EACH x[k] = _mm256_add_ps(x[k], v8_set(1.0f));
     h_invert(x);
 }
 LAC_INLINE void h_silu_near(int half, __m256 *x)
@@ -154,7 +150,7 @@ LAC_INLINE h_words h_or(h_words y, const __m256i *far, h_words values)
     for (int k = 0; k < 2; k++) y.word[k] = _mm256_blendv_epi8(y.word[k], values.word[k], far[k]);
     return y;
 }
-enum { H_EXP_BF16 = 0x42ae, H_EXP_F16 = 0x5400, H_GELU_BF16 = 0x40b3, H_GELU_F16 = 0x4599 }; /* 87, 64, 5.59, 5.6 */
+enum { H_EXP_BF16 = 0x42ae, H_EXP_F16 = 0x5400, H_FOUR_BF16 = 0x4080, H_FOUR_F16 = 0x4400 }; /* 87, 64, 4 */
 
 /* 0 for what is below 0: -0 and NaN are not */
 LAC_INLINE h_words h_relu(int half, const uint16_t *line)
@@ -210,52 +206,70 @@ LAC_INLINE h_words h_tanh(int half, const uint16_t *line)
     return h_join(half, x);
 }
 
-/* Q(u), u <= 5.8 */
-LAC_INLINE void h_tail(const __m256 *u, __m256 *q)
+/* Q(u): bf16 Q^(1/16) up to 4, 2^-15.6, f16 Q^(1/32) up to 5.8, 2^-17.1 */
+LAC_INLINE void h_tail(int half, const __m256 *u, __m256 *q)
 {
-    H_EACH q[k] = _mm256_fmadd_ps(u[k], v8_set(3.09736123e-07f), v8_set(-1.60862619e-05f));
-    H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(0.000260673347f));
-    H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(-0.000915201905f));
-    H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(-0.00940490887f));
-    H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(-0.0244052075f));
-    H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(0.978572249f));
-    _Pragma("GCC unroll 5") for (int i = 0; i < 5; i++) H_EACH q[k] = _mm256_mul_ps(q[k], q[k]);
+    if (half == 2) {
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], v8_set(-4.65194935e-05f), v8_set(0.000697584124f));
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(-0.00140244095f));
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(-0.0177729782f));
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(-0.047769025f));
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(0.957602918f));
+    } else {
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], v8_set(3.09736123e-07f), v8_set(-1.60862619e-05f));
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(0.000260673347f));
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(-0.000915201905f));
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(-0.00940490887f));
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(-0.0244052075f));
+        H_EACH q[k] = _mm256_fmadd_ps(u[k], q[k], v8_set(0.978572249f));
+        H_EACH q[k] = _mm256_mul_ps(q[k], q[k]);
+    }
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) H_EACH q[k] = _mm256_mul_ps(q[k], q[k]);
 }
-/* gelu(x) = relu(x) - u Q(u); f16 rounds to 0 from -5.8 on, NaN comes through relu */
+/* gelu(x) = relu(x) - u Q(u). bf16 is far below -4; f16 rounds to 0 from -5.8 on. NaN comes through relu. */
 LAC_INLINE h_words h_gelu(int half, const uint16_t *line)
 {
+    const __m256i most = _mm256_castps_si256(v8_set(half == 2 ? 4.0f : 5.8f));
     __m256 x[H_COUNT], u[H_COUNT], q[H_COUNT];
     h_take(half, line, x);
-    H_EACH u[k] = v8_at_most(5.8f, _mm256_andnot_ps(v8_sign(), x[k]));
-    h_tail(u, q);
+    H_EACH u[k] = _mm256_andnot_ps(v8_sign(), x[k]);
+    H_EACH u[k] = _mm256_castsi256_ps(_mm256_min_epi32(_mm256_castps_si256(u[k]), most));
+    h_tail(half, u, q);
     H_EACH x[k] = _mm256_fnmadd_ps(u[k], q[k], v8_at_least(0.0f, x[k]));
     h_words y = h_join(half, x);
     if (half == 1) return y;
-    const __m256i far[2] = {h_below(h_load(line, 0), H_GELU_BF16), h_below(h_load(line, 1), H_GELU_BF16)};
+    const __m256i far[2] = {h_below(h_load(line, 0), H_FOUR_BF16), h_below(h_load(line, 1), H_FOUR_BF16)};
     return __builtin_expect(h_any(far), 0) ? h_or(y, far, h_gelu_far(half, line)) : y;
 }
-/* the gradient: g times the slope, Q(u) - u density(u) = Q(u) S(u) or, for x > 0, 1 less that; 2^-17 of S, or of 0.07
- * near its root */
+/* the gradient: g times the slope, Q(u) - u density(u) = Q(u) S(u) or, for x > 0, 1 less that; far from 4 on. S: bf16
+ * 2^-13.2, f16 2^-17.8 of itself, or of 0.07 near its root. */
 LAC_INLINE h_words h_gelu_bwd(int half, const uint16_t *line, const uint16_t *g)
 {
-    const int bound = half == 2 ? H_GELU_BF16 : H_GELU_F16;
+    const int bound = half == 2 ? H_FOUR_BF16 : H_FOUR_F16;
+    const __m256i far[2] = {h_beyond(h_load(line, 0), bound), h_beyond(h_load(line, 1), bound)};
     __m256 x[H_COUNT], u[H_COUNT], q[H_COUNT], s[H_COUNT];
     h_take(half, line, x);
-    H_EACH u[k] = v8_at_most(5.6f, _mm256_andnot_ps(v8_sign(), x[k]));
-    h_tail(u, q);
-    H_EACH s[k] = _mm256_fmadd_ps(u[k], v8_set(-8.58488966e-06f), v8_set(0.000252940721f));
-    H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(-0.00322209042f));
-    H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(0.0236548986f));
-    H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(-0.112462312f));
-    H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(-0.635245264f));
-    H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(-0.798111618f));
-    H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(1.00000679f));
+    H_EACH u[k] = _mm256_andnot_ps(v8_sign(), x[k]);
+    h_tail(half, u, q);
+    if (half == 2) {
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], v8_set(-0.00123484933f), v8_set(0.0170610342f));
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(-0.102226198f));
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(-0.642530322f));
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(-0.796050429f));
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(0.99989295f));
+    } else {
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], v8_set(0.000150155422f), v8_set(-0.00275254017f));
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(0.0226202235f));
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(-0.111307576f));
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(-0.635876119f));
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(-0.797966599f));
+        H_EACH s[k] = _mm256_fmadd_ps(u[k], s[k], v8_set(0.999998689f));
+    }
     H_EACH q[k] = _mm256_mul_ps(q[k], s[k]);
     H_EACH q[k] = _mm256_blendv_ps(_mm256_sub_ps(v8_set(1.0f), q[k]), q[k], x[k]);
     h_take(half, g, u);
     H_EACH x[k] = _mm256_mul_ps(q[k], u[k]);
     h_words y = h_join(half, x);
-    const __m256i far[2] = {h_below(h_load(line, 0), bound), h_below(h_load(line, 1), bound)};
     return __builtin_expect(h_any(far), 0) ? h_or(y, far, h_gelu_bwd_far(half, line, g)) : y;
 }
 #undef H_EACH

@@ -119,14 +119,15 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
         const T r = *rstd = row.r;                                                                                     \
         ROW_WRITE(T, y, x + AHEAD / sizeof(T), stream, NORMAL);                                                        \
     }                                                                                                                  \
-    /* The passes of layernorm together, each over a row of its own: `now` is written to y, the squares of `middle`    \
-     * and the mean of `next` are found. The sums are those of norm_row. */                                            \
+    /* The passes of layernorm together, each over a row of its own: `now` is written to y, the squares of `middle`,   \
+     * if there is one, and the mean of `next` are found. The sums are those of norm_row. */                           \
     LAC_INLINE void forward_step_##S(const forward_row_##S *now, forward_row_##S *middle, forward_row_##S *next,       \
                                      const T *gamma, const T *beta, double eps, T *y, bool stream, int64_t n)          \
     {                                                                                                                  \
         enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
-        const T *x = now->x, *xm = middle->x, *xn = next->x, high = now->high, low = now->low, r = now->r;             \
-        const T high_m = middle->high, low_m = middle->low, first_n = next->first;                                     \
+        const T *x = now->x, *xm = middle ? middle->x : NULL, *xn = next->x;                                           \
+        const T high = now->high, low = now->low, r = now->r, first_n = next->first;                                   \
+        const T high_m = middle ? middle->high : 0, low_m = middle ? middle->low : 0;                                  \
         double squares = 0, differences = 0;                                                                           \
         for (int64_t i = 0; i < n;) {                                                                                  \
             int64_t end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                                       \
@@ -136,8 +137,10 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
                 _Pragma("GCC unroll 4") for (int k = 0; k < 4; k++)                                                    \
                 {                                                                                                      \
                     const int64_t j = i + k * L;                                                                       \
-                    V c = (AT(V, xm, j) - high_m) - low_m;                                                             \
-                    s[k] += c * c;                                                                                     \
+                    if (middle) {                                                                                      \
+                        V c = (AT(V, xm, j) - high_m) - low_m;                                                         \
+                        s[k] += c * c;                                                                                 \
+                    }                                                                                                  \
                     d[k] += AT(V, xn, j) - first_n;                                                                    \
                     *(V *)(line + k * L) = ((AT(V, x, j) - high) - low) * r * AT(V, gamma, j) + AT(V, beta, j);        \
                 }                                                                                                      \
@@ -148,7 +151,7 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
                 }                                                                                                      \
             }                                                                                                          \
             for (; i < end; i++) {                                                                                     \
-                T c = (xm[i] - high_m) - low_m;                                                                        \
+                T c = middle ? (xm[i] - high_m) - low_m : 0;                                                           \
                 rest_s += c * c;                                                                                       \
                 rest_d += xn[i] - first_n;                                                                             \
                 y[i] = NORMAL(i);                                                                                      \
@@ -156,7 +159,7 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
             squares += (double)(SUM((s[0] + s[1]) + (s[2] + s[3])) + rest_s);                                          \
             differences += (double)(SUM((d[0] + d[1]) + (d[2] + d[3])) + rest_d);                                      \
         }                                                                                                              \
-        forward_deviation_##S(middle, squares, eps, n);                                                                \
+        if (middle) forward_deviation_##S(middle, squares, eps, n);                                                    \
         forward_mean_##S(next, differences, n);                                                                        \
     }                                                                                                                  \
     /* a row of the backward, and what is known of it: the means of g gamma and of that times the normalised x */      \
@@ -303,6 +306,26 @@ static inline const void *row_of(const norm_job *job, const lac_view *v, int64_t
             middle = next;                                                                                             \
             next = done;                                                                                               \
         }                                                                                                              \
+    }                                                                                                                  \
+    /* the squares by themselves, in the cache: with 16 registers */                                                   \
+    static void norm_pairs_##S(const norm_job *job, int64_t begin, int64_t end)                                        \
+    {                                                                                                                  \
+        const int64_t n = job->n;                                                                                      \
+        forward_row_##S rows[2] = {{0}}, *now = rows, *next = rows + 1;                                                \
+        forward_take_##S(job, now, begin, end);                                                                        \
+        forward_mean_##S(now, row_differences_##S(now->x, now->first, n), n);                                          \
+        for (int64_t t = begin; t < end; t++) {                                                                        \
+            T *y = (T *)job->out.data + t * n;                                                                         \
+            forward_deviation_##S(now, row_squares_##S(now->x, now->high, now->low, n), job->eps, n);                  \
+            forward_take_##S(job, next, t + 1, end);                                                                   \
+            ((T *)job->mean.data)[t] = now->high;                                                                      \
+            ((T *)job->rstd.data)[t] = now->r;                                                                         \
+            forward_step_##S(now, NULL, next, job->gamma, job->beta, job->eps, y,                                      \
+                             job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0, n);                                    \
+            forward_row_##S *done = now;                                                                               \
+            now = next;                                                                                                \
+            next = done;                                                                                               \
+        }                                                                                                              \
     }
 FORWARD_PIPELINE(float, f)
 FORWARD_PIPELINE(double, d)
@@ -312,12 +335,14 @@ static void norm_task(void *context, int64_t begin, int64_t end, int thread)
     const norm_job *job = context;
     char *space = job->workspace + ROWS_OF_THREAD * job->row_bytes * thread;
     int64_t n = job->n, size = (int64_t)lac_compute_size(job->ctype);
-    /* with AVX-512, whose registers hold the sums of both rows: AVX2 takes 13.6 cycles a line so, 11.7 in turn; of one
-     * row or two most of the steps would be for nothing */
-    const bool together =
-        V_WIDTH == 64 && job->dense && !job->without_mean && 5 * job->row_bytes <= FIRST_CACHE && end - begin > 2;
-    if (together && job->ctype == C_F32) norm_rows_f(job, begin, end);
-    else if (together) norm_rows_d(job, begin, end);
+    /* of one row or two most of the steps would be for nothing */
+    const bool together = job->dense && !job->without_mean && 5 * job->row_bytes <= FIRST_CACHE && end - begin > 2;
+    /* all three with AVX-512, whose registers hold the sums of both rows */
+    const bool three = V_WIDTH == 64;
+    if (together && three && job->ctype == C_F32) norm_rows_f(job, begin, end);
+    else if (together && three) norm_rows_d(job, begin, end);
+    else if (together && job->ctype == C_F32) norm_pairs_f(job, begin, end);
+    else if (together) norm_pairs_d(job, begin, end);
     for (int64_t t = begin; t < end && !together; t++) {
         const void *x = row_of(job, &job->x, t, space);
         char *out = (char *)job->out.data + t * n * lac_bytes_of(job->dtype); /* contiguous: made by the front end */
