@@ -17,7 +17,8 @@
  * (0.3 cycles less, with a polynomial of 5e-8); reciprocals by rcp14 and a step of Newton's, which are longer than a
  * division; gelu's exponential in line, or with its near values as arguments (no faster). Not built: 32 intervals for
  * gelu in steps that shrink, which would reach 6.5 for a step or two more.
- * Without AVX-512: the functions of simd.h. (AVX2 permutes 8 floats: four times as many steps for a table.)
+ * With AVX2, which permutes 8 floats at most, they have no tables (activations_avx2.h); without: the functions of
+ * simd.h.
  */
 #ifndef LAC_CPU_ACTIVATIONS_H
 #define LAC_CPU_ACTIVATIONS_H

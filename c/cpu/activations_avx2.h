@@ -1,7 +1,12 @@
 /* activations_avx2.h: activations of two cache lines of floats at a time, with AVX2.
  *
  * The formulas are those of simd.h, step by step over four vectors: one vector is a chain of 20 to 30 dependent steps,
- * of which a processor sees few at once, and gcc puts those of a plain loop one after the other.
+ * of which a processor sees few at once, and gcc puts those of a plain loop one after the other. Nanoseconds for a line
+ * in the cache of a Zen 3 at 3.1 GHz, and of the plain loop: sigmoid 4.7 and 5.7, tanh 5.4 and 7.8, gelu 8.9 and 11.3.
+ * It multiplies in two of its four pipes, and gelu has 24 multiplications and a division for 8 floats.
+ * Tried, not kept: two vectors at once (tanh 6.2); gelu by 8 polynomials of degree 6, whose coefficients vpermps picks
+ * (9.5: one starts in a cycle); gelu's tail as a power of a polynomial, as halves_avx2.h has it (cancellation costs 20
+ * ulp of floats).
  */
 #ifndef LAC_CPU_ACTIVATIONS_AVX2_H
 #define LAC_CPU_ACTIVATIONS_AVX2_H

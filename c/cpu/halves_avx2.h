@@ -6,6 +6,9 @@
  * error. tanh is a quotient of polynomials; quotients are products with an estimate and a Newton step.
  * The words of bf16 at even and at odd places are two vectors of floats after a shift and a mask; they come back by an
  * addition each, a shift and a blend. What the formulas do not cover (`far`) is computed again out of line.
+ * Nanoseconds for a line in the cache of a Zen 3 at 3.1 GHz, bf16 and f16: exp 6.2, 7.1; sigmoid 8.6, 9.8; silu 9.4,
+ * 10.5; tanh 7.8, 9.0; gelu 9.4, 10.5; its gradient 13.8, 16.1. A line is 85 to 150 steps, four of which start in a
+ * cycle at most.
  */
 #ifndef LAC_CPU_HALVES_AVX2_H
 #define LAC_CPU_HALVES_AVX2_H

@@ -7,20 +7,23 @@
  * Forward: the mean first, then the variance of the centred values; the sum-of-squares shortcut loses everything when
  * the mean is large. The mean is subtracted in two parts, so that f32 keeps the low bits of values far from 0.
  * Where rows are dense and short layernorm's three passes go together, each over a row of its own, so that arithmetic,
- * reading and writing overlap. What comes some rows on is fetched; results larger than the caches are written past
- * them. Backward: dx of a row is written while the two means of the next one are found. dgamma and dbeta are sums over
- * rows, 32 rows in the compute type and then in double, in blocks of a number that depends on the shape only, combined
- * in order; a step has two rows at hand and adds both, so that they are loaded and stored every other step (a line of
- * both costs 5 cycles of a Zen 4, all else 6.5). Sums along a row are taken in the compute type over 1024 elements
- * (each vector lane adds 64 at most) and added up in double.
+ * reading and writing overlap; of wider rows, and without AVX-512's registers, two of them, and the squares of a row in
+ * the cache by themselves (with AVX2 on a Zen 3 80 to 83% of a copy instead of 64 to 72 in turn, of rows of 4096 70
+ * instead of 60; all three together were slower than in turn there). What comes some rows on is fetched; results larger
+ * than the caches are written past them. Backward: dx of a row is written while the two means of the next one are
+ * found. dgamma and dbeta are sums over rows, 32 rows in the compute type and then in double, in blocks of a number
+ * that depends on the shape only, combined in order; a step has two rows at hand and adds both, so that they are loaded
+ * and stored every other step (a line of both costs 5 cycles of a Zen 4, all else 6.5). Sums along a row are taken in
+ * the compute type over 1024 elements (each vector lane adds 64 at most) and added up in double.
  */
 #include "cpu.h"
 #include "simd.h"
 #include <math.h>
 #include <string.h>
 
-/* AHEAD: bytes to what is fetched; FIRST_CACHE: what three rows, gamma and beta may take of 32 KiB */
-enum { FIRST_CACHE = 28 << 10 };
+/* AHEAD: bytes to what is fetched; FIRST_CACHE: what three rows, gamma and beta may take of 32 KiB; WIDEST: a row of
+ * those that go by two, which may be in the second cache */
+enum { FIRST_CACHE = 28 << 10, WIDEST = 64 << 10 };
 enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 32, AHEAD = 12288 };
 
 /* Half a cache line: what the backward loads and stores at a time. A Zen 4 stores a whole one as halves, and loses by
@@ -307,7 +310,7 @@ static inline const void *row_of(const norm_job *job, const lac_view *v, int64_t
             next = done;                                                                                               \
         }                                                                                                              \
     }                                                                                                                  \
-    /* the squares by themselves, in the cache: with 16 registers */                                                   \
+    /* the same, but for the squares of a row, which are found by themselves */                                        \
     static void norm_pairs_##S(const norm_job *job, int64_t begin, int64_t end)                                        \
     {                                                                                                                  \
         const int64_t n = job->n;                                                                                      \
@@ -335,10 +338,10 @@ static void norm_task(void *context, int64_t begin, int64_t end, int thread)
     const norm_job *job = context;
     char *space = job->workspace + ROWS_OF_THREAD * job->row_bytes * thread;
     int64_t n = job->n, size = (int64_t)lac_compute_size(job->ctype);
-    /* of one row or two most of the steps would be for nothing */
-    const bool together = job->dense && !job->without_mean && 5 * job->row_bytes <= FIRST_CACHE && end - begin > 2;
-    /* all three with AVX-512, whose registers hold the sums of both rows */
-    const bool three = V_WIDTH == 64;
+    /* of one row or two most of the steps would be for nothing; all three with AVX-512, whose registers hold the sums
+     * of both rows */
+    const bool together = job->dense && !job->without_mean && job->row_bytes <= WIDEST && end - begin > 2;
+    const bool three = V_WIDTH == 64 && 5 * job->row_bytes <= FIRST_CACHE;
     if (together && three && job->ctype == C_F32) norm_rows_f(job, begin, end);
     else if (together && three) norm_rows_d(job, begin, end);
     else if (together && job->ctype == C_F32) norm_pairs_f(job, begin, end);
