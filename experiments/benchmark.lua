@@ -4,6 +4,11 @@
 --   build/bin/lacuna experiments/benchmark.lua --only attention,elementwise --threads 1 --json bench.json
 --   build/bin/lacuna experiments/benchmark.lua --device cuda --json cuda.json
 --
+-- The CPU's targets alone, a line each, in minutes instead of a quarter of an hour:
+--
+--   build/bin/lacuna experiments/benchmark.lua --peer ... --targets --seconds 0.4 --threads 1,2
+--     --only attention,pipelines,memory,step,elementwise --fkodom FOLDER --torchscale FOLDER
+--
 -- Sections are files in experiments/benchmarks/, each { name, about, run = function(b) }, where b is a run of
 -- lua/lacuna/bench.lua: b:row measures ours against a peer (experiments/peers/<script>.py, a process of its
 -- own, PyTorch on as many threads) or a floor, in turns; b:value states another number. A section runs once
@@ -43,6 +48,9 @@ local SPEC = {
   help = "a Python that has PyTorch (or in the environment: LACUNA_PEER)" },
   { name = "fkodom", type = "string", help = "folder of dilated-attention-pytorch, for section pipelines" },
   { name = "torchscale", type = "string", help = "folder of torchscale, for section pipelines" },
+  { name = "seconds", type = "number", above = 0,
+  help = "for every row (default: 1.5 on the CPU and 0.1 on CUDA, or what the row needs)" },
+  { name = "targets", type = "boolean", help = "only the rows that have a target" },
   { name = "json", type = "string", help = "write every row to this file" },
   { name = "strict", type = "boolean", help = "exit with status 1 if a target was missed or not measured" },
   { name = "quick", type = "boolean", help = "smallest sizes; judges no target" },
@@ -102,7 +110,7 @@ local function main(o)
   local counts = o.threads or (cores > 1 and device == "cpu" and { 1, cores } or { cores })
   table.sort(counts)
   local b = bench.run{ quick = o.quick, peer = o.peer, peers = here .. "/peers", threads = counts[1],
-    options = o, print = function(line)
+    seconds = o.seconds, targets = o.targets, options = o, print = function(line)
       io.stdout:write(line, "\n")
       io.stdout:flush()
     end }

@@ -260,6 +260,21 @@ describe("bench", function()
     assert.matches("not judged", lines[1])
   end)
 
+  it("gives every row a budget, and leaves out rows without a target", function()
+    local b = run{ seconds = 0.01, targets = true }
+    local function light() spin(100) end
+    assert.is_nil(b:row{ what = "no target", ours = light, floor = light })
+    assert.is_nil(b:value{ what = "no target", value = 1 })
+    local start = sys.time()
+    local row = b:row{ what = "thing", ours = light, floor = light, at_most = 100, seconds = 60, turns = 1 }
+    assert.is_true(sys.time() - start < 30)
+    assert.is_true(row.met)
+    assert.is_true(b:value{ what = "memory", value = 7, at_most = 10 }.met)
+    assert.matches("why", b:value{ what = "stopped", problem = "why" }.problem) -- never left out
+    assert.same({ rows = 3, met = 2, missed = 0, unmeasured = 0 }, b:count())
+    assert.equal(3, #lines)
+  end)
+
   it("states values, floors by name, and writes JSON", function()
     local b = run{ quick = true }
     b:header("some")

@@ -202,6 +202,12 @@ describe("experiments", function()
     local bad, _, reason = run(host, "benchmark", "--only flors")
     assert.equal(1, bad)
     assert.matches("unknown section 'flors', did you mean 'floors'", reason)
+    status, printed = run(host, "benchmark", ("--quick --targets --only attention,blocks --threads 1 "
+      .. "--seconds 0.1 --json %s"):format(sys.quote(out)))
+    assert.equal(0, status, printed)
+    for _, row in ipairs(json.decode(read(out)).rows) do
+      assert.is_truthy(row.at_least or row.at_most, row.what)
+    end
     status = run(host, "benchmark", "--quick --strict --only floors --threads 1 --peer " .. sys.quote(dir
       .. "/no-python"))
     assert.equal(1, status)

@@ -217,33 +217,14 @@ local function others(b)
   end
 end
 
--- forward and backward of LongNet attention: what the engine needs beyond inputs, outputs and gradients
-local function memory(b)
-  local n = b:size(1048576, 4096)
-  local function leaf() return lac.randn({ 1, n, 4, 32 }, { grad = true }) end
-  local q, k, v = leaf(), leaf(), leaf()
-  local pattern = { segments = { 2048, 4096, 8192, 16384, 32768 }, dilations = { 1, 2, 4, 8, 16 },
-                    heads = "all", causal = true, return_lse = false }
-  local g = lac.randn{ 1, n, 4, 32 }
-  local tensor = 4 * n * 4 * 32
-  local before = lac.memory().live
-  lac.reset_peak()
-  local out = lac.attend(q, k, v, pattern)
-  lac.grad(out, { q, k, v }, { grad_outputs = { g } })
-  local extra = lac.memory().peak - before - 4 * tensor -- out, dq, dk, dv
-  b:value{ what = ("LongNet, %d positions: extra memory, share"):format(n), value = extra / (8 * tensor),
-    at_most = 0.1 }
-end
-
 return {
   name = "attention",
-  about = "attention's kernels: sgemm, dilation, threads, PyTorch's SDPA, half precision, decoding, memory",
+  about = "attention's kernels: sgemm, dilation, threads, PyTorch's SDPA, half precision, decoding",
   run = function(b)
     kernels(b)
     dilations(b)
     if b.threads > 1 then threads(b) end
     peers(b)
     others(b)
-    if b.threads == 1 or b.quick then memory(b) end
   end,
 }

@@ -361,18 +361,20 @@ local Run = class("bench.Run")
 local RUN = { quick = { type = "boolean", default = false }, peer = { type = "string", default = "python3" },
               peers = { type = "string", default = "experiments/peers" },
               threads = { type = "integer", min = 1, default = 1 },
+              seconds = { type = "number", above = 0 }, targets = { type = "boolean", default = false },
               options = { type = "table" }, print = { type = "function" } }
 
 --- A run collects rows and prints each when it is measured.
 -- @tparam[opt] table options quick = false (smallest sizes, two turns, targets not judged); peer = "python3";
---   peers = "experiments/peers" (folder of their scripts); threads = 1; options = table handed to sections;
---   print = function that takes a line
+--   peers = "experiments/peers" (folder of their scripts); threads = 1;
+--   seconds = budget of every row, also of those that name one; targets = false (rows without one are left
+--   out); options = table handed to sections; print = function that takes a line
 -- @treturn Run
 function bench.run(options) return Run(schema.options("bench.run", options, RUN)) end
 
 function Run:init(o)
   self.quick, self.python, self.folder, self.options = o.quick, o.peer, o.peers, o.options or {}
-  self.print = o.print or print
+  self.print, self.seconds, self.targets = o.print or print, o.seconds, o.targets
   self.rows, self.started, self.device = {}, {}, device.default_device():match("^%a+")
   self:set_threads(o.threads)
 end
@@ -644,7 +646,8 @@ end
 --   at_least, at_most = the target of the ratio; share = with both, the least share of the floor;
 --   seconds = budget; turns = at least so many;
 --   scoped = true: every call of ours in a scope; tell = function that gets what the peer's case tells
--- @treturn table the row: ours, other (median seconds per call), ratio, low, high, met, problem
+-- @treturn ?table the row: ours, other (median seconds per call), ratio, low, high, met, problem; nil where
+--   rows without a target are left out
 -- @treturn ?table the second row, of a row with two
 function Run:row(options)
   local o = schema.options("bench.row", options, ROW)
@@ -656,7 +659,8 @@ function Run:row(options)
   if o.work and not (o.unit or type(o.floor) == "string") then
     fail("bench.row", "'%s' has work but no unit", o.what)
   end
-  local budget = { seconds = self.quick and 1e-3 or o.seconds or spans().row,
+  if self.targets and not (o.at_least or o.at_most or o.share) then return end
+  local budget = { seconds = self.quick and 1e-3 or self.seconds or o.seconds or spans().row,
     turn = self.quick and 1e-3 or spans().turn, turns = self.quick and 2 or o.turns or 3, max_turns = 25 }
   local ours = local_side("bench.row ours", o.ours, o.scoped)
   local others, sides, place = other_sides(self, o), { ours }, {}
@@ -683,12 +687,13 @@ local VALUE = {
 --- Print and keep a number that is no ratio of times: bytes, percent, a difference.
 -- @tparam table options what, value, unit ("B" scales), other and against (shown beside it), at_least,
 --   at_most (of the value), problem = why there is no value
--- @treturn table the row
+-- @treturn ?table the row; nil where rows without a target are left out
 function Run:value(options)
   local o = schema.options("bench.value", options, VALUE)
   if (o.value == nil) == (o.problem == nil) then
     fail("bench.value", "'%s' needs either a value or a problem", o.what)
   end
+  if self.targets and not (o.at_least or o.at_most or o.problem) then return end
   return self:add{ what = o.what, kind = "value", ours = o.value, other = o.other, against = o.against,
     unit = o.unit, at_least = o.at_least, at_most = o.at_most, problem = o.problem }
 end
