@@ -117,6 +117,10 @@ describe("the loss scaler", function()
     assert.error_matches(function() lac.optim.loss_scaler():scale(lac.ones({ 1 }, { dtype = "f16" })) end,
       "reduce it in f32")
     assert.error_matches(function() lac.optim.loss_scaler():scale(1) end, "loss")
+    local w = lac.ones({ 1 }, { grad = true })
+    w:sum():backward()
+    assert.error_matches(function() lac.optim.sgd({ w }, { lr = 1 }):step{ scaler = { value = 1 } } end,
+      "scaler must be a loss scaler")
     assert.error_matches(function() lac.optim.loss_scaler():load_state_dict{ value = 1 } end, "good")
   end)
 end)

@@ -232,8 +232,13 @@ function Optimizer:grad_norm()
   return self.norm_out[0]
 end
 
+local function complain_no_scaler(v)
+  return getmetatable(v) ~= Scaler and "must be a loss scaler (lac.optim.loss_scaler)" or nil
+end
+
 local STEP = { factor = { type = "number", min = 0, default = 1 }, clip = { type = "number", above = 0 },
-               clip_value = { type = "number", above = 0 }, scaler = { type = "table" } }
+               clip_value = { type = "number", above = 0 },
+               scaler = { type = "table", check = complain_no_scaler } }
 
 --- One update of every parameter from its gradient.
 -- @tparam[opt] table options factor = 1 (of the learning rate, from a schedule); clip = largest global norm
