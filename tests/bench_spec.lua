@@ -275,6 +275,14 @@ describe("bench", function()
     assert.equal(3, #lines)
   end)
 
+  it("knows how large arrays beyond the caches are", function()
+    local cache, n = bench.cache(), run():beyond_caches()
+    assert.is_true(cache >= 0 and cache % 1024 == 0)
+    assert.is_true(n >= 2 ^ 25 and 4 * n >= 2 * cache and math.log(n, 2) % 1 == 0)
+    assert.is_true(n == 2 ^ 25 or 4 * n < 4 * cache)
+    assert.equal(2 ^ 12, run{ quick = true }:beyond_caches())
+  end)
+
   it("states values, floors by name, and writes JSON", function()
     local b = run{ quick = true }
     b:header("some")

@@ -111,10 +111,11 @@ return {
   name = "elementwise",
   about = "maps, softmax, norms, reductions and optimizers of arrays beyond the caches",
   run = function(b)
+    local n = b:beyond_caches()
     for _, dtype in ipairs { "f32", "bf16", "f16" } do
-      maps(b, b:size(dtype == "f32" and 2 ^ 25 or 2 ^ 26, 2 ^ 10), dtype)
+      maps(b, b:size(dtype == "f32" and n or 2 * n, 2 ^ 10), dtype)
     end
-    rows_of(b, b:size(32768, 16), b:size(1024, 16))
-    optimizers(b, b:size(2 ^ 24, 2 ^ 10))
+    rows_of(b, b:size(n / 1024, 16), b:size(1024, 16))
+    optimizers(b, b:size(n / 2, 2 ^ 10))
   end,
 }
