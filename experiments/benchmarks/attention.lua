@@ -90,6 +90,35 @@
 --   * The products run at 0.90 to 0.97 of the bare loop there (samples of a dense call); 1.3 of SDPA's
 --     backward at D = 128, N = 2048 would be 0.95 of it for everything, and is 0.85.
 --
+-- On one core of an EPYC with AVX2 (Zen 3, 512 KB of second cache), where the cycles of the backward go.
+-- 12 multiply-adds of 8 floats are 6 cycles, 102 GFLOP/s at its usual clock; the micro-kernel on data in
+-- the first cache reaches 1.00 of that, so "bound by products" has to mean what feeds them. Clocks around
+-- every step, N = 2048, D = 128: S and dP 34% of the time at 0.94 of the bare loop, dq 18% at 0.89, dk and
+-- dv 40% at 0.81, P and dS 3%, loading, packing and results 6%; D = 64 and 32 the same but for P and dS, 6
+-- and 10%. No product can be left out: S and dP are needed again, and tiles and panels outside of the band
+-- are.
+--   * Tried with gain, and not kept: dk apart from dv (0.81 -> 0.90: together they want columns of two
+--     tiles and two panels in the first cache, 24 of its 32 KB), S and dP from the panels of dk and dv
+--     instead of rows that lie a second time (S and dP 0.96, dq 0.93, dk and dv 0.93), no micro-panel of one
+--     to three keys (0.945), keys transposed within halves of vectors (2.5 -> 1.7 cycles a vector). All of
+--     it, processor time, the fastest of many calls in turns, GFLOP/s: N = 2048 D = 128 79.1 -> 87.3, causal
+--     79.2 -> 83.2, D = 64 80.6 -> 85.3, causal 78.2 -> 82.2, D = 32 77.3 -> 79.0; with AVX-512 1 to 3%.
+--     The bits were the same with AVX2, but on a processor with a matrix unit the spec of numbers that are
+--     not finite failed with it, and that has not been looked into.
+--   * Tried without gain. S, dP, P and dS by 6, 12 or 24 rows, which stay in the first cache (0 to
+--     2%, D = 32 2 to 4%); asking for dq's rows, or for the next panel of keys in the forward (-2%);
+--     instructions in the order that the micro-kernel is written in (GCC adds seven moves an iteration,
+--     which cost nothing); 4 KB or huge pages; 64 or 96 keys, 192 rows a tile, 384 or 1536 rows a block;
+--     in the forward 48 or 96 rows, 128 keys, two or three vectors of exponentials in step.
+--   * The forward there: S 0.93, P V 0.955, the softmax 6.5% of the time at D = 128, 11 at 64, 19 at 32 (8
+--     to 9 cycles a vector of eight, of which three are what a row costs), loading and packing 4%.
+--   * This section on a core of a shared Xeon (Sapphire Rapids or later) in one run, with the matrix unit,
+--     while sgemm had 83 to 97 GFLOP/s a core, 0.6 of a quiet hour's: of sgemm forward 0.73 to 1.09, backward
+--     0.78 to 1.15, all met; of SDPA, where 1.2 and 1.3 are asked, D = 64 forward 1.6 to 2.6, backward 1.07
+--     to 1.80, D = 128 0.97 to 1.96 and 0.88 to 1.81, D = 32 0.99 to 2.25 and 0.92 to 1.69, the causal ones
+--     above 1.5 but for D = 32's backward and D = 64's at N = 2048 (1.19): what the neighbours leave of the
+--     unit decides.
+--
 -- The other side is measured in turns with ours (see lua/lacuna/bench.lua); gathering is not counted against
 -- PyTorch: its inputs are contiguous and gathered already.
 
