@@ -12,7 +12,8 @@
  * gelu up in shared memory, whose pipe is then the busiest: 32 reads of four bytes from random places take it 3.5
  * cycles, of eight bytes six. So a quarter of the elements is computed, and half in the backward. Forward, rows come
  * ahead of their turn; two rows ahead were slower than one (32.7 to 30.1 us for rows of 768), runs of rows slower
- * than every so-manieth row. Models' usual widths have a kernel of their own (norm_whole.cuh), 4% to 8% faster.
+ * than every so-manieth row. Models' usual widths have kernels of their own (norm_whole.cuh, 4% to 8% faster, and
+ * norm_bwd_whole.cuh), which look up what was fastest in turns: for rows of 768 three quarters, for 3,072 one.
  */
 #include "norm_bwd_whole.cuh"
 #include "norm_whole.cuh"

@@ -3,7 +3,10 @@
  *
  * As norm_bwd.cuh, whose formulas and bits it has, with less to do for a row: lengths are constants, gamma stays as it
  * is stored, a thread reads what was fetched once and asks for the row after the next at once, and g gamma stays in
- * registers between the two passes. @MEASURED@
+ * registers between the two passes: 355 instructions a row and warp instead of 443. On an H200, 32768 x 768 in bf16, in
+ * turns: layernorm 40.7 to 39.6 us, gelu_norm 44.7 to 41.8; of 3,072 156.8 to 147.3 and 165.1 to 162.3. Rejected: three
+ * rows ahead (1% to 2% slower), runs of rows (0% to 3%), the second stage in the same launch (3 to 5%;
+ * HOPPER_PIPELINES.md).
  */
 #ifndef LAC_CUDA_NORM_BWD_WHOLE_CUH
 #define LAC_CUDA_NORM_BWD_WHOLE_CUH

@@ -11,13 +11,13 @@
  * of them, 17.9, of 128 columns 44, 15.5, of 64 columns 22, 14.4 (13.3 without that), of 32 columns 11, 16.5.
  * Everything 14.3, without the last block's sum 12.6; without the hint 0.3 to 1 us more each.
  *
- * Memory rests while a sum ends and the next begins. So the next kernel is let in when a block's last loads are on their
- * way, and its blocks ask the second-level cache for what they read first, a line an instruction, before they wait: two
- * vectors a thread for everything, four for columns. In turns with neither: everything 14.41 to 13.30 us, columns 14.28 to
- * 13.38. Twice as much 13.54 and 13.79, four times 14.42 and 14.35; let in without asking 14.12 and 14.63, from the
- * start on and asked for four 14.31 and 13.55. Blocks that come early go where there is room first: of everything,
- * of which a multiprocessor could have four blocks, most came to those that were done first, and it took 18.1 us until
- * its blocks took so much shared memory that there is room for two.
+ * Memory rests while a sum ends and the next begins. So the next kernel is let in when a block's last loads are on
+ * their way, and its blocks ask the second-level cache for what they read first, a line an instruction, before they
+ * wait: two vectors a thread for everything, four for columns. In turns with neither: everything 14.41 to 13.30 us,
+ * columns 14.28 to 13.38. Twice as much 13.54 and 13.79, four times 14.42 and 14.35; let in without asking 14.12
+ * and 14.63, from the start on and asked for four 14.31 and 13.55. Blocks that come early go where there is room first:
+ * of everything, of which a multiprocessor could have four blocks, most came to those that were done first, and it
+ * took 18.1 us until its blocks took so much shared memory that there is room for two.
  *
  * Rejected: clusters. Of 2 to 8 blocks that add up in each other's shared memory before they leave a share:
  * columns 15.2 to 22, everything 17.1 to 22.6; of 8 or 16 blocks that have all rows of a strip of columns, so that
