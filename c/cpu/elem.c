@@ -25,7 +25,7 @@
 #include <string.h>
 
 /* elements of a tile, of a strip, of one whose outputs are larger than the caches; bytes */
-enum { TILE = 512, STRIP = 4096, LONG_STRIP = 16384, AHEAD = 1024 };
+enum { TILE = 512, STRIP = 4096, LONG_STRIP = 16384, AHEAD = 2048 };
 
 /* an input of one strip */
 typedef struct {
