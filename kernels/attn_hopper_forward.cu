@@ -44,7 +44,9 @@ const char *attn_hopper_forward_fits(const lac_a_attend *f)
     return NULL;
 }
 
-/* Branches that differ in their offsets alone take turns: rows of one offset lie in few channels of the memory. */
+/* Branches that differ in their offsets alone take turns: rows of one offset lie in few channels of the memory. A turn
+ * is all tiles of an item, which share its keys: tile by tile, half as many would read them at a time, and half of them
+ * would come from memory twice. Not so where causal, because heavy tiles of many items come first. */
 static int turns_of(const attn_args &a)
 {
     for (int g = 0; g < a.branches; g++) {
@@ -122,6 +124,7 @@ int attn_hopper_prepare(hopper_forward_args &p, attn_pair_args &a, const lac_a_a
     LAC_TRY(attn_number(a, plan, false, p.small ? 64 : high ? 192 : 128, &tiles, a.block));
     p.tiles = (int)tiles;
     p.turns = turns_of(a);
+    p.each = a.causal || a.block ? 1 : a.branch[0].blocks;
     p.masks = a.causal || a.window >= 0 || a.block || a.padding || added;
     p.call = ++calls;
     for (int g = 0; g < a.branches; g++) {

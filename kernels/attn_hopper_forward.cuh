@@ -62,7 +62,7 @@ struct hopper_forward_args {
     attn_pair_args a;
     int same[HOPPER_BRANCHES]; /* the first branch of the same dilation, whose maps serve all of them */
     int tiles, items[HOPPER_BRANCHES], together[HOPPER_BRANCHES]; /* items of a branch; and those interleaved */
-    int turns;                                                    /* branches that take turns, tile by tile, or 1 */
+    int turns, each;                                              /* branches that take turns, or 1; tiles of a turn */
     int q_step, k_step, v_step, out_step;                         /* tokens from one batch item to the next */
     hopper_lattices lattices;
     bool gaps;   /* may there be rows that no branch reaches? */
@@ -253,6 +253,32 @@ HOPPER_FN void hopper_scores_again(float (&x)[N], uint32_t q, uint32_t k, int ro
     }
 }
 
+/* The same, eight columns at a time, of panels of 64 rows for each of GROUPS warpgroups */
+template <class T, int D, int GROUPS, int N>
+HOPPER_FN void hopper_scores_again_by_eight(float (&x)[N], uint32_t q, uint32_t k, int row, int key)
+{
+#pragma unroll 1
+    for (int d = 0; d < D / 8; d++) {
+        const uint32_t from = q + (d >> 3) * GROUPS * 64 * 128 + (((d & 7) ^ row) << 4);
+        const int4 y = hopper_four(from), z = hopper_four(from + 1024);
+        const uint32_t u[4] = {(uint32_t)y.x, (uint32_t)y.y, (uint32_t)y.z, (uint32_t)y.w};
+        const uint32_t v[4] = {(uint32_t)z.x, (uint32_t)z.y, (uint32_t)z.z, (uint32_t)z.w};
+#pragma unroll
+        for (int i = 0; i < N / 4; i++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int4 w =
+                    hopper_four(k + (d >> 3) * 2 * N * 128 + (8 * i + e) * 128 + (((d & 7) ^ (key + e)) << 4));
+                const uint32_t c[4] = {(uint32_t)w.x, (uint32_t)w.y, (uint32_t)w.z, (uint32_t)w.w};
+#pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    x[4 * i + e] = hopper_dot<T>(u[n], c[n], x[4 * i + e]);
+                    x[4 * i + 2 + e] = hopper_dot<T>(v[n], c[n], x[4 * i + 2 + e]);
+                }
+            }
+    }
+}
+
 /* scouts of the launch */
 template <class M> HOPPER_FN int hopper_scouts()
 {
@@ -344,9 +370,11 @@ template <class M, int OPTIONS> HOPPER_FN bool hopper_find(const hopper_forward_
     const attn_pair_args &a = p.a;
     int g = 0;
     if (p.turns > 1) {
-        const int turn = id / hopper_opaque(p.turns);
-        g = id - turn * p.turns;
-        id = (int)a.branch[g].begin + turn;
+        const int tiles = (int)a.branch[0].tiles, turn = id / hopper_opaque(p.turns * p.each), from = turn * p.each;
+        const int each = min(p.each, tiles - from);
+        id -= from * p.turns;
+        g = id / hopper_opaque(each);
+        id += (int)a.branch[g].begin + from - g * each;
     }
 #pragma unroll 1
     while (id < (int)a.branch[g].begin || id >= (int)(a.branch[g].begin + a.branch[g].tiles)) g++;

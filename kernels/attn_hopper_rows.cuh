@@ -335,28 +335,7 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
         for (int i = 0; i < BN / 2; i++) s[i] = 0;
         /* two columns at a time need fewer registers, which teams do not have, and take longer */
         if constexpr (M::TEAMED) hopper_scores_again<T, D>(s, q, k, row & 7, lane % 4 * 2);
-        else {
-#pragma unroll 1
-            for (int d = 0; d < D / 8; d++) { /* a chunk of 8 columns */
-                const uint32_t from = q + (d >> 3) * M::GROUPS * M::PANEL + (((d & 7) ^ (row & 7)) << 4);
-                const int4 x = hopper_four(from), y = hopper_four(from + 1024);
-                const uint32_t u[4] = {(uint32_t)x.x, (uint32_t)x.y, (uint32_t)x.z, (uint32_t)x.w};
-                const uint32_t v[4] = {(uint32_t)y.x, (uint32_t)y.y, (uint32_t)y.z, (uint32_t)y.w};
-#pragma unroll
-                for (int i = 0; i < BN / 8; i++)
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const int4 z = hopper_four(k + (d >> 3) * BN * 128 + (8 * i + e) * 128 +
-                                                   (((d & 7) ^ (lane % 4 * 2 + e)) << 4));
-                        const uint32_t c[4] = {(uint32_t)z.x, (uint32_t)z.y, (uint32_t)z.z, (uint32_t)z.w};
-#pragma unroll
-                        for (int n = 0; n < 4; n++) {
-                            s[4 * i + e] = hopper_dot<T>(u[n], c[n], s[4 * i + e]);
-                            s[4 * i + 2 + e] = hopper_dot<T>(v[n], c[n], s[4 * i + 2 + e]);
-                        }
-                    }
-            }
-        }
+        else hopper_scores_again_by_eight<T, D, M::GROUPS>(s, q, k, row & 7, lane % 4 * 2);
     }
     __device__ __forceinline__ void first_softmax(int slot, float old0, float old1)
     {
@@ -786,14 +765,23 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
 #pragma unroll 1
                 while (block < ending) {
                     /* with both options there are registers for one of the two */
-                    const bool holes = PADDED && tile(slot).holes;
-                    if (!(PADDED && PAIRS) && block > from && block < until && !holes)
-                        later_block<false>(slot, false, {PAIRS ? low + (int)(block - start) * BN : 0, 0, 0, 0}, false);
-                    else
+                    const bool holes = PADDED && tile(slot).holes, first = block == release;
+                    if (!(PADDED && PAIRS) && block > from && block < until && !holes) {
+                        /* a loop of their own, because each branch costs a block 1% */
+                        const uint32_t last = first ? block + 1 : min(ending, until);
+#pragma unroll 1
+                        do {
+                            later_block<false>(slot, false, {PAIRS ? low + (int)(block - start) * BN : 0, 0, 0, 0},
+                                               false);
+                            block++;
+                        } while (!RUNNING && block < last);
+                    } else {
                         later_block<true>(slot, block <= from || (holes && unseen()),
                                           {low + (int)(block - start) * BN, 0, 0, 0}, block + 1 == ending && part.y & 1,
                                           !PADDED || block <= from || block >= until);
-                    if (++block == release + 1) free_stored();
+                        block++;
+                    }
+                    if (first) free_stored();
                 }
                 held = true, due = block - 1;
             } else {
@@ -824,6 +812,12 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
         return step;
     }
     __device__ __forceinline__ bool is(const int4 &step, int kind) const { return step.z >> HOPPER_GROUP * w & kind; }
+    /* is there a step, without masked pairs? */
+    __device__ __forceinline__ bool plain(const int4 &step) const
+    {
+        const int kinds = HOPPER_SOME | (HOPPER_MASKED | HOPPER_HALF) << HOPPER_GROUP * w;
+        return (step.z & kinds) == HOPPER_SOME;
+    }
     /* the step of the current block, not the first: read once more, where its numbers have no registers */
     __device__ __forceinline__ int4 again(const int4 &step) const
     {
@@ -859,13 +853,22 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
                 }
 #pragma unroll 1
                 while (step.z && !beyond(step)) {
-                    const bool masked = is(step, HOPPER_MASKED);
+                    const bool masked = is(step, HOPPER_MASKED), first = block == release;
                     int4 then;
-                    if (!masked && !fresh) later_block<false>(slot, false, step, false, false, &then);
-                    else later_block<true>(slot, fresh, step, is(step, HOPPER_HALF), true, &then);
-                    fresh = fresh && masked;
-                    step = then;
-                    if (++block == release + 1) free_stored();
+                    if (!masked && !fresh) {
+#pragma unroll 1
+                        do {
+                            later_block<false>(slot, false, step, false, false, &then);
+                            step = then;
+                            block++;
+                        } while (M::PIECES == 1 && !first && plain(step));
+                    } else {
+                        later_block<true>(slot, fresh, step, is(step, HOPPER_HALF), true, &then);
+                        fresh = fresh && masked;
+                        step = then;
+                        block++;
+                    }
+                    if (first) free_stored();
                 }
                 held = true, due = block - 1;
 #pragma unroll 1

@@ -97,6 +97,22 @@ describe("the forward of attention on Hopper #gpu", function()
     end
   end)
 
+  it("equals the CPU where branches that take turns have several tiles an item", function()
+    attn.seed(45)
+    for trial = 1, 9 do
+      local r, dtype = pick { 2, 3, 4 }, pick { "bf16", "f16" }
+      local w, heads = r * pick { 129, 200, 400 } + pick { 0, 1 }, random(2)
+      local c = { N = 2 * w + pick { 0, 70 * r }, Hk = heads, H = heads * random(2), D = pick { 64, 128 },
+        offset = "branch", segments = {}, dilations = {}, causal = trial % 3 == 0, kernel = "hopper" }
+      for i = 1, r do c.segments[i], c.dilations[i] = w, r end
+      c.M = c.N
+      c = direct.fill(c)
+      local lists = attn_device.inputs(c, trial, dtype)
+      local exact, naive = attn_device.cpu(forward, c, dtype, lists)
+      attn_device.judge(dtype, forward(C.LAC_CUDA, dtype, c, lists), exact, naive, text(c))
+    end
+  end)
+
   it("says why it cannot do a call that it is forced to do", function()
     local function refused(pattern, change, dtype, layout)
       local c = { N = 70, D = 64, segments = { 70 }, dilations = { 1 }, kernel = "hopper" }
