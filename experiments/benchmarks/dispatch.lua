@@ -7,20 +7,24 @@
 --
 -- On a GPU one operator is to cost its host less than 3 us. An addition, PyTorch's addition and what is below
 -- both, the launch itself (launches.c, a loop in C), take turns in a new order each round, with the wait
--- outside of the clock (bench.queued): what a call takes until it returns. In a row of thousands and their
--- wait, as the rows of the table have it, the device's own time between two kernels counts as well. A host is
--- shared with others, so the least of the rounds is told beside the median.
+-- outside of the clock (bench.queued): what a call takes until it returns. A thread beside the script's makes
+-- the launches (kernels/launcher.cu), so that is not all: 2,000 additions and their wait are told as well,
+-- and 2,000 launches and theirs. A host is shared with others, so the least of the rounds is told beside the
+-- median.
 --
--- On the shared Xeon of an H200 a launch took 2.6 to 3.4 us, in medians (2.1 to 2.7 at least), an addition
--- 3.6 to 5.1 (2.7 to 3.7), PyTorch's 8 to 14; where others kept the host busy a launch 3.8 to 3.9 (3.2 to
--- 3.4), an addition 6.0 to 6.5 (5.2 to 5.3), PyTorch's 18. 2,000 launches and their wait took as long each
--- (on the busy host 4 to 6% longer): the host limits. What changed nothing there: 8 to 4,000 bytes of
--- arguments, arguments as one buffer, streams of any kind or priority, modules loaded eagerly, one hardware
--- queue, a process bound to a core, another domain of memory. Launching without overlap costs 0.5 us more,
--- the runtime's <<<>>> 0.7 to 1, a copy on the device 1.5 to 2. By samples, 42% of a launch is spent at the
--- locked instructions of the driver's mutexes, where a processor waits until what it has written has left,
--- and 20% where the driver copies to the device. It does not wait beside other work: 0.8 us of arithmetic
--- after each launch add 0.8 us.
+-- On the shared Xeon of an H200, while others kept the host busy: an addition 2.0 us until it returns (1.2 at
+-- least), 2,000 and their wait 4.1 each (3.4), a launch in C 4.2 (3.4), 2,000 and their wait 4.3 (3.3), an
+-- addition of PyTorch's 15.8 (11.4). Processes in turns, without the thread (LACUNA_CUDA_LAUNCHER=0) and with
+-- it: an addition until it returns 3.6 to 5.4 us and 1.4 to 1.7, in a row 3.6 to 5.5 and 2.9 to 4.0; a
+-- product of 4 x 4 5.9 to 9.1 and 1.0 to 2.0, in a row 6.0 to 9.3 and 5.3 to 7.3; with a wait after each
+-- addition 10.5 to 12.5 and 11.3 to 12.8. On a quiet host a launch took 2.6 to 3.4 (2.1 to 2.7 at least).
+--
+-- What changed nothing in a launch: 8 to 4,000 bytes of arguments, arguments as one buffer, streams of any
+-- kind or priority, modules loaded eagerly, one hardware queue, a process bound to a core, another domain of
+-- memory. Launching without overlap costs 0.5 us more, the runtime's <<<>>> 0.7 to 1, a copy on the device
+-- 1.5 to 2. By samples, 42% of a launch is spent at the locked instructions of the driver's mutexes, where a
+-- processor waits until what it has written has left, and 20% where the driver copies to the device. It does
+-- not wait beside other work of the same thread: 0.8 us of arithmetic after each launch add 0.8 us.
 
 local ffi = require "ffi"
 local lac = require "lacuna"
