@@ -11,9 +11,10 @@
  * only ever raised: lowered, it could meet launches that are still queued.
  *
  * The driver has locks, and a thread that finds one taken sleeps. When attention still asked for its kernels'
- * attributes and launched by <<<>>> while the other thread launched, training steps took 1.2 to 4 times as long as
- * without a thread. So between two waits the script's own thread calls the driver for nothing: what can be known is
- * remembered (lac_cuda_shared()), and all that comes in order goes through the ring.
+ * attributes and launched by <<<>>> while the other thread launched, the fastest training steps took 1.1 to 4
+ * times as long as without a thread, but in one of nine cases. So between two waits the script's own thread calls the
+ * driver for nothing: what can be known is remembered (lac_cuda_shared()), and all that comes in order goes through the
+ * ring.
  *
  * Between the beginning and the end of a capture, and with LACUNA_CUDA_SYNC=1 or LACUNA_CUDA_LAUNCHER=0, every call is
  * its caller's.
