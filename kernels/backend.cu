@@ -135,11 +135,22 @@ static int check_calls(const char *op)
 {
     int64_t number;
     const int code = lac_cuda_failed(&number);
+    const char *const own = op;
     if (!code) return 0;
     if (number < lac_cuda_operators && lac_cuda_operators - number <= KNOWN && !is_fault((cudaError_t)code))
         op = names[number % KNOWN];
     if (code < LAC_CUDA_BLAS) return lac_cuda_check(op, (cudaError_t)code);
+    /* cuBLAS does not say that the device had failed before */
+    const cudaError_t device = lac_cuda_capturing ? cudaSuccess : cudaStreamQuery(lac_cuda_stream());
+    if (device == cudaErrorNotReady) cudaGetLastError();
+    if (broken[0] || is_fault(device)) return lac_cuda_check(own, is_fault(device) ? device : cudaErrorLaunchFailure);
     LAC_FAIL(INTERNAL, "%s: cuBLAS: %s", op, lac_cuda_blas_text(code - LAC_CUDA_BLAS));
+}
+
+int lac_cuda_settled(const char *op)
+{
+    lac_cuda_stream();
+    return check_calls(op);
 }
 
 static int wait(const char *op)

@@ -33,7 +33,7 @@ cudaStream_t lac_cuda_stream(void);
  * and returns 0, a CUDA error, or LAC_CUDA_BLAS + an error of cuBLAS. Returns what run returned, 0 if it was queued. */
 int lac_cuda_later(int (*run)(const void *data, cudaStream_t to), const void *data, size_t bytes);
 enum { LAC_CUDA_BLAS = 1 << 16 };
-/* memset and memcpy on the device, queued so; and a copy of host memory, which may be written again at once */
+/* memset and memcpy on the device, queued so; and a copy of pageable host memory, which may be written at once */
 cudaError_t lac_cuda_fill_bytes(void *at, int byte, size_t bytes);
 cudaError_t lac_cuda_copy_bytes(void *to, const void *from, size_t bytes);
 cudaError_t lac_cuda_upload(void *to, const void *from, size_t bytes);

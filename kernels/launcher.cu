@@ -44,7 +44,11 @@ static int failed; /* of a call that its caller made */
 
 int64_t lac_cuda_operators;
 
-static int begin(void) { return cudaSetDevice(0); }
+static int begin(void)
+{
+    pthread_setname_np(pthread_self(), "lacuna-launcher");
+    return cudaSetDevice(0);
+}
 static void stop(void) { lac_launcher_stop(&launcher); }
 static void forked(void) { lac_launcher_forked(&launcher); }
 
@@ -214,7 +218,9 @@ struct other_call {
 static int run_other(void *data)
 {
     other_call *c = (other_call *)data;
-    return c->run(c + 1, stream);
+    const int code = c->run(c + 1, stream);
+    cudaGetLastError(); /* of this thread, where nobody else asks: CUB would take it for its own */
+    return code;
 }
 
 int lac_cuda_later(int (*run)(const void *data, cudaStream_t to), const void *data, size_t bytes)
@@ -267,7 +273,9 @@ struct upload_call {
 static int run_upload(void *data)
 {
     const upload_call *u = (const upload_call *)data;
-    return cudaMemcpyAsync(u->to, u + 1, u->bytes, cudaMemcpyHostToDevice, stream);
+    const int code = cudaMemcpyAsync(u->to, u + 1, u->bytes, cudaMemcpyHostToDevice, stream);
+    cudaGetLastError();
+    return code;
 }
 cudaError_t lac_cuda_upload(void *to, const void *from, size_t bytes)
 {

@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(WHOLE_THREADS, 1) norm_whole_rows(whole_rows<T
         }
 #pragma unroll
         for (int k = 0; k < KEEP; k++) square[0] += e[k] * e[k];
+        static_assert(CENTRED || ROW == 32, "between two sums in one place the team has to meet");
         team_sums(square, space[1][team], ROW, team);
         float s = inverse_deviation<T>(square[0], count, a.eps);
 #pragma unroll

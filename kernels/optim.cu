@@ -249,9 +249,7 @@ extern "C" int lac_cuda_norm_many(const lac_a_norm *a)
     launch(total_kernel, 1, THREADS, 0, (double *)sums.data, chunks);
     LAC_TRY(lac_cuda_launched("norm"));
     double total;
-    CUDA_TRY("norm",
-             cudaMemcpyAsync(&total, (double *)sums.data + chunks, 8, cudaMemcpyDeviceToHost, lac_cuda_stream()));
-    CUDA_TRY("norm", cudaStreamSynchronize(lac_cuda_stream()));
+    LAC_TRY(lac_cuda_read("norm", &total, (double *)sums.data + chunks, 8));
     *a->norm = sqrt(total);
     return 0;
 }

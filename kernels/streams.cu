@@ -45,10 +45,10 @@ static int64_t queued(void) { return launches; }
 /* copies queued from now on come after launch `after`, and what belongs to it */
 static int copies_wait_for(int64_t after)
 {
+    LAC_TRY(lac_cuda_settled("copy")); /* every mark that is counted is with the driver */
     int64_t mark = after / MARK_EVERY + 1;
-    cudaStream_t stream = lac_cuda_stream(); /* every mark that is counted is with the driver */
     if (mark <= marked) return lac_cuda_check("copy", cudaStreamWaitEvent(copies, marks[mark % RING], 0));
-    CUDA_TRY("copy", cudaEventRecord(now, stream));
+    CUDA_TRY("copy", cudaEventRecord(now, lac_cuda_stream()));
     return lac_cuda_check("copy", cudaStreamWaitEvent(copies, now, 0));
 }
 
@@ -91,6 +91,7 @@ static int event_new(void **event) { return lac_cuda_check("event", cudaEventCre
 static void event_drop(void *event) { cudaEventDestroy((cudaEvent_t)event); }
 static int event_record(void *event)
 {
+    LAC_TRY(lac_cuda_settled("event"));
     return lac_cuda_check("event", cudaEventRecord((cudaEvent_t)event, lac_cuda_stream()));
 }
 

@@ -13,6 +13,8 @@ extern int64_t lac_cuda_operators; /* how many have been queued */
  * many operators had been queued before it; 0: none is known to have failed. */
 int lac_cuda_failed(int64_t *number);
 const char *lac_cuda_blas_text(int status); /* matmul.cu */
+/* waits until all that was queued is with the driver, and reports what of it failed */
+int lac_cuda_settled(const char *op);
 
 int lac_cuda_streams_open(void);   /* a CUDA error */
 void lac_cuda_mark(void);          /* after a launch */

@@ -54,7 +54,11 @@ direct.round = {
 
 local pun = ffi.new("union { float f; uint32_t u; }")
 local function bf16_bits(x) pun.f = direct.round.bf16(x); return math.floor(pun.u / 65536) end
-local function bf16_value(b) pun.u = b * 65536; return tonumber(pun.f) end
+local function bf16_value(b)
+  if b % 32768 > 0x7f80 then return 0 / 0 end -- see nan_test
+  pun.u = b * 65536
+  return tonumber(pun.f)
+end
 
 local function f16_bits(x)
   x = direct.round.f16(x)
@@ -159,6 +163,18 @@ function direct.write(t, values)
   each(t, function(i, at) p[at] = encode and encode(values[i]) or values[i] end)
 end
 
+-- A NaN's bits must not become a Lua number: LuaJIT tags its values in NaN payloads, a foreign one crashes.
+local BITS = { f32 = { "uint32_t *", 0x7f800000 }, f64 = { "uint64_t *", 0x7ff0000000000000ULL } }
+local function nan_test(t)
+  local known = BITS[NAME[t.dtype]]
+  if not known then return function() return false end end
+  local words, most = ffi.cast(known[1], address(t)), known[2]
+  if NAME[t.dtype] == "f64" then
+    return function(at) return bit.band(words[at], 0x7fffffffffffffffULL) > most end
+  end
+  return function(at) return bit.band(words[at], 0x7fffffff) > most end
+end
+
 --- Flat row-major array of a tensor's numbers.
 function direct.read(t)
   if t.device ~= 0 then
@@ -166,9 +182,9 @@ function direct.read(t)
     check(C.lac_copy(t, h))
     t = h
   end
-  local p, decode, out = address(t), DECODE[NAME[t.dtype]], {}
+  local p, decode, out, is_nan = address(t), DECODE[NAME[t.dtype]], {}, nan_test(t)
   each(t, function(i, at)
-    local x = tonumber(p[at])
+    local x = is_nan(at) and 0 / 0 or tonumber(p[at])
     out[i] = decode and decode(x) or x
   end)
   return out
