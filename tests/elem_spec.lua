@@ -129,6 +129,34 @@ describe("elementwise", function()
     end)
   end
 
+  -- powers of 2 below the normal floats may be flushed to zero, but not come out as another number
+  for _, name in ipairs(isas()) do
+    it("functions in f32 leave the normal floats rightly #cpu on " .. name, function()
+      assert(C.lac_isa(name) ~= nil)
+      local N = 8192
+      local function from(first) return first - lac.arange(N):to { dtype = "f32" } * 2 ^ -13 end
+      local function softmax(t) -- terms below a largest of 1
+        local row = lac.cat({ lac.zeros { 1, dtype = t:dtype() }, t }, 1)
+        return lac.softmax(row, -1)[{ { 2, N + 1 } }]:contiguous()
+      end
+      -- what is flushed: powers below 2^-126, times a factor, as is half of 2^-149 where they are not
+      for f, case in pairs { softplus = { lac.softplus, -87, 2 ^ -126 }, softmax = { softmax, -87, 2 ^ -126 },
+                             gelu = { lac.gelu, -12.75, 2 ^ -126 },
+                             gelu_slope = { gelu_slope, -12.75, 2 ^ -123 } } do
+        local of, x = case[1], from(case[2])
+        local y, r = of(x), of(x:to { dtype = "f64" })
+        local got, exact = pointer(y, "float *"), pointer(r, "double *")
+        for i = 0, N - 1 do
+          local flushed = got[i] == 0 and math.abs(exact[i]) < case[3]
+          local right = math.abs(got[i] - exact[i]) <= math.abs(exact[i]) * 2 ^ -20 + 2 ^ -147
+          assert.is_true(flushed or right, ("%s of %.9g: %g, not %g"):format(f, pointer(x, "float *")[i],
+            got[i], exact[i]))
+        end
+      end
+      C.lac_isa(isa)
+    end)
+  end
+
   -- lines that go abreast and those that are left over, within gelu's tables and beyond
   for _, name in ipairs(isas()) do
     it("functions computed by lines take no value from a neighbour #cpu on " .. name, function()

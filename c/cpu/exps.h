@@ -73,6 +73,12 @@ LAC_INLINE __m256 v8_power(__m256 t)
     __m256i i = _mm256_castps_si256(t), bits = _mm256_castps_si256(_mm256_permutevar_ps(_mm256_castsi256_ps(by4), i));
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(i, 21), bits));
 }
+/* the same, and 0 below the normal floats, where n + 127 = 0 leaves the bits of 2^(j/4) without their leading 1 */
+LAC_INLINE __m256 v8_power_flush(__m256 t)
+{
+    __m256i normal = _mm256_cmpgt_epi32(_mm256_castps_si256(t), _mm256_castps_si256(v8_set(V8_MAGIC - 126.25f)));
+    return _mm256_and_ps(v8_power(t), _mm256_castsi256_ps(normal));
+}
 /* e^r - 1 on |r| <= ln2/8, 5e-9 */
 LAC_INLINE void v8_expm1_poly(const __m256 *r, __m256 *p, int count)
 {
@@ -89,14 +95,15 @@ LAC_INLINE void v8_reduce(const __m256 *x, const __m256 *t, bool loose, __m256 *
     V8_EACH r[k] = _mm256_fnmadd_ps(n[k], v8_set(loose ? 0.693147182f : 0.693359375f), x[k]);
     if (!loose) V8_EACH r[k] = _mm256_fmadd_ps(n[k], v8_set(2.12194440e-4f), r[k]);
 }
-/* e^x for |x| <= 88; 1.1 ulp. At -88 it is 0. */
-LAC_INLINE void v8_exp(__m256 *x, bool loose, int count)
+/* e^x for |x| <= 87, 1.1 ulp; `flush`: for |x| <= 88, and 0 below -87.42, where n + j/4 < -126; `loose`: as in
+ * v_exp_normal */
+LAC_INLINE void v8_exp(__m256 *x, bool flush, bool loose, int count)
 {
     __m256 t[V8_ABREAST], r[V8_ABREAST], p[V8_ABREAST];
     V8_EACH t[k] = _mm256_fmadd_ps(x[k], v8_set(1.44269504f), v8_set(V8_MAGIC));
     v8_reduce(x, t, loose, r, count);
     v8_expm1_poly(r, p, count);
-    V8_EACH t[k] = v8_power(t[k]);
+    V8_EACH t[k] = flush ? v8_power_flush(t[k]) : v8_power(t[k]);
     V8_EACH x[k] = _mm256_fmadd_ps(t[k], p[k], t[k]);
 }
 /* values, but where |x| is beyond the bound those of the function of one float: out of line */
@@ -109,13 +116,13 @@ LAC_INLINE void v8_exp(__m256 *x, bool loose, int count)
         return _mm256_blendv_ps(values, _mm256_loadu_ps(line), _mm256_castsi256_ps(v8_beyond(x, bound)));              \
     }
 V8_FAR(v8_exp_far, v_expf)
-/* a line; bounded: at most 88, and 0 below the normal floats */
+/* a line; bounded: x is at most 88, and e^x is 0 below the normal floats */
 LAC_INLINE void v8_exp_line(float *line, bool bounded, bool loose)
 {
     enum { count = 2 };
     __m256 x[count] = {_mm256_loadu_ps(line), _mm256_loadu_ps(line + 8)}, y[count];
     V8_EACH y[k] = bounded ? v8_at_least(-88.0f, x[k]) : x[k];
-    v8_exp(y, loose, count);
+    v8_exp(y, bounded, loose, count);
     if (!bounded && v8_any_beyond(x, 87.0f, count)) V8_EACH y[k] = v8_exp_far(x[k], y[k], 87.0f);
     V8_EACH _mm256_storeu_ps(line + 8 * k, y[k]);
 }

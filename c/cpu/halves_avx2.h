@@ -81,7 +81,7 @@ LAC_INLINE void h_power(int half, __m256 *x, bool minus)
     H_EACH t[k] = v8_power(t[k]);
     H_EACH x[k] = _mm256_fmadd_ps(t[k], p[k], t[k]);
 }
-/* 1 / d for d within 2^-125 and 2^125 */
+/* 1 / d for d within 2^-125 and 2^125.9 */
 LAC_INLINE void h_invert(__m256 *d)
 {
     __m256 y[H_COUNT];
