@@ -21,17 +21,18 @@
 -- slice is interrupted in every sample if a core has other work, and a copy in none: rows then read half of
 -- what they are.
 -- AVX2. One core of an EPYC, Zen 3, copies 16 floats in 4.4 ns; a line in the cache takes, and its share
--- was with other work on the machine (before: as gcc has the loops of simd.h): exp 4.0 ns, 82% (59),
--- sigmoid 4.7, 59 (56), tanh 5.4, 55 (27), gelu 8.9, 36 (22), its gradient 40 (28); bf16 exp 6.2, 57
--- (17), sigmoid 8.6, 40 (20), tanh 7.8, 45 (11), gelu 9.4, 36 (9), its gradient 31 (13), f16 about as
--- much. Memory adds 1.5 to 2 ns to what is computed, so 77% leave 4: 12 cycles. Rows: softmax 68 (50),
--- its logarithm 58 (50), layernorm 80 (66), rmsnorm 80; backwards of these four 82 (72), 87 (23), 72, 72.
+-- was with other work on the machine (before: what gcc made of the functions line by line): exp 4.0 ns, 82%
+-- (59), sigmoid 4.7, 59 (56), tanh 5.4, 55 (27), gelu 9.4, with 8.9 36 (22), its gradient 40 (28); bf16 exp
+-- 6.2, 57 (17), sigmoid 8.6, 40 (20), tanh 7.8, 45 (11), gelu 9.4, 36 (9), its gradient 31 (13), f16 about
+-- as much. Memory adds 1.5 to 2 ns to what is computed, so 77% leave 4: 12 cycles. Rows: softmax 68 (50),
+-- its logarithm 58 (50), layernorm 80 (66), rmsnorm 80; backwards of these four 80 to 85 (70 to 74), 89
+-- (25), 72, 72.
 -- A Xeon (Sapphire Rapids; AVX-512) copies 16 floats in 6.4 ns. What is fetched for a kernel must be
 -- asked for 2 KB ahead there, not 1: bf16 exp 80 instead of 70, sigmoid 83 (71), silu 75 (66), tanh 82
 -- (70), gelu 86 (74); f16 86 (74), 75 (69), 72 (66), 87 (75), 88 (76). With a Newton step instead of a
 -- division f16's sigmoid and silu would be 80 and 77 there; on a Zen 4 it takes three cycles more. Zen 3:
--- relu 110 with 2 KB, 103 with 1, 90 with 4; the others the same. softmax's backwards 96 and 95 instead
--- of 81 and 89.
+-- relu 110 with 2 KB, 103 with 1, 90 with 4; the others the same. On the Xeon softmax's backwards have 96
+-- and 95 instead of 81 and 89.
 -- Reading alone. 6.3 to 7 cycles a line whatever is asked for ahead, where 77% of a copy allow 6.8: the
 -- maximum over rows is there. A sum converts to double, 5 cycles for 16 floats, a variance 9, a log-sum-exp
 -- takes 10; over columns sums are loaded and stored as well.
