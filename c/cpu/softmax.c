@@ -194,7 +194,7 @@ typedef struct {
                 for (int k = 0; write && k < CHUNK; k++) line[k] = i + k < end ? y[i + k] : 0;                         \
                 if (write && logarithm) LINE(line);                                                                    \
                 for (; i < end; i++) {                                                                                 \
-                    T own = line[i % CHUNK];                                                                           \
+                    T own = write ? line[i % CHUNK] : 0;                                                               \
                     if (sum) rest += logarithm ? gn[i] : yn[i] * gn[i];                                                \
                     if (write) dx[i] = logarithm ? g[i] - own * s : own * (g[i] - s);                                  \
                 }                                                                                                      \
