@@ -12,9 +12,9 @@
  * gelu up in shared memory, whose pipe is then the busiest: 32 reads of four bytes from random places take it 3.5
  * cycles, of eight bytes six. So a quarter of the elements is computed, and half in the backward. Forward, rows come
  * ahead of their turn; two rows ahead were slower than one (32.7 to 30.1 us for rows of 768), runs of rows slower
- * than every so-manieth row. Models' usual widths have a kernel of their own forward (norm_whole.cuh, 4% to 8% faster),
- * 768 one backward (norm_bwd_whole.cuh), where the operator reached 85% of a copy's rate with a half looked up, 76 with
- * three quarters, and rows of 3,072 85 instead of 88%.
+ * than every so-manieth row. Models' usual widths have kernels of their own (norm_whole.cuh, 4% to 8% faster, and
+ * norm_bwd_whole.cuh), which look up, for rows of 768, three quarters, for 3,072 one: not settled
+ * (HOPPER_PIPELINES.md).
  */
 #include "norm_bwd_whole.cuh"
 #include "norm_whole.cuh"
@@ -448,9 +448,10 @@ extern "C" int lac_cuda_gelu_norm_bwd(const lac_a_gelu_norm_bwd *a)
                 return norm_bwd_run<T>(op, norm, back, &a->dgamma, &a->dbeta, &a->sums);
             }
             if constexpr (looks_up<T>)
-                if (j.n == 768 && back_whole_fits<T>(j.rows, j.n)) { /* rows of 3,072: 85 against 88% of a copy */
+                if (back_whole_fits<T>(j.rows, j.n)) {
                     whole_grad<T> w = {j.rows, j.n, j.n, x, g, norm.gamma, norm.mean, norm.rstd, dx, NULL};
-                    LAC_TRY((norm_bwd_whole<32, gelu_back_of_rows<4>>(op, w, &a->dgamma, &a->dbeta)));
+                    if (j.n == 768) LAC_TRY((norm_bwd_whole<32, gelu_back_of_rows<6>>(op, w, &a->dgamma, &a->dbeta)));
+                    else LAC_TRY((norm_bwd_whole<128, gelu_back_of_rows<2>>(op, w, &a->dgamma, &a->dbeta)));
                     return beside(a);
                 }
             gelu_norm_back<T, false> back = {x, g, dx, j.n, NULL, NULL};

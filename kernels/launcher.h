@@ -13,10 +13,9 @@
  *
  * The thread spins for a millisecond after its last call, as a caller does who waits for the device, then it sleeps. It
  * is some tens of microseconds until it wakes, so while it sleeps callers are told to make their calls themselves,
- * until some have come in quick succession. With 60 us of spinning it
- * slept twice in a training step of a small model, whose fastest steps took 1.2 to 1.4 times as long. Callers are told
- * so, too, where the last call was waited for before another came: handing over costs time on both sides, and a caller
- * that waits gains nothing.
+ * until some have come in quick succession. With 60 us of spinning it slept twice in a training step of a small model.
+ * Callers are told so, too, where the last call was waited for before another came: handing over costs time on both
+ * sides, and a caller that waits gains nothing.
  *
  * A call that fails (returns other than 0) leaves its code and its number, and those after it are run. In the child of
  * a fork there is no thread, and no driver that would work: calls are the caller's own there, and fail by themselves.
