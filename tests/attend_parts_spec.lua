@@ -214,6 +214,22 @@ describe("attention in parts", function()
     assert.is_true(direct.max_diff(got.out, want.out) <= 2 * direct.max_diff(plain.out, want.out))
   end)
 
+  -- results of the unit: finite and equal where those of multiply-adds are
+  local function beside_multiply_adds(c, all, dtype)
+    local plain, got = run(c, all, dtype, "avx512"), run(c, all, dtype, "amx")
+    for _, name in ipairs { "out", "lse", "dq", "dk", "dv" } do
+      local scale = (dtype == "f32" and 1e-3 or 2 ^ -6) * (1 + largest(plain[name]))
+      for i, x in ipairs(plain[name]) do
+        local y = got[name][i]
+        local function infinite(z) return z ~= z or math.abs(z) == math.huge end
+        local broken = infinite(x) and infinite(y)
+        if not (broken or x == y or math.abs(x - y) <= scale) then
+          error(("%s[%d]: %g and %g in %s"):format(name, i, x, y, choices.text(c)))
+        end
+      end
+    end
+  end
+
   it("has infinities and NaN where multiply-adds have them", function()
     generator.seed(8)
     for trial = 1, 28 do
@@ -224,18 +240,27 @@ describe("attention in parts", function()
       local all = inputs(c, trial)
       local hit = all[dtype == "bf16" and 3 or random(4)] -- 0 times an infinite value is NaN
       hit[random(#hit)] = pick { 0 / 0, math.huge, -math.huge }
-      local plain, got = run(c, all, dtype, "avx512"), run(c, all, dtype, "amx")
-      for _, name in ipairs { "out", "lse", "dq", "dk", "dv" } do
-        local scale = (dtype == "f32" and 1e-3 or 2 ^ -6) * (1 + largest(plain[name]))
-        for i, x in ipairs(plain[name]) do
-          local y = got[name][i]
-          local function infinite(z) return z ~= z or math.abs(z) == math.huge end
-          local broken = infinite(x) and infinite(y)
-          if not (broken or x == y or math.abs(x - y) <= scale) then
-            error(("%s[%d]: %g and %g in %s"):format(name, i, x, y, choices.text(c)))
-          end
-        end
-      end
+      beside_multiply_adds(c, all, dtype)
+    end
+  end)
+
+  -- The pass of its own that makes such deltas multiplies blocks of keys that are not finite by row panels,
+  -- which the pass of the gradients alone once packed.
+  it("has them in the deltas of branches in active blocks", function()
+    generator.seed(9)
+    for trial = 1, 16 do
+      local dtype = trial % 4 == 0 and "bf16" or "f32"
+      local c = direct.fill { N = 330 + 7 * trial, H = 1, D = pick { 32, 64, 72 }, heads = "all",
+                              segments = { 400, 300 }, dilations = { 1, 1 }, causal = true,
+                              merge = trial % 2 == 0 and "lse_detach" or "mean" }
+      c.M = c.N
+      pairs_of.seed(trial)
+      pairs_of.blocks(c, 0.8, { 128, 150 })
+      if trial % 3 == 0 then c.bias = pairs_of.bias(c, trial, true) end
+      local all = inputs(c, 2 * trial + 1)
+      local hit = all[dtype == "f32" and trial % 3 == 1 and 2 or 3]
+      hit[random(#hit)] = pick { 0 / 0, math.huge, -math.huge }
+      beside_multiply_adds(c, all, dtype)
     end
   end)
 
