@@ -97,14 +97,16 @@
 -- dv 40% at 0.81, P and dS 3%, loading, packing and results 6%; D = 64 and 32 the same but for P and dS, 6
 -- and 10%. No product can be left out: S and dP are needed again, and tiles and panels outside of the band
 -- are.
---   * Tried with gain, and not kept: dk apart from dv (0.81 -> 0.90: together they want columns of two
---     tiles and two panels in the first cache, 24 of its 32 KB), S and dP from the panels of dk and dv
---     instead of rows that lie a second time (S and dP 0.96, dq 0.93, dk and dv 0.93), no micro-panel of one
---     to three keys (0.945), keys transposed within halves of vectors (2.5 -> 1.7 cycles a vector). All of
---     it, processor time, the fastest of many calls in turns, GFLOP/s: N = 2048 D = 128 79.1 -> 87.3, causal
---     79.2 -> 83.2, D = 64 80.6 -> 85.3, causal 78.2 -> 82.2, D = 32 77.3 -> 79.0; with AVX-512 1 to 3%.
---     The bits were the same with AVX2, but on a processor with a matrix unit the spec of numbers that are
---     not finite failed with it, and that has not been looked into.
+--   * dk apart from dv (0.81 -> 0.90: together they want columns of two tiles and two panels in the first
+--     cache, 24 of its 32 KB), S and dP from the panels of dk and dv instead of rows that lie a second time
+--     (S and dP 0.96, dq 0.93, dk and dv 0.93), no micro-panel of one to three keys (0.945), keys transposed
+--     within halves of vectors (2.5 -> 1.7 cycles a vector). All of it, processor time, the fastest of many
+--     calls in turns, GFLOP/s: N = 2048 D = 128 79.1 -> 87.3, causal 79.2 -> 83.2, D = 64 80.6 -> 85.3,
+--     causal 78.2 -> 82.2, D = 32 77.3 -> 79.0; the bits are the same. On the Xeon with AVX-512 D = 128
+--     139 -> 146, causal 138 -> 144, D = 64 136 -> 136, causal 133 -> 138, D = 32 130 -> 133; with its matrix
+--     unit nothing changes (within 2%). The scores of the pass that makes deltas in active blocks, where keys
+--     or values are not finite, then came from panels that only the gradients had packed: a spec on a
+--     processor with the unit found it, attend_parts_spec.lua now has a case of its own for it.
 --   * Tried without gain. S, dP, P and dS by 6, 12 or 24 rows, which stay in the first cache (0 to
 --     2%, D = 32 2 to 4%); asking for dq's rows, or for the next panel of keys in the forward (-2%);
 --     instructions in the order that the micro-kernel is written in (GCC adds seven moves an iteration,
@@ -112,6 +114,18 @@
 --     in the forward 48 or 96 rows, 128 keys, two or three vectors of exponentials in step.
 --   * The forward there: S 0.93, P V 0.955, the softmax 6.5% of the time at D = 128, 11 at 64, 19 at 32 (8
 --     to 9 cycles a vector of eight, of which three are what a row costs), loading and packing 4%.
+--   * Scores that become probabilities as soon as a panel of them is there, with a maximum that moves on
+--     only when one is 2^8 above it. Expected: no pass for maxima, no cost by row, 4 to 5 cycles a vector
+--     instead of 9. Measured: 12 vectors by themselves take 84 to 94 cycles, 7 a vector, because the steps
+--     of one take 50 cycles and the processor has registers for 40 cycles ahead: the forward 0 to 5%
+--     slower. The same between the multiply-adds of the next panel: compiled, a fifth slower (sums go to
+--     memory); as instructions written down, with half of the panel of keys read from memory to have two
+--     registers free, 5 to 15% slower. Two vectors are loaded in a cycle: a step of 12 multiply-adds then
+--     has 13 loads in its 6 cycles, and a vector of exponentials 16 more.
+--   * Nor did constants of exponentials in registers bring anything (6.3 cycles a vector either way), nor
+--     multiply-adds four steps at a time: in the first cache a panel of scores saves 20 of 410 cycles at
+--     D = 64, its loop's end being guessed, but calls took 2% less to 3% more, and products of values and
+--     the backward up to 5% more.
 --   * This section on a core of a shared Xeon (Sapphire Rapids or later) in one run, with the matrix unit,
 --     while sgemm had 83 to 97 GFLOP/s a core, 0.6 of a quiet hour's: of sgemm forward 0.73 to 1.09, backward
 --     0.78 to 1.15, all met; of SDPA, where 1.2 and 1.3 are asked, D = 64 forward 1.6 to 2.6, backward 1.07
