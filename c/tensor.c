@@ -64,12 +64,12 @@ static const char *device_text(int device)
 
 /* ---- the gate ---- */
 
-/* Are all elements inside [0, bytes) of the storage? Overflow counts as outside. */
+/* Are all elements inside [0, bytes) of the storage? Overflow counts as outside. Not for a tensor without elements:
+ * its offset leads to nothing, and the second of two halves of an empty tensor has one. */
 static bool inside_storage(const lac_tensor *t)
 {
     int64_t low = t->offset, high = t->offset, span, elements = (int64_t)(t->storage->bytes / dtypes[t->dtype].bytes);
     for (int i = 0; i < t->ndim; i++) {
-        if (t->shape[i] == 0) return t->offset >= 0 && t->offset <= elements;
         if (__builtin_mul_overflow(t->shape[i] - 1, t->stride[i], &span)) return false;
         int64_t *end = span < 0 ? &low : &high;
         if (__builtin_add_overflow(*end, span, end)) return false;
@@ -95,10 +95,10 @@ int lac_view_get(const char *op, const char *name, const lac_tensor *t, lac_view
         empty |= t->shape[i] == 0;
     }
     if (__builtin_expect(t->storage->copying != 0, 0)) LAC_TRY(lac_copy_settle(t->storage));
-    if (!inside_storage(t))
+    if (!empty && !inside_storage(t))
         LAC_FAIL(SHAPE, "%s: %s %s reaches outside its storage of %zu bytes", op, name, lac_describe(t),
                  t->storage->bytes);
-    v->data = (char *)t->storage->data + (size_t)t->offset * dtypes[t->dtype].bytes;
+    v->data = (char *)t->storage->data + (empty ? 0 : (size_t)t->offset * dtypes[t->dtype].bytes);
     v->dtype = t->dtype;
     v->ndim = t->ndim;
     for (int i = 0; i < t->ndim; i++) {

@@ -157,6 +157,9 @@ describe("engine errors:", function()
     local wild = d.view(f(3))
     wild.shape[0] = 4
     fails("shape", "outside its storage", "map1", exp, wild, o)
+    wild.shape[0], wild.offset = 0, 2 ^ 50 -- no element, so nothing is anywhere
+    assert.are.same({ 0 }, shape_of(op("map1", exp, wild)))
+    wild.offset = 0
     wild.shape[0] = -1
     fails("shape", "negative size", "map1", exp, wild, o)
     wild.shape[0], wild.dtype = 3, 77

@@ -219,6 +219,18 @@ describe("shapes and views", function()
     assert.are.equal(8, (z + z):item())
     refused("needs a tensor with one element", e.item, e)
   end)
+
+  it("takes parts of empty tensors that begin beyond their storage", function()
+    local _, second = unpack(lac.zeros { 0, 6 }:split(3, 2))
+    assert.are.equal("[0 x 3]", tostring(second:exp():size()))
+    assert.are.equal(0, (second * second):sum():item())
+    assert.are.equal("[0 x 3]", tostring(lac.zeros { 0, 3, 2 }:select(3, 2):contiguous():size()))
+    assert.are.equal("[4 x 0]", tostring(lac.zeros { 0, 4 }:t():flip(1):tanh():size()))
+    assert.are.equal("[0 x 3]", tostring(lac.zeros { 0, 4, 4 }:diagonal(1, 2, 3):clone():size()))
+    local x = lac.zeros { 0, 6, grad = true }
+    x:narrow(2, 4, 3):square():sum():backward()
+    assert.are.equal("[0 x 6]", tostring(x.grad:size()))
+  end)
 end)
 
 describe("slices", function()
