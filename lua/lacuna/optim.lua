@@ -232,13 +232,9 @@ function Optimizer:grad_norm()
   return self.norm_out[0]
 end
 
-local function complain_no_scaler(v)
-  return getmetatable(v) ~= Scaler and "must be a loss scaler (lac.optim.loss_scaler)" or nil
-end
-
 local STEP = { factor = { type = "number", min = 0, default = 1 }, clip = { type = "number", above = 0 },
                clip_value = { type = "number", above = 0 },
-               scaler = { type = "table", check = complain_no_scaler } }
+               scaler = { type = "table", check = Scaler.complain } }
 
 --- One update of every parameter from its gradient.
 -- @tparam[opt] table options factor = 1 (of the learning rate, from a schedule); clip = largest global norm

@@ -81,6 +81,8 @@ function schema.show(value)
     local mt = getmetatable(value)
     local describe = type(mt) == "table" and rawget(mt, "__describe")
     if describe then return describe(value) end
+    local class = type(mt) == "table" and rawget(mt, "__name")
+    if class then return "an object of class " .. class end
     local parts = {}
     for i = 1, math.min(#value, 8) do
       local v = rawget(value, i)

@@ -27,6 +27,7 @@ local watch = require "lacuna.watch"
 local graph = require "lacuna.graph"
 local sys = require "lacuna.sys"
 local profile = require "lacuna.profile"
+local scaler = require "lacuna.optim.scaler"
 local checkpoint = require "lacuna.train.checkpoint"
 local progress = require "lacuna.train.progress"
 
@@ -256,6 +257,7 @@ end
 local function enter_step(o, s, step)
   s.step = step
   s.factor = o.schedule(step)
+  schema.check("train.fit", ("schedule(%d)"):format(step), s.factor, { type = "number", min = 0 })
   s.lr = s.factor * o.optimizer.lr
 end
 
@@ -320,9 +322,20 @@ local function stop(o, s, reason)
   error(interrupted and "interrupted" or reason, 0)
 end
 
+-- A check of an option that is an object: it has what the loop uses. Reading a field that is not there is an
+-- error of some objects and nil of others.
+local function has(what, names)
+  return function(v)
+    for name in names:gmatch("%S+") do
+      local ok, value = pcall(function() return v[name] end)
+      if not ok or value == nil then return ("must be %s; it has no '%s'"):format(what, name) end
+    end
+  end
+end
+
 local FIT = {
-  model = { type = "table", required = true },
-  optimizer = { type = "table", required = true },
+  model = { type = "table", required = true, check = has("a module", "train eval parameter_list") },
+  optimizer = { type = "table", required = true, check = has("an optimizer", "step zero_grad lr steps") },
   batch = { type = "function", required = true },
   loss = { type = "function" },
   steps = { type = "integer", min = 1, required = true },
@@ -332,13 +345,13 @@ local FIT = {
   accumulate = { type = "integer", min = 1, default = 1 },
   clip = { type = "number", above = 0 },
   clip_value = { type = "number", above = 0 },
-  scaler = { type = "table" },
+  scaler = { type = "table", check = scaler.complain },
   nan_watch = { type = "boolean", default = false },
   profile = { type = "integer", min = 0, default = 0 },
   graph = { type = "boolean", default = false },
   evaluate = { type = "function" },
   eval_every = { type = "integer", min = 0, default = 0 },
-  log = { type = "table" },
+  log = { type = "table", check = has("a log (lacuna.log's open)", "write position path") },
   log_every = { type = "integer", min = 1, default = 10 },
   checkpoint = { type = "string" },
   checkpoint_every = { type = "integer", min = 0, default = 0 },
@@ -360,6 +373,9 @@ local function check(o)
       o.nan_watch and "nan_watch" or "profile")
   end
   if o.graph then device.code("train.fit: graph", "cuda") end
+  if not o.loss and has("", "loss")(o.model) then
+    fail("train.fit", "loss is required, because the model has no method 'loss'")
+  end
   if o.first_step > o.steps then
     fail("train.fit", "first_step %d is after the last step %d: nothing is left to train", o.first_step,
       o.steps)

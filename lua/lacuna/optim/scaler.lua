@@ -88,4 +88,9 @@ function Scaler:load_state_dict(state)
   self.value, self.good, self.skipped = s.value, s.good, s.skipped
 end
 
+-- a check of an option (schema.lua)
+function Scaler.complain(v)
+  return getmetatable(v) ~= Scaler and "must be a loss scaler (lac.optim.loss_scaler)" or nil
+end
+
 return Scaler
