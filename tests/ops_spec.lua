@@ -3,11 +3,14 @@
 -- The tests are generated from tests/support/cases.lua; this file knows no operator. For each case: the
 -- result in f64, f32, f16 and bf16 obeys the tolerance rule against the plain Lua reference, over as many
 -- draws of the inputs as give 48 values; transposed, stepped, reversed and expanded inputs give the same; f64
--- gradients pass gradcheck (which runs every backward twice), contiguous and strided; bad inputs raise the
--- promised sentence. The pool puts guard bytes round every block meanwhile and none may be touched.
+-- gradients pass gradcheck (which runs every backward twice), contiguous and strided; those in narrower
+-- dtypes, of strided cotangents too, obey the same rule against the ones in doubles; bad inputs raise the
+-- promised sentence, and every operator has some. The pool puts guard bytes round every block meanwhile and
+-- none may be touched.
 
 local lac = require "lacuna"
 local lib = require "lacuna.lib"
+local flat_list = require("lacuna.tensor").flat_list
 local ops = require "lacuna.ops"
 local cases = require "support.cases"
 
@@ -29,7 +32,7 @@ local function draw(case, dtype, layout)
   end
   local out = run(case, tensors)
   local got = out:to { dtype = (out:dtype() == "f16" or out:dtype() == "bf16") and "f64" or out:dtype() }
-  got = require("lacuna.tensor").flat_list(got)
+  got = flat_list(got)
   if case.check then
     assert.is_nil(case.check(arrays[1], got, dtype))
     return got
@@ -42,6 +45,7 @@ local function draw(case, dtype, layout)
   return got, exact.data, naive.data
 end
 
+local NARROW = { "f32", "f16", "bf16" }
 local ENOUGH, MOST_DRAWS = 48, 16 -- values by which an operator is judged
 
 local function check_values(case, dtype, layout)
@@ -57,17 +61,82 @@ local function check_values(case, dtype, layout)
   assert.is_nil(cases.compare(dtype, all[1], all[2], all[3], dtype == "f64" and 2 ^ -29 or 1))
 end
 
+local function wants_gradient(case, i)
+  for _, one in ipairs(case.grad_inputs or { i }) do
+    if one == i then return true end
+  end
+  return false
+end
+
 local function check_gradients(case, layout)
-  local inputs, checked = {}, {}
-  for _, i in ipairs(case.grad_inputs or {}) do checked[i] = true end
+  local inputs = {}
   for i, spec in ipairs(case.inputs) do
     local t = layout(array_for(spec, "f64"), dtype_of(spec, "f64"))
-    if is_float(spec) and (not case.grad_inputs or checked[i]) then t = t:detach():requires_grad_(true) end
+    if is_float(spec) and wants_gradient(case, i) then t = t:detach():requires_grad_(true) end
     inputs[i] = t
   end
   local ok, report = lac.gradcheck(function(...) return run(case, { ... }) end, inputs,
                                    { name = case.name, rtol = case.rtol })
   assert.is_true(ok, tostring(report))
+end
+
+-- An array with every number of a floating-point dtype moved by half a unit in its last place, up or down.
+local function rounded_once(array, dtype)
+  local moved = { shape = array.shape, data = {} }
+  for i, v in ipairs(array.data) do
+    local _, exponent = math.frexp(v)
+    moved.data[i] = v + (inputs_of.uniform() < 0.5 and -0.25 or 0.25) * cases.epsilon(dtype) * 2 ^ exponent
+  end
+  return moved
+end
+
+-- Gradients of a case towards a cotangent, a plain array, as lists of numbers; the result's dtype is its own.
+local function gradients(case, arrays, dtype, cotangent, layout)
+  local given, wanted, lists = {}, {}, {}
+  for i, spec in ipairs(case.inputs) do
+    given[i] = layout(arrays[i], dtype_of(spec, dtype))
+    if is_float(spec) and wants_gradient(case, i) then
+      given[i] = given[i]:detach():requires_grad_(true)
+      wanted[#wanted + 1] = given[i]
+    end
+  end
+  local out = run(case, given)
+  out:backward(layout(cotangent(out), out:dtype()))
+  for i, x in ipairs(wanted) do lists[i] = flat_list((x.grad or x:detach() * 0):to { dtype = "f64" }) end
+  return lists
+end
+
+-- Gradients in dtypes that differences cannot check. Exact are those in doubles, which gradcheck has checked,
+-- of the same numbers; the naive program is the one whose inputs and cotangent were rounded once more.
+local function check_narrow_gradients(case, dtype, layout)
+  inputs_of.seed(case.name .. (case.label or "") .. dtype .. "gradient")
+  local all = {}
+  for _ = 1, MOST_DRAWS do
+    local arrays, moved, weights = {}, {}, nil
+    for i, spec in ipairs(case.inputs) do
+      arrays[i] = array_for(spec, dtype)
+      moved[i] = is_float(spec) and rounded_once(arrays[i], dtype) or arrays[i]
+    end
+    local function cotangent(out)
+      weights = weights or array_for({ unpack(out:size()) }, dtype)
+      return weights
+    end
+    local got = gradients(case, arrays, dtype, cotangent, layout)
+    local exact = gradients(case, arrays, "f64", cotangent, contiguous)
+    local naive = gradients(case, moved, "f64", function() return rounded_once(weights, dtype) end,
+                            contiguous)
+    for k, list in ipairs(got) do
+      all[k] = all[k] or { {}, {}, {} }
+      for which, lists in ipairs { { list }, { exact[k] }, { naive[k] } } do
+        for _, v in ipairs(lists[1]) do table.insert(all[k][which], v) end
+      end
+    end
+    if #all[1][1] >= ENOUGH then break end
+  end
+  for k, lists in ipairs(all) do
+    local message = cases.compare(dtype, lists[1], lists[2], lists[3])
+    if message then error(("gradient %d: %s"):format(k, message), 0) end
+  end
 end
 
 describe("operators", function()
@@ -105,6 +174,19 @@ describe("operators", function()
         end)
       end
 
+      if case.grad then
+        it("has the right gradient in narrower dtypes", function()
+          for _, dtype in ipairs(case.dtypes or case.rough and { case.rough } or NARROW) do
+            if dtype ~= "f64" then
+              for _, layout in ipairs { contiguous, case.strided ~= false and strided or nil } do
+                local ok, message = pcall(check_narrow_gradients, case, dtype, layout)
+                if not ok then error(dtype .. ": " .. tostring(message), 0) end
+              end
+            end
+          end
+        end)
+      end
+
       if case.bad then
         it("refuses bad inputs", function()
           local tensors = {}
@@ -131,6 +213,17 @@ describe("operators", function()
     local missing = {}
     for name, record in pairs(ops.table) do
       if not covered[name] and not record.internal then missing[#missing + 1] = name end
+    end
+    assert.are.same({}, missing)
+  end)
+
+  it("all have an input that they refuse", function()
+    local refusing, missing = {}, {}
+    for _, case in ipairs(cases.list) do
+      refusing[case.name] = refusing[case.name] or (case.bad and #case.bad > 0)
+    end
+    for name, record in pairs(ops.table) do
+      if not refusing[name] and not record.internal then missing[#missing + 1] = name end
     end
     assert.are.same({}, missing)
   end)

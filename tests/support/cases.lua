@@ -13,8 +13,12 @@
 -- elements, "over a tensor" is over several draws of the inputs: a naive program's single sum can be right
 -- by luck. An operator without a case fails the suite.
 --
--- `bad` is a list of { function(lac, x, y, ...), pattern }: the call must raise a string that matches. check
--- replaces ref where a reference cannot be written without repeating the engine (dropout).
+-- `bad` is a list of { function(lac, x, y, ...), pattern }: the call must raise a string that matches (more
+-- of them are in cases_bad.lua). check replaces ref where a reference cannot be written without repeating the
+-- engine (dropout). derivative = function(R, x) -> array is the naive program of the derivative of a function
+-- of one element, for those whose narrow types the engine computes in doubles: there its own results do not
+-- show what such a program is off by. rough = the coarsest dtype in which the gradient is checked, where
+-- rounding makes ties that move it.
 
 local special = require "support.special"
 
@@ -139,6 +143,22 @@ end
 
 cases.build, cases.at, cases.count = build, at, count
 
+-- pairs in the order of the keys: the list of cases is the same in every process, and so is what a test draws
+-- for one after the other
+local function ordered(t)
+  local keys = {}
+  for key in pairs(t) do keys[#keys + 1] = key end
+  table.sort(keys, function(a, b)
+    if type(a) ~= type(b) then return type(a) < type(b) end
+    return a < b
+  end)
+  local i = 0
+  return function()
+    i = i + 1
+    return keys[i], t[keys[i]]
+  end
+end
+
 -- ---- shapes of cases ----------------------------------------------------------------------------
 
 local function case(c)
@@ -260,7 +280,7 @@ case { name = "to", ref = same,
 case { name = "to", label = "cast and back", dtypes = { "f64", "f32" }, rtol = 1e-5,
        call = function(_, x) return x:to { dtype = "f64" }:to { dtype = x:dtype() } end, ref = same }
 -- a cast to a float is checked in its own dtype, where nothing is rounded; gradients through casts: grad_spec
-for name, dtype in pairs { float = "f32", double = "f64", half = "f16", bfloat16 = "bf16" } do
+for name, dtype in ordered { float = "f32", double = "f64", half = "f16", bfloat16 = "bf16" } do
   case { name = name, dtypes = { dtype }, strided = false, grad = false, ref = same,
          call = function(_, x) return x:to(dtype == "f32" and "f64" or "f32")[name](x) end,
          bad = { { function(_, x) return x[name](3) end, name .. ": must be called on a tensor" } } }
@@ -268,7 +288,7 @@ end
 local function towards_zero(v) return v < 0 and math.ceil(v) or math.floor(v) end
 local CASTS = { int = towards_zero, long = towards_zero, byte = towards_zero,
                 bool = function(v) return v ~= 0 and 1 or 0 end }
-for name, f in pairs(CASTS) do
+for name, f in ordered(CASTS) do
   case { name = name, grad = false, inputs = { { 3, 4, kind = name == "byte" and "positive" or nil } },
          call = function(_, x) return (x * 3)[name](x * 3) end,
          ref = function(R, x) return build(x.shape, function(i) return f(R(at(x, i) * 3)) end) end }
@@ -710,8 +730,9 @@ cases.helpers = {
   case = case, map1 = map1, map2 = map2, reduction = reduction, broadcast = broadcast, with = with,
   without = without, insert = insert, fold = fold, along = along, dot = dot, total = total, same = same,
   softmax_of = softmax_of, row_loss = row_loss, linear = linear, mean = mean,
+  ordered = ordered,
 }
-for _, part in ipairs { "index", "elem", "scan", "fused", "compare" } do
+for _, part in ipairs { "index", "elem", "scan", "fused", "compare", "bad" } do
   require("support.cases_" .. part)(cases)
 end
 

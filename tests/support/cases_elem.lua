@@ -22,7 +22,7 @@ return function(cases)
   local function asinh(x) return sign(x) * math.log(math.abs(x) + math.sqrt(x * x + 1)) end
   local function softplus(x) return math.log(1 + math.exp(x)) end
 
-  for name, spec in pairs {
+  for name, spec in h.ordered {
     trunc = { trunc }, frac = { function(x) return x - trunc(x) end },
     exp2 = { function(x) return 2 ^ x end },
     log2 = { function(x) return math.log(x) / math.log(2) end, "positive" },
@@ -32,7 +32,11 @@ return function(cases)
     acosh = { function(x) return math.log(x + math.sqrt(x * x - 1)) end, "above" },
     atanh = { function(x) return 0.5 * math.log((1 + x) / (1 - x)) end, "fraction" },
     erfc = { special.erfc },
-    sinc = { function(x) return x == 0 and 1 or math.sin(math.pi * x) / (math.pi * x) end },
+    sinc = { function(x) return x == 0 and 1 or math.sin(math.pi * x) / (math.pi * x) end,
+             derivative = function(R, x)
+               local a = R(R(math.pi) * x)
+               return R(R(R(math.cos(a)) - R(R(math.sin(a)) / a)) / x)
+             end },
     logit = { function(x) return math.log(x / (1 - x)) end, "fraction" },
     logsigmoid = { function(x) return -softplus(-x) end },
     mish = { function(x) return x * math.tanh(softplus(x)) end },
@@ -48,6 +52,9 @@ return function(cases)
   } do
     case { name = name, inputs = { { 3, 4, kind = spec[2] } }, grad = spec.grad,
            ref = function(R, x) return build(x.shape, function(i) return R(spec[1](at(x, i))) end) end,
+           derivative = spec.derivative and function(R, x)
+             return build(x.shape, function(i) return spec.derivative(R, at(x, i)) end)
+           end,
            bad = { { function(lac) return lac[name]("no") end, name .. ": x must be a tensor, got 'no'" } } }
   end
   case { name = "isinf", label = "infinities", inputs = { { 4, kind = "away" } }, grad = false,
@@ -125,7 +132,7 @@ return function(cases)
 
   local bit = require "bit"
   local INTS = { { 3, 4, kind = "index", high = 16 }, { 4, kind = "index", high = 5 } }
-  for name, f in pairs {
+  for name, f in h.ordered {
     bitwise_and = bit.band, bitwise_or = bit.bor, bitwise_xor = bit.bxor,
     bitwise_left_shift = function(x, y) return x * 2 ^ y end,
     bitwise_right_shift = function(x, y) return math.floor(x / 2 ^ y) end,
@@ -179,7 +186,7 @@ return function(cases)
          ref = h.fold(1, variance(0.5)),
          bad = { { function(_, x) return x:var(1, false, "a") end,
                    "correction must be a number, got 'a'" } } }
-  for p, f in pairs {
+  for p, f in h.ordered {
     [1] = function(R, v)
       local s = 0
       for k = 1, #v do s = R(s + math.abs(v[k])) end

@@ -52,7 +52,7 @@ return function(cases)
          ref = function(R, x, gamma, beta) return norm_of(R, each(R, gelu, x), gamma, beta) end,
          bad = { { function(lac, x) return lac.gelu_norm(x, lac.zeros { 5, dtype = x:dtype() }) end, "5" },
                  { function(lac, x) return lac.gelu_norm(x, nil, nil, 0) end, "positive, got 0" } } }
-  for name, f in pairs { gelu = gelu, gelu_tanh = gelu_tanh } do
+  for name, f in help.ordered { gelu = gelu, gelu_tanh = gelu_tanh } do
     case { name = "linear_act", label = name, inputs = { { 2, 3, 4 }, { 8, 4 }, { 8 } },
            call = function(lac, x, w, b) return lac.linear_act(x, w, b, name) end,
            ref = function(R, x, w, b) return each(R, f, linear(R, x, w, b)) end,

@@ -318,7 +318,7 @@ return function(cases)
     replicate = function(p, n) return p < 1 and 1 or n end,
     circular = function(p, n) return (p - 1) % n + 1 end,
   }
-  for mode, outside in pairs(OUTSIDE) do
+  for mode, outside in h.ordered(OUTSIDE) do
     local before = { 0, 2, 1 }
     case { name = "pad", label = mode, inputs = { { 2, 4, 3 } },
            call = function(_, x)

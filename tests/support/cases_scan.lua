@@ -59,7 +59,7 @@ return function(cases)
   scan_cases("logcumsumexp", log_sum)
   local function greater(a, b) return a > b end
   local function smaller(a, b) return a < b end
-  for name, better in pairs { cummax = greater, cummin = smaller } do
+  for name, better in h.ordered { cummax = greater, cummin = smaller } do
     local place = best(better)
     scan_cases(name, function(_, v) return v[place(v)] end)
     case { name = name, label = "positions", inputs = { { 2, 6, 9 } }, grad = false,

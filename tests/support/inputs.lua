@@ -63,6 +63,7 @@ end
 -- dimension backwards
 local function strided(array, dtype, device)
   local n = #array.shape
+  if cases.count(array.shape) == 0 then return contiguous(array, dtype, device) end
   local shape, order = {}, {}
   for d = 1, n do shape[d], order[d] = array.shape[n + 1 - d], n + 1 - d end
   local function stored(index)
@@ -83,5 +84,5 @@ local function strided(array, dtype, device)
   return rows:permute(order)
 end
 
-return { seed = seed, is_float = is_float, array_for = array_for, dtype_of = dtype_of,
+return { seed = seed, uniform = uniform, is_float = is_float, array_for = array_for, dtype_of = dtype_of,
          contiguous = contiguous, strided = strided }
