@@ -118,17 +118,17 @@ local function in_place(name)
     return t
   end
 end
-for _, name in ipairs { "sub", "div", "pow", "mod", "maximum", "minimum", "neg", "abs", "exp", "log", "sqrt",
-                        "tanh", "sigmoid", "relu", "square", "floor", "ceil",
-                        "round", "mul", "add", "exp2", "expm1", "log2", "log10", "log1p", "trunc", "frac",
-                        "rsqrt", "recip", "sin", "cos", "sign", "silu", "gelu", "softplus", "leaky_relu",
-                        "elu", "hardtanh", "relu6", "threshold", "clamp", "nan_to_num", "fmod",
-                        "floor_divide", "copysign", "lerp", "addcmul", "addcdiv", "bitwise_and",
-                        "bitwise_or", "bitwise_xor", "bitwise_not", "bitwise_left_shift",
-                        "bitwise_right_shift", "logical_and", "logical_or", "logical_xor",
-                        "logical_not" } do
-  in_place(name)
-end
+
+-- the elementwise functions that PyTorch has in place too
+local IN_PLACE = [[
+  add sub mul div pow mod fmod floor_divide maximum minimum copysign atan2 hypot xlogy lerp addcmul addcdiv
+  clamp neg abs sign square sqrt rsqrt recip floor ceil round trunc frac exp exp2 expm1 log log2 log10 log1p
+  sin cos tan asin acos atan sinh cosh asinh acosh atanh sinc erf erfc logit nan_to_num
+  tanh sigmoid relu relu6 silu gelu mish softplus leaky_relu elu celu selu hardtanh hardsigmoid hardswish
+  threshold bitwise_and bitwise_or bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift
+  logical_and logical_or logical_xor logical_not
+]]
+for name in IN_PLACE:gmatch("[%w_]+") do in_place(name) end
 
 local general_add, general_mul = methods.add_, methods.mul_
 
