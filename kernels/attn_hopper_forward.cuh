@@ -371,7 +371,7 @@ template <class M, int OPTIONS> HOPPER_FN bool hopper_find(const hopper_forward_
     int g = 0;
     if (p.turns > 1) {
         const int tiles = (int)a.branch[0].tiles, turn = id / hopper_opaque(p.turns * p.each), from = turn * p.each;
-        const int each = min(p.each, tiles - from);
+        const int each = min(p.each, tiles - from); /* p.each divides tiles, so never the second; measured with it */
         id -= from * p.turns;
         g = id / hopper_opaque(each);
         id += (int)a.branch[g].begin + from - g * each;
