@@ -146,11 +146,58 @@ describe("the namespace", function()
     } do
       assert.error_matches(f, text)
     end
+    assert.error_matches(function() x:arcsin() end, "no field or method 'arcsin', did you mean x:asin%(%)%?")
+    assert.error_matches(function() x:greater_(1) end, "'greater_', did you mean x:copy_%(x:gt%(y%)%)%?")
+    assert.error_matches(function() x:softmax_(1) end, "mean x:copy_%(x:softmax%(%.%.%.%)%)%?")
+    assert.error_matches(function() x:svd() end, "'svd'; of linear algebra there are products only %[")
+    assert.error_matches(function() return lac.erfinv end, "lac.erfinv; it is not among the elementwise")
+    assert.error_matches(function() return lac.help "clip" end, "no 'clip', did you mean x:clamp%(low, high")
     for kind, t in pairs { tensor = lac.zeros { 1 }, lac = lac, nn = lac.nn } do
       for name in pairs(require("lacuna.synonyms")[kind]) do -- none that exists
         assert.is_false(pcall(function() return t[name] end), name)
       end
     end
+  end)
+
+  it("says what runs as it stands, with the values of what PyTorch has", function()
+    local x = lac.tensor { { 0.25, 0, 1, 3 }, { 2, 0.5, 1, 1.5 }, { 4, 1, 0.5, 2 }, { 1, 2, 3, 4 } }
+    local around = {
+      lac = lac, math = math, unpack = unpack, x = x, y = x:t() / 4, v = lac.tensor { 1, 2, 3, 4 },
+      q = lac.ones { 1, 4, 2, 4 }, k = lac.ones { 1, 4, 2, 4 }, idx = lac.tensor({ 0, 5 }, { dtype = "i64" }),
+      boundaries = lac.tensor { 0, 1, 2 }, list = { x, x }, sizes = { 1, 3 }, values = { 1, 2 }, value = 2,
+      n = 4, m = 4, i = 1, j = 2, dim = 2, low = 0, high = 1, bins = 3, tau = 1, groups = 2, channels = 4,
+    }
+    local function besides(t) return setmetatable(t, { __index = around }) end
+    local vectors = besides { x = around.v, y = around.v }
+    local special = { ger = vectors, inner = vectors,
+                      scaled_dot_product_attention = besides { v = around.q } }
+    -- settings, files and devices are not tried, nor what stands for a list or a function
+    local function is_tried(text)
+      for _, part in ipairs { "...", "lac.io.", "cuda", ":pin(", "lac.default_", "lac.manual_seed",
+                              "lac.threads", "lac.use_tf32", "fn" } do
+        if text:find(part, 1, true) then return false end
+      end
+      return true
+    end
+    local ran, values = 0, {}
+    for _, kind in ipairs { "tensor", "lac" } do
+      for name, text in pairs(require("lacuna.synonyms")[kind]) do
+        local f = is_tried(text) and loadstring("return " .. text)
+        if f then
+          around.x = x:clone() -- some write into it
+          local ok, value = pcall(setfenv(f, special[name] or around))
+          assert.is_true(ok, name .. ": " .. tostring(value))
+          ran, values[name] = ran + 1, value
+        end
+      end
+    end
+    assert.is_true(ran > 80, ran)
+    assert.are.same({ 1, 0.5, 1, 1 }, values.heaviside[1]:totable())
+    assert.are.same({ { false, false, true, true }, { true, false, true, false } },
+                    values.isin[{ { 1, 2 } }]:totable())
+    assert.are.equal(7.5, values.trapezoid:item())
+    assert.are.same({ 0.25, 0, 0.5, 1.5 }, values.msort[1]:totable())
+    assert.is_true(math.abs(values.logaddexp2[4][4]:item() - math.log(2 ^ 4 + 2) / math.log(2)) < 1e-6)
   end)
 
   it("checks the engine's ABI against this tree", function()

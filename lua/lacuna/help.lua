@@ -12,6 +12,7 @@
 
 local arguments = require "lacuna.arguments"
 local schema = require "lacuna.schema"
+local synonyms = require "lacuna.synonyms"
 local tensor = require "lacuna.tensor"
 
 local help = {}
@@ -230,7 +231,8 @@ function help.about(value)
     if found == nil then
       local names = schema.keys(require "lacuna")
       for name in next, tensor.methods do names[#names + 1] = name end
-      schema.fail("help", "there is no '%s'%s", value, schema.hint(value, names))
+      local words = synonyms.lac[value] and synonyms.lac or synonyms.tensor
+      schema.fail("help", "there is no '%s'%s", value, schema.hint(value, names, nil, words))
     end
     return help.about(found) or tostring(found)
   end

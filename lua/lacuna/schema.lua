@@ -65,9 +65,11 @@ lib.nearest = schema.nearest
 --- The end of a message about an unknown name: ", did you mean 'mean'?", or "" when none is near.
 -- @tparam string name @tparam table candidates list of strings
 -- @tparam[opt="'%s'"] string format how the nearest one is written
--- @tparam[opt] table words what to write instead of names that other libraries have (synonyms.lua)
+-- @tparam[opt] table words what to write instead of names that other libraries have (synonyms.lua), or, after
+--   a semicolon, that there is no such thing
 function schema.hint(name, candidates, format, words)
-  if words and words[name] then return (", did you mean %s?"):format(words[name]) end
+  local word = words and words[name]
+  if word then return word:sub(1, 1) == ";" and word or (", did you mean %s?"):format(word) end
   local nearest = schema.nearest(tostring(name), candidates)
   return nearest and (", did you mean " .. (format or "'%s'") .. "?"):format(nearest) or ""
 end

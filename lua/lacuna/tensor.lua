@@ -584,12 +584,21 @@ local function field_names()
   return names
 end
 
+-- of a name that only its form in place is missing of: write the result
+local words = setmetatable({}, { __index = function(_, key)
+  local word, plain = synonyms.tensor[key], key:match("^(.+)_$")
+  if word or not plain then return word end
+  if methods[plain] then return ("x:copy_(x:%s(...))"):format(plain) end
+  word = synonyms.tensor[plain]
+  return word and (word:sub(1, 1) == ";" and word or ("x:copy_(%s)"):format(word))
+end })
+
 local function special(t, key)
   local kind = type(key)
   if kind == "string" then
     if OPTIONAL[key] then return nil end
     fail("tensor", "there is no field or method '%s'%s", key,
-         schema.hint(key, field_names(), nil, synonyms.tensor))
+         schema.hint(key, field_names(), nil, words))
   end
   return tensor.get(t, key) -- ops/view.lua
 end
