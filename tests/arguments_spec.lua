@@ -88,6 +88,7 @@ describe("an argument too many", function()
     assert.error_matches(function() return x:lerp(x, 0.5, 77) end, "takes %(x, y, w%), got 77")
     assert.error_matches(function() return x:leaky_relu(0.1, 77) end, "takes one constant, got 77")
     assert.error_matches(function() return x:hardtanh(0, 1, 77) end, "takes two constants, got 77")
+    assert.error_matches(function() return x:hardtanh({ min = 0 }, 7) end, "one table of options, got 7")
   end)
 
   it("of an operator in place is refused", function()

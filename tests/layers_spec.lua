@@ -28,7 +28,7 @@ local LUA = {
   "lib",
   "sys json arguments",
   "class",
-  "schema synonyms",
+  "schema synonyms formulas",
   "registry device scope config environment",
   "tensor sites",
   "pretty create",

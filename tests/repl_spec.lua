@@ -317,6 +317,28 @@ describe("repl: help and history", function()
     assert.matches("no comment at tests/repl_spec", lac.help(function() end))
   end)
 
+  it("help says what every elementwise function computes", function()
+    local lac, formulas, count = require "lacuna", require "lacuna.formulas", 0
+    for name, record in pairs(require("lacuna.ops").table) do
+      if record.map or record.id or formulas.text[name] then
+        local text = formulas.text[name]
+        assert.is_string(text, name)
+        local shown = lac.help(name)
+        if name ~= "clamp" then -- which has a comment of its own
+          assert.truthy(shown:find("\n  Elementwise: " .. text .. ".\n", 1, true), shown)
+        end
+        count = count + 1
+      end
+    end
+    local known = 0
+    for name in pairs(formulas.text) do
+      assert.is_function(lac[name], name)
+      known = known + 1
+    end
+    assert.equal(known, count)
+    assert.matches("^lac%.leaky_relu%(x, slope = 0%.01%)\n", lac.help "leaky_relu")
+  end)
+
   it("help knows every function of lac", function()
     local lac = require "lacuna"
     for name, value in pairs(lac) do

@@ -11,6 +11,7 @@
 -- generated file of texts (it is one more thing that can be old).
 
 local arguments = require "lacuna.arguments"
+local formulas = require "lacuna.formulas"
 local schema = require "lacuna.schema"
 local synonyms = require "lacuna.synonyms"
 local tensor = require "lacuna.tensor"
@@ -149,8 +150,10 @@ local function about_function(f, name, from)
     or name and comment_of_name(lines, name:match "[%w_]+$")
   local plain = not block and name and name:match "([%w_]+)_$"
   if plain then block = comment_of_name(lines, plain) or { "As " .. plain .. ", in place." } end
-  if not block and path and path:match "ops/map%.lua$" then
-    block = { "Elementwise: any strides, broadcasting. Its formula is in c/maps.def." }
+  local op = not block and path and path:match "ops/map%.lua$" and name and name:match "[%w_]+$"
+  if formulas.text[op] then
+    if formulas.arguments[op] then out[1] = name .. formulas.arguments[op] end
+    block = { "Elementwise: " .. formulas.text[op] .. ".", "Any strides, broadcasting." }
   end
   for _, line in ipairs(block and tidy(block) or {}) do out[#out + 1] = line end
   if not block then out[#out + 1] = ("  no comment at %s:%d"):format(info.short_src, info.linedefined) end

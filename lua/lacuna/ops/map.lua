@@ -238,6 +238,7 @@ end
 local function constants_of(name, p, q, r)
   local list = CONSTANTS[name]
   if type(p) == "table" and not is(p) then
+    if q ~= nil then too_many(name, "one table of options", q) end
     local allowed = {}
     for _, entry in ipairs(list) do allowed[entry[1]] = { type = { "number", "tensor" } } end
     local o = schema.options(name, p, allowed)
