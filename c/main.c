@@ -49,8 +49,8 @@ static const char usage[] =
     "  lacuna profile script.lua   run a script, then print where its time went\n"
     "  lacuna devices              list devices and what runs on them\n"
     "  lacuna variants             try every option with every variant of attention\n"
-    "  lacuna --version            versions of Lacuna and LuaJIT\n"
-    "  lacuna --help               this text\n"
+    "  lacuna --version, -v        versions of Lacuna and LuaJIT\n"
+    "  lacuna --help, -h           this text\n"
     "\n"
     "A script named - is standard input; -- ends the options.\n"
     "Ctrl-C stops Lua code and engine operators; if code does not react, the third one ends the process.\n"
@@ -122,9 +122,9 @@ static int parse(lac_command *c)
             break;
         } else if (strcmp(word, "-i") == 0) {
             c->interactive = 1;
-        } else if (strcmp(word, "--version") == 0) {
+        } else if (strcmp(word, "--version") == 0 || strcmp(word, "-v") == 0) {
             c->version = 1;
-        } else if (strcmp(word, "--help") == 0) {
+        } else if (strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0) {
             c->help = 1;
         } else if (strcmp(word, "-e") != 0) {
             return usage_error("unknown option", word);

@@ -231,6 +231,7 @@ describe("lacuna, the command", function()
 
   it("prints versions and devices", function()
     local text, status = run { "--version" }
+    assert.equal(text, (run { "-v" }))
     assert.truthy(text:find("^lacuna %d+%.%d+%.%d+ %(LuaJIT 2%.1[^,]*, %w+ %w+%)\n$"), text)
     assert.equal(0, status)
     text, status = run { "devices" }
@@ -286,6 +287,7 @@ describe("lacuna, the command", function()
 
   it("prints its usage, on standard output", function()
     local text, status = run { "--help" }
+    assert.equal(text, (run { "-h" }))
     for _, option in ipairs { "-i", "-e", "devices", "variants", "--version", "LACUNA_TRACE",
                               "LACUNA_DEVICE" } do
       assert.truthy(text:find(option, 1, true), option)

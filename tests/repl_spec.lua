@@ -279,6 +279,9 @@ describe("repl: help and history", function()
     assert.truthy(feed("help"):find("Ctrl%-D"))
     assert.truthy(feed("help()"):find("Ctrl%-D"))
     assert.equal("{ 1, 2 }\n", feed "help({ 1, 2 })")
+    for _, word in ipairs { "quit", "quit()", "exit", "exit()" } do
+      assert.equal("Ctrl-D leaves\n", feed(word))
+    end
   end)
 
   it("help reads the comments of the source", function()

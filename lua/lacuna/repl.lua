@@ -292,6 +292,11 @@ function repl.new(options)
     end,
     __tostring = function() return HELP end,
   }))
+  local function leave() return "Ctrl-D leaves" end
+  local way_out = setmetatable({}, { __tostring = leave,
+                                     __call = function() session.write(leave() .. "\n") end })
+  rawset(session.env, "quit", way_out)
+  rawset(session.env, "exit", way_out)
   return session
 end
 
