@@ -125,8 +125,14 @@ end
 -- @tparam[opt] integer n 1 or more
 -- @treturn number threads in use
 function device.threads(n)
-  if n ~= nil then schema.check("threads", "n", n, { type = "integer", min = 1, max = 4096 }) end
-  return tonumber(C.lac_threads(n or 0))
+  if n == nil then return tonumber(C.lac_threads(0)) end
+  schema.check("threads", "n", n, { type = "integer", min = 1, max = 4096 })
+  local before, now = C.lac_threads(0), C.lac_threads(n)
+  if now ~= n and n ~= before then -- what was in use may be more than anybody can ask for
+    C.lac_threads(before)
+    schema.fail("threads", "n must be at most %d, for which OpenBLAS was built, got %d", now, n)
+  end
+  return n
 end
 
 --- Version of the engine, as "0.1.0".

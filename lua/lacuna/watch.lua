@@ -83,8 +83,8 @@ local watch = {}
 
 --- Look at the result of every operator, forward and backward, from now on: the first that makes a NaN or an
 -- infinity raises an error that names it. Infinities that an input already held are let through (masks are
--- made of them). Costs a reading of every result while it is on and nothing while it is off. CPU tensors
--- only.
+-- made of them). Costs a reading of every result while it is on, and on a device a wait for every
+-- operator; nothing while it is off.
 -- @tparam boolean wanted
 -- @treturn boolean was it on?
 function watch.nan_watch(wanted)
