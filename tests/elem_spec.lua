@@ -338,6 +338,42 @@ describe("elementwise", function()
     assert.error_matches(function() lac.exp(x, false) end, "exp: takes one tensor, got false as well")
   end)
 
+  it("solve and reflect to the ends of their domains (erfinv, lgamma, digamma)", function()
+    local function f64(list) return lac.tensor(list, { dtype = "f64" }) end
+    local u = f64 { -1 + 2 ^ -53, -1e-300, 0.05, 0.4999, 0.5001, 0.999, 1 - 2 ^ -53 }
+    local back = (u:erfinv():erf() - u) / u
+    assert.is_true(back:abs():max():item() <= 2 ^ -52)
+    assert.is_true(math.abs(u:erfinv()[7]:item() - 5.8635847487551676) < 4e-15)
+    assert.are.same({ -1 / 0, 1 / 0 }, f64 { -1, 1 }:erfinv():totable())
+    assert.is_true(f64 { 1.5, 0 / 0 }:erfinv():isnan():all():item())
+    assert.are.equal(-1 / 0, 1 / f64 { -0.0 }:erfinv():item()) -- the sign of zero stays
+
+    pcall(ffi.cdef, "double lgamma(double);")
+    for i = -2000, 2000 do
+      local v = i * 0.01137
+      local got, exact = f64 { v }:lgamma():item(), ffi.C.lgamma(v)
+      assert.is_true(got == exact or math.abs(got - exact) <= math.max(2e-14, 6e-16 * math.abs(exact)), v)
+    end
+    for _, v in ipairs { 1e-300, 1e10, 1e300, 1 / 0, -1 / 0, 0, -1, -7 } do
+      local got, exact = f64 { v }:lgamma():item(), ffi.C.lgamma(v)
+      assert.is_true(got == exact or math.abs(got / exact - 1) < 1e-15, v)
+    end
+    local euler = 0.57721566490153286
+    local psi = f64 { 1, 0.5, 2, -0.5, 1e10, 0, -3 }:digamma():totable()
+    for i, wanted in ipairs { -euler, -euler - 2 * math.log(2), 1 - euler, 2 - euler - 2 * math.log(2),
+                              math.log(1e10) - 0.5e-10 } do
+      assert.is_true(math.abs(psi[i] - wanted) < 5e-15 * math.max(1, math.abs(wanted)), i)
+    end
+    assert.are.equal(-1 / 0, psi[6])
+    assert.is_true(psi[7] ~= psi[7])
+    local before = lac.memory().live_blocks
+    local x = lac.rand { 1000, grad = true }
+    local y = x:lgamma():sum()
+    assert.is_true(lac.memory().live_blocks - before <= 3) -- x, the result and its sum
+    y:backward()
+    assert.is_true((x.grad - x:detach():digamma()):abs():max():item() == 0)
+  end)
+
   it("have forms in place", function()
     local x = lac.tensor { -2, 0.5, 3 }
     assert.are.equal(x, x:leaky_relu_(0.5))

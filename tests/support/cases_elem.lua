@@ -6,6 +6,7 @@
 -- a constant that is ignored cannot pass. tests/elem_spec.lua has what random inputs do not show: accuracy
 -- over all floats, NaN and infinities, large arrays.
 
+local ffi = require "ffi"
 local special = require "support.special"
 
 return function(cases)
@@ -60,6 +61,60 @@ return function(cases)
   case { name = "isinf", label = "infinities", inputs = { { 4, kind = "away" } }, grad = false,
          call = function(lac, x) return lac.isinf(lac.where(x:gt(0), 1 / 0, x)) end,
          ref = function(_, x) return build(x.shape, function(i) return at(x, i) > 0 and 1 or 0 end) end }
+
+  -- ---- special functions --------------------------------------------------------------------------
+
+  local function special_case(name, label, kind, moved, f)
+    case { name = name, label = label, inputs = { { 3, 4, kind = kind } },
+           rough = moved and "f32" or nil, -- near a pole the rounding of what is moved decides
+           call = function(lac, x) return lac[name](moved and moved(x) or x) end,
+           ref = function(R, x)
+             return build(x.shape, function(i)
+               return f(R, moved and R(moved(at(x, i))) or at(x, i))
+             end)
+           end,
+           bad = { { function(lac) return lac[name](lac.ones { 2, dtype = "i64" }) end,
+                     name .. ": x must be a floating%-point tensor" },
+                   { function(lac, x) return lac[name](x, 2) end, "takes %(x%), got 2 as well" } } }
+  end
+  local function minus(x) return -x - 1 end -- of a fraction: between -2 and -1
+
+  local function erfinv(R, x) -- Newton's method, which for x > 0 comes to the solution from below
+    local size, scale = math.abs(x), R(2 / math.sqrt(math.pi))
+    local y = R(size / scale)
+    for _ = 1, 40 do y = R(y - R(R(R(special.erf(y)) - size) / R(scale * R(math.exp(-R(y * y)))))) end
+    return sign(x) * y
+  end
+  special_case("erfinv", nil, "fraction", nil, erfinv)
+  special_case("erfinv", "below 0", "fraction", function(x) return -x end, erfinv)
+
+  -- with the C library's in doubles, and by Stirling's series where every step is rounded
+  ffi.cdef "double lgamma(double);"
+  local function lgamma(R, x)
+    if R(0.1) == 0.1 then return ffi.C.lgamma(x) end
+    if x < 0.5 then
+      local sine = R(math.log(R(math.abs(math.sin(math.pi * x)))))
+      return R(R(math.log(math.pi)) - R(sine + lgamma(R, R(1 - x))))
+    end
+    local product, w = 1, x
+    while w < 8 do product, w = R(product * w), w + 1 end
+    local value = R(R(R(w - 0.5) * R(math.log(w))) - w)
+    value = R(value + R(R(0.5 * math.log(2 * math.pi)) + R(R(1 / 12) / w)))
+    return R(value - R(math.log(product)))
+  end
+  special_case("lgamma", nil, "positive", nil, lgamma)
+  special_case("lgamma", "below 0", "fraction", minus, lgamma)
+
+  local function digamma(R, x)
+    if x < 0.5 then return R(digamma(R, R(1 - x)) - R(math.pi / R(math.tan(math.pi * x)))) end
+    local sum, w = 0, x
+    while w < 60 do sum, w = R(sum - R(1 / w)), w + 1 end
+    local u = R(1 / R(w * w))
+    local rest = R(u * R(R(1 / 12) - R(u * R(R(1 / 120) - R(u / 252)))))
+    return R(R(sum + R(R(math.log(w)) - R(0.5 / w))) - rest)
+  end
+  special_case("digamma", nil, "positive", nil, digamma)
+  special_case("digamma", "below 0", "fraction", minus, digamma)
 
   -- ---- one tensor and constants -------------------------------------------------------------------
 
