@@ -34,7 +34,8 @@ local function name_in(t, value, prefix)
   return found and prefix .. found
 end
 
-local UPPER = { "nn", "optim", "io", "data", "train", "log", "plot", "bench", "attention", "attention.masks" }
+local UPPER = { "nn", "optim", "io", "data", "train", "log", "plot", "bench", "attention", "attention.masks",
+                "optim.schedule" }
 
 local function name_of(value)
   local lac = package.loaded["lacuna"]

@@ -48,6 +48,7 @@ function schedule.cosine(options)
 end
 
 --- From 1 at step 0 to `min` at step `steps` along a line, then `min`.
+-- @tparam table options steps; min = 0
 function schedule.linear(options)
   local o = tail("schedule.linear", options)
   return function(step) return 1 - (1 - o.min) * progress(step, o.steps) end
