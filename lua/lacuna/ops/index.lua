@@ -106,6 +106,9 @@ define(where_op)
 define { name = "masked_fill", composite = true, forward = function(x, mask, value)
   expect("masked_fill", "x", x)
   expect("masked_fill", "mask", mask)
+  if mask.c.dtype ~= C.LAC_BOOL then
+    fail("masked_fill", "mask must be bool, got %s; compare it first", show(mask))
+  end
   value = as_number(value)
   if type(value) ~= "number" then fail("masked_fill", "value must be a number, got %s", show(value)) end
   local out = fn.where(mask, value, x)

@@ -381,6 +381,9 @@ end
 methods.masked_fill_ = function(t, mask, value)
   receiver("masked_fill_", t)
   expect("masked_fill_", "mask", mask)
+  if mask.c.dtype ~= C.LAC_BOOL then
+    fail("masked_fill_", "mask must be bool, got %s; compare it first", show(mask))
+  end
   if type(value) ~= "number" and type(value) ~= "boolean" then
     fail("masked_fill_", "value must be a number, got %s", show(value))
   end
