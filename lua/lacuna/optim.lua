@@ -99,7 +99,9 @@ local function new_entry(self, p, name, seen)
   local op = self.op
   tensor.expect(op, name, p)
   if seen[p] then fail(op, "parameter '%s' is listed twice, before as '%s'", name, seen[p]) end
-  if not p.requires_grad then fail(op, "parameter '%s' does not require a gradient", name) end
+  if not p.requires_grad then
+    fail(op, "parameter '%s' does not require a gradient; if it is frozen, give a list of the others", name)
+  end
   if not tensor.is_contiguous(p) then
     fail(op, "parameter '%s' is not contiguous: %s", name, schema.show(p))
   end
