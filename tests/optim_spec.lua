@@ -146,7 +146,7 @@ describe("optim.adamw", function()
     assert.error_matches(function() optim.adamw({ lac.ones{ 2 } }) end, "does not require a gradient")
     local frozen = lac.nn.Linear(2, 3)
     frozen.bias:requires_grad_(false)
-    assert.error_matches(function() optim.adamw(frozen) end, "'bias' does not .*; if it is frozen, give a list")
+    assert.error_matches(function() optim.adamw(frozen) end, "'bias' does not .*; if it is frozen, give")
     local before = frozen.bias:clone()
     local optimizer = optim.adamw { frozen.weight }
     frozen(lac.ones { 1, 2 }):sum():backward()
