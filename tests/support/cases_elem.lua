@@ -36,7 +36,13 @@ return function(cases)
     sinc = { function(x) return x == 0 and 1 or math.sin(math.pi * x) / (math.pi * x) end,
              derivative = function(R, x)
                local a = R(R(math.pi) * x)
-               return R(R(R(math.cos(a)) - R(R(math.sin(a)) / a)) / x)
+               if math.abs(x) > 0.3 then return R(R(R(math.cos(a)) - R(R(math.sin(a)) / a)) / x) end
+               local square, term, sum = R(a * a), 1, 0 -- Taylor's series, because the difference cancels
+               for k = 1, 9 do
+                 term = R(-R(term * square) / (2 * k * (2 * k + 1)))
+                 sum = R(sum + R(2 * k * term))
+               end
+               return R(sum / x)
              end },
     logit = { function(x) return math.log(x / (1 - x)) end, "fraction" },
     logsigmoid = { function(x) return -softplus(-x) end },
@@ -64,13 +70,19 @@ return function(cases)
 
   -- ---- special functions --------------------------------------------------------------------------
 
-  local function special_case(name, label, kind, moved, f)
+  -- of x or, where there is `moved`, of moved(x), whose slope is -1; slope: the derivative of f
+  local function special_case(name, label, kind, moved, f, slope)
     case { name = name, label = label, inputs = { { 3, 4, kind = kind } },
            rough = moved and "f32" or nil, -- near a pole the rounding of what is moved decides
            call = function(lac, x) return lac[name](moved and moved(x) or x) end,
            ref = function(R, x)
              return build(x.shape, function(i)
                return f(R, moved and R(moved(at(x, i))) or at(x, i))
+             end)
+           end,
+           derivative = function(R, x) -- doubles whatever the dtype
+             return build(x.shape, function(i)
+               return moved and -slope(R, R(moved(at(x, i)))) or slope(R, at(x, i))
              end)
            end,
            bad = { { function(lac) return lac[name](lac.ones { 2, dtype = "i64" }) end,
@@ -85,8 +97,12 @@ return function(cases)
     for _ = 1, 40 do y = R(y - R(R(R(special.erf(y)) - size) / R(scale * R(math.exp(-R(y * y)))))) end
     return sign(x) * y
   end
-  special_case("erfinv", nil, "fraction", nil, erfinv)
-  special_case("erfinv", "below 0", "fraction", function(x) return -x end, erfinv)
+  local function erfinv_slope(R, x)
+    local y = erfinv(R, x)
+    return R(R(math.exp(R(y * y))) * R(math.sqrt(math.pi) / 2))
+  end
+  special_case("erfinv", nil, "fraction", nil, erfinv, erfinv_slope)
+  special_case("erfinv", "below 0", "fraction", function(x) return -x end, erfinv, erfinv_slope)
 
   -- with the C library's in doubles, and by Stirling's series where every step is rounded
   ffi.cdef "double lgamma(double);"
@@ -102,9 +118,6 @@ return function(cases)
     value = R(value + R(R(0.5 * math.log(2 * math.pi)) + R(R(1 / 12) / w)))
     return R(value - R(math.log(product)))
   end
-  special_case("lgamma", nil, "positive", nil, lgamma)
-  special_case("lgamma", "below 0", "fraction", minus, lgamma)
-
   local function digamma(R, x)
     if x < 0.5 then return R(digamma(R, R(1 - x)) - R(math.pi / R(math.tan(math.pi * x)))) end
     local sum, w = 0, x
@@ -113,8 +126,18 @@ return function(cases)
     local rest = R(u * R(R(1 / 12) - R(u * R(R(1 / 120) - R(u / 252)))))
     return R(R(sum + R(R(math.log(w)) - R(0.5 / w))) - rest)
   end
-  special_case("digamma", nil, "positive", nil, digamma)
-  special_case("digamma", "below 0", "fraction", minus, digamma)
+
+  local function trigamma(R, x)
+    if x < 0.5 then return R(R(R(math.pi / R(math.sin(math.pi * x))) ^ 2) - trigamma(R, R(1 - x))) end
+    local sum, w = 0, x
+    while w < 60 do sum, w = R(sum + R(1 / R(w * w))), w + 1 end
+    local u = R(1 / R(w * w))
+    return R(sum + R(R(1 / w) + R(R(u / 2) + R(R(u / w) * R(1 / 6 - R(u / 30))))))
+  end
+  special_case("lgamma", nil, "positive", nil, lgamma, digamma)
+  special_case("lgamma", "below 0", "fraction", minus, lgamma, digamma)
+  special_case("digamma", nil, "positive", nil, digamma, trigamma)
+  special_case("digamma", "below 0", "fraction", minus, digamma, trigamma)
 
   -- ---- one tensor and constants -------------------------------------------------------------------
 
