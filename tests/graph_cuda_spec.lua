@@ -28,9 +28,9 @@ describe("a graph", function()
       assert.is_false(ok)
       assert.matches("graph: device 'cuda' is not available", message)
       assert.has_error(function() lac.graph(3) end)
-      local p = lac.zeros { 2, grad = true }
-      ok, message = pcall(lac.train.fit, { model = {}, optimizer = lac.optim.sgd({ p }, { lr = 1 }),
-        graph = true, batch = function() end, steps = 1 })
+      local model = lac.nn.Linear(2, 2)
+      ok, message = pcall(lac.train.fit, { model = model, optimizer = lac.optim.sgd(model, { lr = 1 }),
+        graph = true, loss = function() end, batch = function() end, steps = 1 })
       assert.is_false(ok)
       assert.matches("train.fit: graph: device 'cuda' is not available", message)
     end)
