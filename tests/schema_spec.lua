@@ -139,6 +139,10 @@ describe("the namespace", function()
       ["nn: there is no 'MultiheadAttention', did you mean nn.MultiheadDilatedAttention{"] = function()
         return lac.nn.MultiheadAttention
       end,
+      ["nn: there is no 'Hardswish', did you mean lac.hardswish%(x%)%?"] = function()
+        return lac.nn.Hardswish
+      end,
+      ["nn: there is no 'LSTM'; there are no recurrent layers"] = function() return lac.nn.LSTM end,
       ["zeros: unknown dtype 'bfloat16', did you mean bf16%? valid:"] = function()
         lac.zeros { 2, dtype = "bfloat16" }
       end,
@@ -166,6 +170,7 @@ describe("the namespace", function()
       q = lac.ones { 1, 4, 2, 4 }, k = lac.ones { 1, 4, 2, 4 }, idx = lac.tensor({ 0, 5 }, { dtype = "i64" }),
       boundaries = lac.tensor { 0, 1, 2 }, list = { x, x }, sizes = { 1, 3 }, values = { 1, 2 }, value = 2,
       n = 4, m = 4, i = 1, j = 2, dim = 2, low = 0, high = 1, bins = 3, tau = 1, groups = 2, channels = 4,
+      size = 2, step = 1, weight = 0.5, before = 1, after = 2, threshold = 0.5, amounts = { 1, 1 }, nn = lac.nn,
     }
     local function besides(t) return setmetatable(t, { __index = around }) end
     local vectors = besides { x = around.v, y = around.v }
@@ -174,13 +179,13 @@ describe("the namespace", function()
     -- settings, files and devices are not tried, nor what stands for a list or a function
     local function is_tried(text)
       for _, part in ipairs { "...", "lac.io.", "cuda", ":pin(", "lac.default_", "lac.manual_seed",
-                              "lac.threads", "lac.use_tf32", "fn" } do
+                              "lac.threads", "lac.use_tf32", "fn", "nn.Multihead" } do
         if text:find(part, 1, true) then return false end
       end
       return true
     end
     local ran, values = 0, {}
-    for _, kind in ipairs { "tensor", "lac" } do
+    for _, kind in ipairs { "tensor", "lac", "nn" } do
       for name, text in pairs(require("lacuna.synonyms")[kind]) do
         local f = is_tried(text) and loadstring("return " .. text)
         if f then
