@@ -170,7 +170,8 @@ describe("the namespace", function()
       q = lac.ones { 1, 4, 2, 4 }, k = lac.ones { 1, 4, 2, 4 }, idx = lac.tensor({ 0, 5 }, { dtype = "i64" }),
       boundaries = lac.tensor { 0, 1, 2 }, list = { x, x }, sizes = { 1, 3 }, values = { 1, 2 }, value = 2,
       n = 4, m = 4, i = 1, j = 2, dim = 2, low = 0, high = 1, bins = 3, tau = 1, groups = 2, channels = 4,
-      size = 2, step = 1, weight = 0.5, before = 1, after = 2, threshold = 0.5, amounts = { 1, 1 }, nn = lac.nn,
+      size = 2, step = 1, weight = 0.5, before = 1, after = 2, threshold = 0.5, amounts = { 1, 1 },
+      nn = lac.nn,
     }
     local function besides(t) return setmetatable(t, { __index = around }) end
     local vectors = besides { x = around.v, y = around.v }
