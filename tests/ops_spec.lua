@@ -101,7 +101,7 @@ local function gradients(case, arrays, dtype, cotangent, layout)
     end
   end
   local out = run(case, given)
-  out:backward(layout(cotangent(out), out:dtype()))
+  out:backward(layout(cotangent(out), out:dtype(), out:device()))
   for i, x in ipairs(wanted) do
     lists[i] = tensor.flat_list((x.grad or x:detach() * 0):to { dtype = "f64" })
   end

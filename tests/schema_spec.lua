@@ -179,7 +179,7 @@ describe("the namespace", function()
                       scaled_dot_product_attention = besides { v = around.q } }
     -- settings, files and devices are not tried, nor what stands for a list or a function
     local function is_tried(text)
-      for _, part in ipairs { "...", "lac.io.", "cuda", ":pin(", "lac.default_", "lac.manual_seed",
+      for _, part in ipairs { "...", "lac.io.", "cuda", ":pin(", ":data(", "lac.default_", "lac.manual_seed",
                               "lac.threads", "lac.use_tf32", "fn", "nn.Multihead" } do
         if text:find(part, 1, true) then return false end
       end
