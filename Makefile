@@ -269,6 +269,8 @@ DIRECT_SPECS := $(filter $(call spec,engine engine_errors engine_maps engine_row
 coverage: all ## line coverage of C and Lua over the suite; fails below 90%
 	$(call instrumented,coverage,-O1 -g --coverage)
 	@find $(BUILD)/coverage \( -name '*.gcda' -o -name '*.lines' \) -delete; mkdir -p $(BUILD)/coverage/lines
+	$(Q)$(CC) -shared -std=c11 -O2 -fPIC $(WARN) $(WERROR) $$(pkg-config --cflags luajit) tests/support/coverage.c \
+	  -o $(BUILD)/coverage/lines/hook.so
 	@SPEC_ENV="$(COVERAGE_ENV)" tests/support/each_spec.sh $(BUILD)/coverage/logs-direct $(DIRECT_SPECS)
 	@SPEC_ENV="$(COVERAGE_ENV) $(COVERAGE_LUA)" tests/support/each_spec.sh $(BUILD)/coverage/logs $(filter-out $(DIRECT_SPECS),$(SPECS))
 	@SPEC_ENV="$(COVERAGE_ENV) LACUNA_CPU=baseline" tests/support/each_spec.sh $(BUILD)/coverage/logs-baseline $(call spec,ops grad nn)

@@ -1,57 +1,34 @@
 --- coverage.lua: which lines of lua/ ran. Loaded by the busted helper when LACUNA_COVERAGE names a directory.
 --
--- A line hook notes every line that runs; at the end of the process the list goes to a file of its own in
--- that directory, so that processes need not know of each other. tests/support/coverage_report.lua adds the
--- files up and compares them with the lines that have bytecode. What the specs start with luajit is counted
--- as well, through LUA_INIT, which luajit reads.
+-- A line hook (coverage.c, compiled to hook.so in that directory) notes every line that runs; at the end of
+-- the process the list goes to a file of its own there, so that processes need not know of each other.
+-- tests/support/coverage_report.lua adds the files up and compares them with the lines that have bytecode.
+-- What the specs start with luajit is counted as well, through LUA_INIT, which luajit reads.
 --
 -- The hook is not called in compiled code, so the JIT is off: specs that assert that something is compiled
 -- carry the tag #jit and are left out of this run (they run in every other one). Programs that replace the
 -- hook (the session's Ctrl-C does) lose what runs meanwhile.
 --
--- Rejected: luacov, which does the same at four times the cost per line (it looks the file up by name each
--- time) and needs its own configuration for what is one directory.
+-- Rejected: luacov, which looks the file up by name for each line and needs its own configuration for what is
+-- one directory, and a hook in Lua, which asks for a table each time: it counted the same lines of grad_spec,
+-- in 44 seconds instead of 1.8.
 
 local directory = os.getenv "LACUNA_COVERAGE"
 jit.off()
 jit.flush()
 
-local getinfo = debug.getinfo
-local seen, sources = {}, setmetatable({}, { __mode = "k" })
-local NONE = {}
-
-local function lines_of(f) -- the table of the file that a function is from
-  local source = getinfo(f, "S").source
-  local file = source:match "^@(.*)$"
-  file = file and file:match "lua/lacuna/.*$"
-  if not file then return NONE end
-  seen[file] = seen[file] or {}
-  return seen[file]
-end
-
-debug.sethook(function(_, line)
-  local f = getinfo(2, "f").func
-  local lines = sources[f]
-  if not lines then
-    lines = lines_of(f)
-    sources[f] = lines
-  end
-  lines[line] = true
-end, "l")
+local hook = directory .. "/hook.so"
+local start = assert(package.loadlib(hook, "coverage_start"))
+local write_lines = assert(package.loadlib(hook, "coverage_write"))
+start()
 
 local written
 local function write()
   if written then return end
   written = true
-  debug.sethook()
   local name = os.tmpname()
   os.remove(name)
-  local out = io.open(directory .. "/" .. name:match "[^/]*$" .. ".lines", "w")
-  if not out then return end
-  for file, lines in pairs(seen) do
-    for line in pairs(lines) do out:write(file, ":", line, "\n") end
-  end
-  out:close()
+  write_lines(directory .. "/" .. name:match "[^/]*$" .. ".lines")
 end
 
 local exit = os.exit
