@@ -157,9 +157,9 @@ demo: deps ## train a small LongNet on real text, about five minutes on two core
 	@$(MAKE) --no-print-directory -j$$(nproc) all
 	$(COMMAND) experiments/language_model.lua
 
-test: deps ## build and run the whole test suite
+test: deps ## build and run the whole test suite (JOBS processes beside each other)
 	@$(MAKE) --no-print-directory -j$$(nproc) all
-	$(BUSTED)
+	@BUSTED="$(BUSTED)" tests/support/suite.sh $(BUILD)/suite
 
 .PHONY: test-gpu
 test-gpu: all ## the specs that need a CUDA device

@@ -3,7 +3,7 @@
 #
 # usage: each_spec.sh DIRECTORY spec.lua ...        (variables for the specs alone: SPEC_ENV="NAME=value NAME=value")
 #
-# The suite itself is one process (`make test`), because what one spec leaves behind must not disturb the next. The
+# The suite runs many specs in one process (suite.sh), because what one leaves behind must not disturb the next. The
 # gates that instrument the code (make asan, tsan, coverage) are ten times slower and want something else: all
 # processors at work, a report that belongs to one spec, a crash that ends one spec and not the suite. Each spec
 # writes DIRECTORY/<name>.log; the logs of those that failed are shown. The last line counts tests like the suite's.
