@@ -280,6 +280,44 @@ describe("elementwise", function()
     end)
   end
 
+  -- large arrays of halves may be looked up; every value in order, so that there are blocks of every kind
+  for _, name in ipairs(isas()) do
+    it("activations of many halves have the bits of those of few #cpu on " .. name, function()
+      assert(C.lac_isa(name) ~= nil)
+      local VALUES, N = 65536, 2 ^ 19 + 37
+      for _, dtype in ipairs { "bf16", "f16" } do
+        local few, few_g = lac.empty { VALUES, dtype = dtype }, lac.randn { VALUES }:to { dtype = dtype }
+        local bits, g_bits = pointer(few, "uint16_t *"), pointer(few_g, "uint16_t *")
+        for i = 0, VALUES - 1 do bits[i] = i end
+        local pair, g = lac.empty { N, 2, dtype = dtype }, lac.empty { N + 16, dtype = dtype }
+        local pair_bits, many_g = pointer(pair, "uint16_t *"), pointer(g, "uint16_t *")
+        for i = 0, N - 1 do pair_bits[2 * i] = i % VALUES end
+        for i = 0, N + 15 do many_g[i] = g_bits[i % VALUES] end
+        local strided = pair[{ {}, 1 }]
+        local x = lac.cat({ strided, few[{ { 38, 53 } }] }, 1)
+        local functions = { gradient = gelu_gradient }
+        for _, f in ipairs { "exp", "sigmoid", "silu", "tanh", "gelu" } do
+          functions[f] = function(t) return lac[f](t) end
+        end
+        for f, of in pairs(functions) do
+          local expected = of(few, few_g)
+          local y = pointer(expected, "uint16_t *")
+          -- as it is, at the other places of lines, strided
+          for first, t in pairs { [0] = x[{ { 1, N } }], [16] = x[{ { 17, N + 16 } }], [-1] = strided } do
+            local from = math.max(first, 0)
+            local many = of(t, g[{ { from + 1, from + N } }])
+            local got, differ = pointer(many, "uint16_t *"), 0
+            for i = 0, N - 1 do
+              if got[i] ~= y[(i + from) % VALUES] then differ = differ + 1 end
+            end
+            assert.are.equal(0, differ, ("%s of %s, from %d on"):format(f, dtype, first))
+          end
+        end
+      end
+      C.lac_isa(isa)
+    end)
+  end
+
   it("pow in f32 has the cases of C's pow", function()
     local inf, nan = math.huge, 0 / 0
     local list = { 0, -0.0, 1, -1, 0.5, -0.5, 2, -2, 3, -3, 2.5, inf, -inf, nan, 1e-40, 1e38, 16777217 }

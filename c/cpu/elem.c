@@ -20,7 +20,7 @@
  */
 #include "activations.h"
 #include "halves.h"
-#include "halves_avx2.h"
+#include "halves_tables.h"
 #include "maps.h"
 #include <string.h>
 
@@ -406,69 +406,7 @@ KERNEL(axpy_i64, 3, X3, i_add(i_mul(x, y), g))
 
 /* ---- activations of half types ---- */
 
-#ifdef V_HALF_LINES
-/* elements [at, at + m) of an input of f16 (half = 1) or bf16 (2), in `space` if they have to be gathered or converted
- * or are fewer than are computed at once */
-static const uint16_t *words_in(const elem_in *in, int half, int64_t at, int64_t m, int64_t once, uint16_t *space)
-{
-    const char *x = in->x + at * in->stride;
-    if (in->half && m >= once) return (const uint16_t *)x;
-    if (m < once) memset(space, 0, (size_t)once * 2);
-    if (in->direct) LAC_CPU(store)(half == 1 ? LAC_F16 : LAC_BF16, x, space, 2, m); /* one value, as floats */
-    else LAC_CPU(move)(2, (char *)space, 2, x, in->stride, m);
-    return space;
-}
-/* y = f(x) or f(x, g) by lines, or f_two(x) by two; every input and the output are of one half type */
-LAC_INLINE void half_strip(int64_t n, int half, const elem_in *x, const elem_in *g, const elem_out *to,
-                           h_words (*f)(int, const uint16_t *), h_words (*f_g)(int, const uint16_t *, const uint16_t *),
-                           void (*f_two)(const uint16_t *, h_words *))
-{
-    uint16_t space[2][TILE], result[TILE];
-    const int64_t once = f_two ? 2 * HALF_LINE : HALF_LINE;
-    const bool dense = x->half && (!g || g->half) && to->half && n >= once; /* all lines in one go */
-    for (int64_t at = 0, m; at < n; at += m) {
-        m = dense && at == 0 ? n - n % once : tile_size(n - at, once, TILE);
-        const uint16_t *xs = words_in(x, half, at, m, once, space[0]);
-        const uint16_t *gs = g ? words_in(g, half, at, m, once, space[1]) : NULL;
-        const bool whole = to->half && m >= once, past = whole && to->stream;
-        uint16_t *out = whole ? (uint16_t *)to->x + at : result;
-        for (int64_t i = 0; i < m; i += once) {
-            h_words v[2];
-            if (f_two) f_two(xs + i, v);
-            else v[0] = g ? f_g(half, xs + i, gs + i) : f(half, xs + i);
-            for (int64_t k = 0; k < once; k += HALF_LINE) {
-                if (past) {
-                    __builtin_prefetch((const char *)(xs + i + k) + AHEAD, 0, 2);
-                    if (g) __builtin_prefetch((const char *)(gs + i + k) + AHEAD, 0, 2);
-                }
-                h_put(out + i + k, v[k / HALF_LINE], past);
-            }
-        }
-        if (whole) continue;
-        char *end = to->x + at * to->stride;
-        if (to->stream) v_stream(end, result, (size_t)(m * 2));
-        else LAC_CPU(move)(2, end, to->stride, (const char *)result, 2, m);
-    }
-}
-#define HALF_KERNEL(name, half, g, f, f_g, f_two)                                                                      \
-    static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants)                          \
-    {                                                                                                                  \
-        (void)constants;                                                                                               \
-        half_strip(n, half, in, g, to, f, f_g, f_two);                                                                 \
-    }
-#define HALF_MAP(f) HALF_KERNEL(f16_##f, 1, NULL, f, NULL, NULL) HALF_KERNEL(bf16_##f, 2, NULL, f, NULL, NULL)
-HALF_MAP(h_relu)
-HALF_MAP(h_exp)
-HALF_MAP(h_sigmoid)
-HALF_MAP(h_silu)
-HALF_MAP(h_tanh)
-HALF_MAP(h_gelu)
-HALF_KERNEL(f16_h_gelu_bwd, 1, in + 2, NULL, h_gelu_bwd, NULL)
-HALF_KERNEL(bf16_h_gelu_bwd, 2, in + 2, NULL, h_gelu_bwd, NULL)
-#ifdef H_BYTES
-HALF_KERNEL(H_BYTES bf16_h_tanh_bytes, 2, NULL, NULL, NULL, h_tanh_bytes)
-#endif
-#endif
+#include "elem_halves.inc"
 
 typedef struct {
     lac_kernel *value[3];       /* by compute type; NULL: not defined there */
@@ -553,6 +491,24 @@ static lac_kernel *const of_halves[][2][2] = {
     {{NULL}},
 #endif
 };
+
+/* the table of a function for all n values of a call, or NULL */
+static const void *half_table(int fn, bool gradient, const lac_view *x)
+{
+#ifdef H_TABLES
+    static const int8_t after[] = {[M1_exp] = H_EXP + 1,
+                                   [M1_sigmoid] = H_SIGMOID + 1,
+                                   [M1_silu] = H_SILU + 1,
+                                   [M1_tanh] = H_TANH + 1,
+                                   [M1_gelu] = H_GELU + 1};
+    const int half = x->dtype == LAC_F16 ? 1 : x->dtype == LAC_BF16 ? 2 : 0;
+    if (!half || fn >= (int)sizeof after || !after[fn] || (gradient && fn != M1_gelu)) return NULL;
+    return h_table(gradient ? H_GELU_BWD : after[fn] - 1, half, lac_view_numel(x));
+#else
+    (void)fn, (void)gradient, (void)x;
+    return NULL;
+#endif
+}
 
 /* ---- reading expressions ---- */
 
@@ -765,6 +721,7 @@ int LAC_CPU(map1)(const lac_a_map1 *a)
     const lac_map *map = &maps1[a->fn];
     elem_job job = {.kernel = kernel_of(a->fn, a->x.dtype, false),
                     .near = near_of(a->fn, a->x.dtype, false),
+                    .constants = half_table(a->fn, false, &a->x),
                     .outputs = 1,
                     .raw = map->to_bool};
     return elem_run("map1", &job, 2, views, map->text, "x");
@@ -786,8 +743,10 @@ int LAC_CPU(map1_bwd)(const lac_a_map1_bwd *a)
 {
     const lac_view *views[] = {&a->out, &a->x, &a->y, &a->g};
     const lac_map *map = &maps1[a->fn];
-    elem_job job = {
-        .kernel = kernel_of(a->fn, a->x.dtype, true), .near = near_of(a->fn, a->x.dtype, true), .outputs = 1};
+    elem_job job = {.kernel = kernel_of(a->fn, a->x.dtype, true),
+                    .near = near_of(a->fn, a->x.dtype, true),
+                    .constants = half_table(a->fn, true, &a->x),
+                    .outputs = 1};
     return elem_run("map1_bwd", &job, 4, views, map->slope[0], "xyg");
 }
 
