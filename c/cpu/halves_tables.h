@@ -66,27 +66,27 @@ static const void *h_table(int map, int half, int64_t n)
 
 /* ---- looking up ---- */
 
-/* four words of a table at once */
-LAC_INLINE uint64_t h_four(const uint16_t *table, const uint16_t *words)
+/* the values of two words as a pair */
+LAC_INLINE uint32_t h_pair(const uint16_t *table, uint64_t low, uint64_t high)
 {
-    uint64_t w, pair[2];
-    memcpy(&w, words, sizeof w);
-    const uint64_t at[4] = {w & 0xffff, _bextr_u64(w, 16, 16), _bextr_u64(w, 32, 16), w >> 48};
-    for (int k = 0; k < 2; k++) {
-        uint32_t two; /* the upper word is the one looked up */
-        memcpy(&two, table + at[2 * k + 1] - H_MARGIN, sizeof two);
-        __asm__("movw %1, %w0" : "+r"(two) : "m"(table[at[2 * k]])); /* one step, which gcc makes of nothing in C */
-        pair[k] = two;
-    }
-    return pair[0] | pair[1] << 32;
+    uint32_t two; /* with a neighbour below, whose place the other takes: one step, of which gcc makes four */
+    memcpy(&two, table + high - H_MARGIN, sizeof two);
+    __asm__("movw %1, %w0" : "+r"(two) : "m"(table[low]));
+    return two;
+}
+LAC_INLINE void h_put_pair(uint16_t *out, uint32_t two, bool past)
+{
+    if (past) _mm_stream_si32((int *)out, (int)two);
+    else memcpy(out, &two, sizeof two);
 }
 LAC_INLINE void h_look_up(const uint16_t *table, const uint16_t *words, uint16_t *out, bool past)
 {
     _Pragma("GCC unroll 4") for (int k = 0; k < HALF_LINE; k += 4)
     {
-        uint64_t four = h_four(table, words + k);
-        if (past) _mm_stream_si64((long long *)(out + k), (long long)four);
-        else memcpy(out + k, &four, sizeof four);
+        uint64_t w;
+        memcpy(&w, words + k, sizeof w);
+        h_put_pair(out + k, h_pair(table, w & 0xffff, _bextr_u64(w, 16, 16)), past);
+        h_put_pair(out + k + 2, h_pair(table, _bextr_u64(w, 32, 16), w >> 48), past);
     }
 }
 /* is any of every second vector's values far? above: of those below zero alone */
@@ -140,16 +140,21 @@ H_TABLE_MAP(h_gelu, h_gelu_near, half == 2 && h_block_is_far(from, m, H_FOUR_BF1
 #undef H_EXP_IS_FAR
 #undef H_TABLE_MAP
 
-/* slopes of 8 values, `step` words apart */
-LAC_INLINE __m256 h_eight_slopes(const float *table, const uint16_t *x, int step)
+LAC_INLINE __m128 h_four_slopes(const float *table, uint64_t a, uint64_t b, uint64_t c, uint64_t d)
 {
-    __m128 four[2];
-    for (int k = 0; k < 2; k++, x += 4 * step) {
-        __m128 a = _mm_unpacklo_ps(_mm_load_ss(table + x[0]), _mm_load_ss(table + x[step]));
-        __m128 b = _mm_unpacklo_ps(_mm_load_ss(table + x[2 * step]), _mm_load_ss(table + x[3 * step]));
-        four[k] = _mm_movelh_ps(a, b);
-    }
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(four[0]), four[1], 1);
+    __m128 v = _mm_insert_ps(_mm_load_ss(table + a), _mm_load_ss(table + b), 0x10);
+    return _mm_insert_ps(_mm_insert_ps(v, _mm_load_ss(table + c), 0x20), _mm_load_ss(table + d), 0x30);
+}
+/* of 8 values: those of f16 in order, those of bf16 by even and odd places */
+LAC_INLINE void h_eight_slopes(int half, const float *table, const uint16_t *x, __m128 *slope)
+{
+    uint64_t w[2];
+    memcpy(w, x, sizeof w);
+    const uint64_t at[8] = {w[0] & 0xffff, _bextr_u64(w[0], 16, 16), _bextr_u64(w[0], 32, 16), w[0] >> 48,
+                            w[1] & 0xffff, _bextr_u64(w[1], 16, 16), _bextr_u64(w[1], 32, 16), w[1] >> 48};
+    const int step = half == 2 ? 2 : 1, second = half == 2 ? 1 : 4;
+    for (int k = 0, from = 0; k < 2; k++, from = second)
+        slope[k] = h_four_slopes(table, at[from], at[from + step], at[from + 2 * step], at[from + 3 * step]);
 }
 LAC_INLINE void h_gelu_bwd_by_table(int half, const void *table, const uint16_t *x, const uint16_t *g, int64_t n,
                                     uint16_t *out, bool past)
@@ -159,10 +164,11 @@ LAC_INLINE void h_gelu_bwd_by_table(int half, const void *table, const uint16_t 
         h_ask_ahead(x + i, past);
         h_ask_ahead(g + i, past);
         h_take(half, g + i, y);
-        for (int k = 0; k < H_COUNT; k++) {
-            __m256 slope = half == 2 ? h_eight_slopes(table, x + i + k, 2) : h_eight_slopes(table, x + i + 8 * k, 1);
-            y[k] = _mm256_mul_ps(slope, y[k]);
-        }
+        __m128 low[2], high[2];
+        h_eight_slopes(half, table, x + i, low);
+        h_eight_slopes(half, table, x + i + 8, high);
+        y[0] = _mm256_mul_ps(y[0], _mm256_set_m128(half == 2 ? high[0] : low[1], low[0]));
+        y[1] = _mm256_mul_ps(y[1], _mm256_set_m128(high[1], half == 2 ? low[1] : high[0]));
         h_put(out + i, h_join(half, y), past);
     }
 }
