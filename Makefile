@@ -105,12 +105,14 @@ $(COMMAND): c/main.c c/interrupt.c c/interrupt.h c/lacuna.h
 
 # Kernels are compiled for each architecture, because from Hopper on they may start while the one before ends
 # (kernels/launch.cuh); the portable ones of attention, which take longest, once, as PTX of the first architecture, from
-# which each architecture's instructions are made. PTX is for later devices.
+# which each architecture's instructions are made. PTX is of the first architecture, too, and for later devices; an
+# architecture that CUDA_CODE leaves out runs from it as well, once the driver has translated it there.
 CUDA_ARCH ?= 80 90a
-GENCODE := $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
+CUDA_CODE ?= $(CUDA_ARCH)
+GENCODE := $(foreach a,$(CUDA_CODE),-gencode arch=compute_$(a),code=sm_$(a)) \
            -gencode arch=compute_$(firstword $(CUDA_ARCH)),code=compute_$(firstword $(CUDA_ARCH))
 PLAIN_ARCH := $(CUDA_ARCH:%a=%)
-PLAIN_CODE := $(PLAIN_ARCH:%=-gencode arch=compute_$(firstword $(PLAIN_ARCH))$(,)code=sm_%) \
+PLAIN_CODE := $(patsubst %,-gencode arch=compute_$(firstword $(PLAIN_ARCH))$(,)code=sm_%,$(CUDA_CODE:%a=%)) \
               -gencode arch=compute_$(firstword $(PLAIN_ARCH)),code=compute_$(firstword $(PLAIN_ARCH))
 
 .PHONY: cuda
