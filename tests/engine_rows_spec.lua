@@ -183,9 +183,21 @@ describe("engine on " .. isa .. ":", function()
       equal_all("NaN spreads", get(op("softmax", tensor("f32", { 1, 2 }, { NAN, 2 }), 1, 0)), { NAN, NAN })
       assert.are.same({ 0, 3 }, shape_of(op("softmax", d.empty("f32", { 0, 3 }), -1, 0)))
     end)
+    it("finds terms down to where floats end, and nothing below", function()
+      local x, n = {}, 41
+      for i = 1, 6 * n do x[i] = i % n == 0 and 0 or i % n == 7 and -INF or -80 - (i * 7 % 173) / 10 end
+      x = round_all("f32", x)
+      for _, rows in ipairs { 1, 6 } do -- alone, and in steps with others
+        local got = get(op("softmax", tensor("f32", { rows, n }, { unpack(x, 1, rows * n) }), 1, 0))
+        for i, r in ipairs(reference({ unpack(x, 1, rows * n) }, n, false)) do
+          assert(math.abs(got[i] - r) <= 2 ^ -21 * r + 2 ^ -126, ("%g: %g, not %g"):format(x[i], got[i], r))
+          assert(x[i] > -INF or got[i] == 0)
+        end
+      end
+    end)
     it("gives a row the same bits beside others as alone", function()
       for _, dtype in ipairs(FLOATS) do
-        for _, n in ipairs { 1, 15, 16, 37, 1029 } do
+        for _, n in ipairs { 1, 15, 16, 37, 48, 1029, 2080 } do
           local x = randoms(6 * n, -6, 6)
           x[n + 1], x[3 * n] = NAN, INF
           for i = 3 * n + 1, 4 * n do x[i] = -INF end

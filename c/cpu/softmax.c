@@ -24,7 +24,7 @@
 #include "cpu.h"
 #include "rows.h"
 
-enum { SUM_ROWS = 32, MOST_COLUMNS = 1024, AHEAD = 12288 }; /* AHEAD: bytes to what is fetched */
+enum { SUM_ROWS = 32, MOST_COLUMNS = 1024, AHEAD = ROW_AHEAD };
 
 typedef struct {
     lac_nest nest;        /* the axes that are not normalised: out, x (, g) */
@@ -314,6 +314,10 @@ typedef struct {
     }
 ROW_KERNELS(float, f, v_floats, v_sum_f, v_exp_termf, v_exp_term_line, INFINITY)
 ROW_KERNELS(double, d, v_doubles, v_sum_d, exp, exp_line_d, (double)INFINITY)
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define softmax_step_f row_step_f
+#endif
 
 /* ---- rows ---- */
 
