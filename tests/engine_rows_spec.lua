@@ -256,6 +256,51 @@ describe("engine on " .. isa .. ":", function()
     end)
   end)
 
+  describe("rmsnorm", function()
+    local EPS = 1e-5
+    local function forward(x, gamma)
+      local out, rstd = d.out(), d.out()
+      call("rmsnorm", x, gamma, EPS, out, rstd)
+      return out, rstd
+    end
+    it("agrees with the definition, and gives a row the same bits beside others as alone", function()
+      for _, dtype in ipairs(FLOATS) do
+        for _, n in ipairs { 1, 15, 64, 77, 600, 1029, 6001 } do
+          local rows = 6
+          local x, gamma = round_all(dtype, randoms(rows * n, -2, 9)), round_all(dtype, randoms(n, -2, 2))
+          local y, r = forward(tensor(dtype, { rows, n }, x), tensor(dtype, { n }, gamma))
+          local got, exact, rstd = get(y), {}, {}
+          for row = 0, rows - 1 do
+            local s, lost = 0, 0
+            for i = row * n + 1, row * n + n do -- Kahan's sum
+              local square = x[i] ^ 2 - lost
+              s, lost = s + square, (s + square) - s - square
+            end
+            rstd[row + 1] = 1 / math.sqrt(s / n + EPS)
+            for i = 1, n do exact[row * n + i] = x[row * n + i] * rstd[row + 1] * gamma[i] end
+            local one = { forward(tensor(dtype, { 1, n }, { unpack(x, row * n + 1, row * n + n) }),
+              tensor(dtype, { n }, gamma)) }
+            equal_all("row " .. row, { unpack(got, row * n + 1, row * n + n) }, get(one[1]))
+            equal_all("rstd of row " .. row, { get(r)[row + 1] }, get(one[2]))
+          end
+          check_all("rmsnorm of " .. n, dtype, got, exact, 2, 2 ^ -20)
+          check_all("rstd of " .. n, dtype == "f64" and "f64" or "f32", get(r), rstd, 4, 0)
+        end
+      end
+    end)
+    it("keeps what is no number in its row", function()
+      local n = 40
+      local x = randoms(5 * n, -1, 1)
+      x[n + 3], x[3 * n] = NAN, INF
+      local got = get(forward(tensor("f32", { 5, n }, x), nil))
+      for i = 1, 5 * n do
+        local row = math.floor((i - 1) / n)
+        if row == 1 then assert(got[i] ~= got[i])
+        elseif row ~= 2 then assert(got[i] == got[i] and math.abs(got[i]) < INF) end
+      end
+    end)
+  end)
+
   describe("layernorm", function()
     local EPS = 1e-5
     local function reference(x, n, gamma, beta)

@@ -9,12 +9,14 @@
  * Where rows are dense and short layernorm's three passes go together, each over a row of its own, so that arithmetic,
  * reading and writing overlap; of wider rows, and without AVX-512's registers, two of them, and the squares of a row in
  * the cache by themselves (with AVX2 on a Zen 3 80 to 83% of a copy instead of 64 to 72 in turn, of rows of 4096 70
- * instead of 60; all three together were slower than in turn there). What comes some rows on is fetched; results larger
- * than the caches are written past them. Backward: dx of a row is written while the two means of the next one are
- * found. dgamma and dbeta are sums over rows, 32 rows in the compute type and then in double, in blocks of a number
- * that depends on the shape only, combined in order; a step has two rows at hand and adds both, so that they are loaded
- * and stored every other step (a line of both costs 5 cycles of a Zen 4, all else 6.5). Sums along a row are taken in
- * the compute type over 1024 elements (each vector lane adds 64 at most) and added up in double.
+ * instead of 60; all three together were slower than in turn there). rmsnorm's two passes go together likewise: of
+ * rows of 64, 1024 and 4096 floats 79, 87 and 82% of a copy instead of 54, 83 and 61. What comes some rows on is
+ * fetched; results larger than the caches are written past them. Backward: dx of a row is written while the two means
+ * of the next one are found. dgamma and dbeta are sums over rows, 32 rows in the compute type and then in double, in
+ * blocks of a number that depends on the shape only, combined in order; a step has two rows at hand and adds both, so
+ * that they are loaded and stored every other step (a line of both costs 5 cycles of a Zen 4, all else 6.5). Sums
+ * along a row are taken in the compute type over 1024 elements (each vector lane adds 64 at most) and added up in
+ * double.
  */
 #include "cpu.h"
 #include "simd.h"
@@ -164,6 +166,36 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
         }                                                                                                              \
         if (middle) forward_deviation_##S(middle, squares, eps, n);                                                    \
         forward_mean_##S(next, differences, n);                                                                        \
+    }                                                                                                                  \
+    /* The same of rmsnorm: y, of row x, is written, while the squares of the next row are added up. */                \
+    LAC_INLINE double rms_step_##S(const T *x, T r, const T *gamma, T *y, const T *next, bool stream, int64_t n)       \
+    {                                                                                                                  \
+        enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
+        double total = 0;                                                                                              \
+        for (int64_t i = 0; i < n;) {                                                                                  \
+            int64_t end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                                       \
+            V s[4] = {{0}, {0}, {0}, {0}};                                                                             \
+            T rest = 0, line[4 * L];                                                                                   \
+            for (; i + 4 * L <= end; i += 4 * L) {                                                                     \
+                _Pragma("GCC unroll 4") for (int k = 0; k < 4; k++)                                                    \
+                {                                                                                                      \
+                    const int64_t j = i + k * L;                                                                       \
+                    s[k] += AT(V, next, j) * AT(V, next, j);                                                           \
+                    *(V *)(line + k * L) = AT(V, x, j) * r * AT(V, gamma, j) + (T)0;                                   \
+                }                                                                                                      \
+                _Pragma("GCC unroll 4") for (int k = 0; k < 4 * L; k += CHUNK)                                         \
+                {                                                                                                      \
+                    __builtin_prefetch((const char *)(next + i + k) + AHEAD, 0, 2);                                    \
+                    v_put_line(y + i + k, line + k, stream);                                                           \
+                }                                                                                                      \
+            }                                                                                                          \
+            for (; i < end; i++) {                                                                                     \
+                rest += next[i] * next[i];                                                                             \
+                y[i] = x[i] * r * gamma[i] + (T)0; /* as NORMAL, which makes 0 of -0 */                                \
+            }                                                                                                          \
+            total += (double)(SUM((s[0] + s[1]) + (s[2] + s[3])) + rest);                                              \
+        }                                                                                                              \
+        return total;                                                                                                  \
     }                                                                                                                  \
     /* a row of the backward, and what is known of it: the means of g gamma and of that times the normalised x */      \
     typedef struct {                                                                                                   \
@@ -330,6 +362,23 @@ static inline const void *row_of(const norm_job *job, const lac_view *v, int64_t
             next = done;                                                                                               \
         }                                                                                                              \
     }
+/* rmsnorm of such rows, by two */
+#define RMS_PIPELINE(T, S)                                                                                             \
+    static void rms_rows_##S(const norm_job *job, int64_t begin, int64_t end)                                          \
+    {                                                                                                                  \
+        const int64_t n = job->n;                                                                                      \
+        const T *x = (const T *)job->x.data + begin * n;                                                               \
+        double squares = row_squares_##S(x, 0, 0, n);                                                                  \
+        for (int64_t t = begin; t < end; t++) {                                                                        \
+            T *y = (T *)job->out.data + t * n, r = (T)(1.0 / sqrt(squares / (double)n + job->eps));                    \
+            const T *next = t + 1 < end ? x + n : x;                                                                   \
+            ((T *)job->rstd.data)[t] = r;                                                                              \
+            squares = rms_step_##S(x, r, job->gamma, y, next, job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0, n);   \
+            x = next;                                                                                                  \
+        }                                                                                                              \
+    }
+RMS_PIPELINE(float, f)
+RMS_PIPELINE(double, d)
 FORWARD_PIPELINE(float, f)
 FORWARD_PIPELINE(double, d)
 
@@ -340,9 +389,11 @@ static void norm_task(void *context, int64_t begin, int64_t end, int thread)
     int64_t n = job->n, size = (int64_t)lac_compute_size(job->ctype);
     /* of one row or two most of the steps would be for nothing; all three with AVX-512, whose registers hold the sums
      * of both rows */
-    const bool together = job->dense && !job->without_mean && job->row_bytes <= WIDEST && end - begin > 2;
+    const bool together = job->dense && job->row_bytes <= WIDEST && end - begin > 2;
     const bool three = V_WIDTH == 64 && 5 * job->row_bytes <= FIRST_CACHE;
-    if (together && three && job->ctype == C_F32) norm_rows_f(job, begin, end);
+    if (together && job->without_mean && job->ctype == C_F32) rms_rows_f(job, begin, end);
+    else if (together && job->without_mean) rms_rows_d(job, begin, end);
+    else if (together && three && job->ctype == C_F32) norm_rows_f(job, begin, end);
     else if (together && three) norm_rows_d(job, begin, end);
     else if (together && job->ctype == C_F32) norm_pairs_f(job, begin, end);
     else if (together) norm_pairs_d(job, begin, end);
