@@ -141,6 +141,24 @@ describe("engine on " .. isa .. ":", function()
       equal_all("same", get(op("sum_to", d.transpose(t, 0, 1), d.empty("f32", { 3, 2, 4 }))),
         get(d.transpose(t, 0, 1)))
     end)
+
+    it("log-sum-exp of rows, with terms down to where floats end", function()
+      for _, dtype in ipairs(FLOATS) do
+        for _, n in ipairs { 1, 15, 16, 37, 48, 513, 1029, 2080 } do
+          local x, ref = round_all(dtype, randoms(4 * n, -6, 6)), {}
+          for i = n + 1, 2 * n do x[i] = i % n == 2 and 3 or i % 3 == 0 and -INF or -80 - i % 17 end
+          for i = 2 * n + 1, 3 * n do x[i] = -INF end
+          for row = 0, 3 do
+            local m, s = -INF, 0
+            for i = row * n + 1, row * n + n do m = math.max(m, x[i]) end
+            for i = row * n + 1, row * n + n do s = s + (m == -INF and 0 or math.exp(x[i] - m)) end
+            ref[row + 1] = m == -INF and m or m + math.log(s)
+          end
+          local y = op("reduce", 10, tensor(dtype, { 4, n }, x), 2, 0)
+          check_all("logsumexp of " .. n, dtype, get(y), ref, 4, dtype == "f64" and 2 ^ -46 or 2 ^ -20)
+        end
+      end
+    end)
   end)
 
   describe("softmax", function()

@@ -14,7 +14,7 @@
  * positions count in row-major order, so axes are not reordered for them.
  */
 #include "cpu.h"
-#include "exps.h"
+#include "rows.h"
 #include <math.h>
 #include <string.h>
 
@@ -287,6 +287,9 @@ static double lse_block(int ctype, const void *x, double top, int64_t n)
     double s = 0;
     if (ctype == C_F32) {
         const float *f = x, m = (float)top;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        return row_exp_f(f, m, NULL, n);
+#else
         float sum[V_FLOATS] = {0}, t = 0, line[V_FLOATS];
         int64_t i = 0;
         for (; i + V_FLOATS <= n; i += V_FLOATS) {
@@ -305,6 +308,7 @@ static double lse_block(int ctype, const void *x, double top, int64_t n)
         for (int w = V_FLOATS / 2; w > 0; w /= 2)
             for (int k = 0; k < w; k++) sum[k] += sum[k + w];
         return (double)(t + sum[0]);
+#endif
     }
     const double *d = x;
     for (int64_t i = 0; i < n; i++) s += exp(d[i] - top);
