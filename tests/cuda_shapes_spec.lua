@@ -284,6 +284,41 @@ describe("cuda at size #gpu", function()
     end)
   end)
 
+  -- a call's kernels begin while those ahead of it end, and its scratch is theirs
+  it("norms' gradients have the same bits however closely calls follow each other", function()
+    for _, name in ipairs{ "layernorm", "rmsnorm", "gelu_norm" } do
+      for _, width in ipairs{ 768, 3072, 1024 } do
+        lac.scope(function()
+          local calls, alone, queued = {}, {}, {}
+          for i, rows in ipairs{ 3500, 1, 1700, 200 } do
+            local function draw(...)
+              return lac.randn({ ... }, { dtype = "bf16", device = "cuda", grad = true })
+            end
+            local x, gain, bias, g = draw(rows, width), draw(width), draw(width), draw(rows, width):detach()
+            local inputs = name == "rmsnorm" and { x, gain } or { x, gain, bias }
+            local out = lac[name](unpack(inputs))
+            local o = { grad_outputs = { g }, retain_graph = true }
+            calls[i] = function() return lac.grad(out, inputs, o) end
+          end
+          for i, call in ipairs(calls) do
+            alone[i] = call()
+            lac.synchronize()
+          end
+          for turn = 1, 20 do
+            local i = turn * 3 % #calls + 1
+            queued[turn] = { i, calls[i]() }
+          end
+          for n, entry in ipairs(queued) do
+            for k, t in ipairs(entry[2]) do
+              local text = ("%s, width %d, call %d, %d"):format(name, width, n, k)
+              assert.is_true(lac.equal(t, alone[entry[1]][k]), text)
+            end
+          end
+        end)
+      end
+    end
+  end)
+
   -- 1 / sqrt(eps) would multiply any rounding of their mean
   it("reduces rows with NaN, infinities and the largest numbers as the CPU does", function()
     local inf = math.huge
