@@ -13,8 +13,17 @@
  * cycles, of eight bytes six. So a quarter of the elements is computed, and half in the backward. Forward, rows come
  * ahead of their turn; two rows ahead were slower than one (32.7 to 30.1 us for rows of 768), runs of rows slower
  * than every so-manieth row. Models' usual widths have kernels of their own (norm_whole.cuh, 4% to 8% faster, and
- * norm_bwd_whole.cuh), which look up, for rows of 768, three quarters, for 3,072 one: not settled
- * (HOPPER_PIPELINES.md).
+ * norm_bwd_whole.cuh).
+ *
+ * The backward of those widths is not bound by memory alone: bytes take 35.8 us of 32768 x 768 at a copy's rate, the
+ * 815 instructions of a row and warp 25 of a scheduler's time at 1.98 GHz, shared memory some 15, and three warps a
+ * scheduler do not put them all beside each other. What helped is registers for elements of gelu that are computed at
+ * the same time: gamma in shared memory and g read only behind gelu, with a quarter looked up. On an H200, in turns,
+ * 43.1 to 42.3 us for rows of 768, which had three quarters looked up, and 172 to 157 for 3,072, which had one, both
+ * with gamma in registers. As now, but with nothing looked up 43.7 and 166, three quarters 42.9 and 167, half (and the
+ * shares added up as before) 42.6 and 160. Rejected: three rows ahead (43.3 to 45.9 and 162 to 176), 24 warps with
+ * eight elements a thread (44.5 and 179), gamma unpacked in registers (42.6 and 174). Filling the table takes no time
+ * that shows, adding the shares up 2 us.
  */
 #include "norm_bwd_whole.cuh"
 #include "norm_whole.cuh"
@@ -308,9 +317,9 @@ template <class T, bool AGAIN> struct gelu_norm_back {
     };
 };
 
-/* the same for norm_bwd_whole.cuh, of bf16; the first SPLIT of eight are looked up */
-template <int SPLIT> struct gelu_back_of_rows {
-    enum { TABLE = gelu_table<8> };
+/* the same for norm_bwd_whole.cuh, of bf16 */
+struct gelu_back_of_rows {
+    enum { TABLE = gelu_table<8>, LEAN = true, CAPPED = true };
     static __device__ __forceinline__ void fill(void *table) { fill_gelu_table<8>(table); }
     template <int KEEP> struct state {
         float slope[KEEP];
@@ -318,7 +327,7 @@ template <int SPLIT> struct gelu_back_of_rows {
         {
             uint32_t word[KEEP / 2];
             words_of<KEEP>(x, word);
-            look_gelu_up<8, SPLIT>(table, word, e, slope);
+            look_gelu_up<8, 2>(table, word, e, slope);
         }
         __device__ __forceinline__ void after(float (&e)[8], int k) const
         {
@@ -450,8 +459,8 @@ extern "C" int lac_cuda_gelu_norm_bwd(const lac_a_gelu_norm_bwd *a)
             if constexpr (looks_up<T>)
                 if (back_whole_fits<T>(j.rows, j.n)) {
                     whole_grad<T> w = {j.rows, j.n, j.n, x, g, norm.gamma, norm.mean, norm.rstd, dx, NULL};
-                    if (j.n == 768) LAC_TRY((norm_bwd_whole<32, gelu_back_of_rows<6>>(op, w, &a->dgamma, &a->dbeta)));
-                    else LAC_TRY((norm_bwd_whole<128, gelu_back_of_rows<2>>(op, w, &a->dgamma, &a->dbeta)));
+                    if (j.n == 768) LAC_TRY((norm_bwd_whole<32, gelu_back_of_rows>(op, w, &a->dgamma, &a->dbeta)));
+                    else LAC_TRY((norm_bwd_whole<128, gelu_back_of_rows>(op, w, &a->dgamma, &a->dbeta)));
                     return beside(a);
                 }
             gelu_norm_back<T, false> back = {x, g, dx, j.n, NULL, NULL};

@@ -4,15 +4,20 @@
  * As norm_bwd.cuh, whose formulas and bits it has, with less to do for a row: lengths are constants, gamma stays as it
  * is stored, a thread reads what was fetched once and asks for the row after the next at once, and g gamma stays in
  * registers between the two passes: 355 instructions a row and warp instead of 443. On an H200, 32768 x 768 in bf16, in
- * turns: layernorm 40.7 to 39.6 us, gelu_norm 44.7 to 41.8; of 3,072 156.8 to 147.3 and 165.1 to 162.3. Rejected: three
- * rows ahead (1% to 2% slower), runs of rows (0% to 3%), the second stage in the same launch (3 to 5%;
- * HOPPER_PIPELINES.md).
+ * turns: layernorm 40.7 to 39.6 us; of 3,072 156.8 to 147.3. Rejected: three rows ahead (1% to 2% slower), runs of rows
+ * (0% to 3%), the second stage in the same launch (3 to 5%; HOPPER_PIPELINES.md).
+ *
+ * The shares are added up by blocks so small that they come in beside those of the kernel ahead, where blocks of 1,024
+ * threads waited for a multiprocessor of their own and kept the next kernel's away from it: layernorm 40.0 to 39.2 us.
+ * Registers for both is the condition (168 a thread: gelu_norm 42.8 to 44.2 us), and one round of loads: 64 columns a
+ * block, in five rounds, took 43.9 us for layernorm. Behind gelu, see gelu_norm.cu.
  */
 #ifndef LAC_CUDA_NORM_BWD_WHOLE_CUH
 #define LAC_CUDA_NORM_BWD_WHOLE_CUH
 #include "norm_bwd.cuh"
 
-enum { BACK_KEEP = 24, BACK_THREADS = 384 /* 168 registers each */ };
+enum { BACK_KEEP = 24, BACK_THREADS = 384, BACK_REGISTERS = 160 };
+enum { BESIDE = 128 /* threads, 32 registers each: what a block of 384 with 160 each leaves */ };
 template <class T> struct whole_grad {
     int64_t rows, x_step, g_step; /* steps between rows in elements */
     const T *x, *g, *gamma;       /* gamma may be NULL */
@@ -34,9 +39,9 @@ static __device__ __forceinline__ void warp_sums(float (&v)[2])
 }
 
 /* A makes of x what was normalised, and of its gradient that of x: TABLE bytes of shared memory that fill() prepares,
- * and state's before() and after(). A team of ROW threads takes rows that lie as far apart as there are teams. */
-template <class T, int ROW, class A>
-__global__ void __launch_bounds__(BACK_THREADS, 1) norm_bwd_whole_rows(whole_grad<T> a)
+ * and state's before() and after(). A team of ROW threads takes rows that lie as far apart as there are teams. LEAN:
+ * what before() computes has more registers, because gamma is in shared memory and g is read behind it. */
+template <class T, int ROW, class A> static __device__ __forceinline__ void norm_bwd_whole_of(const whole_grad<T> &a)
 {
     constexpr int N = 8, KEEP = BACK_KEEP, PER = KEEP / N, COUNT = ROW * KEEP, TEAMS = BACK_THREADS / ROW;
     constexpr int STAGE = 2 * PER * BACK_THREADS; /* vectors */
@@ -83,15 +88,21 @@ __global__ void __launch_bounds__(BACK_THREADS, 1) norm_bwd_whole_rows(whole_gra
 #pragma unroll
     for (int s = 0; s < BACK_STAGES; s++) fetch(first + s * hop, s);
     if (first < rows) statistics(first);
-    vector w[PER];
-#pragma unroll
-    for (int k = 0; k < PER; k++) {
+    auto gain = [&](int at) {
         float one[N];
 #pragma unroll
         for (int i = 0; i < N; i++) one[i] = 1;
-        w[k] = a.gamma ? *(const vector *)(a.gamma + k * ROW * N + lane * N) : row_pack<T, N>(one);
+        return a.gamma ? *(const vector *)(a.gamma + at * N) : row_pack<T, N>(one);
+    };
+    vector w[A::LEAN ? 1 : PER], *gains = (vector *)norm_space + A::TABLE / 16 + BACK_STAGES * STAGE;
+    if constexpr (A::LEAN) {
+        for (int i = threadIdx.x; i < COUNT / N; i += BACK_THREADS) gains[i] = gain(i);
+        gains += lane;
+    } else {
+#pragma unroll
+        for (int k = 0; k < PER; k++) w[k] = gain(k * ROW + lane);
     }
-    if constexpr (A::TABLE > 0) __syncthreads();
+    if constexpr (A::TABLE > 0 || A::LEAN) __syncthreads();
     float sums[2 * KEEP] = {};
     T *to = a.dx + (int64_t)first * COUNT + lane * N;
     int stage = 0;
@@ -102,14 +113,22 @@ __global__ void __launch_bounds__(BACK_THREADS, 1) norm_bwd_whole_rows(whole_gra
         fetched(BACK_STAGES);
         const vector *at = mine + stage * STAGE;
         vector d_words[PER];
+        auto read = [&] {
 #pragma unroll
-        for (int k = 0; k < PER; k++) d_words[k] = at[(PER + k) * BACK_THREADS];
+            for (int k = 0; k < PER; k++) d_words[k] = at[(PER + k) * BACK_THREADS];
+        };
+        if constexpr (!A::LEAN) read();
         more.before([&](int k) -> const vector & { return at[k / N * BACK_THREADS]; }, z, norm_space);
+        if constexpr (A::LEAN) {
+            asm volatile("" ::: "memory"); /* not before */
+            read();
+        }
         fetch(r + BACK_STAGES * hop, stage);
 #pragma unroll
         for (int k = 0; k < KEEP; k += N) {
             float d[N], p[N];
-            row_unpack<T, N>(d_words[k / N], d), row_unpack<T, N>(w[k / N], p);
+            row_unpack<T, N>(d_words[k / N], d),
+                row_unpack<T, N>(A::LEAN ? gains[k / N * ROW] : w[A::LEAN ? 0 : k / N], p);
 #pragma unroll
             for (int i = 0; i < N; i++) {
                 q[k + i] = __fmul_rn(p[i], d[i]);
@@ -139,9 +158,58 @@ __global__ void __launch_bounds__(BACK_THREADS, 1) norm_bwd_whole_rows(whole_gra
     store_columns<N, KEEP, 2>(sums, a.share + (int64_t)blockIdx.x * 2 * COUNT, COUNT, ROW, norm_space + A::TABLE / 16);
 }
 
+template <class T, int ROW, class A>
+__global__ void __launch_bounds__(BACK_THREADS, 1) norm_bwd_whole_rows(const whole_grad<T> a)
+{
+    norm_bwd_whole_of<T, ROW, A>(a);
+}
+/* the same with registers left for add_shares_beside() */
+template <class T, int ROW, class A>
+__global__ void __maxnreg__(BACK_REGISTERS) norm_bwd_whole_beside(const whole_grad<T> a)
+{
+    norm_bwd_whole_of<T, ROW, A>(a);
+}
+
+/* Adds the blocks' shares up, [parts][2][n], 16 columns a block, each by 32 threads: in doubles, in an order of their
+ * own. Blocks that are this small come in beside those of the kernel ahead. */
+template <class T>
+__global__ void __launch_bounds__(BESIDE, 65536 / (BESIDE * 32))
+    add_shares_beside(int n, int parts, const float *share, T *dgamma, T *dbeta)
+{
+    let_next_in();
+    previous_done();
+    constexpr int COLUMNS = 16, LANES = COLUMNS / 4, DEEP = BESIDE / LANES, FLIGHT = 5;
+    __shared__ double space[BESIDE / 32][COLUMNS];
+    const int lane = threadIdx.x % LANES;
+    const float4 *from = (const float4 *)(share + blockIdx.x * COLUMNS) + lane;
+    double s[4] = {};
+    for (int p = threadIdx.x / LANES; p < parts; p += FLIGHT * DEEP) {
+        float4 v[FLIGHT];
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++)
+            v[u] = p + u * DEEP < parts ? from[(p + u * DEEP) * (n / 2)] : make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int u = 0; u < FLIGHT; u++) s[0] += v[u].x, s[1] += v[u].y, s[2] += v[u].z, s[3] += v[u].w;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int o = LANES; o < 32; o *= 2) s[i] += __shfl_xor_sync(0xffffffffu, s[i], o);
+        if (threadIdx.x % 32 < LANES) space[threadIdx.x / 32][lane * 4 + i] = s[i];
+    }
+    __syncthreads();
+    if (threadIdx.x >= COLUMNS) return;
+    double total = 0;
+#pragma unroll
+    for (int w = 0; w < BESIDE / 32; w++) total += space[w][threadIdx.x];
+    int column = blockIdx.x * COLUMNS + threadIdx.x;
+    T *out = column < n ? dgamma : dbeta;
+    if (out) out[column % n] = from_compute<T>((float)total);
+}
+
 /* x itself */
 template <class T> struct back_themselves {
-    enum { TABLE = 0 };
+    enum { TABLE = 0, LEAN = false, CAPPED = std::is_same_v<T, f16> /* bf16 takes no more by itself */ };
     template <int KEEP> struct state {
         template <class X> __device__ __forceinline__ void before(X x, float (&e)[KEEP], const void *)
         {
@@ -160,9 +228,12 @@ template <int ROW, class A, class T>
 int norm_bwd_whole(const char *op, whole_grad<T> a, const lac_view *dgamma, const lac_view *dbeta)
 {
     constexpr int COUNT = ROW * BACK_KEEP;
-    constexpr int SHARED = A::TABLE + BACK_STAGES * 2 * BACK_KEEP * (int)sizeof(T) * BACK_THREADS;
-    static_assert(SHARED - A::TABLE >= 2 * BACK_KEEP * (int)sizeof(float) * BACK_THREADS, "room for the columns' sums");
-    auto kernel = norm_bwd_whole_rows<T, ROW, A>;
+    constexpr int STAGES = BACK_STAGES * 2 * BACK_KEEP * (int)sizeof(T) * BACK_THREADS;
+    constexpr int SHARED = A::TABLE + STAGES + (A::LEAN ? COUNT * (int)sizeof(T) : 0);
+    static_assert(STAGES >= 2 * BACK_KEEP * (int)sizeof(float) * BACK_THREADS, "room for the columns' sums");
+    void (*kernel)(const whole_grad<T>);
+    if constexpr (A::CAPPED) kernel = norm_bwd_whole_beside<T, ROW, A>;
+    else kernel = norm_bwd_whole_rows<T, ROW, A>;
     static cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
     LAC_TRY(lac_cuda_check(op, allowed));
     unsigned blocks = blocks_filling(a.rows, BACK_THREADS / ROW, 1);
@@ -172,7 +243,10 @@ int norm_bwd_whole(const char *op, whole_grad<T> a, const lac_view *dgamma, cons
     a.share = shares ? (float *)share.data : NULL;
     launch(kernel, blocks, BACK_THREADS, SHARED, a);
     LAC_TRY(lac_cuda_launched(op));
-    return shares ? add_shares<T>(op, COUNT, 2, blocks, a.share, dgamma, dbeta, NULL) : 0;
+    if (!shares) return 0;
+    launch(add_shares_beside<T>, 2 * COUNT / 16, BESIDE, 0, COUNT, (int)blocks, (const float *)a.share,
+           (T *)dgamma->data, (T *)dbeta->data);
+    return lac_cuda_launched(op);
 }
 
 #endif
