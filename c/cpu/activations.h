@@ -25,6 +25,13 @@
 #include "exps.h"
 
 enum { V_ABREAST = 4 }; /* lines at once, at most */
+/* and in loops around one of these alone: with AVX2 a line is two vectors already, and 16 registers do not hold the
+ * results of four lines until the last is computed */
+#if defined(__AVX2__) && !defined(__AVX512F__)
+enum { V_ABREAST_SIGMOID = 1, V_ABREAST_TANH = 2, V_ABREAST_GELU = 1 };
+#else
+enum { V_ABREAST_SIGMOID = V_ABREAST, V_ABREAST_TANH = V_ABREAST, V_ABREAST_GELU = V_ABREAST };
+#endif
 
 #if defined(__AVX512F__)
 #define V_EACH _Pragma("GCC unroll 4") for (int k = 0; k < lines; k++)

@@ -1,13 +1,22 @@
-/* activations_avx2.h: activations of two cache lines of floats at a time, with AVX2.
+/* activations_avx2.h: activations of one or two cache lines of floats at a time, and logarithms, with AVX2.
  *
- * The formulas are those of simd.h, gelu's with exps.h's powers of 2, step by step over four vectors: one vector is a
- * chain of 20 to 30 dependent steps, of which a processor sees few at once, and gcc puts those of a plain loop one
- * after the other. Nanoseconds for a line in the cache of a Zen 3 at 3.1 GHz, and of the plain loop: sigmoid 4.7 and
- * 5.7, tanh 5.4 and 7.8, gelu 9.4 and 11.3. It multiplies in two of its four pipes, and gelu has 24 multiplications and
- * a division for 8 floats.
- * Tried, not kept: two vectors at once (tanh 6.2); gelu by 8 polynomials of degree 6, whose coefficients vpermps picks
- * (9.5: one starts in a cycle); gelu's tail as a power of a polynomial, as halves_avx2.h has it (cancellation costs 20
- * ulp of floats).
+ * The formulas are those of simd.h, gelu's with exps.h's powers of 2, step by step over two or four vectors: one vector
+ * is a chain of 20 to 30 dependent steps, of which a processor sees few at once, and gcc puts those of a plain loop one
+ * after the other. Nanoseconds for a line in the cache of a Zen 3 at 3.2 GHz, and of the plain loop: sigmoid 4.8 and
+ * 5.7, tanh 5.5 and 7.8, gelu 8.9 and 11.3, log 6.6 and 10.3. It multiplies, blends and looks up (vpermilps) in two of
+ * its four pipes, adds and clamps in the other two; a division takes as long as three or four multiplications. gelu has
+ * 26 such steps for 8 floats, so 26 cycles a line are its floor, and tanh 15: they take 28 and 18.
+ * Four lines abreast in the loops around them (elem.c), as with AVX-512, cost gelu and sigmoid 0.3 to 0.8 ns a line
+ * more than one, and tanh 0.6 more than two: results of the first wait on the stack. What computes more around them
+ * (silu, gelu by tanh, slopes) is not faster by fewer than four: silu 0.1, gelu's slope 0.7 ns slower by one.
+ * Tried, not kept: gelu by 8 polynomials of degree 6, whose coefficients vpermps picks (9.5: one starts in a cycle);
+ * gelu's tail as a power of a polynomial, as halves_avx2.h has it (cancellation costs 10 to 20 ulp of floats); the tail
+ * as 2^-(u^2 + g(u)) with g of degree 9 up to u = 3.75, without a division, in two passes over 8 lines (5.5 ulp; 9.4 ns
+ * in the loop of elem.c, 6.8 in one without its copies, but 17 where numbers are twice the normal ones, because groups
+ * with a number beyond are computed both ways); the sigmoid bounded at 16 with what is beyond out of line (the question
+ * takes what the clamps and a multiplication did); polynomials split in even and odd parts (tanh 6.0, sigmoid 5.3); an
+ * asm that keeps constants in registers, which gcc reads from memory up to four times (no gain: two are read in a
+ * cycle).
  */
 #ifndef LAC_CPU_ACTIVATIONS_AVX2_H
 #define LAC_CPU_ACTIVATIONS_AVX2_H
@@ -111,6 +120,56 @@ LAC_INLINE void v_gelu_grad(__m256 *x, int count)
     V8_EACH u[k] = _mm256_mul_ps(u[k], e[k]);
     /* by the sign, which is that of a zero or a NaN too: both sides are the same there */
     V8_EACH x[k] = _mm256_blendv_ps(_mm256_sub_ps(v8_set(1.0f), u[k]), u[k], x[k]);
+}
+
+/* v_logf for normal x > 0; the cases of others, which are a third of its steps, are asked for once a line */
+LAC_INLINE __m256i v8_log_apart(__m256 x)
+{
+    const uint32_t least = 0x00800000u, most = 0x7f7fffffu, sign = 0x80000000u; /* from `least` on, unsigned */
+    __m256i above = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32((int32_t)(sign - least)));
+    return _mm256_cmpgt_epi32(above, _mm256_set1_epi32((int32_t)(sign + (most - least))));
+}
+static __attribute__((noinline, cold, unused)) __m256 v8_log_far(__m256 x, __m256 values)
+{
+    float line[8];
+    _mm256_storeu_ps(line, x);
+    _Pragma("omp simd") for (int k = 0; k < 8; k++) line[k] = v_logf(line[k]);
+    return _mm256_blendv_ps(values, _mm256_loadu_ps(line), _mm256_castsi256_ps(v8_log_apart(x)));
+}
+LAC_INLINE void v8_log(__m256 *x, int count)
+{
+    __m256 f[V8_ABREAST], n[V8_ABREAST], z[V8_ABREAST], p[V8_ABREAST], q[V8_ABREAST], y[V8_ABREAST];
+    __m256i i[V8_ABREAST], apart = _mm256_setzero_si256();
+    V8_EACH i[k] = _mm256_sub_epi32(_mm256_castps_si256(x[k]), _mm256_set1_epi32(0x3f3504f3));
+    V8_EACH i[k] = _mm256_srai_epi32(i[k], 23); /* the mantissa in [sqrt(1/2), sqrt(2)) */
+    V8_EACH n[k] = _mm256_cvtepi32_ps(i[k]);
+    V8_EACH i[k] = _mm256_sub_epi32(_mm256_castps_si256(x[k]), _mm256_slli_epi32(i[k], 23));
+    V8_EACH f[k] = _mm256_sub_ps(_mm256_castsi256_ps(i[k]), v8_set(1.0f));
+    V8_EACH z[k] = _mm256_mul_ps(f[k], f[k]);
+    V8_EACH p[k] = _mm256_fmadd_ps(f[k], v8_set(-0.250008196f), v8_set(0.333333313f)); /* v_log_rest */
+    V8_EACH q[k] = _mm256_fmadd_ps(f[k], v8_set(-0.166234106f), v8_set(0.200012431f));
+    V8_EACH p[k] = _mm256_fmadd_ps(z[k], q[k], p[k]);
+    V8_EACH q[k] = _mm256_fmadd_ps(f[k], v8_set(-0.131595507f), v8_set(0.142015398f));
+    V8_EACH y[k] = _mm256_fmadd_ps(f[k], v8_set(-0.0763694048f), v8_set(0.127624854f));
+    V8_EACH q[k] = _mm256_fmadd_ps(z[k], y[k], q[k]);
+    V8_EACH p[k] = _mm256_fmadd_ps(_mm256_mul_ps(z[k], z[k]), q[k], p[k]);
+    V8_EACH q[k] = _mm256_mul_ps(n[k], v8_set(2.12194440e-4f));
+    V8_EACH p[k] = _mm256_fmsub_ps(_mm256_mul_ps(f[k], z[k]), p[k], q[k]);
+    V8_EACH p[k] = _mm256_fnmadd_ps(v8_set(0.5f), z[k], p[k]);
+    V8_EACH y[k] = _mm256_fmadd_ps(n[k], v8_set(0.693359375f), _mm256_add_ps(f[k], p[k]));
+    V8_EACH apart = _mm256_or_si256(apart, v8_log_apart(x[k]));
+    if (__builtin_expect(_mm256_movemask_epi8(apart), 0)) V8_EACH y[k] = v8_log_far(x[k], y[k]);
+    V8_EACH x[k] = y[k];
+}
+#define V_LOG_LINES /* without AVX2, and with AVX-512, gcc's loop of v_logf is as good */
+LAC_INLINE void v_log_lines(float (*line)[V_FLOATS], int lines)
+{
+    for (int j = 0; j < lines; j++) {
+        enum { count = 2 };
+        __m256 x[count] = {_mm256_loadu_ps(line[j]), _mm256_loadu_ps(line[j] + 8)};
+        v8_log(x, count);
+        V8_EACH _mm256_storeu_ps(line[j] + 8 * k, x[k]);
+    }
 }
 
 #endif

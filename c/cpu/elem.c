@@ -356,18 +356,21 @@ static inline int64_t tile_size(int64_t left, int64_t chunk, int64_t tile)
 KERNEL(axpy_f32, 3, X3, x *y + g)
 #define NEGATIVE(x) v_float(v_bits(x) | 0x80000000u) /* -|x| */
 KERNEL_LINES(line_f32_exp, 1, 1, X1; (void)x, v_exp_lines, x, e)
-KERNEL_LINES(line_f32_tanh, 4, 1, X1; (void)x, v_tanh_lines, x, e)
-KERNEL_LINES(line_f32_sigmoid, 4, 1, X1; (void)x, v_logistic_lines, x, 1 / e)
+KERNEL_LINES(line_f32_tanh, V_ABREAST_TANH, 1, X1; (void)x, v_tanh_lines, x, e)
+KERNEL_LINES(line_f32_sigmoid, V_ABREAST_SIGMOID, 1, X1; (void)x, v_logistic_lines, x, 1 / e)
 KERNEL_LINES(line_f32_silu, 4, 1, X1, v_logistic_lines, x, x / e)
 KERNEL_LINES(line_b1_f32_silu, 4, 3, X3; (void)y; (void)g, v_logistic_lines, NEGATIVE(x), g *f_silu_slope_of(x, 1 / e))
-KERNEL_LINES(line_f32_gelu, 4, 1, X1; (void)x, v_gelu_lines, x, e)
+KERNEL_LINES(line_f32_gelu, V_ABREAST_GELU, 1, X1; (void)x, v_gelu_lines, x, e)
 KERNEL_LINES(line_b1_f32_gelu, 4, 3, X3; (void)x; (void)y; (void)g, v_gelu_grad_lines, x, g *e)
 KERNEL_LINES(line_f32_gelu_tanh, 4, 1, X1, v_logistic_lines, F_GELU_TANH_ARGUMENT(x), x / e)
 KERNEL_LINES(line_b1_f32_gelu_tanh, 4, 3, X3; (void)y;
              (void)g, v_logistic_lines, NEGATIVE(F_GELU_TANH_ARGUMENT(x)), g *f_gelu_tanh_slope_of(x, 1 / e))
 KERNEL_LINES(line2_f32_swiglu, 4, 2, X2; (void)y, v_logistic_lines, x, x / e * y)
-KERNEL_LINES(line2_f32_geglu, 4, 2, X2; (void)x; (void)y, v_gelu_lines, x, e *y)
+KERNEL_LINES(line2_f32_geglu, V_ABREAST_GELU, 2, X2; (void)x; (void)y, v_gelu_lines, x, e *y)
 KERNEL_LINES(line_f32_softplus, 1, 1, X1, v_exp_down_lines, NEGATIVE(x), f_relu(x) + v_log1p_unit(e))
+#ifdef V_LOG_LINES
+KERNEL_LINES(line_f32_log, 1, 1, X1; (void)x, v_log_lines, x, e)
+#endif
 KERNEL(near_f32_sin, 1, X1, f_sin_near(x))
 KERNEL(near_f32_cos, 1, X1, f_cos_near(x))
 BACKWARD1(near_b1_f32_sin, f_cos_near(x))
@@ -475,6 +478,9 @@ static lac_kernel *const by_line[][2] = {
     [M1_silu] = {line_f32_silu, line_b1_f32_silu},
     [M1_gelu] = {line_f32_gelu, line_b1_f32_gelu},
     [M1_softplus] = {line_f32_softplus},
+#ifdef V_LOG_LINES
+    [M1_log] = {line_f32_log},
+#endif
     [M1_gelu_tanh] = {line_f32_gelu_tanh, line_b1_f32_gelu_tanh},
 };
 
