@@ -20,19 +20,49 @@
 -- half the lanes and longer polynomials. Compared by the clock on the wall, what takes longer than a time
 -- slice is interrupted in every sample if a core has other work, and a copy in none: rows then read half of
 -- what they are.
--- AVX2. One core of an EPYC, Zen 3, copies 16 floats in 4.4 ns; a line in the cache takes, and its share
--- was with other work on the machine (before: what gcc made of the functions line by line): exp 4.0 ns, 82%
--- (59), sigmoid 4.7, 59 (56), tanh 5.4, 55 (27), gelu 9.4, with 8.9 36 (22), its gradient 40 (28); bf16 exp
--- 6.2, 57 (17), sigmoid 8.6, 40 (20), tanh 7.8, 45 (11), gelu 9.4, 36 (9), its gradient 31 (13), f16 about
--- as much. Memory adds 1.5 to 2 ns to what is computed, so 77% leave 4: 12 cycles. Rows: softmax 68 (50),
--- its logarithm 58 (50), layernorm 80 (66), rmsnorm 80; backwards of these four 80 to 85 (70 to 74), 89
--- (25), 72, 72.
+-- AVX2. One core of an EPYC, Zen 3, at 3.2 GHz, copies 16 floats in 4.4 to 4.6 ns; 77% of that allow 5.7 to
+-- 5.9. From memory to memory, by processor time, in turns with the loops of before (in brackets), a line
+-- takes, with its share of a copy of 4.6: sigmoid 5.2 ns, 88% (5.8, 79), silu 5.9, 78, tanh 5.9, 77 (6.7,
+-- 68), gelu 9.8, 47 (10.5, 43), its gradient, three arrays, 12.1, 56, geglu 11.0 (11.6), log 6.9, 66 (10.5,
+-- 43). Two threads: log 4.0 (5.3), sigmoid 3.2 (3.4), gelu 5.1 (5.3) beside a copy's 3.1. Memory is
+-- overlapped with arithmetic: it adds 0.1 to 0.7 ns to what takes longer than a copy. What bounds them is
+-- two pipes of four: multiplications, blends and vpermilps start there, two in a cycle; a division takes
+-- three to four such starts. 16 floats of the sigmoid need 14 cycles, of tanh 15, of gelu 26, of its
+-- gradient 27; 5.7 ns are 18. Tried for gelu's tail without a division: powers of polynomials (10 to 17 ulp,
+-- by rounding alone), Mills' ratio as a polynomial (degree 10 is off by 2e-6), 2^-(u^2 + g(u)), 5.5 ulp and
+-- 0.75 of the time in a bare loop for normal numbers, but 1.6 times it for numbers twice as large.
+-- Prefetches of 1 to 8 KB into either cache or past them, in two steps, loads ahead, late stores, blocks of
+-- 4 KB: within 0.25 ns, or slower.
+-- Halves with AVX2. 32 values take 19 to 55 cycles by vectors. Of arrays of 2^19 values on every second
+-- vector of words is looked up in a table of all 65,536 values (c/cpu/halves_tables.h), which is work for
+-- other units. Nanoseconds for 32 values from memory, before and after, bf16: exp 6.6, 6.5 to 7.2; tanh 8.0,
+-- 6.2; sigmoid 9.2, 7.0; silu 10.3, 7.2; gelu 10.1, 7.0; its gradient, whose slopes are all looked up, 15.4,
+-- 10; f16: exp 7.8, 7.0 to 8.1; tanh 9.2, 7.1; sigmoid 10.3, 8.1; silu 11.2, 8.0; gelu 10.8, 8.0; its
+-- gradient 17.3, 14.5. A copy of as many bytes took 3.8 to 4.2 then: shares are 55 to 63 and 48 to 56%
+-- (f16's gradient 40), from 39 to 61 and 36 to 54. On two threads, by the clock on the wall, in two runs:
+-- bf16 66 to 92% (53 to 88), f16 57 to 84 (46 to 84). What is far (gelu below -4, exp beyond 87) costs less:
+-- normal numbers times 3, gelu of bf16 71 ns before, 13 after, its gradient 90 and 16; any bits, exp 52 and
+-- 19, gelu 80 and 20; tanh of f16, which has nothing far, 9.4 and 12, because 128 KB leave the first cache.
+-- What limits: FP steps have their pipes chosen as they are issued, and start 2.6 in a cycle, not 4; loads
+-- from a table 1.7, not 3 (banks). Tried: slopes of f16 by |x|, half the memory (5 to 10% less time, six
+-- steps more); exp by vectors alone with blocks asked for far values first (6.6 ns).
+-- Rows with AVX2, medians of turns (before): softmax 73 to 79% (65 to 69; 6.2 to 5.1 ns for 16 floats), its
+-- logarithm 68 to 74 (62 to 66); rmsnorm of rows of 64, 1024 and 4096: 83, 94, 86 (56, 92, 66); log-sum-exp
+-- 42 to 45 (39). Softmax's arithmetic took 18 cycles (exponentials of which the schedulers held too few, and
+-- sums kept in memory), now 10, and some 100 a row. Layernorm's backward (66 to 74) and rmsnorm's (76 to 80)
+-- remain: in the cache a line takes 5.1 and 4.2 ns, from memory 7.4 to 7.8 and 7.1; two arrays merely added
+-- into a third take 5.2. Reading alone: a line takes 2.6 to 2.8 ns (a copy 3.5), 3.2 to 3.8 with anything
+-- asked for ahead; two arrays at once 2.5, four 2.1. So one stream is at most 63 to 68% of a copy. Held to
+-- AVX2, a Xeon has softmax on two threads at 74 (68), rmsnorm at 112 (102), but of rows of 64 at 65 (89).
+-- Tried: softmax with a row's rest between its passes (5.9 ns for 5.5); results of rows that are no whole
+-- cache lines past the caches (rows of 1000 6.7 ns for 8.2, but 1024 5.6 for 5.2); norms' backwards with
+-- other distances of prefetch, dgamma and dbeta half a page beside x (no difference).
 -- A Xeon (Sapphire Rapids; AVX-512) copies 16 floats in 6.4 ns. What is fetched for a kernel must be
 -- asked for 2 KB ahead there, not 1: bf16 exp 80 instead of 70, sigmoid 83 (71), silu 75 (66), tanh 82
 -- (70), gelu 86 (74); f16 86 (74), 75 (69), 72 (66), 87 (75), 88 (76). With a Newton step instead of a
 -- division f16's sigmoid and silu would be 80 and 77 there; on a Zen 4 it takes three cycles more. Zen 3:
 -- relu 110 with 2 KB, 103 with 1, 90 with 4; the others the same. On the Xeon softmax's backwards have 96
--- and 95 instead of 81 and 89.
+-- and 95 instead of 81 and 89, rmsnorm 109 instead of 103, of rows of 4096 105 (81), of 64 56 (51).
 -- Reading alone. 6.3 to 7 cycles a line whatever is asked for ahead, where 77% of a copy allow 6.8: the
 -- maximum over rows is there. A sum converts to double, 5 cycles for 16 floats, a variance 9, a log-sum-exp
 -- takes 10; over columns sums are loaded and stored as well.
