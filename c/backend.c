@@ -90,7 +90,9 @@ static bool isa_available(const char *name)
     if (strcmp(name, "baseline") == 0) return true;
 #ifdef LAC_HAVE_AVX
     __builtin_cpu_init();
-    if (strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    if (strcmp(name, "avx2") == 0)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+               __builtin_cpu_supports("bmi2") && has_f16c();
     if (strcmp(name, "avx512") == 0 || strcmp(name, "avx512f") == 0)
         return isa_available("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -20,10 +20,10 @@
  * scheduler do not put them all beside each other. What helped is registers for elements of gelu that are computed at
  * the same time: gamma in shared memory and g read only behind gelu, with a quarter looked up. On an H200, in turns,
  * 43.1 to 42.3 us for rows of 768, which had three quarters looked up, and 172 to 157 for 3,072, which had one, both
- * with gamma in registers. As now, but with nothing looked up 43.7 and 166, three quarters 42.9 and 167, half (and the
- * shares added up as before) 42.6 and 160. Rejected: three rows ahead (43.3 to 45.9 and 162 to 176), 24 warps with
- * eight elements a thread (44.5 and 179), gamma unpacked in registers (42.6 and 174). Filling the table takes no time
- * that shows, adding the shares up 2 us.
+ * with gamma in registers (after 30 ms of idling; without pauses 43.2 to 42.3 and 180 to 163). As now, but with nothing
+ * looked up 43.7 and 166, three quarters 42.9 and 167, half (and the shares added up as before) 42.6 and 160. Rejected:
+ * three rows ahead (43.3 to 45.9 and 162 to 176), 24 warps with eight elements a thread (44.5 and 179), gamma unpacked
+ * in registers (42.6 and 174). Filling the table takes no time that shows, adding the shares up 2 us.
  */
 #include "norm_bwd_whole.cuh"
 #include "norm_whole.cuh"

@@ -1,11 +1,11 @@
 /* norm_bwd_whole.cuh: the backward of layer norms of half types over models' usual rows, of 768 and 3,072 elements:
  * layernorm and rmsnorm (norm.cu), and behind gelu (gelu_norm.cu).
  *
- * As norm_bwd.cuh, whose formulas and bits it has, with less to do for a row: lengths are constants, gamma stays as it
- * is stored, a thread reads what was fetched once and asks for the row after the next at once, and g gamma stays in
- * registers between the two passes: 355 instructions a row and warp instead of 443. On an H200, 32768 x 768 in bf16, in
- * turns: layernorm 40.7 to 39.6 us; of 3,072 156.8 to 147.3. Rejected: three rows ahead (1% to 2% slower), runs of rows
- * (0% to 3%), the second stage in the same launch (3 to 5%; HOPPER_PIPELINES.md).
+ * As norm_bwd.cuh, whose formulas and bits of dx it has, with less to do for a row: lengths are constants, gamma stays
+ * as it is stored, a thread reads what was fetched once and asks for the row after the next at once, and g gamma stays
+ * in registers between the two passes: 355 instructions a row and warp instead of 443. On an H200, 32768 x 768 in bf16,
+ * in turns: layernorm 40.7 to 39.6 us; of 3,072 156.8 to 147.3. Rejected: three rows ahead (1% to 2% slower), runs of
+ * rows (0% to 3%), the second stage in the same launch (3 to 5%; HOPPER_PIPELINES.md).
  *
  * The shares are added up by blocks so small that they come in beside those of the kernel ahead, where blocks of 1,024
  * threads waited for a multiprocessor of their own and kept the next kernel's away from it: layernorm 40.0 to 39.2 us.

@@ -208,7 +208,9 @@ describe("engine on " .. isa .. ":", function()
       for _, rows in ipairs { 1, 6 } do -- alone, and in steps with others
         local got = get(op("softmax", tensor("f32", { rows, n }, { unpack(x, 1, rows * n) }), 1, 0))
         for i, r in ipairs(reference({ unpack(x, 1, rows * n) }, n, false)) do
-          assert(math.abs(got[i] - r) <= 2 ^ -21 * r + 2 ^ -126, ("%g: %g, not %g"):format(x[i], got[i], r))
+          local flushed = got[i] == 0 and r < 2 ^ -126
+          assert(flushed or math.abs(got[i] - r) <= 2 ^ -20 * r + 2 ^ -147,
+                 ("%g: %g, not %g"):format(x[i], got[i], r))
           assert(x[i] > -INF or got[i] == 0)
         end
       end

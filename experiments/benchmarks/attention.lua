@@ -134,10 +134,11 @@
 --     backward. In calmer turns SDPA runs at 0.75 to 0.81 of the bare loop in the forward at D = 128 and
 --     0.70 to 0.75 in the backward: 1.2 and 1.3 of it are 0.90 to 0.97 and 0.91 to 0.97, and ours 0.82
 --     to 0.86 and 0.82 to 0.86; D = 64 backward 0.62 to 0.66, 1.3 of it is 0.81 to 0.86, and ours 0.78
---     to 0.81. Two threads by the wall clock, N = 2048, two runs of the same library, forward and backward: D =
---     32 0.94, 1.31 and 1.42, 1.54, D = 64 0.93, 1.13 and 0.97, 1.00, D = 128 0.81, 0.93 and 1.13, 1.17; the
---     backward at D = 64 took 82 ms in both and 66 in a run without SDPA: a thread is disturbed at one time and
---     not at another. They are 2.0 times one thread in the backward at D = 64 and the forward at D = 128.
+--     to 0.81. Two threads by the wall clock, N = 2048, two runs of the same library, forward and backward:
+--     D = 32 0.94, 1.31 and 1.42, 1.54, D = 64 0.93, 1.13 and 0.97, 1.00, D = 128 0.81, 0.93 and 1.13, 1.17;
+--     the backward at D = 64 took 82 ms in both and 66 in a run without SDPA: a thread is disturbed at one
+--     time and not at another. They are 2.0 times one thread in the backward at D = 64 and the forward at D
+--     = 128.
 --   * This section on a core of a shared Xeon (Sapphire Rapids or later) in one run, with the matrix unit,
 --     while sgemm had 83 to 97 GFLOP/s a core, 0.6 of a quiet hour's: of sgemm forward 0.73 to 1.09, backward
 --     0.78 to 1.15, all met; of SDPA, where 1.2 and 1.3 are asked, D = 64 forward 1.6 to 2.6, backward 1.07

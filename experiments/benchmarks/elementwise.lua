@@ -46,17 +46,19 @@
 -- What limits: FP steps have their pipes chosen as they are issued, and start 2.6 in a cycle, not 4; loads
 -- from a table 1.7, not 3 (banks). Tried: slopes of f16 by |x|, half the memory (5 to 10% less time, six
 -- steps more); exp by vectors alone with blocks asked for far values first (6.6 ns).
--- Rows with AVX2, medians of turns (before): softmax 73 to 79% (65 to 69; 6.2 to 5.1 ns for 16 floats), its
--- logarithm 68 to 74 (62 to 66); rmsnorm of rows of 64, 1024 and 4096: 83, 94, 86 (56, 92, 66); log-sum-exp
--- 42 to 45 (39). Softmax's arithmetic took 18 cycles (exponentials of which the schedulers held too few, and
--- sums kept in memory), now 10, and some 100 a row. Layernorm's backward (66 to 74) and rmsnorm's (76 to 80)
--- remain: in the cache a line takes 5.1 and 4.2 ns, from memory 7.4 to 7.8 and 7.1; two arrays merely added
--- into a third take 5.2. Reading alone: a line takes 2.6 to 2.8 ns (a copy 3.5), 3.2 to 3.8 with anything
--- asked for ahead; two arrays at once 2.5, four 2.1. So one stream is at most 63 to 68% of a copy. Held to
--- AVX2, a Xeon has softmax on two threads at 74 (68), rmsnorm at 112 (102), but of rows of 64 at 65 (89).
--- Tried: softmax with a row's rest between its passes (5.9 ns for 5.5); results of rows that are no whole
--- cache lines past the caches (rows of 1000 6.7 ns for 8.2, but 1024 5.6 for 5.2); norms' backwards with
--- other distances of prefetch, dgamma and dbeta half a page beside x (no difference).
+-- Rows with AVX2 (before): softmax 5.5 to 5.7 ns for 16 floats (6.3 to 6.4), its logarithm 5.9 (6.5),
+-- log-sum-exp 5.9 (6.2). Of that 0.2 to 0.3 send terms below 2^-126 to 0; without, they were at 73 to 79% of
+-- a copy by medians of turns (65 to 69), 68 to 74 (62 to 66) and 42 to 45 (39). rmsnorm of rows of 64, 1024
+-- and 4096 likewise 83, 94, 86 (56, 92, 66), by the fastest turns 79, 87, 82 (54, 83, 61). Softmax's
+-- arithmetic took 18 cycles (exponentials of which the schedulers held too few, and sums kept in memory),
+-- and some 10 to 12 now, with 100 a row. Layernorm's backward (66 to 74) and rmsnorm's (76 to 80) remain: in
+-- the cache a line takes 5.1 and 4.2 ns, from memory 7.4 to 7.8 and 7.1; two arrays merely added into a
+-- third take 5.2. Reading alone: a line takes 2.6 to 2.8 ns (a copy 3.5), 3.2 to 3.8 with anything asked for
+-- ahead; two arrays at once 2.5, four 2.1. So one stream is at most 63 to 68% of a copy. Held to AVX2, a
+-- Xeon has softmax on two threads at 74 (68), rmsnorm at 112 (102), but of rows of 64 at 65 (89). Tried:
+-- softmax with a row's rest between its passes (5.9 ns for 5.5); results of rows that are no whole cache
+-- lines past the caches (rows of 1000 6.7 ns for 8.2, but 1024 5.6 for 5.2); norms' backwards with other
+-- distances of prefetch, dgamma and dbeta half a page beside x (no difference).
 -- A Xeon (Sapphire Rapids; AVX-512) copies 16 floats in 6.4 ns. What is fetched for a kernel must be
 -- asked for 2 KB ahead there, not 1: bf16 exp 80 instead of 70, sigmoid 83 (71), silu 75 (66), tanh 82
 -- (70), gelu 86 (74); f16 86 (74), 75 (69), 72 (66), 87 (75), 88 (76). With a Newton step instead of a
