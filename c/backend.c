@@ -217,12 +217,19 @@ int lac_synchronize(int device)
     return table ? table->runtime->synchronize() : lac_backend_missing("synchronize", device);
 }
 
+static void set_threads(int n)
+{
+    omp_set_num_threads(n);
+    openblas_set_num_threads(n); /* sets OpenMP's number too, to at most what OpenBLAS was built for */
+}
+
+/* A machine or OMP_NUM_THREADS may give more threads than OpenBLAS was built for: what the engine begins with is a
+   number that can be set. */
+__attribute__((constructor)) static void choose_threads(void) { set_threads(omp_get_max_threads()); }
+
 int lac_threads(int n)
 {
-    if (n > 0) {
-        omp_set_num_threads(n);
-        openblas_set_num_threads(n);
-    }
+    if (n > 0) set_threads(n);
     return omp_get_max_threads();
 }
 

@@ -9,6 +9,7 @@
 
 local lac = require "lacuna"
 local schema = require "lacuna.schema"
+local sys = require "lacuna.sys"
 
 local SPEC = {
   n = { type = "integer", min = 1, max = 10, default = 3 }, rate = { type = "number", min = 0, below = 1 },
@@ -214,6 +215,23 @@ describe("the namespace", function()
     lac.threads(before)
     assert.are.equal(before, lac.threads())
     assert.error_matches(function() lac.threads(0) end, "n must be positive, got 0")
+  end)
+
+  it("begins with a number of threads that can be set again", function()
+    local most
+    for _, asked in ipairs { 1, 5000, 128, 200 } do
+      local status, out, err = sys.run(([[OMP_NUM_THREADS=%d LUA_PATH='lua/?.lua;lua/?/init.lua;;' luajit -e '
+        local lac = require "lacuna"
+        local n = lac.threads()
+        assert(lac.threads(1) == 1 and lac.threads(n) == n and lac.threads() == n)
+        assert(lac.ones{ 300, 300 }:matmul(lac.ones{ 300, 300 }):sum():item() == 300 ^ 3)
+        assert(not pcall(lac.threads, n + 4096) and lac.threads() == n)
+        print(n)']]):format(asked))
+      assert.are.equal(0, status, err)
+      local n = tonumber(out)
+      if asked == 5000 then most = n end -- OpenBLAS's limit
+      assert.are.equal(math.min(asked, most or asked), n)
+    end
   end)
 
   it("checks the engine's ABI against this tree", function()

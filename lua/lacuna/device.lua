@@ -127,12 +127,13 @@ end
 function device.threads(n)
   if n == nil then return tonumber(C.lac_threads(0)) end
   schema.check("threads", "n", n, { type = "integer", min = 1, max = 4096 })
-  local before, now = C.lac_threads(0), C.lac_threads(n)
-  if now ~= n and n ~= before then -- what was in use may be more than anybody can ask for
+  local before = C.lac_threads(0)
+  local now = C.lac_threads(n)
+  if now ~= n then
     C.lac_threads(before)
     schema.fail("threads", "n must be at most %d, for which OpenBLAS was built, got %d", now, n)
   end
-  return n
+  return now
 end
 
 --- Version of the engine, as "0.1.0".
