@@ -11,6 +11,7 @@
 --
 -- SUITE_CLAIMS names a directory in which processes share the files out among them (suite.sh): each takes the
 -- next file that no other has, so that all end within the time of one file, and no list of times is needed.
+-- SUITE_RAN names a file that gets the name of each that this process has run to its end.
 
 local plain = require "busted.outputHandlers.plainTerminal"
 local EEXIST = require("posix.errno").EEXIST
@@ -18,7 +19,10 @@ local mkdir = require("posix.sys.stat").mkdir
 local gettimeofday = require("posix.sys.time").gettimeofday
 local CLAIMS = os.getenv "SUITE_CLAIMS"
 if CLAIMS == "" then CLAIMS = nil end -- this process has what it is given
-require("posix.stdlib").setenv("SUITE_CLAIMS", nil) -- specs that specs start are theirs
+local RAN = os.getenv "SUITE_RAN"
+for _, name in ipairs{ "SUITE_CLAIMS", "SUITE_RAN" } do -- specs that specs start are theirs
+  require("posix.stdlib").setenv(name, nil)
+end
 local SHOWN = 5
 
 local function now()
@@ -68,6 +72,13 @@ local function claimed(name)
   return made ~= nil
 end
 
+local function note(name)
+  if not RAN then return end
+  local list = assert(io.open(RAN, "a"))
+  assert(list:write(name:match "[^/]*$", "\n"))
+  assert(list:close())
+end
+
 return function(options)
   local handler = plain(options)
   local busted = require "busted"
@@ -86,6 +97,7 @@ return function(options)
   busted.subscribe({ "file", "end" }, function(element)
     if not started[element.name] then return nil, true end
     files[#files + 1] = { name = element.name, seconds = now() - started[element.name] }
+    note(element.name)
     let_go(busted, element)
     local complaint = leak_text(pool[element.name], settled())
     if complaint then error(complaint, 0) end -- busted counts it as an error of the file
