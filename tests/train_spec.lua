@@ -340,6 +340,38 @@ describe("train.fit", function()
     assert.is_true(fit.seconds < 5)
   end)
 
+  it("asks of a model what it uses, and more where there are checkpoints", function()
+    local model, optimizer = make()
+    local plain = { count = { train = 0, eval = 0 } } -- no module, and no metatable
+    for _, name in ipairs { "train", "eval" } do
+      plain[name] = function() plain.count[name] = plain.count[name] + 1 return model[name](model) end
+    end
+    function plain.loss(_, ...) return model:loss(...) end
+    local function fit(steps, more)
+      local o = { model = plain, optimizer = optimizer, steps = steps, batch = batch, progress = "none",
+        evaluate = function() return { one = 1 } end }
+      for name, value in pairs(more or {}) do o[name] = value end
+      return lac.train.fit(o)
+    end
+    assert.equal(2, fit(2).steps)
+    assert.same({ train = 2, eval = 1 }, plain.count)
+    local path = dir .. "/plain.safetensors"
+    assert(sys.mkdir(dir))
+    for _, more in ipairs { { checkpoint = path }, { resume = path } } do
+      assert.error_matches(function() fit(2, more) end,
+        "model must be a module; it has no 'state_dict', which checkpoints need")
+    end
+    function plain.state_dict() return model:state_dict() end
+    assert.error_matches(function() fit(2, { checkpoint = path }) end, "it has no 'load_state_dict'")
+    function plain.load_state_dict(_, state) model:load_state_dict(state) end
+    fit(2, { checkpoint = path })
+    local weight = model:parameter_list()[1].tensor:totable()
+    model:parameter_list()[1].tensor:detach():fill_(0)
+    assert.equal(2, lac.train.load_checkpoint(path, { model = plain }).step)
+    assert.same(weight, model:parameter_list()[1].tensor:totable())
+    assert.equal(3, fit(3, { checkpoint = path, resume = true }).steps)
+  end)
+
   it("names what is wrong", function()
     local model, optimizer = make()
     local function try(pattern, change)

@@ -334,7 +334,7 @@ local function has(what, names)
 end
 
 local FIT = {
-  model = { type = "table", required = true, check = has("a module", "train eval parameter_list") },
+  model = { type = "table", required = true, check = has("a module", "train eval") },
   optimizer = { type = "table", required = true, check = has("an optimizer", "step zero_grad lr steps") },
   batch = { type = "function", required = true },
   loss = { type = "function" },
@@ -376,6 +376,8 @@ local function check(o)
   if not o.loss and has("", "loss")(o.model) then
     fail("train.fit", "loss is required, because the model has no method 'loss'")
   end
+  local why = (o.checkpoint or o.resume) and has("a module", "state_dict load_state_dict")(o.model)
+  if why then fail("train.fit", "model %s, which checkpoints need", why) end
   if o.first_step > o.steps then
     fail("train.fit", "first_step %d is after the last step %d: nothing is left to train", o.first_step,
       o.steps)

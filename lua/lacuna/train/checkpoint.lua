@@ -100,9 +100,10 @@ local SAVE = {
 
 -- class and options of a model that lac.nn can make again, else nothing
 local function model_config(model)
-  local name = rawget(getmetatable(model), "__name")
+  local class = getmetatable(model)
+  local name = type(class) == "table" and rawget(class, "__name")
   local options = rawget(model, "options")
-  if type(options) ~= "table" or rawget(nn, name) ~= getmetatable(model) then return nil end
+  if not name or type(options) ~= "table" or rawget(nn, name) ~= class then return nil end
   return { class = name, options = options }
 end
 
