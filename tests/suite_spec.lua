@@ -1,4 +1,4 @@
---- The script that runs the suite (tests/support/suite.sh), on a tree with four small specs.
+--- The script that runs the suite (tests/support/suite.sh), on a tree with four small specs; coverage's hook.
 --
 -- What is pinned down is that a green run has run every file: beside another run in the same tree, after one
 -- that was ended by a signal, and not if a process leaves before it has run what it claimed.
@@ -77,5 +77,33 @@ describe("the suite's script", function()
     status, out = sys.run(suite("", "2>&1"))
     assert.are.equal(0, status, out)
     assert.matches("\n4 passed, 0 failed, 0 skipped\n$", out)
+  end)
+end)
+
+describe("coverage's line hook", function()
+  it("has room for any number of texts, and ends the process that has too many files", function()
+    local dir = sys.temporary "-hook"
+    assert(sys.mkdir(dir))
+    local status, _, err = sys.run("cc -shared -std=c11 -fPIC -Wall -Wextra -Werror "
+      .. "$(pkg-config --cflags luajit) tests/support/coverage.c -o " .. dir .. "/hook.so")
+    assert.are.equal(0, status, err)
+    local function chunks(names)
+      return sys.run(([[LACUNA_COVERAGE=%s LUA_INIT=@tests/support/coverage.lua timeout 60 luajit -e '
+        kept = {}
+        for i = 1, 5000 do
+          kept[i] = "return " .. i
+          assert(assert(loadstring(kept[i], %s))() == i)
+        end
+        package.path = "lua/?.lua;lua/?/init.lua;" .. package.path
+        require "lacuna.synonyms"']]):format(dir, names))
+    end
+    status, _, err = chunks "kept[i]"
+    assert.are.equal(0, status, err)
+    local _, lines = sys.run("cat " .. dir .. "/*.lines")
+    assert.matches("lua/lacuna/synonyms.lua:%d+\n", lines)
+    status, _, err = chunks '"@" .. kept[i]'
+    sys.run("rm -r " .. sys.quote(dir))
+    assert.are_not.equal(0, status)
+    assert.matches("more than 4096 names of files", err)
   end)
 end)

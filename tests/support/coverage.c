@@ -2,10 +2,12 @@
  *
  * The hook is called for every line that runs, in the specs too, and is nearly all of what they cost then: in Lua it
  * asks for a table each time. Here a line is a byte: the file is found by where its name lies in memory, and compared,
- * because names of chunks may be freed and their place used again.
+ * because names of chunks may be freed and their place used again. Chunks of a text (names without @) are no files:
+ * there may be any number of them, and none gets a place.
  */
 #include <lauxlib.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { FILES = 4096, LINES = 1024 }; /* no file of the library is longer than 900 lines */
@@ -13,7 +15,7 @@ enum { FILES = 4096, LINES = 1024 }; /* no file of the library is longer than 90
 typedef struct {
     const char *at;
     char name[128];  /* as Lua has it, as far as it fits */
-    const char *own; /* from lua/lacuna/ on; NULL: not a file of the library */
+    const char *own; /* from lua/lacuna/ on; NULL: not of the library */
     unsigned char ran[LINES];
 } source;
 
@@ -22,20 +24,22 @@ static source files[FILES];
 static source *file_of(const char *name)
 {
     size_t slot = (size_t)name / 8 % FILES;
-    for (;; slot = (slot + 1) % FILES) { /* of hundreds of chunks */
+    for (int tried = 0; tried < FILES; tried++, slot = (slot + 1) % FILES) { /* of hundreds of files */
         source *f = &files[slot];
         if (f->at == name && strncmp(f->name, name, sizeof f->name - 1) == 0) return f;
         if (f->at) continue;
         f->at = name;
         strncpy(f->name, name, sizeof f->name - 1);
-        f->own = name[0] == '@' ? strstr(f->name, "lua/lacuna/") : NULL;
+        f->own = strstr(f->name, "lua/lacuna/");
         return f;
     }
+    fprintf(stderr, "coverage.c: more than %d names of files: make FILES larger\n", FILES);
+    abort();
 }
 
 static void line_ran(lua_State *L, lua_Debug *ar)
 {
-    if (!lua_getinfo(L, "S", ar)) return;
+    if (!lua_getinfo(L, "S", ar) || ar->source[0] != '@') return;
     source *f = file_of(ar->source);
     if (f->own && ar->currentline >= 0 && ar->currentline < LINES) f->ran[ar->currentline] = 1;
 }
