@@ -86,6 +86,7 @@ local function digamma(x)
     return fn.log(w) - 0.5 / w - u * series(u, DIGAMMA) - fn.where(low, sum, 0)
   end)
   value = fn.where(left, value - math.pi / fn.tan(angle(x)), value)
+  value = fn.where(fn.eq(x, 0), -1 / x, value) -- x - round(x) has lost the sign of 0
   return fn.where(fn.logical_and(fn.lt(x, 0), fn.eq(x, fn.floor(x))), 0 / 0, value) -- a pole without a side
 end
 
@@ -129,5 +130,5 @@ special("erfinv", erfinv, "o", function(node) return fn.exp(fn.square(wide(node.
 --- lgamma(x): log |Gamma(x)|; infinite at 0, -1, -2, ... In f64 off by 2e-14 or 6e-16 of itself at most.
 special("lgamma", lgamma, "a", function(node) return digamma(wide(node.a)) end)
 
---- digamma(x): the derivative of lgamma; -inf at 0, NaN at negative integers.
+--- digamma(x): the derivative of lgamma; -inf at 0, inf at -0, NaN at negative integers.
 special("digamma", digamma, "a", function(node) return trigamma(wide(node.a)) end)
