@@ -207,6 +207,32 @@ describe("the namespace", function()
     assert.is_true(math.abs(values.logaddexp2[4][4]:item() - math.log(2 ^ 4 + 2) / math.log(2)) < 1e-6)
   end)
 
+  it("says what to write for a form in place that does not exist, if one result fits", function()
+    local x = lac.tensor { { 0.25, 0.5 }, { 0.75, 1 } }
+    local function hint(t, name)
+      return select(2, pcall(function() return t[name .. "_"] end)):match "did you mean x:copy_(%b())%?"
+    end
+    for name in pairs(require("lacuna.synonyms").in_place) do
+      local text, fits = hint(x, name), false
+      assert.is_string(text, name)
+      for _, arguments in ipairs { "", "y", "1", "0.5", "0, 1", "y, 0.5", "y, y", "y:gt(1), 0" } do
+        local f = assert(loadstring("return {" .. text:sub(2, -2):gsub("%.%.%.", arguments) .. "}"))
+        local ok, results = pcall(setfenv(f, { lac = lac, math = math, x = x, y = x, v = x[1], dim = 1,
+          low = 0, high = 1 }))
+        if ok then
+          assert.are.equal(1, #results, name)
+          assert.are.same({ 2, 2 }, { results[1]:size(1), results[1]:size(2) }, name)
+          x:clone():copy_(results[1])
+          fits = true
+        end
+      end
+      assert.is_true(fits, name)
+    end
+    for _, name in ipairs { "split", "chunk", "max", "sort", "sum", "t", "numel", "unbind", "mm", "take" } do
+      assert.is_nil(hint(x, name), name)
+    end
+  end)
+
   it("sets the number of threads that was asked for, or says that it cannot", function()
     local before = lac.threads()
     assert.are.equal(3, lac.threads(3))

@@ -9,7 +9,21 @@
 local NO_FUNCTION = "; it is not among the elementwise functions here (lac.custom_op makes new ones)"
 local NO_ALGEBRA = "; of linear algebra there are products only"
 
+-- Methods of a tensor, and names below, with one result of x's shape: of their form in place, where there is
+-- none, x:copy_(...) does the work (tests/schema_spec.lua runs all).
+local in_place = {}
+for name in ([[
+  cumprod cumsum digamma dropout eq erfinv flip ge gelu_tanh gt hardshrink isfinite isinf isnan le
+  lgamma log_softmax logaddexp logcumsumexp logsigmoid lt ne roll softmax softshrink softsign tril triu
+
+  absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh clamp_max clamp_min clip deg2rad divide
+  fix fliplr flipud float_power fmax fmin greater greater_equal heaviside isneginf isposinf ldexp less
+  less_equal logaddexp2 multiply negative normalize not_equal prelu rad2deg reciprocal remainder rsub
+  sgn signbit softmin subtract tanhshrink true_divide
+]]):gmatch "%S+" do in_place[name] = true end
+
 return {
+  in_place = in_place,
   -- x.name and x:name()
   tensor = {
     shape = "x:size()", ndim = "x:dim()", nelement = "x:numel()", nElement = "x:numel()", type = "x:dtype()",

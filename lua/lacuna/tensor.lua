@@ -584,13 +584,13 @@ local function field_names()
   return names
 end
 
--- of a name that only its form in place is missing of: write the result
+-- of a name that only its form in place is missing of: write the result, if there is one that fits
 local words = setmetatable({}, { __index = function(_, key)
   local word, plain = synonyms.tensor[key], key:match("^(.+)_$")
   if word or not plain then return word end
-  if methods[plain] then return ("x:copy_(x:%s(...))"):format(plain) end
   word = synonyms.tensor[plain]
-  return word and (word:sub(1, 1) == ";" and word or ("x:copy_(%s)"):format(word))
+  if word and word:sub(1, 1) == ";" then return word end
+  return synonyms.in_place[plain] and ("x:copy_(%s)"):format(word or ("x:%s(...)"):format(plain)) or nil
 end })
 
 local function special(t, key)
