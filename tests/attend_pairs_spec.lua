@@ -259,6 +259,38 @@ describe("options of single pairs in attention", function()
     end
   end)
 
+  -- A weight that is not a number may be in the sum of weights only: dropout takes it out of the result.
+  it("keep them away where the pair is dropped as well", function()
+    for _, N in ipairs { 32, 64, 128 } do
+      for trial = 1, 6 do
+        local c = direct.fill { N = N, H = 1, D = trial % 2 == 0 and 64 or 8, segments = { N },
+                                dilations = { 1 }, causal = true, dropout = 0.3, rng_offset = 5, seed = 0 }
+        repeat c.seed = c.seed + 1 until not philox.keep(c)(0, 0, N - 1, N - 1)
+        local hidden = {}
+        for i = 1, N * N do hidden[i] = i < N * N end -- the last row may not see the last key
+        c.mask = { shape = { N, N }, data = hidden }
+        local bad = ({ 0 / 0, math.huge, -math.huge })[trial % 3 + 1]
+        for _, dtype in ipairs { "f64", "f32", "bf16" } do
+          local lists = { P.inputs(c, trial, dtype) }
+          lists[5] = nil
+          local want = P.run(c, lists, { dtype = dtype })
+          for at = 2, 3 do
+            local clean = {}
+            for e = 1, c.D do
+              local i = (N - 1) * c.D + e
+              clean[e], lists[at][i] = lists[at][i], bad
+            end
+            local got = P.run(c, lists, { dtype = dtype })
+            for _, name in ipairs { "out", "lse", "dq" } do
+              assert.equal(0, direct.max_diff(got[name], want[name]), ("%s %s"):format(dtype, name))
+            end
+            for e = 1, c.D do lists[at][(N - 1) * c.D + e] = clean[e] end
+          end
+        end
+      end
+    end
+  end)
+
   it("write 0 and -inf for rows that the mask or the bias leaves without keys", function()
     for _, option in ipairs { "mask", "bias" } do
       for _, dtype in ipairs { "f64", "f32", "f16", "bf16" } do
