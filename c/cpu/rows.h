@@ -89,14 +89,14 @@ LAC_INLINE void row_term_begin(const float *x, __m256 m, __m256 *t, __m256 *r)
 {
     __m256 d = v8_at_least(-88.0f, _mm256_sub_ps(_mm256_loadu_ps(x), m));
     *t = _mm256_fmadd_ps(d, v8_set(1.44269504f), v8_set(V8_MAGIC));
-    *r = _mm256_fnmadd_ps(_mm256_sub_ps(*t, v8_set(V8_MAGIC)), v8_set(0.693147182f), d);
+    v8_reduce(&d, t, true, r, 1);
 }
 LAC_INLINE __m256 row_term_end(__m256 t, __m256 r)
 {
-    __m256 p = _mm256_fmadd_ps(r, v8_set(0.0416825488f), v8_set(0.166721106f)), power = v8_power_flush(t);
-    p = _mm256_fmadd_ps(r, p, v8_set(0.5f));
-    p = _mm256_fmadd_ps(r, p, v8_set(1.0f));
-    return _mm256_fmadd_ps(power, _mm256_mul_ps(r, p), power);
+    __m256 p;
+    v8_expm1_poly(&r, &p, 1);
+    const __m256 power = v8_power_flush(t);
+    return _mm256_fmadd_ps(power, p, power);
 }
 /* y = f scale, or its logarithm's form (f - shift) - scale */
 LAC_INLINE __m256 row_result(const float *f, __m256 shift, __m256 scale, bool logarithm)

@@ -90,22 +90,7 @@ typedef struct {
 #define COLUMN_LOGARITHM(U, i) AT(U, iy, i)
 #define COLUMN_LOG_SLOPE(i, e) (ig[i] - (e)*s[i])
 
-#define ROW_KERNELS(T, S, V, SUM, EXP, LINE, INF)                                                                      \
-    /* y of a row whose maximum is m and whose exponentials' sum is known. x: the row, or without the logarithm its    \
-     * exponentials */                                                                                                 \
-    static void softmax_write_##S(const T *x, T m, double sum, T *y, int64_t n, bool logarithm, bool stream)           \
-    {                                                                                                                  \
-        T rest = (T)log(sum), scale = (T)(1.0 / sum);                                                                  \
-        if (logarithm) WRITE(T, n, y, x, stream, ROW_LOG);                                                             \
-        else WRITE(T, n, y, x, stream, ROW_SCALE);                                                                     \
-    }                                                                                                                  \
-    /* y may be x */                                                                                                   \
-    static void softmax_row_##S(const T *x, T *y, int64_t n, bool logarithm)                                           \
-    {                                                                                                                  \
-        T m = row_max_##S(x, n);                                                                                       \
-        double sum = row_exp_##S(x, m, logarithm ? NULL : y, n);                                                       \
-        softmax_write_##S(logarithm ? x : y, m, sum, y, n, logarithm, false);                                          \
-    }                                                                                                                  \
+#define SOFTMAX_STEP(T, S, V, SUM, LINE, INF)                                                                          \
     /* The exponentials of row x go to `work` and their sum is returned, while y, the row before, is written from      \
      * `from` and *top becomes the largest of the row after. Loads stand before stores, which rows some pages apart    \
      * would have to wait for. */                                                                                      \
@@ -163,6 +148,23 @@ typedef struct {
         best = best_of[0] > best ? best_of[0] : best;                                                                  \
         *top = best;                                                                                                   \
         return total;                                                                                                  \
+    }
+
+#define ROW_KERNELS(T, S, V, SUM, EXP, LINE, INF)                                                                      \
+    /* y of a row whose maximum is m and whose exponentials' sum is known. x: the row, or without the logarithm its    \
+     * exponentials */                                                                                                 \
+    static void softmax_write_##S(const T *x, T m, double sum, T *y, int64_t n, bool logarithm, bool stream)           \
+    {                                                                                                                  \
+        T rest = (T)log(sum), scale = (T)(1.0 / sum);                                                                  \
+        if (logarithm) WRITE(T, n, y, x, stream, ROW_LOG);                                                             \
+        else WRITE(T, n, y, x, stream, ROW_SCALE);                                                                     \
+    }                                                                                                                  \
+    /* y may be x */                                                                                                   \
+    static void softmax_row_##S(const T *x, T *y, int64_t n, bool logarithm)                                           \
+    {                                                                                                                  \
+        T m = row_max_##S(x, n);                                                                                       \
+        double sum = row_exp_##S(x, m, logarithm ? NULL : y, n);                                                       \
+        softmax_write_##S(logarithm ? x : y, m, sum, y, n, logarithm, false);                                          \
     }                                                                                                                  \
     /* The backward's two passes over two rows: dx of y and g, whose sum is s, is written, while the next row's sum is \
      * found. dx may be y. */                                                                                          \
@@ -319,9 +321,11 @@ typedef struct {
     }
 ROW_KERNELS(float, f, v_floats, v_sum_f, v_exp_termf, v_exp_term_line, INFINITY)
 ROW_KERNELS(double, d, v_doubles, v_sum_d, exp, exp_line_d, (double)INFINITY)
-
+SOFTMAX_STEP(double, d, v_doubles, v_sum_d, exp_line_d, (double)INFINITY)
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define softmax_step_f row_step_f
+#else
+SOFTMAX_STEP(float, f, v_floats, v_sum_f, v_exp_term_line, INFINITY)
 #endif
 
 /* ---- rows ---- */
