@@ -28,7 +28,8 @@ local function write()
   written = true
   local name = os.tmpname()
   os.remove(name)
-  write_lines(directory .. "/" .. name:match "[^/]*$" .. ".lines")
+  local path = directory .. "/" .. name:match "[^/]*$" .. ".lines"
+  if not write_lines(path) then io.stderr:write("coverage: cannot write ", path, "\n") end
 end
 
 local exit = os.exit
