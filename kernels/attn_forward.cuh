@@ -127,8 +127,10 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM) attn_forward_kernel(const
         weighted<Op>(o, s, sv + stage * KB);
     }
     attn_arrived();
-    /* a masked value that is not finite spoils rows that do not see it: this rare tile is done again, row by row */
-    const bool spoilt = __syncthreads_or((a.causal || a.window >= 0 || a.dedup || attn_hides(a)) && !finite(o));
+    /* A masked value that is not finite spoils rows that do not see it: this rare tile is done again, row by row. Where
+     * mask or bias hides a key and dropout drops the pair, only the sum of the weights shows it. */
+    const bool hides = attn_hides(a), masks = a.causal || a.window >= 0 || a.dedup || hides;
+    const bool spoilt = __syncthreads_or(masks && !(finite(o) && (!hides || finite(sum))));
     attn_wait<false>(a, t);
     attn_leave_forward<T, DP>(a, t, lane, attn_floats(memory, 0, warp * WM * DP), rows + warp * WM, w0, w1, spoilt, o,
                               top, sum);

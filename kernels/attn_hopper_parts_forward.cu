@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
         barrier.arrive(barrier.free(1, now));
         barrier.next(now);
     }
-    /* taken apart or hidden: this rare tile is done again */
-    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, !finite(o));
+    /* Taken apart or hidden: this rare tile is done again. Of a dropped pair only the sum of the weights shows it. */
+    const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, !(finite(o) && finite(sum)));
     attn_wait<false>(a, t, parts_consumers_meet());
     attn_leave_forward<float, DP>(a, t, lane, parts_sums<DP>(memory), rows + warp * 16, w0, w1, spoilt, o, top, sum);
     attn_signal<false>(a, t, parts_consumers_meet());

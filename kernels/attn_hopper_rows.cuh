@@ -396,13 +396,15 @@ template <class T, int D, bool MEETS, int OPTIONS, int BLOCKS> struct hopper_row
 
     /* ---- results ---- */
 
-    /* Does any result hold NaN or infinity? A masked pair is a product with zero, and zero times NaN is NaN. */
+    /* Does any result hold NaN or infinity? A masked pair is a product with zero, and zero times NaN is NaN. ADDED: a
+     * hidden pair may have the weight NaN itself, and where dropout drops it only the sum shows that. */
     __device__ __forceinline__ void look_for_spoilt()
     {
         if (!p.masks) return;
         float probe = 0;
 #pragma unroll
         for (int i = 0; i < D / 2; i++) probe += o[i] * 0;
+        if (ADDED) probe += (sum0 + sum1) * 0;
         if (probe != 0) *p.spoilt = p.call; /* NaN is not 0 either */
     }
     __device__ __forceinline__ uint32_t pair(float low, float high) const

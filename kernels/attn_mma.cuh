@@ -19,7 +19,9 @@
  * sm_80).
  *
  * Products of masked pairs are products with zero, and 0 times NaN is NaN: a tile whose result is not finite although
- * some pairs are masked is computed again by attn_slow.cuh.
+ * some pairs are masked is computed again by attn_slow.cuh. So is one whose sums of weights are not finite: a pair that
+ * mask or bias hides has the weight NaN if its score is NaN or infinity, and where dropout drops it too only the sum
+ * has that.
  */
 #ifndef LAC_CUDA_ATTN_MMA_CUH
 #define LAC_CUDA_ATTN_MMA_CUH
@@ -477,6 +479,13 @@ template <int M, int N> __device__ __forceinline__ bool finite(const float (&c)[
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) probe += c[m][n][i] * 0;
+    return probe == 0;
+}
+template <int M> __device__ __forceinline__ bool finite(const float (&x)[M][2])
+{
+    float probe = 0;
+#pragma unroll
+    for (int m = 0; m < M; m++) probe += x[m][0] * 0 + x[m][1] * 0;
     return probe == 0;
 }
 

@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM)
         parts_weighted<DP, BN>(o, shrink, s, sv, 0);
     }
     attn_arrived();
-    const bool spoilt = __syncthreads_or(!finite(o)); /* taken apart or hidden: this rare tile is done again */
+    /* Taken apart or hidden: this rare tile is done again. Of a dropped pair only the sum of the weights shows it. */
+    const bool spoilt = __syncthreads_or(!(finite(o) && finite(sum)));
     attn_wait<false>(a, t);
     attn_leave_forward<float, DP>(a, t, lane, attn_floats(memory, 0, warp * WM * DP), rows + warp * WM, w0, w1, spoilt,
                                   o, top, sum);

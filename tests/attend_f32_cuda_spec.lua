@@ -12,6 +12,7 @@ local it = attn_device.it(it, pending)
 local attn = require "support.attn_random"
 local cases = require "support.cases"
 local direct = require "support.attn_direct"
+local philox = require "support.philox"
 local lac = require "lacuna"
 
 local DEVICE, KERNELS = "cuda", { "auto", "portable" }
@@ -169,6 +170,36 @@ describe("attention in f32 on CUDA #gpu", function()
                   kernel, head_dim, bad, which, i, g, e))
             end
           end
+        end
+      end
+    end
+  end)
+
+  -- Taken apart, such a key has no score, and its weight is not a number: in the sum of weights only, where
+  -- dropout drops the pair.
+  it("leaves a key out whose score is -inf, also where the pair is dropped", function()
+    for trial = 1, 8 do
+      local N, D = trial % 2 == 0 and 128 or 200, ({ 8, 64, 100, 128 })[math.ceil(trial / 2)]
+      local c = direct.fill { N = N, H = 1, D = D, segments = { N }, dilations = { 1 }, causal = true,
+                              dropout = 0.3, rng_offset = 5, seed = 0 }
+      repeat c.seed = c.seed + 1 until not philox.keep(c)(0, 0, N - 1, N - 1) -- the one row that sees the key
+      local lists = { attn.inputs(c, trial, "f32") }
+      lists[5] = nil
+      local score = (N - 1) * D + 3
+      lists[1][score] = 1
+      for _, kernel in ipairs(KERNELS) do
+        c.kernel = kernel
+        lists[2][score] = -1e6 -- the weight is 0 as well
+        local want = attn_device.both(direct.C.LAC_CUDA, "f32", c, lists)
+        lists[2][score] = -math.huge
+        local got = attn_device.both(direct.C.LAC_CUDA, "f32", c, lists)
+        for _, name in ipairs { "out", "lse", "dk", "dv" } do
+          for e = (N - 1) * D + 1, name:match "^d" and N * D or 0 do -- of the key itself they are lost
+            got[name][e], want[name][e] = 0, 0
+          end
+          local found = direct.max_diff(got[name], want[name])
+          assert(found <= 2e-6 * (1 + direct.largest(want[name])),
+            ("%s by %s is off by %g: %s"):format(name, kernel, found, attn.text(c)))
         end
       end
     end

@@ -11,6 +11,7 @@ local it = attn_device.it(it, pending)
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
 local attn = require "support.attn_random"
+local philox = require "support.philox"
 local P = require "support.attn_pairs"
 local lac = require "lacuna"
 local C = direct.C
@@ -32,6 +33,29 @@ end
 local function with_cpu(c, dtype, lists, layout, what)
   local exact, naive = attn_device.cpu(run, c, dtype, lists)
   attn_device.judge(dtype, run(C.LAC_CUDA, dtype, c, lists, layout), exact, naive, what)
+end
+
+-- Causal calls whose last row may not see the last key, by a mask or a bias, and whose dropout drops that
+-- pair too, so that no row sees the key: f(c, text). Some have two branches, some blocks, all of them active.
+local function hidden_and_dropped(f)
+  for _, N in ipairs { 32, 64, 128 } do
+    for trial = 0, 15 do
+      local option, two, blocks = trial % 2 == 0 and "mask" or "bias", trial % 4 > 1, trial % 8 > 3
+      local c = direct.fill { N = N, H = 1, D = trial > 7 and 64 or 8, causal = true, dropout = 0.3, seed = 0,
+                              rng_offset = 5, segments = two and { N / 2, N } or { N },
+                              dilations = two and { 1, 1 } or { 1 } }
+      repeat c.seed = c.seed + 1 until not philox.keep(c)(0, 0, N - 1, N - 1)
+      c[option] = { shape = { N, N }, data = {}, constant = true }
+      for i = 1, N * N do c[option].data[i] = option == "mask" or 0.25 end
+      c[option].data[N * N] = option == "bias" and -math.huge
+      if blocks then
+        c.block, c.blocks = 32, { shape = { N / 32, N / 32 }, data = {} }
+        for i = 1, (N / 32) ^ 2 do c.blocks.data[i] = true end
+      end
+      f(c, ("%s of %d rows, D %d, %d branches%s"):format(option, N, c.D, #c.segments,
+        blocks and " of blocks" or ""))
+    end
+  end
 end
 
 local function dtype_of(trial) return ({ "f64", "f32", "bf16", "f16" })[trial % 4 + 1] end
@@ -214,7 +238,7 @@ describe("options of single pairs on CUDA #gpu", function()
       local got = run(C.LAC_CUDA, dtype, c, lists)
       local most = ({ f64 = 1e-12, f32 = 2e-6, bf16 = 2 ^ -6 })[dtype]
       local largest = 0
-      for _, name in ipairs { "out", "dq", "dbias" } do
+      for _, name in ipairs { "out", "lse", "dq", "dbias" } do
         largest = math.max(largest, direct.largest(want[name] or {}))
       end
       local function same(name, i, b, h, n)
@@ -232,8 +256,48 @@ describe("options of single pairs on CUDA #gpu", function()
           same("out", row * c.D + e, b, h, n)
           same("dq", row * c.D + e, b, h, n)
         end
+        if not sees then same("lse", row + 1, b, h, n) end
       end end end
     end
+  end)
+
+  -- A weight that is not a number may be in the sum of weights only: dropout takes it out of the result.
+  it("keep them away where the pair is dropped as well", function()
+    local most = { f64 = 1e-12, f32 = 2e-6, tf32 = 2 ^ -8, bf16 = 2 ^ -6, f16 = 2 ^ -9 }
+    local function keeps_away(name, c, what)
+      local dtype = name == "tf32" and "f32" or name
+      local lists = { P.inputs(c, 1, dtype) }
+      lists[5] = nil
+      local want = run(C.LAC_CUDA, dtype, c, lists)
+      for _, bad in ipairs { 0 / 0, math.huge, -math.huge } do
+        for at = 2, 3 do
+          local clean, last = lists[at], (c.N - 1) * c.D
+          lists[at] = {}
+          for i, x in ipairs(clean) do lists[at][i] = i > last and bad or x end
+          local got = run(C.LAC_CUDA, dtype, c, lists)
+          lists[at] = clean
+          for result, list in pairs(want) do
+            local found, share = direct.max_diff(got[result], list), most[name]
+            if result == "lse" and name:match "f16" then share = 1e-4 end
+            if found > share * (1 + direct.largest(list)) then
+              error(("%s %s is off by %g with %g in input %d of a %s"):format(name, result, found, bad, at,
+                what), 0)
+            end
+          end
+        end
+      end
+    end
+    hidden_and_dropped(function(c, what)
+      c.kernel = "portable"
+      for _, dtype in ipairs { "f64", "f32", "bf16", "f16" } do keeps_away(dtype, c, what) end
+      lac.use_tf32(true)
+      local ok, message = pcall(keeps_away, "tf32", c, what)
+      lac.use_tf32(false)
+      if not ok then error(message, 0) end
+      if c.D < 64 or c.N < 128 or c.blocks then return end
+      c.kernel = "hopper"
+      for _, dtype in ipairs { "bf16", "f16" } do keeps_away(dtype, c, what .. ", for Hopper") end
+    end)
   end)
 
   it("write 0 and -inf for rows that are left without keys", function()
