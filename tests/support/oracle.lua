@@ -29,6 +29,17 @@ local function adder(ro)
   return function(x, i, n) return (i % count == 0 or i == n) and f(x) or x end
 end
 
+-- the inner product of x[xa + 1 .. xa + n] and y[ya + 1 .. ya + n]
+local function inner_product(ro, n, x, xa, y, ya)
+  local sum, count, f = 0, 1, ro.sum
+  if ro.products then count, f = ro.products[1], ro.products[2] end
+  for from = 1, n, count do
+    for d = from, math.min(from + count - 1, n) do sum = sum + x[xa + d] * y[ya + d] end
+    sum = f(sum)
+  end
+  return sum
+end
+
 -- ---- which pairs ---------------------------------------------------------------------------------
 
 -- offset of head h (from 0) in branch g (from 1)
@@ -115,10 +126,9 @@ local function softmax(c, s, count, ro)
   return p, lse, again
 end
 
--- the softmaxes that make one output row: list of { p =, lse =, weight =, exact = } and the merged lse.
--- out = sum weight * p V; detached weights are constants in the backward.
-local function parts_of(c, s, b, h, n, ro)
-  local parts, total, union = {}, {}, false
+-- the keys of row n, as multiplicities: of each branch that runs, and of all of them
+local function counts_of(c, b, h, n)
+  local counts, total = {}, {}
   for j = 1, c.M do total[j] = 0 end
   for g = 1, #c.segments do
     local count = {}
@@ -127,10 +137,18 @@ local function parts_of(c, s, b, h, n, ro)
       total[j] = total[j] + count[j]
       if c.dedup and total[j] > 1 then total[j] = 1 end
     end
-    if runs(c, g, h) then
-      local p, lse, again = softmax(c, s, count, ro)
-      parts[#parts + 1] = { p = p, lse = lse, again = again }
-    end
+    if runs(c, g, h) then counts[#counts + 1] = count end
+  end
+  return counts, total
+end
+
+-- the softmaxes that make one output row: list of { p =, lse =, weight =, exact = } and the merged lse.
+-- out = sum weight * p V; detached weights are constants in the backward.
+local function parts_of(c, s, counts, total, ro)
+  local parts, union = {}, false
+  for _, count in ipairs(counts) do
+    local p, lse, again = softmax(c, s, count, ro)
+    parts[#parts + 1] = { p = p, lse = lse, again = again }
   end
   local merged, lse, again = softmax(c, s, total, ro)
   if c.merge == "lse" then union = true end
@@ -176,7 +194,8 @@ end
 function oracle.pattern_row(c, b, h, n)
   local zero, row = {}, {}
   for j = 1, c.M do zero[j], row[j] = 0, 0 end
-  local parts, lse = parts_of(c, zero, b, h, n, exact)
+  local counts, total = counts_of(c, b, h, n)
+  local parts, lse = parts_of(c, zero, counts, total, exact)
   for _, part in ipairs(parts) do
     for j = 1, c.M do row[j] = row[j] + part.weight * part.p[j] end
   end
@@ -185,7 +204,8 @@ end
 
 -- ---- forward and backward ------------------------------------------------------------------------
 
---- Everything at once. dout nil: forward only. keep(b, h, n, j) says whether dropout keeps a pair.
+--- Everything at once. dout nil: forward only. keep(b, h, n, j) says whether dropout keeps a pair; lse: true
+-- if only lse and branch_lse are asked for, so that the rest stays 0, and scores that nobody sees.
 -- @treturn table out, lse, dq, dk, dv (flat arrays); dbias of a bias; branch_lse [G, B, N, H] of mean and sum
 function oracle.run(c, q, k, v, dout, dlse, opts)
   opts = opts or {}
@@ -203,21 +223,21 @@ function oracle.run(c, q, k, v, dout, dlse, opts)
     local hk = math.floor(h / (H / Hk))
     for n = 0, N - 1 do
       local qa = ((b * N + n) * H + h) * D
-      local s, z = {}, {}
+      local s, z, counts, total = {}, {}, counts_of(c, b, h, n)
       for j = 0, M - 1 do
-        local ka, dot = ((b * M + j) * Hk + hk) * D, 0
-        for d = 1, D do dot = add(dot + q[qa + d] * k[ka + d], d, D) end
+        local length = opts.lse and total[j + 1] == 0 and 0 or D
+        local dot = inner_product(ro, length, q, qa, k, ((b * M + j) * Hk + hk) * D)
         s[j + 1] = ro.result(ro.result(dot) * scale)
         if c.bias then s[j + 1] = ro.result(s[j + 1] + oracle.at(c.bias, b, h, n, j)) end
         if c.alibi then s[j + 1] = ro.result(s[j + 1] - c.alibi[h + 1] * math.abs(position(c, n) - j)) end
         z[j + 1] = not keep and 1 or keep(b, h, n, j) and inverse or 0
       end
-      local parts, lse, merged = parts_of(c, s, b, h, n, ro)
+      local parts, lse, merged = parts_of(c, s, counts, total, ro)
       res.lse[(b * N + n) * H + h + 1] = lse
       for g, part in ipairs(parts) do
         if res.branch_lse then res.branch_lse[(((g - 1) * B + b) * N + n) * H + h + 1] = part.lse end
         part.out = {}
-        for d = 1, D do
+        for d = 1, opts.lse and 0 or D do
           local sum = 0
           for j = 0, M - 1 do
             if part.p[j + 1] ~= 0 then
