@@ -132,10 +132,9 @@ local function main(o)
   b.print(("\n%d rows: %d targets met, %d missed, %d not measured%s"):format(n.rows, n.met, n.missed,
     n.unmeasured, o.quick and " (a quick run judges nothing)" or ""))
   if o.json then
-    local file = assert(io.open(o.json, "wb"))
-    assert(file:write(b:json{ machine = machine(), device = device, engine = lac.devices(),
-      quick = o.quick or false }))
-    file:close()
+    local ok, reason = sys.write_file(o.json, b:json{ machine = machine(), device = device,
+      engine = lac.devices(), quick = o.quick or false })
+    if not ok then lac.schema.fail("benchmark", "--json: %s", reason) end
   end
   b:close()
   if b.failed or (o.strict and n.missed + n.unmeasured > 0) then os.exit(1, true) end

@@ -36,6 +36,56 @@ describe("log", function()
     assert.error_matches(function() log:write{ event = "x" } end, "is closed")
   end)
 
+  -- what a second process says that opens the log in `path`
+  local function elsewhere(path)
+    local program = ("local ok, e = pcall(require('lacuna.log').open, { path = %q, append = false }) "
+      .. "print(ok and 'opened' or e)"):format(path)
+    local status, out, err = sys.run(([[LUA_PATH="lua/?.lua;lua/?/init.lua;$LUA_PATH;;" luajit -e %s]])
+      :format(sys.quote(program)))
+    assert.equal(0, status, err)
+    return out
+  end
+
+  it("belongs to one process while it is open", function()
+    local path = dir .. "/claimed"
+    local log = runlog.open{ path = path }
+    log:write{ event = "mine" }
+    assert.matches("another process is writing .*/claimed/log%.jsonl: let it end", elsewhere(path))
+    assert.equal(1, #runlog.read(log:path("log.jsonl"))) -- and was not emptied
+    local again = runlog.open{ path = path } -- a notebook's next cell; the claim goes over
+    log:close()
+    assert.matches("another process is writing", elsewhere(path))
+    os.execute("sleep 1 &") -- a program that outlives the log inherits no claim
+    again:close()
+    assert.matches("^opened", elsewhere(path))
+    assert.equal(0, #runlog.read(again:path("log.jsonl")))
+    runlog.open{ path = path }
+    collectgarbage()
+    collectgarbage()
+    assert.matches("^opened", elsewhere(path)) -- a log that was dropped is none
+  end)
+
+  it("says that the disk is full", function()
+    local log = runlog.open{ path = dir }
+    local device = io.open("/dev/full", "wb")
+    if not device then return end
+    device:close()
+    os.execute(("ln -s /dev/full %s"):format(sys.quote(log:path("x"))))
+    assert.error_matches(function() log:save("x", "short") end, "log: cannot write .*/x: No space left")
+    assert.error_matches(function() log:save("x", ("long"):rep(5000)) end, "cannot write .*/x: No space left")
+    assert.error_matches(function() log:save("no/x", "") end, "log: cannot write .*/no/x: No such file")
+    os.execute(("ln -s /dev/full %s"):format(sys.quote(log:path("config.json"))))
+    assert.error_matches(function() log:config{ a = 1 } end, "cannot write .*config.json: No space left")
+    local lac = require "lacuna"
+    local work = function() lac.ones{ 2 }:sum() end
+    assert.error_matches(function()
+      lac.profile(work, { print = false, trace = true }):trace("/dev/full")
+    end, "profile: cannot write /dev/full: No space left")
+    assert.error_matches(function() lac.memory_profile(work):json("/dev/full") end,
+      "memory_profile: cannot write /dev/full: No space left")
+    log:close()
+  end)
+
   it("dumps the configuration", function()
     local log = runlog.open{ path = dir }
     log:config{ width = 3, segments = { 1, 2 }, name = "x" }

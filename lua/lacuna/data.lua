@@ -373,7 +373,11 @@ function data.xz_size(...)
       schema.fail("data.xz_size", "cannot write %s: %s", path, why)
     end
   end
-  file:close()
+  local closed, late = file:close()
+  if not closed then
+    os.remove(path)
+    schema.fail("data.xz_size", "cannot write %s: %s", path, late)
+  end
   local packed = path .. ".xz"
   local status, _, err = sys.run(("xz -9 -c -T1 <%s >%s"):format(sys.quote(path), sys.quote(packed)))
   local size = sys.file_size(packed)
@@ -400,12 +404,19 @@ function data.bible()
         .. "give a file of your own")
     end
     local ok, reason = sys.mkdir(dir)
-    if not ok then schema.fail("data.bible", "%s", reason) end
+    if not ok then
+      schema.fail("data.bible", "%s; XDG_CACHE_HOME names another place for it, data.open(path) takes "
+        .. "another text", reason)
+    end
     local temporary = sys.temporary_beside(path)
     local status, _, err = sys.run("bible -f gen1:1-rev22:21 >" .. sys.quote(temporary))
     local size = sys.file_size(temporary) or 0
     if status ~= 0 or size < 4e6 then
       os.remove(temporary)
+      if status == 0 then -- the program does not look whether its text was written
+        schema.fail("data.bible", "only %d bytes of some 4,400,000 were written to %s: the disk is full, or "
+          .. "the package bible-kjv-text is incomplete; XDG_CACHE_HOME names another place", size, dir)
+      end
       schema.fail("data.bible", "`bible -f gen1:1-rev22:21` failed with status %d after %d bytes: %s",
         status, size, err)
     end

@@ -11,10 +11,16 @@
 -- is that of one that never was, but for times.
 --
 -- The folder is made with mkdir, which fails if it exists, so two runs started in the same second get two
--- folders (-2, -3, ...); checking first and creating later would let them share one.
+-- folders (-2, -3, ...); checking first and creating later would let them share one. A folder that was named
+-- can be named twice: a job that is started again while the first still runs, the same line in two terminals.
+-- Two writers would cut each other's records and replace each other's checkpoints, so an open log claims its
+-- file (flock: it goes with the process, so a killed run leaves nothing behind) and the second is refused.
+-- Within one process the log that was opened last has the claim; one that was dropped is none.
 -- lac.log is the logarithm, so this module is reached by require "lacuna.log".
 -- Rejected: TensorBoard's event files (protocol buffers, a foreign viewer), CSV (columns change between
 -- events).
+
+local lfs = require "lfs"
 
 local json = require "lacuna.json"
 local sys = require "lacuna.sys"
@@ -25,24 +31,43 @@ local SPECIAL = { NaN = 0 / 0, Infinity = math.huge, ["-Infinity"] = -math.huge 
 local ORDER = { "event", "step", "time" }
 
 local function write_file(path, text)
-  local file, reason = io.open(path, "wb")
-  if not file then schema.fail("log", "cannot write %s", reason) end
-  file:write(text)
-  file:close()
+  local ok, reason = sys.write_file(path, text)
+  if not ok then schema.fail("log", "%s", reason) end
 end
 
 local Log = class("Log")
 
+local holders = setmetatable({}, { __mode = "v" }) -- this process's logs, by file
+
+local function claim(log, path)
+  local attributes = lfs.attributes(path)
+  local identity = ("%s:%s"):format(attributes.dev, attributes.ino)
+  local mine = sys.claim(log.file)
+  if mine == false then
+    collectgarbage() -- closes the file of a log that was dropped
+    local before = holders[identity]
+    if before and before.file then sys.disclaim(before.file) end
+    mine = sys.claim(log.file)
+  end
+  if mine == false then
+    log.file:close()
+    schema.fail("log", "another process is writing %s: let it end or stop it, or take another folder", path)
+  end
+  holders[identity] = log
+end
+
 function Log:init(dir, append)
   local path = dir .. "/log.jsonl"
-  local file, reason
-  if not append then -- emptied first; always written in append mode, so that rewind is a cut and nothing more
-    file, reason = io.open(path, "wb")
-    if file then file:close() end
-  end
-  if append or file then file, reason = io.open(path, "ab") end
+  -- always in append mode, so that rewind is a cut and nothing more; e: programs that are started do not
+  -- inherit the file, and with it the claim
+  local file, reason = io.open(path, "abe")
   if not file then schema.fail("log", "cannot write %s", reason) end
   self.dir, self.file, self.started = dir, file, sys.time()
+  claim(self, path)
+  if not append then
+    local ok, why = sys.truncate(path, 0)
+    if not ok then schema.fail("log", "cannot cut %s: %s", path, why) end
+  end
   self.bytes = file:seek("end")
 end
 

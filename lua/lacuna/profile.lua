@@ -19,6 +19,7 @@
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 local json = require "lacuna.json"
+local sys = require "lacuna.sys"
 local sites = require "lacuna.sites"
 
 local ffi, C = lib.ffi, lib.C
@@ -396,10 +397,8 @@ function Profile:trace(path)
   list[1] = span("profile", "profile", 0, self.wall, { runs = self.runs })
   put_nested(self, list)
   local text = json.encode({ displayTimeUnit = "ms", traceEvents = list }, { order = { "traceEvents" } })
-  local file, reason = io.open(path, "wb")
-  if not file then schema.fail("profile", "cannot write %s: %s", path, tostring(reason)) end
-  file:write(text, "\n")
-  file:close()
+  local ok, reason = sys.write_file(path, text .. "\n")
+  if not ok then schema.fail("profile", "%s", reason) end
   return path
 end
 

@@ -31,6 +31,7 @@ int lac_sys_access(const char *path, int mode) __asm__("access");
 int lac_sys_kill(int pid, int signal) __asm__("kill");
 int lac_sys_link(const char *from, const char *to) __asm__("link");
 int lac_sys_truncate(const char *path, long bytes) __asm__("truncate");
+int lac_sys_flock(int fd, int operation) __asm__("flock");
 char *lac_sys_strerror(int code) __asm__("strerror");
 size_t lac_sys_fread(void *to, size_t size, size_t n, void *file) __asm__("fread");
 size_t lac_sys_fwrite(const void *from, size_t size, size_t n, void *file) __asm__("fwrite");
@@ -38,6 +39,7 @@ size_t lac_sys_fwrite(const void *from, size_t size, size_t n, void *file) __asm
 
 local C = ffi.C
 local EPERM, EEXIST, CLOCK_MONOTONIC, O_RDONLY, O_DIRECTORY, W_OK, X_OK = 1, 17, 1, 0, 0x10000, 2, 1
+local EWOULDBLOCK, LOCK_EX, LOCK_NB, LOCK_UN = 11, 2, 4, 8
 local clock = ffi.new("lac_sys_time")
 local names = 0
 
@@ -153,6 +155,20 @@ function sys.truncate(path, bytes)
   return nil, errno()
 end
 
+--- Claim an open file for this process, until it is closed or the process ends, however it ends. Claims are
+-- between programs that ask for them; nobody is kept from reading or writing.
+-- @param file a Lua file
+-- @treturn ?boolean true: it is claimed; false: somebody else has it, or another open file of this process;
+--   nil: this file system knows no claims
+function sys.claim(file)
+  if C.lac_sys_flock(C.lac_sys_fileno(file), LOCK_EX + LOCK_NB) == 0 then return true end
+  if ffi.errno() == EWOULDBLOCK then return false end
+  return nil
+end
+
+--- Give up the claim on an open file.
+function sys.disclaim(file) C.lac_sys_flock(C.lac_sys_fileno(file), LOCK_UN) end
+
 --- Is there a process of this number (on this machine) that can still do something? One that has ended, but
 -- for which its parent has not yet asked, counts as gone.
 -- @tparam number pid
@@ -167,6 +183,20 @@ end
 
 --- This process's number.
 function sys.pid() return C.lac_sys_getpid() end
+
+--- Write a whole file. That a disk is full shows when the buffer leaves the process, with a small text in
+-- the last call: each of them is asked.
+-- @tparam string path
+-- @tparam string text
+-- @treturn boolean true, or nil and a sentence
+function sys.write_file(path, text)
+  local file, reason = io.open(path, "wb")
+  if not file then return nil, "cannot write " .. reason end
+  local written, why = file:write(text)
+  local closed, late = file:close()
+  if written and closed then return true end
+  return nil, ("cannot write %s: %s"):format(path, why or late)
+end
 
 --- Push a file's bytes to the disk: the C library's buffer, then the kernel's.
 -- @param file a Lua file open for writing

@@ -17,6 +17,7 @@
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 local json = require "lacuna.json"
+local sys = require "lacuna.sys"
 local sites = require "lacuna.sites"
 local memory = require "lacuna.memory"
 local plot = require "lacuna.plot"
@@ -425,10 +426,8 @@ function Timeline:json(path)
   local text = json.encode({ wall = self.wall, start_bytes = self.start_bytes, start = self.start,
     peak = { bytes = self.peak.bytes, at = self.peak.at }, holders = json.array(self:holders()),
     events = events }, { order = { "wall", "start_bytes", "start", "peak", "holders", "events" } })
-  local file, reason = io.open(path, "wb")
-  if not file then schema.fail("memory_profile", "cannot write %s: %s", path, tostring(reason)) end
-  file:write(text, "\n")
-  file:close()
+  local ok, reason = sys.write_file(path, text .. "\n")
+  if not ok then schema.fail("memory_profile", "%s", reason) end
   return path
 end
 
