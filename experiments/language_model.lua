@@ -83,7 +83,7 @@ local SPEC = {
   { name = "keep", type = "integer", min = 1, default = 2, help = "checkpoints that stay" },
   { name = "evaluate", type = "string", help = "only evaluate this run folder or checkpoint" },
   { name = "generate", type = "string", help = "only sample from this run folder or checkpoint" },
-  { name = "device", type = "string", help = "cpu or cuda (default: LACUNA_DEVICE, else the CPU)" },
+  option("device"),
   option("threads"),
   option("quick", { help = "a run of seconds: tiny model, little text (other options still apply)" }),
 }
@@ -98,6 +98,12 @@ local PEEK = 16384 -- bytes of the evaluations during training
 local FREE = { checkpoint_activations = true, nan_watch = true, minutes = true, profile = true, graph = true,
   sample = true, prompt = true, temperature = true, top_k = true, out = true,
   threads = true, resume = true, checkpoint_every = true, keep = true, evaluate = true, generate = true }
+
+-- what --evaluate and --generate read; the model is as it was trained
+local READS = {
+  evaluate = { "data", "device", "eval_bytes", "quick", "stride", "threads" },
+  generate = { "device", "prompt", "sample", "seed", "temperature", "threads", "top_k" },
+}
 
 local function refuse(format, ...) error(format:format(...), 0) end
 
@@ -172,10 +178,7 @@ end
 -- the run folder that --resume means: --out, else the newest of this program
 local function resume_folder(o)
   if o.out then return o.out end
-  local newest
-  for _, name in ipairs(sys.list("runs") or {}) do
-    if name:match("^language_model%-%d") then newest = "runs/" .. name end
-  end
+  local newest = runlog.newest{ name = "language_model" }
   if not newest then
     refuse("--resume: there is no run in runs/; name one with --out")
   end
@@ -291,6 +294,17 @@ local function load_run(o, path)
   return model
 end
 
+local function check_given(o, mode)
+  local reads = { [mode] = true }
+  for _, name in ipairs(READS[mode]) do reads[name] = true end
+  for _, entry in ipairs(SPEC) do
+    if o.given[entry.name] and not reads[entry.name] then
+      refuse("--%s does nothing beside --%s, which reads --%s", (entry.name:gsub("_", "-")), mode,
+        (table.concat(READS[mode], ", --"):gsub("_", "-")))
+    end
+  end
+end
+
 local function evaluate_run(o)
   local model = load_run(o, o.evaluate)
   local _, held = load_text(o):split{ held_out = o.eval_bytes }
@@ -306,6 +320,9 @@ end
 local function main(o)
   if (o.resume and 1 or 0) + (o.evaluate and 1 or 0) + (o.generate and 1 or 0) > 1 then
     refuse("--resume, --evaluate and --generate exclude each other")
+  end
+  for _, mode in ipairs{ "evaluate", "generate" } do
+    if o[mode] then check_given(o, mode) end
   end
   if o.evaluate then return evaluate_run(o) end
   if o.generate then return generate_run(o) end

@@ -23,6 +23,7 @@ local SPEC = {
   { name = "keep", type = "integer", min = 1, default = 2, help = "blocks that a row keeps" },
   { name = "steps", type = "integer", min = 1, default = 300, help = "training steps of each" },
   { name = "seed", type = "integer", min = 0, default = 1, help = "of everything that is drawn" },
+  cli.option("device"),
   { name = "quick", type = "boolean", help = "a run of seconds (other options still apply)" },
 }
 local QUICK = { blocks = 4, steps = 20 }
@@ -134,6 +135,10 @@ end
 
 cli.main(SPEC, arg, function(o)
   if o.quick then cli.preset(o, QUICK) end
+  if o.keep > o.blocks then
+    lac.schema.fail("learned_blocks", "--keep %d is more than there are: --blocks %d", o.keep, o.blocks)
+  end
+  lac.default_device(o.device)
   lac.manual_seed(o.seed)
   print(("density %.3f, %d steps"):format(o.keep / o.blocks, o.steps))
   for _, task in ipairs { { "fixed", "learned", fixed_task }, { "by content", "adaptive", content_task } } do

@@ -13,11 +13,15 @@
 -- attention may save 5% of a step). The results are in sweep.json, the log of every run in its folder,
 -- figures beside them. Equal steps are not equal compute; the plot against total FLOPs is there for that
 -- question.
+--
+-- A sweep that was stopped or killed goes on with --resume: runs that have their result are not run again,
+-- the one that was under way goes on from its checkpoint, and the numbers are those of an undisturbed sweep.
 
 local lac = require "lacuna"
 local cli = require "lacuna.cli"
 local runlog = require "lacuna.log"
 local json = require "lacuna.json"
+local sys = require "lacuna.sys"
 
 local option = cli.option
 
@@ -36,11 +40,17 @@ local SPEC = {
   { name = "seeds", type = "integer", min = 1, default = 1, help = "runs of every configuration" },
   option("eval_bytes", { default = 32768 }),
   { name = "out", type = "string", help = "run folder (default runs/sweep_segments-<time>)" },
+  { name = "resume", type = "boolean",
+    help = "go on with the sweep in --out (default: the latest in runs/)" },
+  option("device"),
   option("threads"),
   option("quick", { help = "a sweep of seconds (other options still apply)" }),
 }
 local QUICK = { context = 64, layers = 1, width = 32, batch = 4, steps = 8, eval_bytes = 1024 }
 local QUICK_TEXT = 100000
+-- what may differ between the sessions of one sweep
+local FREE = { out = true, resume = true, device = true, threads = true }
+local CHECKPOINT_MINUTES = 2
 
 --- The patterns, as fractions of the context N.
 local function configurations(N)
@@ -62,12 +72,27 @@ local function printf(...)
   io.stdout:flush()
 end
 
+local function refuse(format, ...) error(format:format(...), 0) end
+
+-- the result that a run of an earlier session has written, if it came so far
+local function result_of(dir)
+  if not sys.exists(dir .. "/log.jsonl") then return nil end
+  local records = runlog.read(dir .. "/log.jsonl")
+  local last = records[#records]
+  return last and last.event == "result" and last or nil
+end
+
+-- the record of a run's result
 local function train_one(o, c, seed, train, held, dir)
+  local before = o.resume and result_of(dir)
+  if before then return before end
   lac.manual_seed(seed)
   local model = lac.nn.LongNetLM{ layers = o.layers, width = o.width, heads = o.heads, context = o.context,
     segments = c.segments, dilations = c.dilations, scheme = c.scheme }
   local schedule, warmup = lac.optim.schedule, math.floor(o.steps / 10)
-  local log = runlog.open{ path = dir }
+  local under_way = o.resume and sys.exists(dir) and lac.train.latest(dir) ~= nil
+  local log = runlog.open{ path = dir, append = under_way or false }
+  local checkpoint = log:path("checkpoint.safetensors")
   log:config{ name = c.name, segments = c.segments, dilations = c.dilations, scheme = c.scheme or "all",
     seed = seed,
     steps = o.steps, context = o.context, width = o.width, layers = o.layers, heads = o.heads,
@@ -77,12 +102,16 @@ local function train_one(o, c, seed, train, held, dir)
     clip = 1, schedule = schedule.warmup(warmup, schedule.cosine{ steps = math.max(1, o.steps - warmup),
     min = 0.05 }),
     batch = function(k) return train:batch(k, { batch = o.batch, context = o.context, seed = seed }) end,
-    log = log, progress = "none" }
-  local bits = lac.train.bits_per_byte(model, held, { stride = math.floor(o.context / 2) })
-  log:write{ event = "result", bits_per_byte = bits }
-  log:close()
+    log = log, progress = "none", checkpoint = checkpoint, checkpoint_minutes = CHECKPOINT_MINUTES,
+    resume = o.resume }
   local total, parts = model:flops_per_token()
-  return bits, parts.attention_forward + parts.attention_backward, total
+  local result = { event = "result",
+    bits_per_byte = lac.train.bits_per_byte(model, held, { stride = math.floor(o.context / 2) }),
+    attention_flops = parts.attention_forward + parts.attention_backward, total_flops = total }
+  log:write(result)
+  log:close()
+  os.remove(checkpoint) -- with the result the run is over; a sweep would leave many of them
+  return result
 end
 
 local function run_all(o, train, held, dir)
@@ -93,8 +122,8 @@ local function run_all(o, train, held, dir)
     local started = os.time()
     for s = 1, o.seeds do
       local seed = o.seed + s - 1
-      r.bits[s], r.attention_flops, r.total_flops = train_one(o, c, seed, train, held,
-        ("%s/%02d-seed%d"):format(dir, i, seed))
+      local one = train_one(o, c, seed, train, held, ("%s/%02d-seed%d"):format(dir, i, seed))
+      r.bits[s], r.attention_flops, r.total_flops = one.bits_per_byte, one.attention_flops, one.total_flops
     end
     local low, high, sum = math.huge, -math.huge, 0
     for _, b in ipairs(r.bits) do low, high, sum = math.min(low, b), math.max(high, b), sum + b end
@@ -143,16 +172,54 @@ local function draw(results, dir)
   end
 end
 
+-- settle --resume: options come from the sweep that is there, if there is one, and those given must agree
+local function take_config(o)
+  o.out = o.out or runlog.newest{ name = "sweep_segments" }
+  if not o.out then refuse("--resume: there is no sweep in runs/; name one with --out") end
+  local file = io.open(o.out .. "/config.json", "rb")
+  if not file then return nil end
+  local config, reason = json.decode(file:read("*a"))
+  file:close()
+  if not config then refuse("%s/config.json: %s", o.out, reason) end
+  for _, entry in ipairs(SPEC) do
+    local name = entry.name
+    if not FREE[name] then
+      if o.given[name] and o[name] ~= config[name] then
+        refuse("--%s is %s in %s and %s now: a sweep that goes on keeps it", (name:gsub("_", "-")),
+          lac.schema.show(config[name]), o.out, lac.schema.show(o[name]))
+      end
+      o[name] = config[name]
+    end
+  end
+  return config
+end
+
+local function open_log(o, resumed, text_sum)
+  if o.out and not o.resume and sys.exists(o.out .. "/config.json") then
+    refuse("%s holds a sweep: --resume goes on with it", o.out)
+  end
+  local log = runlog.open(o.out and { path = o.out, append = false } or { name = "sweep_segments" })
+  if resumed then return log end
+  local config = { text_sum = text_sum } -- to notice that a resumed sweep has got another text
+  for _, entry in ipairs(SPEC) do
+    if not FREE[entry.name] then config[entry.name] = o[entry.name] end
+  end
+  log:config(config)
+  return log
+end
+
 local function main(o)
-  if o.quick then cli.preset(o, QUICK) end
+  local resumed = o.resume and take_config(o)
+  if o.quick and not resumed then cli.preset(o, QUICK) end
   if o.threads then lac.threads(o.threads) end
+  lac.default_device(o.device)
   local text = o.data and lac.data.open(o.data) or lac.data.bible()
   if o.quick and text.size > QUICK_TEXT then text = text:slice(1, QUICK_TEXT) end
   local train, held = text:split{ held_out = o.eval_bytes }
-  local log = runlog.open(o.out and { path = o.out } or { name = "sweep_segments" })
-  local config = {}
-  for _, entry in ipairs(SPEC) do config[entry.name] = o[entry.name] end
-  log:config(config)
+  if resumed and resumed.text_sum ~= train:checksum() then
+    refuse("%s is not the text that the sweep in %s was trained on", text.path, o.out)
+  end
+  local log = open_log(o, resumed, train:checksum())
   printf("%d layers, width %d, context %d; %d steps of %d x %d bytes for each of %d patterns, %d seed(s); %s",
     o.layers, o.width, o.context, o.steps, o.batch, o.context, #configurations(o.context), o.seeds, log.dir)
   local results = run_all(o, train, held, log.dir)

@@ -149,6 +149,9 @@ describe("experiments", function()
     refused("holds the checkpoint of a run: %-%-resume goes on with it", given)
     refused("%-%-width is 32 in .*checkpoint.safetensors and 64 now", given .. " --resume --width 64")
     refused("exclude each other", given .. " --resume --evaluate x")
+    refused("%-%-segments does nothing beside %-%-generate, which reads %-%-device, %-%-prompt",
+      "--segments 3 --generate " .. sys.quote(out))
+    refused("%-%-seed does nothing beside %-%-evaluate", "--seed 3 --evaluate " .. sys.quote(out))
     refused("No such file", "--evaluate " .. sys.quote(dir .. "/none"))
     os.execute(("echo more >> %s"):format(sys.quote(text)))
     refused("is not the text that the run in", given .. " --resume")
@@ -174,6 +177,41 @@ describe("experiments", function()
       assert.equal("\137PNG", read(out .. "/" .. name):sub(1, 4))
     end
     assert.matches("2 seeds: differences", printed)
+    local again = ("--quick --threads 1 --data %s --out %s"):format(sys.quote(text), sys.quote(out))
+    local bad, _, why = run(LUA, "sweep_segments", again)
+    assert.equal(1, bad)
+    assert.matches("holds a sweep: %-%-resume goes on with it", why)
+    bad, _, why = run(LUA, "sweep_segments", again .. " --resume --width 64")
+    assert.equal(1, bad)
+    assert.matches("%-%-width is 32 in .*/sweep and 64 now: a sweep that goes on keeps it", why)
+    assert.same(results, json.decode(read(out .. "/sweep.json"))) -- as they were
+  end)
+
+  it("sweep_segments killed at random moments and resumed is the sweep that was not", function()
+    local options = ("--quick --threads 1 --steps 24 --data %s"):format(sys.quote(text))
+    local whole, pieces = dir .. "/whole-sweep", dir .. "/sweep-in-pieces"
+    local status, printed, err = run(LUA, "sweep_segments", ("%s --out %s"):format(options, sys.quote(whole)))
+    assert.equal(0, status, err)
+    math.randomseed(5)
+    local kills, signals = 0, { "KILL", "INT" }
+    local after
+    repeat
+      -- the command, because Ctrl-C makes it write a checkpoint
+      status, after, err = run(("timeout -s %s %.3f %s"):format(signals[kills % 2 + 1],
+        0.3 + math.random() * (0.3 + 0.2 * kills), sys.exists(COMMAND) and COMMAND or "env " .. LUA),
+        "sweep_segments", ("%s --resume --out %s"):format(options, sys.quote(pieces)))
+      if status ~= 0 then kills = kills + 1 end
+      assert.is_true(kills < 40, err)
+    until status == 0
+    assert.is_true(kills >= 2, ("%d kills"):format(kills))
+    assert.equal(read(whole .. "/sweep.json"), read(pieces .. "/sweep.json"))
+    assert.equal(printed:match("\n   pattern.*"), after:match("\n   pattern.*"))
+    assert.same(timeless(whole .. "/log.jsonl"), timeless(pieces .. "/log.jsonl"))
+    for _, name in ipairs{ "01-seed1", "08-seed1" } do
+      assert.same(timeless(("%s/%s/log.jsonl"):format(whole, name)),
+        timeless(("%s/%s/log.jsonl"):format(pieces, name)))
+      assert.same(sys.list(whole .. "/" .. name), sys.list(pieces .. "/" .. name))
+    end
   end)
 
   it("benchmark --quick, with and without a peer", function()

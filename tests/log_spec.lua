@@ -46,6 +46,16 @@ describe("log", function()
     return out
   end
 
+  it("finds the newest run of a name", function()
+    assert.is_nil(runlog.newest{ dir = dir, name = "a.b" })
+    for name in ("a.b-20260101-000000 a.b-20260101-000000-2 a.b-20260101-000000-10 aXb-20270101-000000 "
+      .. "a.b-c-20280101-000000 a.b-notes"):gmatch("%S+") do assert(sys.mkdir(dir .. "/" .. name)) end
+    assert.equal(dir .. "/a.b-20260101-000000-10", runlog.newest{ dir = dir, name = "a.b" })
+    local log = runlog.open{ dir = dir, name = "a.b" }
+    assert.equal(log.dir, runlog.newest{ dir = dir, name = "a.b" })
+    log:close()
+  end)
+
   it("belongs to one process while it is open", function()
     local path = dir .. "/claimed"
     local log = runlog.open{ path = path }

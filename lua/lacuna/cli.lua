@@ -44,12 +44,13 @@ local COMMON = {
   lr = { type = "number", above = 0, default = 4e-3, help = "largest learning rate" },
   seed = { type = "integer", min = 0, default = 1 },
   eval_bytes = { type = "integer", min = 16, help = "held-out bytes at the end of the text" },
+  device = { type = "string", help = "cpu or cuda (default: LACUNA_DEVICE, else the CPU)" },
   threads = { type = "integer", min = 1, help = "CPU threads (default: all cores)" },
   quick = { type = "boolean", help = "a run of seconds (other options still apply)" },
 }
 
 --- An option that several scripts have, for the list of one: data, layers, width, heads, context, batch,
--- steps, lr, seed, eval_bytes, threads, quick.
+-- steps, lr, seed, eval_bytes, device, threads, quick.
 -- @tparam string name
 -- @tparam[opt] table changes fields of the rule that this script has otherwise, such as its default
 -- @treturn table for the spec of cli.parse

@@ -179,6 +179,26 @@ function log.open(options)
   end
 end
 
+--- The newest run that open has made under a name.
+-- @tparam table options name = "run"; dir = "runs"
+-- @treturn ?string its folder, nil if there is none
+function log.newest(options)
+  local o = schema.options("log.newest", options, {
+    name = { type = "string", default = "run" },
+    dir = { type = "string", default = "runs" },
+  })
+  local newest, newest_stamp, newest_count
+  for _, entry in ipairs(sys.list(o.dir) or {}) do
+    local stamp, count = entry:sub(#o.name + 1):match("^%-(%d+%-%d+)%-?(%d*)$")
+    count = tonumber(count) or 1
+    if entry:sub(1, #o.name) == o.name and stamp
+      and (not newest or stamp > newest_stamp or (stamp == newest_stamp and count > newest_count)) then
+      newest, newest_stamp, newest_count = o.dir .. "/" .. entry, stamp, count
+    end
+  end
+  return newest
+end
+
 local function restore(value)
   if type(value) == "string" then return SPECIAL[value] or value end
   if type(value) == "table" then

@@ -61,10 +61,11 @@ local function report(s)
   s.last_shown = now
 end
 
---- How the option progress = "auto" | "bar" | "lines" | "none" is meant on this output.
+--- How the option progress = "auto" | "bar" | "lines" | "none" is meant on this output. A terminal that calls
+-- itself dumb would show the bar's control characters.
 local function style(wanted, out)
   if wanted ~= "auto" then return wanted end
-  return sys.isatty(out) and "bar" or "lines"
+  return sys.isatty(out) and os.getenv("TERM") ~= "dumb" and "bar" or "lines"
 end
 
 return { say = say, report = report, clear = clear_bar, style = style }
