@@ -11,12 +11,14 @@
  * gets as the module "lacuna.host": guard(f, ...), editing(on) and handled(). The traceback is loaded only
  * when an error has happened, so a script that works pays nothing for it.
  *
- * Exit status: 0 success, 1 an error in Lua, 2 wrong usage (also a script that cannot be read), 130 ended by
- * Ctrl-C; what a script gives to os.exit otherwise. A shell script instead of this program was rejected: it
- * could neither own the signal handler nor be the parent that a debugger or a profiler expects.
+ * Exit status: 0 success, 1 an error in Lua or output that could not be written (a full disk), 2 wrong usage
+ * (also a script that cannot be read), 130 ended by Ctrl-C; what a script gives to os.exit otherwise. A shell
+ * script instead of this program was rejected: it could neither own the signal handler nor be the parent that
+ * a debugger or a profiler expects.
  */
 #include "interrupt.h"
 
+#include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -372,8 +374,20 @@ static int protected_main(lua_State *L)
     return 0;
 }
 
+/* However the process exits (main, os.exit): results that did not reach their file are an error, although no
+ * print has seen one. The buffer is written only here if the output is short. */
+static void check_output(void)
+{
+    int failed = ferror(stdout);
+    errno = 0;
+    if (fflush(stdout) == 0 && !failed) return;
+    fprintf(stderr, "lacuna: cannot write all of standard output%s%s\n", errno ? ": " : "", errno ? strerror(errno) : "");
+    _exit(EXIT_ERROR);
+}
+
 int main(int argc, char **argv)
 {
+    atexit(check_output);
     lac_command c = {.argc = argc, .argv = argv};
     int status = parse(&c);
     if (status != 0) return status;

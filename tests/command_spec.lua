@@ -352,6 +352,36 @@ outer()
     assert.equal(1, status)
   end)
 
+  it("says what to write where Lua's own message cannot", function()
+    local function last(code)
+      local text, status = run { "-e", code }
+      assert.equal(1, status)
+      return text:match("^[^\n]*")
+    end
+    local with = "local lac = require 'lacuna' local x = lac.ones { 2 } "
+    assert.equal("lacuna: (command line):1: attempt to index global 'lac' (a nil value); "
+      .. 'a script begins with local lac = require "lacuna"', last("print(lac.ones { 2 })"))
+    for _, code in ipairs { "return x > 0", "return x <= 0" } do
+      assert.matches("to compare %a+ with %a+; tensors: x:gt%(y%), x:ge%(y%), x:lt%(y%), x:le%(y%)$",
+        last(with .. code))
+    end
+    assert.matches("number expected, got table%); x:item%(%) is the number in a tensor$",
+      last(with .. "print(('%.3f'):format(x:sum()))"))
+    assert.matches("attempt to index global 'lacc' %(a nil value%)$", last("print(lacc.ones { 2 })"))
+  end)
+
+  it("is one also when the output could not be written", function()
+    local file = io.open("/dev/full", "w")
+    if not file then return end
+    file:close()
+    for _, code in ipairs { "print 'short'", "print(('long'):rep(1e5))", "print 'short' os.exit(0, true)" } do
+      assert.equal(0, (select(2, run { "-e", code })))
+      local pipe = io.popen(("%s -e %s 2>&1 >/dev/full; printf %%d $?"):format(LACUNA, "\"" .. code .. "\""))
+      assert.equal("lacuna: cannot write all of standard output: No space left on device\n1", pipe:read("*a"))
+      pipe:close()
+    end
+  end)
+
   it("is reported for code that does not compile", function()
     local text, status = run { "-e", "x = = 1" }
     assert.truthy(text:find("^lacuna: %(command line%):1: unexpected symbol near '='\n$"), text)
@@ -682,10 +712,34 @@ describe("lacuna, the session on a terminal", function()
   end)
 
   it("works where no history can be written", function()
-    history = "/proc/nowhere/history"
+    for _, path in ipairs { "/proc/nowhere/history", "/proc" } do -- no place, and a directory
+      history = path
+      local child = session()
+      child:send("1 + 1\n")
+      child:prompt("\r\n2\r\n")
+      leave(child)
+    end
+    history = os.tmpname()
+  end)
+
+  it("takes letters beyond ASCII where the environment names no locale", function()
+    for _, locale in ipairs { "C", "POSIX", "xx_YY.UTF-8" } do
+      local child = start_terminal({}, { LACUNA_HISTORY = history, TERM = "dumb", LC_ALL = locale })
+      child:prompt("leaves)\r\n")
+      child:send("#'\195\188n\195\175'\n")
+      child:prompt("\r\n5\r\n")
+      leave(child)
+    end
+  end)
+
+  it("outlives Ctrl-Z where no shell could continue it", function()
     local child = session()
-    child:send("1 + 1\n")
-    child:prompt("\r\n2\r\n")
+    child:send("kept = 17\n")
+    child:prompt("")
+    child:send("half\26")
+    child:prompt("^C\r\n")
+    child:send("kept\n")
+    child:prompt("\r\n17\r\n")
     leave(child)
   end)
 

@@ -126,8 +126,24 @@ end
 
 -- ---- errors --------------------------------------------------------------------------------------
 
+-- What Lua itself says where no metamethod is asked, with what to write instead: words for people who come
+-- from a language where a tensor beside a number is compared, or formatted.
+local HINTS = {
+  { "attempt to index global 'lac' %(a nil value%)$", 'a script begins with local lac = require "lacuna"' },
+  { "attempt to compare number with table$", "tensors: x:gt(y), x:ge(y), x:lt(y), x:le(y)" },
+  { "attempt to compare table with number$", "tensors: x:gt(y), x:ge(y), x:lt(y), x:le(y)" },
+  { "bad argument #%d+ to '[^']*' %(number expected, got table%)$", "x:item() is the number in a tensor" },
+}
+
+local function hint_of(message)
+  for _, hint in ipairs(HINTS) do
+    if message:find(hint[1]) then return ("; %s"):format(hint[2]) end
+  end
+  return ""
+end
+
 local function error_text(message)
-  if type(message) == "string" then return message end
+  if type(message) == "string" then return message .. hint_of(message) end
   if meta_field(message, "__tostring") ~= nil then return safe_tostring(message) end
   return ("(the error is a %s: %s)"):format(type(message), repl.show(message, { depth = 1 }))
 end
@@ -380,6 +396,8 @@ end
 
 local DECLARATIONS = [[
   int isatty(int fd);
+  int getsid(int pid);
+  int getpid(void);
   char *setlocale(int category, const char *locale);
   int mkdir(const char *path, unsigned mode);
   void *malloc(size_t bytes);
@@ -402,6 +420,7 @@ local CALLBACK = "char **(*)(const char *, int, int)"
 local WORD_BREAKS = " \t\n\"'`><=;+-*/%^~#{}()[],!&|"
 local LC_CTYPE = 0
 local LIBEDIT = "libedit.so.2"
+local EINTR = 4
 local HISTORY_COOKIE = "_HiStOrY_V2_\n" -- first line of libedit's history files
 
 -- A NULL-terminated array of malloc'ed strings for libedit to free: first what all have in common, then each.
@@ -438,20 +457,34 @@ local function make_history(ffi, path)
   file:close()
 end
 
+local function count_lines(file)
+  local lines = 0
+  for _ in file:lines() do lines = lines + 1 end
+  return lines
+end
+
 -- Read the history; returns the path if entries may be added to it. A file that is not one of libedit's is
--- left alone. One that has grown to twice what is kept is written anew.
+-- left alone, and so is what cannot be read, such as a directory. One that has grown to twice what is kept
+-- is written anew.
 local function load_history(ffi, edit, path)
   local file = io.open(path)
   if not file then
     make_history(ffi, path)
     return path
   end
-  local lines = 0
-  for _ in file:lines() do lines = lines + 1 end
+  local readable, lines = pcall(count_lines, file)
   file:close()
-  if edit.read_history(path) ~= 0 then return nil end
+  if not readable or edit.read_history(path) ~= 0 then return nil end
   if lines > 2 * HISTORY_ENTRIES then edit.write_history(path) end
   return path
+end
+
+-- What the environment says about letters. In the locale "C", which is what a container has and what is left
+-- where the one that is named is not installed, libedit drops every byte of a letter beyond ASCII.
+local function set_locale(ffi)
+  local name = ffi.C.setlocale(LC_CTYPE, "")
+  name = name ~= nil and ffi.string(name) or "C"
+  if name == "C" or name == "POSIX" then ffi.C.setlocale(LC_CTYPE, "C.UTF-8") end
 end
 
 local Editor = {}
@@ -465,7 +498,7 @@ local function open_editor(env, host)
     error(("the session needs the line editor %s (Debian: package libedit2): %s"):format(LIBEDIT, edit), 0)
   end
   local self = setmetatable({ ffi = ffi, edit = edit, host = host }, Editor)
-  ffi.C.setlocale(LC_CTYPE, "")
+  set_locale(ffi)
   edit.rl_readline_name = "lacuna"
   edit.rl_initialize()
   edit.rl_completer_word_break_characters = WORD_BREAKS
@@ -477,6 +510,7 @@ local function open_editor(env, host)
     return fine and array or nil
   end)
   edit.rl_attempted_completion_function = self.callback
+  self.leads = ffi.C.getsid(0) == ffi.C.getpid()
   edit.using_history()
   edit.stifle_history(HISTORY_ENTRIES)
   local path = repl.history_path()
@@ -484,13 +518,18 @@ local function open_editor(env, host)
   return self
 end
 
--- A line, or nil at the end of input, or nil, true after Ctrl-C. Not compiled: C calls back into Lua.
+-- A line, or nil at the end of input, or nil, true after Ctrl-C. A Ctrl-Z counts as one where no shell could
+-- continue us (in a container the first process leads its own session, and the system does not stop it): the
+-- read fails as at the end of input, with another errno. Elsewhere errno is not asked, because a window that
+-- was resized before Ctrl-D leaves the same one. Not compiled: C calls back into Lua.
 function Editor:read(prompt)
   io.flush()
   if self.host then self.host.editing(true) end
+  self.ffi.errno(0)
   local p = self.edit.readline(prompt)
+  local interrupted = self.leads and self.ffi.errno() == EINTR
   local presses = self.host and self.host.editing(false) or 0
-  if p == nil then return nil, presses > 0 end
+  if p == nil then return nil, interrupted or presses > 0 end
   local line = self.ffi.string(p)
   self.ffi.C.free(p)
   return line
