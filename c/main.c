@@ -381,7 +381,8 @@ static void check_output(void)
     int failed = ferror(stdout);
     errno = 0;
     if (fflush(stdout) == 0 && !failed) return;
-    fprintf(stderr, "lacuna: cannot write all of standard output%s%s\n", errno ? ": " : "", errno ? strerror(errno) : "");
+    fprintf(stderr, "lacuna: cannot write all of standard output%s%s\n", errno ? ": " : "",
+            errno ? strerror(errno) : "");
     _exit(EXIT_ERROR);
 }
 
