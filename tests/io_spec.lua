@@ -241,6 +241,8 @@ describe("io", function()
     local before = read()
     assert.error_matches(function() lac.io.save(path, { a = lac.ones{ 2 }, b = 3 }) end,
       "\"b\" is a number, not a tensor")
+    assert.error_matches(function() lac.io.save(path, lac.nn.Linear(2, 3)) end,
+      "expected a table { name = tensor, ... }, got Linear: its state_dict%(%) is one")
     local dead = lac.ones{ 2 }
     dead:release()
     assert.has_error(function() lac.io.save(path, { a = dead }) end)

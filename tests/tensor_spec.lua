@@ -23,6 +23,15 @@ local function refused(pattern, f, ...)
 end
 
 describe("construction", function()
+  it("says how to cast where dtypes differ and the engine names no remedy", function()
+    local cast = "; x:float%(%), x:double%(%), x:long%(%) and so on cast %["
+    assert.error_matches(function() return lac.ones{ 2 } + lac.ones{ 2, dtype = "i64" } end,
+      "^add: x is f32 but y is i64" .. cast)
+    assert.error_matches(function() return lac.arange{ 3, dtype = "i64" }:mean() end, "got i64" .. cast)
+    assert.error_matches(function() return lac.ones{ 2 }:masked_fill(lac.ones{ 2 }, 3) end,
+      "; compare it first %[")
+  end)
+
   it("takes nested tables, numbers, booleans, cdata and tensors", function()
     assert.are.same({ { 1, 2 }, { 3, 4 } }, lac.tensor({ { 1, 2 }, { 3, 4 } }):totable())
     assert.are.equal(2.5, lac.tensor(2.5):item())

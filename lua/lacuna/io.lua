@@ -309,6 +309,10 @@ local function check_names(tensors, metadata)
   if type(tensors) ~= "table" or tensor.is(tensors) then
     schema.fail("io.save", "expected a table { name = tensor, ... }, got %s", schema.show(tensors))
   end
+  if getmetatable(tensors) and type(tensors.state_dict) == "function" then
+    schema.fail("io.save", "expected a table { name = tensor, ... }, got %s: its state_dict() is one",
+      rawget(getmetatable(tensors), "__name") or "an object")
+  end
   local list = {}
   for name, t in pairs(tensors) do
     if type(name) ~= "string" then

@@ -343,7 +343,7 @@ local collect = lib.collect
 
 -- ---- checking calls -----------------------------------------------------------------------------
 
-local MEMORY, INTERRUPTED = lib.status.memory, lib.status.interrupted
+local MEMORY, INTERRUPTED, DTYPE = lib.status.memory, lib.status.interrupted, lib.status.dtype
 local tracer, excused = nil, false
 local soft, softs = 0, {} -- softs: by device; soft: their sum
 
@@ -385,6 +385,9 @@ function lib.raise(status)
   local message = ffi.string(C.lac_last_error())
   if message == "" then message = "lacuna: status " .. ffi.string(C.lac_status_name(status)) end
   if status == MEMORY then message = message .. pool_report(message) end
+  if status == DTYPE and not message:find(";", 1, true) then -- where the engine names no remedy of its own
+    message = message .. "; x:float(), x:double(), x:long() and so on cast"
+  end
   error(message .. lib.where(), 0)
 end
 

@@ -109,6 +109,12 @@ return {
     autograd = "lac.grad, lac.custom_op, lac.no_grad", compile = "lac.graph(fn), on cuda",
     functional = "lac itself: lac.relu(x), lac.softmax(x, dim)",
     set_default_dtype = "lac.default_dtype(name)", set_default_device = "lac.default_device(name)",
+    clip_grad_norm_ = "optimizer:step{ clip = largest norm }", numel = "x:numel()",
+    device_count = "lac.devices()", is_available = "lac.devices()",
+    distributed = "; one process is one rank, and the variant ring of lac.attention shards within it",
+    utils = "lac.data, lac.io and lac.train", linalg = NO_ALGEBRA, frexp = NO_FUNCTION,
+    amp = 'a model of that dtype: lac.nn.LongNetLM{ ..., dtype = "bf16" }',
+    complex = "; there are no complex numbers",
     set_num_threads = "lac.threads(n)", set_printoptions = "the options of the module lacuna.pretty",
   },
   -- lac.nn.name
@@ -134,6 +140,7 @@ return {
     BCELoss = "nn.BCEWithLogitsLoss", EmbeddingBag = "nn.Embedding and a sum over its positions",
     Conv2d = "; of convolutions there is Conv1d", LSTM = "; there are no recurrent layers",
     GRU = "; there are no recurrent layers", RNN = "; there are no recurrent layers",
+    DataParallel = "; one process is one device", DistributedDataParallel = "; one process is one device",
     init = "layer.weight:copy_(values) in lac.no_grad", utils = "optimizer:step{ clip = largest norm }",
   },
   dtype = {
