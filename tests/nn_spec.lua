@@ -67,6 +67,24 @@ local function tokens(B, N, V)
 end
 
 describe("nn modules", function()
+  it("says what other libraries' names of a module's fields are here", function()
+    local m = lac.nn.Sequential(lac.nn.Linear(2, 3), lac.nn.GELU())
+    local tried = 0
+    for name, text in pairs(require("lacuna.synonyms").module) do
+      local ok, message = pcall(function() return m[name] end)
+      assert.is_false(ok, name) -- none that exists
+      assert.is_truthy(message:find("there is no field '" .. name .. "'", 1, true), message)
+      assert.is_truthy(message:find(text, 1, true), message)
+      local f = not text:find("cuda", 1, true) and text:find("^m:") and assert(loadstring("return " .. text))
+      if f then
+        assert.is_not_nil(setfenv(f, { m = m, dtype = "f64", device = "cpu" })(), name)
+        tried = tried + 1
+      end
+    end
+    assert.is_true(tried > 10)
+    assert.error_matches(function() return m.wieght end, "there is no field 'wieght' %[")
+  end)
+
   it("print as a tree", function()
     assert.equal("Linear(10 -> 5)", tostring(nn.Linear(10, 5)))
     local net = nn.Sequential(nn.Linear(4, 4, { bias = false }), nn.GELU(), nn.GELU(), nn.Dropout(0.5))

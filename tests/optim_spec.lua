@@ -39,6 +39,13 @@ end
 describe("optim.adamw", function()
   local grads = { { 0.5, -2, 0 }, { 1, 1, 1e-9 }, { -0.25, 3, 0 } }
 
+  it("says what a group is", function()
+    local p = lac.randn{ 2, grad = true }
+    assert.error_matches(function() return lac.optim.adamw{ { params = { p }, lr = 1 } } end,
+      "got {{...}}: a group is a list itself, { tensor, tensor, lr = 1e%-3 } %[")
+    assert.error_matches(function() return lac.optim.adamw{ 3 } end, "or a list of groups, got {3} %[")
+  end)
+
   it("is algorithm 2 of Loshchilov and Hutter", function()
     local p = leaf{ 1, -2, 3 }
     local opt = optim.adamw({ p }, { lr = 0.01, betas = { 0.8, 0.95 }, eps = 1e-6, weight_decay = 0.1 })

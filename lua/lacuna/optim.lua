@@ -92,7 +92,10 @@ local function as_groups(op, params, weight_decay)
     if tensor.is(params[1]) then return { params } end
     if type(params[1]) == "table" and tensor.is(params[1][1]) then return params end
   end
-  fail(op, "expected a module, a list of tensors or a list of groups, got %s", schema.show(params))
+  local group = type(params) == "table" and params[1] or nil
+  fail(op, "expected a module, a list of tensors or a list of groups, got %s%s", schema.show(params),
+    type(group) == "table" and rawget(group, "params")
+    and ": a group is a list itself, { tensor, tensor, lr = 1e-3 }" or "")
 end
 
 local function new_entry(self, p, name, seen)

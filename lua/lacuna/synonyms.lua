@@ -143,6 +143,20 @@ return {
     DataParallel = "; one process is one device", DistributedDataParallel = "; one process is one device",
     init = "layer.weight:copy_(values) in lac.no_grad", utils = "optimizer:step{ clip = largest norm }",
   },
+  -- fields of a module m
+  module = {
+    half = 'm:to("f16")', bfloat16 = 'm:to("bf16")', float = 'm:to("f32")', double = 'm:to("f64")',
+    cuda = 'm:to("cuda")', cpu = 'm:to("cpu")', type = "m:to(dtype)", to_empty = "m:to(device)",
+    requires_grad_ = "p:requires_grad_(false) for every p in m:parameters()",
+    named_modules = "m:modules()", named_children = "m:children()", get_parameter = "m:named_parameters()",
+    buffers = "m:state_dict()", named_buffers = "m:state_dict()", num_parameters = "m:parameter_count()",
+    numel = "m:parameter_count()", extra_repr = "a method extra() that returns a text",
+    add_module = "self.name = module", register_module = "self.name = module",
+    register_buffer = "self:buffer(name, t)", register_parameter = "self:param(name, t)",
+    register_forward_hook = "; there are no hooks: a module of your own holds this one and calls it",
+    register_full_backward_hook = "; there are no hooks: lac.custom_op has a backward of your own",
+    compile = "lac.graph(fn), on cuda", share_memory = "; one process is one model",
+  },
   dtype = {
     float32 = "f32", float = "f32", fp32 = "f32", float64 = "f64", double = "f64", fp64 = "f64",
     float16 = "f16", half = "f16", fp16 = "f16", bfloat16 = "bf16", int64 = "i64", long = "i64",

@@ -21,6 +21,7 @@
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
+local synonyms = require "lacuna.synonyms"
 local arguments = require "lacuna.arguments"
 local class = require "lacuna.class"
 local device = require "lacuna.device"
@@ -64,7 +65,7 @@ end
 
 local function no_field(object, key, verb)
   fail(class_name(object), "there is no field '%s'%s%s", tostring(key), verb,
-    schema.hint(key, field_names(object)))
+    schema.hint(key, field_names(object), nil, synonyms.module))
 end
 
 local function check_new_name(self, name)
