@@ -313,10 +313,11 @@ end
 -- @tparam Tensor q [B, N, H, D] @tparam Tensor k [B, M, Hk, D], H a multiple of Hk @tparam Tensor v like k
 -- @tparam table options segments, dilations (lists of one length); heads "all" or "split"; offset "branch",
 --   "mod" or "block"; merge "mean", "sum", "lse" or "lse_detach"; causal, dedup (false); align "start" or
---   "end": the first, or the last, query and key share a position; window w: only |p - j| <= w, so w positions
---   to either side (masks.local_window counts both); scale (1/sqrt(D)); dropout (0), training (true);
---   key_padding [B, M] bool, true = keep; key_lengths [B]; mask bool, true = attend, and bias, added to the scaled scores (-inf: do not attend; its
---   gradient takes B H N M numbers on the way), both [N, M], [H or 1, N, M] or [B or 1, H or 1, N, M];
+--   "end": the first, or the last, query and key share a position; window w: only |p - j| <= w, so w
+--   positions to either side (masks.local_window counts both); scale (1/sqrt(D)); dropout (0), training
+--   (true); key_padding [B, M] bool, true = keep; key_lengths [B]; mask bool, true = attend, and bias, added
+--   to the scaled scores (-inf: do not attend; its gradient takes B H N M numbers on the way), both [N, M],
+--   [H or 1, N, M] or [B or 1, H or 1, N, M];
 --   alibi: H slopes (list or tensor) or true for the usual ones, score - slope |p - j|; block_mask
 --   bool [ceil(N / block), ceil(M / block)] with axes in front like mask: active blocks of pairs, others cost
 --   nothing, or a pattern of attention.masks; block (128, at least 16); cu_seqlens, S + 1 numbers from 0 to N
