@@ -29,7 +29,7 @@ local ELSEWHERE = {
   },
   ["no tensors, or those of a child process"] = {
     "arguments", "bench", "command", "dispatch", "experiments", "layers", "log", "plan", "plot", "queue",
-    "readme", "repl", "schema", "suite",
+    "readme", "reference", "repl", "schema", "suite",
   },
 }
 

@@ -267,8 +267,12 @@ end
 -- @treturn number exit status
 -- @treturn string standard output
 -- @treturn string standard error
+-- @raise there is no place for temporary files, or no shell
 function sys.run(command)
   local err_path = sys.temporary(".err")
+  local made, why = io.open(err_path, "w") -- else the shell fails and the program seems to be missing
+  if not made then error(("cannot make a temporary file (TMPDIR names the place): %s"):format(why), 0) end
+  made:close()
   -- popen():close() gives no exit status in LuaJIT, so the shell prints it after the output
   local pipe, reason = io.popen(("{ %s\n} 2>%s; printf '\\n%%d' $?"):format(command, sys.quote(err_path)),
     "r")

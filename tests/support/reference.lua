@@ -214,6 +214,41 @@ local function undocumented()
   return missing
 end
 
+-- ---- links ---------------------------------------------------------------------------------------------
+
+-- links and images within the reference whose page or anchor is not there, as "page: link"
+local function dead_links()
+  local pages, anchors, dead = {}, {}, {}
+  local list = io.popen(("find '%s' -name '*.html'"):format(DIRECTORY))
+  for path in list:lines() do
+    local text, here = read(path), {}
+    pages[path], anchors[path] = text, here
+    for name in text:gmatch '%f[%w]name%s*=%s*"([^"]+)"' do here[name] = true end
+    for name in text:gmatch '%f[%w]id%s*=%s*"([^"]+)"' do here[name] = true end
+  end
+  list:close()
+  for path, text in pairs(pages) do
+    local folder = path:match "^(.*)/"
+    local function look(link)
+      if link:find "^%a+:" then return end -- another place
+      local file, anchor = link:match "^([^#]*)#?(.*)$"
+      local target = file == "" and path or folder .. "/" .. file
+      repeat
+        local before = target
+        target = target:gsub("/[^/]+/%.%./", "/", 1)
+      until target == before
+      local page = anchors[target]
+      if page and anchor ~= "" and not page[anchor] or not page and not io.open(target) then
+        dead[#dead + 1] = path:sub(#DIRECTORY + 2) .. ": " .. link
+      end
+    end
+    for link in text:gmatch 'href="([^"]+)"' do look(link) end
+    for link in text:gmatch '<img src="([^"]+)"' do look(link) end
+  end
+  table.sort(dead)
+  return dead
+end
+
 -- ---- the run -------------------------------------------------------------------------------------------
 
 assert(run("rm -rf '" .. DIRECTORY .. "' && mkdir -p '" .. SOURCE .. "'"))
@@ -244,23 +279,35 @@ write(SOURCE .. "/2-lacuna.ops.in_place.lua", table.concat(forms, "\n") .. "\n")
 groups[#groups + 1] = "2-lacuna.ops.in_place.lua"
 table.sort(groups)
 
-write(SOURCE .. "/README.md", (read "README.md":gsub("!%b[]%b()", "")))
-write(SOURCE .. "/lacuna.h.md", "# The C interface\n\n    " .. read "c/lacuna.h":gsub("\n", "\n    ") .. "\n")
+-- the mark is what discount.lua knows a page by; what is not Lua is not to be coloured as if it were
+write(SOURCE .. "/README.md", (read "README.md":gsub("\n```sh\n", "\n```\n")) .. "\n<!-- page -->\n")
+local header = read "c/lacuna.h":gsub("\n", "\n    ")
+write(SOURCE .. "/lacuna.h.md", "# The C interface\n\n    @plain\n    " .. header .. "\n\n<!-- page -->\n")
 local list = {}
 for i, file in ipairs(groups) do list[i] = ("%q"):format(file) end
 write(SOURCE .. "/config.ld", ([[
 project, title, description = "Lacuna", "Lacuna: reference", "Dilated attention, scriptable"
-format, dir, no_space_before_args, sort = "markdown", %q, true, false
+format, dir, no_space_before_args, sort = "discount", %q, true, false
 file = { %s }
 topics = { %q, %q }
+dont_escape_underscore = true
 ]]):format("..", table.concat(list, ", "), "README.md", "lacuna.h.md"))
 
 local log = DIRECTORY .. "/ldoc.log"
-local ldoc = "luajit \"$(command -v ldoc)\" --fatalwarnings -c '%s/config.ld' . >'%s' 2>&1"
+local ldoc = "LUA_PATH=\"$PWD/tests/support/?.lua;$LUA_PATH;;\" luajit \"$(command -v ldoc)\" "
+  .. "--fatalwarnings -c '%s/config.ld' . >'%s' 2>&1"
 local ok = run(ldoc:format(SOURCE, log))
 local said = read(log)
-if not ok or said:find "warning" then
+if not ok or said:find "warning" or said:find "falling back" then
   io.stderr:write(said, "docs: LDoc is not content\n")
+  os.exit(1)
+end
+-- the README's images, beside the page that names them
+local images = DIRECTORY .. "/topics/experiments/images"
+assert(run(("mkdir -p '%s' && cp experiments/images/*.png '%s'"):format(images, images)))
+local dead = dead_links()
+if #dead > 0 then
+  io.stderr:write("docs: links that lead nowhere: ", table.concat(dead, ", "), "\n")
   os.exit(1)
 end
 local missing = undocumented()
