@@ -14,6 +14,20 @@ end
 describe("order", function()
   local nan, inf = 0 / 0, math.huge
 
+  it("cdist forms a part of the differences at a time where no gradient needs them", function()
+    local x, y = lac.randn{ 700, 12 }, lac.randn{ 2, 60, 12 } -- 1,008,000 differences
+    local before = lac.memory()
+    lac.reset_peak()
+    local d = x:cdist(y)
+    assert.same({ 2, 700, 60 }, { d:size(1), d:size(2), d:size(3) })
+    if lac.default_device() == "cpu" then
+      assert.is_true(lac.memory().peak - before.live < 2.5e6) -- 336,000 and the parts, not 4 MB
+    end
+    local kept = x:clone():requires_grad_(true):cdist(y)
+    assert.is_true(lac.equal(d, kept:detach()))
+    assert.same({ 0, 60 }, { lac.zeros{ 0, 12 }:cdist(y[1]):size(1), lac.zeros{ 0, 12 }:cdist(y[1]):size(2) })
+  end)
+
   it("puts NaN after everything and treats zeros as equal", function()
     for _, dtype in ipairs { "f64", "f32", "f16", "bf16" } do
       local x = lac.tensor({ 3, nan, -inf, inf, 0, -0.0, nan, 2 }, { dtype = dtype })
