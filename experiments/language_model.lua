@@ -163,6 +163,7 @@ end
 
 -- the options of the run that a checkpoint belongs to; those given now must agree, unless they are free
 local function take_config(o, config, from)
+  if o.device then o.device = lac.default_device(o.device) end -- cuda is cuda:0, as the run has it
   for _, entry in ipairs(SPEC) do
     local name = entry.name
     if not FREE[name] then

@@ -49,7 +49,7 @@ local SPEC = {
 local QUICK = { context = 64, layers = 1, width = 32, batch = 4, steps = 8, eval_bytes = 1024 }
 local QUICK_TEXT = 100000
 -- what may differ between the sessions of one sweep
-local FREE = { out = true, resume = true, device = true, threads = true }
+local FREE = { out = true, resume = true, threads = true }
 local CHECKPOINT_MINUTES = 2
 
 --- The patterns, as fractions of the context N.
@@ -181,6 +181,7 @@ local function take_config(o)
   local config, reason = json.decode(file:read("*a"))
   file:close()
   if not config then refuse("%s/config.json: %s", o.out, reason) end
+  if o.device then o.device = lac.default_device(o.device) end -- cuda is cuda:0, as the sweep has it
   for _, entry in ipairs(SPEC) do
     local name = entry.name
     if not FREE[name] then
@@ -212,7 +213,7 @@ local function main(o)
   local resumed = o.resume and take_config(o)
   if o.quick and not resumed then cli.preset(o, QUICK) end
   if o.threads then lac.threads(o.threads) end
-  lac.default_device(o.device)
+  o.device = lac.default_device(o.device)
   local text = o.data and lac.data.open(o.data) or lac.data.bible()
   if o.quick and text.size > QUICK_TEXT then text = text:slice(1, QUICK_TEXT) end
   local train, held = text:split{ held_out = o.eval_bytes }
