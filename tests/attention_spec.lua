@@ -397,6 +397,8 @@ describe("lac.attention", function()
     refused("heads is required", lac.attention, { variant = "dense" })
     refused("variant 'dense' takes no segments, got {4}",
             lac.attention, { variant = "dense", heads = 1, segments = { 4 } })
+    refused("variant 'dense' %(of = 'dense'%) takes no segments, got {4}; of = 'longnet' does", lac.attention,
+            { variant = "block_sparse", pattern = "full()", heads = 1, segments = { 4 }, dilations = { 1 } })
     refused("variant 'longnet' has merge = 'lse', got 'mean'", lac.attention,
             { variant = "longnet", heads = 1, segments = { 4 }, dilations = { 1 }, merge = "mean" })
     refused("1 heads cannot be split over 2 branches", lac.attention,

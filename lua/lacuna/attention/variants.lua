@@ -177,7 +177,10 @@ return function(registry, ring, sparse, masks)
     build = function(o)
       for _, key in ipairs { "segments", "dilations", "offset", "merge" } do
         if o[key] ~= nil then
-          schema.fail("attention", "variant 'dense' takes no %s, got %s", key, schema.show(o[key]))
+          local within = o.of == "dense" -- a variant that wraps this one, perhaps by its default
+          schema.fail("attention", "variant 'dense'%s takes no %s, got %s%s",
+            within and " (of = 'dense')" or "", key, schema.show(o[key]),
+            within and "; of = 'longnet' does" or "")
         end
       end
       if o.dedup then
