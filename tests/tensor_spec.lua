@@ -117,6 +117,13 @@ describe("construction", function()
     assert.is_true(n ~= n)
     refused("step must not be 0", lac.arange, { 0, 1, 0 })
     refused("sizes must be a plain list, it has the key %[10%]", lac.zeros, { 2, [10] = 3 })
+    refused("has the key 'dtype'; options are a second table: lac.tensor%({ ... }, { ... }%)", lac.tensor,
+      { 1, 2, dtype = "i64" })
+    refused("has the key 'b' %[", lac.tensor, { 1, 2, b = 3 })
+    refused("size 1 must be an integer, got Tensor f32 %[2%] .-; lac.zeros_like takes a tensor", lac.zeros,
+      lac.ones{ 2 })
+    refused("; lac.rand_like%(p%):lt%(p%) draws with the probabilities of a tensor", lac.bernoulli,
+      lac.ones{ 2 })
     refused("value is required", lac.full, { 2 })
     refused("high is required", lac.randint, { 2 })
     refused("low must be below high", lac.rand, { 2, low = 1, high = 1 })

@@ -102,7 +102,11 @@ local function split(op, spec, ...)
     end
     for i = 1, last do
       local v = select(i, ...)
-      if type(v) ~= "number" then fail(op, "size %d must be an integer, got %s", i, show(v)) end
+      if type(v) ~= "number" then
+        fail(op, "size %d must be an integer, got %s%s", i, show(v), tensor.is(v) and (op == "bernoulli"
+          and "; lac.rand_like(p):lt(p) draws with the probabilities of a tensor"
+          or rawget(create, op .. "_like") and ("; lac.%s_like takes a tensor"):format(op)) or "")
+      end
       list[i] = v
     end
   end
@@ -300,6 +304,8 @@ local function measure(value)
   return sizes, v
 end
 
+local TENSOR = with_common { shape = { type = "table" } }
+
 local function flatten(value, sizes, depth, flat, path)
   if depth > #sizes then
     local kind = type(value)
@@ -320,7 +326,9 @@ local function flatten(value, sizes, depth, flat, path)
   end
   for k in pairs(value) do
     if not is_integer(k) or k < 1 or k > #value then
-      fail("tensor", "a table of numbers must be a plain list, it has the key %s", show(k))
+      fail("tensor", "a table of numbers must be a plain list, it has the key %s%s", show(k),
+        #path == 0 and rawget(TENSOR, k)
+        and "; options are a second table: lac.tensor({ ... }, { ... })" or "")
     end
   end
   for i = 1, #value do
@@ -449,8 +457,6 @@ local function from_array(value, options)
        "cannot make a tensor of %s; arrays of double, float, int64_t, int32_t, uint8_t and bool are taken",
        text)
 end
-
-local TENSOR = with_common { shape = { type = "table" } }
 
 --- A tensor of the given values.
 -- @param value nested lists of numbers or booleans (booleans give dtype bool), a number or boolean (0-dim), a
