@@ -77,8 +77,8 @@ local function refuse(format, ...) error(format:format(...), 0) end
 -- the result that a run of an earlier session has written, if it came so far
 local function result_of(dir)
   if not sys.exists(dir .. "/log.jsonl") then return nil end
-  local records = runlog.read(dir .. "/log.jsonl")
-  local last = records[#records]
+  local whole, records = pcall(runlog.read, dir .. "/log.jsonl")
+  local last = whole and records[#records] -- a full disk may have cut the last line: that run goes on
   return last and last.event == "result" and last or nil
 end
 
