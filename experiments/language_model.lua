@@ -198,7 +198,13 @@ end
 
 local function settle_options(o)
   local config = o.resume and prepare_resume(o)
-  if o.quick and not config then cli.preset(o, QUICK) end
+  if o.quick then
+    local values = {}
+    for name, value in pairs(QUICK) do
+      if not config or FREE[name] then values[name] = value end -- the others are the run's
+    end
+    cli.preset(o, values)
+  end
   if o.threads then lac.threads(o.threads) end
   o.stride = o.stride or math.max(1, math.floor(o.context / 2))
   return config

@@ -149,6 +149,11 @@ describe("experiments", function()
     refused("holds the checkpoint of a run: %-%-resume goes on with it", given)
     refused("%-%-width is 32 in .*checkpoint.safetensors and 64 now", given .. " --resume --width 64")
     refused("exclude each other", given .. " --resume --evaluate x")
+    local full = ("--quick --steps 8 --threads 1 --out %s --data %s --resume"):format(sys.quote(out),
+      sys.quote(text))
+    status, printed = run(LUA, "language_model", full) -- what --quick means is the same when a run goes on
+    assert.equal(0, status)
+    assert.equal(#"In the beginning " + 40 + 1, #printed:match("top 40%):\n(.-\n)\n"))
     refused("%-%-segments does nothing beside %-%-generate, which reads %-%-device, %-%-prompt",
       "--segments 3 --generate " .. sys.quote(out))
     refused("%-%-seed does nothing beside %-%-evaluate", "--seed 3 --evaluate " .. sys.quote(out))
