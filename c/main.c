@@ -48,7 +48,7 @@ static const char usage[] =
     "  lacuna script.lua a b       run a script; `arg` and `...` hold its arguments\n"
     "  lacuna -i script.lua a b    run a script, then start a session with what it left\n"
     "  lacuna -e 'code'            run code; may be repeated, and followed by a script\n"
-    "  lacuna profile script.lua   run a script, then print where its time went\n"
+    "  lacuna profile script.lua   run a script to its end or Ctrl-C, print where time went\n"
     "  lacuna devices              list devices and what runs on them\n"
     "  lacuna variants             try every option with every variant of attention\n"
     "  lacuna --version, -v        versions of Lacuna and LuaJIT\n"
@@ -293,10 +293,7 @@ static int run_chunk(lua_State *L, const char *code)
     return call(L, 0);
 }
 
-static const char profile_script[] =
-    "local script, arguments, n = (...), { select(2, ...) }, select('#', ...) - 1\n"
-    "local profile = require 'lacuna'.profile\n"
-    "profile(function() return script(unpack(arguments, 1, n)) end, { trace = true })\n";
+static const char profile_script[] = "require 'lacuna.repl'.profile(...)\n";
 
 static int run_script(lua_State *L, const lac_command *c, const char *name)
 {
@@ -310,7 +307,7 @@ static int run_script(lua_State *L, const lac_command *c, const char *name)
     if (status != 0) return report(L, 0);
     luaL_checkstack(L, n, "too many arguments");
     if (c->profile) { /* the script becomes the first argument of what runs it */
-        if (luaL_loadstring(L, profile_script) != 0) return report(L, 0);
+        if (luaL_loadbuffer(L, profile_script, strlen(profile_script), "=lacuna") != 0) return report(L, 0);
         lua_insert(L, -2);
         n++;
     }

@@ -370,6 +370,24 @@ outer()
     assert.matches("attempt to index global 'lacc' %(a nil value%)$", last("print(lacc.ones { 2 })"))
   end)
 
+  it("comes after the profile of what was done before it", function()
+    local work = "local lac = require 'lacuna' lac.ones { 2 }:sum() "
+    for _, case in ipairs { { "error('late')", 1, "lacuna: .-:1: late\n  .-:1: in main chunk\n$" },
+                            { "os.exit(7, true)", 7, "\n$" }, { "os.exit()", 0, "\n$" }, { "", 0, "\n$" } } do
+      local text, status = run { "profile", (temporary(work .. case[1])) }
+      assert.matches("^profile: .*\nsum +fwd +1 ", text)
+      assert.matches(case[3], text)
+      assert.equal(case[2], status)
+    end
+    local endless = work .. "io.stdout:setvbuf 'no' print 'go' while true do end"
+    local child = start { "profile", (temporary(endless)) }
+    child:expect("go\n")
+    child:interrupt()
+    local text, status = child:finish()
+    assert.matches("^profile: .*\nsum +fwd +1 .*lacuna: interrupted\n  .-:1: in main chunk\n$", text)
+    assert.equal(130, status)
+  end)
+
   it("is one also when the output could not be written", function()
     local file = io.open("/dev/full", "w")
     if not file then return end

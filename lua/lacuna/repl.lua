@@ -556,6 +556,31 @@ local function banner()
   return text:format(lac.version(), jit.version, lac.threads(), cpu, cuda)
 end
 
+--- What `lacuna profile` does: run a script, print where its time went, and end as the script did. The table
+-- is there too when that was an error, Ctrl-C (a training loop has no other end) or os.exit, which is an
+-- error on its way out of the script; if the script catches it, the process ends where the script does.
+-- @tparam function script
+-- @param ... its arguments
+function repl.profile(script, ...)
+  local host = package.loaded["lacuna.host"]
+  local guard = host and host.guard or plain_guard
+  local arguments, count, exit, ending = { ... }, select("#", ...), os.exit, nil
+  rawset(os, "exit", function(code, close)
+    ending = { code = code, close = close }
+    error("os.exit", 0)
+  end)
+  local ok, report, interrupted
+  require("lacuna").profile(function()
+    ok, report, interrupted = guard(script, unpack(arguments, 1, count))
+  end, { trace = true })
+  rawset(os, "exit", exit)
+  if ending then exit(ending.code, ending.close) end
+  if ok then return end
+  io.stdout:flush()
+  io.stderr:write("lacuna: ", report, "\n")
+  exit(interrupted and 130 or 1, true)
+end
+
 local function converse(session, editor)
   while true do
     local line, cleared = editor:read(session:prompt())
