@@ -39,6 +39,20 @@ end
 describe("optim.adamw", function()
   local grads = { { 0.5, -2, 0 }, { 1, 1, 1e-9 }, { -0.25, 3, 0 } }
 
+  it("says what other libraries' names of its fields are here", function()
+    local w = lac.randn{ 2, grad = true }
+    w:sum():backward()
+    local o = lac.optim.adamw{ w }
+    for name, text in pairs(require("lacuna.synonyms").optimizer) do
+      local ok, message = pcall(function() return o[name] end)
+      assert.is_false(ok, name)
+      assert.is_truthy(message:find(("AdamW: there is no field '%s', did you mean %s?"):format(name, text), 1,
+        true), message)
+      for part in text:gmatch("o:[%w_]+") do assert.is_function(o[part:sub(3)], part) end
+    end
+    assert.error_matches(function() return o.stpe end, "there is no field 'stpe', did you mean 'step'%?")
+  end)
+
   it("says what a group is", function()
     local p = lac.randn{ 2, grad = true }
     assert.error_matches(function() return lac.optim.adamw{ { params = { p }, lr = 1 } } end,

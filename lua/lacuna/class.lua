@@ -32,9 +32,12 @@ local function unknown_field(object, key)
   for name in pairs(object) do
     if type(name) == "string" then names[#names + 1] = name end
   end
-  local nearest = lib.nearest and lib.nearest(tostring(key), names)
+  local words = getmetatable(object).__words -- what other libraries call its fields: synonyms.lua
+  local word = words and words[key]
+  local nearest = not word and lib.nearest and lib.nearest(tostring(key), names)
   lib.fail("%s: there is no field '%s'%s", rawget(getmetatable(object), "__name"), tostring(key),
-           nearest and (", did you mean '%s'?"):format(nearest) or "")
+           word and (", did you mean %s?"):format(word)
+           or nearest and (", did you mean '%s'?"):format(nearest) or "")
 end
 
 --- Make a class.

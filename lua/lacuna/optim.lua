@@ -19,6 +19,7 @@
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
+local synonyms = require "lacuna.synonyms"
 local class = require "lacuna.class"
 local scope = require "lacuna.scope"
 local tensor = require "lacuna.tensor"
@@ -60,6 +61,7 @@ end
 -- ---- what all optimizers share ----------------------------------------------------------------------------
 
 local Optimizer = class("Optimizer", nil, true)
+Optimizer.__words = synonyms.optimizer
 
 local GROUP = { lr = { type = "number", min = 0 }, weight_decay = { type = "number", min = 0 },
   names = { type = "table" } }

@@ -157,6 +157,13 @@ return {
     register_full_backward_hook = "; there are no hooks: lac.custom_op has a backward of your own",
     compile = "lac.graph(fn), on cuda", share_memory = "; one process is one model",
   },
+  -- fields of an optimizer o
+  optimizer = {
+    param_groups = "o.lr, o:step{ factor = f }, or lac.optim.adamw{ { weight, lr = 1e-3 }, { bias } }",
+    add_param_group = "lac.optim.adamw{ { weight, lr = 1e-3 }, { bias } }",
+    clip_grad_norm_ = "o:step{ clip = largest norm }", clip = "o:step{ clip = largest norm }",
+    state = "o:state_dict()", defaults = "o:config()", zero_grads = "o:zero_grad()",
+  },
   dtype = {
     float32 = "f32", float = "f32", fp32 = "f32", float64 = "f64", double = "f64", fp64 = "f64",
     float16 = "f16", half = "f16", fp16 = "f16", bfloat16 = "bf16", int64 = "i64", long = "i64",
