@@ -85,7 +85,7 @@ describe("coverage's line hook", function()
     local dir = sys.temporary "-hook"
     assert(sys.mkdir(dir))
     local status, _, err = sys.run("cc -shared -std=c11 -fPIC -Wall -Wextra -Werror "
-      .. "$(pkg-config --cflags luajit) tests/support/coverage.c -o " .. dir .. "/hook.so")
+      .. "$(pkg-config --cflags luajit) tests/support/coverage.c -o " .. sys.quote(dir .. "/hook.so"))
     assert.are.equal(0, status, err)
     local function chunks(names)
       return sys.run(([[LACUNA_COVERAGE=%s LUA_INIT=@tests/support/coverage.lua timeout 60 luajit -e '
@@ -95,11 +95,11 @@ describe("coverage's line hook", function()
           assert(assert(loadstring(kept[i], %s))() == i)
         end
         package.path = "lua/?.lua;lua/?/init.lua;" .. package.path
-        require "lacuna.synonyms"']]):format(dir, names))
+        require "lacuna.synonyms"']]):format(sys.quote(dir), names))
     end
     status, _, err = chunks "kept[i]"
     assert.are.equal(0, status, err)
-    local _, lines = sys.run("cat " .. dir .. "/*.lines")
+    local _, lines = sys.run("cat " .. sys.quote(dir) .. "/*.lines")
     assert.matches("lua/lacuna/synonyms.lua:%d+\n", lines)
     status, _, err = chunks '"@" .. kept[i]'
     sys.run("rm -r " .. sys.quote(dir))
