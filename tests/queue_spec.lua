@@ -70,15 +70,16 @@ describe("a device that the CPU pretends to be", function()
     for stale = 0, #refusals do
       local folder = sys.temporary("-stale")
       assert(sys.mkdir(folder))
+      local place = sys.quote(folder)
       local status, out, err = sys.run(([[ln -s "$(readlink -f %s/liblacuna.so)" %s/ &&
         cc -shared -std=c11 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Ic -DSTALE=%d \
-          tests/support/stale_cuda.c -o %s/liblacuna_cuda.so]]):format(dir, folder, stale, folder))
+          tests/support/stale_cuda.c -o %s/liblacuna_cuda.so]]):format(sys.quote(dir), place, stale, place))
       assert.are.equal(0, status, out .. err)
       local said = output(([[LACUNA_LIBRARY=%s/liblacuna.so LUA_PATH="lua/?.lua;lua/?/init.lua;;" luajit -e '
         local lac = require "lacuna"
         print(pcall(lac.zeros, { 2 }, { device = "cuda" }))
-        print((lac.ones { 2 } + 1):sum():item(), lac.devices())' 2>&1]]):format(folder))
-      os.execute("rm -rf " .. sys.quote(folder))
+        print((lac.ones { 2 } + 1):sum():item(), lac.devices())' 2>&1]]):format(place))
+      os.execute("rm -rf " .. place)
       local _, times = said:gsub(refusals[stale], "")
       assert.are.equal(2, times, said) -- by the call and in the list of devices
       assert.matches("^false.*\n4\t", said) -- the CPU works on

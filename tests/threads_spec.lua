@@ -25,8 +25,8 @@ describe("the engine under several threads", function()
   teardown(function() os.execute("rm -r " .. sys.quote(directory)) end)
 
   local function compile(name)
-    local program = directory .. "/" .. name
-    local library = lib.path:match("^(.*)/[^/]*$")
+    local program = sys.quote(directory .. "/" .. name)
+    local library = sys.quote(lib.path:match("^(.*)/[^/]*$"))
     local status, out, err = sys.run(table.concat({
       "cc -O1 -g -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Ic tests/support/" .. name .. ".c",
       "-o", program, "-L" .. library, "-Wl,-rpath," .. library,
