@@ -242,7 +242,7 @@ describe("cuda #gpu", function()
   it("refuses tensors of two devices in one operator", function()
     local ok, message = pcall(function() return lac.zeros { 2, device = "cuda" } + lac.zeros { 2 } end)
     assert.is_false(ok)
-    assert.matches("x is on cuda:0 but y is on cpu", message)
+    assert.matches("x is on cuda:0 but y is on cpu; x:to%(\"cuda\"%) and x:to%(\"cpu\"%) move %[", message)
   end)
 
   it("draws the CPU's random bits", function()

@@ -62,6 +62,25 @@ describe("a device that the CPU pretends to be", function()
     end)
   end
 
+  it("is named cuda or cuda:0 by the sessions of a run", function()
+    local place = sys.quote(dir)
+    local function run(script, name)
+      return sys.run(([[head -c 60000 c/lacuna.h >%s/text && LACUNA_LIBRARY=%s/liblacuna.so \
+        LUA_PATH="lua/?.lua;lua/?/init.lua;$LUA_PATH;;" luajit experiments/%s.lua --quick --threads 1 \
+        --data %s/text --steps 2 --resume --out %s/%s --device %s]])
+        :format(place, place, script, place, place, script, name))
+    end
+    for _, script in ipairs { "language_model", "sweep_segments" } do
+      for _, name in ipairs { "cuda", "cuda:0", "cuda" } do
+        local status, out, err = run(script, name)
+        assert.are.equal(0, status, out .. err)
+      end
+      local status, _, err = run(script, "cpu")
+      assert.are.equal(1, status)
+      assert.matches("%-%-device is 'cuda:0' in .* and 'cpu' now", err)
+    end
+  end)
+
   it("is refused from other sources or on other machines, with what to do", function()
     local sources = "the engine and the plug%-in were built from different sources: run `make` again"
     local abi = "was built for ABI %d+ %(%d+ bytes%), the engine has %d+ %(%d+ bytes%): run `make` again"

@@ -343,7 +343,8 @@ local collect = lib.collect
 
 -- ---- checking calls -----------------------------------------------------------------------------
 
-local MEMORY, INTERRUPTED, DTYPE = lib.status.memory, lib.status.interrupted, lib.status.dtype
+local MEMORY, INTERRUPTED = lib.status.memory, lib.status.interrupted
+local DTYPE, DEVICE = lib.status.dtype, lib.status.device
 local tracer, excused = nil, false
 local soft, softs = 0, {} -- softs: by device; soft: their sum
 
@@ -387,6 +388,8 @@ function lib.raise(status)
   if status == MEMORY then message = message .. pool_report(message) end
   if status == DTYPE and not message:find(";", 1, true) then -- where the engine names no remedy of its own
     message = message .. "; x:float(), x:double(), x:long() and so on cast"
+  elseif status == DEVICE and message:find(" is on %S+ but %S+ is on %S+$") then
+    message = message .. '; x:to("cuda") and x:to("cpu") move'
   end
   error(message .. lib.where(), 0)
 end
