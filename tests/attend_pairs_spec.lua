@@ -274,6 +274,9 @@ describe("options of single pairs in attention", function()
           local lists = { P.inputs(c, trial, dtype) }
           lists[5] = nil
           local want = P.run(c, lists, { dtype = dtype })
+          -- a matrix unit leaves keys that are not finite to multiply-adds, whose sums round elsewhere
+          local unit = isa == "amx" and dtype ~= "f64" and c.D >= 32
+          local rounds = unit and (dtype == "f32" and 2 ^ -20 or 2 ^ -7)
           for at = 2, 3 do
             local clean = {}
             for e = 1, c.D do
@@ -282,7 +285,9 @@ describe("options of single pairs in attention", function()
             end
             local got = P.run(c, lists, { dtype = dtype })
             for _, name in ipairs { "out", "lse", "dq" } do
-              assert.equal(0, direct.max_diff(got[name], want[name]), ("%s %s"):format(dtype, name))
+              local allowed = rounds and rounds * (1 + direct.largest(want[name])) or 0
+              local found = direct.max_diff(got[name], want[name])
+              assert.is_true(found <= allowed, ("%s %s: %g > %g"):format(dtype, name, found, allowed))
             end
             for e = 1, c.D do lists[at][(N - 1) * c.D + e] = clean[e] end
           end
