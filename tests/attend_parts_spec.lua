@@ -151,6 +151,16 @@ describe("attention in parts", function()
     end, 3)
   end)
 
+  -- of whole pieces, of which products are made while others become probabilities, and pieces that bands cut
+  it("is that in long rows of 32, 64 and 128 numbers, whose products overlap", function()
+    exact(function(trial)
+      return direct.fill { N = 650 + 13 * trial, H = 2, Hk = 1, D = 2 ^ (5 + (trial - 1) % 3),
+                           segments = { 650 + 13 * trial }, dilations = { 1 }, causal = trial > 3,
+                           window = trial > 6 and 290 or nil, dropout = trial == 2 and 0.2 or 0, seed = trial,
+                           lengths = trial == 5 and { 600 } or nil, lengths_dtype = "i32" }
+    end, 9)
+  end)
+
   it("is that where a task has more than 32 rows of blocks, whose memory is used again", function()
     C.lac_threads(1)
     exact(function(trial)
@@ -270,6 +280,8 @@ describe("attention in parts", function()
       { B = 2, N = 500, H = 3, D = 48, segments = { 100, 500 }, dilations = { 1, 3 }, causal = true },
       { N = 1700, H = 2, Hk = 1, D = 48, segments = { 1700 }, dilations = { 1 }, window = 300 },
       { N = 1400, H = 1, D = 64, segments = { 1400, 700 }, dilations = { 2, 1 }, merge = "lse_detach" },
+      { N = 1300, H = 2, D = 32, segments = { 1300 }, dilations = { 1 } },
+      { N = 1100, H = 1, D = 32, segments = { 1100 }, dilations = { 1 }, causal = true },
       { N = 1400, H = 2, Hk = 1, D = 48, segments = { 1400 }, dilations = { 1 }, sizes = { 128 } },
       { N = 1500, H = 1, D = 48, segments = { 1500, 300 }, dilations = { 2, 1 }, merge = "mean",
         sizes = { 270 } },
