@@ -122,6 +122,13 @@
 --     memory); as instructions written down, with half of the panel of keys read from memory to have two
 --     registers free, 7 to 19% slower. Two vectors are loaded in a cycle: a step of 12 multiply-adds then
 --     has 13 loads in its 6 cycles, and a vector of exponentials 16 more.
+--   * Powers of quarters from a register, as exps.h has them: seven of the instructions that multiply
+--     instead of nine, 4.9 -> 4.5 ticks a vector by itself. Calls of the forward 0 to 3% faster, but
+--     probabilities are a sixth less exact, and the golden spec's dv beyond its bound in one case. With
+--     what each power lacks picked as well they are more exact than now, and take 5.2 ticks. Maxima taken
+--     by the micro-kernel as it stores scores, without a pass over the row: D = 32 -2 to -3%, D = 64 1% or
+--     -2%. Maxima rounded to whole numbers save one instruction of 14, but ten of the others multiply
+--     instead of nine: not built.
 --   * Nor did constants of exponentials in registers bring anything (6.3 cycles a vector either way), nor
 --     multiply-adds four steps at a time: in the first cache a panel of scores saves 20 of 410 cycles at
 --     D = 64, its loop's end being guessed, but calls took 2% less to 3% more, and products of values and
@@ -145,6 +152,27 @@
 --     to 1.80, D = 128 0.97 to 1.96 and 0.88 to 1.81, D = 32 0.99 to 2.25 and 0.92 to 1.69, the causal ones
 --     above 1.5 but for D = 32's backward and D = 64's at N = 2048 (1.19): what the neighbours leave of the
 --     unit decides.
+--   * f32 there by clocks around every step, N = 2048, D = 32, ticks for 32 x 32 pairs: the forward 3490,
+--     of which the exponentials and the scores beside them were 1700, the first scores of four 250, values
+--     1150, maxima 120, keys 100, results 100; the backward 4540, S and dP 990, P and dS 1170, dQ 720, dK
+--     and dV 870, loading, packing and results 690. The forward's products take 560 from the first cache,
+--     and the other instructions 430 by counting, the backward's 1390 and 730. So values are added while
+--     the next keys become probabilities, S and dP of the next pairs and dQ of the last ones made beside P
+--     and dS, and exponentials are nine instructions instead of twelve (vreduceps, vscalefps; at most 1.0
+--     of half a last bit instead of 1.4). Expected: the larger of the two sums instead of both. Measured:
+--     forward 2960, in a calmer run 1920, backward 4050. SDPA's time over ours, one run in turns,
+--     processor time, before and now: forward D = 32, N = 512 1.23 and 1.56, N = 2048 1.27 and 1.63,
+--     causal 1.56 and 1.92; D = 64 1.50 and 1.64, 1.60 and 1.79; D = 128 1.65 and 1.72; backward D = 32
+--     1.26 and 1.35, 1.24 and 1.34, causal 1.38 and 1.52; D = 64 1.48 and 1.50, D = 128 1.37 and 1.42. In
+--     another run, where SDPA's backward was a tenth faster: forward D = 32 1.25 and 1.62, 1.30 and 1.69;
+--     backward 1.08 and 1.11, 1.15 and 1.21, D = 64 1.28 and 1.34, D = 128 1.35 and 1.34: 1.3 is shown for
+--     the backward at D = 32 in one run of two. What is between the two sums and what is measured was not
+--     found.
+--   * Tried there without gain. What the unit loads next asked for ahead, an eighth between each two
+--     turns: 3 to 5% slower, D = 128 a fifth; of probabilities, too, 2% more. Pieces of 64 keys, which
+--     halves what is held: 0 to 8% slower. In the forward no steps beside the last two turns of eight, and
+--     the sides of a product loaded before the one before it is stored: D = 32 2% slower, D = 128 2%
+--     faster; in the backward that gave 3% at D = 32, -1 and 0% at D = 64 and 128, and is kept.
 --
 -- The other side is measured in turns with ours (see lua/lacuna/bench.lua); gathering is not counted against
 -- PyTorch: its inputs are contiguous and gathered already.
