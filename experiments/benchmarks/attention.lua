@@ -165,14 +165,18 @@
 --     causal 1.56 and 1.92; D = 64 1.50 and 1.64, 1.60 and 1.79; D = 128 1.65 and 1.72; backward D = 32
 --     1.26 and 1.35, 1.24 and 1.34, causal 1.38 and 1.52; D = 64 1.48 and 1.50, D = 128 1.37 and 1.42. In
 --     another run, where SDPA's backward was a tenth faster: forward D = 32 1.25 and 1.62, 1.30 and 1.69;
---     backward 1.08 and 1.11, 1.15 and 1.21, D = 64 1.28 and 1.34, D = 128 1.35 and 1.34: 1.3 is shown for
---     the backward at D = 32 in one run of two. What is between the two sums and what is measured was not
---     found.
+--     backward 1.08 and 1.11, 1.15 and 1.21, D = 64 1.28 and 1.34, D = 128 1.35 and 1.34. In a third run,
+--     of what is kept: forward 1.36 and 1.62, 1.37 and 1.66; backward D = 32 1.32 and 1.26 (1.40 before
+--     the last step below), 1.27 and 1.32, causal 1.46 and 1.45; D = 64 1.41 and 1.46, D = 128 1.41 and
+--     1.42. So 1.2 is there for the forward, and 1.3 for the backward but at D = 32, where it is met in
+--     some turns and not in others. What is between the two sums and what is measured was not found.
 --   * Tried there without gain. What the unit loads next asked for ahead, an eighth between each two
 --     turns: 3 to 5% slower, D = 128 a fifth; of probabilities, too, 2% more. Pieces of 64 keys, which
 --     halves what is held: 0 to 8% slower. In the forward no steps beside the last two turns of eight, and
 --     the sides of a product loaded before the one before it is stored: D = 32 2% slower, D = 128 2%
---     faster; in the backward that gave 3% at D = 32, -1 and 0% at D = 64 and 128, and is kept.
+--     faster; in the backward that gave, in two runs, 3 and -10% at D = 32 and N = 512, 3 and 1% at N =
+--     2048, -1 and 4% at D = 64, 0 and 5% at D = 128, and is kept. No asking ahead for the lines that
+--     parts of P and dS are written to: D = 32 1 to 6% slower, D = 64 6% faster, D = 128 2% slower.
 --
 -- The other side is measured in turns with ours (see lua/lacuna/bench.lua); gathering is not counted against
 -- PyTorch: its inputs are contiguous and gathered already.
