@@ -490,9 +490,16 @@ static lac_kernel *const by_line2[] = {[M2_swiglu] = line2_f32_swiglu, [M2_geglu
 /* the same of half types: [gradient][f16 or bf16] */
 static lac_kernel *const of_halves[][2][2] = {
 #ifdef V_HALF_LINES
-    [M1_relu] = {{f16_h_relu, bf16_h_relu}}, [M1_exp] = {{f16_h_exp, bf16_h_exp}},
-    [M1_tanh] = {{f16_h_tanh, bf16_h_tanh}}, [M1_sigmoid] = {{f16_h_sigmoid, bf16_h_sigmoid}},
-    [M1_silu] = {{f16_h_silu, bf16_h_silu}}, [M1_gelu] = {{f16_h_gelu, bf16_h_gelu}, {f16_h_gelu_bwd, bf16_h_gelu_bwd}},
+    [M1_relu] = {{f16_h_relu, bf16_h_relu}},
+    [M1_exp] = {{f16_h_exp, bf16_h_exp}},
+    [M1_tanh] = {{f16_h_tanh, bf16_h_tanh}},
+    [M1_sigmoid] = {{f16_h_sigmoid, bf16_h_sigmoid}},
+#ifdef H_SILU_BWD
+    [M1_silu] = {{f16_h_silu, bf16_h_silu}, {f16_h_silu_bwd, bf16_h_silu_bwd}},
+#else
+    [M1_silu] = {{f16_h_silu, bf16_h_silu}},
+#endif
+    [M1_gelu] = {{f16_h_gelu, bf16_h_gelu}, {f16_h_gelu_bwd, bf16_h_gelu_bwd}},
 #else
     {{NULL}},
 #endif

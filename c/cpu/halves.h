@@ -2,8 +2,8 @@
  *
  * A half holds 11 or 8 bits, so short polynomials from tables in registers do. What tests/elem_spec.lua finds over all
  * 65,536 values, in units of the last place (0.5 is rounding alone): exp, sigmoid, silu, tanh 0.509, gelu and its slope
- * 0.538 (near its root in units of 2^-6), the slope times anything 0.575. Tails keep that accuracy, as far as the
- * results are normal floats.
+ * 0.538 (slopes near their roots in units of 2^-6), the slope times anything 0.575, silu's slope 0.505 (f16 here 0.501
+ * for sigmoid and silu). Tails keep that accuracy, as far as the results are normal floats.
  * The words of bf16 at even and at odd places are two vectors of floats after a shift and a mask, and come back by an
  * addition each and a permutation. Values exactly between two bf16 go away from zero; no function here makes any but of
  * subnormals. f16 is converted by the processor: 7 cycles of a Zen 4 for a line there and back, bf16 3.
@@ -12,16 +12,19 @@
  * subtracted from x as bytes that a table holds for every x (AVX512-VBMI; without, by polynomials).
  * What no table covers (`far`: large arguments, NaN) is computed again out of line, and such elements alone are
  * taken from there: no value depends on its neighbours. A line with an x < -3.92 costs gelu 35 to 40 cycles more, one
- * with |x| > 3.92 costs its gradient 58 to 63.
- * Cycles of a line in the cache, bf16 and f16: exp 11, 18; sigmoid 16, 23; silu 17, 25; tanh 11 (15 without bytes), 22;
- * gelu 18, 23; its gradient 21, 25. Of 512 bits a cycle starts two steps, of these one multiplication or comparison,
- * one addition of floats or shift and one permutation, which takes half of each: chains of dependent steps and uneven
- * shares leave 1.5 to 1.7.
- * Tried, not kept: two to four lines stage by stage (3% at best); 1 / d of f16 by an estimate and a Newton step (26
- * cycles); a table's argument from the middle of its interval (gelu 21.5, and 2^-16.5 instead of 2^-15); additions by
- * multipliers beside f16's conversions; vcvtne2ps2bf16, which flushes subnormals and wants a permutation; exp with a
- * fixed point inside a float (two steps fewer with byte permutations and 10 cycles, without them 12.7); bytes for
- * sigmoid, silu or gelu (relative accuracy on both sides of 0 wants 25 tables, and registers hold 12).
+ * with |x| > 3.92 costs its gradient 58 to 63; f16's sigmoid and silu, and silu's gradient, have tables up to 7.75.
+ * Cycles of a line in the cache, bf16 and f16, of a Zen 4: exp 11, 18; tanh 11 (15 without bytes), 22; gelu 18, 23; its
+ * gradient 21, 25; sigmoid 16, silu 17. Of 512 bits a cycle starts two steps, of these one multiplication or
+ * comparison, one addition of floats or shift and one permutation, which takes half of each: chains of dependent steps
+ * and uneven shares leave 1.5 to 1.7. Of a Xeon (Sapphire Rapids): exp 13, 15; sigmoid 16, 19; silu's gradient 19, 22;
+ * tanh 12, 18; gelu 16, 18; its gradient 17, 21. A division takes 10 there, rcp14 and vpermt2w 2, all else here 0.5 or
+ * 1: f16's sigmoid by h_power and a division took 25, with an estimate and a Newton step 22, hence its table: 11 steps
+ * a vector. Tried, not kept: bf16's words joined by a shift and a masked move (a Xeon 2%, one step more elsewhere); two
+ * to four lines stage by stage (3% at best); a table's argument from the middle of its interval (gelu 21.5, and 2^-16.5
+ * instead of 2^-15); additions by multipliers beside f16's conversions; vcvtne2ps2bf16, which flushes subnormals and
+ * wants a permutation; exp with a fixed point inside a float (two steps fewer with byte permutations and 10 cycles,
+ * without them 12.7); bytes for sigmoid, silu or gelu (relative accuracy on both sides of 0 wants 25 tables, and
+ * registers hold 12).
  */
 #ifndef LAC_CPU_HALVES_H
 #define LAC_CPU_HALVES_H
@@ -131,14 +134,79 @@ LAC_INLINE __m512i h_exp_bf16(__m512i w)
     y = _mm512_srai_epi16(_mm512_add_epi16(y, h_word(start, at)), 8);
     return _mm512_add_epi16(_mm512_add_epi16(at, at), y);
 }
-/* 1 / (1 + e^-x); bf16 by an estimate, 2^-14 */
+/* Functions of |x| < 7.75 by intervals around j/2, j modulo 32: 1 / (1 + e^-x), relative 2^-20.9, and the slope of
+ * silu, 2^-16.5 of it or of 2^-6 */
+static const float h_sigmoid_table[5][32] = {
+    {0.49999997f,  0.6224593f,    0.7310586f,    0.8175745f,    0.8807971f,    0.9241418f,    0.95257413f,
+     0.97068775f,  0.98201376f,   0.9890131f,    0.9933072f,    0.99592984f,   0.99752736f,   0.9984988f,
+     0.99908894f,  0.9994472f,    0.0003353501f, 0.0005527786f, 0.0009110511f, 0.0015011821f, 0.002472623f,
+     0.004070137f, 0.0066928505f, 0.010986942f,  0.017986208f,  0.029312229f,  0.047425874f,  0.07585818f,
+     0.11920293f,  0.18242554f,   0.26894143f,   0.37754068f},
+    {0.24999748f,    0.23500235f,    0.19661243f,    0.14914766f,   0.10499447f,   0.070104085f,  0.04517671f,
+     0.028452955f,   0.017662615f,   0.010866154f,   0.006648002f,  0.0040535354f, 0.002466486f,  0.0014989141f,
+     0.00091021217f, 0.00055246754f, 0.00033523433f, 0.0005524676f, 0.0009102123f, 0.0014989143f, 0.0024664863f,
+     0.004053536f,   0.006648003f,   0.010866155f,   0.017662616f,  0.028452955f,  0.04517671f,   0.07010408f,
+     0.10499446f,    0.14914764f,    0.19661242f,    0.23500234f},
+    {2.0089897e-06f,  -0.028775869f,  -0.045427855f,  -0.04736543f,   -0.039981883f,  -0.02973434f,   -0.020445967f,
+     -0.013392537f,   -0.008513662f,  -0.005313709f,  -0.0032795155f, -0.0020102735f, -0.0012271466f, -0.00074720813f,
+     -0.00045427753f, -0.0002759288f, 0.00016751036f, 0.0002759376f,  0.0004542919f,  0.0007472314f,  0.0012271837f,
+     0.0020103315f,   0.0032796024f,  0.00531383f,    0.008513806f,   0.013392648f,   0.020445883f,   0.029733753f,
+     0.03998048f,     0.047363497f,   0.04542705f,    0.028778056f},
+    {-0.02067182f,   -0.01597165f,  -0.0059201997f, 0.0025353413f, 0.0064188046f,  0.006745905f,   0.005485201f,
+     0.0039370665f,  0.0026376361f, 0.0016978297f,  0.0010673022f, 0.00066148926f, 0.0004064911f,  0.00024850815f,
+     0.00015145232f, 9.212787e-05f, 5.597582e-05f,  9.212603e-05f, 0.0001514493f,  0.00024850326f, 0.00040648328f,
+     0.000661477f,   0.0010672834f, 0.0016978028f,  0.0026376017f, 0.003937033f,   0.005485193f,   0.0067459717f,
+     0.0064190007f,  0.0025356514f, -0.005919922f,  -0.015971523f},
+    {-3.2145603e-05f, 0.004292782f,    0.005106772f,   0.003121882f,   0.0008847619f,  -0.0003796802f, -0.00077401055f,
+     -0.0007333312f,  -0.0005592684f,  -0.0003857198f, -0.0002521155f, -0.0001598448f, -9.955639e-05f, -6.135539e-05f,
+     -3.7574173e-05f, -2.2923066e-05f, 1.386623e-05f,  2.2781534e-05f, 3.7343543e-05f, 6.0982467e-05f, 9.896121e-05f,
+     0.00015891592f,  0.00025072187f,  0.00038377664f, 0.00055694423f, 0.0007315489f,  0.00077534665f, 0.00038907418f,
+     -0.00086224335f, -0.003090944f,   -0.0050938153f, -0.0043277945f},
+};
+static const float h_silu_slope_table[5][32] = {
+    {0.49999982f,   0.7399611f,    0.9276705f,     1.0412942f,     1.0907843f,    1.0994011f,    1.0881041f,
+     1.0702734f,    1.0526646f,    1.037911f,      1.0265474f,     1.0182245f,    1.0123265f,    1.0082419f,
+     1.0054605f,    1.0035908f,    -0.0023465513f, -0.0035907694f, -0.005460497f, -0.008241855f, -0.012326432f,
+     -0.018224508f, -0.026547434f, -0.03791109f,   -0.05266462f,   -0.070273355f, -0.088104114f, -0.09940112f,
+     -0.09078429f,  -0.04129452f,  0.072329864f,   0.26003873f},
+    {0.49998507f,    0.44122285f,    0.302372f,     0.15620495f,    0.050065316f,   -0.008462128f,  -0.03232231f,
+     -0.0368422f,    -0.032784443f,  -0.026091361f, -0.019499347f,  -0.014006063f,  -0.009792864f,  -0.0067159245f,
+     -0.0045394893f, -0.0030340133f, -0.002009621f, -0.0030340133f, -0.0045394893f, -0.0067159245f, -0.009792864f,
+     -0.014006062f,  -0.019499347f,  -0.026091361f, -0.03278444f,   -0.0368422f,    -0.03232231f,   -0.008462127f,
+     0.050065342f,   0.15620351f,    0.30236995f,   0.44122285f},
+    {2.420261e-05f,  -0.11040584f,   -0.15394624f,  -0.13034083f,   -0.08109601f,   -0.038432434f,  -0.011940996f,
+     0.0011149851f,  0.006040983f,   0.0069139763f, 0.006118677f,   0.0048453845f,  0.0036085732f,  0.0025860704f,
+     0.0018055333f,  0.0012371126f,  -0.000835733f, -0.0012371124f, -0.0018055332f, -0.0025860704f, -0.0036085732f,
+     -0.0048453305f, -0.0061185383f, -0.006913693f, -0.0060405005f, -0.001114347f,  0.0119414795f,  0.03843243f,
+     0.08109884f,    0.13038102f,    0.15389712f,   0.110428765f},
+    {-0.08236878f,    -0.05510863f,   -0.00334477f,    0.028683363f,    0.032627895f,    0.023141978f,
+     0.012650381f,    0.0054929797f,  0.0016144053f,   -0.00014232418f, -0.00076680764f, -0.00086662185f,
+     -0.00076091697f, -0.0005997074f, -0.00044536698f, -0.00031864265f, -0.00022225792f, -0.00031864265f,
+     -0.00044536698f, -0.0005997074f, -0.000760917f,   -0.0008666311f,  -0.0007668216f,  -0.00014235108f,
+     0.001614367f,    0.0054929494f,  0.012650393f,    0.023141958f,    0.032627348f,    0.028713582f,
+     -0.0033003015f,  -0.05510881f},
+    {-0.00038718485f, 0.024120193f,   0.023437377f,    0.00819994f,     -0.0027744635f, -0.005663544f,  -0.0045163627f,
+     -0.0026719496f,  -0.0013097102f, -0.0005287993f,  -0.00014439471f, 1.9434203e-05f, 7.461251e-05f,  8.18329e-05f,
+     7.098492e-05f,   5.560121e-05f,  -4.1151052e-05f, -5.5601788e-05f, -7.098574e-05f, -8.183333e-05f, -7.460958e-05f,
+     -2.0291041e-05f, 0.00014216984f, 0.0005242737f,   0.0013019934f,   0.0026617462f,  0.0045086415f,  0.0056636105f,
+     0.0027293125f,   -0.008830838f,  -0.022640867f,   -0.024487237f},
+};
+LAC_INLINE __m512 h_quartic(const float (*table)[32], __m512 x)
+{
+    const __m512 magic = _mm512_set1_ps(0x1.8p22f); /* the last bit of the sum is 1/2 */
+    __m512 sum = _mm512_add_ps(x, magic), t = _mm512_sub_ps(x, _mm512_sub_ps(sum, magic));
+    __m512i i = _mm512_castps_si512(sum);
+    __m512 y = _mm512_fmadd_ps(h_entry(table[4], i), t, h_entry(table[3], i));
+    y = _mm512_fmadd_ps(y, t, h_entry(table[2], i));
+    y = _mm512_fmadd_ps(y, t, h_entry(table[1], i));
+    return _mm512_fmadd_ps(y, t, h_entry(table[0], i));
+}
+/* bf16: by an estimate, 2^-14 */
 LAC_INLINE __m512 h_sigmoid_near(int half, __m512 x)
 {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    __m512 d = _mm512_add_ps(h_power(half, x, true), one);
-    return half == 2 ? _mm512_rcp14_ps(d) : _mm512_div_ps(one, d);
+    if (half == 1) return h_quartic(h_sigmoid_table, x);
+    return _mm512_rcp14_ps(_mm512_add_ps(h_power(half, x, true), _mm512_set1_ps(1.0f)));
 }
-
 LAC_INLINE __m512 h_silu_near(int half, __m512 x) { return _mm512_mul_ps(x, h_sigmoid_near(half, x)); }
 
 /* tanh(u): four intervals between powers of two, up to 4 (bf16, 2^-13.1 at most) or 8 (f16, 2^-17.2); the number of one
@@ -258,6 +326,17 @@ H_FAR(h_exp_far, v_expf)
 H_FAR(h_sigmoid_far, v_sigmoidf)
 H_FAR(h_silu_far, f_silu)
 #undef H_FAR
+static __attribute__((noinline)) __m512i h_silu_bwd_far(int half, const uint16_t *words, const uint16_t *g)
+{
+    float line[HALF_LINE];
+    __m512 x[2], s[2];
+    h_take(half, words, x);
+    h_take(half, g, s);
+    memcpy(line, x, sizeof line);
+    _Pragma("omp simd") for (int k = 0; k < HALF_LINE; k++) line[k] = f_silu_grad(line[k]);
+    for (int k = 0; k < 2; k++) s[k] = _mm512_mul_ps(s[k], _mm512_loadu_ps(line + 16 * k));
+    return h_join(half, s);
+}
 /* u Q(u), for u >= 3.9: e^(-u^2/2) times a cubic in 1/u^2, relative 2^-18; 0 from 13.2 on. *density: of the normal
  * distribution, *inverse: 1/u, 2^-14 */
 LAC_INLINE __m512 h_tail(int half, __m512 u, __m512 *density, __m512 *inverse)
@@ -302,6 +381,7 @@ LAC_INLINE __mmask32 h_beyond(__m512i w, int bound)
     return _mm512_cmpgt_epu16_mask(_mm512_add_epi16(w, w), _mm512_set1_epi16((short)(2 * bound)));
 }
 enum { H_EXP_BF16 = 0x42ae, H_EXP_F16 = 0x5400, H_GELU_BF16 = 0x407b, H_GELU_F16 = 0x43dc }; /* 87, 64, 3.92, 3.93 */
+enum { H_QUARTIC_BF16 = 0x40f7, H_QUARTIC_F16 = 0x47bf };                                    /* the last below 7.75 */
 
 /* 0 for what is below 0: -0 and NaN are not */
 LAC_INLINE __m512i h_relu(int half, const uint16_t *line)
@@ -318,7 +398,7 @@ LAC_INLINE __m512i h_relu(int half, const uint16_t *line)
 #define H_MAP(name, near)                                                                                              \
     LAC_INLINE __m512i name(int half, const uint16_t *line)                                                            \
     {                                                                                                                  \
-        __mmask32 far = h_beyond(_mm512_loadu_si512(line), half == 2 ? H_EXP_BF16 : H_EXP_F16);                        \
+        __mmask32 far = h_beyond(_mm512_loadu_si512(line), half == 2 ? H_EXP_BF16 : H_QUARTIC_F16);                    \
         __m512 x[2];                                                                                                   \
         h_take(half, line, x);                                                                                         \
         x[0] = near(half, x[0]);                                                                                       \
@@ -329,6 +409,17 @@ LAC_INLINE __m512i h_relu(int half, const uint16_t *line)
 H_MAP(h_sigmoid, h_sigmoid_near)
 H_MAP(h_silu, h_silu_near)
 #undef H_MAP
+#define H_SILU_BWD /* with AVX2 it goes by floats */
+LAC_INLINE __m512i h_silu_bwd(int half, const uint16_t *line, const uint16_t *g)
+{
+    __mmask32 far = h_beyond(_mm512_loadu_si512(line), half == 2 ? H_QUARTIC_BF16 : H_QUARTIC_F16);
+    __m512 x[2], s[2];
+    h_take(half, line, x);
+    h_take(half, g, s);
+    for (int k = 0; k < 2; k++) s[k] = _mm512_mul_ps(s[k], h_quartic(h_silu_slope_table, x[k]));
+    __m512i y = h_join(half, s);
+    return H_OR_FAR(y, far, h_silu_bwd_far(half, line, g));
+}
 LAC_INLINE __m512i h_exp(int half, const uint16_t *line)
 {
     __m512i y, w = _mm512_loadu_si512(line);
