@@ -27,6 +27,20 @@
 /* elements of a tile, of a strip, of one whose outputs are larger than the caches; bytes */
 enum { TILE = 512, STRIP = 4096, LONG_STRIP = 16384, AHEAD = 2048 };
 
+/* Where results stream, kernels ask for what they are going to read: with AVX-512 twice, early into the second cache
+ * and late into the first. A Xeon needs both (experiments/benchmarks/elementwise.lua has the numbers). */
+#ifdef __AVX512F__
+enum { EARLY = 512 };
+LAC_INLINE void ask_ahead(const char *x, int64_t early)
+{
+    __builtin_prefetch(x + 8 * early, 0, 2);
+    __builtin_prefetch(x + early, 0, 3);
+}
+#else
+enum { EARLY = AHEAD };
+LAC_INLINE void ask_ahead(const char *x, int64_t early) { __builtin_prefetch(x + early, 0, 2); }
+#endif
+
 /* an input of one strip */
 typedef struct {
     const char *x;
@@ -36,6 +50,7 @@ typedef struct {
     bool direct;   /* an array of the compute type */
     bool repeated; /* one tile, for all elements */
     bool ahead;    /* dense, to be converted and beyond the caches: fetch early */
+    int64_t early; /* how many bytes ahead kernels ask for it where results stream */
 } elem_in;
 typedef struct {
     char *x;
@@ -94,7 +109,9 @@ enum { MIXED = 3 };
 #define HALF(own) (!HALVES ? 0 : kind_ == MIXED ? (own) : kind_)
 #define IN(k)                                                                                                          \
     int half##k;                                                                                                       \
-    const char *from##k = tile_in(&in[k], at_, m_, space_[k], CHUNK, &half##k)
+    const char *from##k = tile_in(&in[k], at_, m_, space_[k], CHUNK, &half##k);                                        \
+    const int64_t early##k = in[k].early;                                                                              \
+    (void)early##k
 #define SIZE(k) (HALF(half##k) ? 2 : (int64_t)sizeof(T))
 /* chunk i of an input as an array in##k, which never is in memory */
 #define TAKE(k)                                                                                                        \
@@ -121,16 +138,16 @@ enum { MIXED = 3 };
 #define IN4                                                                                                            \
     IN3;                                                                                                               \
     IN(3)
-#define AHEAD1 __builtin_prefetch(from0 + i * SIZE(0) + AHEAD, 0, 2)
+#define AHEAD1 ask_ahead(from0 + i * SIZE(0), early0)
 #define AHEAD2                                                                                                         \
     AHEAD1;                                                                                                            \
-    __builtin_prefetch(from1 + i * SIZE(1) + AHEAD, 0, 2)
+    ask_ahead(from1 + i * SIZE(1), early1)
 #define AHEAD3                                                                                                         \
     AHEAD2;                                                                                                            \
-    __builtin_prefetch(from2 + i * SIZE(2) + AHEAD, 0, 2)
+    ask_ahead(from2 + i * SIZE(2), early2)
 #define AHEAD4                                                                                                         \
     AHEAD3;                                                                                                            \
-    __builtin_prefetch(from3 + i * SIZE(3) + AHEAD, 0, 2)
+    ask_ahead(from3 + i * SIZE(3), early3)
 #define OUT(k)                                                                                                         \
     T result##k[TILE];                                                                                                 \
     const int into##k = HALVES && m_ >= CHUNK ? to[k].half : 0;                                                        \
@@ -580,7 +597,8 @@ static elem_in input_of(const elem_job *job, elem_space *space, int v, const cha
                      .dtype = dtype,
                      .half = dense ? half_of(dtype) : 0,
                      .direct = direct,
-                     .ahead = job->stream && !direct && dense};
+                     .ahead = job->stream && !direct && dense,
+                     .early = EARLY};
 }
 
 static elem_out output_of(const elem_job *job, int v, char *x)
@@ -614,15 +632,18 @@ static bool strip_is_near(const elem_in *in, int64_t n)
     return true;
 }
 
-/* Inputs that are not read get the address of one that is and is stored like them: then a strip may be one tile. Not
- * where results stream: kernels ask ahead for every input, and a line asked for twice costs gradients half to one cycle
- * of a Zen 4, more than the longer tile saves. */
+/* Inputs that are not read get the address of one that is and is stored like them: then a strip may be one tile. Where
+ * results stream, kernels ask ahead for every input, and a line asked for twice costs gradients half to one cycle of a
+ * Zen 4, more than the longer tile saves: so these ask for what is being read anyhow. */
 static void stand_in(const elem_job *job, elem_in *in)
 {
     const int inputs = job->nest.views - job->outputs;
     for (int v = 0; v < inputs; v++)
         for (int w = 0; w < inputs && job->unread >> (job->outputs + v) & 1; w++)
-            if (!in[w].repeated && (in[w].direct || in[w].half) && in[w].half == in[v].half) in[v] = in[w];
+            if (!in[w].repeated && (in[w].direct || in[w].half) && in[w].half == in[v].half) {
+                in[v] = in[w];
+                in[v].early = 0;
+            }
 }
 
 static void elem_task(void *context, int64_t begin, int64_t end, int thread)
@@ -646,7 +667,7 @@ static void elem_task(void *context, int64_t begin, int64_t end, int thread)
             if (v < job->outputs) out[v] = output_of(job, v, x);
             else in[v - job->outputs] = input_of(job, &space, v, x);
         }
-        if (job->unread && !job->stream) stand_in(job, in);
+        if (job->unread) stand_in(job, in);
         (job->near && strip_is_near(in, n) ? job->near : job->kernel)(n, in, out, job->constants);
         if (++strip == job->strips) {
             strip = 0;

@@ -59,12 +59,23 @@
 -- softmax with a row's rest between its passes (5.9 ns for 5.5); results of rows that are no whole cache
 -- lines past the caches (rows of 1000 6.7 ns for 8.2, but 1024 5.6 for 5.2); norms' backwards with other
 -- distances of prefetch, dgamma and dbeta half a page beside x (no difference).
--- A Xeon (Sapphire Rapids; AVX-512) copies 16 floats in 6.4 ns. What is fetched for a kernel must be
--- asked for 2 KB ahead there, not 1: bf16 exp 80 instead of 70, sigmoid 83 (71), silu 75 (66), tanh 82
--- (70), gelu 86 (74); f16 86 (74), 75 (69), 72 (66), 87 (75), 88 (76). With a Newton step instead of a
--- division f16's sigmoid and silu would be 80 and 77 there; on a Zen 4 it takes three cycles more. Zen 3:
--- relu 110 with 2 KB, 103 with 1, 90 with 4; the others the same. On the Xeon softmax's backwards have 96
--- and 95 instead of 81 and 89, rmsnorm 109 instead of 103, of rows of 4096 105 (81), of 64 56 (51).
+-- A Xeon (Sapphire Rapids; AVX-512, 2.8 GHz) copies 16 floats in 5.6 to 6.4 ns; 77% allow 7.3 to 8.3, and
+-- arithmetic takes 4.5 to 7 of them in the cache. All that is read is asked for there twice, 4 KB ahead
+-- into the second cache and 512 bytes ahead into the first. Share of a copy for 32 halves or 16 floats,
+-- one thread, arrays of 512 MB, libraries in turns, 2 KB ahead into the second cache alone and now: f16
+-- exp 82, 89, tanh 84, 87, gelu 82, 88, its gradient 85, 91; bf16 exp 80, 90, tanh 83, 95, sigmoid 83, 88,
+-- silu 82, 88, gelu 83, 87; f32 exp 89, 108, tanh 85, 101, sigmoid 89, 105, silu 88, 102, gelu 86, 104,
+-- its gradient 91, 101. Sigmoid and silu of f16 have a polynomial of degree four in intervals of 1/2
+-- instead of an exponential and a division, of which one of 16 floats starts in 10 cycles: 66, 84 and 66,
+-- 82. Silu's gradient of halves is computed in lines of words too: f16 65, 92, bf16 56, 92. Two threads:
+-- f16 sigmoid 69, 87, silu 61, 81, f32 86 to 89 before and 100 to 107 now. In a bare loop, f16's exp, ns a
+-- line by what is asked for: nothing 10.6, 2 KB into the second cache 7.7, 4 KB 7.0, 8 KB 7.2, 1 or 2 KB
+-- into the first 7.7, 6.8, 2 KB and 256 bytes 7.5, 4 KB and 512 bytes 6.7; results by blocks of 4 KB 9.9,
+-- stored through the caches 9.0 to 10. A Zen 4 has not been asked. Zen 3, 2 KB into the second cache: relu
+-- 110 with 2 KB, 103 with 1, 90 with 4; the others the same. Inputs of a gradient that it does not read
+-- (f32: x of sigmoid, y of silu) stand for others, so that a strip is one tile: 3 to 5% there. On the Xeon
+-- softmax's backwards have 96 and 95 instead of 81 and 89, rmsnorm 109 instead of 103, of rows of 4096 105
+-- (81), of 64 56 (51).
 -- Reading alone. 6.3 to 7 cycles a line whatever is asked for ahead, where 77% of a copy allow 6.8: the
 -- maximum over rows is there. A sum converts to double, 5 cycles for 16 floats, a variance 9, a log-sum-exp
 -- takes 10; over columns sums are loaded and stored as well.
