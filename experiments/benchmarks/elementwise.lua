@@ -67,15 +67,17 @@
 -- silu 82, 88, gelu 83, 87; f32 exp 89, 108, tanh 85, 101, sigmoid 89, 105, silu 88, 102, gelu 86, 104,
 -- its gradient 91, 101. Sigmoid and silu of f16 have a polynomial of degree four in intervals of 1/2
 -- instead of an exponential and a division, of which one of 16 floats starts in 10 cycles: 66, 84 and 66,
--- 82. Silu's gradient of halves is computed in lines of words too: f16 65, 92, bf16 56, 92. Two threads:
--- f16 sigmoid 69, 87, silu 61, 81, f32 86 to 89 before and 100 to 107 now. In a bare loop, f16's exp, ns a
--- line by what is asked for: nothing 10.6, 2 KB into the second cache 7.7, 4 KB 7.0, 8 KB 7.2, 1 or 2 KB
--- into the first 7.7, 6.8, 2 KB and 256 bytes 7.5, 4 KB and 512 bytes 6.7; results by blocks of 4 KB 9.9,
--- stored through the caches 9.0 to 10. A Zen 4 has not been asked. Zen 3, 2 KB into the second cache: relu
--- 110 with 2 KB, 103 with 1, 90 with 4; the others the same. Inputs of a gradient that it does not read
--- (f32: x of sigmoid, y of silu) stand for others, so that a strip is one tile: 3 to 5% there. On the Xeon
--- softmax's backwards have 96 and 95 instead of 81 and 89, rmsnorm 109 instead of 103, of rows of 4096 105
--- (81), of 64 56 (51).
+-- 79 to 82. Silu's gradient of halves is computed in lines of words too: f16 65, 92, bf16 56, 92. Two
+-- threads: f16 sigmoid 69, 87, silu 61, 81, f32 86 to 89 before and 100 to 107 now. This section there,
+-- arrays of 1 GB: one thread f32 98 to 110, bf16 90 to 110, f16 82 to 117; two threads f16 80 to 111, bf16
+-- 91 to 111, but sigmoid 69 in one run (turns 65 to 100). In a bare loop, f16's exp, ns a line by what is
+-- asked for: nothing 10.6, 2 KB into the second cache 7.7, 4 KB 7.0, 8 KB 7.2, 1 or 2 KB into the first
+-- 7.7, 6.8, 2 KB and 256 bytes 7.5, 4 KB and 512 bytes 6.7; results by blocks of 4 KB 9.9, stored through
+-- the caches 9.0 to 10. A Zen 4 has not been asked. Zen 3, 2 KB into the second cache: relu 110 with 2 KB,
+-- 103 with 1, 90 with 4; the others the same. Inputs of a gradient that it does not read (f32: x of
+-- sigmoid, y of silu) stand for others, so that a strip is one tile: 3 to 5% there. On the Xeon softmax's
+-- backwards have 96 and 95 instead of 81 and 89, rmsnorm 109 instead of 103, of rows of 4096 105 (81), of
+-- 64 56 (51).
 -- Reading alone. 6.3 to 7 cycles a line whatever is asked for ahead, where 77% of a copy allow 6.8: the
 -- maximum over rows is there. A sum converts to double, 5 cycles for 16 floats, a variance 9, a log-sum-exp
 -- takes 10; over columns sums are loaded and stored as well.
