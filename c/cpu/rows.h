@@ -82,20 +82,22 @@ ROW_EXP(double, d, v_doubles, v_sum_d, exp_line_d, (double)INFINITY)
 #undef ROW_MAX
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-/* The term e^(x - m) of a sum whose largest is 1, in two halves, so that a loop can begin one line before it ends
- * another: the whole is a chain of 45 cycles, and steps that wait fill the processor's schedulers. Below 2^-126 a term
- * is 0. */
+/* The term 2^24 e^(x - m) of a sum whose largest is 2^24, in two halves, so that a loop can begin one line before it
+ * ends another: the whole is a chain of 45 cycles, and steps that wait fill the processor's schedulers. v8_power makes
+ * 0 of the bound, -151 ln2, and nothing good of what is within ln2 of it: times 2^-24 that is less than half of the
+ * smallest float, where without the factor two more steps would have to send it to 0. */
+#define ROW_MAGIC (V8_MAGIC + 24.0f)
 LAC_INLINE void row_term_begin(const float *x, __m256 m, __m256 *t, __m256 *r)
 {
-    __m256 d = v8_at_least(-88.0f, _mm256_sub_ps(_mm256_loadu_ps(x), m));
-    *t = _mm256_fmadd_ps(d, v8_set(1.44269504f), v8_set(V8_MAGIC));
-    v8_reduce(&d, t, true, r, 1);
+    __m256 d = v8_at_least(-104.6653f, _mm256_sub_ps(_mm256_loadu_ps(x), m));
+    *t = _mm256_fmadd_ps(d, v8_set(1.44269504f), v8_set(ROW_MAGIC));
+    *r = _mm256_fnmadd_ps(_mm256_sub_ps(*t, v8_set(ROW_MAGIC)), v8_set(0.693147182f), d); /* as v_minus_ln2_loose */
 }
 LAC_INLINE __m256 row_term_end(__m256 t, __m256 r)
 {
     __m256 p;
     v8_expm1_poly(&r, &p, 1);
-    const __m256 power = v8_power_flush(t);
+    const __m256 power = v8_power(t);
     return _mm256_fmadd_ps(power, p, power);
 }
 /* y = f scale, or its logarithm's form (f - shift) - scale */
@@ -114,12 +116,13 @@ LAC_INLINE float row_largest(__m256 most)
     a = _mm_max_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
 }
-/* The sum of exp(x - m), and the terms in `terms` if that is not NULL. With `from`, also what softmax_step_f
- * (softmax.c) does with two other rows. One vector for the maximum and one for the sum, because the loop needs all
- * registers: with a second pair, which was kept in memory, it took half as long again on a Zen 3. The maximum
- * of the next row is found in the first half of a block, two lines at a time, so that the next step need not wait. */
+/* The sum of exp(x - m); if `keep`, 2^24 times that, of as large terms, which go to `terms`. `three`: also what
+ * softmax_step_f (softmax.c) does with two other rows. One vector for the maximum and one for the sum, because the loop
+ * needs all registers: with a second pair, which was kept in memory, it took half as long again on a Zen 3. The
+ * switches must be constants for the same reason: tests of them in the loop took a tenth of its time. */
 LAC_INLINE double row_step_f(const float *x, float m, float *terms, const float *from, float shift, float scale,
-                             float *y, const float *next, float *top, int64_t n, bool logarithm, bool stream)
+                             float *y, const float *next, float *top, int64_t n, bool keep, bool three, bool logarithm,
+                             bool stream)
 {
     enum { LINE = V_LINE / 4 };
     const __m256 vm = v8_set(m), vshift = v8_set(shift), vscale = v8_set(scale);
@@ -128,32 +131,24 @@ LAC_INLINE double row_step_f(const float *x, float m, float *terms, const float 
     double total = 0;
     if (n >= LINE) row_term_begin(x, vm, t, r), row_term_begin(x + 8, vm, t + 1, r + 1);
     for (int64_t i = 0; i < n;) {
-        int64_t start = i, end = n - i < ROW_SUM ? n : i + ROW_SUM, lines = (end - i) / LINE;
+        int64_t end = n - i < ROW_SUM ? n : i + ROW_SUM;
         __m256 s = _mm256_setzero_ps();
         float rest = 0;
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const int64_t stop = start + (half ? lines : lines / 2) * LINE;
-            if (half && from && lines % 2) most = row_larger(next + start + (lines - 1) * LINE, most);
-            for (; i < stop; i += LINE) {
-                const float *after = x + (i + 2 * LINE <= n ? i + LINE : i);
-                __builtin_prefetch((const char *)((from ? next : x) + i) + ROW_AHEAD, 0, 2);
-                if (from && !half) {
-                    const float *two = next + 2 * i - start;
-                    most = row_larger(two + LINE, row_larger(two, most));
-                }
-                __m256 low = row_term_end(t[0], r[0]), high = row_term_end(t[1], r[1]), f = vscale, g = vscale;
-                if (from) {
-                    f = row_result(from + i, vshift, vscale, logarithm);
-                    g = row_result(from + i + 8, vshift, vscale, logarithm);
-                }
-                row_term_begin(after, vm, t, r);
-                row_term_begin(after + 8, vm, t + 1, r + 1);
-                s = _mm256_add_ps(s, _mm256_add_ps(low, high));
-                if (terms) _mm256_storeu_ps(terms + i, low), _mm256_storeu_ps(terms + i + 8, high);
-                if (from && stream) _mm256_stream_ps(y + i, f), _mm256_stream_ps(y + i + 8, g);
-                else if (from) _mm256_storeu_ps(y + i, f), _mm256_storeu_ps(y + i + 8, g);
+        for (; i + LINE <= end; i += LINE) {
+            const float *after = x + (i + 2 * LINE <= n ? i + LINE : i);
+            __builtin_prefetch((const char *)((three ? next : x) + i) + ROW_AHEAD, 0, 2);
+            if (three) most = row_larger(next + i, most);
+            __m256 low = row_term_end(t[0], r[0]), high = row_term_end(t[1], r[1]), f = vscale, g = vscale;
+            if (three) {
+                f = row_result(from + i, vshift, vscale, logarithm);
+                g = row_result(from + i + 8, vshift, vscale, logarithm);
             }
+            row_term_begin(after, vm, t, r);
+            row_term_begin(after + 8, vm, t + 1, r + 1);
+            s = _mm256_add_ps(s, _mm256_add_ps(low, high));
+            if (keep) _mm256_storeu_ps(terms + i, low), _mm256_storeu_ps(terms + i + 8, high);
+            if (three && stream) _mm256_stream_ps(y + i, f), _mm256_stream_ps(y + i + 8, g);
+            else if (three) _mm256_storeu_ps(y + i, f), _mm256_storeu_ps(y + i + 8, g);
         }
         if (i < end) {
             float part[LINE];
@@ -165,23 +160,23 @@ LAC_INLINE double row_step_f(const float *x, float m, float *terms, const float 
             for (int64_t k = i; k < end; k++) {
                 float e = part[k - i];
                 rest += e;
-                if (from) {
+                if (three) {
                     y[k] = logarithm ? (from[k] - shift) - scale : from[k] * scale;
                     best = next[k] > best ? next[k] : best;
                 }
-                if (terms) terms[k] = e;
+                if (keep) terms[k] = e;
             }
             i = end;
         }
         total += (double)(v_sum_f((v_floats)s) + rest);
     }
-    if (from) *top = row_largest(most) > best ? row_largest(most) : best;
-    return total;
+    if (three) *top = row_largest(most) > best ? row_largest(most) : best;
+    return keep ? total : total * 0x1p-24;
 }
 LAC_INLINE double row_exp_f(const float *x, float m, float *y, int64_t n)
 {
-    if (y) return row_step_f(x, m, y, NULL, 0, 0, NULL, NULL, NULL, n, false, false);
-    return row_step_f(x, m, NULL, NULL, 0, 0, NULL, NULL, NULL, n, false, false);
+    if (y) return row_step_f(x, m, y, NULL, 0, 0, NULL, NULL, NULL, n, true, false, false, false);
+    return row_step_f(x, m, NULL, NULL, 0, 0, NULL, NULL, NULL, n, false, false, false, false);
 }
 #else
 ROW_EXP(float, f, v_floats, v_sum_f, v_exp_term_line, INFINITY)

@@ -323,7 +323,15 @@ ROW_KERNELS(float, f, v_floats, v_sum_f, v_exp_termf, v_exp_term_line, INFINITY)
 ROW_KERNELS(double, d, v_doubles, v_sum_d, exp, exp_line_d, (double)INFINITY)
 SOFTMAX_STEP(double, d, v_doubles, v_sum_d, exp_line_d, (double)INFINITY)
 #if defined(__AVX2__) && !defined(__AVX512F__)
-#define softmax_step_f row_step_f
+LAC_INLINE double softmax_step_f(const float *x, float m, float *work, const float *from, float shift, float scale,
+                                 float *y, const float *next, float *top, int64_t n, bool logarithm, bool stream)
+{
+    if (logarithm && stream)
+        return row_step_f(x, m, NULL, from, shift, scale, y, next, top, n, false, true, true, true);
+    if (logarithm) return row_step_f(x, m, NULL, from, shift, scale, y, next, top, n, false, true, true, false);
+    if (stream) return row_step_f(x, m, work, from, shift, scale, y, next, top, n, true, true, false, true);
+    return row_step_f(x, m, work, from, shift, scale, y, next, top, n, true, true, false, false);
+}
 #else
 SOFTMAX_STEP(float, f, v_floats, v_sum_f, v_exp_term_line, INFINITY)
 #endif
