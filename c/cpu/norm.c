@@ -19,7 +19,7 @@
  * double.
  */
 #include "cpu.h"
-#include "simd.h"
+#include "rows.h"
 #include <math.h>
 #include <string.h>
 
@@ -77,18 +77,18 @@ LAC_INLINE void ask_for(const void *x, bool near)
         for (; i_ < end_; i_++) rest_ += f(T, i_);                                                                     \
         total += (double)(SUM((s_[0] + s_[1]) + (s_[2] + s_[3])) + rest_);                                             \
     }
-/* y[i] = f(i) by cache lines; `ahead` is fetched meanwhile */
-#define ROW_WRITE(T, y, ahead, stream, f)                                                                              \
+/* y[i - from] = f(i) for from <= i < end, by cache lines; `ahead` is fetched meanwhile */
+#define ROW_WRITE(T, y, from, end, ahead, stream, f)                                                                   \
     do {                                                                                                               \
         enum { CHUNK_ = V_LINE / sizeof(T) };                                                                          \
-        int64_t i_ = 0;                                                                                                \
-        for (; i_ + CHUNK_ <= n; i_ += CHUNK_) {                                                                       \
+        int64_t i_ = from;                                                                                             \
+        for (; i_ + CHUNK_ <= (end); i_ += CHUNK_) {                                                                   \
             T line_[CHUNK_];                                                                                           \
             __builtin_prefetch((ahead) + i_, 0, 2);                                                                    \
             _Pragma("omp simd") for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = f(i_ + k_);                            \
-            v_put_line((y) + i_, line_, stream);                                                                       \
+            v_put_line((y) + (i_ - (from)), line_, stream);                                                            \
         }                                                                                                              \
-        for (; i_ < n; i_++) (y)[i_] = f(i_);                                                                          \
+        for (; i_ < (end); i_++) (y)[i_ - (from)] = f(i_);                                                             \
     } while (0)
 
 #define ROW_KERNELS(T, S, V, H, SUM)                                                                                   \
@@ -122,7 +122,7 @@ LAC_INLINE void ask_for(const void *x, bool near)
     }                                                                                                                  \
     /* without `mean`: rmsnorm */                                                                                      \
     static void norm_row_##S(const T *x, const T *gamma, const T *beta, double eps, T *y, T *mean, T *rstd,            \
-                             bool stream, int64_t n)                                                                   \
+                             bool stream, bool staged, int64_t n)                                                      \
     {                                                                                                                  \
         forward_row_##S row = {.first = mean && isfinite(x[0]) ? x[0] : 0};                                            \
         if (mean) {                                                                                                    \
@@ -132,20 +132,29 @@ LAC_INLINE void ask_for(const void *x, bool near)
         const T high = row.high, low = row.low;                                                                        \
         forward_deviation_##S(&row, row_squares_##S(x, high, low, n), eps, n);                                         \
         const T r = *rstd = row.r;                                                                                     \
-        ROW_WRITE(T, y, x + AHEAD / sizeof(T), stream, NORMAL);                                                        \
+        T stage[SUM_BLOCK];                                                                                            \
+        for (int64_t start = 0; staged && start < n; start += SUM_BLOCK) {                                             \
+            int64_t end = n - start < SUM_BLOCK ? n : start + SUM_BLOCK;                                               \
+            ROW_WRITE(T, stage, start, end, x + AHEAD / sizeof(T), false, NORMAL);                                     \
+            row_pass(y + start, stage, (end - start) * (int64_t)sizeof(T));                                            \
+        }                                                                                                              \
+        if (!staged) ROW_WRITE(T, y, 0, n, x + AHEAD / sizeof(T), stream, NORMAL);                                     \
     }                                                                                                                  \
     /* The passes of layernorm together, each over a row of its own: `now` is written to y, the squares of `middle`,   \
      * if there is one, and the mean of `next` are found. The sums are those of norm_row. */                           \
     LAC_INLINE void forward_step_##S(const forward_row_##S *now, forward_row_##S *middle, forward_row_##S *next,       \
-                                     const T *gamma, const T *beta, double eps, T *y, bool stream, int64_t n)          \
+                                     const T *gamma, const T *beta, double eps, T *y, bool stream, bool staged,        \
+                                     int64_t n)                                                                        \
     {                                                                                                                  \
         enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
         const T *x = now->x, *xm = middle ? middle->x : NULL, *xn = next->x;                                           \
         const T high = now->high, low = now->low, r = now->r, first_n = next->first;                                   \
         const T high_m = middle ? middle->high : 0, low_m = middle ? middle->low : 0;                                  \
+        T stage[SUM_BLOCK];                                                                                            \
         double squares = 0, differences = 0;                                                                           \
         for (int64_t i = 0; i < n;) {                                                                                  \
-            int64_t end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                                       \
+            int64_t start = i, end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                            \
+            T *to = staged ? stage : y + start;                                                                        \
             V s[4] = {{0}, {0}, {0}, {0}}, d[4] = {{0}, {0}, {0}, {0}};                                                \
             T rest_s = 0, rest_d = 0, line[4 * L];                                                                     \
             for (; i + 4 * L <= end; i += 4 * L) {                                                                     \
@@ -162,15 +171,16 @@ LAC_INLINE void ask_for(const void *x, bool near)
                 _Pragma("GCC unroll 4") for (int k = 0; k < 4 * L; k += CHUNK)                                         \
                 {                                                                                                      \
                     __builtin_prefetch((const char *)(xn + i + k) + AHEAD, 0, 2);                                      \
-                    v_put_line(y + i + k, line + k, stream);                                                           \
+                    v_put_line(to + i - start + k, line + k, stream);                                                  \
                 }                                                                                                      \
             }                                                                                                          \
             for (; i < end; i++) {                                                                                     \
                 T c = middle ? (xm[i] - high_m) - low_m : 0;                                                           \
                 rest_s += c * c;                                                                                       \
                 rest_d += xn[i] - first_n;                                                                             \
-                y[i] = NORMAL(i);                                                                                      \
+                to[i - start] = NORMAL(i);                                                                             \
             }                                                                                                          \
+            if (staged) row_pass(y + start, stage, (end - start) * (int64_t)sizeof(T));                                \
             squares += (double)(SUM((s[0] + s[1]) + (s[2] + s[3])) + rest_s);                                          \
             differences += (double)(SUM((d[0] + d[1]) + (d[2] + d[3])) + rest_d);                                      \
         }                                                                                                              \
@@ -178,12 +188,15 @@ LAC_INLINE void ask_for(const void *x, bool near)
         forward_mean_##S(next, differences, n);                                                                        \
     }                                                                                                                  \
     /* The same of rmsnorm: y, of row x, is written, while the squares of the next row are added up. */                \
-    LAC_INLINE double rms_step_##S(const T *x, T r, const T *gamma, T *y, const T *next, bool stream, int64_t n)       \
+    LAC_INLINE double rms_step_##S(const T *x, T r, const T *gamma, T *y, const T *next, bool stream, bool staged,     \
+                                   int64_t n)                                                                          \
     {                                                                                                                  \
         enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
+        T stage[SUM_BLOCK];                                                                                            \
         double total = 0;                                                                                              \
         for (int64_t i = 0; i < n;) {                                                                                  \
-            int64_t end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                                       \
+            int64_t start = i, end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                            \
+            T *to = staged ? stage : y + start;                                                                        \
             V s[4] = {{0}, {0}, {0}, {0}};                                                                             \
             T rest = 0, line[4 * L];                                                                                   \
             for (; i + 4 * L <= end; i += 4 * L) {                                                                     \
@@ -196,13 +209,14 @@ LAC_INLINE void ask_for(const void *x, bool near)
                 _Pragma("GCC unroll 4") for (int k = 0; k < 4 * L; k += CHUNK)                                         \
                 {                                                                                                      \
                     __builtin_prefetch((const char *)(next + i + k) + AHEAD, 0, 2);                                    \
-                    v_put_line(y + i + k, line + k, stream);                                                           \
+                    v_put_line(to + i - start + k, line + k, stream);                                                  \
                 }                                                                                                      \
             }                                                                                                          \
             for (; i < end; i++) {                                                                                     \
                 rest += next[i] * next[i];                                                                             \
-                y[i] = x[i] * r * gamma[i] + (T)0; /* as NORMAL, which makes 0 of -0 */                                \
+                to[i - start] = x[i] * r * gamma[i] + (T)0; /* as NORMAL, which makes 0 of -0 */                       \
             }                                                                                                          \
+            if (staged) row_pass(y + start, stage, (end - start) * (int64_t)sizeof(T));                                \
             total += (double)(SUM((s[0] + s[1]) + (s[2] + s[3])) + rest);                                              \
         }                                                                                                              \
         return total;                                                                                                  \
@@ -211,7 +225,7 @@ LAC_INLINE void ask_for(const void *x, bool near)
     typedef struct {                                                                                                   \
         const T *x, *g;                                                                                                \
         T *dx, mean, rstd, a, b;                                                                                       \
-        bool stream;                                                                                                   \
+        bool stream, staged;                                                                                           \
     } backward_row_##S;                                                                                                \
     /* One pass over two rows, so that arithmetic, reading and writing overlap: `now`, whose means are known, is       \
      * written, and of `next` the means are found. add: what is at hand of both goes to dgamma and dbeta, so that      \
@@ -223,10 +237,12 @@ LAC_INLINE void ask_for(const void *x, bool near)
         const T *x = now->x, *g = now->g, *xn = next->x, *gn = next->g, mean = now->mean, rstd = now->rstd;            \
         const T ma = now->a, mb = now->b, mean_n = next->mean, rstd_n = next->rstd;                                    \
         T *dx = now->dx; /* here, because stores to dgamma might change *now for all that gcc knows */                 \
-        const bool stream = now->stream, near = asks_near();                                                           \
+        const bool stream = now->stream, staged = write && now->staged, near = asks_near();                            \
+        T stage[SUM_BLOCK];                                                                                            \
         double a = 0, b = 0;                                                                                           \
         for (int64_t i = 0; i < n;) {                                                                                  \
-            int64_t end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                                       \
+            int64_t start = i, end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                            \
+            T *to = staged ? stage : write ? dx + start : NULL;                                                        \
             H s[2] = {{0}}, t[2] = {{0}};                                                                              \
             T rest_s = 0, rest_t = 0, line[CHUNK];                                                                     \
             for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
@@ -252,7 +268,7 @@ LAC_INLINE void ask_for(const void *x, bool near)
                     if (add && centred) *(H *)(dbeta + j) += more_beta;                                                \
                 }                                                                                                      \
                 _Pragma("GCC unroll 2") for (int k = 0; write && k < 2; k++)                                           \
-                    put_half(dx + i + k * L, line + k * L, stream);                                                    \
+                    put_half(to + i - start + k * L, line + k * L, stream);                                            \
             }                                                                                                          \
             for (; i < end; i++) {                                                                                     \
                 T weight = gamma[i], more_gamma = 0, more_beta = 0;                                                    \
@@ -264,12 +280,13 @@ LAC_INLINE void ask_for(const void *x, bool near)
                 }                                                                                                      \
                 if (write) {                                                                                           \
                     T gi = g[i], h = (x[i] - mean) * rstd;                                                             \
-                    dx[i] = rstd * (gi * weight - ma - h * mb);                                                        \
+                    to[i - start] = rstd * (gi * weight - ma - h * mb);                                                \
                     more_gamma += gi * h, more_beta += gi;                                                             \
                 }                                                                                                      \
                 if (add) dgamma[i] += more_gamma;                                                                      \
                 if (add && centred) dbeta[i] += more_beta;                                                             \
             }                                                                                                          \
+            if (staged) row_pass(dx + start, stage, (end - start) * (int64_t)sizeof(T));                               \
             V all_s[V_LINE / V_WIDTH], all_t[V_LINE / V_WIDTH];                                                        \
             memcpy(all_s, s, sizeof s);                                                                                \
             memcpy(all_t, t, sizeof t);                                                                                \
@@ -346,7 +363,8 @@ static inline const void *row_of(const norm_job *job, const lac_view *v, int64_t
             ((T *)job->mean.data)[t] = now->high;                                                                      \
             ((T *)job->rstd.data)[t] = now->r;                                                                         \
             forward_step_##S(now, middle, next, job->gamma, job->beta, job->eps, y,                                    \
-                             job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0, n);                                    \
+                             job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0,                                        \
+                             row_staged(y, n * (int64_t)sizeof(T), job->stream), n);                                   \
             forward_row_##S *done = now;                                                                               \
             now = middle;                                                                                              \
             middle = next;                                                                                             \
@@ -367,7 +385,8 @@ static inline const void *row_of(const norm_job *job, const lac_view *v, int64_t
             ((T *)job->mean.data)[t] = now->high;                                                                      \
             ((T *)job->rstd.data)[t] = now->r;                                                                         \
             forward_step_##S(now, NULL, next, job->gamma, job->beta, job->eps, y,                                      \
-                             job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0, n);                                    \
+                             job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0,                                        \
+                             row_staged(y, n * (int64_t)sizeof(T), job->stream), n);                                   \
             forward_row_##S *done = now;                                                                               \
             now = next;                                                                                                \
             next = done;                                                                                               \
@@ -384,7 +403,8 @@ static inline const void *row_of(const norm_job *job, const lac_view *v, int64_t
             T *y = (T *)job->out.data + t * n, r = (T)(1.0 / sqrt(squares / (double)n + job->eps));                    \
             const T *next = t + 1 < end ? x + n : x;                                                                   \
             ((T *)job->rstd.data)[t] = r;                                                                              \
-            squares = rms_step_##S(x, r, job->gamma, y, next, job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0, n);   \
+            squares = rms_step_##S(x, r, job->gamma, y, next, job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0,       \
+                                   row_staged(y, n * (int64_t)sizeof(T), job->stream), n);                             \
             x = next;                                                                                                  \
         }                                                                                                              \
     }
@@ -415,8 +435,9 @@ static void norm_task(void *context, int64_t begin, int64_t end, int thread)
         void *mean = job->without_mean ? NULL : (char *)job->mean.data + t * size;
         void *rstd = (char *)job->rstd.data + t * size;
         bool stream = job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0;
-        if (job->ctype == C_F32) norm_row_f(x, job->gamma, job->beta, job->eps, y, mean, rstd, stream, n);
-        else norm_row_d(x, job->gamma, job->beta, job->eps, y, mean, rstd, stream, n);
+        bool staged = row_staged(y, n * size, job->stream);
+        if (job->ctype == C_F32) norm_row_f(x, job->gamma, job->beta, job->eps, y, mean, rstd, stream, staged, n);
+        else norm_row_d(x, job->gamma, job->beta, job->eps, y, mean, rstd, stream, staged, n);
         if (y != out) LAC_CPU(store)(job->dtype, y, out, lac_bytes_of(job->dtype), n);
     }
     if (job->stream) v_stream_end();
@@ -485,6 +506,7 @@ static int norm_run(const char *op, norm_job *job, const lac_view *x)
                                 .rstd = ((const T *)job->rstd.data)[r * job->rstd.stride[0]]};                         \
         if (!job->without_mean) row.mean = ((const T *)job->mean.data)[r * job->mean.stride[0]];                       \
         row.stream = job->stream && ((uintptr_t)row.dx & (V_LINE - 1)) == 0;                                           \
+        row.staged = row_staged(row.dx, n * (int64_t)sizeof(T), job->stream);                                          \
         return row;                                                                                                    \
     }                                                                                                                  \
     LAC_INLINE void backward_rows_##S(const norm_job *job, int64_t t, int64_t from, int64_t to, char *space,           \

@@ -10,7 +10,8 @@
 #include "cpu.h"
 #include "exps.h"
 
-enum { ROW_SUM = 1024, ROW_PAGE = 4096, ROW_AHEAD = 12288 }; /* ROW_AHEAD: bytes to what is fetched */
+/* ROW_AHEAD: bytes to what is fetched; ROW_LONG: of a row that may be staged */
+enum { ROW_SUM = 1024, ROW_PAGE = 4096, ROW_AHEAD = 12288, ROW_LONG = 1024 };
 
 /* Where to put what is written while a row at x is read, in working memory with a page to spare: half a page beside it.
  * A processor takes a load for one of what it has just stored if their addresses differ by whole pages, and waits: with
@@ -19,6 +20,24 @@ enum { ROW_SUM = 1024, ROW_PAGE = 4096, ROW_AHEAD = 12288 }; /* ROW_AHEAD: bytes
 LAC_INLINE char *row_beside(uintptr_t x, char *space)
 {
     return space + ((x + ROW_PAGE / 2 - (uintptr_t)space) & (ROW_PAGE - V_LINE));
+}
+
+/* Results past the caches go there by whole lines. A row that begins elsewhere puts a block of at most ROW_SUM of them
+ * into the first cache and row_pass takes them on from there; the ends of a block share their lines with others and are
+ * written as usual. Sums are taken in the same places of a row, so that no bit depends on its address. */
+LAC_INLINE bool row_staged(const void *y, int64_t bytes, bool stream)
+{
+    return V_WIDTH >= 32 && stream && ((uintptr_t)y & (V_LINE - 1)) != 0 && bytes >= ROW_LONG;
+}
+LAC_INLINE void row_pass(void *y, const void *from, int64_t bytes)
+{
+    const int64_t to_line = (int64_t)(-(uintptr_t)y & (V_LINE - 1)), head = to_line < bytes ? to_line : bytes;
+    const int64_t whole = (bytes - head) / V_LINE * V_LINE;
+    char *to = y;
+    const char *x = from;
+    memcpy(to, x, (size_t)head);
+    for (int64_t i = head; i < head + whole; i += V_LINE) v_put_line(to + i, x + i, true);
+    memcpy(to + head + whole, x + head + whole, (size_t)(bytes - head - whole));
 }
 
 #define ROW_MAX(T, S, INF)                                                                                             \
@@ -122,16 +141,18 @@ LAC_INLINE float row_largest(__m256 most)
  * switches must be constants for the same reason: tests of them in the loop took a tenth of its time. */
 LAC_INLINE double row_step_f(const float *x, float m, float *terms, const float *from, float shift, float scale,
                              float *y, const float *next, float *top, int64_t n, bool keep, bool three, bool logarithm,
-                             bool stream)
+                             bool stream, bool staged)
 {
     enum { LINE = V_LINE / 4 };
+    float stage[ROW_SUM];
     const __m256 vm = v8_set(m), vshift = v8_set(shift), vscale = v8_set(scale);
     __m256 most = v8_set(-INFINITY), t[2] = {vm, vm}, r[2] = {vm, vm};
     float best = -INFINITY;
     double total = 0;
     if (n >= LINE) row_term_begin(x, vm, t, r), row_term_begin(x + 8, vm, t + 1, r + 1);
     for (int64_t i = 0; i < n;) {
-        int64_t end = n - i < ROW_SUM ? n : i + ROW_SUM;
+        int64_t start = i, end = n - i < ROW_SUM ? n : i + ROW_SUM;
+        float *to = three && staged ? stage : y + start;
         __m256 s = _mm256_setzero_ps();
         float rest = 0;
         for (; i + LINE <= end; i += LINE) {
@@ -147,8 +168,8 @@ LAC_INLINE double row_step_f(const float *x, float m, float *terms, const float 
             row_term_begin(after + 8, vm, t + 1, r + 1);
             s = _mm256_add_ps(s, _mm256_add_ps(low, high));
             if (keep) _mm256_storeu_ps(terms + i, low), _mm256_storeu_ps(terms + i + 8, high);
-            if (three && stream) _mm256_stream_ps(y + i, f), _mm256_stream_ps(y + i + 8, g);
-            else if (three) _mm256_storeu_ps(y + i, f), _mm256_storeu_ps(y + i + 8, g);
+            if (three && stream) _mm256_stream_ps(to + i - start, f), _mm256_stream_ps(to + i - start + 8, g);
+            else if (three) _mm256_storeu_ps(to + i - start, f), _mm256_storeu_ps(to + i - start + 8, g);
         }
         if (i < end) {
             float part[LINE];
@@ -161,13 +182,14 @@ LAC_INLINE double row_step_f(const float *x, float m, float *terms, const float 
                 float e = part[k - i];
                 rest += e;
                 if (three) {
-                    y[k] = logarithm ? (from[k] - shift) - scale : from[k] * scale;
+                    to[k - start] = logarithm ? (from[k] - shift) - scale : from[k] * scale;
                     best = next[k] > best ? next[k] : best;
                 }
                 if (keep) terms[k] = e;
             }
             i = end;
         }
+        if (three && staged) row_pass(y + start, stage, (end - start) * 4);
         total += (double)(v_sum_f((v_floats)s) + rest);
     }
     if (three) *top = row_largest(most) > best ? row_largest(most) : best;
@@ -175,8 +197,8 @@ LAC_INLINE double row_step_f(const float *x, float m, float *terms, const float 
 }
 LAC_INLINE double row_exp_f(const float *x, float m, float *y, int64_t n)
 {
-    if (y) return row_step_f(x, m, y, NULL, 0, 0, NULL, NULL, NULL, n, true, false, false, false);
-    return row_step_f(x, m, NULL, NULL, 0, 0, NULL, NULL, NULL, n, false, false, false, false);
+    if (y) return row_step_f(x, m, y, NULL, 0, 0, NULL, NULL, NULL, n, true, false, false, false, false);
+    return row_step_f(x, m, NULL, NULL, 0, 0, NULL, NULL, NULL, n, false, false, false, false, false);
 }
 #else
 ROW_EXP(float, f, v_floats, v_sum_f, v_exp_term_line, INFINITY)

@@ -95,15 +95,16 @@ typedef struct {
      * `from` and *top becomes the largest of the row after. Loads stand before stores, which rows some pages apart    \
      * would have to wait for. */                                                                                      \
     LAC_INLINE double softmax_step_##S(const T *x, T m, T *work, const T *from, T shift, T scale, T *y, const T *next, \
-                                       T *top, int64_t n, bool logarithm, bool stream)                                 \
+                                       T *top, int64_t n, bool logarithm, bool stream, bool staged)                    \
     {                                                                                                                  \
         enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
         V most[CHUNK / L];                                                                                             \
-        T line[CHUNK], done[CHUNK], up[CHUNK], best = -INF;                                                            \
+        T line[CHUNK], done[CHUNK], up[CHUNK], stage[ROW_SUM], best = -INF;                                            \
         double total = 0;                                                                                              \
         for (int k = 0; k < CHUNK / L; k++) most[k] = (V){0} - INF;                                                    \
         for (int64_t i = 0; i < n;) {                                                                                  \
-            int64_t end = n - i < ROW_SUM ? n : i + ROW_SUM;                                                           \
+            int64_t start = i, end = n - i < ROW_SUM ? n : i + ROW_SUM;                                                \
+            T *to = staged ? stage : y + start;                                                                        \
             V s[CHUNK / L] = {{0}};                                                                                    \
             T rest = 0;                                                                                                \
             for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
@@ -123,7 +124,7 @@ typedef struct {
                     s[k] += *(const V *)(line + k * L);                                                                \
                 }                                                                                                      \
                 if (!logarithm) v_put_line(work + i, line, false);                                                     \
-                v_put_line(y + i, done, stream);                                                                       \
+                v_put_line(to + i - start, done, stream);                                                              \
             }                                                                                                          \
             if (i < end) {                                                                                             \
                 T part[CHUNK];                                                                                         \
@@ -133,10 +134,11 @@ typedef struct {
                     T e = part[i % CHUNK], f = from[i];                                                                \
                     rest += e;                                                                                         \
                     best = next[i] > best ? next[i] : best;                                                            \
-                    y[i] = logarithm ? (f - shift) - scale : f * scale;                                                \
+                    to[i - start] = logarithm ? (f - shift) - scale : f * scale;                                       \
                     if (!logarithm) work[i] = e;                                                                       \
                 }                                                                                                      \
             }                                                                                                          \
+            if (staged) row_pass(y + start, stage, (end - start) * (int64_t)sizeof(T));                                \
             _Pragma("GCC unroll 4") for (int k = 1; k < CHUNK / L; k++) s[0] += s[k];                                  \
             total += (double)(SUM(s[0]) + rest);                                                                       \
         }                                                                                                              \
@@ -169,12 +171,14 @@ typedef struct {
     /* The backward's two passes over two rows: dx of y and g, whose sum is s, is written, while the next row's sum is \
      * found. dx may be y. */                                                                                          \
     LAC_INLINE T backward_step_##S(const T *y, const T *g, T s, T *dx, const T *yn, const T *gn, int64_t n,            \
-                                   bool logarithm, bool stream, bool write, bool sum)                                  \
+                                   bool logarithm, bool stream, bool write, bool sum, bool staged)                     \
     {                                                                                                                  \
         enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
+        T stage[ROW_SUM];                                                                                              \
         double total = 0;                                                                                              \
         for (int64_t i = 0; i < n;) {                                                                                  \
-            int64_t end = n - i < ROW_SUM ? n : i + ROW_SUM;                                                           \
+            int64_t start = i, end = n - i < ROW_SUM ? n : i + ROW_SUM;                                                \
+            T *to = staged ? stage : write ? dx + start : NULL;                                                        \
             V a[CHUNK / L] = {{0}};                                                                                    \
             T rest = 0, line[CHUNK];                                                                                   \
             for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
@@ -195,7 +199,7 @@ typedef struct {
                     V gk = AT(V, g, i + k), own = *(V *)(line + k);                                                    \
                     *(V *)(line + k) = logarithm ? gk - own * s : own * (gk - s);                                      \
                 }                                                                                                      \
-                v_put_line(dx + i, line, stream);                                                                      \
+                v_put_line(to + i - start, line, stream);                                                              \
             }                                                                                                          \
             if (i < end) {                                                                                             \
                 for (int k = 0; write && k < CHUNK; k++) line[k] = i + k < end ? y[i + k] : 0;                         \
@@ -203,28 +207,29 @@ typedef struct {
                 for (; i < end; i++) {                                                                                 \
                     T own = write ? line[i % CHUNK] : 0;                                                               \
                     if (sum) rest += logarithm ? gn[i] : yn[i] * gn[i];                                                \
-                    if (write) dx[i] = logarithm ? g[i] - own * s : own * (g[i] - s);                                  \
+                    if (write) to[i - start] = logarithm ? g[i] - own * s : own * (g[i] - s);                          \
                 }                                                                                                      \
             }                                                                                                          \
+            if (staged) row_pass(dx + start, stage, (end - start) * (int64_t)sizeof(T));                               \
             _Pragma("GCC unroll 4") for (int k = 1; k < CHUNK / L; k++) a[0] += a[k];                                  \
             total += (double)(SUM(a[0]) + rest);                                                                       \
         }                                                                                                              \
         return (T)total;                                                                                               \
     }                                                                                                                  \
     static T softmax_bwd_step_##S(const T *y, const T *g, T s, T *dx, const T *yn, const T *gn, int64_t n,             \
-                                  bool logarithm, bool stream)                                                         \
+                                  bool logarithm, bool stream, bool staged)                                            \
     {                                                                                                                  \
-        if (logarithm && !dx) return backward_step_##S(y, g, s, dx, yn, gn, n, true, stream, false, true);             \
-        if (logarithm && !gn) return backward_step_##S(y, g, s, dx, yn, gn, n, true, stream, true, false);             \
-        if (logarithm) return backward_step_##S(y, g, s, dx, yn, gn, n, true, stream, true, true);                     \
-        if (!dx) return backward_step_##S(y, g, s, dx, yn, gn, n, false, stream, false, true);                         \
-        if (!gn) return backward_step_##S(y, g, s, dx, yn, gn, n, false, stream, true, false);                         \
-        return backward_step_##S(y, g, s, dx, yn, gn, n, false, stream, true, true);                                   \
+        if (logarithm && !dx) return backward_step_##S(y, g, s, dx, yn, gn, n, true, stream, false, true, false);      \
+        if (logarithm && !gn) return backward_step_##S(y, g, s, dx, yn, gn, n, true, stream, true, false, staged);     \
+        if (logarithm) return backward_step_##S(y, g, s, dx, yn, gn, n, true, stream, true, true, staged);             \
+        if (!dx) return backward_step_##S(y, g, s, dx, yn, gn, n, false, stream, false, true, false);                  \
+        if (!gn) return backward_step_##S(y, g, s, dx, yn, gn, n, false, stream, true, false, staged);                 \
+        return backward_step_##S(y, g, s, dx, yn, gn, n, false, stream, true, true, staged);                           \
     }                                                                                                                  \
     static void softmax_bwd_row_##S(const T *y, const T *g, T *dx, int64_t n, bool logarithm, bool stream)             \
     {                                                                                                                  \
-        T s = softmax_bwd_step_##S(NULL, NULL, 0, NULL, y, g, n, logarithm, false);                                    \
-        softmax_bwd_step_##S(y, g, s, dx, NULL, NULL, n, logarithm, stream);                                           \
+        T s = softmax_bwd_step_##S(NULL, NULL, 0, NULL, y, g, n, logarithm, false, false);                             \
+        softmax_bwd_step_##S(y, g, s, dx, NULL, NULL, n, logarithm, stream, false);                                    \
     }                                                                                                                  \
     /* functions of their own, because gcc does not vectorise these loops inside of others */                          \
     static __attribute__((noinline)) void columns_max_##S(const T *restrict x, T *restrict top, int64_t w)             \
@@ -324,13 +329,14 @@ ROW_KERNELS(double, d, v_doubles, v_sum_d, exp, exp_line_d, (double)INFINITY)
 SOFTMAX_STEP(double, d, v_doubles, v_sum_d, exp_line_d, (double)INFINITY)
 #if defined(__AVX2__) && !defined(__AVX512F__)
 LAC_INLINE double softmax_step_f(const float *x, float m, float *work, const float *from, float shift, float scale,
-                                 float *y, const float *next, float *top, int64_t n, bool logarithm, bool stream)
+                                 float *y, const float *next, float *top, int64_t n, bool logarithm, bool stream,
+                                 bool staged)
 {
     if (logarithm && stream)
-        return row_step_f(x, m, NULL, from, shift, scale, y, next, top, n, false, true, true, true);
-    if (logarithm) return row_step_f(x, m, NULL, from, shift, scale, y, next, top, n, false, true, true, false);
-    if (stream) return row_step_f(x, m, work, from, shift, scale, y, next, top, n, true, true, false, true);
-    return row_step_f(x, m, work, from, shift, scale, y, next, top, n, true, true, false, false);
+        return row_step_f(x, m, NULL, from, shift, scale, y, next, top, n, false, true, true, true, false);
+    if (logarithm) return row_step_f(x, m, NULL, from, shift, scale, y, next, top, n, false, true, true, false, staged);
+    if (stream) return row_step_f(x, m, work, from, shift, scale, y, next, top, n, true, true, false, true, false);
+    return row_step_f(x, m, work, from, shift, scale, y, next, top, n, true, true, false, false, staged);
 }
 #else
 SOFTMAX_STEP(float, f, v_floats, v_sum_f, v_exp_term_line, INFINITY)
@@ -364,7 +370,7 @@ static bool row_streams(const softmax_job *job, const void *y)
 #define ROW_PIPELINE(T, S)                                                                                             \
     static void softmax_rows_##S(const softmax_job *job, int64_t begin, int64_t end, T *work)                          \
     {                                                                                                                  \
-        const int64_t n = job->n;                                                                                      \
+        const int64_t n = job->n, bytes = n * (int64_t)sizeof(T);                                                      \
         const bool logarithm = job->logarithm;                                                                         \
         lac_cursor c;                                                                                                  \
         char *at[3] = {0}; /* y and x */                                                                               \
@@ -388,10 +394,10 @@ static bool row_streams(const softmax_job *job, const void *y)
             }                                                                                                          \
             if (logarithm)                                                                                             \
                 sum = softmax_step_##S(x, m, NULL, before, m_before, (T)log(sum), y, next, &m_next, n, true,           \
-                                       row_streams(job, y));                                                           \
+                                       row_streams(job, y), row_staged(y, bytes, job->stream));                        \
             else                                                                                                       \
                 sum = softmax_step_##S(x, m, work, work, 0, (T)(1.0 / sum), y, next, &m_next, n, false,                \
-                                       row_streams(job, y));                                                           \
+                                       row_streams(job, y), row_staged(y, bytes, job->stream));                        \
             before = x, x = next;                                                                                      \
             y = y_x, y_x = y_next;                                                                                     \
             m_before = m, m = m_next;                                                                                  \
@@ -400,20 +406,20 @@ static bool row_streams(const softmax_job *job, const void *y)
     }                                                                                                                  \
     static void softmax_bwd_rows_##S(const softmax_job *job, int64_t begin, int64_t end)                               \
     {                                                                                                                  \
-        const int64_t n = job->n;                                                                                      \
+        const int64_t n = job->n, bytes = n * (int64_t)sizeof(T);                                                      \
         lac_cursor c;                                                                                                  \
         char *at[3] = {0}; /* dx, y and g */                                                                           \
         row_at(job, &c, begin, true, at);                                                                              \
         T *dx = (T *)at[0], *dx_next = dx;                                                                             \
         const T *y = (const T *)at[1], *g = (const T *)at[2], *y_next = y, *g_next = g;                                \
-        T s = softmax_bwd_step_##S(NULL, NULL, 0, NULL, y, g, n, job->logarithm, false);                               \
+        T s = softmax_bwd_step_##S(NULL, NULL, 0, NULL, y, g, n, job->logarithm, false, false);                        \
         for (int64_t t = begin; t < end; t++) {                                                                        \
             if (t + 1 < end) {                                                                                         \
                 row_at(job, &c, t + 1, false, at);                                                                     \
                 dx_next = (T *)at[0], y_next = (const T *)at[1], g_next = (const T *)at[2];                            \
             }                                                                                                          \
             s = softmax_bwd_step_##S(y, g, s, dx, y_next, t + 1 < end ? g_next : NULL, n, job->logarithm,              \
-                                     row_streams(job, dx));                                                            \
+                                     row_streams(job, dx), row_staged(dx, bytes, job->stream));                        \
             dx = dx_next, y = y_next, g = g_next;                                                                      \
         }                                                                                                              \
     }
