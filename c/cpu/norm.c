@@ -23,10 +23,10 @@
 #include <math.h>
 #include <string.h>
 
-/* AHEAD, NEAR: bytes to what is fetched; FIRST_CACHE: what three rows, gamma and beta may take of 32 KiB; WIDEST: a row
+/* AHEAD: bytes to what is fetched; FIRST_CACHE: what three rows, gamma and beta may take of 32 KiB; WIDEST: a row
  * of those that go by two, which may be in the second cache */
 enum { FIRST_CACHE = 28 << 10, WIDEST = 64 << 10 };
-enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 32, AHEAD = 12288, NEAR = 1024 };
+enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 32, AHEAD = ROW_AHEAD };
 
 /* Half a cache line: what the backward loads and stores at a time. A Zen 4 stores a whole one as halves, and loses by
  * it where a loop adds to arrays in the cache: 5.9 ns for a line of layernorm's backward, 5.4 so. */
@@ -45,16 +45,6 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
     (void)stream;
     memcpy(out, r, HALF_LINE);
 #endif
-}
-
-/* The backward reads two arrays. A Zen 3 that is asked for both 12 KB ahead, into the second cache, takes 7.2 to 7.4 ns
- * for a line of layernorm's, even of what is in the first cache already 5.9; asked for 1 KB ahead, into the first,
- * 6.4 and 4.1, and not asked 7.5 and 4.0. */
-LAC_INLINE bool asks_near(void) { return V_WIDTH == 32 && !v_asks(); }
-LAC_INLINE void ask_for(const void *x, bool near)
-{
-    if (near) __builtin_prefetch((const char *)x + NEAR, 0, 3);
-    else __builtin_prefetch((const char *)x + AHEAD, 0, 2);
 }
 
 /* ---- row kernels, once per type ---- */
@@ -237,7 +227,7 @@ LAC_INLINE void ask_for(const void *x, bool near)
         const T *x = now->x, *g = now->g, *xn = next->x, *gn = next->g, mean = now->mean, rstd = now->rstd;            \
         const T ma = now->a, mb = now->b, mean_n = next->mean, rstd_n = next->rstd;                                    \
         T *dx = now->dx; /* here, because stores to dgamma might change *now for all that gcc knows */                 \
-        const bool stream = now->stream, staged = write && now->staged, near = asks_near();                            \
+        const bool stream = now->stream, staged = write && now->staged, near = row_asks_near();                        \
         T stage[SUM_BLOCK];                                                                                            \
         double a = 0, b = 0;                                                                                           \
         for (int64_t i = 0; i < n;) {                                                                                  \
@@ -246,7 +236,7 @@ LAC_INLINE void ask_for(const void *x, bool near)
             H s[2] = {{0}}, t[2] = {{0}};                                                                              \
             T rest_s = 0, rest_t = 0, line[CHUNK];                                                                     \
             for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
-                if (sum) ask_for(xn + i, near), ask_for(gn + i, near);                                                 \
+                if (sum) row_ask(xn + i, near), row_ask(gn + i, near);                                                 \
                 _Pragma("GCC unroll 2") for (int k = 0; k < 2; k++)                                                    \
                 {                                                                                                      \
                     const int64_t j = i + k * L;                                                                       \

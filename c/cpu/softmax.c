@@ -175,16 +175,17 @@ typedef struct {
     {                                                                                                                  \
         enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
         T stage[ROW_SUM];                                                                                              \
+        const bool near = row_asks_near();                                                                             \
         double total = 0;                                                                                              \
         for (int64_t i = 0; i < n;) {                                                                                  \
             int64_t start = i, end = n - i < ROW_SUM ? n : i + ROW_SUM;                                                \
             T *to = staged ? stage : write ? dx + start : NULL;                                                        \
             V a[CHUNK / L] = {{0}};                                                                                    \
-            T rest = 0, line[CHUNK];                                                                                   \
+            T line[CHUNK];                                                                                             \
             for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
                 if (sum) {                                                                                             \
-                    __builtin_prefetch((const char *)(yn + i) + AHEAD, 0, 2);                                          \
-                    __builtin_prefetch((const char *)(gn + i) + AHEAD, 0, 2);                                          \
+                    row_ask(yn + i, near);                                                                             \
+                    row_ask(gn + i, near);                                                                             \
                 }                                                                                                      \
                 _Pragma("GCC unroll 4") for (int k = 0; sum && k < CHUNK / L; k++)                                     \
                 {                                                                                                      \
@@ -202,17 +203,32 @@ typedef struct {
                 v_put_line(to + i - start, line, stream);                                                              \
             }                                                                                                          \
             if (i < end) {                                                                                             \
-                for (int k = 0; write && k < CHUNK; k++) line[k] = i + k < end ? y[i + k] : 0;                         \
-                if (write && logarithm) LINE(line);                                                                    \
-                for (; i < end; i++) {                                                                                 \
-                    T own = write ? line[i % CHUNK] : 0;                                                               \
-                    if (sum) rest += logarithm ? gn[i] : yn[i] * gn[i];                                                \
-                    if (write) to[i - start] = logarithm ? g[i] - own * s : own * (g[i] - s);                          \
+                T other[CHUNK];                                                                                        \
+                if (sum) {                                                                                             \
+                    row_take_part_##S(gn + i, other, end - i, 0);                                                      \
+                    if (!logarithm) row_take_part_##S(yn + i, line, end - i, 0);                                       \
+                    _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK / L; k++)                                        \
+                    {                                                                                                  \
+                        if (logarithm) a[k] += AT(V, other, k * L);                                                    \
+                        else a[k] += AT(V, line, k * L) * AT(V, other, k * L);                                         \
+                    }                                                                                                  \
                 }                                                                                                      \
+                if (write) {                                                                                           \
+                    row_take_part_##S(g + i, other, end - i, 0);                                                       \
+                    row_take_part_##S(y + i, line, end - i, 0);                                                        \
+                    if (logarithm) LINE(line);                                                                         \
+                    _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK; k += L)                                         \
+                    {                                                                                                  \
+                        V gk = AT(V, other, k), own = AT(V, line, k);                                                  \
+                        *(V *)(line + k) = logarithm ? gk - own * s : own * (gk - s);                                  \
+                    }                                                                                                  \
+                    row_put_part_##S(to + i - start, line, end - i);                                                   \
+                }                                                                                                      \
+                i = end;                                                                                               \
             }                                                                                                          \
             if (staged) row_pass(dx + start, stage, (end - start) * (int64_t)sizeof(T));                               \
             _Pragma("GCC unroll 4") for (int k = 1; k < CHUNK / L; k++) a[0] += a[k];                                  \
-            total += (double)(SUM(a[0]) + rest);                                                                       \
+            total += (double)SUM(a[0]);                                                                                \
         }                                                                                                              \
         return (T)total;                                                                                               \
     }                                                                                                                  \
