@@ -505,26 +505,35 @@ static int norm_run(const char *op, norm_job *job, const lac_view *x)
         const int64_t n = job->n, bytes = lac_bytes_of(job->dtype);                                                    \
         T *dgamma = (T *)(space + ROW_GAMMA * job->row_bytes), *own = (T *)(space + ROW_OUT * job->row_bytes);         \
         T *dbeta = (T *)(space + ROW_BETA * job->row_bytes);                                                           \
-        backward_row_##S now, next = backward_row_at_##S(job, from, space);                                            \
-        backward_step_##S(&next, &next, job->gamma, dgamma, dbeta, n, false, true, false, centred);                    \
+        backward_row_##S rows[2] = {{0}}, *now = rows, *next = rows + 1;                                               \
+        *next = backward_row_at_##S(job, from, space);                                                                 \
+        backward_step_##S(next, next, job->gamma, dgamma, dbeta, n, false, true, false, centred);                      \
         for (int64_t r = from; r < to; r++) {                                                                          \
             const bool more = r + 1 < to, add = (r - from) % 2 == 0;                                                   \
+            backward_row_##S *done = now;                                                                              \
             now = next;                                                                                                \
-            if (!lac_is_native(job->dtype)) now.dx = own;                                                              \
-            if (more) next = backward_row_at_##S(job, r + 1, space);                                                   \
-            if (more && add) backward_step_##S(&now, &next, job->gamma, dgamma, dbeta, n, true, true, true, centred);  \
-            else if (more) backward_step_##S(&now, &next, job->gamma, dgamma, dbeta, n, true, true, false, centred);   \
-            else backward_step_##S(&now, &next, job->gamma, dgamma, dbeta, n, true, false, add, centred);              \
-            if (now.dx == own) LAC_CPU(store)(job->dtype, own, (char *)job->out.data + r * n * bytes, bytes, n);       \
+            next = done;                                                                                               \
+            if (!lac_is_native(job->dtype)) now->dx = own;                                                             \
+            if (more) *next = backward_row_at_##S(job, r + 1, space);                                                  \
+            if (more && add) backward_step_##S(now, next, job->gamma, dgamma, dbeta, n, true, true, true, centred);    \
+            else if (more) backward_step_##S(now, next, job->gamma, dgamma, dbeta, n, true, true, false, centred);     \
+            else backward_step_##S(now, next, job->gamma, dgamma, dbeta, n, true, false, add, centred);                \
+            if (now->dx == own) LAC_CPU(store)(job->dtype, own, (char *)job->out.data + r * n * bytes, bytes, n);      \
             if ((r - from) % FLUSH_ROWS == FLUSH_ROWS - 1 || r == to - 1) {                                            \
                 if (job->sums_gamma) norm_flush_##S(dgamma, job->sums_gamma + t * n, n);                               \
                 if (job->sums_beta) norm_flush_##S(dbeta, job->sums_beta + t * n, n);                                  \
             }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
+    /* apart, so that each has the registers for itself */                                                             \
+    static __attribute__((noinline)) void backward_rms_##S(const norm_job *job, int64_t t, int64_t from, int64_t to,   \
+                                                           char *space)                                                \
+    {                                                                                                                  \
+        backward_rows_##S(job, t, from, to, space, false);                                                             \
+    }                                                                                                                  \
     static void norm_bwd_rows_##S(const norm_job *job, int64_t t, int64_t from, int64_t to, char *space)               \
     {                                                                                                                  \
-        if (job->without_mean) backward_rows_##S(job, t, from, to, space, false);                                      \
+        if (job->without_mean) backward_rms_##S(job, t, from, to, space);                                              \
         else backward_rows_##S(job, t, from, to, space, true);                                                         \
     }
 ROWS_BACKWARD(float, f)
