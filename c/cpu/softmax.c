@@ -6,25 +6,25 @@
  * cycles a line of floats on a Zen 4 (writing past the caches alone 8.3, the exponential 8.4, the maximum 1.3),
  * together 11.6, where a copy takes 10 and the loop by itself 9.5. Milakov and Gimelshein's online form was rejected
  * there: its rescaling serialises the exponentials, and the row is in cache anyway. With AVX2 on a Zen 3 arithmetic
- * sets the pace (18 cycles a line where a copy takes 11): there a step of floats is row_step_f (rows.h), which begins
- * one line of exponentials before it ends another and keeps its sums in registers: 5.5 to 5.7 ns a line, not 6.3 to
- * 6.4, the logarithm 5.9, not 6.5. Rejected there: a row's rest between the steps, so that none waits for the sum and
- * the division before it (five rows in the first cache: 5.9 ns a line, 5.5 without); results of rows that are not whole
- * cache lines past the caches too, from the first whole line on (rows of 1000: 6.7 ns instead of 8.2, but of 1024 5.6
- * instead of 5.2 and of 50257 11.1 instead of 9.4). The backward has two passes: dx of a row is written while the sum
- * of the next one is found; with AVX2 on a Zen 3 that is 80 to 85% of a copy instead of 70 to 74, and of the logarithm
- * 89 instead of 25, of which most were loads that waited (WRITE_EXP). Along another axis the rows' elements are far
- * apart, and a row by itself would use 4 bytes of each cache line: there a task takes a block of neighbouring columns,
- * with one maximum and one sum per column, and goes through memory twice: 32 rows at a time for the statistics (the
- * online form, whose rescaling is then rare), and again for the results, where each exponential is computed anew,
- * because that is cheaper than to write and read it. Only where no axis is dense, rows are gathered one by one. Results
- * larger than the caches are written past them. Sums are taken in the compute type over at most 1024 elements or 32
- * rows and added up in double. So columns cannot come near one copy: reading twice and writing once are 1.5 times its
- * bytes, and 1.67, 1.5 and 1.33 times those of the backward, the logarithm and its backward. On an AVX-512 Xeon with 2
- * MB of second cache these four took 1.70, 1.62, 1.73 and 1.39 for 16384 rows of 4096 bytes on one thread. Rejected:
- * blocks of columns narrow enough to be kept in the second cache between the two passes: pieces of 256 bytes come
- * slowly (a mere copy in blocks of 64, 128, 256 bytes, asked for ahead, took 3.3, 2.4, 2.2 times a copy in order). A
- * row of -inf only has no softmax: it gives NaN, as 0/0 should; callers that mean "no key" must say so.
+ * sets the pace: there a step of floats is row_step_f (rows.h), which begins one line of exponentials before it ends
+ * another, keeps its sums in registers and is compiled once per case: 13.4 cycles a line and 72 a row, where a copy
+ * takes 11 to 13. Rejected there: a row's rest between the steps, so that none waits for the sum and the division
+ * before it (five rows in the first cache); the maximum of the next row by two lines at a time in the first half of a
+ * block, which ends a loop more (94 cycles a row). Results of rows that are not whole cache lines go past the caches
+ * by blocks (row_pass; rows of 1000 6.2 ns a line instead of 8.6). The backward has two passes: dx of a row is written
+ * while the sum of the next one is found; with AVX2 on a Zen 3 that is 80 to 85% of a copy instead of 70 to 74, and of
+ * the logarithm 89 instead of 25, of which most were loads that waited (WRITE_EXP). Along another axis the rows'
+ * elements are far apart, and a row by itself would use 4 bytes of each cache line: there a task takes a block of
+ * neighbouring columns, with one maximum and one sum per column, and goes through memory twice: 32 rows at a time for
+ * the statistics (the online form, whose rescaling is then rare), and again for the results, where each exponential is
+ * computed anew, because that is cheaper than to write and read it. Only where no axis is dense, rows are gathered one
+ * by one. Results larger than the caches are written past them. Sums are taken in the compute type over at most 1024
+ * elements or 32 rows and added up in double. So columns cannot come near one copy: reading twice and writing once are
+ * 1.5 times its bytes, and 1.67, 1.5 and 1.33 times those of the backward, the logarithm and its backward. On an
+ * AVX-512 Xeon with 2 MB of second cache these four took 1.70, 1.62, 1.73 and 1.39 for 16384 rows of 4096 bytes on one
+ * thread. Rejected: blocks of columns narrow enough to be kept in the second cache between the two passes: pieces of
+ * 256 bytes come slowly (a mere copy in blocks of 64, 128, 256 bytes, asked for ahead, took 3.3, 2.4, 2.2 times a copy
+ * in order). A row of -inf only has no softmax: it gives NaN, as 0/0 should; callers that mean "no key" must say so.
  */
 #include "cpu.h"
 #include "rows.h"

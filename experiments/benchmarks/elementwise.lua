@@ -46,19 +46,29 @@
 -- What limits: FP steps have their pipes chosen as they are issued, and start 2.6 in a cycle, not 4; loads
 -- from a table 1.7, not 3 (banks). Tried: slopes of f16 by |x|, half the memory (5 to 10% less time, six
 -- steps more); exp by vectors alone with blocks asked for far values first (6.6 ns).
--- Rows with AVX2 (before): softmax 5.5 to 5.7 ns for 16 floats (6.3 to 6.4), its logarithm 5.9 (6.5),
--- log-sum-exp 5.9 (6.2). Of that 0.2 to 0.3 send terms below 2^-126 to 0; without, they were at 73 to 79% of
--- a copy by medians of turns (65 to 69), 68 to 74 (62 to 66) and 42 to 45 (39). rmsnorm of rows of 64, 1024
--- and 4096 likewise 83, 94, 86 (56, 92, 66), by the fastest turns 79, 87, 82 (54, 83, 61). Softmax's
--- arithmetic took 18 cycles (exponentials of which the schedulers held too few, and sums kept in memory),
--- and some 10 to 12 now, with 100 a row. Layernorm's backward (66 to 74) and rmsnorm's (76 to 80) remain: in
--- the cache a line takes 5.1 and 4.2 ns, from memory 7.4 to 7.8 and 7.1; two arrays merely added into a
--- third take 5.2. Reading alone: a line takes 2.6 to 2.8 ns (a copy 3.5), 3.2 to 3.8 with anything asked for
--- ahead; two arrays at once 2.5, four 2.1. So one stream is at most 63 to 68% of a copy. Held to AVX2, a
--- Xeon has softmax on two threads at 74 (68), rmsnorm at 112 (102), but of rows of 64 at 65 (89). Tried:
--- softmax with a row's rest between its passes (5.9 ns for 5.5); results of rows that are no whole cache
--- lines past the caches (rows of 1000 6.7 ns for 8.2, but 1024 5.6 for 5.2); norms' backwards with other
--- distances of prefetch, dgamma and dbeta half a page beside x (no difference).
+-- Rows with AVX2, one thread, the fastest of turns; in brackets before, and the share of the library's copy
+-- (3.7 to 4.1 ns for 16 floats; a sum of two arrays into a third has 87 to 93%, which is what two sources
+-- allow). Rows of 1024: softmax 5.2 to 5.4 ns (5.5 to 5.8), 70 to 76%, its logarithm 5.3 (6.2), 74,
+-- layernorm's backward 6.9 (8.2), 79, rmsnorm's 6.3 (8.4), 87; of 4096: 5.3 (5.8), 79; 5.3 (6.2), 77; 7.5
+-- (8.6), 84; 7.0 (8.2), 90. Rows that do not begin on a cache line, of 1000: softmax 6.2 (8.6), 66, log 6.5
+-- (8.8), 63, their backwards 7.5 (9.6), 82 and 7.1 (9.9), 86, layernorm 6.3 (8.0), 65, rmsnorm 5.0 (6.8),
+-- 83, backwards 9.6 (11.7), 64 and 7.9 (11.1), 78; of 200: softmax 7.1 (10.5), its backward 7.2 (11.2),
+-- layernorm 7.6 (11.1), rmsnorm 4.7 (7.6), backwards 9.5 (13.9) and 9.3 (13.2); of 50257: softmax 11.2
+-- (12.1), 40, its backward 9.4 (11.8), 71, layernorm 8.2 (10.1), 54, rmsnorm 7.6 (9.5), 59. Rows of 64:
+-- softmax 9.3 (10.5), but the norms' backwards 12.2 (11.5) and 11.4 (10.8), by what a row costs. What
+-- bounds softmax: 16 steps for 8 floats, 10 of which start in two pipes, 10 cycles a line; it takes 13.4,
+-- and 72 a row (4.5 ns in the cache for rows of 1024). Rows of 50257: three of them and the terms are 800
+-- KB, and the second cache has 512.
+-- What is asked for costs: a plain copy takes 3.2 ns a line, 3.7 to 3.9 with anything asked for ahead, a
+-- plain sum of two arrays 4.9, 5.2 to 6.4 so, with either cache, any distance, the first lines of pages
+-- alone or blocks of 4 KB of one array and then the other; offsets between the arrays (0 to 1 MB) change
+-- nothing, and all are in huge pages. 12 KB ahead, two arrays cost the norms' backwards 2 ns a line even of
+-- what is in the first cache; 1 KB ahead, into the first, is best there, but not for softmax, whose
+-- arithmetic is slow enough: 6.5 for 5.6. Beside PyTorch (its results into arrays that are there, huge
+-- pages), one thread, rows of 64 to 50257: before, softmax's backward was slower than it for rows of 77,
+-- 250, 1000 and 50257; now for rows of 250 (10.0 and 8.5), which are not staged: of 768 to 1020 bytes that
+-- are not a multiple of 32 softmax loses a fifth by that, its backward gains a quarter. The rest takes
+-- PyTorch 1.2 to 14 times ours.
 -- A Xeon (Sapphire Rapids; AVX-512, 2.8 GHz) copies 16 floats in 5.6 to 6.4 ns; 77% allow 7.3 to 8.3, and
 -- arithmetic takes 4.5 to 7 of them in the cache. All that is read is asked for there twice, 4 KB ahead
 -- into the second cache and 512 bytes ahead into the first. Share of a copy for 32 halves or 16 floats,
