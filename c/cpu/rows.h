@@ -37,11 +37,11 @@ LAC_INLINE void row_ask(const void *x, bool near)
  * into the first cache and row_pass takes them on from there; the ends of a block share their lines with others and are
  * written as usual. Sums are taken in the same places of a row, so that no bit depends on its address. Shorter rows
  * lose by it: of 77 floats softmax's backward took 14.9 ns a line instead of 10.5, and of 250, whose vectors lie across
- * lines, softmax 9.3 instead of 7.9 (but of 200 7.1 instead of 10.5). Only with AVX2: not measured elsewhere. */
+ * lines, softmax 9.3 instead of 7.9 (but of 200 7.1 instead of 10.5). ROW_SHORT was measured with AVX2 only. */
 LAC_INLINE bool row_staged(const void *y, int64_t bytes, bool stream)
 {
-    return V_WIDTH == 32 && stream && ((uintptr_t)y & (V_LINE - 1)) != 0 &&
-           bytes >= (bytes % V_WIDTH ? ROW_LONG : ROW_SHORT);
+    return V_WIDTH >= 32 && stream && ((uintptr_t)y & (V_LINE - 1)) != 0 &&
+           bytes >= (V_WIDTH == 32 && bytes % V_WIDTH == 0 ? ROW_SHORT : ROW_LONG);
 }
 LAC_INLINE void row_pass(void *y, const void *from, int64_t bytes)
 {
