@@ -358,24 +358,39 @@ static inline int64_t tile_size(int64_t left, int64_t chunk, int64_t tile)
 #define BACKWARD3(name, f) KERNEL_P(name, 4, XYZG; (void)x; (void)y; (void)z, g * (f))
 
 #define T float
-#define MAP1(name, domain, value, gradient) KERNEL(m1_f32_##name, 1, X1, value) BACKWARD1(b1_f32_##name, gradient)
-#define MAP2(name, domain, value, dx, dy)                                                                              \
-    KERNEL(m2_f32_##name, 2, X2, value)                                                                                \
-    BACKWARD1(bx_f32_##name, dx) BACKWARD1(by_f32_##name, dy) KERNEL_BOTH(bb_f32_##name, dx, dy)
-#define CMP1(name, value) KERNEL_BOOL(m1_f32_##name, 1, X1, value)
-#define CMP2(name, value) KERNEL_BOOL(m2_f32_##name, 2, X2, value)
-#define MAPP(name, domain, count, value, gradient)                                                                     \
-    KERNEL_P(mp_f32_##name, 1, X1, value) KERNEL_P(bp_f32_##name, 3, X3; (void)x; (void)y, g * (gradient))
-#define MAP3(name, value, dx, dy, dz)                                                                                  \
-    KERNEL_P(m3_f32_##name, 3, XYZ, value)                                                                             \
-    BACKWARD3(b3x_f32_##name, dx) BACKWARD3(b3y_f32_##name, dy) BACKWARD3(b3z_f32_##name, dz)
-#include "../maps.def"
 KERNEL(axpy_f32, 3, X3, x *y + g)
-#define NEGATIVE(x) v_float(v_bits(x) | 0x80000000u) /* -|x| */
 KERNEL_LINES(line_f32_exp, 1, 1, X1; (void)x, v_exp_lines, x, e)
+KERNEL_LINES(line_f32_silu, 4, 1, X1, v_logistic_lines, x, x / e)
+/* An analyser reads a whole kernel of each kind. Of all others, some hundred of each type with the same text around
+ * another expression, it reads the expression. */
+#ifdef __clang_analyzer__
+KERNEL_BOOL(whole_bool, 2, X2, x < y)
+KERNEL_BOTH(whole_both, y, x)
+#undef KERNEL_IN
+#undef KERNEL_BOOL
+#undef KERNEL_BOTH
+#undef KERNEL_LINES
+#define KERNEL_IN(name, count, before, expression, ...)                                                                \
+    static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants_)                         \
+    {                                                                                                                  \
+        const T *in0 = (const T *)in[0].x, *in1 = (const T *)in[1].x, *in2 = (const T *)in[2].x;                       \
+        const T *in3 = (const T *)in[3].x;                                                                             \
+        (void)in0, (void)in1, (void)in2, (void)in3;                                                                    \
+        before;                                                                                                        \
+        for (int64_t k = 0; k < n; k++) {                                                                              \
+            __VA_ARGS__;                                                                                               \
+            ((T *)to->x)[k] = (expression);                                                                            \
+        }                                                                                                              \
+    }
+#define KERNEL_BOOL(name, count, declare, expression) KERNEL_IN(name, count, (void)constants_, expression, declare)
+#define KERNEL_BOTH(name, first, second)                                                                               \
+    KERNEL_IN(name, 3, (void)constants_, g *(first) + g * (second), X3; (void)x; (void)y)
+#define KERNEL_LINES(name, lines, count, declare, LINES, argument, expression)                                         \
+    KERNEL_IN(name, count, (void)constants_, expression, declare; T e = (argument); (void)e)
+#endif
+#define NEGATIVE(x) v_float(v_bits(x) | 0x80000000u) /* -|x| */
 KERNEL_LINES(line_f32_tanh, V_ABREAST_TANH, 1, X1; (void)x, v_tanh_lines, x, e)
 KERNEL_LINES(line_f32_sigmoid, V_ABREAST_SIGMOID, 1, X1; (void)x, v_logistic_lines, x, 1 / e)
-KERNEL_LINES(line_f32_silu, 4, 1, X1, v_logistic_lines, x, x / e)
 KERNEL_LINES(line_b1_f32_silu, 4, 3, X3; (void)y; (void)g, v_logistic_lines, NEGATIVE(x), g *f_silu_slope_of(x, 1 / e))
 KERNEL_LINES(line_f32_gelu, V_ABREAST_GELU, 1, X1; (void)x, v_gelu_lines, x, e)
 KERNEL_LINES(line_b1_f32_gelu, 4, 3, X3; (void)x; (void)y; (void)g, v_gelu_grad_lines, x, g *e)
@@ -392,6 +407,18 @@ KERNEL(near_f32_sin, 1, X1, f_sin_near(x))
 KERNEL(near_f32_cos, 1, X1, f_cos_near(x))
 BACKWARD1(near_b1_f32_sin, f_cos_near(x))
 BACKWARD1(near_b1_f32_cos, -f_sin_near(x))
+#define MAP1(name, domain, value, gradient) KERNEL(m1_f32_##name, 1, X1, value) BACKWARD1(b1_f32_##name, gradient)
+#define MAP2(name, domain, value, dx, dy)                                                                              \
+    KERNEL(m2_f32_##name, 2, X2, value)                                                                                \
+    BACKWARD1(bx_f32_##name, dx) BACKWARD1(by_f32_##name, dy) KERNEL_BOTH(bb_f32_##name, dx, dy)
+#define CMP1(name, value) KERNEL_BOOL(m1_f32_##name, 1, X1, value)
+#define CMP2(name, value) KERNEL_BOOL(m2_f32_##name, 2, X2, value)
+#define MAPP(name, domain, count, value, gradient)                                                                     \
+    KERNEL_P(mp_f32_##name, 1, X1, value) KERNEL_P(bp_f32_##name, 3, X3; (void)x; (void)y, g * (gradient))
+#define MAP3(name, value, dx, dy, dz)                                                                                  \
+    KERNEL_P(m3_f32_##name, 3, XYZ, value)                                                                             \
+    BACKWARD3(b3x_f32_##name, dx) BACKWARD3(b3y_f32_##name, dy) BACKWARD3(b3z_f32_##name, dz)
+#include "../maps.def"
 #undef T
 #define T double
 #define MAP1(name, domain, value, gradient) KERNEL(m1_f64_##name, 1, X1, value) BACKWARD1(b1_f64_##name, gradient)
@@ -435,8 +462,19 @@ typedef struct {
     const char *text, *slope[3];
     bool to_bool;
 } lac_map;
+enum { /* positions in maps2 */
+#define MAP2(name, domain, value, dx, dy) M2_##name,
+#include "../maps.def"
+};
+enum { /* positions in maps1 */
+#define MAP1(name, domain, value, gradient) M1_##name,
+#include "../maps.def"
+};
 #define I64_FLOAT(name) NULL
 #define I64_ANY(name) name
+/* Kernels of f32 that compute by lines take the place of those that maps.def made, which are then not compiled. */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Woverride-init"
 static const lac_map maps1[] = {
 #define MAP1(name, domain, value_, gradient_)                                                                          \
     {.value = {m1_f32_##name, m1_f64_##name, I64_##domain(m1_i64_##name)},                                             \
@@ -447,6 +485,19 @@ static const lac_map maps1[] = {
 #define LOGIC1(name, text_, value_) {.value = {NULL, NULL, m1_i64_##name}, .text = #value_, .to_bool = true},
 #define INT1(name, value_) {.value = {NULL, NULL, m1_i64_##name}, .text = #value_},
 #include "../maps.def"
+    [M1_exp].value[C_F32] = line_f32_exp,
+    [M1_tanh].value[C_F32] = line_f32_tanh,
+    [M1_sigmoid].value[C_F32] = line_f32_sigmoid,
+    [M1_silu].value[C_F32] = line_f32_silu,
+    [M1_silu].gradient[0][C_F32] = line_b1_f32_silu,
+    [M1_gelu].value[C_F32] = line_f32_gelu,
+    [M1_gelu].gradient[0][C_F32] = line_b1_f32_gelu,
+    [M1_softplus].value[C_F32] = line_f32_softplus,
+#ifdef V_LOG_LINES
+    [M1_log].value[C_F32] = line_f32_log,
+#endif
+    [M1_gelu_tanh].value[C_F32] = line_f32_gelu_tanh,
+    [M1_gelu_tanh].gradient[0][C_F32] = line_b1_f32_gelu_tanh,
 };
 static const lac_map maps2[] = {
 #define MAP2(name, domain, value_, dx, dy)                                                                             \
@@ -459,7 +510,10 @@ static const lac_map maps2[] = {
 #define LOGIC2(name, text_, value_) {.value = {NULL, NULL, m2_i64_##name}, .text = #value_, .to_bool = true},
 #define INT2(name, value_) {.value = {NULL, NULL, m2_i64_##name}, .text = #value_},
 #include "../maps.def"
+    [M2_swiglu].value[C_F32] = line2_f32_swiglu,
+    [M2_geglu].value[C_F32] = line2_f32_geglu,
 };
+#pragma GCC diagnostic pop
 static const lac_map maps_p[] = {
 #define MAPP(name, domain, count, value_, gradient_)                                                                   \
     {.value = {mp_f32_##name, mp_f64_##name, I64_##domain(mp_i64_##name)},                                             \
@@ -478,33 +532,8 @@ static const lac_map maps3[] = {
      .slope = {#dx, #dy, #dz}},
 #include "../maps.def"
 };
-enum { /* positions in maps2 */
-#define MAP2(name, domain, value, dx, dy) M2_##name,
-#include "../maps.def"
-};
-enum { /* positions in maps1 */
-#define MAP1(name, domain, value, gradient) M1_##name,
-#include "../maps.def"
-};
 
-/* the kernels of f32 that compute by lines: of the value, of the gradient */
-static lac_kernel *const by_line[][2] = {
-    [M1_exp] = {line_f32_exp},
-    [M1_tanh] = {line_f32_tanh},
-    [M1_sigmoid] = {line_f32_sigmoid},
-    [M1_silu] = {line_f32_silu, line_b1_f32_silu},
-    [M1_gelu] = {line_f32_gelu, line_b1_f32_gelu},
-    [M1_softplus] = {line_f32_softplus},
-#ifdef V_LOG_LINES
-    [M1_log] = {line_f32_log},
-#endif
-    [M1_gelu_tanh] = {line_f32_gelu_tanh, line_b1_f32_gelu_tanh},
-};
-
-/* the same for functions of two arguments */
-static lac_kernel *const by_line2[] = {[M2_swiglu] = line2_f32_swiglu, [M2_geglu] = line2_f32_geglu};
-
-/* the same of half types: [gradient][f16 or bf16] */
+/* the kernels of half types: [gradient][f16 or bf16] */
 static lac_kernel *const of_halves[][2][2] = {
 #ifdef V_HALF_LINES
     [M1_relu] = {{f16_h_relu, bf16_h_relu}},
@@ -739,14 +768,7 @@ static lac_kernel *kernel_of(int fn, int dtype, bool gradient)
     int half = half_of(dtype), ctype = lac_compute_type(dtype);
     if (half && fn < (int)(sizeof of_halves / sizeof *of_halves) && of_halves[fn][gradient][half - 1])
         return of_halves[fn][gradient][half - 1];
-    lac_kernel *lines = ctype == C_F32 && fn < (int)(sizeof by_line / sizeof *by_line) ? by_line[fn][gradient] : NULL;
-    return lines ? lines : gradient ? maps1[fn].gradient[0][ctype] : maps1[fn].value[ctype];
-}
-
-static lac_kernel *kernel2_of(int fn, int ctype)
-{
-    lac_kernel *lines = ctype == C_F32 && fn < (int)(sizeof by_line2 / sizeof *by_line2) ? by_line2[fn] : NULL;
-    return lines ? lines : maps2[fn].value[ctype];
+    return gradient ? maps1[fn].gradient[0][ctype] : maps1[fn].value[ctype];
 }
 
 int LAC_CPU(map1)(const lac_a_map1 *a)
@@ -799,7 +821,7 @@ int LAC_CPU(map2)(const lac_a_map2 *a)
     }
     const lac_map *map = &maps2[a->fn];
     const lac_view *views[] = {&a->out, a->swapped ? y : x, a->swapped ? x : y};
-    elem_job job = {.kernel = kernel2_of(a->fn, lac_compute_type(x->dtype)), .outputs = 1, .raw = map->to_bool};
+    elem_job job = {.kernel = map->value[lac_compute_type(x->dtype)], .outputs = 1, .raw = map->to_bool};
     return elem_run("map2", &job, 3, views, map->text, "xy");
 }
 
