@@ -14,7 +14,7 @@ BUSTED  ?= luajit /usr/bin/busted
 
 PACKAGES := gcc libc6-dev make pkg-config luajit libluajit-5.1-dev libopenblas-openmp-dev libedit2 lua-busted lua-check lua-cjson \
             lua-posix lua-filesystem gnuplot-nox bible-kjv bible-kjv-text xz-utils
-LINTERS  := clang clang-format clang-tidy
+LINTERS  := clang-format clang-tidy
 
 , := ,
 # short lines unless V=1: `  CC c/pool.c`
@@ -106,14 +106,21 @@ $(COMMAND): c/main.c c/interrupt.c c/interrupt.h c/lacuna.h
 # Kernels are compiled for each architecture, because from Hopper on they may start while the one before ends
 # (kernels/launch.cuh); the portable ones of attention, which take longest, once, as PTX of the first architecture, from
 # which each architecture's instructions are made. PTX is of the first architecture, too, and for later devices; an
-# architecture that CUDA_CODE leaves out runs from it as well, once the driver has translated it there.
-CUDA_ARCH ?= 80 90a
-CUDA_CODE ?= $(CUDA_ARCH)
-GENCODE := $(foreach a,$(CUDA_CODE),-gencode arch=compute_$(a),code=sm_$(a)) \
-           -gencode arch=compute_$(firstword $(CUDA_ARCH)),code=compute_$(firstword $(CUDA_ARCH))
-PLAIN_ARCH := $(CUDA_ARCH:%a=%)
-PLAIN_CODE := $(patsubst %,-gencode arch=compute_$(firstword $(PLAIN_ARCH))$(,)code=sm_%,$(CUDA_CODE:%a=%)) \
-              -gencode arch=compute_$(firstword $(PLAIN_ARCH)),code=compute_$(firstword $(PLAIN_ARCH))
+# architecture that CUDA_CODE leaves out runs from it as well, once the driver has translated it there. Files with
+# nothing but kernels for Hopper are compiled for Hopper alone, where that is asked for.
+# CUDA_CHECK=1 makes a plug-in that is to be compiled and linked, not run: without PTX; of architectures that CUDA_CODE
+# leaves out the sources are only looked through, by the front end; and kernels of which nothing is asked but that they
+# compile are optimised little.
+CUDA_ARCH  ?= 80 90a
+CUDA_CODE  ?= $(CUDA_ARCH)
+CUDA_CHECK ?=
+gencode = $(foreach a,$(2),-gencode arch=compute_$(or $(1),$(a))$(,)code=sm_$(a)) \
+          $(if $(3)$(CUDA_CHECK),,-gencode arch=compute_$(firstword $(1) $(CUDA_ARCH))$(,)code=compute_$(firstword $(1) $(CUDA_ARCH)))
+PLAIN_ARCH := $(firstword $(CUDA_ARCH:%a=%))
+GENCODE := $(call gencode,,$(CUDA_CODE))
+PLAIN_CODE := $(call gencode,$(PLAIN_ARCH),$(CUDA_CODE:%a=%))
+HOPPER_CODE := $(if $(filter 90a,$(CUDA_CODE)),$(call gencode,,90a,alone),$(GENCODE))
+LOOKED_AT := $(if $(CUDA_CHECK),$(filter-out $(CUDA_CODE),$(CUDA_ARCH)))
 
 .PHONY: cuda
 ifeq ($(NVCC),)
@@ -127,20 +134,25 @@ KERNELS := $(patsubst kernels/%.cu,$(BUILD)/obj/cuda/%.o,$(wildcard kernels/*.cu
 CUDA_LIB := $(abspath $(dir $(NVCC))../lib64)
 
 # Attention kernels may neither spill registers nor have their products serialised: ptxas.awk reads what ptxas says.
-compile_cuda = $(NVCC) -O3 -std=c++17 --extended-lambda $(1) -Ic -Xcompiler -fPIC,-Wall,-fvisibility=hidden -MMD -MP
+cuda_flags = $(NVCC) -O3 -std=c++17 --extended-lambda $(1) -Ic -Xcompiler -fPIC,-Wall,-fvisibility=hidden
+compile_cuda = $(call cuda_flags,$(1)) -MMD -MP
+look_at = $(foreach a,$(LOOKED_AT),$(call cuda_flags,-arch=compute_$(a)) -ptx -fdevice-syntax-only -o /dev/null $< && ) :
 
+ATTN_HOPPER := $(patsubst %,kernels/attn_hopper_%.cu,added blocks forward keys padded pairs parts_backward parts_forward wide)
 ATTN_EACH := kernels/attn.cu kernels/attn_hopper% kernels/attn_few%
+attn_code = $(if $(filter $(ATTN_HOPPER),$<),$(HOPPER_CODE),$(if $(filter $(ATTN_EACH),$<),$(GENCODE),$(PLAIN_CODE)))
 $(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
-	$(Q)$(call compile_cuda,$(if $(filter $(ATTN_EACH),$<),$(GENCODE),$(PLAIN_CODE))) \
-	  -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
+	$(Q)$(if $(filter-out $(ATTN_HOPPER),$(filter $(ATTN_EACH),$<)),$(look_at),:)
+	$(Q)$(call compile_cuda,$(attn_code)) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
 	$(Q)awk -f kernels/ptxas.awk $@.log || { rm $@; exit 1; }
 
 $(BUILD)/obj/cuda/%.o: kernels/%.cu
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
-	$(Q)$(call compile_cuda,$(GENCODE)) -c $< -o $@
+	$(Q)$(look_at)
+	$(Q)$(call compile_cuda,$(GENCODE)) $(if $(CUDA_CHECK),-Ofc=max) -c $< -o $@
 
 # nvcc lets a template's host code call a function of the device, silently: what the host gets is a call of exit().
 $(PLUGIN): $(KERNELS)
@@ -182,18 +194,21 @@ PEER ?= python3
 bench: all ## measure against PyTorch (PEER=/path/to/python with torch) and the machine's floors: ratios in one run
 	$(COMMAND) experiments/benchmark.lua --peer $(PEER) $(BENCH)
 
-# clang-tidy reads a file once, the kernels as AVX2. A stamp per source remembers that it was clean, so only what changed
-# is read again. gcc's __builtin_shuffle is unknown to clang; its value does not matter to an analysis.
+# clang-tidy reads a file once, the kernels as AVX2. A stamp per source remembers that it was clean; what is compiled
+# again is read again. gcc's __builtin_shuffle is unknown to clang; its value does not matter to an analysis.
 TIDY := $(patsubst c/%.c,$(BUILD)/lint/%.tidy,$(FRONT) c/main.c c/interrupt.c $(CPU))
+TIDY_ISA := $(firstword $(filter avx2,$(ISAS)) baseline)
 TIDY_FLAGS = -std=c11 -D_GNU_SOURCE -fopenmp $(filter -DLAC_HAVE_AVX,$(ALL_CFLAGS)) -DLAC_FFI_FILE='"$(BUILD)/ffi.h"' \
              -D'__builtin_shuffle(a,b,mask)=(a)' -Wno-pass-failed $(INCLUDES) $$(pkg-config --cflags luajit) \
-             $(if $(filter c/cpu/%,$<),-DLAC_ISA=$(firstword $(filter avx2,$(ISAS)) baseline) $(ISA_$(firstword $(filter avx2,$(ISAS)) baseline)))
+             $(if $(filter c/cpu/%,$<),-DLAC_ISA=$(TIDY_ISA) $(ISA_$(TIDY_ISA)))
+$(FRONT:c/%.c=$(BUILD)/lint/%.tidy): $(BUILD)/lint/%.tidy: $(BUILD)/obj/%.o
+$(CPU:c/%.c=$(BUILD)/lint/%.tidy): $(BUILD)/lint/cpu/%.tidy: $(BUILD)/obj/$(TIDY_ISA)/%.o
+$(BUILD)/lint/main.tidy $(BUILD)/lint/interrupt.tidy: $(COMMAND)
 $(BUILD)/lint/%.tidy: c/%.c .clang-tidy | $(BUILD)/ffi.h
 	@mkdir -p $(@D)
 	$(call say,TIDY,$<)
 	$(Q)clang-tidy --quiet $< -- $(TIDY_FLAGS) >$@.log 2>/dev/null || { cat $@.log; exit 1; }
-	@clang $(TIDY_FLAGS) -MM -MP -MT $@ -MF $@.d $< 2>/dev/null && touch $@
--include $(TIDY:=.d)
+	@touch $@
 
 lint: ## luacheck, clang-format, clang-tidy, every translation unit with warnings as errors
 	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) $(LINTERS)"
