@@ -361,32 +361,8 @@ static inline int64_t tile_size(int64_t left, int64_t chunk, int64_t tile)
 KERNEL(axpy_f32, 3, X3, x *y + g)
 KERNEL_LINES(line_f32_exp, 1, 1, X1; (void)x, v_exp_lines, x, e)
 KERNEL_LINES(line_f32_silu, 4, 1, X1, v_logistic_lines, x, x / e)
-/* An analyser reads a whole kernel of each kind. Of all others, some hundred of each type with the same text around
- * another expression, it reads the expression. */
 #ifdef __clang_analyzer__
-KERNEL_BOOL(whole_bool, 2, X2, x < y)
-KERNEL_BOTH(whole_both, y, x)
-#undef KERNEL_IN
-#undef KERNEL_BOOL
-#undef KERNEL_BOTH
-#undef KERNEL_LINES
-#define KERNEL_IN(name, count, before, expression, ...)                                                                \
-    static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants_)                         \
-    {                                                                                                                  \
-        const T *in0 = (const T *)in[0].x, *in1 = (const T *)in[1].x, *in2 = (const T *)in[2].x;                       \
-        const T *in3 = (const T *)in[3].x;                                                                             \
-        (void)in0, (void)in1, (void)in2, (void)in3;                                                                    \
-        before;                                                                                                        \
-        for (int64_t k = 0; k < n; k++) {                                                                              \
-            __VA_ARGS__;                                                                                               \
-            ((T *)to->x)[k] = (expression);                                                                            \
-        }                                                                                                              \
-    }
-#define KERNEL_BOOL(name, count, declare, expression) KERNEL_IN(name, count, (void)constants_, expression, declare)
-#define KERNEL_BOTH(name, first, second)                                                                               \
-    KERNEL_IN(name, 3, (void)constants_, g *(first) + g * (second), X3; (void)x; (void)y)
-#define KERNEL_LINES(name, lines, count, declare, LINES, argument, expression)                                         \
-    KERNEL_IN(name, count, (void)constants_, expression, declare; T e = (argument); (void)e)
+#include "elem_analysed.inc"
 #endif
 #define NEGATIVE(x) v_float(v_bits(x) | 0x80000000u) /* -|x| */
 KERNEL_LINES(line_f32_tanh, V_ABREAST_TANH, 1, X1; (void)x, v_tanh_lines, x, e)
