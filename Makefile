@@ -138,17 +138,24 @@ cuda_flags = $(NVCC) -O3 -std=c++17 --extended-lambda $(1) -Ic -Xcompiler -fPIC,
 compile_cuda = $(call cuda_flags,$(1)) -MMD -MP
 look_at = $(foreach a,$(LOOKED_AT),$(call cuda_flags,-arch=compute_$(a)) -ptx -fdevice-syntax-only -o /dev/null $< && ) :
 
+# Objects that were only checked are not what a plug-in to be run is made of: this file's age tells them apart.
+$(BUILD)/obj/cuda/checked: force
+	@mkdir -p $(@D)
+	@echo 'CUDA_CHECK=$(CUDA_CHECK)' | cmp -s - $@ || echo 'CUDA_CHECK=$(CUDA_CHECK)' >$@
+.PHONY: force
+force:
+
 ATTN_HOPPER := $(patsubst %,kernels/attn_hopper_%.cu,added blocks forward keys padded pairs parts_backward parts_forward wide)
 ATTN_EACH := kernels/attn.cu kernels/attn_hopper% kernels/attn_few%
 attn_code = $(if $(filter $(ATTN_HOPPER),$<),$(HOPPER_CODE),$(if $(filter $(ATTN_EACH),$<),$(GENCODE),$(PLAIN_CODE)))
-$(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk
+$(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk $(BUILD)/obj/cuda/checked
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
-	$(Q)$(if $(filter-out $(ATTN_HOPPER),$(filter $(ATTN_EACH),$<)),$(look_at),:)
+	$(Q)$(if $(filter $(ATTN_EACH),$<),$(look_at),:)
 	$(Q)$(call compile_cuda,$(attn_code)) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
 	$(Q)awk -f kernels/ptxas.awk $@.log || { rm $@; exit 1; }
 
-$(BUILD)/obj/cuda/%.o: kernels/%.cu
+$(BUILD)/obj/cuda/%.o: kernels/%.cu $(BUILD)/obj/cuda/checked
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
 	$(Q)$(look_at)
@@ -204,6 +211,7 @@ TIDY_FLAGS = -std=c11 -D_GNU_SOURCE -fopenmp $(filter -DLAC_HAVE_AVX,$(ALL_CFLAG
 $(FRONT:c/%.c=$(BUILD)/lint/%.tidy): $(BUILD)/lint/%.tidy: $(BUILD)/obj/%.o
 $(CPU:c/%.c=$(BUILD)/lint/%.tidy): $(BUILD)/lint/cpu/%.tidy: $(BUILD)/obj/$(TIDY_ISA)/%.o
 $(BUILD)/lint/main.tidy $(BUILD)/lint/interrupt.tidy: $(COMMAND)
+$(BUILD)/lint/cpu/elem.tidy: c/cpu/elem_analysed.inc # gcc does not read it
 $(BUILD)/lint/%.tidy: c/%.c .clang-tidy | $(BUILD)/ffi.h
 	@mkdir -p $(@D)
 	$(call say,TIDY,$<)
