@@ -12,9 +12,9 @@
  * when an error has happened, so a script that works pays nothing for it.
  *
  * Exit status: 0 success, 1 an error in Lua or output that could not be written (a full disk), 2 wrong usage
- * (also a script that cannot be read), 130 ended by Ctrl-C; what a script gives to os.exit otherwise. A shell
- * script instead of this program was rejected: it could neither own the signal handler nor be the parent that
- * a debugger or a profiler expects.
+ * (also a script that cannot be read), 130 ended by Ctrl-C; what a script gives to os.exit otherwise, but that
+ * output which could not be written makes 1 of a 0. A shell script instead of this program was rejected: it
+ * could neither own the signal handler nor be the parent that a debugger or a profiler expects.
  */
 #include "interrupt.h"
 
@@ -372,20 +372,25 @@ static int protected_main(lua_State *L)
 }
 
 /* However the process exits (main, os.exit): results that did not reach their file are an error, although no
- * print has seen one. The buffer is written only here if the output is short. */
-static void check_output(void)
+ * print has seen one. The buffer is written only here if the output is short. A status that tells of an error
+ * or of Ctrl-C already is kept; a 0 cannot be replaced but by _exit, before which the other files that are
+ * open get their data, as exit would have given them. */
+static void check_output(int status, void *unused)
 {
+    (void)unused;
     int failed = ferror(stdout);
     errno = 0;
     if (fflush(stdout) == 0 && !failed) return;
     fprintf(stderr, "lacuna: cannot write all of standard output%s%s\n", errno ? ": " : "",
             errno ? strerror(errno) : "");
+    if (status != 0) return;
+    fflush(NULL);
     _exit(EXIT_ERROR);
 }
 
 int main(int argc, char **argv)
 {
-    atexit(check_output);
+    on_exit(check_output, NULL);
     lac_command c = {.argc = argc, .argv = argv};
     int status = parse(&c);
     if (status != 0) return status;
