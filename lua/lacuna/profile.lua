@@ -99,7 +99,7 @@ end
 -- recorders do not nest: the inner one would forget what the outer has
 local running = false
 
-local function record(fn, o)
+local function start(o)
   if running then schema.fail("profile", "a profile is running already: profiles do not nest") end
   local lost = tonumber(C.lac_profile_lost())
   local started = C.lac_clock()
@@ -110,25 +110,30 @@ local function record(fn, o)
     lib.trace(trace)
   end
   lib.check(C.lac_profile(1))
-  local begun = C.lac_clock()
-  local ok, results, count = pcall(run_all, fn, o.runs)
-  local wall = tonumber(C.lac_clock() - begun) * 1e-9
+  return { started = started, begun = C.lac_clock(), marks = marks, lost = lost, traced = o.trace }
+end
+
+local function stop(r)
+  r.wall = tonumber(C.lac_clock() - r.begun) * 1e-9
   C.lac_profile(0)
-  if o.trace then
+  if r.traced then
     lib.trace(nil)
     sites.track(false)
   end
   running = false
-  local events = ok and read_events(begun)
+end
+
+-- the events of a recording that was stopped; the recorder forgets them
+local function take(r)
+  local events = read_events(r.begun)
   C.lac_profile(-1)
-  if not ok then error(results, 0) end
-  lost = tonumber(C.lac_profile_lost()) - lost
+  local lost, marks = tonumber(C.lac_profile_lost()) - r.lost, r.marks
   if lost > 0 then
     schema.fail("profile", "%d events are missing: there was no memory left to record them", lost)
   end
-  local shift = tonumber(begun - started)
+  local shift = tonumber(r.begun - r.started)
   for i = 1, marks.n do marks.from[i], marks.to[i] = marks.from[i] - shift, marks.to[i] - shift end
-  return events, marks, wall, results, count
+  return events
 end
 
 -- ---- sums -----------------------------------------------------------------------------------------------
@@ -412,6 +417,20 @@ local OPTIONS = {
   top = REPORT.top,
 }
 
+-- what a recording that was stopped says, printed if that is wanted
+local function profile_of(r, o)
+  local events = take(r)
+  if o.trace then attribute(events, r.marks) end
+  local self = setmetatable({ events = events, wall = r.wall, runs = o.runs, traced = o.trace }, Profile)
+  local sums = new_row("")
+  for _, e in ipairs(events) do add(sums, e) end
+  self.engine, self.forward, self.backward = sums.time, sums.forward, sums.backward
+  self.flops, self.bytes = sums.flops, sums.bytes
+  self.host, self.tracing = gaps(events, r.marks, r.wall)
+  if o.print then io.stdout:write(self:report{ top = o.top }, "\n") end
+  return self
+end
+
 --- Run fn() and print where the time went.
 -- @tparam function fn
 -- @tparam[opt] table options trace = false: find out modules and script lines, too (microseconds for each
@@ -420,20 +439,25 @@ local OPTIONS = {
 --   backward (seconds), flops, bytes, events: list of { op, from, to (seconds), flops, bytes, backward }
 -- @return what fn returns in its last run
 -- @raise what fn raises
-local function profile(fn, options)
+local function profile(fn, options, early)
   schema.check("profile", "fn", fn, { type = "function" })
   local o = schema.options("profile", options, OPTIONS)
   for _ = 1, o.warmup do fn() end
-  local events, marks, wall, results, count = record(fn, o)
-  if o.trace then attribute(events, marks) end
-  local self = setmetatable({ events = events, wall = wall, runs = o.runs, traced = o.trace }, Profile)
-  local sums = new_row("")
-  for _, e in ipairs(events) do add(sums, e) end
-  self.engine, self.forward, self.backward = sums.time, sums.forward, sums.backward
-  self.flops, self.bytes = sums.flops, sums.bytes
-  self.host, self.tracing = gaps(events, marks, wall)
-  if o.print then io.stdout:write(self:report{ top = o.top }, "\n") end
-  return self, unpack(results, 1, count)
+  local r = start(o)
+  -- for repl.profile: a process that ends inside fn ends the recording first, and fn does not return
+  if early then
+    function early.finish()
+      stop(r)
+      return profile_of(r, o)
+    end
+  end
+  local ok, results, count = pcall(run_all, fn, o.runs)
+  stop(r)
+  if not ok then
+    C.lac_profile(-1)
+    error(results, 0)
+  end
+  return profile_of(r, o), unpack(results, 1, count)
 end
 
 return profile

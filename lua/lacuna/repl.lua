@@ -557,24 +557,28 @@ local function banner()
 end
 
 --- What `lacuna profile` does: run a script, print where its time went, and end as the script did. The table
--- is there too when that was an error, Ctrl-C (a training loop has no other end) or os.exit, which is an
--- error on its way out of the script; if the script catches it, the process ends where the script does.
+-- is there too when that was an error, Ctrl-C (a training loop has no other end) or os.exit. That one does
+-- not unwind the script, here as elsewhere: no pcall on the way sees it, the recording ends where it is called.
 -- @tparam function script
 -- @param ... its arguments
 function repl.profile(script, ...)
   local host = package.loaded["lacuna.host"]
   local guard = host and host.guard or plain_guard
-  local arguments, count, exit, ending = { ... }, select("#", ...), os.exit, nil
+  local arguments, count, exit, early = { ... }, select("#", ...), os.exit, {}
   rawset(os, "exit", function(code, close)
-    ending = { code = code, close = close }
-    error("os.exit", 0)
+    if code ~= nil and type(code) ~= "boolean" and not tonumber(code) then exit(code) end -- its own complaint
+    local finished, why = pcall(early.finish)
+    if not finished then
+      io.stderr:write("lacuna: ", tostring(why), "\n")
+      exit(1, close)
+    end
+    exit(code, close)
   end)
   local ok, report, interrupted
   require("lacuna").profile(function()
     ok, report, interrupted = guard(script, unpack(arguments, 1, count))
-  end, { trace = true })
-  rawset(os, "exit", exit)
-  if ending then exit(ending.code, ending.close) end
+    rawset(os, "exit", exit)
+  end, { trace = true }, early)
   if ok then return end
   io.stdout:flush()
   io.stderr:write("lacuna: ", report, "\n")
