@@ -7,6 +7,13 @@ local runlog = require "lacuna.log" -- lac.log is the logarithm
 local sys = require "lacuna.sys"
 local json = require "lacuna.json"
 
+local function read(path)
+  local file = assert(io.open(path, "rb"))
+  local text = file:read("*a")
+  file:close()
+  return text
+end
+
 describe("log", function()
   local dir
   before_each(function() dir = sys.temporary("-logs") end)
@@ -80,12 +87,21 @@ describe("log", function()
     local device = io.open("/dev/full", "wb")
     if not device then return end
     device:close()
-    os.execute(("ln -s /dev/full %s"):format(sys.quote(log:path("x"))))
+    local function fill(name) -- what is written beside it goes to the full device
+      os.execute(("ln -s /dev/full %s"):format(sys.quote(log:path(name .. ".tmp"))))
+    end
+    log:save("x", "old")
+    fill("x")
     assert.error_matches(function() log:save("x", "short") end, "log: cannot write .*/x: No space left")
+    fill("x")
     assert.error_matches(function() log:save("x", ("long"):rep(5000)) end, "cannot write .*/x: No space left")
+    assert.equal("old", read(log:path("x"))) -- as it was
     assert.error_matches(function() log:save("no/x", "") end, "log: cannot write .*/no/x: No such file")
-    os.execute(("ln -s /dev/full %s"):format(sys.quote(log:path("config.json"))))
-    assert.error_matches(function() log:config{ a = 1 } end, "cannot write .*config.json: No space left")
+    log:config{ a = 1 }
+    fill("config.json")
+    assert.error_matches(function() log:config{ a = 2 } end, "cannot write .*config.json: No space left")
+    assert.same({ a = 1 }, runlog.config(dir))
+    assert.same({ "config.json", "log.jsonl", "x" }, sys.list(dir))
     local lac = require "lacuna"
     local work = function() lac.ones{ 2 }:sum() end
     assert.error_matches(function()
@@ -99,11 +115,20 @@ describe("log", function()
   it("dumps the configuration", function()
     local log = runlog.open{ path = dir }
     log:config{ width = 3, segments = { 1, 2 }, name = "x" }
-    local file = io.open(dir .. "/config.json")
-    local text = file:read("*a")
-    file:close()
+    local text = read(dir .. "/config.json")
     assert.same({ width = 3, segments = { 1, 2 }, name = "x" }, json.decode(text))
     assert.is_true(text:find("name") < text:find("segments"))
+    assert.same({ width = 3, segments = { 1, 2 }, name = "x" }, runlog.config(dir))
+    local file = io.open(dir .. "/config.json")
+    log:config{ width = 4 } -- a file of its own: who reads the old one reads on in the old one
+    assert.equal(text, file:read("*a"))
+    file:close()
+    assert.same({ width = 4 }, runlog.config(dir))
+    log:save("config.json", "")
+    local none, reason = runlog.config(dir)
+    assert.is_nil(none)
+    assert.matches("/config.json: ", reason)
+    assert.same({ n = 2 }, { n = select("#", runlog.config(dir)), runlog.config(dir .. "/none") })
     log:close()
   end)
 

@@ -30,9 +30,24 @@ local class = require "lacuna.class"
 local SPECIAL = { NaN = 0 / 0, Infinity = math.huge, ["-Infinity"] = -math.huge }
 local ORDER = { "event", "step", "time" }
 
+-- Written beside and renamed: whoever looks finds the old text or the new one, whole, also when the process
+-- was killed or the disk is full. The name beside is always the same, so that the next run writes over what a
+-- killed one has left; the claim keeps other processes away.
 local function write_file(path, text)
-  local ok, reason = sys.write_file(path, text)
-  if not ok then schema.fail("log", "%s", reason) end
+  local temporary = path .. ".tmp"
+  local file, reason = io.open(temporary, "wb")
+  local ok = file
+  if file then
+    ok, reason = file:write(text)
+    if ok then ok, reason = sys.sync(file) end
+    file:close()
+  end
+  if ok then ok, reason = os.rename(temporary, path) end
+  if not ok then
+    os.remove(temporary)
+    schema.fail("log", "cannot write %s: %s", path, (tostring(reason):gsub("^.*: ", "")))
+  end
+  sys.sync_directory(sys.dirname(path))
 end
 
 local Log = class("Log")
@@ -41,7 +56,7 @@ local holders = setmetatable({}, { __mode = "v" }) -- this process's logs, by fi
 
 local function claim(log, path)
   local attributes = lfs.attributes(path)
-  local identity = ("%s:%s"):format(attributes.dev, attributes.ino)
+  local identity = ("%.0f:%.0f"):format(attributes.dev, attributes.ino)
   local mine = sys.claim(log.file)
   if mine == false then
     collectgarbage() -- closes the file of a log that was dropped
@@ -197,6 +212,21 @@ function log.newest(options)
     end
   end
   return newest
+end
+
+--- The configuration that a run's folder has.
+-- @tparam string dir
+-- @treturn ?table what Log:config was given; nil if there is none, nil and the reason if it cannot be read
+function log.config(dir)
+  local path = dir .. "/config.json"
+  if not sys.exists(path) then return nil end
+  local file, reason = io.open(path, "rb")
+  if not file then return nil, reason end
+  local text = file:read("*a") or ""
+  file:close()
+  local config, why = json.decode(text)
+  if type(config) == "table" then return config end
+  return nil, ("%s: %s"):format(path, why or "not an object")
 end
 
 local function restore(value)
