@@ -153,7 +153,7 @@ local function describe(o, model, text, train, held)
 end
 
 local function config_of(o)
-  local config = {}
+  local config = { program = SPEC.program }
   for _, entry in ipairs(SPEC) do
     local name = entry.name
     if not FREE[name] or name == "threads" then config[name] = o[name] end
@@ -186,6 +186,16 @@ local function resume_folder(o)
   return newest
 end
 
+-- a folder that another program's run is in stays that run's, with --resume and without
+local function check_program(o)
+  local config, reason = runlog.config(o.out)
+  if config and config.program and config.program ~= SPEC.program then
+    refuse("%s holds a run of %s", o.out, config.program)
+  elseif reason and not sys.exists(o.out .. "/checkpoint.safetensors") then
+    refuse("%s holds a run of an unknown program: %s", o.out, reason)
+  end
+end
+
 -- settle --resume: options from the checkpoint, if there is one; returns its configuration then
 local function prepare_resume(o)
   o.out = resume_folder(o)
@@ -197,6 +207,7 @@ local function prepare_resume(o)
 end
 
 local function settle_options(o)
+  if o.out then check_program(o) end
   local config = o.resume and prepare_resume(o)
   if o.quick then
     local values = {}

@@ -85,16 +85,19 @@ end
 -- the record of a run's result
 local function train_one(o, c, seed, train, held, dir)
   local before = o.resume and result_of(dir)
-  if before then return before end
+  local checkpoint = dir .. "/checkpoint.safetensors"
+  if before then
+    os.remove(checkpoint) -- a session that was killed may have left it between its result and its end
+    return before
+  end
   lac.manual_seed(seed)
   local model = lac.nn.LongNetLM{ layers = o.layers, width = o.width, heads = o.heads, context = o.context,
     segments = c.segments, dilations = c.dilations, scheme = c.scheme }
   local schedule, warmup = lac.optim.schedule, math.floor(o.steps / 10)
   local under_way = o.resume and sys.exists(dir) and lac.train.latest(dir) ~= nil
   local log = runlog.open{ path = dir, append = under_way or false }
-  local checkpoint = log:path("checkpoint.safetensors")
-  log:config{ name = c.name, segments = c.segments, dilations = c.dilations, scheme = c.scheme or "all",
-    seed = seed,
+  log:config{ program = SPEC.program, name = c.name, segments = c.segments, dilations = c.dilations,
+    scheme = c.scheme or "all", seed = seed,
     steps = o.steps, context = o.context, width = o.width, layers = o.layers, heads = o.heads,
     batch = o.batch, lr = o.lr }
   lac.train.fit{ model = model, optimizer = lac.optim.adamw(model, { lr = o.lr, betas = { 0.9, 0.98 } }),
@@ -172,15 +175,25 @@ local function draw(results, dir)
   end
 end
 
+-- the configuration of the run in a folder, which must be a sweep's
+local function config_in(dir)
+  local config, reason = runlog.config(dir)
+  if reason then refuse("%s", reason) end
+  if config and config.program and config.program ~= SPEC.program then
+    refuse("%s holds a run of %s", dir, config.program)
+  end
+  return config
+end
+
 -- settle --resume: options come from the sweep that is there, if there is one, and those given must agree
 local function take_config(o)
   o.out = o.out or runlog.newest{ name = "sweep_segments" }
   if not o.out then refuse("--resume: there is no sweep in runs/; name one with --out") end
-  local file = io.open(o.out .. "/config.json", "rb")
-  if not file then return nil end
-  local config, reason = json.decode(file:read("*a"))
-  file:close()
-  if not config then refuse("%s/config.json: %s", o.out, reason) end
+  local config = config_in(o.out)
+  if not config then return nil end
+  if not config.text_sum then
+    refuse("%s is not a sweep that can be resumed: its config.json has no text_sum", o.out)
+  end
   if o.device then o.device = lac.default_device(o.device) end -- cuda is cuda:0, as the sweep has it
   for _, entry in ipairs(SPEC) do
     local name = entry.name
@@ -196,12 +209,13 @@ local function take_config(o)
 end
 
 local function open_log(o, resumed, text_sum)
-  if o.out and not o.resume and sys.exists(o.out .. "/config.json") then
+  if o.out and not o.resume and config_in(o.out) then
     refuse("%s holds a sweep: --resume goes on with it", o.out)
   end
   local log = runlog.open(o.out and { path = o.out, append = false } or { name = "sweep_segments" })
   if resumed then return log end
-  local config = { text_sum = text_sum } -- to notice that a resumed sweep has got another text
+  -- text_sum: to notice that a resumed sweep has got another text
+  local config = { program = SPEC.program, text_sum = text_sum }
   for _, entry in ipairs(SPEC) do
     if not FREE[entry.name] then config[entry.name] = o[entry.name] end
   end

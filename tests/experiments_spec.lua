@@ -190,6 +190,39 @@ describe("experiments", function()
     assert.equal(1, bad)
     assert.matches("%-%-width is 32 in .*/sweep and 64 now: a sweep that goes on keeps it", why)
     assert.same(results, json.decode(read(out .. "/sweep.json"))) -- as they were
+    for _, more in ipairs{ "", " --resume" } do
+      local whole = read(out .. "/log.jsonl")
+      for _, folder in ipairs{ out, out .. "/01-seed1" } do
+        bad, _, why = run(LUA, "language_model",
+          ("--quick --threads 1 --data %s --out %s%s"):format(sys.quote(text), sys.quote(folder), more))
+        assert.equal(1, bad)
+        assert.matches("sweep[%w/-]* holds a run of sweep_segments\n$", why)
+      end
+      assert.equal(whole, read(out .. "/log.jsonl"))
+    end
+    local left = out .. "/02-seed2/checkpoint.safetensors" -- killed after the result, before its removal
+    assert(sys.write_file(left, "old"))
+    bad, _, why = run(LUA, "sweep_segments", again .. " --resume")
+    assert.equal(0, bad, why)
+    assert.is_false(sys.exists(left))
+    assert.same(results, json.decode(read(out .. "/sweep.json")))
+  end)
+
+  it("sweep_segments goes on with sweeps only, and with those that say enough", function()
+    local out = dir .. "/no-sweep"
+    assert(sys.mkdir(out))
+    for _, case in ipairs{ { '{"program": "language_model"}', "no%-sweep holds a run of language_model\n$" },
+      { '{"steps": 4}', "no%-sweep is not a sweep that can be resumed: its config.json has no text_sum\n$",
+        "no%-sweep holds a sweep: %-%-resume" }, { "", "no%-sweep/config.json: " } } do
+      assert(sys.write_file(out .. "/config.json", case[1]))
+      for i, more in ipairs{ " --resume", "" } do
+        local bad, _, why = run(LUA, "sweep_segments",
+          ("--quick --threads 1 --data %s --out %s%s"):format(sys.quote(text), sys.quote(out), more))
+        assert.equal(1, bad)
+        assert.matches(case[1 + i] or case[2], why)
+      end
+      assert.equal(case[1], read(out .. "/config.json"))
+    end
   end)
 
   it("sweep_segments killed at random moments and resumed is the sweep that was not", function()
