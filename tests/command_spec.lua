@@ -362,10 +362,10 @@ outer()
     assert.equal("lacuna: (command line):1: attempt to index global 'lac' (a nil value); "
       .. 'a script begins with local lac = require "lacuna"', last("print(lac.ones { 2 })"))
     for _, code in ipairs { "return x > 0", "return x <= 0" } do
-      assert.matches("to compare %a+ with %a+; tensors: x:gt%(y%), x:ge%(y%), x:lt%(y%), x:le%(y%)$",
+      assert.matches("to compare %a+ with %a+; of a tensor: x:gt%(y%), x:ge%(y%), x:lt%(y%), x:le%(y%)$",
         last(with .. code))
     end
-    assert.matches("number expected, got table%); x:item%(%) is the number in a tensor$",
+    assert.matches("number expected, got table%); of a tensor: x:item%(%) is the number in it$",
       last(with .. "print(('%.3f'):format(x:sum()))"))
     assert.matches("attempt to index global 'lacc' %(a nil value%)$", last("print(lacc.ones { 2 })"))
   end)

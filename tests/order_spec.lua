@@ -25,6 +25,13 @@ describe("order", function()
     end
     local kept = x:clone():requires_grad_(true):cdist(y)
     assert.is_true(lac.equal(d, kept:detach()))
+    local asks = x:clone():requires_grad_(true)
+    before = lac.memory()
+    lac.reset_peak()
+    assert.is_true(lac.equal(d, lac.no_grad(function() return asks:cdist(y) end)))
+    if lac.default_device() == "cpu" then
+      assert.is_true(lac.memory().peak - before.live < 2.5e6) -- no gradient here, although x asks for one
+    end
     assert.same({ 0, 60 }, { lac.zeros{ 0, 12 }:cdist(y[1]):size(1), lac.zeros{ 0, 12 }:cdist(y[1]):size(2) })
   end)
 

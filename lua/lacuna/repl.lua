@@ -127,12 +127,14 @@ end
 -- ---- errors --------------------------------------------------------------------------------------
 
 -- What Lua itself says where no metamethod is asked, with what to write instead: words for people who come
--- from a language where a tensor beside a number is compared, or formatted.
+-- from a language where a tensor beside a number is compared, or formatted. Lua does not say which table it
+-- was, so the hint begins with what it is about.
 local HINTS = {
   { "attempt to index global 'lac' %(a nil value%)$", 'a script begins with local lac = require "lacuna"' },
-  { "attempt to compare number with table$", "tensors: x:gt(y), x:ge(y), x:lt(y), x:le(y)" },
-  { "attempt to compare table with number$", "tensors: x:gt(y), x:ge(y), x:lt(y), x:le(y)" },
-  { "bad argument #%d+ to '[^']*' %(number expected, got table%)$", "x:item() is the number in a tensor" },
+  { "attempt to compare number with table$", "of a tensor: x:gt(y), x:ge(y), x:lt(y), x:le(y)" },
+  { "attempt to compare table with number$", "of a tensor: x:gt(y), x:ge(y), x:lt(y), x:le(y)" },
+  { "bad argument #%d+ to '[^']*' %(number expected, got table%)$",
+    "of a tensor: x:item() is the number in it" },
 }
 
 local function hint_of(message)
@@ -558,7 +560,8 @@ end
 
 --- What `lacuna profile` does: run a script, print where its time went, and end as the script did. The table
 -- is there too when that was an error, Ctrl-C (a training loop has no other end) or os.exit. That one does
--- not unwind the script, here as elsewhere: no pcall on the way sees it, the recording ends where it is called.
+-- not unwind the script, here as elsewhere: no pcall on the way sees it, the recording ends where it is
+-- called.
 -- @tparam function script
 -- @param ... its arguments
 function repl.profile(script, ...)
