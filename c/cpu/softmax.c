@@ -99,14 +99,13 @@ typedef struct {
     {                                                                                                                  \
         enum { CHUNK = V_LINE / sizeof(T), L = V_WIDTH / sizeof(T) };                                                  \
         V most[CHUNK / L];                                                                                             \
-        T line[CHUNK], done[CHUNK], up[CHUNK], stage[ROW_SUM], best = -INF;                                            \
+        T line[CHUNK], done[CHUNK], up[CHUNK], stage[ROW_SUM];                                                         \
         double total = 0;                                                                                              \
         for (int k = 0; k < CHUNK / L; k++) most[k] = (V){0} - INF;                                                    \
         for (int64_t i = 0; i < n;) {                                                                                  \
             int64_t start = i, end = n - i < ROW_SUM ? n : i + ROW_SUM;                                                \
             T *to = staged ? stage : y + start;                                                                        \
             V s[CHUNK / L] = {{0}};                                                                                    \
-            T rest = 0;                                                                                                \
             for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
                 __builtin_prefetch((const char *)(next + i) + AHEAD, 0, 2);                                            \
                 _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK / L; k++) * (V *)(up + k * L) = most[k];             \
@@ -127,28 +126,38 @@ typedef struct {
                 v_put_line(to + i - start, done, stream);                                                              \
             }                                                                                                          \
             if (i < end) {                                                                                             \
-                T part[CHUNK];                                                                                         \
-                for (int k = 0; k < CHUNK; k++) part[k] = i + k < end ? x[i + k] - m : -INF;                           \
-                LINE(part);                                                                                            \
-                for (; i < end; i++) {                                                                                 \
-                    T e = part[i % CHUNK], f = from[i];                                                                \
-                    rest += e;                                                                                         \
-                    best = next[i] > best ? next[i] : best;                                                            \
-                    to[i - start] = logarithm ? (f - shift) - scale : f * scale;                                       \
-                    if (!logarithm) work[i] = e;                                                                       \
+                T part[CHUNK], own[CHUNK];                                                                             \
+                row_take_part_##S(x + i, part, end - i, -INF);                                                         \
+                row_take_part_##S(from + i, done, end - i, 0);                                                         \
+                row_take_part_##S(next + i, own, end - i, -INF);                                                       \
+                _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK / L; k++) * (V *)(up + k * L) = most[k];             \
+                _Pragma("omp simd") for (int k = 0; k < CHUNK; k++)                                                    \
+                {                                                                                                      \
+                    T v = own[k], f = done[k];                                                                         \
+                    part[k] -= m;                                                                                      \
+                    done[k] = logarithm ? (f - shift) - scale : f * scale;                                             \
+                    up[k] = v > up[k] ? v : up[k];                                                                     \
                 }                                                                                                      \
+                LINE(part);                                                                                            \
+                _Pragma("GCC unroll 4") for (int k = 0; k < CHUNK / L; k++)                                            \
+                {                                                                                                      \
+                    most[k] = *(V *)(up + k * L);                                                                      \
+                    s[k] += *(const V *)(part + k * L);                                                                \
+                }                                                                                                      \
+                if (!logarithm) v_put_line(work + i, part, false); /* it is as long as whole lines */                  \
+                row_put_part_##S(to + i - start, done, end - i);                                                       \
+                i = end;                                                                                               \
             }                                                                                                          \
             if (staged) row_pass(y + start, stage, (end - start) * (int64_t)sizeof(T));                                \
             _Pragma("GCC unroll 4") for (int k = 1; k < CHUNK / L; k++) s[0] += s[k];                                  \
-            total += (double)(SUM(s[0]) + rest);                                                                       \
+            total += (double)SUM(s[0]);                                                                                \
         }                                                                                                              \
         T best_of[CHUNK]; /* by halves: one after the other they take a row's time */                                  \
         memcpy(best_of, most, sizeof best_of);                                                                         \
         _Pragma("GCC unroll 4") for (int w = CHUNK / 2; w > 0; w /= 2)                                                 \
             _Pragma("GCC unroll 8") for (int k = 0; k < w; k++) best_of[k] =                                           \
                 best_of[k + w] > best_of[k] ? best_of[k + w] : best_of[k];                                             \
-        best = best_of[0] > best ? best_of[0] : best;                                                                  \
-        *top = best;                                                                                                   \
+        *top = best_of[0];                                                                                             \
         return total;                                                                                                  \
     }
 
