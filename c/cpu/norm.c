@@ -9,7 +9,8 @@
  * Where rows are dense and short layernorm's three passes go together, each over a row of its own, so that arithmetic,
  * reading and writing overlap; of wider rows, and without AVX-512's registers, two of them, and the squares of a row in
  * the cache by themselves (with AVX2 on a Zen 3 80 to 83% of a copy instead of 64 to 72 in turn, of rows of 4096 70
- * instead of 60; all three together were slower than in turn there). rmsnorm's two passes go together likewise: of
+ * instead of 60; all three together were slower than in turn there,
+ * but of narrow rows faster). rmsnorm's two passes go together likewise: of
  * rows of 64, 1024 and 4096 floats 79, 87 and 82% of a copy instead of 54, 83 and 61. What comes some rows on is
  * fetched; results larger than the caches are written past them. Backward: dx of a row is written while the two means
  * of the next one are found. dgamma and dbeta are sums over rows, 32 rows in the compute type and then in double, in
@@ -23,10 +24,10 @@
 #include <math.h>
 #include <string.h>
 
-/* AHEAD: bytes to what is fetched; FIRST_CACHE: what three rows, gamma and beta may take of 32 KiB; WIDEST: a row
- * of those that go by two, which may be in the second cache */
+/* AHEAD: bytes to what is fetched; NARROW: bytes of a row from which on it may be staged; FIRST_CACHE: what three rows,
+ * gamma and beta may take of 32 KiB; WIDEST: a row of those that go by two, which may be in the second cache */
 enum { FIRST_CACHE = 28 << 10, WIDEST = 64 << 10 };
-enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 32, AHEAD = ROW_AHEAD };
+enum { SUM_BLOCK = 1024, GAMMA_BLOCKS = 64, GAMMA_ROWS = 16, FLUSH_ROWS = 32, AHEAD = ROW_AHEAD, NARROW = ROW_SHORT };
 
 /* Half a cache line: what the backward loads and stores at a time. A Zen 4 stores a whole one as halves, and loses by
  * it where a loop adds to arrays in the cache: 5.9 ns for a line of layernorm's backward, 5.4 so. */
@@ -219,15 +220,17 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
     } backward_row_##S;                                                                                                \
     /* One pass over two rows, so that arithmetic, reading and writing overlap: `now`, whose means are known, is       \
      * written, and of `next` the means are found. add: what is at hand of both goes to dgamma and dbeta, so that      \
-     * these are loaded and stored once for two rows. dx may be x; not centred: rmsnorm, without mean and dbeta. */    \
+     * these are loaded and stored once for two rows. dx may be x; not centred: rmsnorm, without mean and dbeta.       \
+     * narrow: rows that are never staged and ask 12 KB ahead on every processor (64 floats on a Zen 3: 11.5 ns a line \
+     * instead of 12.0). */                                                                                            \
     LAC_INLINE void backward_step_##S(const backward_row_##S *now, backward_row_##S *next, const T *gamma, T *dgamma,  \
-                                      T *dbeta, int64_t n, bool write, bool sum, bool add, bool centred)               \
+                                      T *dbeta, int64_t n, bool write, bool sum, bool add, bool centred, bool narrow)  \
     {                                                                                                                  \
         enum { CHUNK = V_LINE / sizeof(T), L = HALF_LINE / sizeof(T) };                                                \
         const T *x = now->x, *g = now->g, *xn = next->x, *gn = next->g, mean = now->mean, rstd = now->rstd;            \
         const T ma = now->a, mb = now->b, mean_n = next->mean, rstd_n = next->rstd;                                    \
         T *dx = now->dx; /* here, because stores to dgamma might change *now for all that gcc knows */                 \
-        const bool stream = now->stream, staged = write && now->staged, near = row_asks_near();                        \
+        const bool stream = now->stream, staged = write && !narrow && now->staged, near = !narrow && row_asks_near();  \
         T stage[SUM_BLOCK];                                                                                            \
         double a = 0, b = 0;                                                                                           \
         for (int64_t i = 0; i < n;) {                                                                                  \
@@ -300,7 +303,7 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
 #define CENTRED(U, i) ((AT(U, x, i) - high) - low)
 #define SQUARE(U, i) (CENTRED(U, i) * CENTRED(U, i))
 #define NORMAL(i) (((x[i] - high) - low) * r * gamma[i] + beta[i])
-ROW_KERNELS(float, f, v_floats, half_floats, v_sum_f)
+ROW_KERNELS(float, f, v_floats, half_floats, row_sum_f)
 ROW_KERNELS(double, d, v_doubles, half_doubles, v_sum_d)
 
 /* ---- both norms ---- */
@@ -388,13 +391,17 @@ static inline const void *row_of(const norm_job *job, const lac_view *v, int64_t
     {                                                                                                                  \
         const int64_t n = job->n;                                                                                      \
         const T *x = (const T *)job->x.data + begin * n;                                                               \
+        const bool narrow = job->row_bytes < NARROW;                                                                   \
         double squares = row_squares_##S(x, 0, 0, n);                                                                  \
         for (int64_t t = begin; t < end; t++) {                                                                        \
             T *y = (T *)job->out.data + t * n, r = (T)(1.0 / sqrt(squares / (double)n + job->eps));                    \
             const T *next = t + 1 < end ? x + n : x;                                                                   \
             ((T *)job->rstd.data)[t] = r;                                                                              \
-            squares = rms_step_##S(x, r, job->gamma, y, next, job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0,       \
-                                   row_staged(y, n * (int64_t)sizeof(T), job->stream), n);                             \
+            const bool stream = job->stream && ((uintptr_t)y & (V_LINE - 1)) == 0;                                     \
+            if (narrow) squares = rms_step_##S(x, r, job->gamma, y, next, stream, false, n);                           \
+            else                                                                                                       \
+                squares = rms_step_##S(x, r, job->gamma, y, next, stream,                                              \
+                                       row_staged(y, n * (int64_t)sizeof(T), job->stream), n);                         \
             x = next;                                                                                                  \
         }                                                                                                              \
     }
@@ -409,9 +416,10 @@ static void norm_task(void *context, int64_t begin, int64_t end, int thread)
     char *space = job->workspace + ROWS_OF_THREAD * job->row_bytes * thread;
     int64_t n = job->n, size = (int64_t)lac_compute_size(job->ctype);
     /* of one row or two most of the steps would be for nothing; all three with AVX-512, whose registers hold the sums
-     * of both rows */
+     * of both rows, and where rows are narrow: there a row's sums and roots take longer than its elements (on a Zen 3
+     * rows of 77, 128 and 176 floats took 14.8, 8.1 and 8.3 ns a line by two, 11.5, 6.8 and 6.7 by three) */
     const bool together = job->dense && job->row_bytes <= WIDEST && end - begin > 2;
-    const bool three = V_WIDTH == 64 && 5 * job->row_bytes <= FIRST_CACHE;
+    const bool three = V_WIDTH == 64 ? 5 * job->row_bytes <= FIRST_CACHE : V_WIDTH == 32 && job->row_bytes < NARROW;
     if (together && job->without_mean && job->ctype == C_F32) rms_rows_f(job, begin, end);
     else if (together && job->without_mean) rms_rows_d(job, begin, end);
     else if (together && three && job->ctype == C_F32) norm_rows_f(job, begin, end);
@@ -500,14 +508,14 @@ static int norm_run(const char *op, norm_job *job, const lac_view *x)
         return row;                                                                                                    \
     }                                                                                                                  \
     LAC_INLINE void backward_rows_##S(const norm_job *job, int64_t t, int64_t from, int64_t to, char *space,           \
-                                      bool centred)                                                                    \
+                                      bool centred, bool narrow)                                                       \
     {                                                                                                                  \
         const int64_t n = job->n, bytes = lac_bytes_of(job->dtype);                                                    \
         T *dgamma = (T *)(space + ROW_GAMMA * job->row_bytes), *own = (T *)(space + ROW_OUT * job->row_bytes);         \
         T *dbeta = (T *)(space + ROW_BETA * job->row_bytes);                                                           \
         backward_row_##S rows[2] = {{0}}, *now = rows, *next = rows + 1;                                               \
         *next = backward_row_at_##S(job, from, space);                                                                 \
-        backward_step_##S(next, next, job->gamma, dgamma, dbeta, n, false, true, false, centred);                      \
+        backward_step_##S(next, next, job->gamma, dgamma, dbeta, n, false, true, false, centred, narrow);              \
         for (int64_t r = from; r < to; r++) {                                                                          \
             const bool more = r + 1 < to, add = (r - from) % 2 == 0;                                                   \
             backward_row_##S *done = now;                                                                              \
@@ -515,9 +523,11 @@ static int norm_run(const char *op, norm_job *job, const lac_view *x)
             next = done;                                                                                               \
             if (!lac_is_native(job->dtype)) now->dx = own;                                                             \
             if (more) *next = backward_row_at_##S(job, r + 1, space);                                                  \
-            if (more && add) backward_step_##S(now, next, job->gamma, dgamma, dbeta, n, true, true, true, centred);    \
-            else if (more) backward_step_##S(now, next, job->gamma, dgamma, dbeta, n, true, true, false, centred);     \
-            else backward_step_##S(now, next, job->gamma, dgamma, dbeta, n, true, false, add, centred);                \
+            if (more && add)                                                                                           \
+                backward_step_##S(now, next, job->gamma, dgamma, dbeta, n, true, true, true, centred, narrow);         \
+            else if (more)                                                                                             \
+                backward_step_##S(now, next, job->gamma, dgamma, dbeta, n, true, true, false, centred, narrow);        \
+            else backward_step_##S(now, next, job->gamma, dgamma, dbeta, n, true, false, add, centred, narrow);        \
             if (now->dx == own) LAC_CPU(store)(job->dtype, own, (char *)job->out.data + r * n * bytes, bytes, n);      \
             if ((r - from) % FLUSH_ROWS == FLUSH_ROWS - 1 || r == to - 1) {                                            \
                 if (job->sums_gamma) norm_flush_##S(dgamma, job->sums_gamma + t * n, n);                               \
@@ -529,12 +539,25 @@ static int norm_run(const char *op, norm_job *job, const lac_view *x)
     static __attribute__((noinline)) void backward_rms_##S(const norm_job *job, int64_t t, int64_t from, int64_t to,   \
                                                            char *space)                                                \
     {                                                                                                                  \
-        backward_rows_##S(job, t, from, to, space, false);                                                             \
+        backward_rows_##S(job, t, from, to, space, false, false);                                                      \
+    }                                                                                                                  \
+    static __attribute__((noinline)) void backward_rms_narrow_##S(const norm_job *job, int64_t t, int64_t from,        \
+                                                                  int64_t to, char *space)                             \
+    {                                                                                                                  \
+        backward_rows_##S(job, t, from, to, space, false, true);                                                       \
+    }                                                                                                                  \
+    static __attribute__((noinline)) void backward_narrow_##S(const norm_job *job, int64_t t, int64_t from,            \
+                                                              int64_t to, char *space)                                 \
+    {                                                                                                                  \
+        backward_rows_##S(job, t, from, to, space, true, true);                                                        \
     }                                                                                                                  \
     static void norm_bwd_rows_##S(const norm_job *job, int64_t t, int64_t from, int64_t to, char *space)               \
     {                                                                                                                  \
-        if (job->without_mean) backward_rms_##S(job, t, from, to, space);                                              \
-        else backward_rows_##S(job, t, from, to, space, true);                                                         \
+        const bool narrow = job->row_bytes < NARROW;                                                                   \
+        if (job->without_mean && narrow) backward_rms_narrow_##S(job, t, from, to, space);                             \
+        else if (job->without_mean) backward_rms_##S(job, t, from, to, space);                                         \
+        else if (narrow) backward_narrow_##S(job, t, from, to, space);                                                 \
+        else backward_rows_##S(job, t, from, to, space, true, false);                                                  \
     }
 ROWS_BACKWARD(float, f)
 ROWS_BACKWARD(double, d)

@@ -113,6 +113,43 @@ LAC_INLINE void row_take_part_f(const float *x, float *line, int64_t count, floa
 #endif
 #endif
 
+/* v_sum_f, and the largest of a line that holds no NaN, by halves in registers: gcc takes their elements one by one,
+ * which counts in rows of a few lines. */
+#ifdef __AVX__
+LAC_INLINE float row_sum_f(v_floats v)
+{
+#ifdef __AVX512F__
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+    __m256 h = (__m256)v;
+#endif
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+LAC_INLINE float row_top_f(const float *line)
+{
+    __m256 h = _mm256_max_ps(_mm256_loadu_ps(line + 8), _mm256_loadu_ps(line));
+    __m128 q = _mm_max_ps(_mm256_extractf128_ps(h, 1), _mm256_castps256_ps128(h));
+    q = _mm_max_ps(_mm_movehl_ps(q, q), q);
+    return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(q), q));
+}
+#else
+LAC_INLINE float row_sum_f(v_floats v) { return v_sum_f(v); }
+LAC_INLINE float row_top_f(const float *line)
+{
+    float top = line[0];
+    for (int k = 1; k < V_LINE / 4; k++) top = line[k] > top ? line[k] : top;
+    return top;
+}
+#endif
+LAC_INLINE double row_top_d(const double *line)
+{
+    double top = line[0];
+    for (int k = 1; k < V_LINE / 8; k++) top = line[k] > top ? line[k] : top;
+    return top;
+}
+
 #define ROW_MAX(T, S, INF)                                                                                             \
     LAC_INLINE T row_max_##S(const T *x, int64_t n)                                                                    \
     {                                                                                                                  \
@@ -259,7 +296,7 @@ LAC_INLINE double row_step_f(const float *x, float m, float *terms, const float 
             i = end;
         }
         if (three && staged) row_pass(y + start, stage, (end - start) * 4);
-        total += (double)v_sum_f((v_floats)s);
+        total += (double)row_sum_f((v_floats)s);
     }
     if (three) *top = row_largest(most);
     return keep ? total : total * 0x1p-24;
@@ -270,7 +307,7 @@ LAC_INLINE double row_exp_f(const float *x, float m, float *y, int64_t n)
     return row_step_f(x, m, NULL, NULL, 0, 0, NULL, NULL, NULL, n, false, false, false, false, false);
 }
 #else
-ROW_EXP(float, f, v_floats, v_sum_f, v_exp_term_line, INFINITY)
+ROW_EXP(float, f, v_floats, row_sum_f, v_exp_term_line, INFINITY)
 #endif
 #undef ROW_EXP
 

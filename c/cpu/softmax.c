@@ -152,12 +152,8 @@ typedef struct {
             _Pragma("GCC unroll 4") for (int k = 1; k < CHUNK / L; k++) s[0] += s[k];                                  \
             total += (double)SUM(s[0]);                                                                                \
         }                                                                                                              \
-        T best_of[CHUNK]; /* by halves: one after the other they take a row's time */                                  \
-        memcpy(best_of, most, sizeof best_of);                                                                         \
-        _Pragma("GCC unroll 4") for (int w = CHUNK / 2; w > 0; w /= 2)                                                 \
-            _Pragma("GCC unroll 8") for (int k = 0; k < w; k++) best_of[k] =                                           \
-                best_of[k + w] > best_of[k] ? best_of[k + w] : best_of[k];                                             \
-        *top = best_of[0];                                                                                             \
+        memcpy(up, most, sizeof up);                                                                                   \
+        *top = row_top_##S(up);                                                                                        \
         return total;                                                                                                  \
     }
 
@@ -349,7 +345,7 @@ typedef struct {
             if (!plain) LAC_CPU(store)(job->dtype, out, dx + r * sd, bytes, w);                                        \
         }                                                                                                              \
     }
-ROW_KERNELS(float, f, v_floats, v_sum_f, v_exp_termf, v_exp_term_line, INFINITY)
+ROW_KERNELS(float, f, v_floats, row_sum_f, v_exp_termf, v_exp_term_line, INFINITY)
 ROW_KERNELS(double, d, v_doubles, v_sum_d, exp, exp_line_d, (double)INFINITY)
 SOFTMAX_STEP(double, d, v_doubles, v_sum_d, exp_line_d, (double)INFINITY)
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -364,7 +360,7 @@ LAC_INLINE double softmax_step_f(const float *x, float m, float *work, const flo
     return row_step_f(x, m, work, from, shift, scale, y, next, top, n, true, true, false, false, staged);
 }
 #else
-SOFTMAX_STEP(float, f, v_floats, v_sum_f, v_exp_term_line, INFINITY)
+SOFTMAX_STEP(float, f, v_floats, row_sum_f, v_exp_term_line, INFINITY)
 #endif
 
 /* ---- rows ---- */
