@@ -9,15 +9,14 @@
  * Where rows are dense and short layernorm's three passes go together, each over a row of its own, so that arithmetic,
  * reading and writing overlap; of wider rows, and without AVX-512's registers, two of them, and the squares of a row in
  * the cache by themselves (with AVX2 on a Zen 3 80 to 83% of a copy instead of 64 to 72 in turn, of rows of 4096 70
- * instead of 60; all three together were slower than in turn there,
- * but of narrow rows faster). rmsnorm's two passes go together likewise: of
- * rows of 64, 1024 and 4096 floats 79, 87 and 82% of a copy instead of 54, 83 and 61. What comes some rows on is
- * fetched; results larger than the caches are written past them. Backward: dx of a row is written while the two means
- * of the next one are found. dgamma and dbeta are sums over rows, 32 rows in the compute type and then in double, in
- * blocks of a number that depends on the shape only, combined in order; a step has two rows at hand and adds both, so
- * that they are loaded and stored every other step (a line of both costs 5 cycles of a Zen 4, all else 6.5). Sums
- * along a row are taken in the compute type over 1024 elements (each vector lane adds 64 at most) and added up in
- * double.
+ * instead of 60; all three together were slower than in turn there, but of narrow rows faster). rmsnorm's two passes go
+ * together likewise: of rows of 64, 1024 and 4096 floats 79, 87 and 82% of a copy instead of 54, 83 and 61. What comes
+ * some rows on is fetched; results larger than the caches are written past them. Backward: dx of a row is written
+ * while the two means of the next one are found. dgamma and dbeta are sums over rows, 32 rows in the compute type and
+ * then in double, in blocks of a number that depends on the shape only, combined in order; a step has two rows at hand
+ * and adds both, so that they are loaded and stored every other step (a line of both costs 5 cycles of a Zen 4, all
+ * else 6.5). Sums along a row are taken in the compute type over 1024 elements (each vector lane adds 64 at most) and
+ * added up in double.
  */
 #include "cpu.h"
 #include "rows.h"
