@@ -473,7 +473,8 @@ describe("engine on " .. isa .. ":", function()
         return got
       end
       local whole = all(0, rows)
-      for _, from in ipairs { 0, 1, math.floor(rows / 2), rows - FEW } do
+      local froms = n < 20000 and { 0, 1, math.floor(rows / 2), rows - FEW } or { rows - FEW }
+      for _, from in ipairs(froms) do
         for k, few in ipairs(all(from, FEW, whole)) do
           local what = ("%s, rows of %d, result %d from row %d"):format(dtype, n, k, from)
           local same = d.slice(whole[k], 0, from, FEW)
