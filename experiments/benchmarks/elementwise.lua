@@ -53,12 +53,16 @@
 -- (8.6), 84; 7.0 (8.2), 90. Rows that do not begin on a cache line, of 1000: softmax 6.2 (8.6), 66, log 6.5
 -- (8.8), 63, their backwards 7.5 (9.6), 82 and 7.1 (9.9), 86, layernorm 6.3 (8.0), 65, rmsnorm 5.0 (6.8),
 -- 83, backwards 9.6 (11.7), 64 and 7.9 (11.1), 78; of 200: softmax 7.1 (10.5), its backward 7.2 (11.2),
--- layernorm 7.6 (11.1), rmsnorm 4.7 (7.6), backwards 9.5 (13.9) and 9.3 (13.2); of 50257: softmax 11.2
--- (12.1), 40, its backward 9.4 (11.8), 71, layernorm 8.2 (10.1), 54, rmsnorm 7.6 (9.5), 59. Rows of 64:
--- softmax 9.3 (10.5), but the norms' backwards 12.2 (11.5) and 11.4 (10.8), by what a row costs. What
--- bounds softmax: 16 steps for 8 floats, 10 of which start in two pipes, 10 cycles a line; it takes 13.4,
--- and 72 a row (4.5 ns in the cache for rows of 1024). Rows of 50257: three of them and the terms are 800
--- KB, and the second cache has 512.
+-- layernorm 7.6 (11.1), rmsnorm 4.7 (7.6), backwards 9.5 (13.9) and 9.3 (13.2); of 50257: softmax 8.9
+-- (12.1), 39, its logarithm 8.7, its backward 9.4 (11.8), 71, layernorm 8.2 (10.1), 54, rmsnorm 7.6 (9.5),
+-- 59. Narrow rows, by what a row costs: of 64 softmax 9.0 (10.5), layernorm 10.9 (11.7), rmsnorm 4.7 (5.3),
+-- backwards 9.9 (11.2) and 8.8 (10.5). There gcc adds the elements of a row's sums one by one; by halves in
+-- registers layernorm's backward takes 10.4 instead of 12.0, and 9.9 in a loop that never stages and asks
+-- 12 KB ahead. Layernorm by three rows: of 77 11.5 (14.8), of 128 6.8 (8.1), of 176 6.7 (8.3), of 64 the
+-- same. What bounds softmax: 16 steps for 8 floats, 10 of which start in two pipes, 10 cycles a line; it
+-- takes 13.4, and 72 a row (4.5 ns in the cache for rows of 1024). Three rows of 50257 and the terms are 800
+-- KB, and the second cache has 512: rows of more than 160 KB go one by one, 8.8 instead of 10.7, but of
+-- 32000 8.2 instead of 7.6.
 -- What is asked for costs: a plain copy takes 3.2 ns a line, 3.7 to 3.9 with anything asked for ahead, a
 -- plain sum of two arrays 4.9, 5.2 to 6.4 so, with either cache, any distance, the first lines of pages
 -- alone or blocks of 4 KB of one array and then the other; offsets between the arrays (0 to 1 MB) change
