@@ -428,7 +428,8 @@ static bool row_streams(const softmax_job *job, const void *y)
     }                                                                                                                  \
     /* Rows three of which with their terms are more than a second cache of 512 KB: the passes in turn, so that it     \
      * has but the row and its terms. Of rows of 50257 floats a Zen 3 took 8.8 ns a line so and 10.7 by three, but     \
-     * of 32000 8.2 and 7.6. Rejected: the maximum of the next row after each block that is written (9.2). */          \
+     * of 32000 8.2 and 7.6; an AVX-512 Xeon with 2 MB 9.7 and 13.7. Rejected: the maximum of the next row after each  \
+     * block that is written (9.2). */                                                                                 \
     static void softmax_wide_##S(const softmax_job *job, int64_t begin, int64_t end, T *work)                          \
     {                                                                                                                  \
         const int64_t n = job->n, bytes = n * (int64_t)sizeof(T);                                                      \

@@ -92,12 +92,17 @@
 -- sigmoid, y of silu) stand for others, so that a strip is one tile: 3 to 5% there. On the Xeon softmax's
 -- backwards have 96 and 95 instead of 81 and 89, rmsnorm 109 instead of 103, of rows of 4096 105 (81), of
 -- 64 56 (51).
+-- Narrow rows there, with AVX-512 (and before ends of rows by masks and sums by halves): of 64 softmax 11.5
+-- (13.0), layernorm 8.9 (22.6), rmsnorm 6.1 (15.2), backwards 16.6 (23.4) and 14.3 (15.5); of 77 softmax
+-- 30.6 (41.7), its logarithm 31.8 (43.9), backwards 17.7 (24.2) and 19.1 (24.1), layernorm 13.6 (22.7). Of
+-- 77 PyTorch's softmax and its logarithm are still faster: 24.7 and 23.9 beside 29.2 and 30.5 (AVX2 takes
+-- 15.0 and 15.9 there; why AVX-512 takes twice that is not known); of the backwards and the other widths
+-- from 64 to 50257 none by more than 2%. Rows of 50257 one by one: softmax 9.7 (13.7), its logarithm 9.4
+-- (12.9); of 50256, which are whole cache lines, 9.0 either way.
 -- Rows of 1000 there, with AVX-512 (and before): softmax 8.8 ns (14.0), 69% of a copy, its logarithm 9.1
 -- (11.1), backwards 11.7 (13.9) and 11.1 (14.2), layernorm 8.0 (10.2), rmsnorm 7.1 (10.5), backwards 11.8
 -- (15.6) and 11.2 (15.8); of 50257: layernorm 11.0 (16.8), softmax 15.1 (15.0), its backward 13.0 (16.8);
--- of 1024 and 4096 75 to 107%, as before; held to AVX2, softmax of 1024 101 (95), of 1000 82 (56). Rows of
--- 77, whose ends it computes one by one, are slower than PyTorch's: softmax 36.5 ns and 19.8, its backward
--- 23.9 and 15.9.
+-- of 1024 and 4096 75 to 107%, as before; held to AVX2, softmax of 1024 101 (95), of 1000 82 (56).
 -- Reading alone. 6.3 to 7 cycles a line whatever is asked for ahead, where 77% of a copy allow 6.8: the
 -- maximum over rows is there. A sum converts to double, 5 cycles for 16 floats, a variance 9, a log-sum-exp
 -- takes 10; over columns sums are loaded and stored as well.
