@@ -15,7 +15,8 @@
 -- one; times 3, all have, and gelu 31%. f16 adds 4 to each and bf16 7, for half the bytes. relu, exp, tanh,
 -- sigmoid, silu, gelu and its gradient of half types have lines of their own (c/cpu/halves.h), 32 values in
 -- 11 to 25 cycles. Share of a copy: bf16 relu 87, exp 81, tanh 82, sigmoid 56, silu 51, gelu 49, its
--- gradient 61; f16 relu 88, exp 50, tanh 40, sigmoid 39, silu 37, gelu 40, its gradient 51. 77% allow 12
+-- gradient 61; f16 relu 88, exp 50, tanh 40, sigmoid 39, silu 37 (before these two had polynomials in
+-- intervals), gelu 40, its gradient 51. 77% allow 12
 -- cycles; f16's conversions alone take 7. What is computed in double (from log10 on in c/cpu/maps.h) has
 -- half the lanes and longer polynomials. Compared by the clock on the wall, what takes longer than a time
 -- slice is interrupted in every sample if a core has other work, and a copy in none: rows then read half of
@@ -116,8 +117,9 @@
 -- cache: 0.8x of four; the two rows at hand are added at once instead); asking for rows ahead in sums and
 -- maxima (0.7x on Zen 4; an Intel processor needs it), and into the first cache anywhere (softmax 1.4x the
 -- time; into the second, 8 to 16 KB ahead, is right; relu gains 0.7 cycles from 2 KB ahead into the first,
--- silu and gelu lose 0.3); two rows at once of columns' sums (10 cycles a line, not 7); rows of a softmax
--- over columns fetched three ahead (4% at most).
+-- silu and gelu lose 0.3; all this on Zen 4, but maps with AVX-512 do ask so now, for the Xeon above); two
+-- rows at once of columns' sums (10 cycles a line, not 7); rows of a softmax over columns fetched three
+-- ahead (4% at most).
 
 local lac = require "lacuna"
 
