@@ -46,6 +46,7 @@
 #endif
 
 enum { TICK_MS = 20, GRACE_TICKS = 2 }; /* the work is repeated so often; a user's pcall may clean up */
+enum { HOLD_MOST = 1000000 }; /* instructions that Lua may ask to finish first; an error may leave it asking */
 enum { KILL_PRESSES = 3, KILL_AFTER_MS = 250, FORGET_AFTER_MS = 5000 };
 enum { HOOK_MASK = LUA_MASKCALL | LUA_MASKRET | LUA_MASKCOUNT };
 typedef enum { IDLE, EDITING, RUNNING } lac_mode;
@@ -62,6 +63,7 @@ static struct {
     int raised;      /* the error was raised at least once for it */
     int sticky;      /* it is raised at every instruction now */
     int interrupted; /* it has reached the outermost handler */
+    int held;        /* instructions that it has waited, because Lua asked for it */
     int ticks;       /* since raised */
     int gc_stopped;  /* by on_hook, until its frame is gone */
     int presses;
@@ -135,10 +137,23 @@ static void on_signal(int sig, siginfo_t *info, void *context)
     errno = saved;
 }
 
+/* Does Lua ask to finish first? Between an update of the weights and its count, an error would leave them apart. */
+static int asked_to_wait(lua_State *L)
+{
+    lua_getfield(L, LUA_REGISTRYINDEX, "lacuna.finish_first");
+    int asked = lua_toboolean(L, -1);
+    lua_pop(L, 1);
+    return asked;
+}
+
 /* Raise the error. The first time the hook is taken down, so that code which catches it can clean up. */
 static void on_hook(lua_State *L, lua_Debug *ar)
 {
     (void)ar;
+    if (!S.sticky && S.held < HOLD_MOST && asked_to_wait(L)) {
+        S.held++;
+        return;
+    }
     sigset_t old = lock();
     int pending = S.pending;
     if (pending && !S.raised) {
@@ -308,7 +323,7 @@ static void settle(void)
     timer_run(0);
     hook_disarm();
     if (S.engine) S.engine(0);
-    S.pending = S.raised = S.sticky = S.ticks = S.presses = 0;
+    S.pending = S.raised = S.sticky = S.held = S.ticks = S.presses = 0;
 }
 
 /* ---- the machine code: events of the JIT --------------------------------------------------------------- */

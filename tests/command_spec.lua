@@ -542,6 +542,38 @@ describe("Ctrl-C stops", function()
 end)
 
 describe("Ctrl-C in a script", function()
+  -- at its first instruction after an update, interpreted and compiled: the weights have made the step
+  it("waits until an update of the weights is counted", function()
+    for _, last in ipairs { 1, 200 } do
+      local text, status = run { (temporary(([[
+        local lac, ffi, last = require "lacuna", require "ffi", %d
+        ffi.cdef "int raise(int);"
+        local model = lac.nn.Linear(4, 4)
+        local opt = lac.optim.adamw(model, { lr = 0.1 })
+        local update, updates, counted = opt.update, 0, {}
+        opt.update = function(self, ...)
+          update(self, ...)
+          updates = updates + 1
+          if updates == last then ffi.C.raise(2) end
+        end
+        local x, after = lac.randn { 2, 4 }, 0
+        local ok, reason = pcall(function()
+          for k = 1, last + 5 do
+            opt:zero_grad()
+            model(x):sum():backward()
+            opt:step()
+            after = k
+          end
+        end)
+        for i, e in ipairs(opt.entries) do counted[i] = e.steps end
+        print(ok, reason, updates, opt.steps, table.concat(counted, "\t"), after)
+        os.exit(0)]]):format(last))) }
+      local made = table.concat({ last, last, last, last, last - 1 }, "\t")
+      assert.equal(("false\tinterrupted\t%s\n"):format(made), text)
+      assert.equal(0, status)
+    end
+  end)
+
   it("ends it with status 130 and says where it was", function()
     local script = temporary [[
 io.stdout:setvbuf("no")

@@ -239,6 +239,7 @@ function Optimizer:grad_norm()
   return self.norm_out[0]
 end
 
+local registry = debug.getregistry()
 local STEP = { factor = { type = "number", min = 0, default = 1 }, clip = { type = "number", above = 0 },
                clip_value = { type = "number", above = 0 },
                scaler = { type = "table", check = Scaler.complain } }
@@ -275,7 +276,9 @@ function Optimizer:step(options)
     if o.clip and norm > o.clip then scale = scale * (o.clip / norm) end
   end
   local runs = fill_items(self, taken, alive, o.factor)
-  -- one run, unless parameters were skipped; the engine does not stop in an update, nor right after it
+  -- one run, unless parameters were skipped; the engine does not stop in an update, and the command's Ctrl-C
+  -- (c/interrupt.c) waits until it is counted
+  registry["lacuna.finish_first"] = true
   for k = 1, #runs - 1 do
     local run, count = runs[k], runs[k + 1].first - runs[k].first
     self:update(self.items + run.first, count, run.steps + 1, scale, o.clip_value or 0)
@@ -286,6 +289,7 @@ function Optimizer:step(options)
     tensor.touch(e.param)
     if e.master then e.version = e.param.root.version end
   end
+  registry["lacuna.finish_first"] = false
   alive[1] = nil
   return norm
 end
