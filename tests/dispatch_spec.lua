@@ -104,8 +104,14 @@ end) end
 
 if not FRESH then describe("dispatch", function()
   it("is compiled without an abort in a fresh process", function()
-    local status, out, err = sys.run(("LACUNA_FRESH=1 luajit %s tests/dispatch_spec.lua"):format(
-      sys.quote(arg[0])))
+    -- Which loop is hot first is chance, because LuaJIT counts by hashed addresses: in 1 process of 30 a
+    -- recording runs into a loop that is not compiled yet. What cannot be compiled aborts in each.
+    local status, out, err
+    for _ = 1, 3 do
+      status, out, err = sys.run(("LACUNA_FRESH=1 luajit %s tests/dispatch_spec.lua"):format(
+        sys.quote(arg[0])))
+      if status == 0 then break end
+    end
     assert.are.equal(0, status, out .. err)
     assert.matches("\n[67] passed, 0 failed, 0 skipped", out)
   end)
