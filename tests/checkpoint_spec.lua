@@ -23,12 +23,7 @@ void lac_test_exit(int status) __asm__("_exit");
 int lac_test_getuid(void) __asm__("getuid");
 ]])
 
-local function read(path)
-  local file = assert(io.open(path, "rb"))
-  local text = file:read("*a")
-  file:close()
-  return text
-end
+local read = require "support.read"
 
 local function write(path, text)
   local file = assert(io.open(path, "wb"))

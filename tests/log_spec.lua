@@ -7,12 +7,7 @@ local runlog = require "lacuna.log" -- lac.log is the logarithm
 local sys = require "lacuna.sys"
 local json = require "lacuna.json"
 
-local function read(path)
-  local file = assert(io.open(path, "rb"))
-  local text = file:read("*a")
-  file:close()
-  return text
-end
+local read = require "support.read"
 
 describe("log", function()
   local dir

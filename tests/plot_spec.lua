@@ -8,12 +8,7 @@ local lac = require "lacuna"
 local sys = require "lacuna.sys"
 local plot = lac.plot
 
-local function read(path)
-  local file = assert(io.open(path, "rb"))
-  local text = file:read("*a")
-  file:close()
-  return text
-end
+local read = require "support.read"
 
 describe("plot", function()
   local png, svg = sys.temporary(".png"), sys.temporary(".svg")

@@ -11,12 +11,7 @@ local json = require "lacuna.json"
 
 local function here() return debug.getinfo(2, "l").currentline end
 
-local function read(path)
-  local file = assert(io.open(path, "rb"))
-  local text = file:read("*a")
-  file:close()
-  return text
-end
+local read = require "support.read"
 
 local function sum(list, field)
   local total = 0
