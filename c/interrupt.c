@@ -18,11 +18,15 @@
  * handler continues at exit 0, the state at the entry of the trace, which needs no register. A short jump
  * cannot reach the stub, and the bytes before it may be where a running C call returns to.
  *
- * All of it runs on the thread that runs Lua, so blocking SIGINT is the only lock. A timer repeats the work
+ * All of it runs on the thread that runs Lua, so blocking these signals is the only lock. A timer repeats the work
  * until the error has been raised: the signal may fall between the making of a trace and its event, or into
  * an update of LuaJIT's hook mask. Pages stay writable and executable until they are flushed, because the
  * signal may have interrupted the code generator, which is writing there. SIGINT is installed without
- * SA_RESTART: a blocked read or sleep must return. On other processors than x86-64 only the hook and the
+ * SA_RESTART: a blocked read or sleep must return. SIGTERM and SIGHUP (a batch system's warning, a terminal
+ * that has gone) do the same and are remembered: the code may clean up and save, then the process dies by the
+ * signal, however it exits. Where they were ignored from the start (nohup) they stay so.
+ *
+ * On other processors than x86-64 only the hook and the
  * engine's switch exist: a loop that stays in compiled code ends by the third Ctrl-C, with the process.
  */
 #include "interrupt.h"
@@ -31,6 +35,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -50,6 +55,8 @@ enum { HOLD_MOST = 1000000 }; /* instructions that Lua may ask to finish first; 
 enum { KILL_PRESSES = 3, KILL_AFTER_MS = 250, FORGET_AFTER_MS = 5000 };
 enum { HOOK_MASK = LUA_MASKCALL | LUA_MASKRET | LUA_MASKCOUNT };
 typedef enum { IDLE, EDITING, RUNNING } lac_mode;
+static const int caught[] = {SIGINT, SIGTERM, SIGHUP};
+enum { CAUGHT = sizeof caught / sizeof *caught };
 
 static struct {
     lua_State *L;
@@ -66,10 +73,13 @@ static struct {
     int held;        /* instructions that it has waited, because Lua asked for it */
     int ticks;       /* since raised */
     int gc_stopped;  /* by on_hook, until its frame is gone */
+    int installed[CAUGHT];
+    int ending; /* SIGTERM or SIGHUP, once it has come */
     int presses;
     int64_t first_press, last_press; /* ms */
 } S;
 
+static sigset_t caught_set(void);
 static sigset_t lock(void);
 static void unlock(sigset_t old);
 static void hook_arm(void);
@@ -98,9 +108,23 @@ static void deliver(void)
     traces_patch();
 }
 
-static void on_press(void)
+/* Die by the signal as if it had never been caught: at once, or when its handler returns. */
+static void die(int sig)
+{
+    signal(sig, SIG_DFL);
+    raise(sig);
+}
+
+static void on_press(int sig)
 {
     int64_t now = now_ms();
+    if (sig != SIGINT) {
+        S.ending = sig;
+        if (S.mode == EDITING) { /* the editor has put the terminal back */
+            die(sig);
+            return;
+        }
+    }
     if (S.presses == 0 || now - S.last_press > FORGET_AFTER_MS) {
         S.presses = 0;
         S.first_press = now;
@@ -109,8 +133,7 @@ static void on_press(void)
     S.presses++;
     if (S.mode == RUNNING) {
         if (S.presses >= KILL_PRESSES && now - S.first_press >= KILL_AFTER_MS) {
-            signal(SIGINT, SIG_DFL); /* stuck in C: the user means it */
-            raise(SIGINT);
+            die(sig); /* stuck in C: the user means it */
             return;
         }
         S.pending = 1;
@@ -133,7 +156,7 @@ static void on_signal(int sig, siginfo_t *info, void *context)
     (void)context;
     if (!pthread_equal(pthread_self(), S.thread)) pthread_kill(S.thread, sig);
     else if (info->si_code == SI_TIMER) on_tick();
-    else on_press();
+    else on_press(sig);
     errno = saved;
 }
 
@@ -182,7 +205,8 @@ static void on_hook(lua_State *L, lua_Debug *ar)
 static int on_close(lua_State *L)
 {
     (void)L;
-    signal(SIGINT, SIG_DFL);
+    for (int i = 0; i < CAUGHT; i++)
+        if (S.installed[i]) signal(caught[i], SIG_DFL);
     timer_delete(S.timer);
     traces_forget();
     S.L = NULL;
@@ -211,7 +235,13 @@ void lac_interrupt_open(lua_State *L)
     memset(&action, 0, sizeof action);
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO;
-    sigaction(SIGINT, &action, NULL);
+    action.sa_mask = caught_set();
+    for (int i = 0; i < CAUGHT; i++) {
+        struct sigaction before;
+        sigaction(caught[i], NULL, &before);
+        S.installed[i] = caught[i] == SIGINT || before.sa_handler != SIG_IGN;
+        if (S.installed[i]) sigaction(caught[i], &action, NULL);
+    }
 }
 
 int lac_interrupt_begin(void)
@@ -221,6 +251,11 @@ int lac_interrupt_begin(void)
     S.mode = RUNNING;
     S.presses = 0;
     S.interrupted = 0;
+    if (S.ending && mode != RUNNING) { /* it came between two stretches */
+        S.pending = 1;
+        deliver();
+        timer_run(1);
+    }
     unlock(old);
     return mode;
 }
@@ -259,6 +294,7 @@ void lac_interrupt_handled(lua_State *L)
 
 int lac_interrupt_editing(int on)
 {
+    if (on) lac_interrupt_exit(); /* there is no next line */
     sigset_t old = lock();
     int presses = S.presses;
     S.presses = 0;
@@ -266,6 +302,13 @@ int lac_interrupt_editing(int on)
     if (!on) timer_run(0);
     unlock(old);
     return presses;
+}
+
+void lac_interrupt_exit(void)
+{
+    if (!S.ending) return;
+    fflush(NULL);
+    die(S.ending);
 }
 
 void lac_host_engine(void (*interrupt)(int on))
@@ -277,11 +320,17 @@ void lac_host_engine(void (*interrupt)(int on))
 
 /* ---- the lock, the hook, the timer -------------------------------------------------------------------- */
 
+static sigset_t caught_set(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    for (int i = 0; i < CAUGHT; i++) sigaddset(&set, caught[i]);
+    return set;
+}
+
 static sigset_t lock(void)
 {
-    sigset_t set, old;
-    sigemptyset(&set);
-    sigaddset(&set, SIGINT);
+    sigset_t set = caught_set(), old;
     pthread_sigmask(SIG_BLOCK, &set, &old);
     return old;
 }

@@ -12,6 +12,9 @@
  * Outside of begin and end SIGINT is remembered and otherwise ignored; while a line is being edited
  * (lac_interrupt_editing) it makes the blocking read of the editor fail with EINTR.
  *
+ * SIGTERM and SIGHUP do the same, but are not forgotten: what runs next is interrupted too, no further line is
+ * edited, and lac_interrupt_exit(), which the program calls as it exits, dies by the signal.
+ *
  * One Lua state per process, used by one thread. Other threads may receive the signal: they forward it.
  */
 #ifndef LAC_INTERRUPT_H
@@ -27,6 +30,7 @@ int lac_interrupt_end(lua_State *L, int mode); /* returns 1 if an interrupt has 
 void lac_interrupt_caught(void);               /* the error has reached the outermost handler */
 void lac_interrupt_handled(lua_State *L);      /* the running code has dealt with the interrupt and goes on */
 int lac_interrupt_editing(int on);             /* a line editor starts, ends; returns the presses seen */
+void lac_interrupt_exit(void);                 /* dies by SIGTERM or SIGHUP if one has come; files are written */
 
 /* Exported by the executable for the FFI: gives it the engine's async-signal-safe switch, lac_interrupt(int).
  * That is called with 1 to make a running operator return early, and with 0 once Lua has raised the error. */

@@ -13,7 +13,8 @@
  *
  * Exit status: 0 success, 1 an error in Lua or output that could not be written (a full disk), 2 wrong usage
  * (also a script that cannot be read), 130 ended by Ctrl-C; what a script gives to os.exit otherwise, but that
- * output which could not be written makes 1 of a 0. A shell script instead of this program was rejected: it
+ * output which could not be written makes 1 of a 0. After SIGTERM and SIGHUP, which interrupt as Ctrl-C does, the
+ * process dies by that signal, whatever the script says. A shell script instead of this program was rejected: it
  * could neither own the signal handler nor be the parent that a debugger or a profiler expects.
  */
 #include "interrupt.h"
@@ -56,6 +57,7 @@ static const char usage[] =
     "\n"
     "A script named - is standard input; -- ends the options.\n"
     "Ctrl-C stops Lua code and engine operators; if code does not react, the third one ends the process.\n"
+    "SIGTERM and SIGHUP do that too, so that training saves its checkpoint, and then end the process.\n"
     "\n"
     "  LACUNA_LUA      use the Lua tree in this directory instead of the one beside the executable\n"
     "  LACUNA_TRACE=1  show the library's own frames in tracebacks\n"
@@ -380,9 +382,13 @@ static void check_output(int status, void *unused)
     (void)unused;
     int failed = ferror(stdout);
     errno = 0;
-    if (fflush(stdout) == 0 && !failed) return;
+    if (fflush(stdout) == 0 && !failed) {
+        lac_interrupt_exit();
+        return;
+    }
     fprintf(stderr, "lacuna: cannot write all of standard output%s%s\n", errno ? ": " : "",
             errno ? strerror(errno) : "");
+    lac_interrupt_exit();
     if (status != 0) return;
     fflush(NULL);
     _exit(EXIT_ERROR);

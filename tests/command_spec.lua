@@ -643,6 +643,48 @@ spin()
     assert.equal(signal.SIGINT, status)
   end)
 
+  it("SIGTERM and SIGHUP interrupt, then the process dies by them, whatever the script says", function()
+    for _, name in ipairs { "SIGTERM", "SIGHUP" } do
+      for last, code in pairs { ["done\n"] = "print 'done' os.exit(3, true)", ["half"] = "io.write 'half'",
+          ["handled\n"] = "require('lacuna.host').handled() local t = os.clock()\n" ..
+            "while os.clock() - t < 0.1 do end print 'handled'" } do
+        local child = start { "-e", [[
+          io.stdout:setvbuf("full")
+          local ok, message = pcall(function() print "go" io.flush() while true do end end)
+          print("cleaned", ok, message)
+          ]] .. code }
+        child:expect("go\n")
+        signal.kill(child.pid, signal[name])
+        local text, status, how = child:finish()
+        assert.equal("cleaned\tfalse\tinterrupted\n" .. last, text)
+        assert.equal("killed", how)
+        assert.equal(signal[name], status)
+      end
+    end
+  end)
+
+  it("SIGTERM ends a session at its prompt and in the middle of code", function()
+    for _, code in ipairs { false, "print 'go' io.flush() while true do end\n" } do
+      local child = start_terminal({}, { LACUNA_HISTORY = "/dev/null", TERM = "dumb" })
+      child:prompt("")
+      if code then
+        child:send(code)
+        child:expect("go\r\n")
+      end
+      signal.kill(child.pid, signal.SIGTERM)
+      local _, status, how = child:finish()
+      assert.equal("killed", how)
+      assert.equal(signal.SIGTERM, status)
+    end
+  end)
+
+  it("leaves a SIGHUP alone that is ignored from the start", function()
+    local script = temporary "os.execute('kill -HUP $PPID') print 'lives'"
+    local pipe = assert(io.popen(("trap '' HUP; %s %s"):format(LACUNA, script)))
+    finally(function() pipe:close() end)
+    assert.equal("lives\n", pipe:read "*a")
+  end)
+
   it("puts a debug hook of the script back, and keeps its trace callback", function()
     local child = start { "-e", [[
       io.stdout:setvbuf("no")

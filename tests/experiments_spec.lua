@@ -231,17 +231,17 @@ describe("experiments", function()
     local status, printed, err = run(LUA, "sweep_segments", ("%s --out %s"):format(options, sys.quote(whole)))
     assert.equal(0, status, err)
     math.randomseed(5)
-    local kills, signals = 0, { "KILL", "INT" }
+    local kills, signals = 0, { "KILL", "INT", "TERM" }
     local after
     repeat
-      -- the command, because Ctrl-C makes it write a checkpoint
-      status, after, err = run(("timeout -s %s %.3f %s"):format(signals[kills % 2 + 1],
+      -- the command, because Ctrl-C and SIGTERM make it write a checkpoint
+      status, after, err = run(("timeout -s %s %.3f %s"):format(signals[kills % 3 + 1],
         0.3 + math.random() * (0.3 + 0.2 * kills), sys.exists(COMMAND) and COMMAND or "env " .. LUA),
         "sweep_segments", ("%s --resume --out %s"):format(options, sys.quote(pieces)))
       if status ~= 0 then kills = kills + 1 end
       assert.is_true(kills < 40, err)
     until status == 0
-    assert.is_true(kills >= 2, ("%d kills"):format(kills))
+    assert.is_true(kills >= 3, ("%d kills"):format(kills))
     assert.equal(read(whole .. "/sweep.json"), read(pieces .. "/sweep.json"))
     assert.equal(printed:match("\n   pattern.*"), after:match("\n   pattern.*"))
     assert.same(timeless(whole .. "/log.jsonl"), timeless(pieces .. "/log.jsonl"))

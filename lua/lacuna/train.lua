@@ -3,8 +3,8 @@
 -- A loop is forty lines that everybody writes again and gets slightly wrong; this one has the parts that are
 -- easy to forget. Every step runs in a scope, so memory is flat from the second step on. A loss or a gradient
 -- norm that is not finite stops the run with an error that says when and with which learning rate; it never
--- trains on. Ctrl-C saves the checkpoint, closes the log and raises "interrupted". Whatever happens, the
--- log's last record says how the run ended.
+-- trains on. Ctrl-C (under the command `lacuna` also SIGTERM and SIGHUP) saves the checkpoint, closes the log
+-- and raises "interrupted". Whatever happens, the log's last record says how the run ended.
 --
 -- The loop owns no policy: data is a function of the step (data.lua), the schedule a function of the step
 -- (optim.lua), evaluation a function that returns numbers. So a run can be killed at any moment and gone on
@@ -442,10 +442,10 @@ end
 --   evaluate = function(model, step) -> table of numbers, run in evaluation mode without gradients at the end
 --   and every eval_every steps (0: only at the end); log = a Log, log_every = 10 steps;
 --
---   checkpoint = path, written at the end, on Ctrl-C, every checkpoint_every steps (0: not) and every
---   checkpoint_minutes, with config; keep = 1: how many stay; resume = true: go on from the newest checkpoint
---   at that path that verifies, from the start if there is none; resume = path: from that very one; state = {
---   save = function() -> table, load = function(table) } of data that is not a function of k;
+--   checkpoint = path, written at the end, on Ctrl-C (SIGTERM, SIGHUP), every checkpoint_every steps (0: not)
+--   and every checkpoint_minutes, with config; keep = 1: how many stay; resume = true: go on from the newest
+--   checkpoint at that path that verifies, from the start if there is none; resume = path: from that one;
+--   state = { save = function() -> table, load = function(table) } of data that is not a function of k;
 --
 --   progress = "auto" (a bar on a terminal, else lines) | "bar" | "lines" | "none", out = io.stderr
 -- @treturn table { steps, loss, smooth, tokens, seconds, tokens_per_second, evaluations }, of all sessions of
