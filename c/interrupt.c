@@ -51,7 +51,7 @@
 #endif
 
 enum { TICK_MS = 20, GRACE_TICKS = 2 }; /* the work is repeated so often; a user's pcall may clean up */
-enum { HOLD_MOST = 1000000 }; /* instructions that Lua may ask to finish first; an error may leave it asking */
+enum { HOLD_MOST = 1000000 };           /* instructions that may be asked to finish first; one step has far fewer */
 enum { KILL_PRESSES = 3, KILL_AFTER_MS = 250, FORGET_AFTER_MS = 5000 };
 enum { HOOK_MASK = LUA_MASKCALL | LUA_MASKRET | LUA_MASKCOUNT };
 typedef enum { IDLE, EDITING, RUNNING } lac_mode;

@@ -574,6 +574,25 @@ describe("Ctrl-C in a script", function()
     end
   end)
 
+  it("does not wait for an update that has failed", function()
+    local script = temporary [[
+      local lac, ffi = require "lacuna", require "ffi"
+      ffi.cdef "int raise(int);"
+      local opt = lac.optim.sgd(lac.nn.Linear(4, 4), { lr = 0.1 })
+      for _, e in ipairs(opt.entries) do e.param.grad = lac.zeros(e.param:size()) end
+      opt.update = function() error("no memory", 0) end
+      print(pcall(opt.step, opt))
+      print(pcall(function()
+        ffi.C.raise(2)
+        for _ = 1, 1e5 do end
+      end))
+      print(opt.steps)
+      os.exit(0)]]
+    local text, status = run { script }
+    assert.equal("false\tno memory\nfalse\tinterrupted\n0\n", text)
+    assert.equal(0, status)
+  end)
+
   it("ends it with status 130 and says where it was", function()
     local script = temporary [[
 io.stdout:setvbuf("no")

@@ -240,6 +240,23 @@ function Optimizer:grad_norm()
 end
 
 local registry = debug.getregistry()
+
+-- The command's Ctrl-C (c/interrupt.c) waits while registry["lacuna.finish_first"] is set, or the weights
+-- would have made a step that nothing counts; the engine does not stop in an update. One run, unless
+-- parameters were skipped.
+local function update_and_count(self, runs, taken, scale, limit)
+  for k = 1, #runs - 1 do
+    local run, count = runs[k], runs[k + 1].first - runs[k].first
+    self:update(self.items + run.first, count, run.steps + 1, scale, limit)
+  end
+  self.steps = self.steps + 1
+  for _, e in ipairs(taken) do
+    e.steps = e.steps + 1
+    tensor.touch(e.param)
+    if e.master then e.version = e.param.root.version end
+  end
+end
+
 local STEP = { factor = { type = "number", min = 0, default = 1 }, clip = { type = "number", above = 0 },
                clip_value = { type = "number", above = 0 },
                scaler = { type = "table", check = Scaler.complain } }
@@ -276,20 +293,10 @@ function Optimizer:step(options)
     if o.clip and norm > o.clip then scale = scale * (o.clip / norm) end
   end
   local runs = fill_items(self, taken, alive, o.factor)
-  -- one run, unless parameters were skipped; the engine does not stop in an update, and the command's Ctrl-C
-  -- (c/interrupt.c) waits until it is counted
   registry["lacuna.finish_first"] = true
-  for k = 1, #runs - 1 do
-    local run, count = runs[k], runs[k + 1].first - runs[k].first
-    self:update(self.items + run.first, count, run.steps + 1, scale, o.clip_value or 0)
-  end
-  self.steps = self.steps + 1
-  for _, e in ipairs(taken) do
-    e.steps = e.steps + 1
-    tensor.touch(e.param)
-    if e.master then e.version = e.param.root.version end
-  end
+  local done, reason = pcall(update_and_count, self, runs, taken, scale, o.clip_value or 0)
   registry["lacuna.finish_first"] = false
+  if not done then error(reason, 0) end
   alive[1] = nil
   return norm
 end
