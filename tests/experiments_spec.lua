@@ -9,6 +9,7 @@
 local lac = require "lacuna"
 local cli = require "lacuna.cli"
 local json = require "lacuna.json"
+local read = require "support.read"
 local runlog = require "lacuna.log"
 local sys = require "lacuna.sys"
 
@@ -19,13 +20,6 @@ local COMMAND = os.getenv("LACUNA_COMMAND") or "build/bin/lacuna"
 
 local function run(host, script, options)
   return sys.run(("%s experiments/%s.lua %s"):format(host, script, options))
-end
-
-local function read(path)
-  local file = assert(io.open(path, "rb"))
-  local s = file:read("*a")
-  file:close()
-  return s
 end
 
 describe("experiments", function()

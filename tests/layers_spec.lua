@@ -8,12 +8,7 @@
 -- as a load order that only works from one entry point. The checks are functions of (name, text), so that
 -- they are tested themselves.
 
-local function read(path)
-  local f = assert(io.open(path, "rb"))
-  local text = f:read("*a")
-  f:close()
-  return text
-end
+local read = require "support.read"
 
 local function files(command)
   local list = {}

@@ -5,14 +5,8 @@
 -- commands themselves (make demo, make test) are not run from inside the test suite, which one of them is.
 
 local posix = require "posix"
+local read = require "support.read"
 local COMMAND = os.getenv("LACUNA_COMMAND") or "build/bin/lacuna"
-
-local function read(path)
-  local f = assert(io.open(path, "rb"))
-  local text = f:read("*a")
-  f:close()
-  return text
-end
 
 local function blocks(text, language)
   local found = {}

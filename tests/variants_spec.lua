@@ -5,6 +5,7 @@
 -- unnoticed. That the judge can say "ignored" is tested with a variant that drops an option on purpose.
 
 local lac = require "lacuna"
+local read = require "support.read"
 
 -- fp8 on cuda: not on every GPU, and not with blocks
 local function no_fp8()
@@ -73,12 +74,6 @@ describe("every option of every variant", function()
   end)
 
   it("is stated in few lines: 400 for all variants, 20 for one's own", function()
-    local function read(path)
-      local f = assert(io.open(path))
-      local text = f:read "*a"
-      f:close()
-      return text
-    end
     local function lines(text) return select(2, text:gsub("\n", "")) end
     assert.is_true(lines(read "lua/lacuna/attention/variants.lua") < 400)
     local own = read("README.md"):match "%*%*A variant%*%* is data.-```lua\n(.-)```"
