@@ -145,17 +145,29 @@ $(BUILD)/obj/cuda/checked: force
 .PHONY: force
 force:
 
+# The least CUDA whose runtime has all that is called (cudaGetDriverEntryPointByVersion). An older nvcc would say so in
+# pages of its own words; it is asked once, before anything is compiled.
+CUDA_LEAST := 12.5
+$(BUILD)/obj/cuda/compiler: force
+	@mkdir -p $(@D)
+	@echo '$(NVCC)' | cmp -s - $@ || { release=$$($(NVCC) --version | sed -n 's/.*release \([0-9.]*[0-9]\).*/\1/p') && \
+	  if [ -z "$$release" ]; then echo "lacuna: '$(NVCC) --version' names no release of CUDA"; exit 1; \
+	  elif printf '%s\n' $$release $(CUDA_LEAST) | sort -V -C && [ $$release != $(CUDA_LEAST) ]; then \
+	    echo "lacuna: $(NVCC) is of CUDA $$release; the kernels need $(CUDA_LEAST) or later (NVCC= builds for the CPU only)"; \
+	    exit 1; \
+	  else echo '$(NVCC)' >$@; fi; }
+
 ATTN_HOPPER := $(patsubst %,kernels/attn_hopper_%.cu,added blocks forward keys padded pairs parts_backward parts_forward wide)
 ATTN_EACH := kernels/attn.cu kernels/attn_hopper% kernels/attn_few%
 attn_code = $(if $(filter $(ATTN_HOPPER),$<),$(HOPPER_CODE),$(if $(filter $(ATTN_EACH),$<),$(GENCODE),$(PLAIN_CODE)))
-$(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk $(BUILD)/obj/cuda/checked
+$(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk $(BUILD)/obj/cuda/checked | $(BUILD)/obj/cuda/compiler
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
 	$(Q)$(if $(filter $(ATTN_EACH),$<),$(look_at),:)
 	$(Q)$(call compile_cuda,$(attn_code)) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
 	$(Q)awk -f kernels/ptxas.awk $@.log || { rm $@; exit 1; }
 
-$(BUILD)/obj/cuda/%.o: kernels/%.cu $(BUILD)/obj/cuda/checked
+$(BUILD)/obj/cuda/%.o: kernels/%.cu $(BUILD)/obj/cuda/checked | $(BUILD)/obj/cuda/compiler
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
 	$(Q)$(look_at)
@@ -255,7 +267,7 @@ TSAN_ENV = LD_PRELOAD=$(call runtime,libtsan.so):$(dir $(LLVM_OMP))libomp.so.5 O
            TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66 LACUNA_LIBRARY=$(CURDIR)/$(BUILD)/tsan/lib/liblacuna.so \
            LACUNA_CHILDREN=plain LACUNA_SLOWNESS=10 OMP_NUM_THREADS=4 \
            LACUNA_STRESS_FLAGS=-fsanitize=thread$(,)-Xlinker$(,)--no-as-needed$(,)$(dir $(LLVM_OMP))libomp.so.5
-TSAN_SPECS = $(filter-out $(addprefix tests/,$(addsuffix _spec.lua,command experiments readme layers plot fuzz bench queue)),$(SPECS))
+TSAN_SPECS = $(filter-out $(addprefix tests/,$(addsuffix _spec.lua,build command experiments readme layers plot fuzz bench queue)),$(SPECS))
 .PHONY: tsan
 tsan: all ## the suite and stress programs under ThreadSanitizer, four threads
 	@$(MAKE) --no-print-directory deps PACKAGES="$(PACKAGES) libomp-dev"
@@ -320,13 +332,23 @@ deps: ## install the Debian packages that building, testing and the demo need (r
 	  echo "  apt-get update && $$line"; exit 1; fi; \
 	echo "lacuna: $$line"; $$sudo apt-get update -q && DEBIAN_FRONTEND=noninteractive $$sudo $$line
 
-.PHONY: install
+# Quoted, because a path may have spaces. What an older version had and this one has not goes before the new one comes.
+INSTALLED := $(DESTDIR)$(PREFIX)
+MADE_OF := bin/lacuna include/lacuna.h include/lacuna_queue.h lib/liblacuna.so lib/liblacuna_cuda.so \
+           share/lacuna/lua share/lacuna/experiments
+remove_installed = rm -rf $(MADE_OF:%='$(INSTALLED)/%')
+.PHONY: install uninstall
 install: all ## install under PREFIX (default /usr/local)
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/share/lacuna
-	install -m 755 $(COMMAND) $(DESTDIR)$(PREFIX)/bin/
-	install -m 644 $(wildcard $(BUILD)/lib/*.so) $(DESTDIR)$(PREFIX)/lib/
-	install -m 644 c/lacuna.h c/lacuna_queue.h $(DESTDIR)$(PREFIX)/include/
-	cp -r lua experiments $(DESTDIR)$(PREFIX)/share/lacuna/
+	$(remove_installed)
+	install -d '$(INSTALLED)/bin' '$(INSTALLED)/lib' '$(INSTALLED)/include' '$(INSTALLED)/share/lacuna'
+	install -m 755 $(COMMAND) '$(INSTALLED)/bin/'
+	install -m 644 $(wildcard $(BUILD)/lib/*.so) '$(INSTALLED)/lib/'
+	install -m 644 c/lacuna.h c/lacuna_queue.h '$(INSTALLED)/include/'
+	cp -r lua experiments '$(INSTALLED)/share/lacuna/'
+
+uninstall: ## remove what install has put under PREFIX
+	$(remove_installed)
+	-rmdir '$(INSTALLED)/share/lacuna'
 
 .PHONY: clean help
 clean: ## remove everything that was built

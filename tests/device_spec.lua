@@ -28,8 +28,8 @@ local ELSEWHERE = {
     "fuzz", "memory", "sgemm", "threads", "timeline",
   },
   ["no tensors, or those of a child process"] = {
-    "arguments", "bench", "command", "dispatch", "experiments", "layers", "log", "plan", "plot", "queue",
-    "readme", "reference", "repl", "schema", "suite",
+    "arguments", "bench", "build", "command", "dispatch", "experiments", "layers", "log", "plan", "plot",
+    "queue", "readme", "reference", "repl", "schema", "suite",
   },
 }
 
