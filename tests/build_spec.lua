@@ -61,10 +61,10 @@ describe("the Makefile", function()
   it("says in one line that nvcc is too old, before it compiles anything", function()
     local nvcc = dir .. "/nvcc"
     for release, complaint in pairs {
-      ["release 11.8, V11.8.89"] = "is of CUDA 11.8; the kernels need 12.5 or later",
-      ["release 12.4, V12.4.131"] = "is of CUDA 12.4; the kernels need 12.5 or later",
+      ["release 11.8, V11.8.89"] = "is of CUDA 11.8; the kernels need 12.9 or later",
+      ["release 12.8, V12.8.93"] = "is of CUDA 12.8; the kernels need 12.9 or later",
       ["nothing"] = "--version' names no release of CUDA",
-      ["release 12.5, V12.5.40"] = false,
+      ["release 12.9, V12.9.86"] = false,
       ["release 12.10, V12.10.1"] = false,
       ["release 13.0, V13.0.88"] = false,
     } do
