@@ -161,10 +161,10 @@ static void update_chunk(const list_job *job, int64_t t)
 /* counts chunks into first[] and returns it (workspace), with the number of elements */
 static int64_t *count_chunks(const char *op, int64_t n, const char *views, size_t step, int64_t *total)
 {
+    *total = 0; /* also where there is no memory: gcc 13 would warn of the callers' */
     int64_t *first = lac_workspace_get(op, (size_t)(n + 1) * 8);
     if (!first) return NULL;
     first[0] = 0;
-    *total = 0;
     for (int64_t i = 0; i < n; i++) {
         int64_t size = lac_view_numel((const lac_view *)(const void *)(views + (size_t)i * step));
         first[i + 1] = first[i] + (size + CHUNK - 1) / CHUNK;
