@@ -108,6 +108,41 @@ void LAC_CPU(nest_make)(lac_nest *nest, int views, const lac_view *const *view)
     for (int v = 0; v < views; v++) nest->data[v] = view[v]->data;
 }
 
+uint32_t LAC_CPU(nest_lengthen)(lac_nest *nest, int outputs, int64_t most, int64_t *cycle)
+{
+    enum { VERY_SHORT = 16, MUCH_LONGER = 4 };
+    int last = nest->ndim - 1, longest = last;
+    int64_t length = nest->shape[last];
+    uint32_t again = 0;
+    bool fits = last > 0 && length <= most;
+    for (int v = 0; v < nest->views && fits; v++) {
+        bool goes_on = nest->stride[v][last - 1] == nest->stride[v][last] * length;
+        if (!goes_on) again |= 1u << v;
+        fits = goes_on || (v >= outputs && nest->stride[v][last - 1] == 0);
+    }
+    if (fits && again) {
+        nest->shape[last - 1] *= length;
+        for (int v = 0; v < nest->views; v++) nest->stride[v][last - 1] = nest->stride[v][last];
+        nest->ndim--;
+        *cycle = length;
+        return again;
+    }
+    for (int d = 0; d < last; d++)
+        if (nest->shape[d] > nest->shape[longest]) longest = d;
+    if (length >= VERY_SHORT || nest->shape[longest] < MUCH_LONGER * length) return 0;
+    for (int d = longest; d < last; d++) { /* the others keep their order */
+        int64_t shape = nest->shape[d];
+        nest->shape[d] = nest->shape[d + 1];
+        nest->shape[d + 1] = shape;
+        for (int v = 0; v < nest->views; v++) {
+            int64_t stride = nest->stride[v][d];
+            nest->stride[v][d] = nest->stride[v][d + 1];
+            nest->stride[v][d + 1] = stride;
+        }
+    }
+    return 0;
+}
+
 bool LAC_CPU(nest_streams)(const lac_nest *nest, int dtype)
 {
     int64_t bytes = lac_bytes_of(dtype);

@@ -75,6 +75,11 @@ typedef struct {
     char *data[LAC_NEST_VIEWS];
 } lac_nest;
 void LAC_CPU(nest_make)(lac_nest *nest, int views, const lac_view *const *view);
+/* Makes a short last axis longer, for what treats every element by itself (the first views are its outputs). Where
+ * inputs have their row again for each index of the axis before (a bias, a table of positions), both become one axis; a
+ * bit is set for each such view, whose stride is still that of its row, of *cycle elements, at most `most`. Otherwise
+ * an axis much longer than a very short one takes its place. */
+uint32_t LAC_CPU(nest_lengthen)(lac_nest *nest, int outputs, int64_t most, int64_t *cycle);
 /* addresses of all views at row `row` (all axes but the last, row-major); advances index[] by one row */
 typedef struct {
     int64_t index[LAC_MAX_DIMS];

@@ -431,10 +431,13 @@ KERNEL(axpy_i64, 3, X3, i_add(i_mul(x, y), g))
 
 #include "elem_halves.inc"
 
+#include "elem_bytes.inc"
+
 typedef struct {
     lac_kernel *value[3];       /* by compute type; NULL: not defined there */
     lac_kernel *gradient[3][2]; /* [argument][compute type] */
     lac_kernel *both[2];        /* both gradients of a function of two arguments */
+    lac_kernel *truth;          /* of truth values */
     const char *text, *slope[3];
     bool to_bool;
 } lac_map;
@@ -458,7 +461,8 @@ static const lac_map maps1[] = {
      .text = #value_,                                                                                                  \
      .slope = {#gradient_}},
 #define CMP1(name, value_) {.value = {m1_f32_##name, m1_f64_##name, m1_i64_##name}, .text = #value_, .to_bool = true},
-#define LOGIC1(name, text_, value_) {.value = {NULL, NULL, m1_i64_##name}, .text = #value_, .to_bool = true},
+#define LOGIC1(name, text_, value_)                                                                                    \
+    {.value = {NULL, NULL, m1_i64_##name}, .truth = m1_bool_##name, .text = #value_, .to_bool = true},
 #define INT1(name, value_) {.value = {NULL, NULL, m1_i64_##name}, .text = #value_},
 #include "../maps.def"
     [M1_exp].value[C_F32] = line_f32_exp,
@@ -482,8 +486,10 @@ static const lac_map maps2[] = {
      .both = {bb_f32_##name, bb_f64_##name},                                                                           \
      .text = #value_,                                                                                                  \
      .slope = {#dx, #dy}},
-#define CMP2(name, value_) {.value = {m2_f32_##name, m2_f64_##name, m2_i64_##name}, .text = #value_, .to_bool = true},
-#define LOGIC2(name, text_, value_) {.value = {NULL, NULL, m2_i64_##name}, .text = #value_, .to_bool = true},
+#define CMP2(name, value_)                                                                                             \
+    {.value = {m2_f32_##name, m2_f64_##name, m2_i64_##name}, .truth = m2_bool_##name, .text = #value_, .to_bool = true},
+#define LOGIC2(name, text_, value_)                                                                                    \
+    {.value = {NULL, NULL, m2_i64_##name}, .truth = m2_bool_##name, .text = #value_, .to_bool = true},
 #define INT2(name, value_) {.value = {NULL, NULL, m2_i64_##name}, .text = #value_},
 #include "../maps.def"
     [M2_swiglu].value[C_F32] = line2_f32_swiglu,
@@ -562,147 +568,7 @@ static bool mentions(const char *text, char variable)
 
 /* ---- the driver ---- */
 
-typedef struct {
-    lac_nest nest;             /* the first `outputs` views are the outputs */
-    lac_kernel *kernel, *near; /* near: for strips whose first input is small everywhere, or NULL */
-    const void *constants;
-    int32_t dtype[LAC_NEST_VIEWS];
-    int outputs;
-    uint32_t unread;       /* bit v: the kernel does not read view v */
-    bool raw;              /* the kernel writes the output's dtype itself (bool) */
-    bool stream;           /* large dense outputs: write past the caches */
-    int64_t strip, strips; /* elements of a strip, strips of a row */
-} elem_job;
-
-/* a tile of each broadcast input, and the address of the value that it holds */
-typedef struct {
-    double tile[LAC_NEST_VIEWS][TILE];
-    const void *repeated[LAC_NEST_VIEWS];
-} elem_space;
-
-static inline int half_of(int dtype) { return !V_HALVES ? 0 : dtype == LAC_F16 ? 1 : dtype == LAC_BF16 ? 2 : 0; }
-
-/* view v of a strip that starts at x, as an input */
-static elem_in input_of(const elem_job *job, elem_space *space, int v, const char *x)
-{
-    int last = job->nest.ndim - 1, dtype = job->dtype[v];
-    int64_t length = job->nest.shape[last], stride = job->nest.stride[v][last], bytes = lac_bytes_of(dtype);
-    if (length == 1) stride = bytes;
-    if (job->unread >> v & 1) /* an address, no values; stored as the output is */
-        return (elem_in){.x = (char *)space->tile[v], .half = half_of(job->dtype[0]), .direct = true, .repeated = true};
-    if (stride == 0) {
-        int64_t filled = length < TILE ? (length + V_LINE - 1) / V_LINE * V_LINE : TILE;
-        if (space->repeated[v] != x) LAC_CPU(load)(dtype, x, 0, filled, space->tile[v]);
-        space->repeated[v] = x;
-        return (elem_in){.x = (char *)space->tile[v], .direct = true, .repeated = true};
-    }
-    bool dense = stride == bytes, direct = dense && lac_is_native(dtype);
-    return (elem_in){.x = x,
-                     .stride = stride,
-                     .dtype = dtype,
-                     .half = dense ? half_of(dtype) : 0,
-                     .direct = direct,
-                     .ahead = job->stream && !direct && dense,
-                     .early = EARLY};
-}
-
-static elem_out output_of(const elem_job *job, int v, char *x)
-{
-    int last = job->nest.ndim - 1, dtype = job->dtype[v];
-    int64_t stride = job->nest.shape[last] == 1 ? lac_bytes_of(dtype) : job->nest.stride[v][last];
-    return (elem_out){.x = x,
-                      .stride = stride,
-                      .dtype = dtype,
-                      .half = stride == lac_bytes_of(dtype) && !job->raw ? half_of(dtype) : 0,
-                      .direct = stride == lac_bytes_of(dtype) && (job->raw || lac_is_native(dtype)),
-                      .raw = job->raw,
-                      .stream = job->stream && ((uintptr_t)x & (V_LINE - 1)) == 0};
-}
-
-/* is the input within F_NEAR, where sines need no long reduction? Elements give the same bits either way. */
-static bool strip_is_near(const elem_in *in, int64_t n)
-{
-    float space[TILE];
-    if (in->dtype == LAC_F16) return true; /* all of them are; NOLINT: in is set, there is an input */
-    if (in->direct && in->stride == 0) n = 1;
-    for (int64_t at = 0; at < n; at += TILE) {
-        int64_t m = n - at < TILE ? n - at : TILE;
-        const char *from = in->x + at * in->stride;
-        const float *x = in->direct ? (const void *)from : LAC_CPU(load)(in->dtype, from, in->stride, m, space);
-        int far = 0;
-#pragma omp simd reduction(| : far)
-        for (int64_t i = 0; i < m; i++) far |= fabsf(x[i]) > F_NEAR;
-        if (far) return false;
-    }
-    return true;
-}
-
-/* Inputs that are not read get the address of one that is and is stored like them: then a strip may be one tile. Where
- * results stream, kernels ask ahead for every input, and a line asked for twice costs gradients half to one cycle of a
- * Zen 4, more than the longer tile saves: so these ask for what is being read anyhow. */
-static void stand_in(const elem_job *job, elem_in *in)
-{
-    const int inputs = job->nest.views - job->outputs;
-    for (int v = 0; v < inputs; v++)
-        for (int w = 0; w < inputs && job->unread >> (job->outputs + v) & 1; w++)
-            if (!in[w].repeated && (in[w].direct || in[w].half) && in[w].half == in[v].half) {
-                in[v] = in[w];
-                in[v].early = 0;
-            }
-}
-
-static void elem_task(void *context, int64_t begin, int64_t end, int thread)
-{
-    const elem_job *job = context;
-    const lac_nest *nest = &job->nest;
-    const int last = nest->ndim - 1;
-    const int64_t length = nest->shape[last];
-    elem_space space;
-    memset(space.repeated, 0, sizeof space.repeated);
-    lac_cursor c;
-    (void)thread;
-    int64_t strip = begin % job->strips;
-    LAC_CPU(cursor_set)(nest, &c, begin / job->strips);
-    for (int64_t t = begin; t < end; t++) {
-        int64_t start = strip * job->strip, n = length - start < job->strip ? length - start : job->strip;
-        elem_in in[LAC_NEST_VIEWS] = {{NULL}};
-        elem_out out[2];
-        for (int v = 0; v < nest->views; v++) {
-            char *x = c.at[v] + start * nest->stride[v][last];
-            if (v < job->outputs) out[v] = output_of(job, v, x);
-            else in[v - job->outputs] = input_of(job, &space, v, x);
-        }
-        if (job->unread) stand_in(job, in);
-        (job->near && strip_is_near(in, n) ? job->near : job->kernel)(n, in, out, job->constants);
-        if (++strip == job->strips) {
-            strip = 0;
-            lac_cursor_next(nest, &c);
-        }
-    }
-    if (job->stream) v_stream_end();
-}
-
-/* Runs a kernel over all of the views; the first `outputs` are written. text: the expression, which says what is read
- * (NULL: everything); letters[i] is the name of input i in it. */
-static int elem_run(const char *op, elem_job *job, int count, const lac_view *const *views, const char *text,
-                    const char *letters)
-{
-    if (lac_view_numel(views[0]) == 0) return 0;
-    if (!job->kernel) LAC_FAIL(DTYPE, "%s: not defined for %s", op, lac_dtype_name(views[count - 1]->dtype));
-    LAC_CPU(nest_make)(&job->nest, count, views);
-    for (int v = 0; v < count; v++) job->dtype[v] = views[v]->dtype;
-    for (int v = job->outputs; v < count && text; v++)
-        if (letters[v - job->outputs] != 'g' && !mentions(text, letters[v - job->outputs])) job->unread |= 1u << v;
-    job->stream = LAC_CPU(nest_streams)(&job->nest, views[0]->dtype);
-    for (int v = 1; v < job->outputs; v++)
-        job->stream = job->stream && job->nest.stride[v][job->nest.ndim - 1] == lac_bytes_of(job->dtype[v]);
-    int64_t rows = 1;
-    for (int d = 0; d < job->nest.ndim - 1; d++) rows *= job->nest.shape[d];
-    int64_t length = job->nest.shape[job->nest.ndim - 1];
-    job->strip = job->stream ? LONG_STRIP : STRIP;
-    job->strips = (length + job->strip - 1) / job->strip;
-    return LAC_CPU(parallel)(op, rows * job->strips, rows * length, elem_task, job);
-}
+#include "elem_run.inc"
 
 /* a scalar as a view of stride 0 in the compute type of dtype */
 typedef union {
@@ -744,6 +610,7 @@ static lac_kernel *kernel_of(int fn, int dtype, bool gradient)
     int half = half_of(dtype), ctype = lac_compute_type(dtype);
     if (half && fn < (int)(sizeof of_halves / sizeof *of_halves) && of_halves[fn][gradient][half - 1])
         return of_halves[fn][gradient][half - 1];
+    if (dtype == LAC_BOOL && maps1[fn].truth) return maps1[fn].truth;
     return gradient ? maps1[fn].gradient[0][ctype] : maps1[fn].value[ctype];
 }
 
@@ -797,7 +664,9 @@ int LAC_CPU(map2)(const lac_a_map2 *a)
     }
     const lac_map *map = &maps2[a->fn];
     const lac_view *views[] = {&a->out, a->swapped ? y : x, a->swapped ? x : y};
-    elem_job job = {.kernel = map->value[lac_compute_type(x->dtype)], .outputs = 1, .raw = map->to_bool};
+    bool truth = x->dtype == LAC_BOOL && y->dtype == LAC_BOOL && map->truth;
+    elem_job job = {
+        .kernel = truth ? map->truth : map->value[lac_compute_type(x->dtype)], .outputs = 1, .raw = map->to_bool};
     return elem_run("map2", &job, 3, views, map->text, "xy");
 }
 
