@@ -19,6 +19,7 @@
 #include <string.h>
 
 enum { BLOCK = 512, COLUMNS = 1024, TILE_ROWS = 64, BUFFER_ROWS = 16, PART = 32768, MOST_PARTS = 64, LANES = 32 };
+enum { SHORT = 16, MANY = 64 }; /* elements behind each of many outputs */
 enum { CLASS_SUM, CLASS_PRODUCT, CLASS_EXTREME, CLASS_TRUTH, CLASS_VARIANCE, CLASS_LSE };
 enum { PLAIN, SQUARE, ABSOLUTE }; /* of each element before it is added or compared */
 
@@ -403,6 +404,10 @@ static void reduce_row(const reduce_job *job, const char *base, int64_t begin, i
     /* of floats in place, whose sums are doubles, longer pieces; exponentials are summed in float */
     int64_t most = !direct ? BLOCK : job->class == CLASS_LSE ? 2 * BLOCK : 8 * BLOCK;
     if (begin >= end) return; /* also when an axis has no elements */
+    if (job->reduced == 1 && begin == 0 && end <= most) {
+        block_add(job, p, LAC_CPU(load)(dtype, base, job->rx[0], end, space), end, 0);
+        return;
+    }
     reduced_seek(job, &c, base, begin);
     for (int64_t r = begin, n; r < end; r += n) {
         n = job->rs[last] - c.index[last];
@@ -436,11 +441,28 @@ static void reduce_columns(const reduce_job *job, const char *base, int64_t step
 
 /* ---- results ---- */
 
+/* floats that are sums, products or extrema, as most are */
+static bool is_plain_float(const reduce_job *job)
+{
+    bool plain = job->class == CLASS_SUM || job->class == CLASS_PRODUCT || job->class == CLASS_EXTREME;
+    return job->a->out.dtype == LAC_F32 && plain && !job->position;
+}
+
+static inline float plain_float(int fn, double d, double error, double count)
+{
+    d += error;
+    return (float)(fn == LAC_MEAN ? d / count : fn == LAC_NORM2 ? sqrt(d) : d);
+}
+
 static void finish(const reduce_job *job, const partial *p, char *out)
 {
     int fn = job->a->fn, dtype = job->a->out.dtype;
     double d = p->d;
     int64_t i = p->i;
+    if (is_plain_float(job)) {
+        *(float *)(void *)out = plain_float(fn, d, job->class == CLASS_SUM ? p->error : 0, (double)job->count);
+        return;
+    }
     if (job->class == CLASS_SUM) d += p->error;
     if (fn == LAC_MEAN) d /= (double)job->count;
     if (fn == LAC_NORM2) d = sqrt(d);
@@ -482,6 +504,19 @@ static inline int64_t columns_of(const reduce_job *job, int64_t block)
 static void finish_columns(const reduce_job *job, const partials *p, int64_t block, char *out)
 {
     int64_t step = job->ko[job->kept - 1], w = columns_of(job, block);
+    if (is_plain_float(job) && step == (int64_t)sizeof(float)) {
+        static const double none[COLUMNS];
+        const double count = (double)job->count, *error = job->class == CLASS_SUM ? p->error : none;
+        float *f = (float *)(void *)(out + block * COLUMNS * step);
+        const int fn = job->a->fn;
+        if (fn == LAC_MEAN)
+            for (int64_t j = 0; j < w; j++) f[j] = plain_float(LAC_MEAN, p->d[j], error[j], count);
+        else if (fn == LAC_NORM2)
+            for (int64_t j = 0; j < w; j++) f[j] = plain_float(LAC_NORM2, p->d[j], error[j], count);
+        else
+            for (int64_t j = 0; j < w; j++) f[j] = plain_float(LAC_SUM, p->d[j], error[j], count);
+        return;
+    }
     for (int64_t j = 0; j < w; j++) {
         partial one = {p->d[j], p->error[j], p->i[j], p->at[j]};
         finish(job, &one, out + (block * COLUMNS + j) * step);
@@ -616,6 +651,11 @@ static void choose_order(reduce_job *job)
             if (magnitude(job->rx[d]) < magnitude(job->rx[r]))
                 swap(&job->rs[d], &job->rs[r]), swap(&job->rx[d], &job->rx[r]);
     job->columns = k >= 0 && job->ks[k] >= 4 && magnitude(job->kx[k]) < magnitude(job->rx[r]);
+    /* of few elements sums cost less than what is done once for a row; side by side they are added in the same order */
+    bool plain = job->class == CLASS_SUM || job->class == CLASS_PRODUCT || job->class == CLASS_EXTREME;
+    int64_t count = 1;
+    for (int d = 0; d <= r; d++) count *= job->rs[d];
+    if (plain && count <= SHORT && k >= 0 && job->ks[k] >= MANY) job->columns = true;
 }
 
 int LAC_CPU(reduce)(const lac_a_reduce *a)
