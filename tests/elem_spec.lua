@@ -445,6 +445,64 @@ describe("elementwise", function()
     assert.are.same({ 3, 3, 3 }, x:fill_(1):addcmul_(x + 1, x, 1):totable())
   end)
 
+  it("of short rows that are there again for others have the bits of whole ones", function()
+    lac.manual_seed(11)
+    local function same(x, y, what)
+      assert.is_true(lac.equal(x:contiguous():view(-1), y:contiguous():view(-1)), what)
+    end
+    local function numbers(dtype, ...)
+      if dtype == "bool" then return lac.rand(...):gt(0.5) end
+      if dtype == "i64" or dtype == "i32" then return lac.randint{ low = -9, high = 9, ... }:to(dtype) end
+      return lac.randn(...):to(dtype)
+    end
+    local shapes = { { 517, 3 }, { 1031, 1 }, { 129, 64 }, { 67, 255 }, { 40, 257 }, { 5, 100 },
+      { 7, 11, 5 }, { 300, 2, 2 }, { 70000, 5 }, { 1, 6 }, { 2000, 16 } }
+    for _, dtype in ipairs{ "f32", "f64", "bf16", "f16", "i64", "i32" } do
+      for _, shape in ipairs(shapes) do
+        local x = numbers(dtype, unpack(shape))
+        local what = ("%s [%s]"):format(dtype, table.concat(shape, ", "))
+        for d = 1, #shape do -- y has one place along d
+          local small = { unpack(shape) }
+          small[d] = 1
+          local y = numbers(dtype, unpack(small))
+          local whole = y:expand(unpack(shape)):contiguous()
+          same(x - y, x - whole, what)
+          same(y * x, whole * x, what)
+          same(x:lt(y), x:lt(whole), what)
+          same(x:transpose(1, 2) - y:transpose(1, 2), (x - whole):transpose(1, 2), what)
+          same(x:clone():add_(y), x + whole, what)
+          if dtype == "f32" or dtype == "f64" then
+            same(lac.addcmul(x, y, x), lac.addcmul(x, whole, x), what)
+            local a, b, c = x:detach():requires_grad_(), y:detach():requires_grad_(), whole:requires_grad_()
+            local ga = lac.grad((a / b):square():sum(), { a })[1]
+            same(ga, lac.grad((a / c):square():sum(), { a })[1], what .. " gradient")
+          end
+        end
+      end
+      -- every second place of a short row, and an axis much longer than the last
+      local a, b = numbers(dtype, 37, 1, 90, 1), numbers(dtype, 1, 3, 1, 2)
+      same(a * b, a:expand(37, 3, 90, 2):contiguous() * b:expand(37, 3, 90, 2):contiguous(), dtype)
+      local strided = numbers(dtype, 50, 6)[{ {}, { 1, 6, 2 } }]
+      same(strided + strided[1], strided:contiguous() + strided[1]:expand(50, 3):contiguous(), dtype)
+    end
+  end)
+
+  it("of truth values are the same by bytes and one by one", function()
+    for _, n in ipairs{ 1, 7, 64, 1000, 100003 } do
+      local x, y = lac.rand(n):gt(0.4), lac.rand(n):gt(0.6)
+      local i, j = x:to "i64", y:to "i64"
+      local every = lac.rand(3 * n):gt(0.5)[{ { 1, 3 * n, 3 } }]
+      for name, number in pairs{ logical_and = i * j, logical_or = (i + j):gt(0):to "i64",
+          logical_xor = i:ne(j):to "i64", eq = i:eq(j):to "i64", ne = i:ne(j):to "i64", lt = i:lt(j):to "i64",
+          le = i:le(j):to "i64", gt = i:gt(j):to "i64", ge = i:ge(j):to "i64" } do
+        assert.is_true(lac.equal(lac[name](x, y):to "i64", number), name .. n)
+        assert.is_true(lac.equal(lac[name](x, every), lac[name](x, every:contiguous())), name .. n)
+        assert.is_true(lac.equal(lac[name](x, y[1]), lac[name](x, y[1]:expand(n):contiguous())), name .. n)
+      end
+      assert.is_true(lac.equal(lac.logical_not(x):to "i64", 1 - i))
+    end
+  end)
+
   it("writes large outputs with the bits of small ones", function()
     local N, PIECE = 8 * 1024 * 1024 + 24, 100003
     for _, dtype in ipairs { "f32", "bf16", "f16" } do

@@ -2,9 +2,9 @@
  *
  * Each axis gets a table: for every position of the result the position in x, or -1 for the constant. Trailing axes
  * that are not padded and lie together in x are one unit, so that padding the positions of [B, N, E] moves rows of E.
- * In a row the part that is x itself moves as a block; only the margins go through the table. The gradient goes the
- * other way round: for an element of x all places that show it, found by inverting the tables, are summed in double in
- * a fixed order and rounded once. Scattering instead would need atomics or one thread.
+ * In a row what lies together in x moves as a block. The gradient goes the other way round: for an element of x all
+ * places that show it, found by inverting the tables, are summed in double in a fixed order and rounded once.
+ * Scattering instead would need atomics or one thread.
  */
 #include "cpu.h"
 #include "simd.h"
@@ -31,10 +31,10 @@ static int64_t source_of(int mode, int64_t i, int64_t before, int64_t n)
 typedef struct {
     const lac_a_pad *a;
     const int64_t *map[LAC_MAX_DIMS];
-    int axes;                   /* the axes before the unit */
-    int64_t unit, unit_bytes;   /* elements that move together */
-    int64_t first, count, from; /* of a row: units [first, first + count) are x's from `from` on */
-    const char *value;          /* one element */
+    const int64_t *run;       /* of a row: units from i on that lie together in x, or are all the constant */
+    int axes;                 /* the axes before the unit */
+    int64_t unit, unit_bytes; /* elements that move together */
+    const char *value;        /* one element */
 } pad_job;
 
 static void fill_units(const pad_job *job, char *out, int64_t units)
@@ -48,21 +48,15 @@ static void pad_row(const pad_job *job, char *out, const char *x)
     int last = job->axes - 1;
     const int64_t *map = job->map[last];
     int64_t n = job->a->out.shape[last], bytes = job->unit_bytes;
-    int64_t step = job->a->x.stride[last] * lac_bytes_of(job->a->x.dtype), end = job->first + job->count;
-    for (int64_t i = 0; i < n; i++) {
-        if (i == job->first && job->count > 0) { /* the block */
-            const char *from = x + job->from * step;
-            char *to = out + i * bytes;
-            if (step == bytes) memcpy(to, from, (size_t)(job->count * bytes));
-            else if (job->unit == 1) LAC_CPU(move)((int)bytes, to, bytes, from, step, job->count);
-            else
-                for (int64_t k = 0; k < job->count; k++) memcpy(to + k * bytes, from + k * step, (size_t)bytes);
-            i = end - 1;
-        } else if (map[i] < 0) {
-            fill_units(job, out + i * bytes, 1);
-        } else {
-            memcpy(out + i * bytes, x + map[i] * step, (size_t)bytes);
-        }
+    int64_t step = job->a->x.stride[last] * lac_bytes_of(job->a->x.dtype);
+    for (int64_t i = 0, run; i < n; i += run, out += run * bytes) {
+        const char *from = map[i] < 0 ? NULL : x + map[i] * step;
+        run = job->run[i];
+        if (!from) fill_units(job, out, run);
+        else if (step == bytes) memcpy(out, from, (size_t)(run * bytes));
+        else if (job->unit == 1) LAC_CPU(move)((int)bytes, out, bytes, from, step, run);
+        else
+            for (int64_t k = 0; k < run; k++) memcpy(out + k * bytes, from + k * step, (size_t)bytes);
     }
 }
 
@@ -88,11 +82,11 @@ static void pad_task(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* all tables in one workspace: map[d][i], out's sizes */
+/* all tables in one workspace: map[d][i], out's sizes, and room for as many numbers as the last axis has */
 static int64_t *make_maps(const char *op, int mode, int axes, const int64_t *before, const int64_t *sizes,
                           const int64_t *padded, const int64_t **map)
 {
-    int64_t total = 1;
+    int64_t total = 1 + padded[axes - 1];
     for (int d = 0; d < axes; d++) total += padded[d];
     int64_t *tables = lac_workspace_get(op, (size_t)total * 8), *at = tables;
     for (int d = 0; tables && d < axes; d++) {
@@ -119,13 +113,15 @@ int LAC_CPU(pad)(const lac_a_pad *a)
     job.unit_bytes = job.unit * bytes;
     int last = job.axes - 1;
     int64_t n = a->out.shape[last];
-    job.first = a->before[last] > 0 ? a->before[last] : 0;
-    job.from = job.first - a->before[last];
-    job.count = x->shape[last] - job.from;
-    if (job.count > n - job.first) job.count = n - job.first;
-    if (job.count < 0) job.count = 0;
     int64_t *tables = make_maps("pad", a->mode, job.axes, a->before, x->shape, a->out.shape, job.map);
     if (!tables) return LAC_E_MEMORY;
+    const int64_t *map = job.map[last];
+    int64_t *run = tables + (map - tables) + n;
+    for (int64_t i = n - 1; i >= 0; i--) {
+        bool together = i + 1 < n && map[i + 1] == (map[i] < 0 ? map[i] : map[i] + 1);
+        run[i] = together ? run[i + 1] + 1 : 1;
+    }
+    job.run = run;
     int status = LAC_CPU(parallel)("pad", numel / job.unit / n, numel, pad_task, &job);
     lac_workspace_put(tables);
     return status;

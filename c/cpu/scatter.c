@@ -10,7 +10,12 @@
 #include "cpu.h"
 #include "simd.h"
 
-enum { COLUMNS = 16, FEW_COLUMNS = 4, CELLS = 1 << 15 }; /* cells: sums that fit the second cache */
+enum {
+    COLUMNS = 16,
+    FEW_COLUMNS = 4,
+    CELLS = 1 << 15, /* sums that fit the second cache */
+    BLOCK = 256
+};
 
 typedef struct {
     const lac_a_scatter *a;
@@ -114,10 +119,10 @@ static void widen(int ctype, const void *x, int64_t n, void *out)
     else if (x != out) memcpy(out, x, (size_t)n * 8);
 }
 
-/* n sums, rounded once, into dst */
+/* n sums, at most BLOCK, rounded once, into dst */
 static void narrow(int dtype, int ctype, const double *sums, int64_t n, char *dst, int64_t stride)
 {
-    float f[COLUMNS];
+    float f[BLOCK];
     if (ctype != C_F32) {
         LAC_CPU(store)(dtype, sums, dst, stride, n);
         return;
@@ -126,18 +131,44 @@ static void narrow(int dtype, int ctype, const double *sums, int64_t n, char *ds
     LAC_CPU(store)(dtype, f, dst, stride, n);
 }
 
+/* one line, whose sources are added to what is there */
+static void add_line(const scatter_job *job, const lines *l, double *sums)
+{
+    const lac_a_scatter *a = job->a;
+    int dtype = a->dst.dtype;
+    int64_t step = a->src.stride[a->dim] * lac_bytes_of(dtype), n = a->index.shape[a->dim];
+    int64_t *isums = (int64_t *)(void *)sums;
+    double space[BLOCK];
+    for (int64_t at = 0, m; at < n; at += m) {
+        m = n - at < BLOCK ? n - at : BLOCK;
+        const void *v = LAC_CPU(load)(dtype, l->src + at * step, step, m, space);
+        const int64_t *index = l->index + at * job->inner;
+        if (job->ctype == C_F32)
+            for (int64_t i = 0; i < m; i++) sums[index[i * job->inner]] += (double)((const float *)v)[i];
+        else if (job->ctype == C_F64)
+            for (int64_t i = 0; i < m; i++) sums[index[i * job->inner]] += ((const double *)v)[i];
+        else
+            for (int64_t i = 0; i < m; i++) add_i(isums, (const int64_t *)v + i, index + i * job->inner, 1);
+    }
+}
+
 static void combine_lines(const scatter_job *job, const lines *l, double *sums, int32_t *counts)
 {
     const lac_a_scatter *a = job->a;
     int dtype = a->dst.dtype, ctype = job->ctype, mode = a->mode;
     int64_t bytes = lac_bytes_of(dtype), n = a->index.shape[a->dim], size = a->dst.shape[a->dim], w = l->w;
     int64_t dst_step = a->dst.stride[a->dim] * bytes, src_step = a->src.stride[a->dim] * bytes;
-    double space[COLUMNS], values[COLUMNS];
+    double space[BLOCK], values[COLUMNS];
     bool counted = mode == LAC_SCATTER_MEAN || !a->self;
-    for (int64_t r = 0; r < size; r++)
-        widen(ctype, LAC_CPU(load)(dtype, l->dst + r * dst_step, l->dst_last, w, space), w, sums + r * w);
+    int64_t run = w == 1 ? BLOCK : 1, step = w == 1 ? dst_step : l->dst_last; /* one line by many places at once */
+    for (int64_t r = 0; r < size; r += run) {
+        int64_t m = w > 1 ? w : size - r < run ? size - r : run;
+        widen(ctype, LAC_CPU(load)(dtype, l->dst + r * dst_step, step, m, space), m, sums + r * w);
+    }
     if (counted) memset(counts, 0, (size_t)(size * w) * sizeof *counts);
-    bool plain = dtype == LAC_F32 && l->src_last == 4 && mode == LAC_SCATTER_ADD && a->self; /* the common case */
+    bool adds = mode == LAC_SCATTER_ADD && a->self, plain = dtype == LAC_F32 && l->src_last == 4 && adds;
+    if (adds && w == 1) add_line(job, l, sums);
+    if (adds && w == 1) n = 0;
     for (int64_t i = 0; plain && i < n; i++) {
         const int64_t *index = l->index + i * job->inner;
         const float *v = (const float *)(const void *)(l->src + i * src_step);
@@ -158,7 +189,8 @@ static void combine_lines(const scatter_job *job, const lines *l, double *sums, 
     if (mode == LAC_SCATTER_MEAN)
         for (int64_t c = 0; c < size * w; c++)
             if (counts[c] > 0) sums[c] /= (double)counts[c] + (a->self ? 1 : 0);
-    for (int64_t r = 0; r < size; r++) narrow(dtype, ctype, sums + r * w, w, l->dst + r * dst_step, l->dst_last);
+    for (int64_t r = 0; r < size; r += run)
+        narrow(dtype, ctype, sums + r * w, w > 1 ? w : size - r < run ? size - r : run, l->dst + r * dst_step, step);
 }
 
 static void scatter_task(void *context, int64_t begin, int64_t end, int thread)
