@@ -18,6 +18,43 @@ def topk(rows, n, k):
 
 
 @peer.case
+def subtract(rows):
+    x, y = torch.randn(rows, 4), torch.randn(4)
+    return lambda: x - y
+
+
+@peer.case
+def multiply(rows):
+    x, y = torch.randn(rows // 16, 64), torch.randn(64)
+    return lambda: x * y
+
+
+@peer.case
+def sum_short(rows):
+    x = torch.randn(rows, 4)
+    return lambda: x.sum(1)
+
+
+@peer.case
+def max_pool1d(rows):
+    x = torch.randn(rows // 16, 64)
+    return lambda: F.max_pool1d(x, 4)
+
+
+@peer.case
+def logical_and(rows):
+    x = torch.randn(rows, 4)
+    mask, other = x > 0, x < 1
+    return lambda: torch.logical_and(mask, other)
+
+
+@peer.case
+def scatter_last(rows):
+    x, at = torch.randn(rows // 64, 256), torch.randint(0, 256, (rows // 64, 256))
+    return lambda: x.scatter_add(1, at, x)
+
+
+@peer.case
 def scatter_add(rows, n, width):
     index, source = torch.randint(0, rows, (n, width)), torch.randn(n, width)
     base = torch.zeros(rows, width)
