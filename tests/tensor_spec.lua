@@ -236,6 +236,13 @@ describe("shapes and views", function()
     refused("needs a tensor with one element", e.item, e)
   end)
 
+  it("splits an empty dimension into one part, which joins to it again", function()
+    for _, parts in ipairs { lac.zeros { 0, 3 }:split(2), lac.zeros { 3, 0 }:chunk(2, 2) } do
+      assert.are.equal(1, #parts)
+    end
+    assert.are.equal("[0 x 3]", tostring(lac.cat(lac.zeros { 0, 3 }:split(2)):size()))
+  end)
+
   it("takes parts of empty tensors that begin beyond their storage", function()
     local _, second = unpack(lac.zeros { 0, 6 }:split(3, 2))
     assert.are.equal("[0 x 3]", tostring(second:exp():size()))
@@ -504,6 +511,32 @@ end)
 
 -- Every public function and method, with garbage in every place. Whatever happens must be a result or an
 -- error string of the library, never a Lua error from inside it ("attempt to ...") and never a crash.
+describe("messages", function()
+  it("begin with what the script called, whatever the engine's function is named", function()
+    local t, three, windows = lac.zeros { 2, 2 }, lac.ones { 3 }, lac.arange { 6 }:unfold(1, 3, 1)
+    local i64 = lac.tensor({ 5 }, { dtype = "i64" })
+    refused("^add_: x %[3%] does not broadcast", t.add_, t, three)
+    refused("^copy_: src %[3%] does not broadcast", t.copy_, t, three)
+    refused("^index assignment: src %[3%] does not broadcast", function() t[1] = three end)
+    refused("^index assignment: src %[3%] does not broadcast", function() t[1] = { 1, 2, 3 } end)
+    refused("^fill_: .* share memory", windows.fill_, windows, 0)
+    refused("^mul_: .* share memory", windows.mul_, windows, 2)
+    refused("^add_: .* share memory", windows.add_, windows, lac.ones { 4, 3 })
+    refused("^relu_: .* share memory", windows.relu_, windows)
+    refused("^masked_fill_: .* share memory", windows.masked_fill_, windows, windows:gt(1), 0)
+    refused("^index_add: index number 1 is 5", t.index_add, t, 1, i64, lac.ones { 1, 2 })
+    refused("^index_add_: index number 1 is 5", t.index_add_, t, 1, i64, lac.ones { 1, 2 })
+    refused("^index_copy_: index number 1 is 5", t.index_copy_, t, 1, i64, lac.ones { 1, 2 })
+    refused("^scatter_: dst %[2, 2%] and index", t.scatter_, t, 1, i64:view(1, 1), 1)
+    refused("^index assignment: index number 1 is 5", function() t[i64] = 1 end)
+    refused("^logical_not: x must be bool", lac.logical_not, t)
+    refused("^logical_and: x must be bool", lac.logical_and, t, t)
+    refused("^maximum: shapes", lac.maximum, t, three)
+    refused("^group_norm: a group must have at least one element", lac.group_norm, lac.zeros { 2, 4, 0 }, 2)
+    refused("^histc: .* holds NaN, so low and high must be given", lac.histc, lac.tensor { 0 / 0, 1 }, 3)
+  end)
+end)
+
 describe("garbage arguments", function()
   local released = lac.zeros { 2, 2 }
   released:release()

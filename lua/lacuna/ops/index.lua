@@ -231,7 +231,8 @@ end }
 
 local MAX_PARTS = 2 ^ 20 -- tensors in one Lua table: beyond this it is a mistake
 
---- Views of consecutive parts along dim (1): a size (the last part may be shorter) or a list of sizes that
+--- Views of consecutive parts along dim (1): a size (the last part may be shorter, the one part of
+-- an empty dim is empty) or a list of sizes that
 -- sum to the dim.
 define { name = "split", composite = true, forward = function(x, size, dim)
   receiver("split", x)
@@ -245,6 +246,7 @@ define { name = "split", composite = true, forward = function(x, size, dim)
       fail("split", "size %d cuts dimension %d of %d into more than %d parts", size, dim, total, MAX_PARTS)
     end
     for at = 0, total - 1, size do sizes[#sizes + 1] = math.min(size, total - at) end
+    if total == 0 then sizes[1] = 0 end -- the parts join to x again
   end
   local parts, at = {}, 1
   local sum = 0

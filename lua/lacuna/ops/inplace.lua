@@ -16,7 +16,7 @@ local create = require "lacuna.create"
 local ops = require "lacuna.ops.base"
 
 local C = lib.C
-local call = lib.call
+local call_as = lib.call_as
 local fail, show = schema.fail, schema.show
 local is, expect, receiver, tape = tensor.is, tensor.expect, tensor.receiver, tensor.tape
 local methods, same_shape, shape = tensor.methods, tensor.same_shape, tensor.shape
@@ -57,21 +57,25 @@ local function write_copy(op, t, source)
   if source.c.dtype ~= t.c.dtype and device.is_float(source.c.dtype) and not device.is_float(t.c.dtype) then
     fail(op, "%s does not fit into %s; convert it with to{dtype=} first", show(source), show(t))
   end
-  call(C.lac_copy, source.c, t.c)
+  call_as(op, C.lac_copy, source.c, t.c)
   touch(t)
   return t
+end
+
+local function copy_into(op, t, source)
+  if type(source) == "table" and not is(source) then
+    source = create.tensor(source, { dtype = device.dtype_name[t.c.dtype] })
+  end
+  expect(op, "source", source)
+  writable(op, t, source)
+  return write_copy(op, t, source)
 end
 
 --- Write source (a tensor that broadcasts to t, a number, or nested tables) into t; dtypes are converted.
 function methods.copy_(t, source)
   receiver("copy_", t)
   if type(source) == "number" or type(source) == "boolean" then return methods.fill_(t, source) end
-  if type(source) == "table" and not is(source) then
-    source = create.tensor(source, { dtype = device.dtype_name[t.c.dtype] })
-  end
-  expect("copy_", "source", source)
-  writable("copy_", t, source)
-  return write_copy("copy_", t, source)
+  return copy_into("copy_", t, source)
 end
 
 --- Set every element to a number.
@@ -82,7 +86,7 @@ function methods.fill_(t, value)
     fail("fill_", "value must be a number or a boolean, got %s", show(value))
   end
   writable("fill_", t)
-  call(C.lac_fill, t.c, value)
+  call_as("fill_", C.lac_fill, t.c, value)
   touch(t)
   return t
 end
@@ -113,7 +117,7 @@ local function in_place(name)
     if out.c.dtype ~= t.c.dtype then
       fail(op, "the result %s does not have the dtype of %s", show(out), show(t))
     end
-    call(C.lac_copy, out.c, t.c)
+    call_as(op, C.lac_copy, out.c, t.c)
     touch(t)
     return t
   end
@@ -140,7 +144,7 @@ function methods.add_(t, x, alpha)
   end
   if is(x) and device.is_float(t.c.dtype) and x.c.dtype == t.c.dtype and x.root ~= t.root then
     writable("add_", t, x)
-    call(C.lac_axpy, alpha or 1, x.c, t.c)
+    call_as("add_", C.lac_axpy, alpha or 1, x.c, t.c)
     touch(t)
     return t
   end
@@ -155,7 +159,7 @@ function methods.mul_(t, x)
   receiver("mul_", t)
   if type(x) == "number" and device.is_float(t.c.dtype) then
     writable("mul_", t)
-    call(C.lac_scale, x, t.c)
+    call_as("mul_", C.lac_scale, x, t.c)
     touch(t)
     return t
   end
@@ -206,7 +210,7 @@ local function set_rows(t, idx, value)
   tape.enabled = enabled
   if not ok then error(source, 0) end
   if source.root == t.root then source = tensor.cast(source, source.c.dtype) end
-  call(C.lac_index_put, t.c, 0, fn.reshape(tensor.alias(idx), count).c, source.c, 0, 1)
+  call_as("index assignment", C.lac_index_put, t.c, 0, fn.reshape(tensor.alias(idx), count).c, source.c, 0, 1)
   touch(t)
 end
 
@@ -234,5 +238,7 @@ function tensor.set(t, key, value)
   if t.requires_grad or (is(value) and value.requires_grad) then
     writable("index assignment", t, is(value) and value or nil)
   end
-  methods.copy_(tensor.raw_slice(t, index_spec(t, key)), value)
+  local part = tensor.raw_slice(t, index_spec(t, key))
+  if type(value) == "number" or type(value) == "boolean" then methods.fill_(part, value)
+  else copy_into("index assignment", part, value) end
 end

@@ -178,6 +178,7 @@ define { name = "group_norm", composite = true, forward = function(x, groups, ga
     fail(op, "%d groups do not divide the %d channels of %s", groups, channels, show(x))
   end
   for d = 2, #sizes do each = each * sizes[d] end
+  if each == 0 then fail(op, "a group must have at least one element, got %s", show(x)) end
   local by_channel = { channels }
   for d = 3, #sizes do by_channel[d - 1] = 1 end
   local function vector(name, t)

@@ -54,7 +54,7 @@ local function define_map1(engine_name, id)
     local status = C.lac_map1(id, x.c, c)
     if status ~= 0 then
       if recover(status) then status = C.lac_map1(id, x.c, c) end
-      if status ~= 0 then raise(status) end
+      if status ~= 0 then raise(status, name) end
     end
     if flags.attention ~= 0 then attend() end
     local out = adopt(c)
@@ -77,7 +77,7 @@ local function map2_scalar(op, id, differentiable, x, y, swapped)
   local status = C.lac_map2_scalar(id, x.c, y, swapped, c)
   if status ~= 0 then
     if recover(status) then status = C.lac_map2_scalar(id, x.c, y, swapped, c) end
-    if status ~= 0 then raise(status) end
+    if status ~= 0 then raise(status, op.name) end
   end
   if flags.attention ~= 0 then attend() end
   local out = adopt(c)
@@ -120,7 +120,7 @@ local function define_map2(name, id)
     local status = C.lac_map2(id, x.c, y.c, c)
     if status ~= 0 then
       if recover(status) then status = C.lac_map2(id, x.c, y.c, c) end
-      if status ~= 0 then raise(status) end
+      if status ~= 0 then raise(status, op.name) end
     end
     if flags.attention ~= 0 then attend() end
     local out = adopt(c)

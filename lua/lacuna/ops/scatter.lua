@@ -20,7 +20,7 @@ local create = require "lacuna.create"
 local ops = require "lacuna.ops.base"
 
 local C = lib.C
-local call = lib.call
+local call, call_as = lib.call, lib.call_as
 local fail, show = schema.fail, schema.show
 local is, adopt, expect, receiver = tensor.is, tensor.adopt, tensor.expect, tensor.receiver
 local axis, methods, numel = tensor.axis, tensor.methods, tensor.numel
@@ -61,9 +61,9 @@ local function raw_scatter(x, k, idx, src, mode, include_self)
   return out
 end
 
-local function raw_put(x, k, idx, src, add, alpha)
+local function raw_put(op, x, k, idx, src, add, alpha)
   local out = tensor.cast(x, x.c.dtype)
-  call(C.lac_index_put, out.c, k, idx.c, src.c, add, alpha)
+  call_as(op, C.lac_index_put, out.c, k, idx.c, src.c, add, alpha)
   return out
 end
 
@@ -205,7 +205,7 @@ function index_add_op.forward(x, dim, idx, src, alpha)
   alpha = alpha == nil and 1 or alpha
   schema.check("index_add", "alpha", alpha, { type = "number" })
   src = as_source("index_add", src, x)
-  local out = raw_put(x, k, idx, src, 1, alpha)
+  local out = raw_put("index_add", x, k, idx, src, 1, alpha)
   if wants(x, src) then remembered(index_add_op, out, x, src, k, idx).alpha = alpha end
   return out
 end
@@ -226,14 +226,14 @@ local index_copy_op = { name = "index_copy" }
 function index_copy_op.forward(x, dim, idx, src)
   local k = check("index_copy", x, dim, idx)
   src = as_source("index_copy", src, x)
-  local out = raw_put(x, k, idx, src, 0, 1)
+  local out = raw_put("index_copy", x, k, idx, src, 0, 1)
   if wants(x, src) then remembered(index_copy_op, out, x, src, k, idx) end
   return out
 end
 function index_copy_op.backward(node, g)
   local x, src, k, idx = node.a, node.b, node.k, node.positions
   local gx, gs
-  if x.requires_grad then gx = raw_put(g, k, idx, scalar_like(0, g), 0, 1) end
+  if x.requires_grad then gx = raw_put("index_copy", g, k, idx, scalar_like(0, g), 0, 1) end
   if src.requires_grad then
     local n, rank = tonumber(idx.c.shape[0]), x.c.ndim
     local last = tensor.empty(C.LAC_I64, x.c.device, { tonumber(x.c.shape[k]) }, 1)
@@ -314,7 +314,7 @@ end }
 
 --- Counts of x's elements in equal bins over [low, high]; what lies outside, and NaN, is not counted.
 -- @tparam Tensor x @tparam integer bins @tparam[opt] number low @tparam[opt] number high x's extremes unless
--- given @treturn Tensor i64 [bins]
+-- given (an error if there is none: x is empty or holds NaN) @treturn Tensor i64 [bins]
 define { name = "histc", nondifferentiable = true, forward = function(x, bins, low, high)
   expect("histc", "x", x)
   schema.check("histc", "bins", bins == nil and false or bins, { type = "integer", min = 1, max = 2 ^ 40 })
@@ -323,6 +323,7 @@ define { name = "histc", nondifferentiable = true, forward = function(x, bins, l
   if low == nil then
     if numel(x) == 0 then fail("histc", "%s is empty, so low and high must be given", show(x)) end
     low, high = fn.min(wide):item(), fn.max(wide):item()
+    if low ~= low then fail("histc", "%s holds NaN, so low and high must be given", show(x)) end
   end
   schema.check("histc", "low", low, { type = "number" })
   schema.check("histc", "high", high, { type = "number" })
@@ -356,20 +357,26 @@ local function in_place(name, run)
   methods[op] = arguments.exact(op, forward, 1, names)
 end
 
-in_place("scatter", function(t, k, idx, src) call(C.lac_scatter, t.c, k, idx.c, src.c, SET, 1) end)
-in_place("scatter_add", function(t, k, idx, src) call(C.lac_scatter, t.c, k, idx.c, src.c, ADD, 1) end)
+in_place("scatter", function(t, k, idx, src)
+  call_as("scatter_", C.lac_scatter, t.c, k, idx.c, src.c, SET, 1)
+end)
+in_place("scatter_add", function(t, k, idx, src)
+  call_as("scatter_add_", C.lac_scatter, t.c, k, idx.c, src.c, ADD, 1)
+end)
 in_place("scatter_reduce", function(t, k, idx, src, reduce, include_self)
   schema.check("scatter_reduce_", "reduce", reduce, MODES)
   if include_self == nil then include_self = true end
   schema.check("scatter_reduce_", "include_self", include_self, { type = "boolean" })
-  call(C.lac_scatter, t.c, k, idx.c, src.c, REDUCE[reduce], include_self and 1 or 0)
+  call_as("scatter_reduce_", C.lac_scatter, t.c, k, idx.c, src.c, REDUCE[reduce], include_self and 1 or 0)
 end)
 in_place("index_add", function(t, k, idx, src, alpha)
   alpha = alpha == nil and 1 or alpha
   schema.check("index_add_", "alpha", alpha, { type = "number" })
-  call(C.lac_index_put, t.c, k, idx.c, src.c, 1, alpha)
+  call_as("index_add_", C.lac_index_put, t.c, k, idx.c, src.c, 1, alpha)
 end)
-in_place("index_copy", function(t, k, idx, src) call(C.lac_index_put, t.c, k, idx.c, src.c, 0, 1) end)
+in_place("index_copy", function(t, k, idx, src)
+  call_as("index_copy_", C.lac_index_put, t.c, k, idx.c, src.c, 0, 1)
+end)
 methods.index_fill_ = function(t, dim, idx, value)
   if type(value) ~= "number" and type(value) ~= "boolean" then
     fail("index_fill_", "value must be a number, got %s", show(value))
@@ -392,7 +399,7 @@ methods.masked_fill_ = function(t, mask, value)
   if not tensor.same_shape(out, t) then
     fail("masked_fill_", "mask %s does not broadcast to %s", show(mask), show(t))
   end
-  call(C.lac_copy, out.c, t.c)
+  call_as("masked_fill_", C.lac_copy, out.c, t.c)
   tensor.touch(t)
   return t
 end
