@@ -397,6 +397,25 @@ describe("operators in Lua", function()
     local three = lac.custom_op { name = "n", forward = function() return 3 end, backward = function() end }
     refused("result 1 of forward must be a tensor", three, x)
   end)
+
+  it("refuse a forward that changes an argument with a gradient in place", function()
+    local double = lac.custom_op { name = "double", forward = function(_, a, b)
+      if b then b:add_(1) end
+      return a:mul_(2)
+    end, backward = function(_, g) return g * 2 end }
+    local y = leaf { 1, 2 } * 3
+    refused("double: forward changed its argument 1, Tensor f64 %[2%] cpu.*, in place", double, y)
+    refused("double: forward changed its argument 1", double, (leaf { 1, 2 } * 3):view(2, 1))
+    assert.are.equal(4, double(lac.tensor { 2 }):item())
+    assert.are.equal(4, lac.no_grad(double, leaf { 2 }):item())
+    local count = lac.custom_op { name = "count", forward = function(_, a, b)
+      b:add_(1)
+      return a * 2
+    end, backward = function(_, g) return g * 2 end }
+    local x, calls = leaf { 1 }, lac.zeros { 1 }
+    count(x, calls):backward()
+    assert.are.same({ 2, 1 }, { x.grad:item(), calls:item() })
+  end)
 end)
 
 describe("gradcheck", function()

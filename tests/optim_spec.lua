@@ -165,6 +165,8 @@ describe("optim.adamw", function()
       "betas%[2%] must be below 1")
     assert.error_matches(function() optim.adamw({ p, p }) end, "'1%.2' is listed twice, before as '1%.1'")
     assert.error_matches(function() optim.adamw({ lac.ones{ 2 } }) end, "does not require a gradient")
+    assert.error_matches(function() optim.sgd({ p * 2 }, { lr = 1 }) end,
+      "sgd: parameter '1%.1' is the result of an operator.*takes leaves")
     local frozen = lac.nn.Linear(2, 3)
     frozen.bias:requires_grad_(false)
     assert.error_matches(function() optim.adamw(frozen) end, "'bias' does not .*; if it is frozen, give")

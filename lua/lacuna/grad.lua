@@ -579,7 +579,7 @@ end
 function grad.custom_op(definition)
   local o = schema.options("custom_op", definition, CUSTOM)
   local record = { name = o.name, rule = o.backward, backward = custom_backward, alias = true }
-  local function finish(inputs, position, ctx, wanted, enabled, ok, ...)
+  local function finish(inputs, position, versions, ctx, wanted, enabled, ok, ...)
     tape.enabled = enabled
     if not ok then error((...), 0) end
     local count = select("#", ...)
@@ -587,6 +587,13 @@ function grad.custom_op(definition)
     for i = 1, count do expect(o.name, ("result %d of forward"):format(i), outputs[i]) end
     if count == 0 then fail(o.name, "forward must return a tensor, it returned nothing") end
     if not wanted then return ... end
+    -- what made it, and others that read it, have recorded gradients of the value that it had
+    for i = 1, #inputs do
+      if inputs[i].requires_grad and inputs[i].root.version ~= versions[i] then
+        fail(o.name, "forward changed its argument %d, %s, in place, which requires a gradient; change a clone()",
+             position[i], show(inputs[i]))
+      end
+    end
     -- the node is written into the outputs, so each must be a tensor of its own: not an input (that would
     -- close a circle, or make the user's constant require a gradient) and not the same one twice
     local taken = {}
@@ -607,18 +614,18 @@ function grad.custom_op(definition)
     return unpack(outputs, 1, count)
   end
   return function(...)
-    local inputs, position, wanted = {}, {}, false
+    local inputs, position, versions, wanted = {}, {}, {}, false
     for i = 1, select("#", ...) do
       local v = select(i, ...)
       if is(v) then
-        inputs[#inputs + 1], position[#position + 1] = v, i
+        inputs[#inputs + 1], position[#position + 1], versions[#versions + 1] = v, i, v.root.version
         wanted = wanted or v.requires_grad
       end
     end
     local ctx = setmetatable({ name = o.name, saved = {} }, Context)
     local enabled = tape.enabled
     tape.enabled = false
-    return finish(inputs, position, ctx, wanted and enabled, enabled, pcall(o.forward, ctx, ...))
+    return finish(inputs, position, versions, ctx, wanted and enabled, enabled, pcall(o.forward, ctx, ...))
   end
 end
 
