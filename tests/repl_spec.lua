@@ -315,6 +315,17 @@ describe("repl: help and history", function()
     assert.matches("^x:scatter_add_%(dim, idx, src%)\n", lac.help "scatter_add_")
     assert.is_nil(lac.help(lac.ones { 2 }))
     assert.error_matches(function() lac.help "sofmax" end, "there is no 'sofmax', did you mean 'softmax'?")
+    assert.matches("\n  dim %(integer, default %-1%)\n  descending %(boolean, default false%)",
+      lac.help "argsort")
+    assert.matches("^lac%.nn%.LeakyReLU%(slope%)\n  lac%.leaky_relu as a module; slope",
+      lac.help "nn.LeakyReLU")
+    assert.matches("\n  lac%.cross_entropy as a module.* label_smoothing,", lac.help "nn.CrossEntropyLoss")
+    assert.matches("variant = 'improved', fused = true", lac.help "nn.ImprovedMultiheadDilatedAttention")
+    assert.matches("^lacuna%.log%.open%(options%)\n  Start a run's folder", lac.help "log.open")
+    assert.equal(lac.help "log.open", lac.help(require("lacuna.log").open))
+    assert.matches("^lac%.config\n  attention%(options%) +Options, checked", lac.help "config")
+    assert.matches("cosine_restarts%(options%) +Cosine decay with warm restarts %(.*, eq 5%)",
+      lac.help(lac.optim.schedule))
     --- One of a script.
     -- @tparam number x of any size
     local function mine(x, ...) return x, ... end
@@ -349,6 +360,17 @@ describe("repl: help and history", function()
     for name, value in pairs(lac) do
       if type(value) == "function" and name ~= "class" then
         assert.not_matches("no comment", lac.help(value), nil, name)
+      end
+    end
+    for _, module in ipairs { "nn", "optim", "optim.schedule", "attention", "attention.masks", "io", "log",
+                              "data", "train", "plot", "bench", "config" } do
+      for name, value in pairs(require("lacuna." .. module)) do
+        local class = type(value) == "table" and rawget(value, "__name") and rawget(value, "__index")
+        if (type(value) == "function" or class) and not name:find "^_" then
+          local text = lac.help(value)
+          assert.not_matches("no comment", text, nil, module .. "." .. name)
+          assert.matches("\n  ", text, nil, module .. "." .. name)
+        end
       end
     end
   end)

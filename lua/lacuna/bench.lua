@@ -180,6 +180,7 @@ function Remote:drop() self.peer:ask{ op = "drop", id = self.id } end
 
 -- ---- measuring --------------------------------------------------------------------------------------------
 
+--- The median of a list of numbers; of an even number the mean of the two in the middle.
 local function median(list)
   local sorted = {}
   for i = 1, #list do sorted[i] = list[i] end

@@ -69,6 +69,10 @@ end
 -- @tparam string kind @tparam function validate takes a table, returns the complete one or raises
 function config.define(kind, validate)
   kinds[kind] = validate
+  --- Options, checked and completed, as a value: it prints itself, equals another of the same content, and
+  -- :with{ option = value } makes a changed copy. Whatever takes these options takes it: lac.attention
+  -- (attention, and what ring, distributed and sparse ones have of their own), MultiheadDilatedAttention
+  -- (multihead), memory_limit (pool).
   config[kind] = function(options) return config.wrap(kind, validate(options)) end
 end
 

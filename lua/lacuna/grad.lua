@@ -590,8 +590,8 @@ function grad.custom_op(definition)
     -- what made it, and others that read it, have recorded gradients of the value that it had
     for i = 1, #inputs do
       if inputs[i].requires_grad and inputs[i].root.version ~= versions[i] then
-        fail(o.name, "forward changed its argument %d, %s, in place, which requires a gradient; change a clone()",
-             position[i], show(inputs[i]))
+        fail(o.name, "forward changed its argument %d, %s, in place, which requires a gradient; "
+          .. "change a clone()", position[i], show(inputs[i]))
       end
     end
     -- the node is written into the outputs, so each must be a tensor of its own: not an input (that would

@@ -3,7 +3,8 @@
 -- A function knows the file and line where it was written, and in this library the comment above that line is
 -- its reference (the one that `make docs` prints). So help reads that file when it is asked, and a script's
 -- own functions have help like ours if they carry a comment. The arguments come from the function itself. A
--- class is explained by the comment of its `init`. Operators of one form (sum, mean, max) are made by one
+-- class is explained by the comment of its `init`, one of many that a function makes by its field `__about`
+-- ({ arguments, a sentence }). Operators of one form (sum, mean, max) are made by one
 -- function, each call of which has a comment: those are found by the name in the call. Elementwise ones are
 -- made in a loop out of c/maps.def, and that is what is said of them.
 --
@@ -34,15 +35,18 @@ local function name_in(t, value, prefix)
   return found and prefix .. found
 end
 
+-- lac.log is the logarithm
+local function prefix(upper) return upper == "log" and "lacuna.log." or "lac." .. upper .. "." end
+
 local UPPER = { "nn", "optim", "io", "data", "train", "log", "plot", "bench", "attention", "attention.masks",
-                "optim.schedule" }
+                "optim.schedule", "config" }
 
 local function name_of(value)
   local lac = package.loaded["lacuna"]
   local name = lac and name_in(lac, value, "lac.") or name_in(tensor.methods, value, "x:")
   for i = 1, name and 0 or #UPPER do
     local t = package.loaded["lacuna." .. UPPER[i]]
-    name = name or type(t) == "table" and name_in(t, value, "lac." .. UPPER[i] .. ".")
+    name = name or type(t) == "table" and name_in(t, value, prefix(UPPER[i]))
   end
   return name
 end
@@ -99,7 +103,7 @@ end
 
 local function colon(text) return text ~= "" and ": " .. text or "" end
 
--- `@tparam[opt] table options text` -> `options (table, optional): text`
+-- `@tparam[opt] table options text` -> `options (table, optional): text`, opt=3 -> `default 3`
 local TAGS = {
   tparam = function(rest, optional)
     local kind, name, text = rest:match "^(%S+)%s+(%S+)%s*(.*)$"
@@ -114,7 +118,8 @@ local TAGS = {
 local function tag_text(line)
   local tag, flag, rest = line:match "^@(%a+)(%[?[^%]%s]*%]?)%s+(.*)$"
   if not tag or not TAGS[tag] then return line end
-  return TAGS[tag](rest, flag:find "opt" and ", optional" or "")
+  local default = flag:match "^%[opt=(.*)%]$"
+  return TAGS[tag](rest, default and ", default " .. default or flag:find "opt" and ", optional" or "")
 end
 
 local function tidy(block)
@@ -161,9 +166,10 @@ local function about_function(f, name, from)
   return table.concat(out, "\n")
 end
 
-local function about_class(cls)
-  local name = name_of(cls) or rawget(cls, "__name")
-  local init = cls.init
+local function about_class(cls, name)
+  name = name or name_of(cls) or rawget(cls, "__name")
+  local init, about = cls.init, rawget(cls, "__about")
+  if about then return ("%s%s\n  %s"):format(name, about[1], about[2]) end
   return type(init) == "function" and about_function(init, name, 2) or name
 end
 
@@ -184,8 +190,8 @@ end
 local function first_sentence(text)
   local rest = text:match "^[^\n]*\n(.*)$"
   if not rest or rest:match "^%s*no comment" then return "" end
-  rest = rest:gsub("%s+", " "):gsub("^ ", ""):gsub(" et al%.", " et al")
-  for _, tag in ipairs { "^[%w_]+ %([%a|]+%)", "^[%w_]+ %([%a|]+, optional%)", "^returns " } do
+  rest = rest:gsub("%s+", " "):gsub("^ ", ""):gsub(" et al%.", " et al"):gsub(" eq%. ", " eq ")
+  for _, tag in ipairs { "^[%w_]+ %([%a|]+%)", "^[%w_]+ %([%a|]+, [^)]*%)", "^returns " } do
     if rest:match(tag) then return "" end -- arguments, and no word about the whole
   end
   local sentence = (rest:match "^(.-)%.%s" or rest):gsub("%.$", "")
@@ -213,11 +219,11 @@ end
 
 -- a module of the library: a line for each function and class
 local function about_module(value, name)
-  local out = { "lac." .. name }
+  local out = { (prefix(name):gsub("%.$", "")) }
   for _, key in ipairs(schema.keys(value)) do
     local field = rawget(value, key)
     local text = type(field) == "function" and about_function(field, key, 1)
-      or is_class(field) and type(field.init) == "function" and about_function(field.init, key, 2)
+      or is_class(field) and about_class(field, key)
     if text and key:sub(1, 1) ~= "_" then
       out[#out + 1] = ("  %-36s %s"):format(text:match "^[^\n]*", first_sentence(text)):gsub(" *$", "")
     end
@@ -255,11 +261,14 @@ function help.about(value)
   return nil
 end
 
---- The value that a text names: "softmax" and "lac.softmax", "nn.Linear", "masks.full", "view" (a method).
+--- The value that a text names: "softmax" and "lac.softmax", "nn.Linear", "masks.full", "view" (a method),
+-- "log.open" (of the module lacuna.log).
 -- @tparam string text
 -- @return the value, or nil
 function help.named(text)
   local lac = require "lacuna"
+  local of_log = text:match "^lacuna%.log%.(.+)$" or text:match "^log%.(.+)$"
+  if of_log then return rawget(require "lacuna.log", of_log) end
   local value = text:match "^masks" and lac.attention or lac
   for part in text:gsub("^lac%.", ""):gmatch "[^.:]+" do
     local ok, field = pcall(function() return value[part] end)

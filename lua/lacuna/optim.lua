@@ -108,8 +108,8 @@ local function new_entry(self, p, name, seen)
     fail(op, "parameter '%s' does not require a gradient; if it is frozen, give a list of the others", name)
   end
   if p.node then
-    fail(op, "parameter '%s' is the result of an operator, %s, so backward() gives it no gradient; an optimizer "
-      .. "takes leaves (x:detach():requires_grad_())", name, schema.show(p))
+    fail(op, "parameter '%s' is the result of an operator, %s, so backward() gives it no gradient; "
+      .. "an optimizer takes leaves (x:detach():requires_grad_())", name, schema.show(p))
   end
   if not tensor.is_contiguous(p) then
     fail(op, "parameter '%s' is not contiguous: %s", name, schema.show(p))

@@ -239,7 +239,7 @@ return function(cases)
   local ROWS = { { 2, 4, 3 }, { 6, kind = "index", high = 4 }, { 2, 6, 3 } }
   case { name = "index_add", inputs = ROWS, call = function(_, x, i, s) return x:index_add(2, i, s, -2) end,
          ref = sliced(2, function(R, old, s) return R(old + R(-2 * s)) end),
-         bad = { { function(_, x, i, s) return x:index_add(1, i, s) end, "index_put" },
+         bad = { { function(_, x, i, s) return x:index_add(1, i, s) end, "index_add" },
                  { function(_, x, i, s) return x:index_add(2, i:view(2, 3), s) end,
                    "must have one dimension" },
                  { function(_, x, i, s) return x:index_add(2, i, s, "a") end, "alpha must be a number" } } }

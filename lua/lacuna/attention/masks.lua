@@ -47,6 +47,7 @@ end
 
 function Pattern:__tostring() return self.text end
 
+--- Is x a pattern of blocks?
 local function is_pattern(x) return type(x) == "table" and getmetatable(x) == Pattern end
 masks.is = is_pattern
 
@@ -429,6 +430,10 @@ function masks.pairs_in(z, i, j)
   return sum
 end
 
+--- The share of attention's probability that lies in active blocks.
+-- @tparam table all @tparam table z what Pattern:cells gives
+-- @tparam Tensor probability [heads, N, M], of dense attention
+-- @treturn number
 function masks.coverage_of(all, z, probability)
   if not tensor.is(probability) or probability:dim() ~= 3 or probability:size(1) ~= z.heads
     or probability:size(2) ~= z.n or probability:size(3) ~= z.m then

@@ -123,7 +123,7 @@ local function configure(options)
 end
 config.define("multihead", function(options) return (configure(options)) end)
 
---- Make the module.
+--- Multi-head attention of any variant, with the projections: the interface of torch.nn.MultiheadAttention.
 -- @tparam table options embed_dim E, heads H; variant = "custom" (any of lac.attention's) and what it takes:
 --   segments, dilations, for "custom" scheme = "all" | "split"; offset, merge (default: the variant's),
 --   dedup, causal, window, scale, fp8 (no gradients, no decoding); kv_heads = heads; kdim, vdim = E (widths
@@ -442,7 +442,13 @@ end
 
 -- the module with other defaults, under the name that the published code gives it
 local function named(name, defaults)
-  local Named = base.define(name, Attention)
+  local Named, fixed = base.define(name, Attention), {}
+  for _, key in ipairs(schema.keys(defaults)) do
+    if key ~= "variant" then fixed[#fixed + 1] = key .. " = " .. tostring(defaults[key]) .. " unless given" end
+  end
+  table.insert(fixed, 1, ("variant = '%s'"):format(defaults.variant))
+  Named.__about = { "(options)", "MultiheadDilatedAttention, options as there, with " .. table.concat(fixed, ", ")
+    .. "." }
   function Named:init(options)
     local o = {}
     for key, value in pairs(defaults) do o[key] = value end

@@ -77,7 +77,8 @@ local ENCODER = spec{
   gamma = { type = "number", above = 0 },
 }
 
---- @tparam table options context, segments, dilations; vocab (without it the inputs are rows [B, N, width],
+--- The blocks of LongNetLM without a causal mask: rows [B, N, width] for tokens or rows.
+-- @tparam table options context, segments, dilations; vocab (without it the inputs are rows [B, N, width],
 --   not tokens); size, layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width, scheme, offset, merge,
 --   dedup, window, fp8, positions = "xpos", fused, dropout, attention_dropout, checkpoint_activations,
 --   dtype, device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
@@ -129,7 +130,8 @@ end
 
 local Classifier = base.define("LongNetClassifier")
 
---- @tparam table options those of LongNetEncoder; classes; pool = "mean" (of the rows that are not padding) |
+--- An encoder, its rows pooled, and a linear layer: logits [B, classes].
+-- @tparam table options those of LongNetEncoder; classes; pool = "mean" (of the rows that are not padding) |
 --   "first" (a class token)
 function Classifier:init(options)
   if type(options) ~= "table" then
@@ -201,7 +203,8 @@ local BOTH = spec{
   cross_dilations = { type = "integers", min = 1 },
 }
 
---- @tparam table options those of LongNetLM (for the decoder); source_vocab = vocab, source_context =
+--- An encoder and a causal decoder whose blocks attend to the encoder's rows too.
+-- @tparam table options those of LongNetLM (for the decoder); source_vocab = vocab, source_context =
 --   context, encoder_layers = layers; cross_segments, cross_dilations (default: every row reads the whole
 --   memory)
 function EncoderDecoder:init(options)

@@ -202,7 +202,9 @@ function GroupNorm:extra() return ("%d groups of %d, eps %g"):format(self.groups
 local function gated(name, op)
   local Gated = base.define(name)
 
-  --- @tparam integer width of input and output
+  --- down(activation(gate(x)) up(x)), three Linear; the activation is silu for SwiGLU, gelu for GeGLU (Shazeer
+  -- 2020, section 2).
+  -- @tparam integer width of input and output
   -- @tparam integer hidden
   -- @tparam[opt] table options bias = false; dtype, device
   function Gated:init(width, hidden, options)
@@ -249,6 +251,8 @@ function Dropout:extra() return ("%g"):format(self.p) end
 -- besides: nn.LeakyReLU(0.2), nn.Softmax(2). Anything else is refused, for it would be ignored.
 local function activation(name, method, rule)
   local Activation = base.define(name)
+  Activation.__about = { rule and "(" .. rule.name .. ")" or "()", ("lac.%s as a module%s."):format(method,
+    rule and "; " .. rule.name .. (" (%s, optional) as there"):format(rule.type) or "") }
   function Activation:init(value, ...)
     if value ~= nil and not rule or select("#", ...) > 0 then
       fail(name, "takes %s, got %s%s", rule and "no more than its " .. rule.name or "no options",
@@ -269,6 +273,7 @@ local function number(name) return { name = name, type = "number" } end
 local DIM = { name = "dim", type = "integer" }
 
 local Identity = base.define("Identity")
+Identity.__about = { "()", "Its input, unchanged: in the place of a module that is left out." }
 
 --- Its input.
 function Identity.forward(_, x) return x end

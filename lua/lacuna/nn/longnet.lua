@@ -35,7 +35,8 @@ local ops, passed, transient = operators.fn, operators.passed, operators.transie
 local fail, show = schema.fail, schema.show
 local POSITIVE = { type = "integer", min = 1 }
 
---- MAGNETO's gain for a decoder- or encoder-only model of L layers.
+--- MAGNETO's gain for a decoder- or encoder-only model of L layers, sqrt(log 2L) (Wang et al. 2022, arXiv
+-- 2210.06423).
 -- @tparam integer count L >= 1
 local function magneto_gain(count)
   schema.check("magneto_gain", "layers", count, POSITIVE)
@@ -330,7 +331,9 @@ local OPTIONS = spec{
   tied = { type = "boolean", default = true },
 }
 
---- @tparam table options context, segments, dilations; size = "125M" | "350M" | "760M" | "2.7B" (the paper's
+--- A causal language model: embedding, blocks of dilated attention and a feed-forward layer, norm, output layer
+-- (LongNet, arXiv 2307.02486, with MAGNETO's norms, arXiv 2210.06423).
+-- @tparam table options context, segments, dilations; size = "125M" | "350M" | "760M" | "2.7B" (the paper's
 --   layers, width, heads, segments and dilations, and vocab = 50304; other options given win); vocab = 256,
 --   layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width; scheme, offset, merge, dedup, window,
 --   fp8 as in MultiheadDilatedAttention (always causal); positions = "xpos" | "rope" | "alibi" | "none";

@@ -12,10 +12,12 @@ local base = require "lacuna.nn.module"
 local ANY = { type = "any" }
 local REDUCTIONS = { "mean", "sum", "none" }
 
-local function loss(name, f, names)
-  local Loss, spec = base.define(name), {}
+local function loss(name, f_name, names)
+  local Loss, spec, f = base.define(name), {}, ops[f_name]
   for option in names:gmatch("%S+") do spec[option] = ANY end
   spec.reduction = { one_of = name == "KLDivLoss" and { "batchmean", unpack(REDUCTIONS) } or REDUCTIONS }
+  Loss.__about = { "(options)", ("lac.%s as a module, loss(x, target); options %s."):format(
+    f_name, table.concat(schema.keys(spec), ", ")) }
   function Loss:init(options) self.options = schema.options(name, options, spec) end
   function Loss:forward(x, target) return f(x, target, self.options) end
   function Loss:extra()
@@ -30,14 +32,14 @@ local function loss(name, f, names)
 end
 
 return {
-  CrossEntropyLoss = loss("CrossEntropyLoss", ops.cross_entropy,
+  CrossEntropyLoss = loss("CrossEntropyLoss", "cross_entropy",
     "ignore_index weight label_smoothing reduction"),
-  NLLLoss = loss("NLLLoss", ops.nll_loss, "ignore_index weight reduction"),
-  MSELoss = loss("MSELoss", ops.mse_loss, "reduction"),
-  L1Loss = loss("L1Loss", ops.l1_loss, "reduction"),
-  HuberLoss = loss("HuberLoss", ops.huber_loss, "delta reduction"),
-  SmoothL1Loss = loss("SmoothL1Loss", ops.smooth_l1_loss, "beta reduction"),
-  KLDivLoss = loss("KLDivLoss", ops.kl_div, "log_target reduction"),
-  BCEWithLogitsLoss = loss("BCEWithLogitsLoss", ops.binary_cross_entropy_with_logits,
+  NLLLoss = loss("NLLLoss", "nll_loss", "ignore_index weight reduction"),
+  MSELoss = loss("MSELoss", "mse_loss", "reduction"),
+  L1Loss = loss("L1Loss", "l1_loss", "reduction"),
+  HuberLoss = loss("HuberLoss", "huber_loss", "delta reduction"),
+  SmoothL1Loss = loss("SmoothL1Loss", "smooth_l1_loss", "beta reduction"),
+  KLDivLoss = loss("KLDivLoss", "kl_div", "log_target reduction"),
+  BCEWithLogitsLoss = loss("BCEWithLogitsLoss", "binary_cross_entropy_with_logits",
                            "pos_weight weight reduction"),
 }

@@ -32,9 +32,11 @@ local C = lib.C
 local fail, show = schema.fail, schema.show
 
 local Module = class("Module")
+Module.__about = { "", "The parent of every module; nn.module(name) makes a class of one's own." }
 local KINDS = { weight = true, bias = true, norm = true, embedding = true }
 local SHOWN = 8 -- problems listed in one error
 
+--- Is v a module (not a class of modules)?
 local function is_module(v) return type(v) == "table" and rawget(v, "_params") ~= nil and rawget(v,
   "_children") ~= nil end
 

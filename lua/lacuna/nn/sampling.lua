@@ -34,7 +34,8 @@ local SPEC = {
 
 local Sampler = class("Sampler", nil, true)
 
---- @tparam integer vocab number of tokens
+--- Draws the next token from logits: penalty, temperature, top_k, top_p, min_p, in this order.
+-- @tparam integer vocab number of tokens
 -- @tparam[opt] table options temperature = 1 (0: always the most likely token); top_k; top_p in (0, 1]; min_p
 --   in [0, 1]; repetition_penalty (1 changes nothing, 1.2 is common)
 function Sampler:init(vocab, options)
