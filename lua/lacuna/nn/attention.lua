@@ -444,11 +444,11 @@ end
 local function named(name, defaults)
   local Named, fixed = base.define(name, Attention), {}
   for _, key in ipairs(schema.keys(defaults)) do
-    if key ~= "variant" then fixed[#fixed + 1] = key .. " = " .. tostring(defaults[key]) .. " unless given" end
+    if key ~= "variant" then fixed[#fixed + 1] = ("%s = %s unless given"):format(key, show(defaults[key])) end
   end
   table.insert(fixed, 1, ("variant = '%s'"):format(defaults.variant))
-  Named.__about = { "(options)", "MultiheadDilatedAttention, options as there, with " .. table.concat(fixed, ", ")
-    .. "." }
+  Named.__about = { "(options)",
+    ("MultiheadDilatedAttention, options as there, with %s."):format(table.concat(fixed, ", ")) }
   function Named:init(options)
     local o = {}
     for key, value in pairs(defaults) do o[key] = value end

@@ -202,8 +202,8 @@ function GroupNorm:extra() return ("%d groups of %d, eps %g"):format(self.groups
 local function gated(name, op)
   local Gated = base.define(name)
 
-  --- down(activation(gate(x)) up(x)), three Linear; the activation is silu for SwiGLU, gelu for GeGLU (Shazeer
-  -- 2020, section 2).
+  --- down(activation(gate(x)) up(x)), three Linear; the activation is silu for SwiGLU, gelu for GeGLU
+  -- (Shazeer 2020, arXiv 2002.05202).
   -- @tparam integer width of input and output
   -- @tparam integer hidden
   -- @tparam[opt] table options bias = false; dtype, device

@@ -331,8 +331,8 @@ local OPTIONS = spec{
   tied = { type = "boolean", default = true },
 }
 
---- A causal language model: embedding, blocks of dilated attention and a feed-forward layer, norm, output layer
--- (LongNet, arXiv 2307.02486, with MAGNETO's norms, arXiv 2210.06423).
+--- A causal language model: embedding, blocks of dilated attention and a feed-forward layer, norm, output
+-- layer (LongNet, arXiv 2307.02486, with MAGNETO's norms, arXiv 2210.06423).
 -- @tparam table options context, segments, dilations; size = "125M" | "350M" | "760M" | "2.7B" (the paper's
 --   layers, width, heads, segments and dilations, and vocab = 50304; other options given win); vocab = 256,
 --   layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width; scheme, offset, merge, dedup, window,
