@@ -18,9 +18,26 @@ describe("lac.config", function()
     assert.matches("^attention{align = 'start', causal = false, dedup = false, ", tostring(a))
     assert.is_false(a == a:with { causal = true })
     assert.is_true(a == a:with { causal = true }:with { causal = false })
+    assert.is_nil(a:with { window = 3 }:with { window = false }.window)
+    assert.error_matches(function() a:with { windou = false } end, "unknown option 'windou'")
+    assert.error_matches(function() a:with { heads = false } end, "heads is required")
     assert.are.equal("attention", a:kind())
     assert.is_true(lac.config.is(a, "attention"))
     assert.is_false(lac.config.is(given))
+  end)
+
+  it("lets what depends on other fields follow them, unless it was given", function()
+    local a = lac.config.attention(given)
+    assert.are.equal(4, a:with { heads = 4 }.kv_heads)
+    assert.are.equal(1, a:with { kv_heads = 1 }:with { heads = 4 }.kv_heads)
+    assert.are.equal(2, a:with { heads = 4, kv_heads = 2 }.kv_heads)
+    local m = lac.config.multihead { embed_dim = 32, heads = 4, variant = "dense" }
+    local wide = m:with { embed_dim = 64, heads = 8 }
+    assert.are.same({ 8, 64, 64 }, { wide.kv_heads, wide.kdim, wide.vdim })
+    assert.are.equal(24, m:with { kdim = 24 }:with { embed_dim = 64 }.kdim)
+    local scored = lac.config.multihead { embed_dim = 32, heads = 4, variant = "adaptive", keep = 2, block = 16 }
+    assert.are.same({ 8, 4 }, { scored.head_dim, scored:with { heads = 8 }.head_dim })
+    assert.are.equal(2, lac.nn.MultiheadDilatedAttention(m:with { heads = 2 }).kv_heads)
   end)
 
   it("is what modules keep, and what they take", function()

@@ -375,6 +375,52 @@ describe("repl: help and history", function()
     end
   end)
 
+  it("help names every option that a function takes", function()
+    local lac = require "lacuna"
+    local x, i, m = lac.randn { 4, 4 }, lac.zeros { 4, dtype = "i64" }, lac.nn.Linear(2, 2)
+    local q, plan = lac.randn { 1, 8, 2, 4 }, { context = 8, segments = { 8 }, dilations = { 1 } }
+    local function nothing() end
+    local function with(options)
+      options.nonsense = 1
+      return options
+    end
+    for _, case in ipairs {
+      { "zeros", with { 2 } }, { "ones", with { 2 } }, { "empty", with { 2 } }, { "eye", with { 2 } },
+      { "full", with { 2, value = 3 } }, { "rand", with { 2 } }, { "randn", with { 2 } },
+      { "randint", with { 2, high = 3 } }, { "bernoulli", with { 2, p = 0.5 } }, { "arange", with { 3 } },
+      { "linspace", with { 0, 1, steps = 3 } }, { "randperm", 3, with {} }, { "tensor", { 1 }, with {} },
+      { "from_string", "a", with {} }, { "alibi_bias", 2, 4, 4, with {} }, { "causal_mask", 3, 3, with {} },
+      { "addmm", x, x, x, with {} }, { "avg_pool1d", x, 2, with {} }, { "max_pool1d", x, 2, with {} },
+      { "bincount", i, with {} }, { "one_hot", i, 3, with {} }, { "pad", x, { 1, 1 }, with {} },
+      { "rope", q, with {} }, { "isclose", x, x, with {} }, { "residual_norm", x, x, nil, nil, with {} },
+      { "cross_entropy", x, i, with {} }, { "nll_loss", x, i, with {} }, { "kl_div", x, x, with {} },
+      { "mse_loss", x, x, with {} }, { "l1_loss", x, x, with {} }, { "huber_loss", x, x, with {} },
+      { "binary_cross_entropy_with_logits", x, x, with {} }, { "grad", x, x, with {} },
+      { "linear_cross_entropy", x, x, nil, i, with {} }, { "to", x, with {} },
+      { "attend", q, q, q, with { segments = { 4 }, dilations = { 1 } } }, { "profile", nothing, with {} },
+      { "nn.Linear", 2, 2, with {} }, { "nn.Embedding", 2, 2, with {} }, { "nn.Conv1d", 2, 2, 3, with {} },
+      { "nn.FeedForward", 2, 2, with {} }, { "nn.SwiGLU", 2, 2, with {} },
+      { "nn.Block", with { width = 32 } },
+      { "nn.MultiheadDilatedAttention", with { embed_dim = 32, heads = 4 } }, { "nn.LongNetLM", with(plan) },
+      { "nn.LongNetEncoder", with(plan) }, { "nn.Sampler", 5, with {} }, { "nn.KVCache", with {} },
+      { "nn.LearnedBlocks", with {} }, { "nn.AdaptiveBlocks", with {} }, { "nn.CrossEntropyLoss", with {} },
+      { "optim.adamw", m, with {} }, { "optim.sgd", m, with {} }, { "optim.lion", m, with {} },
+      { "optim.loss_scaler", with {} }, { "optim.schedule.cosine_restarts", with {} },
+      { "plot.lines", with {} }, { "plot.heatmap", with {} }, { "plot.area", with {} },
+      { "train.fit", with {} }, { "train.save_checkpoint", "a", with {} }, { "log.open", with {} },
+      { "bench.time", nothing, with {} }, { "bench.run", with {} },
+    } do
+      local name = case[1]
+      local ok, message = pcall(require("lacuna.help").named(name), unpack(case, 2, table.maxn(case)))
+      local valid = tostring(message):match "valid: ([^%[]+)"
+      assert.truthy(not ok and valid, name .. ": " .. tostring(message))
+      local text = lac.help(name)
+      for option in valid:gmatch "[%w_]+" do
+        assert.truthy(text:find("%f[%w_]" .. option .. "%f[^%w_]"), name .. ": " .. option)
+      end
+    end
+  end)
+
   it("the history is where the environment says", function()
     local function path(environment) return repl.history_path(function(name) return environment[name] end) end
     assert.equal("/h", path { LACUNA_HISTORY = "/h", XDG_STATE_HOME = "/s", HOME = "/home" })

@@ -15,6 +15,7 @@ local schema = require "lacuna.schema"
 
 local Config = { __name = "Config" }
 local kinds = {} -- kind -> function(options) -> validated table
+local derived = {} -- kind -> { field = function(options) -> its default }, of those that depend on other fields
 local config = {}
 
 local function same(a, b)
@@ -44,12 +45,20 @@ local kind_of = setmetatable({}, { __mode = "k" }) -- beside the object: a field
 Config.__index = {
   --- Which configuration this is: "attention", "ring", ...
   kind = function(self) return kind_of[self] end,
-  --- A changed copy, checked like a new one. @tparam table changes fields; false removes an optional one
+  --- A changed copy, checked like a new one. A field that is what other fields make it by default (kv_heads =
+  -- heads) follows them. @tparam table changes fields; false removes one that is set and optional
   with = function(self, changes)
     schema.check("config", "changes", changes, { type = "table" })
     local copy = {}
     for key, value in pairs(self) do copy[key] = value end
-    for key, value in pairs(changes) do copy[key] = value end
+    -- kv_heads = heads, left out, is to follow heads
+    for key, default in pairs(derived[kind_of[self]]) do
+      if self[key] == default(self) then copy[key] = nil end
+    end
+    for key, value in pairs(changes) do
+      local removed = value == false and self[key] ~= nil and type(self[key]) ~= "boolean"
+      if removed then copy[key] = nil else copy[key] = value end
+    end
     return config[kind_of[self]](copy)
   end,
 }
@@ -67,8 +76,9 @@ end
 
 --- Register a kind: config[kind](options) then validates and wraps.
 -- @tparam string kind @tparam function validate takes a table, returns the complete one or raises
-function config.define(kind, validate)
-  kinds[kind] = validate
+-- @tparam[opt] table follows { field = function(options) -> its default } where that depends on other fields
+function config.define(kind, validate, follows)
+  kinds[kind], derived[kind] = validate, follows or {}
   --- Options, checked and completed, as a value: it prints itself, equals another of the same content, and
   -- :with{ option = value } makes a changed copy. Whatever takes these options takes it: lac.attention
   -- (attention, and what ring, distributed and sparse ones have of their own), MultiheadDilatedAttention

@@ -146,15 +146,17 @@ local function filled(op, value, ...)
   return finish(op, t, options)
 end
 
---- Zeros: lac.zeros{2, 3}, lac.zeros(2, 3).
+--- Zeros: lac.zeros{2, 3}, lac.zeros(2, 3); options dtype, device, grad, as in all that follow:
+-- lac.zeros{2, 3, dtype = "f64", grad = true}.
 function create.zeros(...) return filled("zeros", 0, ...) end
 
---- Ones.
+--- Ones; options dtype, device, grad.
 function create.ones(...) return filled("ones", 1, ...) end
 
 local FULL = with_common { value = { type = { "number", "boolean" } } }
 
---- Every element the same: lac.full{2, 3, value = 7} or lac.full({2, 3}, 7, {dtype = "i64"}).
+--- Every element the same: lac.full{2, 3, value = 7} or lac.full({2, 3}, 7, {dtype = "i64"}); options
+-- dtype, device, grad.
 function create.full(sizes, value, options)
   if type(sizes) ~= "table" or tensor.is(sizes) then
     fail("full", "sizes must be a table, got %s", show(sizes))
@@ -195,14 +197,14 @@ local function random(t, kind, a, b)
 end
 create.random = random
 
---- Standard normal numbers, or mean and std given as options.
+--- Standard normal numbers, or mean and std given as options; also dtype, device, grad.
 function create.randn(...)
   local list, options = split("randn", NORMAL, ...)
   local t = allocate("randn", list, options)
   return finish("randn", random(t, C.LAC_NORMAL, options.mean or 0, options.std or 1), options)
 end
 
---- Uniform numbers in [low, high), by default [0, 1).
+--- Uniform numbers in [low, high), by default [0, 1); options low, high, dtype, device, grad.
 function create.rand(...)
   local list, options = split("rand", UNIFORM, ...)
   local low, high = options.low or 0, options.high or 1
@@ -211,7 +213,8 @@ function create.rand(...)
   return finish("rand", random(t, C.LAC_UNIFORM, low, high), options)
 end
 
---- Uniform integers low <= i < high (i64): lac.randint{2, 3, low = 0, high = 10}; low is 0 unless given.
+--- Uniform integers low <= i < high (i64): lac.randint{2, 3, low = 0, high = 10}; low is 0 unless given;
+-- also dtype, device (and grad, of floats).
 function create.randint(...)
   local list, options = split("randint", INTEGERS, ...)
   local low, high = options.low or 0, options.high
@@ -221,7 +224,8 @@ function create.randint(...)
   return finish("randint", random(t, C.LAC_INTEGER, low, high), options)
 end
 
---- Ones with probability p, else zeros; dtype bool unless given.
+--- Ones with probability p, else zeros; options p, dtype (bool unless given), device,
+-- grad (of floats).
 function create.bernoulli(...)
   local list, options = split("bernoulli", BERNOULLI, ...)
   if options.p == nil then fail("bernoulli", "p is required: lac.bernoulli{2, 3, p = 0.5}") end
@@ -247,7 +251,7 @@ function create.arange(...)
   return finish("arange", t, options)
 end
 
---- The identity: lac.eye{3} or lac.eye{3, 4}.
+--- The identity: lac.eye{3} or lac.eye{3, 4}; options dtype, device, grad.
 function create.eye(...)
   local list, options = split("eye", PLAIN, ...)
   if #list < 1 or #list > 2 then fail("eye", "takes {n} or {n, m}, got %d numbers", #list) end
@@ -388,6 +392,7 @@ end
 -- ---- made on the host -----------------------------------------------------------------------------
 
 --- A random permutation of 0 .. n-1 (i64 unless told): Fisher and Yates's shuffle, by the random stream.
+-- @tparam integer n @tparam[opt] table options dtype, device, grad (of floats)
 function create.randperm(n, options)
   schema.check("randperm", "n", n, { type = "integer", min = 0 })
   options = schema.options("randperm", options, RANDOM)
@@ -409,7 +414,8 @@ end
 
 local LINSPACE = with_common { steps = { type = "integer", min = 1 } }
 
---- steps numbers from start to stop, both included: lac.linspace{0, 1, steps = 5}.
+--- steps numbers from start to stop, both included: lac.linspace{0, 1, steps = 5}; options dtype,
+-- device, grad.
 function create.linspace(...)
   local list, options = split("linspace", LINSPACE, ...)
   if #list ~= (options.steps and 2 or 3) then

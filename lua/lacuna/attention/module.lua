@@ -386,6 +386,7 @@ return function(c)
   core = c
   make_rules()
   core.options_of = own_rules
-  config.define("attention", function(options) return (configure(options)) end)
+  config.define("attention", function(options) return (configure(options)) end,
+    { kv_heads = function(o) return o.heads end })
   return Attention
 end

@@ -121,15 +121,20 @@ local function configure(options)
   extra_keys.check(OP, o, made.pattern)
   return o, made
 end
-config.define("multihead", function(options) return (configure(options)) end)
+local function width(o) return o.embed_dim end
+config.define("multihead", function(options) return (configure(options)) end, {
+  kv_heads = function(o) return o.heads end, kdim = width, vdim = width,
+  head_dim = function(o) return o.embed_dim / o.heads end,
+})
 
 --- Multi-head attention of any variant, with the projections: the interface of torch.nn.MultiheadAttention.
 -- @tparam table options embed_dim E, heads H; variant = "custom" (any of lac.attention's) and what it takes:
 --   segments, dilations, for "custom" scheme = "all" | "split"; offset, merge (default: the variant's),
 --   dedup, causal, window, scale, fp8 (no gradients, no decoding); kv_heads = heads; kdim, vdim = E (widths
 --   of key and value); dropout = 0 (on the attention weights, in training); bias = true; fused = false;
---   layer_norm = true; gamma = 1; positions
---   = "none" | "rope" | "xpos" | "alibi", rope_base, xpos_base, origin (position of the first row);
+--   layer_norm = true (eps = 1e-5); gamma = 1; positions
+--   = "none" | "rope" | "xpos" | "alibi", rope_base = 10000, xpos_base = 512, origin = 0
+--   (position of the first row);
 --   add_bias_kv, add_zero_attn = false (a learned key and value, a key and value of zeros, that every query
 --   has too); batch_first = true; dtype, device
 function Attention:init(options)

@@ -79,9 +79,9 @@ local ENCODER = spec{
 
 --- The blocks of LongNetLM without a causal mask: rows [B, N, width] for tokens or rows.
 -- @tparam table options context, segments, dilations; vocab (without it the inputs are rows [B, N, width],
---   not tokens); size, layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width, scheme, offset, merge,
---   dedup, window, fp8, positions = "xpos", fused, dropout, attention_dropout, checkpoint_activations,
---   dtype, device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
+--   not tokens); size, layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width, variant, scheme,
+--   offset, merge, dedup, window, fp8, attention, positions = "xpos", fused, dropout, attention_dropout,
+--   checkpoint_activations, dtype, device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
 function Encoder:init(options)
   local o = schema.options("LongNetEncoder", parts.sized("LongNetEncoder", options, ENCODER), ENCODER)
   self.options, self.context, self.has_vocab = o, o.context, o.vocab ~= nil

@@ -113,8 +113,8 @@ end
 local Block = base.define("Block")
 
 --- x + attention(LN x), with `cross` then x + cross(LN x, memory), then x + ffn(LN x).
--- @tparam table options width, ffn, dropout = 0 (on the residual branches), gamma; attention = options of
---   MultiheadDilatedAttention (embed_dim is filled in); cross = the same for attention to a memory
+-- @tparam table options width, ffn, dropout = 0 (on the residual branches), gamma, dtype, device; attention =
+--   options of MultiheadDilatedAttention (embed_dim is filled in); cross = the same for attention to a memory
 function Block:init(options)
   local o = schema.options("Block", options, {
     width = { type = "integer", min = 1, required = true },
@@ -335,8 +335,9 @@ local OPTIONS = spec{
 -- layer (LongNet, arXiv 2307.02486, with MAGNETO's norms, arXiv 2210.06423).
 -- @tparam table options context, segments, dilations; size = "125M" | "350M" | "760M" | "2.7B" (the paper's
 --   layers, width, heads, segments and dilations, and vocab = 50304; other options given win); vocab = 256,
---   layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width; scheme, offset, merge, dedup, window,
---   fp8 as in MultiheadDilatedAttention (always causal); positions = "xpos" | "rope" | "alibi" | "none";
+--   layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width; variant, scheme, offset, merge, dedup,
+--   window, fp8 as in MultiheadDilatedAttention (always causal); attention = what only the variant takes,
+--   { variant = "block_sparse", pattern = ... }; positions = "xpos" | "rope" | "alibi" | "none";
 --   tied = true (output layer shares the embedding); fused = false (projections); dropout,
 --   attention_dropout = 0; checkpoint_activations = false (true: a block keeps only its input for the
 --   backward pass and is computed again there); dtype, device

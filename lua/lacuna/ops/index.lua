@@ -136,6 +136,7 @@ triangle("tril", fn.le)
 triangle("triu", fn.ge)
 
 --- [..., classes] with 1 at the 0-based class of idx.
+-- @tparam Tensor idx i64 or i32 @tparam integer classes @tparam[opt] table options dtype (the default dtype)
 define { name = "one_hot", nondifferentiable = true, forward = function(idx, classes, options)
   expect("one_hot", "idx", idx)
   schema.check("one_hot", "classes", classes, { type = "integer", min = 1 })

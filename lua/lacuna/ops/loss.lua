@@ -305,6 +305,7 @@ end
 local PLAIN = { reduction = REDUCTION }
 
 --- (x - target)^2, by default the mean.
+-- @tparam Tensor x @tparam Tensor target @tparam[opt] table options reduction = "mean", "sum" or "none"
 define { name = "mse_loss", composite = true, forward = function(x, target, options)
   check_pair("mse_loss", x, target)
   local o = schema.options("mse_loss", options, PLAIN)
@@ -312,6 +313,7 @@ define { name = "mse_loss", composite = true, forward = function(x, target, opti
 end }
 
 --- |x - target|, by default the mean.
+-- @tparam Tensor x @tparam Tensor target @tparam[opt] table options reduction = "mean", "sum" or "none"
 define { name = "l1_loss", composite = true, forward = function(x, target, options)
   check_pair("l1_loss", x, target)
   local o = schema.options("l1_loss", options, PLAIN)

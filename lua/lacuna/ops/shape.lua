@@ -378,5 +378,6 @@ end
 --- Means of windows along the last dimension: x [..., N], size; options stride (size), padding (0; the zeros
 -- count).
 pool("avg_pool1d", fn.mean, 0)
---- Maxima of windows along the last dimension; what is padded is -inf.
+--- Maxima of windows along the last dimension: x [..., N], size; options stride (size), padding (0; what is
+-- padded is -inf).
 pool("max_pool1d", fn.max, -math.huge)
