@@ -35,7 +35,7 @@ describe("lac.config", function()
     local wide = m:with { embed_dim = 64, heads = 8 }
     assert.are.same({ 8, 64, 64 }, { wide.kv_heads, wide.kdim, wide.vdim })
     assert.are.equal(24, m:with { kdim = 24 }:with { embed_dim = 64 }.kdim)
-    local scored = lac.config.multihead { embed_dim = 32, heads = 4, variant = "adaptive", keep = 2, block = 16 }
+    local scored = lac.config.multihead { embed_dim = 32, heads = 4, variant = "adaptive", keep = 2 }
     assert.are.same({ 8, 4 }, { scored.head_dim, scored:with { heads = 8 }.head_dim })
     assert.are.equal(2, lac.nn.MultiheadDilatedAttention(m:with { heads = 2 }).kv_heads)
   end)

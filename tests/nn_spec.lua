@@ -448,6 +448,33 @@ describe("nn modules", function()
     assert.same({ 7, 7, 7, 7, 7, 7, 7, 7 }, leaf_values(a.norm.bias))
   end)
 
+  it("loads what lac.io.load returns, metadata and all, and no other third argument", function()
+    local a, b, path = nn.Linear(2, 3), nn.Linear(2, 3), os.tmpname()
+    for _, options in ipairs { {}, { checksum = true } } do
+      a.bias:detach():uniform_()
+      lac.io.save(path, a:state_dict(), { strict = "no", made = "here" }, options)
+      b:load_state_dict(lac.io.load(path))
+      assert.is_true(lac.equal(a.bias, b.bias) and lac.equal(a.weight, b.weight))
+    end
+    os.remove(path)
+    assert.error_matches(function() b:load_state_dict(a:state_dict(), { made = "here" }) end,
+      "unknown option 'made'")
+    assert.error_matches(function() b:load_state_dict(a:state_dict(), {}, false) end,
+      "Linear.load_state_dict: takes %(state, options%), got false as well")
+  end)
+
+  it("refuses tables of modules and of trained tensors, which it would not see", function()
+    local Net = nn.module "Net"
+    function Net:init(value) self.list = value end
+    for _, value in ipairs { { nn.Linear(2, 2) }, { a = nn.Linear(2, 2) } } do
+      assert.error_matches(function() Net(value) end, "Net: 'list' is a table of modules, .* nn.ModuleList")
+    end
+    assert.error_matches(function() Net { 1, lac.ones { 2, grad = true } } end,
+      "'list' is a table of tensors that")
+    assert.equal(1, Net({ lac.ones { 2 } }).list[1]:dim())
+    assert.equal(2, #Net(nn.ModuleList { nn.Linear(2, 2) }):parameters())
+  end)
+
   it("initialise with the deviations they state", function()
     lac.manual_seed(5)
     local function deviation(t)

@@ -15,7 +15,7 @@ local schema = require "lacuna.schema"
 
 local Config = { __name = "Config" }
 local kinds = {} -- kind -> function(options) -> validated table
-local derived = {} -- kind -> { field = function(options) -> its default }, of those that depend on other fields
+local derived = {} -- kind -> { field = function(options) -> its default } where that depends on other fields
 local config = {}
 
 local function same(a, b)

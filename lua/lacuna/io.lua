@@ -114,6 +114,8 @@ local function check_tiling(entries, data_size, fail)
   end
 end
 
+local loaded = setmetatable({}, { __mode = "k" }) -- metadata that load has returned
+
 local function check_metadata(metadata, fail)
   if metadata == nil then return {} end
   if type(metadata) ~= "table" then fail("__metadata__ is not an object") end
@@ -403,6 +405,9 @@ end
 
 local M = {}
 
+-- is this what load returned second?
+function M._is_metadata(value) return type(value) == "table" and loaded[value] == true end
+
 local LOAD = { verify = { type = "boolean", default = true }, only = { type = "function" } }
 
 --- Load the tensors of a safetensors file (to the CPU).
@@ -425,6 +430,7 @@ function M.load(path, options)
         skip_data(reader, entry.last - entry.first, ("tensor %q"):format(entry.name))
       end
     end
+    loaded[metadata] = true
     return tensors, metadata, check_sum(reader)
   end)
 end

@@ -121,9 +121,9 @@ local function configure(options)
   extra_keys.check(OP, o, made.pattern)
   return o, made
 end
-local function width(o) return o.embed_dim end
+local function width_of(o) return o.embed_dim end
 config.define("multihead", function(options) return (configure(options)) end, {
-  kv_heads = function(o) return o.heads end, kdim = width, vdim = width,
+  kv_heads = function(o) return o.heads end, kdim = width_of, vdim = width_of,
   head_dim = function(o) return o.embed_dim / o.heads end,
 })
 

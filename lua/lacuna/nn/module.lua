@@ -87,6 +87,17 @@ local function new_field(self, key, value)
       .. "self:buffer(\"%s\", t) if they are only saved", tostring(key), tostring(key))
   end
   if rawget(self, "_sealed") then no_field(self, key, " to set") end
+  if type(value) == "table" and not getmetatable(value) then
+    for _, one in next, value do -- parameters() and state_dict() do not look into tables
+      if is_module(one) then
+        fail(class_name(self), "'%s' is a table of modules, which would not be trained or saved; use "
+          .. "nn.ModuleList{ ... }, or self:child(name, module) for each", tostring(key))
+      elseif tensor.is(one) and one.requires_grad then
+        fail(class_name(self), "'%s' is a table of tensors that require gradients, which would not be "
+          .. "trained or saved; use self:param(name, t, kind) for each", tostring(key))
+      end
+    end
+  end
   rawset(self, key, value)
 end
 
@@ -422,12 +433,17 @@ local function misfits(own, state)
 end
 
 --- Copy values into the parameters and buffers; values of another dtype are converted. Checked as a whole
--- first: on an error nothing has changed.
+-- first: on an error nothing has changed. All that lac.io.load returns may follow `self`.
 -- @tparam table state { name = tensor }, as state_dict or lac.io.load gives it
 -- @tparam[opt] table options strict = true; false allows missing and unexpected names (not other shapes)
 -- @treturn Module self
 -- @raise one sentence that lists missing and unexpected names (with the nearest) and shapes that differ
-function Module:load_state_dict(state, options)
+function Module:load_state_dict(state, options, more)
+  local io = package.loaded["lacuna.io"]
+  if io and io._is_metadata(options) then options, more = nil, nil end
+  if more ~= nil then
+    arguments.refuse(class_name(self) .. ".load_state_dict", { "self", "state", "options" }, 2, more)
+  end
   local o = schema.options("load_state_dict", options, { strict = { type = "boolean", default = true } })
   schema.check("load_state_dict", "state", state, { type = "table" })
   local own = self:state_dict()
