@@ -99,6 +99,42 @@ describe("optim.adamw", function()
     assert.near(1 - 0.1 / (1 + 1e-8), q:item(), 1e-14)
   end)
 
+  it("goes by lr and weight_decay as they are at a step, but for groups with their own", function()
+    local p, q = leaf { 1 }, leaf { 1 }
+    local opt = optim.sgd({ { p }, { q, lr = 0.25, weight_decay = 0 } }, { lr = 1 })
+    opt.lr, opt.weight_decay = 0.5, 0.1
+    give(p, { 1 })
+    give(q, { 1 })
+    opt:step()
+    assert.are.equal(1 - 0.5 * 1.1, p:item())
+    assert.are.equal(0.75, q:item())
+    local m = lac.nn.Linear(1, 1, { dtype = "f64" })
+    lac.no_grad(function()
+      m.weight:fill_(1)
+      m.bias:fill_(1)
+    end)
+    opt = optim.adamw(m, { lr = 1, weight_decay = 0 })
+    opt.lr, opt.weight_decay = 0.5, 0.5
+    m.weight.grad, m.bias.grad = lac.zeros { 1, 1, dtype = "f64" }, lac.zeros { 1, dtype = "f64" }
+    opt:step()
+    assert.are.same({ 0.75, 1 }, { m.weight:item(), m.bias:item() })
+    opt.lr = -1
+    assert.error_matches(function() opt:step() end, "adamw: lr must be at least 0, got %-1")
+    opt.lr = "1e-3"
+    assert.error_matches(function() opt:step() end, "adamw: lr must be a number, got '1e%-3'")
+    assert.error_matches(function() opt.learning_rate = 1 end,
+      "adamw: there is no field 'learning_rate' to set, did you mean o.lr%?; there are betas, eps, lr,")
+    assert.error_matches(function() opt.beta = { 0, 0 } end, "no field 'beta' to set, did you mean 'betas'")
+    local update, count = opt.update, 0
+    opt.update = function(...)
+      count = count + 1
+      return update(...)
+    end
+    opt.lr = 0
+    opt:step()
+    assert.are.equal(1, count)
+  end)
+
   it("keeps f32 moments for half precision and updates them", function()
     local p = leaf({ 1, 2 }, "bf16")
     local opt = optim.adamw({ p }, { lr = 0.5, weight_decay = 0 })

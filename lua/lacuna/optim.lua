@@ -33,6 +33,20 @@ local optim = { schedule = require "lacuna.optim.schedule" }
 
 -- ---- groups -----------------------------------------------------------------------------------------------
 
+-- decay: the weight decay of those that have one; nil: what the optimizer's field says
+local function by_kind(model, decay, decay_embeddings)
+  local decayed, plain = { names = {}, weight_decay = decay }, { names = {}, weight_decay = 0 }
+  for _, p in ipairs(model:parameter_list()) do
+    local into = (p.kind == "weight" or (p.kind == "embedding" and decay_embeddings)) and decayed or plain
+    into[#into + 1] = p.tensor
+    into.names[#into] = p.name
+  end
+  local groups = {}
+  if #decayed > 0 then groups[1] = decayed end
+  if #plain > 0 then groups[#groups + 1] = plain end
+  return groups
+end
+
 --- Two parameter groups of a module: with weight decay, and without (biases, normalisation, embeddings).
 -- @tparam Module model
 -- @tparam[opt] table options weight_decay = 0.01; decay_embeddings = false
@@ -45,17 +59,7 @@ function optim.groups(model, options)
   if type(model) ~= "table" or rawget(model, "_params") == nil then -- what every module has (nn/module.lua)
     schema.fail("optim.groups", "model must be a module, got %s", schema.show(model))
   end
-  local decay = { names = {}, weight_decay = o.weight_decay }
-  local plain = { names = {}, weight_decay = 0 }
-  for _, p in ipairs(model:parameter_list()) do
-    local into = (p.kind == "weight" or (p.kind == "embedding" and o.decay_embeddings)) and decay or plain
-    into[#into + 1] = p.tensor
-    into.names[#into] = p.name
-  end
-  local groups = {}
-  if #decay > 0 then groups[1] = decay end
-  if #plain > 0 then groups[#groups + 1] = plain end
-  return groups
+  return by_kind(model, o.weight_decay, o.decay_embeddings)
 end
 
 -- ---- what all optimizers share ----------------------------------------------------------------------------
@@ -87,10 +91,9 @@ local function beside(p, filled)
 end
 
 -- a model, a list of tensors, or a list of groups -> list of groups
-local function as_groups(op, params, weight_decay)
+local function as_groups(op, params)
   if type(params) == "table" and not tensor.is(params) then
-    if type(rawget(params, "_params")) == "table" then return optim.groups(params,
-      { weight_decay = weight_decay }) end
+    if type(rawget(params, "_params")) == "table" then return by_kind(params, nil, false) end
     if tensor.is(params[1]) then return { params } end
     if type(params[1]) == "table" and tensor.is(params[1][1]) then return params end
   end
@@ -129,7 +132,7 @@ function Optimizer:setup(op, parts, params, o)
   self.lr, self.weight_decay, self.skip_missing, self.master = o.lr, o.weight_decay, o.skip_missing, o.master
   self.steps, self.entries = 0, {}
   local seen = {}
-  for g, group in ipairs(as_groups(op, params, o.weight_decay)) do
+  for g, group in ipairs(as_groups(op, params)) do
     local named = {}
     for key, value in pairs(group) do
       if type(key) == "string" then named[key] = value end
@@ -137,7 +140,7 @@ function Optimizer:setup(op, parts, params, o)
     named = schema.options(("%s: group %d"):format(op, g), named, GROUP)
     for i, p in ipairs(group) do
       local e = new_entry(self, p, named.names and named.names[i] or ("%d.%d"):format(g, i), seen)
-      e.lr, e.weight_decay = named.lr or o.lr, named.weight_decay or o.weight_decay
+      e.lr, e.weight_decay = named.lr, named.weight_decay -- nil: as the optimizer has it at a step
       self.entries[#self.entries + 1] = e
     end
   end
@@ -187,10 +190,10 @@ local function collect(self)
   return #taken, taken, alive
 end
 
-local function fill_item(item, e, grad, factor)
+local function fill_item(self, item, e, grad, factor)
   local p = e.param
   item.param, item.grad, item.m, item.v = p.c, grad.c, e.m and e.m.c, e.v and e.v.c
-  item.lr, item.weight_decay = e.lr * factor, e.weight_decay
+  item.lr, item.weight_decay = (e.lr or self.lr) * factor, e.weight_decay or self.weight_decay
   item.master = e.master and e.master.c
   if e.master and e.version ~= p.root.version then -- somebody else has changed the parameter: follow it
     lib.call(C.lac_copy, p.c, e.master.c)
@@ -210,7 +213,7 @@ local function fill_items(self, taken, alive, factor)
     runs[k] = { first = n, steps = steps }
     for i = 1, #taken do
       if taken[i].steps == steps then
-        fill_item(self.items[n], taken[i], alive[i], factor)
+        fill_item(self, self.items[n], taken[i], alive[i], factor)
         n = n + 1
       end
     end
@@ -280,6 +283,8 @@ function Optimizer:step(options)
     fail(op .. ".step", "clip (by norm) and clip_value exclude each other, got %g and %g", o.clip,
       o.clip_value)
   end
+  schema.check(op, "lr", self.lr, GROUP.lr)
+  schema.check(op, "weight_decay", self.weight_decay, GROUP.weight_decay)
   local n, taken, alive = collect(self)
   if n == 0 then fail(op, "no parameter has a gradient: call backward() before step()") end
   local norm, scale = nil, 1
@@ -403,6 +408,16 @@ end
 
 local function define(name)
   local cls = class(name, Optimizer, true)
+  -- a field that is not there is a mistake, and it would change nothing; a method may be replaced
+  function cls.__newindex(self, key, value)
+    if rawget(self, "norm_out") and cls[key] == nil then -- setup is done
+      local names = schema.keys(self.options)
+      names[#names + 1], names[#names + 2], names[#names + 3] = "lr", "weight_decay", "skip_missing"
+      fail(self.op, "there is no field '%s' to set%s; there are %s", tostring(key),
+        schema.hint(tostring(key), names, nil, synonyms.optimizer), table.concat(names, ", "))
+    end
+    rawset(self, key, value)
+  end
   cls.__tostring = Optimizer.__tostring
   return cls
 end
@@ -490,7 +505,9 @@ end
 -- @treturn LossScaler
 function optim.loss_scaler(options) return Scaler(options) end
 
---- AdamW (Loshchilov and Hutter 2019, algorithm 2: decoupled weight decay).
+--- AdamW (Loshchilov and Hutter 2019, algorithm 2: decoupled weight decay). Its fields lr, betas, eps and
+-- weight_decay may be set between steps: lr and weight_decay are then those of all parameters but of groups
+-- that name their own, or that a module's biases, norms and embeddings are in (no decay).
 -- @tparam Module|table params a module (then grouped by optim.groups), a list of tensors, or a list of
 --   groups: each a list of tensors with optional fields lr, weight_decay, names
 -- @tparam[opt] table options lr = 1e-3, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0.01; skip_missing =

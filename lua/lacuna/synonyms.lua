@@ -159,7 +159,8 @@ return {
   },
   -- fields of an optimizer o
   optimizer = {
-    param_groups = "o.lr, o:step{ factor = f }, or lac.optim.adamw{ { weight, lr = 1e-3 }, { bias } }",
+    learning_rate = "o.lr", decay = "o.weight_decay",
+    param_groups = "o.lr = 1e-4, o:step{ factor = f }, or lac.optim.adamw{ { weight, lr = 1e-3 }, { bias } }",
     add_param_group = "lac.optim.adamw{ { weight, lr = 1e-3 }, { bias } }",
     clip_grad_norm_ = "o:step{ clip = largest norm }", clip = "o:step{ clip = largest norm }",
     state = "o:state_dict()", defaults = "o:config()", zero_grads = "o:zero_grad()",
