@@ -411,6 +411,16 @@ describe("lac.attention", function()
             lac.attention, { variant = "dense", heads = 1, bias = true })
   end)
 
+  it("refuses options that are written into it, where they would change nothing", function()
+    local attn = lac.attention { variant = "dense", heads = 1 }
+    refused("there is no field 'causal' to set; make another: .*:with{ causal = ",
+      function() attn.causal = true end)
+    refused("there is no field 'casual' to set", function() attn.casual = true end)
+    attn.training = false
+    assert.is_false(attn.training)
+    assert.is_true(lac.attention(attn.options:with { causal = true }).options.causal)
+  end)
+
   it("checks the heads of its inputs, and names itself in errors", function()
     local attn = lac.attention { variant = "dense", heads = 4 }
     local x = lac.zeros { 1, 4, 2, 2 }

@@ -123,7 +123,7 @@ describe("optim.adamw", function()
     opt.lr = "1e-3"
     assert.error_matches(function() opt:step() end, "adamw: lr must be a number, got '1e%-3'")
     assert.error_matches(function() opt.learning_rate = 1 end,
-      "adamw: there is no field 'learning_rate' to set, did you mean o.lr%?; there are betas, eps, lr,")
+      "AdamW: there is no field 'learning_rate' to set, did you mean o.lr%?; there are betas, eps, lr,")
     assert.error_matches(function() opt.beta = { 0, 0 } end, "no field 'beta' to set, did you mean 'betas'")
     local update, count = opt.update, 0
     opt.update = function(...)

@@ -126,6 +126,16 @@ describe("a sampler", function()
     end
   end)
 
+  it("refuses options that are written into it, where they would change nothing", function()
+    local sampler = lac.nn.Sampler(4)
+    assert.error_matches(function() sampler.temperature = 0 end,
+      "Sampler: there is no field 'temperature' to set; ")
+    local scaler = lac.optim.loss_scaler()
+    assert.error_matches(function() scaler.growth = 4 end, "LossScaler: there is no field 'growth' to set; ")
+    scaler.value = 8
+    assert.equal(8, scaler.value)
+  end)
+
   it("names what is wrong", function()
     local function try(pattern, values, o, u)
       assert.error_matches(function()

@@ -149,6 +149,7 @@ function Optimizer:setup(op, parts, params, o)
   self.items = ffi.new("lac_optim_item[?]", n)
   self.grads = ffi.new("const lac_tensor *[?]", n)
   self.norm_out = ffi.new("double[1]")
+  schema.complete(self)
 end
 
 function Optimizer:__tostring()
@@ -408,16 +409,12 @@ end
 
 local function define(name)
   local cls = class(name, Optimizer, true)
-  -- a field that is not there is a mistake, and it would change nothing; a method may be replaced
-  function cls.__newindex(self, key, value)
-    if rawget(self, "norm_out") and cls[key] == nil then -- setup is done
-      local names = schema.keys(self.options)
-      names[#names + 1], names[#names + 2], names[#names + 3] = "lr", "weight_decay", "skip_missing"
-      fail(self.op, "there is no field '%s' to set%s; there are %s", tostring(key),
-        schema.hint(tostring(key), names, nil, synonyms.optimizer), table.concat(names, ", "))
-    end
-    rawset(self, key, value)
-  end
+  schema.refuse_new_fields(cls, function(self, key)
+    local names = schema.keys(self.options)
+    names[#names + 1], names[#names + 2], names[#names + 3] = "lr", "weight_decay", "skip_missing"
+    return ("%s; there are %s"):format(schema.hint(tostring(key), names, nil, synonyms.optimizer),
+      table.concat(names, ", "))
+  end)
   cls.__tostring = Optimizer.__tostring
   return cls
 end
@@ -505,9 +502,9 @@ end
 -- @treturn LossScaler
 function optim.loss_scaler(options) return Scaler(options) end
 
---- AdamW (Loshchilov and Hutter 2019, algorithm 2: decoupled weight decay). Its fields lr, betas, eps and
--- weight_decay may be set between steps: lr and weight_decay are then those of all parameters but of groups
--- that name their own, or that a module's biases, norms and embeddings are in (no decay).
+--- AdamW (Loshchilov and Hutter 2019, algorithm 2: decoupled weight decay). The fields lr, weight_decay,
+-- betas and eps may be set between steps; groups that name their own lr or weight_decay keep it, as do a module's
+-- biases, norms and embeddings, which do not decay.
 -- @tparam Module|table params a module (then grouped by optim.groups), a list of tensors, or a list of
 --   groups: each a list of tensors with optional fields lr, weight_decay, names
 -- @tparam[opt] table options lr = 1e-3, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0.01; skip_missing =

@@ -284,4 +284,22 @@ function schema.options(op, options, spec)
   return result
 end
 
+local complete = setmetatable({}, { __mode = "k" }) -- objects whose init has ended
+
+--- Make it an error to write a field that the objects of a class do not have: attn.causal = true would change
+-- nothing. A method may be replaced.
+-- @tparam table cls
+-- @tparam function advice of the object and the key: the end of the message
+function schema.refuse_new_fields(cls, advice)
+  function cls.__newindex(object, key, value)
+    if complete[object] and cls[key] == nil then
+      fail(rawget(cls, "__name"), "there is no field '%s' to set%s", tostring(key), advice(object, key))
+    end
+    rawset(object, key, value)
+  end
+end
+
+--- For the end of such an object's init.
+function schema.complete(object) complete[object] = true end
+
 return schema

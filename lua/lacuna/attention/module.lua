@@ -23,6 +23,10 @@ local core -- what init.lua has: variants (a Registry), specs, plans, apply
 local module_rules, call_rules
 
 local Attention = class("Attention", nil, true)
+schema.refuse_new_fields(Attention, function(self, key)
+  if self.options[key] == nil then return "" end
+  return ("; make another: lac.attention(a.options:with{ %s = ... })"):format(key)
+end)
 
 -- `heads` is a number here, the scheme belongs to the variant
 local function make_rules()
@@ -87,6 +91,7 @@ function Attention:init(options)
   if variant.scorer then self.scorer = variant.scorer(o) end
   -- every mistake in the configuration is found now, not at the first call
   core.plan_for(pattern, self.key, 1, 1, 1, o.heads, o.kv_heads, 1)
+  schema.complete(self)
 end
 
 --- Another object of the same configuration and mode, with a copy of the scorer if there is one.

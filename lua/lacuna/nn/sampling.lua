@@ -33,6 +33,7 @@ local SPEC = {
 }
 
 local Sampler = class("Sampler", nil, true)
+schema.refuse_new_fields(Sampler, function() return "; options are given to nn.Sampler" end)
 
 --- Draws the next token from logits: penalty, temperature, top_k, top_p, min_p, in this order.
 -- @tparam integer vocab number of tokens
@@ -44,6 +45,7 @@ function Sampler:init(vocab, options)
   self.vocab, self.options = vocab, o
   self.work, self.heap = ffi.new("double[?]", vocab), ffi.new("int32_t[?]", vocab + 1)
   self.weights, self.tokens, self.row = {}, {}, false -- of the present draw: candidates, logits
+  schema.complete(self)
 end
 
 -- is token a before token b?

@@ -20,6 +20,7 @@ local tensor = require "lacuna.tensor"
 
 local fail = schema.fail
 local Scaler = class("LossScaler", nil, true)
+schema.refuse_new_fields(Scaler, function() return "; options are given to lac.optim.loss_scaler" end)
 
 local OPTIONS = {
   init = { type = "number", above = 0, default = 65536 },
@@ -38,6 +39,7 @@ function Scaler:init(options)
   end
   self.options = o
   self.value, self.good, self.skipped = o.init, 0, 0
+  schema.complete(self)
 end
 
 function Scaler:__tostring()
