@@ -85,7 +85,7 @@ local function load_lazy(name)
   if name == "attend" or name == "attention" then
     local attention = require "lacuna.attention"
     require "lacuna.nn.masks" -- the scorer of "adaptive"
-    -- what attention/matrix.lua tries
+    --- nn.MultiheadDilatedAttention under the name that attention.matrix tries it by.
     attention.multihead = function(options) return lac.nn.MultiheadDilatedAttention(options) end
     arguments.guard(attention, "")
     arguments.guard(attention.masks, "masks.")

@@ -503,8 +503,8 @@ end
 function optim.loss_scaler(options) return Scaler(options) end
 
 --- AdamW (Loshchilov and Hutter 2019, algorithm 2: decoupled weight decay). The fields lr, weight_decay,
--- betas and eps may be set between steps; groups that name their own lr or weight_decay keep it, as do a module's
--- biases, norms and embeddings, which do not decay.
+-- betas and eps may be set between steps; groups that name their own lr or weight_decay keep it, as do a
+-- module's biases, norms and embeddings, which do not decay.
 -- @tparam Module|table params a module (then grouped by optim.groups), a list of tensors, or a list of
 --   groups: each a list of tensors with optional fields lr, weight_decay, names
 -- @tparam[opt] table options lr = 1e-3, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0.01; skip_missing =

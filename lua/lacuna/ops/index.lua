@@ -29,12 +29,13 @@ local as_number, map_id, whole = internal.as_number, internal.map_id, internal.w
 
 local function define_index(name, forward, backward)
   local op = { name = name, saves = "b" }
-  function op.forward(x, dim, idx)
-    expect(name, "x", x)
-    expect(name, "idx", idx)
-    local k = axis(name, x, dim)
+  -- called: what messages begin with
+  local function run(called, x, dim, idx)
+    expect(called, "x", x)
+    expect(called, "idx", idx)
+    local k = axis(called, x, dim)
     local c = new()
-    call(C[forward], x.c, k, idx.c, c)
+    lib.call_as(called, C[forward], x.c, k, idx.c, c)
     local out = adopt(c)
     if wants(x) then
       record2(op, out, x, idx)
@@ -42,11 +43,13 @@ local function define_index(name, forward, backward)
     end
     return out
   end
+  function op.forward(x, dim, idx) return run(name, x, dim, idx) end
   function op.backward(node, g)
     local c = new()
     call(C[backward], g.c, node.k, node.b.c, node.a.c.shape[node.k], c)
     return adopt(c)
   end
+  op.run = run
   define(op)
 end
 --- index_select(x, dim, idx): rows of x along dim at the 0-based positions in idx, whose shape replaces
@@ -60,7 +63,7 @@ define { name = "embedding", composite = true, forward = function(weight, idx)
   expect("embedding", "weight", weight)
   expect("embedding", "idx", idx)
   if weight.c.ndim ~= 2 then fail("embedding", "weight must be [V, E], got %s", show(weight)) end
-  return fn.index_select(weight, 1, idx)
+  return ops.table.index_select.run("embedding", weight, 1, idx)
 end }
 
 local where_op = { name = "where", saves = "a" }
