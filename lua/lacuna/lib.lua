@@ -378,14 +378,16 @@ end
 
 --- Raise the engine's message for a nonzero status.
 -- @tparam[opt] string op what the script called, if that has another name than the engine's function
-function lib.raise(status, op)
+-- @tparam[opt] string own that other name: only its messages are renamed, for a device may report here what
+-- another operator did before
+function lib.raise(status, op, own)
   if status == INTERRUPTED then
     C.lac_interrupt(0)
     error("interrupted", 0)
   end
   if lib.watcher then lib.watcher() end -- the sentence is its own if it was the watch that refused
   local message = ffi.string(C.lac_last_error())
-  if op then message = message:gsub("^[%w_]+: ", function() return op .. ": " end) end
+  if own and message:sub(1, #own + 2) == own .. ": " then message = op .. message:sub(#own + 1) end
   if message == "" then message = "lacuna: status " .. ffi.string(C.lac_status_name(status)) end
   if status == MEMORY then message = message .. pool_report(message) end
   if status == DTYPE and not message:find(";", 1, true) then -- where the engine names no remedy of its own
@@ -458,12 +460,13 @@ function lib.call(f, ...)
   if flags.attention ~= 0 then attend() end
 end
 
---- The same for an operator that has another name than the engine's function: a message starts with it.
-function lib.call_as(op, f, ...)
+--- The same for an operator that has another name than the engine's function, `own`: a message starts with
+-- the operator's.
+function lib.call_as(op, own, f, ...)
   local status = f(...)
   if status ~= 0 then
     if recover(status) then status = f(...) end
-    if status ~= 0 then raise(status, op) end
+    if status ~= 0 then raise(status, op, own) end
   end
   if flags.attention ~= 0 then attend() end
 end

@@ -35,7 +35,7 @@ local function define_index(name, forward, backward)
     expect(called, "idx", idx)
     local k = axis(called, x, dim)
     local c = new()
-    lib.call_as(called, C[forward], x.c, k, idx.c, c)
+    lib.call_as(called, name, C[forward], x.c, k, idx.c, c)
     local out = adopt(c)
     if wants(x) then
       record2(op, out, x, idx)

@@ -57,7 +57,7 @@ local function write_copy(op, t, source)
   if source.c.dtype ~= t.c.dtype and device.is_float(source.c.dtype) and not device.is_float(t.c.dtype) then
     fail(op, "%s does not fit into %s; convert it with to{dtype=} first", show(source), show(t))
   end
-  call_as(op, C.lac_copy, source.c, t.c)
+  call_as(op, "copy", C.lac_copy, source.c, t.c)
   touch(t)
   return t
 end
@@ -86,7 +86,7 @@ function methods.fill_(t, value)
     fail("fill_", "value must be a number or a boolean, got %s", show(value))
   end
   writable("fill_", t)
-  call_as("fill_", C.lac_fill, t.c, value)
+  call_as("fill_", "fill", C.lac_fill, t.c, value)
   touch(t)
   return t
 end
@@ -117,7 +117,7 @@ local function in_place(name)
     if out.c.dtype ~= t.c.dtype then
       fail(op, "the result %s does not have the dtype of %s", show(out), show(t))
     end
-    call_as(op, C.lac_copy, out.c, t.c)
+    call_as(op, "copy", C.lac_copy, out.c, t.c)
     touch(t)
     return t
   end
@@ -144,7 +144,7 @@ function methods.add_(t, x, alpha)
   end
   if is(x) and device.is_float(t.c.dtype) and x.c.dtype == t.c.dtype and x.root ~= t.root then
     writable("add_", t, x)
-    call_as("add_", C.lac_axpy, alpha or 1, x.c, t.c)
+    call_as("add_", "axpy", C.lac_axpy, alpha or 1, x.c, t.c)
     touch(t)
     return t
   end
@@ -159,7 +159,7 @@ function methods.mul_(t, x)
   receiver("mul_", t)
   if type(x) == "number" and device.is_float(t.c.dtype) then
     writable("mul_", t)
-    call_as("mul_", C.lac_scale, x, t.c)
+    call_as("mul_", "scale", C.lac_scale, x, t.c)
     touch(t)
     return t
   end
@@ -210,7 +210,8 @@ local function set_rows(t, idx, value)
   tape.enabled = enabled
   if not ok then error(source, 0) end
   if source.root == t.root then source = tensor.cast(source, source.c.dtype) end
-  call_as("index assignment", C.lac_index_put, t.c, 0, fn.reshape(tensor.alias(idx), count).c, source.c, 0, 1)
+  local rows = fn.reshape(tensor.alias(idx), count)
+  call_as("index assignment", "index_put", C.lac_index_put, t.c, 0, rows.c, source.c, 0, 1)
   touch(t)
 end
 

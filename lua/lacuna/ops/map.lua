@@ -54,7 +54,7 @@ local function define_map1(engine_name, id)
     local status = C.lac_map1(id, x.c, c)
     if status ~= 0 then
       if recover(status) then status = C.lac_map1(id, x.c, c) end
-      if status ~= 0 then raise(status, name) end
+      if status ~= 0 then raise(status, name, engine_name) end
     end
     if flags.attention ~= 0 then attend() end
     local out = adopt(c)
@@ -77,7 +77,7 @@ local function map2_scalar(op, id, differentiable, x, y, swapped)
   local status = C.lac_map2_scalar(id, x.c, y, swapped, c)
   if status ~= 0 then
     if recover(status) then status = C.lac_map2_scalar(id, x.c, y, swapped, c) end
-    if status ~= 0 then raise(status, op.name) end
+    if status ~= 0 then raise(status, op.name, op.engine_name) end
   end
   if flags.attention ~= 0 then attend() end
   local out = adopt(c)
@@ -103,7 +103,8 @@ end
 
 local function define_map2(name, id)
   local passes = name == "add" or name == "sub" -- their rules hand g on and read no input
-  local op = { name = RENAME[name] or name, map = 2, saves = passes and "" or "ab", alias = passes }
+  local op = { name = RENAME[name] or name, engine_name = name, map = 2, saves = passes and "" or "ab",
+               alias = passes }
   local differentiable = not NO_GRADIENT[op.name]
   function op.forward(x, y, more)
     if more ~= nil then too_many(op.name, "two operands", more) end
@@ -120,7 +121,7 @@ local function define_map2(name, id)
     local status = C.lac_map2(id, x.c, y.c, c)
     if status ~= 0 then
       if recover(status) then status = C.lac_map2(id, x.c, y.c, c) end
-      if status ~= 0 then raise(status, op.name) end
+      if status ~= 0 then raise(status, op.name, op.engine_name) end
     end
     if flags.attention ~= 0 then attend() end
     local out = adopt(c)

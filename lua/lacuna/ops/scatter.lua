@@ -63,7 +63,7 @@ end
 
 local function raw_put(op, x, k, idx, src, add, alpha)
   local out = tensor.cast(x, x.c.dtype)
-  call_as(op, C.lac_index_put, out.c, k, idx.c, src.c, add, alpha)
+  call_as(op, "index_put", C.lac_index_put, out.c, k, idx.c, src.c, add, alpha)
   return out
 end
 
@@ -358,24 +358,25 @@ local function in_place(name, run)
 end
 
 in_place("scatter", function(t, k, idx, src)
-  call_as("scatter_", C.lac_scatter, t.c, k, idx.c, src.c, SET, 1)
+  call_as("scatter_", "scatter", C.lac_scatter, t.c, k, idx.c, src.c, SET, 1)
 end)
 in_place("scatter_add", function(t, k, idx, src)
-  call_as("scatter_add_", C.lac_scatter, t.c, k, idx.c, src.c, ADD, 1)
+  call_as("scatter_add_", "scatter", C.lac_scatter, t.c, k, idx.c, src.c, ADD, 1)
 end)
 in_place("scatter_reduce", function(t, k, idx, src, reduce, include_self)
   schema.check("scatter_reduce_", "reduce", reduce, MODES)
   if include_self == nil then include_self = true end
   schema.check("scatter_reduce_", "include_self", include_self, { type = "boolean" })
-  call_as("scatter_reduce_", C.lac_scatter, t.c, k, idx.c, src.c, REDUCE[reduce], include_self and 1 or 0)
+  call_as("scatter_reduce_", "scatter", C.lac_scatter, t.c, k, idx.c, src.c, REDUCE[reduce],
+    include_self and 1 or 0)
 end)
 in_place("index_add", function(t, k, idx, src, alpha)
   alpha = alpha == nil and 1 or alpha
   schema.check("index_add_", "alpha", alpha, { type = "number" })
-  call_as("index_add_", C.lac_index_put, t.c, k, idx.c, src.c, 1, alpha)
+  call_as("index_add_", "index_put", C.lac_index_put, t.c, k, idx.c, src.c, 1, alpha)
 end)
 in_place("index_copy", function(t, k, idx, src)
-  call_as("index_copy_", C.lac_index_put, t.c, k, idx.c, src.c, 0, 1)
+  call_as("index_copy_", "index_put", C.lac_index_put, t.c, k, idx.c, src.c, 0, 1)
 end)
 methods.index_fill_ = function(t, dim, idx, value)
   if type(value) ~= "number" and type(value) ~= "boolean" then
@@ -399,7 +400,7 @@ methods.masked_fill_ = function(t, mask, value)
   if not tensor.same_shape(out, t) then
     fail("masked_fill_", "mask %s does not broadcast to %s", show(mask), show(t))
   end
-  call_as("masked_fill_", C.lac_copy, out.c, t.c)
+  call_as("masked_fill_", "copy", C.lac_copy, out.c, t.c)
   tensor.touch(t)
   return t
 end
