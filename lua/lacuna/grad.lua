@@ -466,7 +466,8 @@ local function with_tape(op, on, f, ...)
   return restore(enabled, pcall(f, ...))
 end
 
---- Run f(...) without recording; returns its results. The switch is restored also when f raises.
+--- Run f(...) without recording; returns its results. The switch is restored also when f raises; it is one
+-- for the whole process, so it stays off while a coroutine has yielded inside.
 function grad.no_grad(f, ...) return with_tape("no_grad", false, f, ...) end
 
 --- Run f(...) with recording, inside no_grad.

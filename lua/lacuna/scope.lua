@@ -162,7 +162,8 @@ end
 
 local function pack(...) return { ... }, select("#", ...) end
 
---- Run fn(...) and release every tensor made inside that is not returned.
+--- Run fn(...) and release every tensor made inside that is not returned. While a coroutine has yielded
+-- inside, the scope is open for all, and what others make is released with it.
 -- @tparam function fn
 -- @param ... its arguments
 -- @return what fn returns; an error passes through unchanged after the release

@@ -78,7 +78,8 @@ local function define_reduction(name, kind, backward, saves)
 end
 
 --- sum(x, dim, keepdim): the sum over dim, a dimension or a list of them (all unless given). Integers and
--- bools are summed as i64; f16 and bf16 in f32.
+-- bools are summed as i64; f16 and bf16 in f32. Both may be named, x:sum{dim = 2, keepdim = true}, as
+-- in the reductions that follow.
 define_reduction("sum", C.LAC_SUM, function(node, g) return unreduce(g, node.a, node.mask) end)
 
 --- mean(x, dim, keepdim): the mean over dim, a dimension or a list of them (all unless given).
