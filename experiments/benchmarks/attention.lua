@@ -177,6 +177,38 @@
 --     faster; in the backward that gave, in two runs, 3 and -10% at D = 32 and N = 512, 3 and 1% at N =
 --     2048, -1 and 4% at D = 64, 0 and 5% at D = 128, and is kept. No asking ahead for the lines that
 --     parts of P and dS are written to: D = 32 1 to 6% slower, D = 64 6% faster, D = 128 2% slower.
+--   * f32 there while the unit had its full speed (24 products of tiles in 136 ns from the first cache, 16
+--     cycles each), N = 2048, D = 32, 4 heads, backward with parts of it left out, ms: all 31.4; no dK and dV
+--     24.2; no dQ 28.0; no S and dP 28.0; no P and dS 21.3; P and dS alone 12.9; none of them 2.7, of which
+--     rows loaded 0.9, keys taken apart 0.8, rows 0.5, results 0.5, row panels in f32 0.2. So the products
+--     take 18.6 where 16 cycles each are 11.1, and P and dS 8.6 to 10, 23 to 27 cycles a vector of 16, of
+--     which 33 instructions on two ports are 17; and what is made beside each other takes nearly the sum.
+--     Tried: all five products beside P and dS of each 32 x 32 pairs, whose parts never leave the first cache
+--     (expected: products alone, a quarter less; 31.6, without P and dS 22.6 instead of 21.3: each product
+--     has sums to fetch and store, which dK and dV otherwise have once for three), a step at a time between P
+--     and dS there (31.9), lines not asked for ahead there (31.8). The exponentials of the next rows between
+--     the instructions that take these rows apart: P and dS alone 12.2, all of it within 1% at D = 32, 64 and
+--     128. Row panels of q and dout packed only for the blocks that are not made in parts: D = 32 0 to -1%, D
+--     = 64 -1%, D = 128 -1.5%: kept.
+--   * Dilation there, r = 16 against r = 1, with and without anything cleared: forward D = 32 1.09 and 1.02,
+--     D = 64 1.11 and 1.02, backward 1.11 and 1.03, 1.15 and 1.04. So what misses 1.05 are zeros: 16 MB and
+--     48 MB at 17 to 19 GB/s. One core clears 24 GB/s by stores past the caches, 27 by stores, 30 by "rep
+--     stosb" of 16 MB at once, which for pieces of 256 KB made the call 4% slower (14.6 instead of 14.0 ms),
+--     ordinary stores 8% (15.2). Beside products whose tiles stay in the first cache zeros cost nothing
+--     ("rep stosb" of 4 KB or stores, up to 12 lines for 24 products; stores past the caches 12 to 16 ns a
+--     line where there are one or two), so it was built: tasks cleared rows that no branch keeps, 4 KB
+--     between two blocks of 32 x 32 pairs, and stored the others. Expected: 1.03. Measured: forward D = 32
+--     16.0 ms instead of 14.3, D = 64 12.6 instead of 11.0, D = 128 12.0 instead of 10.2, backward 40.3
+--     instead of 36.1, 35.5 instead of 30.5, 33.9 instead of 30.2, at r = 4 within 4%: a line takes 7 to 10
+--     ns, most likely because tiles come from the second cache, whose lines zeros push out and whose buffers
+--     they fill. Dropped.
+--   * Two threads there, N = 1024: two processes of one thread beside each other take the time of one (1.81
+--     and 1.82 ms, one causal head), and the system knows of no siblings among the processors, so the host is
+--     not what misses 1.8. Best turns, forward with 1, 3 and 8 heads 1.4 to 1.6, 1.6 and 2.0, causal 1.7, 1.6
+--     and 1.9, backward 1.7, 1.7 and 1.9 to 2.0, causal 1.4, 1.5 and 1.9: eight heads have it, and few heads,
+--     which have to be cut, pack their keys (forward) or rows (backward) once for each piece. Of one causal
+--     head's two runs of keys in the backward, cut at multiples of 128, the longer has 0.56 of the pairs,
+--     1.78 at best.
 --
 -- The other side is measured in turns with ours (see lua/lacuna/bench.lua); gathering is not counted against
 -- PyTorch: its inputs are contiguous and gathered already.

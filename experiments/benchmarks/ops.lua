@@ -5,15 +5,16 @@
 -- must read the logits once (and its gradient read and write them), so it is also measured against a copy of
 -- arrays beyond the caches: a share of 1 / 1.3 of its bandwidth is the target.
 --
--- Short rows: what is done once for a row had cost 45 to 70 ns, most of it for a row of 4 or 64. Now maps walk
--- strips of many rows, with the row that is there again for all of them repeated once; sums of at most 16 run
--- side by side; truth values are bytes; padding moves runs; x^3 is a product. Before and after, 2^20 elements,
--- one core of an EPYC (Zen 3), of PyTorch's time: [262144, 4] - [4] 17.3 and 0.19, [16384, 64] - [64] 5.6 and
--- 1.3, sums of [262144, 4] by rows 6.7 and 0.43, maxima 7.6 and 0.75, max_pool1d of 4 14.5 and 1.5 to 2.5,
--- logical_or 29 and 1.1, x^3 28 and 1.1, tile 10.5 and 1.0, kron with [2, 2] 13 and 3.7 to 7, scatter_add of
--- the last axis 7.0 and 1.9, bincount 4.3 and 2.5. Left: sums by rows of 64 5 to 6 (42 ns a row), roll by a
--- few places 8 (copies 20 bytes apart, which this processor's string instruction is slow at; by 500 0.8),
--- fmod, floor_divide, tan, atan2, lgamma and erfinv of floats, element by element from libm, 7 to 44.
+-- Short rows: what is done once for a row had cost 45 to 70 ns, most of it for a row of 4 or 64. Now maps
+-- walk strips of many rows, with the row that is there again for all of them repeated once; sums of at most
+-- 16 run side by side; truth values are bytes; padding moves runs; x^3 is a product. Before and after, 2^20
+-- elements, one core of an EPYC (Zen 3), of PyTorch's time: [262144, 4] - [4] 17.3 and 0.19, [16384, 64] -
+-- [64] 5.6 and 1.3, sums of [262144, 4] by rows 6.7 and 0.43, maxima 7.6 and 0.75, max_pool1d of 4 14.5 and
+-- 1.5 to 2.5, logical_or 29 and 1.1, x^3 28 and 1.1, tile 10.5 and 1.0, kron with [2, 2] 13 and 3.7 to 7,
+-- scatter_add of the last axis 7.0 and 1.9, bincount 4.3 and 2.5. Left: sums by rows of 64 5 to 6 (42 ns a
+-- row), roll by a few places 8 (copies 20 bytes apart, which this processor's string instruction is slow at;
+-- by 500 0.8), fmod, floor_divide, tan, atan2, lgamma and erfinv of floats, element by element from libm, 7
+-- to 44.
 
 local lac = require "lacuna"
 
