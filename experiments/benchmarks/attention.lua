@@ -188,27 +188,31 @@
 --     has sums to fetch and store, which dK and dV otherwise have once for three), a step at a time between P
 --     and dS there (31.9), lines not asked for ahead there (31.8). The exponentials of the next rows between
 --     the instructions that take these rows apart: P and dS alone 12.2, all of it within 1% at D = 32, 64 and
---     128. Row panels of q and dout packed only for the blocks that are not made in parts: D = 32 0 to -1%, D
---     = 64 -1%, D = 128 -1.5%: kept.
+--     128. Row panels of q and dout packed only for the blocks that are not made in parts: medians of two or
+--     three runs, D = 32 -1, -1 and 3% at N = 512, -1 and -1% at N = 2048, D = 64 -1 and -1%, D = 128 -1 and
+--     0%: kept, for what is not done.
 --   * Dilation there, r = 16 against r = 1, with and without anything cleared: forward D = 32 1.09 and 1.02,
 --     D = 64 1.11 and 1.02, backward 1.11 and 1.03, 1.15 and 1.04. So what misses 1.05 are zeros: 16 MB and
 --     48 MB at 17 to 19 GB/s. One core clears 24 GB/s by stores past the caches, 27 by stores, 30 by "rep
 --     stosb" of 16 MB at once, which for pieces of 256 KB made the call 4% slower (14.6 instead of 14.0 ms),
---     ordinary stores 8% (15.2). Beside products whose tiles stay in the first cache zeros cost nothing
---     ("rep stosb" of 4 KB or stores, up to 12 lines for 24 products; stores past the caches 12 to 16 ns a
---     line where there are one or two), so it was built: tasks cleared rows that no branch keeps, 4 KB
---     between two blocks of 32 x 32 pairs, and stored the others. Expected: 1.03. Measured: forward D = 32
---     16.0 ms instead of 14.3, D = 64 12.6 instead of 11.0, D = 128 12.0 instead of 10.2, backward 40.3
---     instead of 36.1, 35.5 instead of 30.5, 33.9 instead of 30.2, at r = 4 within 4%: a line takes 7 to 10
---     ns, most likely because tiles come from the second cache, whose lines zeros push out and whose buffers
---     they fill. Dropped.
+--     ordinary stores 8% (15.2). Beside products whose tiles stay in the first cache zeros cost nothing ("rep
+--     stosb" of 4 KB or stores, up to 12 lines for 24 products; stores past the caches 12 to 16 ns a line
+--     where there are one or two), so it was built: tasks cleared rows that no branch keeps, 4 KB between two
+--     blocks of 32 x 32 pairs, and stored the others. Expected: 1.03. Measured: forward D = 32 16.0 ms
+--     instead of 14.3, D = 64 12.6 instead of 11.0, D = 128 12.0 instead of 10.2, backward 40.3 instead of
+--     36.1, 35.5 instead of 30.5, 33.9 instead of 30.2, at r = 4 within 4%: a line takes 7 to 10 ns, most
+--     likely because tiles come from the second cache, whose lines zeros push out and whose buffers they
+--     fill. By stores past the caches, 1, 4 or 16 KB at a time, in another run (medians) 13.4 instead of 12.8
+--     and 9.9 to 10.2 instead of 10.4 forward, 34.0 to 34.7 instead of 33.0 and 29.1 to 33.5 instead of 29.6
+--     backward. Dropped.
 --   * Two threads there, N = 1024: two processes of one thread beside each other take the time of one (1.81
 --     and 1.82 ms, one causal head), and the system knows of no siblings among the processors, so the host is
 --     not what misses 1.8. Best turns, forward with 1, 3 and 8 heads 1.4 to 1.6, 1.6 and 2.0, causal 1.7, 1.6
 --     and 1.9, backward 1.7, 1.7 and 1.9 to 2.0, causal 1.4, 1.5 and 1.9: eight heads have it, and few heads,
 --     which have to be cut, pack their keys (forward) or rows (backward) once for each piece. Of one causal
 --     head's two runs of keys in the backward, cut at multiples of 128, the longer has 0.56 of the pairs,
---     1.78 at best.
+--     1.78 at best; but cut at multiples of 32 (0.52) the backward of one and three causal heads stays at
+--     1.43 to 1.55, as before, so it is not the balance.
 --
 -- The other side is measured in turns with ours (see lua/lacuna/bench.lua); gathering is not counted against
 -- PyTorch: its inputs are contiguous and gathered already.
