@@ -520,6 +520,23 @@ __device__ __forceinline__ int64_t attn_stat(const attn_args &a, const attn_tile
     return per_branch ? (int64_t)t.g * a.batch * a.n * a.heads + at : at;
 }
 
+/* The scale of base-2 scores in two parts, of which the second is not 0 and has the sign of the first: a score of -inf
+ * by both is -inf, and its weight 0. (Rounded to the nearest the first may be the larger one, or all of it, and the sum
+ * of both products is no number.) */
+__device__ __forceinline__ void attn_two_scales(const attn_args &a, double &high, double &low)
+{
+    const double scale = a.scale * ATTN_LOG2E;
+    high = __longlong_as_double(__double_as_longlong(scale) - 1); /* the next one towards 0 */
+    low = scale - high;
+}
+__device__ __forceinline__ void attn_two_scales(const attn_args &a, float &high, float &low)
+{
+    double most, rest;
+    attn_two_scales(a, most, rest);
+    high = __double2float_rz(most);
+    low = (float)(most - (double)high + rest);
+}
+
 /* The branch's own delta of query lattice row i: stored, less what the gradient of lse adds. */
 template <class C> __device__ __forceinline__ void attn_put_delta(const attn_args &a, const attn_tile &t, int i, C own)
 {

@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(EXACT_THREADS, 2) attn_exact_queries_kernel(co
     const int hk = t.h / a.group;
     int low, high;
     attn_reach<false>(t, &low, &high);
-    const C log2_scale = (C)(a.scale * ATTN_LOG2E), log2_low = (C)(a.scale * ATTN_LOG2E - (double)log2_scale);
+    C log2_scale, log2_low;
+    attn_two_scales(a, log2_scale, log2_low);
     const C gz = (C)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
     C dq[R][E], lse[R], lse_low[R], delta[R], delta_low[R], weight[R], dot[R];
@@ -137,7 +138,8 @@ __global__ void __launch_bounds__(EXACT_THREADS) attn_exact_keys_kernel(const __
     const int hk = t.h / a.group;
     int low, high;
     attn_reach<true>(t, &low, &high);
-    const C log2_scale = (C)(a.scale * ATTN_LOG2E), log2_low = (C)(a.scale * ATTN_LOG2E - (double)log2_scale);
+    C log2_scale, log2_low;
+    attn_two_scales(a, log2_scale, log2_low);
     const C gz = (C)(a.gscale * a.keep_scale);
     const bool pad = a.padding != NULL;
     C dk[R][E], dv[R][E];

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(PARTS_THREADS, 1)
     }
     typedef parts_shared_rows<DP> Split;
     if (a.deltas) {
-        attn_put_deltas<Split>(a, t, lane, w0, w1, weight, dot, &stats[0][16 * w], M::ROWS);
+        attn_put_deltas<float, Split>(a, t, lane, w0, w1, weight, dot, &stats[0][16 * w], M::ROWS);
         return;
     }
     const bool spoilt = hopper_sync_or(PARTS_ALL, PARTS_CONSUMERS, !finite(dq));

@@ -737,12 +737,15 @@ __device__ __forceinline__ void attn_leave_backward(const A &a, const attn_tile 
 }
 
 /* The branch's own deltas of a warp's rows from what its threads have of P (`weight`) and P dP (`dot`). Warps that
- * share rows do so by way of `shared`, whose rows are followed by as many after `height`. */
-template <class Split = attn_split<>, int M>
+ * share rows do so by way of `shared`, whose rows are followed by as many after `height`. T: of the tensors where they
+ * are taken apart, so that a key with an infinite number, whose weight may be 0, has none; such rows are summed up by
+ * attn_slow.cuh. */
+template <class T = void, class Split = attn_split<>, int M>
 __device__ __forceinline__ void attn_put_deltas(const attn_args &a, const attn_tile &t, int lane, int row0, int row_end,
                                                 const float (&weight)[M][2], const float (&dot)[M][2],
                                                 float *shared = NULL, int height = 0)
 {
+    constexpr bool parts = !std::is_void_v<T>;
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -750,8 +753,13 @@ __device__ __forceinline__ void attn_put_deltas(const attn_args &a, const attn_t
             const int at = 16 * m + 8 * i + lane / 4;
             float sum = quad_sum(weight[m][i]), all = quad_sum(dot[m][i]);
             Split::share(shared + at, height, sum, all);
-            if (row0 + at < row_end && lane % 4 == 0 && Split::leads())
-                attn_put_delta<float>(a, t, row0 + at, sum == 0 ? 0 : all / sum);
+            const bool mine = row0 + at < row_end && lane % 4 == 0 && Split::leads();
+            const bool spoilt = parts && !(sum * 0 + all * 0 == 0);
+            if (mine && !spoilt) attn_put_delta<float>(a, t, row0 + at, sum == 0 ? 0 : all / sum);
+            if constexpr (parts)
+#pragma unroll 1
+                for (uint32_t lost = __ballot_sync(~0u, mine && spoilt); lost; lost &= lost - 1)
+                    attn_slow_delta<T>(a, t, row0 + 16 * m + 8 * i + (__ffs((int)lost) - 1) / 4);
         }
 }
 

@@ -17,10 +17,7 @@
 
 struct parts_scale {
     float high, low; /* of base-2 scores, in two parts */
-    __device__ __forceinline__ parts_scale(const attn_args &a)
-        : high((float)(a.scale * ATTN_LOG2E)), low((float)(a.scale * ATTN_LOG2E - (double)high))
-    {
-    }
+    __device__ __forceinline__ parts_scale(const attn_args &a) { attn_two_scales(a, high, low); }
     __device__ __forceinline__ float p(float s, float lse, float lse_low) const
     {
         return lse == INFINITY ? 0.f : attn_ex2((s * high - lse) + (s * low - lse_low));
@@ -208,7 +205,7 @@ __global__ void __launch_bounds__(WARPS * 32, MINIMUM)
     attn_arrived();
     typedef attn_split<SPLIT> Split;
     if (a.deltas) {
-        attn_put_deltas<Split>(a, t, lane, w0, w1, weight, dot, &stats[0][warp / SPLIT * WM], BM);
+        attn_put_deltas<float, Split>(a, t, lane, w0, w1, weight, dot, &stats[0][warp / SPLIT * WM], BM);
         return;
     }
     const bool spoilt = __syncthreads_or(!finite(dq));

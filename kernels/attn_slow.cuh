@@ -98,10 +98,11 @@ template <class T, class A> static __device__ __noinline__ void attn_slow_forwar
     }
 }
 
-/* P and dS of a visible pair; the same in every lane. Returns P as it weighs dout (after dropout). */
+/* P, before dropout, and dP, after it, of a visible pair; the same in every lane. Returns what P is multiplied by where
+ * it weighs dout. */
 template <class T, class A>
-static __device__ compute_t<T> attn_pair(const A &a, const attn_tile &t, int h, int i, int j, bool kept,
-                                         compute_t<T> *ds)
+static __device__ compute_t<T> attn_pair_weight(const A &a, const attn_tile &t, int h, int i, int j, bool kept,
+                                                compute_t<T> *p, compute_t<T> *dp)
 {
     typedef compute_t<T> C;
     const int64_t key = t.base + (int64_t)j * t.r;
@@ -109,14 +110,47 @@ static __device__ compute_t<T> attn_pair(const A &a, const attn_tile &t, int h, 
     const T *q = attn_at<T>(a.q, t.b, n, h), *g = attn_at<T>(a.g, t.b, n, h);
     const T *k = attn_at<T>(a.k, t.b, key, h / a.group), *v = attn_at<T>(a.v, t.b, key, h / a.group);
     C s = attn_warp_dot<T>(a, a.q, q, a.k, k), d = attn_warp_dot<T>(a, a.g, g, a.v, v);
-    C high = (C)(a.scale * ATTN_LOG2E), low = (C)(a.scale * ATTN_LOG2E - (double)high), lse = ((const C *)a.lse2)[at];
+    C high, low, lse = ((const C *)a.lse2)[at], z = kept ? (C)(a.gscale * a.keep_scale) : C(0);
+    attn_two_scales(a, high, low);
     s += attn_added<T>(a, t, h, i, j);
+    *p = lse == INFINITY ? C(0) /* the row has no key */
+                         : attn_exp2((s * high - lse) + (s * low - ((const C *)a.lse2_low)[at]));
+    *dp = d * z;
+    return z;
+}
+
+/* P and dS of a visible pair; the same in every lane. Returns P as it weighs dout (after dropout). */
+template <class T, class A>
+static __device__ compute_t<T> attn_pair(const A &a, const attn_tile &t, int h, int i, int j, bool kept,
+                                         compute_t<T> *ds)
+{
+    typedef compute_t<T> C;
+    const int64_t at = attn_stat(a, t, h, i, a.per_branch);
+    C p, dp, z = attn_pair_weight<T>(a, t, h, i, j, kept, &p, &dp);
     *ds = 0;
-    if (lse == INFINITY) return 0; /* the row has no key */
-    C p = attn_exp2((s * high - lse) + (s * low - ((const C *)a.lse2_low)[at])),
-      z = kept ? (C)(a.gscale * a.keep_scale) : C(0);
-    *ds = p * (d * z - ((const C *)a.delta)[at] - attn_delta_low<C>(a, at));
+    if (((const C *)a.lse2)[at] == INFINITY) return 0;
+    *ds = p * (dp - ((const C *)a.delta)[at] - attn_delta_low<C>(a, at));
     return p * z;
+}
+
+/* The branch's own delta of row i, by one warp. */
+template <class T, class A> static __device__ __noinline__ void attn_slow_delta(const A &a, const attn_tile &t, int i)
+{
+    typedef compute_t<T> C;
+    C weight = 0, dot = 0, p, dp;
+#pragma unroll 1
+    for (int first = 0; first < t.live; first += 64) {
+        uint64_t seen = attn_slow_keys<T>(a, t, i, first),
+                 kept = a.p > 0 ? attn_kept<false>(a, t, t.h, i, first) : ~(uint64_t)0;
+#pragma unroll 1
+        for (; seen; seen &= seen - 1) {
+            int j = __ffsll((long long)seen) - 1;
+            attn_pair_weight<T>(a, t, t.h, i, first + j, kept >> j & 1, &p, &dp);
+            weight += p;
+            dot += p == 0 ? C(0) : p * dp;
+        }
+    }
+    if (threadIdx.x % 32 == 0) attn_put_delta<C>(a, t, i, weight == 0 ? C(0) : dot / weight);
 }
 
 /* Adds to row i of dq, before the scale. */

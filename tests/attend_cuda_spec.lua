@@ -10,6 +10,7 @@ local attn_device = require "support.attn_device"
 local it = attn_device.it(it, pending)
 
 local direct = require "support.attn_direct"
+local infinite = require "support.attn_infinite"
 local oracle = require "support.oracle"
 local lac = require "lacuna"
 local C = direct.C
@@ -107,6 +108,21 @@ describe("attention on CUDA #gpu", function()
       local lists = { inputs(c, 3, dtype) }
       local first = run(C.LAC_CUDA, dtype, c, lists)
       for _ = 1, 3 do attn_device.same(run(C.LAC_CUDA, dtype, c, lists), first, text(c)) end
+    end
+  end)
+
+  it("gives a key whose scores are -inf no weight, and no part in gradients but 0 times infinity", function()
+    for _, D in ipairs { 8, 64, 128, 200 } do
+      for _, N in ipairs { 24, 200 } do
+        infinite.each(D, N, false, function(c)
+          for _, dtype in ipairs { "bf16", "f16" } do
+            for _, kernel in ipairs { "auto", "portable", D >= 64 and N == 200 and "hopper" or nil } do
+              c.kernel = kernel
+              infinite.check(c, dtype, infinite.on(C.LAC_CUDA), infinite.cpu)
+            end
+          end
+        end)
+      end
     end
   end)
 

@@ -11,6 +11,7 @@ local it = attn_device.it(it, pending)
 
 local attn = require "support.attn_random"
 local cases = require "support.cases"
+local infinite = require "support.attn_infinite"
 local direct = require "support.attn_direct"
 local philox = require "support.philox"
 local lac = require "lacuna"
@@ -201,6 +202,21 @@ describe("attention in f32 on CUDA #gpu", function()
           assert(found <= 2e-6 * (1 + direct.largest(want[name])),
             ("%s by %s is off by %g: %s"):format(name, kernel, found, attn.text(c)))
         end
+      end
+    end
+  end)
+
+  -- also where branches have a softmax each, whose weights the backward sums up again
+  it("gives such a key no part in gradients but 0 times infinity, as in f64", function()
+    for _, D in ipairs { 8, 64, 128, 200 } do
+      for _, N in ipairs { 24, 200 } do
+        infinite.each(D, N, false, function(c)
+          infinite.check(c, "f64", infinite.on(direct.C.LAC_CUDA), infinite.cpu)
+          for _, kernel in ipairs(KERNELS) do
+            c.kernel = kernel
+            infinite.check(c, "f32", infinite.on(direct.C.LAC_CUDA), infinite.cpu)
+          end
+        end)
       end
     end
   end)

@@ -11,6 +11,7 @@
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
 local choices = require "support.random"
+local infinite = require "support.attn_infinite"
 local philox = require "support.philox"
 local ffi, C = direct.ffi, direct.C
 
@@ -296,6 +297,26 @@ describe("attention in C", function()
           for i = 7, 18 do assert.is_true(math.abs(got[name][i]) < 100, name .. " of a clean segment") end
         end
       end
+    end
+  end)
+
+  it("gives a key whose scores are -inf no weight, and no part in gradients but 0 times infinity", function()
+    local function exact(c, lists)
+      return oracle.run(c, lists[1], lists[2], lists[3], lists[4], nil, { keep = philox.keep(c) })
+    end
+    for _, D in ipairs { 8, 40, 64 } do
+      for _, pairs in ipairs { false, true } do
+        infinite.each(D, 24, pairs, function(c)
+          for _, dtype in ipairs { "f64", "f32", "f16", "bf16" } do
+            infinite.check(c, dtype, infinite.on(0), exact)
+          end
+        end)
+      end
+    end
+    for _, D in ipairs { 64, 128 } do -- several tiles of rows, blocks of keys
+      infinite.each(D, 200, D == 128, function(c)
+        for _, dtype in ipairs { "f32", "bf16" } do infinite.check(c, dtype, infinite.on(0), infinite.cpu) end
+      end)
     end
   end)
 
