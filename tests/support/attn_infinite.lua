@@ -88,7 +88,8 @@ function infinite.check(c, dtype, run, exact)
         lost = lost or oracle.attends(c, g, 0, h, n, KEY)
       end
       local y = got[name][i]
-      if lost and y == y or not lost and not (math.abs(y - x) <= most) then
+      local good = lost and y ~= y or not lost and math.abs(y - x) <= most
+      if not good then
         error(("%s[%d] is %g, not %g, in %s: %s"):format(name, i, y, lost and 0 / 0 or x, dtype, P.text(c)),
           0)
       end

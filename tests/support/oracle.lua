@@ -14,7 +14,8 @@
 -- inner product of dout and out, each rounded. (One that keeps the whole probability matrix is a little
 -- better in peaked rows.) A third function, weight, rounds the softmax' exponentials where they weigh values
 -- but not in their sum. `products` {count, f}: inner products are made as matrix units make them, `count`
--- products at a time exactly, their sum and the one so far by f.
+-- products at a time exactly, their sum and the one so far by f. `inner` makes those of queries and keys:
+-- inner(n, x, xa, y, ya) of x[xa + 1 .. xa + n] and y[ya + 1 .. ya + n].
 --
 -- Arrays are flat, row-major, from 1. Configurations as in attn_direct (filled).
 
@@ -31,6 +32,7 @@ end
 
 -- the inner product of x[xa + 1 .. xa + n] and y[ya + 1 .. ya + n]
 local function inner_product(ro, n, x, xa, y, ya)
+  if ro.inner then return ro.inner(n, x, xa, y, ya) end
   local sum, count, f = 0, 1, ro.sum
   if ro.products then count, f = ro.products[1], ro.products[2] end
   for from = 1, n, count do
