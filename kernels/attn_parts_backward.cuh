@@ -15,9 +15,16 @@
 #define LAC_CUDA_ATTN_PARTS_BACKWARD_CUH
 #include "attn_parts.cuh"
 
+/* Not attn_two_scales(): a score of -inf comes of keys that do not survive being taken apart, whose rows are repeated
+ * by attn_slow.cuh, or of numbers that overflow; then the weight is right, or NaN, and the rows are repeated as well.
+ * With both parts of one sign the pass over keys spilled two registers for D = 128 on sm_80, or three more for D = 64.
+ */
 struct parts_scale {
     float high, low; /* of base-2 scores, in two parts */
-    __device__ __forceinline__ parts_scale(const attn_args &a) { attn_two_scales(a, high, low); }
+    __device__ __forceinline__ parts_scale(const attn_args &a)
+        : high((float)(a.scale * ATTN_LOG2E)), low((float)(a.scale * ATTN_LOG2E - (double)high))
+    {
+    }
     __device__ __forceinline__ float p(float s, float lse, float lse_low) const
     {
         return lse == INFINITY ? 0.f : attn_ex2((s * high - lse) + (s * low - lse_low));

@@ -116,9 +116,9 @@ describe("attention on CUDA #gpu", function()
       for _, N in ipairs { 24, 200 } do
         infinite.each(D, N, false, function(c)
           for _, dtype in ipairs { "bf16", "f16" } do
-            for _, kernel in ipairs { "auto", "portable", D >= 64 and N == 200 and "hopper" or nil } do
+            for _, kernel in ipairs { "auto", "portable" } do
               c.kernel = kernel
-              infinite.check(c, dtype, infinite.on(C.LAC_CUDA), infinite.cpu)
+              infinite.check(c, dtype, infinite.on(C.LAC_CUDA), infinite.cpu, false)
             end
           end
         end)

@@ -62,8 +62,9 @@ end
 --- The CPU in f64 as the exact one; attend_spec holds it against the oracle.
 function infinite.cpu(c, lists) return infinite.on(0)(c, "f64", lists) end
 
---- run(c, dtype, lists) obeys the rule; exact(c, lists) is the same in f64, of finite numbers alone.
-function infinite.check(c, dtype, run, exact)
+--- run(c, dtype, lists) obeys the rule; exact(c, lists) is the same in f64, of finite numbers alone. own:
+-- false where the key's own dk, dv and dbias may be NaN, which kernels/HOPPER_OPTIONS.md states.
+function infinite.check(c, dtype, run, exact, own)
   local lists = { P.inputs(c, 1, dtype) }
   lists[5] = nil -- lse has a gradient of its own where branches share one softmax: 0 times it is 0 too
   local infinity = c.scale < 0 and math.huge or -math.huge
@@ -84,11 +85,15 @@ function infinite.check(c, dtype, run, exact)
     for i, x in ipairs(want[name] or {}) do
       local row, column = math.floor((i - 1) / c.D), (i - 1) % c.D + 1
       local n, h, lost = math.floor(row / c.H), row % c.H, false
+      local key = -1
+      if name == "dbias" then key = (i - 1) % c.M
+      elseif name:match "^d[kv]" then key = math.floor(row / c.Hk) end
       for g = 1, name == "dq" and column == COLUMN and #c.segments or 0 do
         lost = lost or oracle.attends(c, g, 0, h, n, KEY)
       end
       local y = got[name][i]
       local good = lost and y ~= y or not lost and math.abs(y - x) <= most
+        or own == false and key == KEY and y ~= y
       if not good then
         error(("%s[%d] is %g, not %g, in %s: %s"):format(name, i, y, lost and 0 / 0 or x, dtype, P.text(c)),
           0)
