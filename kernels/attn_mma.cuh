@@ -740,8 +740,8 @@ __device__ __forceinline__ void attn_leave_backward(const A &a, const attn_tile 
  * share rows do so by way of `shared`, whose rows are followed by as many after `height`. T: of the tensors where they
  * are taken apart, so that a key with an infinite number, whose weight may be 0, has none; such rows are summed up by
  * attn_slow.cuh. */
-template <class T = void, class Split = attn_split<>, int M>
-__device__ __forceinline__ void attn_put_deltas(const attn_args &a, const attn_tile &t, int lane, int row0, int row_end,
+template <class T = void, class Split = attn_split<>, class A, int M>
+__device__ __forceinline__ void attn_put_deltas(const A &a, const attn_tile &t, int lane, int row0, int row_end,
                                                 const float (&weight)[M][2], const float (&dot)[M][2],
                                                 float *shared = NULL, int height = 0)
 {

@@ -11,6 +11,7 @@ local it = attn_device.it(it, pending)
 local direct = require "support.attn_direct"
 local oracle = require "support.oracle"
 local attn = require "support.attn_random"
+local infinite = require "support.attn_infinite"
 local philox = require "support.philox"
 local P = require "support.attn_pairs"
 local lac = require "lacuna"
@@ -318,6 +319,18 @@ describe("options of single pairs on CUDA #gpu", function()
         end
         assert.equal(-math.huge, got.lse[16])
         assert.is_true(got.lse[17] > -math.huge and got.out[49] ~= 0)
+      end
+    end
+  end)
+
+  it("leave a key whose scores are -inf no weight, and no part in gradients but 0 times infinity", function()
+    for _, D in ipairs { 8, 64, 128 } do
+      for _, N in ipairs { 24, 200 } do
+        infinite.each(D, N, true, function(c)
+          for _, dtype in ipairs { "f64", "f32", "f16", "bf16" } do
+            infinite.check(c, dtype, infinite.on(C.LAC_CUDA), infinite.cpu, dtype == "f64")
+          end
+        end)
       end
     end
   end)
