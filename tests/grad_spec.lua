@@ -404,7 +404,7 @@ describe("operators in Lua", function()
       return a:mul_(2)
     end, backward = function(_, g) return g * 2 end }
     local y = leaf { 1, 2 } * 3
-    refused("double: forward changed its argument 1, Tensor f64 %[2%] cpu.*, in place", double, y)
+    refused("double: forward changed its argument 1, Tensor f64 %[2%] .*, in place", double, y)
     refused("double: forward changed its argument 1", double, (leaf { 1, 2 } * 3):view(2, 1))
     assert.are.equal(4, double(lac.tensor { 2 }):item())
     assert.are.equal(4, lac.no_grad(double, leaf { 2 }):item())
