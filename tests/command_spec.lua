@@ -48,6 +48,7 @@ local Child = {}
 Child.__index = Child
 
 local function become(arguments, environment)
+  signal.signal(signal.SIGHUP, signal.SIG_DFL) -- also where the suite was started by nohup
   for name, value in pairs(environment or {}) do stdlib.setenv(name, value) end
   unistd.exec(LACUNA, arguments)
   unistd._exit(127)
