@@ -129,22 +129,25 @@ describe("the NaN watch", function()
   end)
 
   it("leaves nothing of the results that it stopped", function()
-    local live -- what earlier specs have left may go in several rounds
-    repeat
-      local before = lac.memory("cpu").live
-      for _ = 1, 3 do collectgarbage() end
-      live = lac.memory("cpu").live
-    until live == before
-    for _ = 1, 3 do
+    local function settled() -- garbage may go in several rounds
+      local live
+      repeat
+        live = lac.memory("cpu").live
+        for _ = 1, 3 do collectgarbage() end
+      until live == lac.memory("cpu").live
+      return live
+    end
+    local function stopped()
       blame(function() return lac.zeros{ 1000 }:log() end, "log made %-inf")
       blame(function()
         return lac.attend(lac.full{ 1, 8, 1, 8, value = 1e38 }, lac.full{ 1, 8, 1, 8, value = 1e38 },
           lac.ones{ 1, 8, 1, 8 }, { segments = { 8 }, dilations = { 1 } })
       end, "attention made")
     end
-    collectgarbage()
-    collectgarbage()
-    assert.equal(live, lac.memory("cpu").live)
+    stopped() -- what earlier specs left where nobody looks, in a slot of a stack, is gone after that
+    local live = settled()
+    for _ = 1, 3 do stopped() end
+    assert.is_true(settled() <= live)
   end)
 
   it("switches itself off, gives results through and can stay on", function()
