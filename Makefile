@@ -110,7 +110,8 @@ $(COMMAND): c/main.c c/interrupt.c c/interrupt.h c/lacuna.h
 # nothing but kernels for Hopper are compiled for Hopper alone, where that is asked for.
 # CUDA_CHECK=1 makes a plug-in that is to be compiled and linked, not run: without PTX; of architectures that CUDA_CODE
 # leaves out the sources are only looked through, by the front end; and kernels of which nothing is asked but that they
-# compile are optimised little.
+# compile are optimised little, and so are those of attention that take the longest, for options of single pairs: what
+# kernels/ptxas.awk asks of these a plain `make` asks.
 CUDA_ARCH  ?= 80 90a
 CUDA_CODE  ?= $(CUDA_ARCH)
 CUDA_CHECK ?=
@@ -161,12 +162,13 @@ $(BUILD)/obj/cuda/compiler: force
 ATTN_HOPPER := $(patsubst %,kernels/attn_hopper_%.cu,added blocks forward keys padded pairs parts_backward parts_forward wide)
 ATTN_EACH := kernels/attn.cu kernels/attn_hopper% kernels/attn_few%
 attn_code = $(if $(filter $(ATTN_HOPPER),$<),$(HOPPER_CODE),$(if $(filter $(ATTN_EACH),$<),$(GENCODE),$(PLAIN_CODE)))
+attn_quick = $(if $(CUDA_CHECK),$(filter kernels/attn_pairs_%,$<))
 $(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk $(BUILD)/obj/cuda/checked | $(BUILD)/obj/cuda/compiler
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
 	$(Q)$(if $(filter $(ATTN_EACH),$<),$(look_at),:)
-	$(Q)$(call compile_cuda,$(attn_code)) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
-	$(Q)awk -f kernels/ptxas.awk $@.log || { rm $@; exit 1; }
+	$(Q)$(call compile_cuda,$(attn_code)) $(if $(attn_quick),-Ofc=max) -Xptxas -v -c $< -o $@ 2>$@.log || { cat $@.log; exit 1; }
+	$(Q)$(if $(attn_quick),:,awk -f kernels/ptxas.awk $@.log) || { rm $@; exit 1; }
 
 $(BUILD)/obj/cuda/%.o: kernels/%.cu $(BUILD)/obj/cuda/checked | $(BUILD)/obj/cuda/compiler
 	@mkdir -p $(@D)
