@@ -492,6 +492,26 @@ describe("elementwise", function()
     end
   end)
 
+  it("of powers 3 and -1 are products and quotients, as the powers of f64 are #cpu", function()
+    for dtype, most in pairs { f64 = 2 ^ -50, f32 = 2 ^ -22, bf16 = 2 ^ -7, f16 = 2 ^ -9 } do
+      local x = lac.tensor({ 0, 1 / -math.huge, 1 / 0, -1 / 0, 0 / 0, 0.3, -1.7, 30, -0.01, 1, 5 },
+        { dtype = dtype, grad = true })
+      for _, power in ipairs { 3, -1 } do
+        local y = x ^ power
+        local slope = lac.grad(y:sum(), { x })[1]:totable()
+        for k, v in ipairs(x:detach():totable()) do
+          local function near(got, wanted)
+            local good = got == wanted or got ~= got and wanted ~= wanted
+              or math.abs(got - wanted) <= most * math.abs(wanted) + (dtype == "f16" and 2 ^ -24 or 0)
+            assert.is_true(good, ("%s: %g ^ %d: %g, not %g"):format(dtype, v, power, got, wanted))
+          end
+          near(y[k]:item(), v ^ power)
+          near(slope[k], power * v ^ (power - 1))
+        end
+      end
+    end
+  end)
+
   it("of truth values are the same by bytes and one by one", function()
     for _, n in ipairs{ 1, 7, 64, 1000, 100003 } do
       local x, y = lac.rand(n):gt(0.4), lac.rand(n):gt(0.6)

@@ -92,4 +92,22 @@ describe("scatter", function()
     local base = lac.arange { 6, dtype = "i64" }
     assert.has_error(function() base:scatter_(1, base, 1) end)
   end)
+
+  it("adds along the last axis, into more places than are read at once", function()
+    lac.manual_seed(3)
+    for _, dtype in ipairs { "f32", "f64", "bf16", "i64" } do
+      for _, places in ipairs { 1, 256, 700 } do
+        local function numbers(n) return lac.randint { 3, n, low = -9, high = 9 }:to(dtype) end
+        local x, src = numbers(places), numbers(2 * 531)[{ {}, { 1, 2 * 531, 2 } }]
+        local idx = lac.randint { 3, 531, low = 0, high = places }
+        local want, from, at = x:totable(), src:totable(), idx:totable()
+        for r = 1, 3 do
+          for i = 1, 531 do want[r][at[r][i] + 1] = want[r][at[r][i] + 1] + from[r][i] end
+        end
+        local exact = lac.tensor(want, { dtype = "f64" }):to(dtype)
+        assert.is_true(lac.equal(exact, x:scatter_add(2, idx, src)), dtype .. places)
+        assert.is_true(lac.equal(exact, x:scatter_add(2, idx, src:contiguous())), dtype .. places)
+      end
+    end
+  end)
 end)
