@@ -122,6 +122,8 @@ __attribute__((constructor)) static void choose_cpu(void)
     for (size_t i = 0; !cpu_backend; i++) cpu_backend = isa_table(best_first[i]);
 }
 
+bool lac_has_unit(void) { return strcmp(cpu_backend->detail, "amx") == 0; }
+
 const char *lac_isa(const char *name)
 {
     if (name) {

@@ -137,6 +137,7 @@ typedef const lac_backend *lac_backend_entry(const lac_engine *engine, const cha
 
 /* the table that serves `device`; a missing back end or an empty slot is an error of status "device" that names both */
 const lac_backend *lac_backend_for(int device);
+bool lac_has_unit(void); /* is the CPU's table that of a matrix unit (AMX)? */
 int lac_backend_missing(const char *op, int device);
 
 /* Slots by number, and the recorder (profile.c): every run of a slot goes through LAC_SLOT, which costs one predictable

@@ -337,8 +337,6 @@ static int64_t longest_span(const lac_plan *p, int64_t end)
     return longest;
 }
 
-static bool has_parts(void) { return strcmp(lac_isa(NULL), "amx") == 0; }
-
 /* Would the matrix unit multiply? With active blocks of `block` rows only where lattices keep enough of each. */
 static bool takes_parts(const lac_plan *p, int32_t dtype, int64_t block)
 {
@@ -350,7 +348,7 @@ static bool takes_parts(const lac_plan *p, int32_t dtype, int64_t block)
 
 const char *lac_plan_isa(const lac_plan *p, int32_t dtype, int64_t block)
 {
-    return p && has_parts() && !takes_parts(p, dtype, block) ? "avx512" : lac_isa(NULL);
+    return p && lac_has_unit() && !takes_parts(p, dtype, block) ? "avx512" : lac_isa(NULL);
 }
 
 /* Do backward tasks of some branch keep all keys of a segment, to make its deltas? */
@@ -371,7 +369,7 @@ int lac_plan_workspace(const lac_plan *p, int32_t dtype, int64_t block, int64_t 
     LAC_NONNULL(p, "the plan");
     LAC_NONNULL(forward, "the bytes of the forward");
     LAC_NONNULL(backward, "the bytes of the backward");
-    const bool parts = has_parts() && takes_parts(p, dtype, block), sparse = block > 0;
+    const bool parts = lac_has_unit() && takes_parts(p, dtype, block), sparse = block > 0;
     int64_t d = round_up(p->desc.head_dim, 32), tile = lac_attn_tile_keys(p->desc.head_dim);
     int64_t rows = longest_span(p, p->desc.n), keys = longest_span(p, p->desc.m);
     int64_t chunk = round_up(least_of(rows, LAC_ATTN_QUERIES), LAC_ATTN_BROWS);

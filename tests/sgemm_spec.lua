@@ -3,7 +3,7 @@
 -- The cases of matmul in support/cases.lua are small and go to BLAS; here rows, columns and inner sizes are
 -- around the kernel's strips (6 or 12 rows), panels (16 or 32 columns) and blocks (256 inner), with B in
 -- place and transposed, with a bias, in f32 and in half types (whose long inner sizes accumulate panel by
--- around the kernel's strips (6 or 12 rows), panels (16 or 32 columns) and blocks (256), with B in
+-- panel). A result may differ from that of f64 by the bound
 -- of summation (Higham, Accuracy and Stability, 3.5), plus the rounding of a half-precision result; nothing
 -- is tuned. The best instruction set and the baseline build (BLAS alone) must both meet it, and the number of
 -- threads must not change a bit.

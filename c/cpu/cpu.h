@@ -153,6 +153,13 @@ bool LAC_CPU(sgemm_takes)(int64_t m, int64_t n, int64_t k, bool rows); /* rows: 
 size_t LAC_CPU(sgemm_bytes)(void);
 void LAC_CPU(sgemm)(const lac_sgemm *g, float *space);
 
+/* sgemm_amx.c: what gemm() does, for what gemm_unit_takes() and processors with a matrix unit (lac_has_unit) */
+#ifdef __AVX512F__
+#define LAC_MATRIX_UNIT
+#endif
+bool LAC_CPU(gemm_unit_takes)(const lac_gemm *g);
+int LAC_CPU(gemm_unit)(const char *op, const lac_gemm *g);
+
 /* double or float sums of short arrays, in a fixed order (reduce.c) */
 double LAC_CPU(sum)(int ctype, const void *x, int64_t n);
 /* the index tensor as int64_t in row-major order in new workspace; every value must be in [0, size) or equal *ignore */

@@ -1,4 +1,5 @@
-/* matmul.c: matrix products on the CPU, over OpenBLAS (and over sgemm.c for tall f32 ones).
+/* matmul.c: matrix products on the CPU, over OpenBLAS, and over sgemm.c for tall f32 ones. With a matrix unit all but
+ * small ones of f32 and half types are sgemm_amx.c's, of which the following is not true.
  *
  * The product is cut into tiles by shape alone, and every tile is one single-threaded BLAS call; threads share the
  * tiles. Letting OpenBLAS spread one product over its own threads was rejected: where it cuts, and so which kernel
@@ -191,6 +192,9 @@ int LAC_CPU(gemm)(const char *op, const lac_gemm *g)
     for (int d = 0; d < g->batch_axes; d++) items *= g->batch_shape[d];
     if (g->m == 0 || g->n == 0 || items == 0) return 0;
     if (LAC_CPU(few_fits)(g)) return LAC_CPU(few)(op, g);
+#ifdef LAC_MATRIX_UNIT
+    if (lac_has_unit() && LAC_CPU(gemm_unit_takes)(g)) return LAC_CPU(gemm_unit)(op, g);
+#endif
     choose_tiles(&job, items);
     job.pack_a = !blas_reads(g->a_dtype, g->m, g->k, g->a_rs, g->a_cs);
     job.pack_b = !blas_reads(g->b_dtype, g->k, g->n, g->b_rs, g->b_cs);
