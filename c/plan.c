@@ -386,8 +386,8 @@ int lac_plan_workspace(const lac_plan *p, int32_t dtype, int64_t block, int64_t 
     keys = round_up(least_of(keys, run), LAC_ATTN_BKEYS);
     rows = round_up(least_of(rows, parts && sparse ? LAC_ATTN_BLOCKS_ROWS : LAC_ATTN_BQUERIES), LAC_ATTN_BROWS);
     int64_t tiles = (parts ? 9 : 6) * LAC_ATTN_BKEYS * d / 2 + 2 * LAC_ATTN_BROWS * (LAC_ATTN_BKEYS + 32) + 768;
-    *backward = rows * (5 * d + 5) + 2 * keys * d + held * tiles + 33 * d + 1280; /* held: blocks of keys, and scores */
-    if (parts) *backward += 7 * rows * d + 2 * (keys + 56) * d + 9 * LAC_ATTN_BROWS * LAC_ATTN_BKEYS / 2;
+    *backward = rows * (6 * d + 5) + 2 * keys * d + held * tiles + 33 * d + 1280; /* held: blocks of keys, and scores */
+    if (parts) *backward += 6 * rows * d + 2 * (keys + 56) * d + 9 * LAC_ATTN_BROWS * LAC_ATTN_BKEYS / 2;
     const int64_t width = dtype == LAC_F64 ? sizeof(double) : sizeof(float);
     *forward *= width;
     *backward *= width;

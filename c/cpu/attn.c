@@ -303,6 +303,22 @@ static void cut_evenly(const attn_job *job, attn_item *item, int64_t rows)
     }
 }
 
+/* Few chunks of query rows: even ones. Chunks of one size leave what is left over to the last, and of two chunks that
+ * are multiples of 96 rows one of 1024 has 576. */
+static void cut_rows(attn_item *item, int64_t rows, int64_t grain)
+{
+    enum { FEW = 64 };
+    if (item->chunks == 1 || item->chunks > FEW || rows < 2 * grain) return;
+    if (item->chunks > rows / grain) item->chunks = rows / grain; /* so that none is empty */
+    item->rows = rows;
+    item->grain = grain;
+    item->chunk = 0;
+    for (int64_t i = 0; i < item->chunks; i++) {
+        int64_t size = attn_rows_at(item, i + 1) - attn_rows_at(item, i);
+        if (size > item->chunk) item->chunk = round_up(size, grain);
+    }
+}
+
 /* Cuts one item into chunks of about `target` query rows (backward: keys) and tasks of as many whole chunks as fit
  * into `most`, and appends it. */
 static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most)
@@ -318,7 +334,8 @@ static void add_item(attn_job *job, attn_item item, int64_t target, int64_t most
     item.chunks = (rows - 1) / target + 1;
     while (keys && item.chunks & (item.chunks - 1)) item.chunks++; /* a power of two: as many for every thread */
     item.chunk = round_up((rows - 1) / item.chunks + 1, grain);    /* even pieces */
-    item.chunks = (rows - 1) / item.chunk + 1;
+    if (!keys && !job->a->blocks.data) cut_rows(&item, rows, grain);
+    if (!item.rows) item.chunks = (rows - 1) / item.chunk + 1;
     item.bunch = most < item.chunk ? 1 : most / item.chunk < item.chunks ? most / item.chunk : item.chunks;
     item.pieces = (item.chunks - 1) / item.bunch + 1;
     int64_t held = item.chunk * item.bunch < round_up(rows, grain) ? item.chunk * item.bunch : round_up(rows, grain);
@@ -375,6 +392,16 @@ static int64_t even_tasks(int64_t all, int64_t longest, int64_t tasks, int threa
     return lattices < tasks ? lattices * each : tasks;
 }
 
+/* Pieces of a lattice of `longest` rows, out of `all`, that give every thread as many, but of few lattices no more than
+ * that takes: each piece packs keys (backward: rows) of its own. 0: there are lattices enough. */
+static int64_t few_pieces(int64_t all, int64_t longest, int threads)
+{
+    int64_t lattices = (all - 1) / longest + 1, pieces = 1;
+    if (threads == 1 || lattices >= threads * LAC_ATTN_THREAD_TASKS) return 0;
+    while (lattices * pieces % threads && lattices * pieces < threads * LAC_ATTN_THREAD_TASKS) pieces++;
+    return pieces;
+}
+
 /* The least rows of a chunk that pay for packing, at least `least`, as many chunks for every thread if that can be. */
 static int64_t least_rows(int64_t all, int64_t longest, int64_t least, int threads)
 {
@@ -397,6 +424,8 @@ static int64_t chunk_rows(const attn_job *job, int32_t which, int64_t all, int64
 #endif
     int64_t tasks = job->threads > 1 ? job->threads * LAC_ATTN_THREAD_TASKS : 1;
     if (job->threads > 1) tasks = even_tasks(all, longest, tasks, job->threads);
+    int64_t pieces = few_pieces(all, longest, job->threads), even = pieces ? (longest - 1) / pieces + 1 : 0;
+    if (!job->a->plan->desc.causal && even > least && even <= most) return round_up(even, LAC_ATTN_ROWS);
     int64_t target = round_up(all / tasks, LAC_ATTN_ROWS);
     if (target < least && job->a->plan->desc.causal) target = least; /* chunks are not alike: the more the better */
     if (target < least) target = round_up(least_rows(all, longest, least, job->threads), LAC_ATTN_ROWS);
@@ -404,9 +433,11 @@ static int64_t chunk_rows(const attn_job *job, int32_t which, int64_t all, int64
 }
 
 /* how many keys a backward task may own (0: one chunk) */
-static int64_t task_keys(const attn_job *job, int64_t all)
+static int64_t task_keys(const attn_job *job, int64_t all, int64_t longest)
 {
     int64_t share = job->threads > 1 ? all / (job->threads * LAC_ATTN_THREAD_TASKS) : all;
+    int64_t pieces = few_pieces(all, longest, job->threads), even = pieces ? (longest - 1) / pieces + 1 : 0;
+    if (even > share && longest <= LAC_ATTN_KEY_RUN) share = even;
     int64_t most = job->a->blocks.data ? LAC_ATTN_BLOCKS_RUN : LAC_ATTN_KEY_RUN;
 #ifdef ATTN_AMX
     if (job->a->blocks.data) most = LAC_ATTN_PARTS_RUN;
@@ -454,7 +485,7 @@ static void add_phase(attn_job *job, const int32_t *phase, int32_t which)
     const lac_plan *p = job->a->plan;
     uint32_t done = job->new_delta ? job->whole : 0;
     int64_t all = phase_rows(job, phase, which), longest = longest_rows(job, phase, which);
-    int64_t target = chunk_rows(job, which, all, longest), most = task_keys(job, all);
+    int64_t target = chunk_rows(job, which, all, longest), most = task_keys(job, all, longest);
     job->item_count = job->tasks = job->turn_count = job->rows = job->keys = 0;
     for (;;) {
         int best = -1;

@@ -23,7 +23,8 @@ typedef struct attn_item {
     int64_t group;              /* segments of one task */
     int64_t chunks, chunk;      /* of one segment, several only if group is 1; query rows (backward: keys) of one */
     int64_t bunch, pieces;      /* chunks of one task, tasks of one segment */
-    int64_t edge[ATTN_EDGES];   /* backward, if uneven: where chunks of keys begin */
+    int64_t rows, grain; /* query rows of a segment that are cut into even chunks at multiples of the grain, or 0 */
+    int64_t edge[ATTN_EDGES]; /* backward, if uneven: where chunks of keys begin */
     bool uneven;
     int64_t blocks, turn; /* backward: blocks of query rows, number of the first turn */
     int64_t first, mates; /* items of one branch are cut alike: number of their first task, how many they are */
@@ -145,10 +146,32 @@ static inline int64_t attn_chunk_of(const attn_item *it, int64_t key)
     return chunk;
 }
 
+/* where a chunk of query rows of a segment begins */
+static inline int64_t attn_rows_at(const attn_item *it, int64_t chunk)
+{
+    if (!it->rows) return chunk * it->chunk;
+    return chunk == it->chunks ? it->rows
+                               : (2 * chunk * it->rows / it->chunks + it->grain) / (2 * it->grain) * it->grain;
+}
+
+/* The rows of a chunk of a span: the first one and, returned, how many; none if the span ends before. */
+static inline int64_t attn_rows_of(const attn_item *it, lac_span s, int64_t chunk, int64_t *first)
+{
+    int64_t end = s.q0 + attn_rows_at(it, chunk + 1);
+    *first = s.q0 + attn_rows_at(it, chunk);
+    return (s.q1 < end ? s.q1 : end) - *first;
+}
+
+/* how many tasks have added to a block of rows of dq */
+static inline int32_t attn_turn(const attn_job *job, int64_t block)
+{
+    return __atomic_load_n(job->turns + block, __ATOMIC_ACQUIRE);
+}
+
 /* Waits until `turn` tasks have added to a block of rows of dq. Returns false if the job is stopped. */
 static inline bool attn_wait(const attn_job *job, int64_t block, int32_t turn)
 {
-    for (int spins = 0; __atomic_load_n(job->turns + block, __ATOMIC_ACQUIRE) != turn; spins++) {
+    for (int spins = 0; attn_turn(job, block) != turn; spins++) {
         if (__atomic_load_n(job->stop, __ATOMIC_RELAXED)) return false;
         if (spins > 1000) sched_yield();
     }

@@ -213,6 +213,11 @@
 --     head's two runs of keys in the backward, cut at multiples of 128, the longer has 0.56 of the pairs,
 --     1.78 at best; but cut at multiples of 32 (0.52) the backward of one and three causal heads stays at
 --     1.43 to 1.55, as before, so it is not the balance.
+--   * Two threads there, later: one head of 1024 rows was cut into four chunks of 288, 288, 288 and 160 rows,
+--     so that one thread had 576, and each packed all keys; in the backward four runs of keys packed all rows.
+--     Few heads now get no more pieces than every thread needs, as even as multiples of 96 allow (480 and
+--     544), and a backward task with two runs keeps what a run adds to dq until its turn comes instead of
+--     waiting. Fastest turns before and now, one head: forward 1.54 and 1.88, backward 1.68 and 1.94.
 --
 -- The other side is measured in turns with ours (see lua/lacuna/bench.lua); gathering is not counted against
 -- PyTorch: its inputs are contiguous and gathered already.
