@@ -576,15 +576,16 @@ end
 
 -- OpenBLAS itself: where a processor has a matrix unit, matmul would not be it.
 lib.ffi.cdef [[
-void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float *a,
-                 int lda, const float *b, int ldb, float beta, float *c, int ldc);
+void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha,
+                 const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
 ]]
 
 function FLOORS.sgemm(b)
   local n = b:size(1024, 32)
   local x, y = create.randn({ n, n }, { dtype = "f32" }), create.randn({ n, n }, { dtype = "f32" })
   if b.device ~= "cpu" then return function() return x:matmul(y) end, 2 * n ^ 3, "sgemm" end
-  local out, rows, plain = create.empty({ n, n }, { dtype = "f32" }), 101, 111 -- CblasRowMajor, CblasNoTrans
+  local out = create.empty({ n, n }, { dtype = "f32" })
+  local rows, plain = 101, 111 -- CblasRowMajor, CblasNoTrans
   return function()
     lib.C.cblas_sgemm(rows, plain, plain, n, n, n, 1, x:data(), n, y:data(), n, 0, out:data(), n)
   end, 2 * n ^ 3, "sgemm"
