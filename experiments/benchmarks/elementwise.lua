@@ -107,9 +107,11 @@
 -- Reading alone. 6.3 to 7 cycles a line whatever is asked for ahead, where 77% of a copy allow 6.8: the
 -- maximum over rows is there. A sum converts to double, 5 cycles for 16 floats, a variance 9, a log-sum-exp
 -- takes 10; over columns sums are loaded and stored as well.
--- Passes. What reads memory twice (softmax over columns) counts it once here. Backwards of norms take 11
--- cycles for a line each of x, g and dx, 5 of them for dgamma and dbeta in the cache; rows wider than 1024
--- leave the first cache, and from memory all overlap to 19.
+-- Passes. Columns of 32768 rows and more do not stay in a core's caches between the sums of a softmax and its
+-- results, in pieces wide enough to come in order, so that inputs have to be read twice, and are counted so:
+-- three passes in the forwards, five in softmax's backward, four in that of its logarithm. Backwards of norms
+-- take 11 cycles for a line each of x, g and dx, 5 of them for dgamma and dbeta in the cache; rows wider than
+-- 1024 leave the first cache, and from memory all overlap to 19.
 --
 -- Tried, not kept: sin and cos in float after a reduction in double (64 -> 52, and 0.9 ulp); tanh by 16
 -- polynomials in intervals that grow (12.5 -> 10.9 by its addition theorem); norms' backwards by two or four
@@ -156,9 +158,10 @@ local function rows_of(b, rows, width)
   for dim = 1, 2 do
     local along = (" [%d, %d] over %d"):format(rows, width, dim)
     local d = { rows = rows, width = width, dim = dim - 1 }
-    for _, name in ipairs { "softmax", "log_softmax" } do
-      row(b, name .. along, name, d, 2 * bytes, function() return lac[name](x, dim) end)
-      row(b, name .. along .. ", bwd", name .. "_backward", d, 3 * bytes,
+    for again, name in ipairs { "log_softmax", "softmax" } do -- over columns g, or y and g, twice (and x)
+      local columns = dim == 1
+      row(b, name .. along, name, d, (columns and 3 or 2) * bytes, function() return lac[name](x, dim) end)
+      row(b, name .. along .. ", bwd", name .. "_backward", d, (columns and 3 + again or 3) * bytes,
           backward({ leaf }, lac[name](leaf, dim)))
     end
     for _, name in ipairs { "sum", "max", "var", "logsumexp" } do
