@@ -12,6 +12,9 @@
  * block by block (f64 by its mean, floats in double by an element), the blocks combined by Chan, Golub and LeVeque's
  * rule (1983); the log-sum-exp keeps its maximum apart. Both read memory once. Extrema: NaN wins, the first of equals;
  * positions count in row-major order, so axes are not reordered for them.
+ *
+ * Rows of floats of one block each have a loop of their own (rows_task) with lanes in registers: a sum of 64 takes a
+ * Zen 3 27 ns instead of 76, a maximum 12 instead of 49 (of 1024: 181 and 97, which were 202 and 160).
  */
 #include "cpu.h"
 #include "rows.h"
@@ -49,6 +52,7 @@ typedef struct {
     /* when parts > 1: [outputs][parts], or [blocks of columns][parts] */
     partial *partials;
     partials *columns_parts;
+    double (*row)(const float *, int64_t); /* of rows_task; else NULL */
 } reduce_job;
 
 /* ---- blocks of a row ---- */
@@ -77,16 +81,48 @@ typedef struct {
             lane[k] combine lane[k + w];                                                                               \
         return s combine lane[0];                                                                                      \
     }
-LANE_SUM(sum_f, float, double, 0, +, v)
 LANE_SUM(sum_d, double, double, 0, +, v)
 LANE_SUM(sum_i, int64_t, uint64_t, 0, +, v)
-LANE_SUM(squares_f, float, double, 0, +, (v - c) * (v - c))
 LANE_SUM(squares_d, double, double, 0, +, (v - c) * (v - c))
-LANE_SUM(absolute_f, float, double, 0, +, fabs(v))
 LANE_SUM(absolute_d, double, double, 0, +, fabs(v))
 LANE_SUM(product_f, float, double, 1, *, v)
 LANE_SUM(product_d, double, double, 1, *, v)
 LANE_SUM(product_i, int64_t, uint64_t, 1, *, v)
+
+/* The same sums of floats, in the same order, with the lanes in registers: of short rows most of the time went into
+ * lanes that gcc kept in memory, one by one. */
+typedef float few_floats __attribute__((vector_size(V_WIDTH / 2), aligned(4), may_alias));
+typedef int64_t v_wholes __attribute__((vector_size(V_WIDTH)));
+static inline v_doubles lanes_size(v_doubles v) { return (v_doubles)((v_wholes)v & INT64_MAX); }
+#define ROW_SUM_OF(name, of_lanes, of_one)                                                                             \
+    static double name(const float *x, int64_t n)                                                                      \
+    {                                                                                                                  \
+        enum { L = V_WIDTH / sizeof(double), N = LANES / L };                                                          \
+        v_doubles lane[N];                                                                                             \
+        double s = 0;                                                                                                  \
+        int64_t i = 0;                                                                                                 \
+        _Pragma("GCC unroll 16") for (int k = 0; k < N; k++) lane[k] = (v_doubles){0};                                 \
+        for (; i + LANES <= n; i += LANES) {                                                                           \
+            for (int k = 0; k < LANES; k += V_LINE / (int)sizeof(float)) v_ask(x + i + k);                             \
+            _Pragma("GCC unroll 16") for (int k = 0; k < N; k++)                                                       \
+            {                                                                                                          \
+                v_doubles v = __builtin_convertvector(*(const few_floats *)(x + i + k * L), v_doubles);                \
+                lane[k] += of_lanes;                                                                                   \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (; i < n; i++) {                                                                                           \
+            double v = (double)x[i];                                                                                   \
+            s += of_one;                                                                                               \
+        }                                                                                                              \
+        if (n < LANES) return s;                                                                                       \
+        _Pragma("GCC unroll 4") for (int w = N / 2; w > 0; w /= 2) _Pragma("GCC unroll 8") for (int k = 0; k < w; k++) \
+            lane[k] += lane[k + w];                                                                                    \
+        return s + v_sum_d(lane[0]);                                                                                   \
+    }
+ROW_SUM_OF(sum_f, v, v)
+ROW_SUM_OF(squares_f, v *v, v *v)
+ROW_SUM_OF(absolute_f, lanes_size(v), fabs(v))
+#undef ROW_SUM_OF
 
 /* Sums of x - c and of its square. With c among the elements (mean - c)^2 is at most n times the variance, so the
  * difference of the squares' mean and the mean's square loses log2(n) of a double's bits: a float's are safe. */
@@ -115,7 +151,7 @@ static void moments(const float *x, double c, double *sum, double *squares, int6
     *squares += q[0];
 }
 
-double LAC_CPU(sum)(int ctype, const void *x, int64_t n) { return ctype == C_F32 ? sum_f(x, 0, n) : sum_d(x, 0, n); }
+double LAC_CPU(sum)(int ctype, const void *x, int64_t n) { return ctype == C_F32 ? sum_f(x, n) : sum_d(x, 0, n); }
 
 /* Neumaier: sum and error together hold more than a double; infinities must not turn the error into NaN */
 static inline void add_exact(double *sum, double *error, double x)
@@ -167,11 +203,88 @@ static inline bool better_d(const reduce_job *job, double x, double best)
         best = lane[0] better best ? lane[0] : best;                                                                   \
         return nan | odd[0] ? (double)NAN : (double)best;                                                              \
     }
+#ifdef __AVX2__
+/* The same of floats by vectors, whose last one may overlap the one before: which of several is looked at first does
+ * not matter. The second operand is the result where one is NaN. */
+#ifdef __AVX512F__
+typedef __m512 v_extreme;
+#define V_OF(name) _mm512_##name
+#define V_SIZE(v) _mm512_abs_ps(v)
+#define V_NAN(odd, v) odd |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q)
+typedef __mmask16 v_odd;
+static inline bool odd_any(v_odd odd) { return odd != 0; }
+static inline float extreme_max(v_extreme v) { return _mm512_reduce_max_ps(v); }
+static inline float extreme_min(v_extreme v) { return _mm512_reduce_min_ps(v); }
+#else
+typedef __m256 v_extreme;
+#define V_OF(name) _mm256_##name
+#define V_SIZE(v) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)
+#define V_NAN(odd, v) odd = _mm256_or_ps(odd, _mm256_cmp_ps(v, v, _CMP_UNORD_Q))
+typedef __m256 v_odd;
+static inline bool odd_any(v_odd odd) { return _mm256_movemask_ps(odd) != 0; }
+#define EXTREME_LANES(name)                                                                                            \
+    static inline float extreme_##name(v_extreme v)                                                                    \
+    {                                                                                                                  \
+        __m128 x = _mm_##name##_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));                            \
+        x = _mm_##name##_ps(x, _mm_movehl_ps(x, x));                                                                   \
+        return _mm_cvtss_f32(_mm_##name##_ss(x, _mm_movehdup_ps(x)));                                                  \
+    }
+EXTREME_LANES(max)
+EXTREME_LANES(min)
+#undef EXTREME_LANES
+#endif
+#define ROW_EXTREME(name, side, start, better, value, v_value)                                                         \
+    static double name(const float *x, int64_t n)                                                                      \
+    {                                                                                                                  \
+        enum { L = sizeof(v_extreme) / sizeof(float), N = 4 };                                                         \
+        v_extreme lane[N];                                                                                             \
+        v_odd odd[N] = {0};                                                                                            \
+        float best = start;                                                                                            \
+        int64_t i = 0;                                                                                                 \
+        bool nan = false;                                                                                              \
+        if (n < L) {                                                                                                   \
+            for (; i < n; i++) {                                                                                       \
+                float v = value(x[i]);                                                                                 \
+                nan |= v != v;                                                                                         \
+                best = v better best ? v : best;                                                                       \
+            }                                                                                                          \
+            return nan ? (double)NAN : (double)best;                                                                   \
+        }                                                                                                              \
+        _Pragma("GCC unroll 4") for (int k = 0; k < N; k++) lane[k] = V_OF(set1_ps)(start);                            \
+        for (; i + N * L <= n; i += N * L) {                                                                           \
+            _Pragma("GCC unroll 4") for (int k = 0; k < N; k++)                                                        \
+            {                                                                                                          \
+                if (k * L % 16 == 0) v_ask(x + i + k * L);                                                             \
+                v_extreme v = v_value(V_OF(loadu_ps)(x + i + k * L));                                                  \
+                V_NAN(odd[k], v);                                                                                      \
+                lane[k] = V_OF(side##_ps)(v, lane[k]);                                                                 \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (; i < n; i += L) {                                                                                        \
+            v_extreme v = v_value(V_OF(loadu_ps)(x + (i + L < n ? i : n - L)));                                        \
+            V_NAN(odd[0], v);                                                                                          \
+            lane[0] = V_OF(side##_ps)(v, lane[0]);                                                                     \
+        }                                                                                                              \
+        lane[0] = V_OF(side##_ps)(V_OF(side##_ps)(lane[0], lane[1]), V_OF(side##_ps)(lane[2], lane[3]));               \
+        _Pragma("GCC unroll 4") for (int k = 0; k < N; k++) nan |= odd_any(odd[k]);                                    \
+        return nan ? (double)NAN : (double)extreme_##side(lane[0]);                                                    \
+    }
+#define V_SAME(v) v
+ROW_EXTREME(max_f, max, -INFINITY, >, , V_SAME)
+ROW_EXTREME(min_f, min, INFINITY, <, , V_SAME)
+ROW_EXTREME(largest_f, max, 0, >, fabsf, V_SIZE)
+#undef ROW_EXTREME
+#undef V_SAME
+#undef V_SIZE
+#undef V_NAN
+#undef V_OF
+#else
 EXTREME(max_f, float, int32_t, >, -INFINITY, )
 EXTREME(min_f, float, int32_t, <, INFINITY, )
+EXTREME(largest_f, float, int32_t, >, 0, fabsf)
+#endif
 EXTREME(max_d, double, int64_t, >, -(double)INFINITY, )
 EXTREME(min_d, double, int64_t, <, (double)INFINITY, )
-EXTREME(largest_f, float, int32_t, >, 0, fabsf)
 EXTREME(largest_d, double, int64_t, >, 0, fabs)
 
 /* where the first element is that equals m, or is NaN if m is */
@@ -354,10 +467,9 @@ static void block_add(const reduce_job *job, partial *p, const void *x, int64_t 
         return;
     default:
         if (job->ctype == C_I64) p->i = (int64_t)((uint64_t)p->i + sum_i(x, 0, n));
-        else if (job->transform == SQUARE)
-            add_exact(&p->d, &p->error, single ? squares_f(x, 0, n) : squares_d(x, 0, n));
+        else if (job->transform == SQUARE) add_exact(&p->d, &p->error, single ? squares_f(x, n) : squares_d(x, 0, n));
         else if (job->transform == ABSOLUTE)
-            add_exact(&p->d, &p->error, single ? absolute_f(x, 0, n) : absolute_d(x, 0, n));
+            add_exact(&p->d, &p->error, single ? absolute_f(x, n) : absolute_d(x, 0, n));
         else add_exact(&p->d, &p->error, LAC_CPU(sum)(job->ctype, x, n));
     }
 }
@@ -536,12 +648,32 @@ static void columns_task(const reduce_job *job, int64_t row, int64_t part, int64
     if (job->parts == 1) finish_columns(job, p, block, out);
 }
 
+/* Rows of floats that lie side by side in memory and are one block each: what can be said once for all rows, which for
+ * rows of 64 is most of the time, is said in reduce(). */
+static void rows_task(const reduce_job *job, int64_t begin, int64_t end)
+{
+    const char *x = NULL;
+    char *out = NULL;
+    const int64_t n = job->count, last = job->kept ? job->ks[job->kept - 1] : 1;
+    for (int64_t t = begin; t < end; t++) {
+        if (t == begin || t % last == 0) place(job, job->kept, t, &x, &out);
+        *(float *)(void *)out = plain_float(job->a->fn, job->row((const float *)(const void *)x, n), 0, (double)n);
+        if (!job->kept) continue;
+        x += job->kx[job->kept - 1];
+        out += job->ko[job->kept - 1];
+    }
+}
+
 static void reduce_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const reduce_job *job = context;
     const char *x = NULL;
     char *out = NULL;
     (void)thread;
+    if (job->row) {
+        rows_task(job, begin, end);
+        return;
+    }
     for (int64_t t = begin; t < end; t++) {
         int64_t part = 0, row = t, from = 0, to = job->count;
         if (job->parts > 1) { /* the share of this part, by shape only */
@@ -658,6 +790,18 @@ static void choose_order(reduce_job *job)
     if (plain && count <= SHORT && k >= 0 && job->ks[k] >= MANY) job->columns = true;
 }
 
+/* the kernel of rows_task, if that can be used */
+static double (*row_kernel(const reduce_job *job))(const float *, int64_t)
+{
+    bool rows = !job->columns && job->parts == 1 && job->reduced == 1 && job->rx[0] == (int64_t)sizeof(float);
+    if (!rows || job->a->x.dtype != LAC_F32 || !is_plain_float(job) || job->count < 1 || job->count > 8 * BLOCK)
+        return NULL;
+    if (job->class == CLASS_SUM)
+        return job->transform == SQUARE ? squares_f : job->transform == ABSOLUTE ? absolute_f : sum_f;
+    if (job->class == CLASS_EXTREME) return job->transform == ABSOLUTE ? largest_f : job->smallest ? min_f : max_f;
+    return NULL;
+}
+
 int LAC_CPU(reduce)(const lac_a_reduce *a)
 {
     reduce_job job = {.a = a, .ctype = lac_compute_type(a->x.dtype), .outputs = 1, .count = 1, .blocks = 1, .parts = 1};
@@ -699,6 +843,7 @@ int LAC_CPU(reduce)(const lac_a_reduce *a)
         if (job.columns) job.columns_parts = space;
         else job.partials = space;
     }
+    job.row = row_kernel(&job);
     int status =
         LAC_CPU(parallel)("reduce", rows * job.parts, work > 1e18 ? (int64_t)1e18 : (int64_t)work, reduce_task, &job);
     if (space && !status) combine_all(&job, rows);
