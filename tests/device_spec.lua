@@ -25,7 +25,7 @@ local ELSEWHERE = {
   },
   ["the CPU's kernels, pool or threads; those of the device have specs above"] = {
     "attend", "attend_pairs", "attend_parts", "engine", "engine_errors", "engine_maps", "engine_rows", "fp8",
-    "fuzz", "memory", "reduce", "sgemm", "sgemm_unit", "threads", "timeline",
+    "fuzz", "memory", "reduce", "rows", "sgemm", "sgemm_unit", "threads", "timeline",
   },
   ["no tensors, or those of a child process"] = {
     "arguments", "bench", "build", "command", "dispatch", "experiments", "layers", "log", "plan", "plot",

@@ -217,66 +217,75 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
         T *dx, mean, rstd, a, b;                                                                                       \
         bool stream, staged;                                                                                           \
     } backward_row_##S;                                                                                                \
+    /* A line of both rows; `line` gets dx. */                                                                         \
+    LAC_INLINE void backward_line_##S(const backward_row_##S *now, const backward_row_##S *next, const T *x,           \
+                                      const T *g, const T *xn, const T *gn, const T *gamma, T *dgamma, T *dbeta, H *s, \
+                                      H *t, T *line, bool write, bool sum, bool add, bool centred)                     \
+    {                                                                                                                  \
+        enum { L = HALF_LINE / sizeof(T) };                                                                            \
+        _Pragma("GCC unroll 2") for (int k = 0; k < 2; k++)                                                            \
+        {                                                                                                              \
+            const H weight = AT(H, gamma, k * L);                                                                      \
+            H more_gamma = {0}, more_beta = {0};                                                                       \
+            if (sum) {                                                                                                 \
+                H gk = AT(H, gn, k * L), scaled = gk * weight, c = AT(H, xn, k * L) - next->mean;                      \
+                s[k] += scaled;                                                                                        \
+                t[k] += scaled * c;                                                                                    \
+                if (add) more_gamma = gk * (c * next->rstd), more_beta = gk;                                           \
+            }                                                                                                          \
+            if (write) {                                                                                               \
+                H gk = AT(H, g, k * L), h = (AT(H, x, k * L) - now->mean) * now->rstd;                                 \
+                *(H *)(line + k * L) = now->rstd * (gk * weight - now->a - h * now->b);                                \
+                more_gamma += gk * h;                                                                                  \
+                more_beta += gk;                                                                                       \
+            }                                                                                                          \
+            if (add) *(H *)(dgamma + k * L) += more_gamma;                                                             \
+            if (add && centred) *(H *)(dbeta + k * L) += more_beta;                                                    \
+        }                                                                                                              \
+    }                                                                                                                  \
     /* One pass over two rows, so that arithmetic, reading and writing overlap: `now`, whose means are known, is       \
      * written, and of `next` the means are found. add: what is at hand of both goes to dgamma and dbeta, so that      \
      * these are loaded and stored once for two rows. dx may be x; not centred: rmsnorm, without mean and dbeta.       \
      * narrow: rows that are never staged and ask 12 KB ahead on every processor (64 floats on a Zen 3: 11.5 ns a line \
-     * instead of 12.0). */                                                                                            \
-    LAC_INLINE void backward_step_##S(const backward_row_##S *now, backward_row_##S *next, const T *gamma, T *dgamma,  \
-                                      T *dbeta, int64_t n, bool write, bool sum, bool add, bool centred, bool narrow)  \
+     * instead of 12.0). The end of a row is a line filled up with zeros: a loop over its elements, compiled once for  \
+     * each case, had its products rounded before they were added in some and not in others. */                        \
+    LAC_INLINE void backward_step_##S(const backward_row_##S *now_, backward_row_##S *next_, const T *gamma,           \
+                                      T *dgamma, T *dbeta, int64_t n, bool write, bool sum, bool add, bool centred,    \
+                                      bool narrow)                                                                     \
     {                                                                                                                  \
         enum { CHUNK = V_LINE / sizeof(T), L = HALF_LINE / sizeof(T) };                                                \
-        const T *x = now->x, *g = now->g, *xn = next->x, *gn = next->g, mean = now->mean, rstd = now->rstd;            \
-        const T ma = now->a, mb = now->b, mean_n = next->mean, rstd_n = next->rstd;                                    \
-        T *dx = now->dx; /* here, because stores to dgamma might change *now for all that gcc knows */                 \
-        const bool stream = now->stream, staged = write && !narrow && now->staged, near = !narrow && row_asks_near();  \
+        const backward_row_##S now = *now_, next = *next_; /* stores to dgamma might change them for all gcc knows */  \
+        const T *x = now.x, *g = now.g, *xn = next.x, *gn = next.g;                                                    \
+        T *dx = now.dx;                                                                                                \
+        const bool stream = now.stream, staged = write && !narrow && now.staged, near = !narrow && row_asks_near();    \
         T stage[SUM_BLOCK];                                                                                            \
         double a = 0, b = 0;                                                                                           \
         for (int64_t i = 0; i < n;) {                                                                                  \
             int64_t start = i, end = n - i < SUM_BLOCK ? n : i + SUM_BLOCK;                                            \
             T *to = staged ? stage : write ? dx + start : NULL;                                                        \
             H s[2] = {{0}}, t[2] = {{0}};                                                                              \
-            T rest_s = 0, rest_t = 0, line[CHUNK];                                                                     \
             for (; i + CHUNK <= end; i += CHUNK) {                                                                     \
+                T line[CHUNK];                                                                                         \
                 if (sum) row_ask(xn + i, near), row_ask(gn + i, near);                                                 \
-                _Pragma("GCC unroll 2") for (int k = 0; k < 2; k++)                                                    \
-                {                                                                                                      \
-                    const int64_t j = i + k * L;                                                                       \
-                    const H weight = AT(H, gamma, j);                                                                  \
-                    H more_gamma = {0}, more_beta = {0};                                                               \
-                    if (sum) {                                                                                         \
-                        H gk = AT(H, gn, j), scaled = gk * weight, c = AT(H, xn, j) - mean_n;                          \
-                        s[k] += scaled;                                                                                \
-                        t[k] += scaled * c;                                                                            \
-                        if (add) more_gamma = gk * (c * rstd_n), more_beta = gk;                                       \
-                    }                                                                                                  \
-                    if (write) {                                                                                       \
-                        H gk = AT(H, g, j), h = (AT(H, x, j) - mean) * rstd;                                           \
-                        *(H *)(line + k * L) = rstd * (gk * weight - ma - h * mb);                                     \
-                        more_gamma += gk * h;                                                                          \
-                        more_beta += gk;                                                                               \
-                    }                                                                                                  \
-                    if (add) *(H *)(dgamma + j) += more_gamma;                                                         \
-                    if (add && centred) *(H *)(dbeta + j) += more_beta;                                                \
-                }                                                                                                      \
+                backward_line_##S(&now, &next, x + i, g + i, xn + i, gn + i, gamma + i, dgamma + i, dbeta + i, s, t,   \
+                                  line, write, sum, add, centred);                                                     \
                 _Pragma("GCC unroll 2") for (int k = 0; write && k < 2; k++)                                           \
                     put_half(to + i - start + k * L, line + k * L, stream);                                            \
             }                                                                                                          \
-            for (; i < end; i++) {                                                                                     \
-                T weight = gamma[i], more_gamma = 0, more_beta = 0;                                                    \
-                if (sum) {                                                                                             \
-                    T gi = gn[i], c = xn[i] - mean_n;                                                                  \
-                    rest_s += gi * weight;                                                                             \
-                    rest_t += gi * weight * c;                                                                         \
-                    more_gamma = gi * (c * rstd_n), more_beta = gi;                                                    \
-                }                                                                                                      \
-                if (write) {                                                                                           \
-                    T gi = g[i], h = (x[i] - mean) * rstd;                                                             \
-                    to[i - start] = rstd * (gi * weight - ma - h * mb);                                                \
-                    more_gamma += gi * h, more_beta += gi;                                                             \
-                }                                                                                                      \
-                if (add) dgamma[i] += more_gamma;                                                                      \
-                if (add && centred) dbeta[i] += more_beta;                                                             \
+            if (i < end) {                                                                                             \
+                T part[7][CHUNK], line[CHUNK];                                                                         \
+                const int64_t count = end - i;                                                                         \
+                row_take_part_##S(gamma + i, part[0], count, 0);                                                       \
+                if (write) row_take_part_##S(x + i, part[1], count, 0), row_take_part_##S(g + i, part[2], count, 0);   \
+                if (sum) row_take_part_##S(xn + i, part[3], count, 0), row_take_part_##S(gn + i, part[4], count, 0);   \
+                if (add) row_take_part_##S(dgamma + i, part[5], count, 0);                                             \
+                if (add && centred) row_take_part_##S(dbeta + i, part[6], count, 0);                                   \
+                backward_line_##S(&now, &next, part[1], part[2], part[3], part[4], part[0], part[5], part[6], s, t,    \
+                                  line, write, sum, add, centred);                                                     \
+                if (write) row_put_part_##S(to + i - start, line, count);                                              \
+                if (add) row_put_part_##S(dgamma + i, part[5], count);                                                 \
+                if (add && centred) row_put_part_##S(dbeta + i, part[6], count);                                       \
+                i = end;                                                                                               \
             }                                                                                                          \
             if (staged) row_pass(dx + start, stage, (end - start) * (int64_t)sizeof(T));                               \
             V all_s[V_LINE / V_WIDTH], all_t[V_LINE / V_WIDTH];                                                        \
@@ -287,10 +296,10 @@ LAC_INLINE void put_half(void *out, const void *r, bool stream)
                 all_s[0] += all_s[k];                                                                                  \
                 all_t[0] += all_t[k];                                                                                  \
             }                                                                                                          \
-            a += (double)(SUM(all_s[0]) + rest_s);                                                                     \
-            b += (double)(SUM(all_t[0]) + rest_t);                                                                     \
+            a += (double)SUM(all_s[0]);                                                                                \
+            b += (double)SUM(all_t[0]);                                                                                \
         }                                                                                                              \
-        if (sum) next->a = centred ? (T)(a / (double)n) : 0, next->b = (T)(b * (double)rstd_n / (double)n);            \
+        if (sum) next_->a = centred ? (T)(a / (double)n) : 0, next_->b = (T)(b * (double)next.rstd / (double)n);       \
     }                                                                                                                  \
     /* adds the sums of a few rows to those of all, and starts again */                                                \
     static void norm_flush_##S(T *few, double *all, int64_t n)                                                         \
