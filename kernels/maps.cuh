@@ -14,6 +14,8 @@
 /* Long functions are called, not copied into every unrolled loop: their own instructions cost more than the call, and
  * the file would take minutes to compile. */
 #define MAP_LONG static __device__ __noinline__
+#define SPECIAL static __device__ __forceinline__
+#include "special.h"
 
 MAP_FN float F_neg(float x) { return -x; }
 MAP_FN double F_neg(double x) { return -x; }
@@ -189,17 +191,9 @@ MAP_FN int64_t F_trunc(int64_t x) { return x; }
 MAP_LONG float F_fmod(float x, float y) { return fmodf(x, y); }
 MAP_LONG double F_fmod(double x, double y) { return fmod(x, y); }
 MAP_LONG int64_t F_fmod(int64_t x, int64_t y) { return y == 0 || y == -1 ? 0 : x % y; }
-/* exact where x / y rounds up to an integer: with mod, floor_divide(x, y) y + mod(x, y) = x */
-template <class T> MAP_LONG T F_floor_divide(T x, T y)
-{
-    if constexpr (std::is_same_v<T, int64_t>) {
-        return F_div(x, y);
-    } else {
-        T q = (x - F_mod(x, y)) / y, f = F_floor(q);
-        f = q - f > T(0.5) ? f + 1 : f;
-        return y == 0 ? x / y : f;
-    }
-}
+MAP_LONG float F_floor_divide(float x, float y) { return special_floor_divide_f(x, y); }
+MAP_LONG double F_floor_divide(double x, double y) { return special_floor_divide_d(x, y, fmod(x, y)); }
+MAP_FN int64_t F_floor_divide(int64_t x, int64_t y) { return F_div(x, y); }
 MAP_FN int64_t F_shift_left(int64_t x, int64_t n) { return n < 0 || n > 63 ? 0 : (int64_t)((uint64_t)x << n); }
 MAP_FN int64_t F_shift_right(int64_t x, int64_t n) { return x >> (n < 0 || n > 63 ? 63 : n); }
 MAP_LONG_FLOATS(erfc, erfcf, erfc)

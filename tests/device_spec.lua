@@ -14,7 +14,7 @@ local BOTH = {
   "adaptive", "attention", "attention_pairs", "checkpoint", "config", "conv", "data", "decode",
   "decode_blocks", "elem", "encoder", "explain", "golden", "grad", "io", "learned_blocks", "masks",
   "multihead", "nn", "ops", "optim", "order", "profile", "public", "recompute", "ring", "sampling", "scaler",
-  "scan", "scatter", "scope", "sparse", "tensor", "torch_mha", "train", "variants", "watch",
+  "scan", "scatter", "scope", "sparse", "special", "tensor", "torch_mha", "train", "variants", "watch",
 }
 
 local ELSEWHERE = {

@@ -220,6 +220,45 @@ static inline int64_t tile_size(int64_t left, int64_t chunk, int64_t tile)
             PUT(0);                                                                                                    \
         }                                                                                                              \
     }
+/* `near` for all elements, and then `whole`, one at a time, for those that are far, if there are any in a chunk */
+#define LOOP_FAR(kind, count, near, is_far, whole, ...)                                                                \
+    {                                                                                                                  \
+        const int kind_ = kind;                                                                                        \
+        CHUNKS                                                                                                         \
+        {                                                                                                              \
+            T line[CHUNK];                                                                                             \
+            int far = 0;                                                                                               \
+            if (past0) {                                                                                               \
+                AHEAD##count;                                                                                          \
+            }                                                                                                          \
+            TAKE##count;                                                                                               \
+            _Pragma("omp simd reduction(| : far)") for (int k = 0; k < CHUNK; k++)                                     \
+            {                                                                                                          \
+                __VA_ARGS__;                                                                                           \
+                line[k] = (near);                                                                                      \
+                far |= (is_far);                                                                                       \
+            }                                                                                                          \
+            for (int k = 0; far && k < CHUNK; k++) {                                                                   \
+                __VA_ARGS__;                                                                                           \
+                if (is_far) line[k] = (whole);                                                                         \
+            }                                                                                                          \
+            PUT_LINE(0, line);                                                                                         \
+        }                                                                                                              \
+    }
+#define KERNEL_FAR(name, count, declare, near, is_far, whole)                                                          \
+    static void name(int64_t n, const elem_in *in, const elem_out *to, const void *constants_)                         \
+    {                                                                                                                  \
+        T space_[count][TILE];                                                                                         \
+        (void)constants_;                                                                                              \
+        MOST(count, 1);                                                                                                \
+        TILES(most_)                                                                                                   \
+        {                                                                                                              \
+            IN##count;                                                                                                 \
+            OUT(0);                                                                                                    \
+            KINDS(SAME##count(into0), LOOP_FAR, count, near, is_far, whole, declare)                                   \
+            PUT(0);                                                                                                    \
+        }                                                                                                              \
+    }
 #define KERNEL(name, count, declare, expression) KERNEL_IN(name, count, (void)constants_, expression, declare)
 /* constants p, q, r before the loop */
 #define KERNEL_P(name, count, declare, expression) KERNEL_IN(name, count, PQR, expression, declare)
@@ -385,6 +424,9 @@ KERNEL(near_f32_sin, 1, X1, f_sin_near(x))
 KERNEL(near_f32_cos, 1, X1, f_cos_near(x))
 BACKWARD1(near_b1_f32_sin, f_cos_near(x))
 BACKWARD1(near_b1_f32_cos, -f_sin_near(x))
+KERNEL_FAR(far_f32_tan, 1, X1, f_tan_near(x), fabsf(x) > F_NEAR, tanf(x))
+KERNEL_FAR(far_f32_mod, 2, X2, f_mod_near(x, y), f_long_quotient(x, y), f_mod(x, y))
+KERNEL_FAR(far_f32_fmod, 2, X2, f_fmod_near(x, y), f_long_quotient(x, y), fmodf(x, y))
 #define MAP1(name, domain, value, gradient) KERNEL(m1_f32_##name, 1, X1, value) BACKWARD1(b1_f32_##name, gradient)
 #define MAP2(name, domain, value, dx, dy)                                                                              \
     KERNEL(m2_f32_##name, 2, X2, value)                                                                                \
@@ -399,6 +441,11 @@ BACKWARD1(near_b1_f32_cos, -f_sin_near(x))
 #include "../maps.def"
 #undef T
 #define T double
+#ifdef __FP_FAST_FMA
+KERNEL_FAR(far_f64_mod, 2, X2, d_mod_near(x, y), d_long_quotient(x, y), d_mod(x, y))
+KERNEL_FAR(far_f64_fmod, 2, X2, d_fmod_near(x, y), d_long_quotient(x, y), fmod(x, y))
+KERNEL_FAR(far_f64_floor_divide, 2, X2, d_floor_divide_near(x, y), d_long_quotient(x, y), d_floor_divide(x, y))
+#endif
 #define MAP1(name, domain, value, gradient) KERNEL(m1_f64_##name, 1, X1, value) BACKWARD1(b1_f64_##name, gradient)
 #define MAP2(name, domain, value, dx, dy)                                                                              \
     KERNEL(m2_f64_##name, 2, X2, value)                                                                                \
@@ -476,6 +523,7 @@ static const lac_map maps1[] = {
     [M1_silu].gradient[0][C_F32] = line_b1_f32_silu,
     [M1_gelu].value[C_F32] = line_f32_gelu,
     [M1_gelu].gradient[0][C_F32] = line_b1_f32_gelu,
+    [M1_tan].value[C_F32] = far_f32_tan,
     [M1_softplus].value[C_F32] = line_f32_softplus,
 #ifdef V_LOG_LINES
     [M1_log].value[C_F32] = line_f32_log,
@@ -496,6 +544,13 @@ static const lac_map maps2[] = {
     {.value = {NULL, NULL, m2_i64_##name}, .truth = m2_bool_##name, .text = #value_, .to_bool = true},
 #define INT2(name, value_) {.value = {NULL, NULL, m2_i64_##name}, .text = #value_},
 #include "../maps.def"
+    [M2_mod].value[C_F32] = far_f32_mod,
+    [M2_fmod].value[C_F32] = far_f32_fmod,
+#ifdef __FP_FAST_FMA
+    [M2_mod].value[C_F64] = far_f64_mod,
+    [M2_fmod].value[C_F64] = far_f64_fmod,
+    [M2_floor_divide].value[C_F64] = far_f64_floor_divide,
+#endif
     [M2_swiglu].value[C_F32] = line2_f32_swiglu,
     [M2_geglu].value[C_F32] = line2_f32_geglu,
 };

@@ -2,15 +2,18 @@
  *
  * maps.def writes an expression once for all compute types; the macros F_name(x) below pick the function by the type of
  * x: f_name or v_namef for float, libm or d_name for double, i_name for int64_t. What models call on whole activations
- * is vector code in float (simd.h); rarer functions of floats are computed in double and rounded once; so are sin and
- * cos of arguments up to F_NEAR. Beyond, and for tan, atan2, fmod and sinc, it is libm, one element at a time, because
- * a reduction of any argument by pi is not worth its code here. Integers wrap, and neither divide by zero nor trap.
+ * is vector code in float (simd.h); rarer functions of floats are computed in double and rounded once; so are sin,
+ * cos and tan of arguments up to F_NEAR. Beyond, and for sinc, it is libm, one element at a time, because a reduction
+ * of any argument by pi is not worth its code here; so it is for remainders of a quotient too long for one step
+ * (f_long_quotient, d_long_quotient). Integers wrap, and neither divide by zero nor trap.
  * Rejected: one function per expression and type by hand (150 names for what the generic macros say in 60 lines).
  */
 #ifndef LAC_CPU_MAPS_H
 #define LAC_CPU_MAPS_H
 #include "cpu.h"
 #include "simd.h"
+#define SPECIAL LAC_INLINE
+#include "../special.h"
 
 #define K(c) ((T)(c))
 #define GENERIC2(x, f, d) _Generic((x), float : f, double : d)
@@ -59,18 +62,9 @@ LAC_INLINE int64_t i_pow(int64_t x, int64_t y)
     LAC_INLINE S A##_sign(S x) { return x > 0 ? (S)1 : x < 0 ? (S)-1 : x; }                                            \
     LAC_INLINE S A##_max(S x, S y) { return x > y || x != x ? x : y; }                                                 \
     LAC_INLINE S A##_min(S x, S y) { return x < y || x != x ? x : y; }                                                 \
-    LAC_INLINE S A##_mod(S x, S y)                                                                                     \
-    {                                                                                                                  \
-        S r = fmod##SFX(x, y);                                                                                         \
-        return r != 0 && ((r < 0) != (y < 0)) ? r + y : r;                                                             \
-    }                                                                                                                  \
-    LAC_INLINE S A##_floor_divide(S x, S y)                                                                            \
-    {                                                                                                                  \
-        /* exact where x / y rounds up to an integer: with mod, floor_divide(x, y) y + mod(x, y) = x */                \
-        S q = (x - A##_mod(x, y)) / y, f = floor##SFX(q);                                                              \
-        f = q - f > (S)0.5 ? f + 1 : f;                                                                                \
-        return y == 0 ? x / y : f;                                                                                     \
-    }                                                                                                                  \
+    /* from r = fmod(x, y) */                                                                                          \
+    LAC_INLINE S A##_mod_of(S r, S y) { return r != 0 && ((r < 0) != (y < 0)) ? r + y : r; }                           \
+    LAC_INLINE S A##_mod(S x, S y) { return A##_mod_of(fmod##SFX(x, y), y); }                                          \
     LAC_INLINE S A##_pow_dx(S x, S y) { return y == 0 ? (S)0 : y * POW(x, y - 1); }                                    \
     LAC_INLINE S A##_pow_dy(S x, S y) { return x == 0 && y >= 0 ? (S)0 : POW(x, y) * LOG(x); }                         \
     LAC_INLINE S A##_lerp(S x, S y, S w) { return w < (S)0.5 ? x + w * (y - x) : y - (y - x) * (1 - w); }              \
@@ -127,6 +121,31 @@ LAC_INLINE float f_gelu_tanh_grad(float x)
     return f_gelu_tanh_slope_of(x, v_sigmoidf(-fabsf(F_GELU_TANH_ARGUMENT(x))));
 }
 
+/* The remainder in one step, exactly. Of floats, where the quotient is below 2^29: in double it is not rounded up to a
+ * whole number unless it is one, and its whole part times y is exact. Of doubles below 2^53: the quotient may be
+ * rounded up to the next whole number, and then the remainder has the wrong sign. */
+LAC_INLINE bool f_long_quotient(float x, float y)
+{
+    double q = fabs((double)x / (double)y);
+    return q >= 0x1p29 && q <= 0x1p300; /* infinite ones end in NaN either way */
+}
+LAC_INLINE float f_fmod_near(float x, float y)
+{
+    double a = (double)x, b = (double)y, q = trunc(a / b), r = a - q * b;
+    return copysignf((float)(q == 0 ? a : r), x); /* 0 times infinity is NaN */
+}
+LAC_INLINE float f_mod_near(float x, float y) { return f_mod_of(f_fmod_near(x, y), y); }
+LAC_INLINE bool d_long_quotient(double x, double y) { return fabs(x / y) >= 0x1p53; }
+LAC_INLINE double d_fmod_near(double x, double y)
+{
+    double q = trunc(x / y), r = fma(-q, y, x);
+    r = r != 0 && (r < 0) != (x < 0) ? r + copysign(y, x) : r;
+    return copysign(q == 0 ? x : r, x);
+}
+LAC_INLINE double d_mod_near(double x, double y) { return d_mod_of(d_fmod_near(x, y), y); }
+LAC_INLINE double d_floor_divide_near(double x, double y) { return special_floor_divide_d(x, y, d_fmod_near(x, y)); }
+LAC_INLINE double d_floor_divide(double x, double y) { return special_floor_divide_d(x, y, fmod(x, y)); }
+
 /* rarer functions: f32 in double inside, rounded once */
 #define F_NEAR 524288.0f
 LAC_INLINE float f_sin_near(float x)
@@ -143,6 +162,13 @@ LAC_INLINE float f_cos_near(float x)
 }
 LAC_INLINE float f_sin(float x) { return fabsf(x) > F_NEAR ? sinf(x) : f_sin_near(x); }
 LAC_INLINE float f_cos(float x) { return fabsf(x) > F_NEAR ? cosf(x) : f_cos_near(x); }
+LAC_INLINE float f_tan_near(float x)
+{
+    double s, c;
+    v_sincos_d((double)x, &s, &c);
+    return x == 0 ? x : (float)(s / c);
+}
+LAC_INLINE float f_tan(float x) { return fabsf(x) > F_NEAR ? tanf(x) : f_tan_near(x); }
 LAC_INLINE float f_erfc(float x)
 {
     double e = v_erfc_d(fabs((double)x));
@@ -150,6 +176,16 @@ LAC_INLINE float f_erfc(float x)
 }
 LAC_INLINE float f_log10(float x) { return (float)(v_log_d((double)x) * 0.43429448190325182765); }
 LAC_INLINE float f_atan(float x) { return (float)v_atan_d((double)x); }
+/* the angle of the point (x, y) */
+LAC_INLINE float f_atan2(float y, float x)
+{
+    double a = fabs((double)y), b = fabs((double)x), low = a < b ? a : b, high = a < b ? b : a;
+    double s = low == high ? (double)(high != 0) : low / high; /* both may be 0, or infinite */
+    double p = v_atan_d(s);
+    p = a > b ? 1.57079632679489662 - p : p;
+    p = copysignf(1.0f, x) < 0 ? 3.14159265358979324 - p : p;
+    return copysignf(x != x || y != y ? NAN : (float)p, y);
+}
 LAC_INLINE float f_asin(float x)
 {
     double d = (double)x;
@@ -278,14 +314,14 @@ LAC_INLINE double d_logaddexp(double x, double y) { return d_max(x, y) + log1p(e
 #define F_pow_dy(x, y) GENERIC2(x, f_pow_dy, d_pow_dy)(x, y)
 #define F_trunc(x) GENERIC3(x, truncf, trunc, i_same)(x)
 #define F_fmod(x, y) GENERIC3(x, fmodf, fmod, i_fmod)(x, y)
-#define F_floor_divide(x, y) GENERIC3(x, f_floor_divide, d_floor_divide, i_div)(x, y)
+#define F_floor_divide(x, y) GENERIC3(x, special_floor_divide_f, d_floor_divide, i_div)(x, y)
 #define F_shift_left(x, y) i_shift_left(x, y)
 #define F_shift_right(x, y) i_shift_right(x, y)
 #define F_erfc(x) GENERIC2(x, f_erfc, erfc)(x)
 #define F_exp2(x) GENERIC2(x, v_exp2f, exp2)(x)
 #define F_log2(x) GENERIC2(x, v_log2f, log2)(x)
 #define F_log10(x) GENERIC2(x, f_log10, log10)(x)
-#define F_tan(x) GENERIC2(x, tanf, tan)(x)
+#define F_tan(x) GENERIC2(x, f_tan, tan)(x)
 #define F_asin(x) GENERIC2(x, f_asin, asin)(x)
 #define F_acos(x) GENERIC2(x, f_acos, acos)(x)
 #define F_atan(x) GENERIC2(x, f_atan, atan)(x)
@@ -298,7 +334,7 @@ LAC_INLINE double d_logaddexp(double x, double y) { return d_max(x, y) + log1p(e
 #define F_sinc_grad(x) GENERIC2(x, f_sinc_grad, d_sinc_grad)(x)
 #define F_mish(x) GENERIC2(x, f_mish, d_mish)(x)
 #define F_mish_grad(x) GENERIC2(x, f_mish_grad, d_mish_grad)(x)
-#define F_atan2(x, y) GENERIC2(x, atan2f, atan2)(x, y)
+#define F_atan2(x, y) GENERIC2(x, f_atan2, atan2)(x, y)
 #define F_hypot(x, y) GENERIC2(x, f_hypot, hypot)(x, y)
 #define F_share(x, y) GENERIC2(x, f_share, d_share)(x, y)
 #define F_copysign(x, y) GENERIC2(x, copysignf, copysign)(x, y)
