@@ -15,6 +15,8 @@
  * the file would take minutes to compile. */
 #define MAP_LONG static __device__ __noinline__
 #define SPECIAL static __device__ __forceinline__
+#define SPECIAL_LOG(x) log(x)
+#define SPECIAL_EXP(x) exp(x)
 #include "special.h"
 
 MAP_FN float F_neg(float x) { return -x; }
@@ -253,5 +255,17 @@ template <class T> MAP_LONG T F_mish_grad(T x)
     T c = x > 20 ? T(20) : x, w = F_exp(c), n = w * (w + 2), r = 1 / (n + 2); /* 1 from 20 on */
     return n * r + c * (4 * w * (1 + w) * r * r);
 }
+
+/* in f32 by the functions of f64, as on the CPU */
+MAP_LONG double F_erfinv(double x) { return special_erfinv_d(x); }
+MAP_LONG float F_erfinv(float x) { return (float)special_erfinv_f(x); }
+MAP_LONG double F_erfinv_grad(double x) { return special_erfinv_slope(special_erfinv_d(x)); }
+MAP_LONG float F_erfinv_grad(float x) { return (float)special_erfinv_slope(special_erfinv_f(x)); }
+MAP_LONG double F_lgamma(double x) { return special_lgamma(x); }
+MAP_LONG double F_digamma(double x) { return special_digamma(x); }
+MAP_LONG double F_trigamma(double x) { return special_trigamma(x); }
+MAP_FN float F_lgamma(float x) { return (float)F_lgamma((double)x); }
+MAP_FN float F_digamma(float x) { return (float)F_digamma((double)x); }
+MAP_FN float F_trigamma(float x) { return (float)F_trigamma((double)x); }
 
 #endif

@@ -54,7 +54,8 @@ end
 
 -- promised units of the last place
 local PROMISE = { exp = 1.1, expm1 = 1.7, log = 1, log1p = 1.5, tanh = 2.3, sigmoid = 2.5, softplus = 2.3,
-                  erf = 2.3, gelu = 6, silu = 3.5, sin = 1, cos = 1, exp2 = 1.3, log2 = 1.5 }
+                  erf = 2.3, gelu = 6, silu = 3.5, sin = 1, cos = 1, exp2 = 1.3, log2 = 1.5, tan = 1,
+                  erfinv = 0.7, lgamma = 1, digamma = 1 }
 
 -- the same of f16 and bf16, of which 0.5 are the rounding; gradient: a slope times another number, which may
 -- be just above a power of two, where a relative error is the most units: twice the slope's beyond 0.5

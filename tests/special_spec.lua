@@ -7,6 +7,7 @@
 
 local lac = require "lacuna"
 local lib = require "lacuna.lib"
+local values = require "support.special_values"
 local ffi = require "ffi"
 
 local C = lib.C
@@ -172,6 +173,80 @@ for _, isa in ipairs(isas()) do
           end
         end
       end
+    end)
+
+    -- largest error of got from the values of a function, in units of the last place of what is largest: the
+    -- result or, where it crosses 0, the terms that it is made of
+    local function check(name, dtype, got, terms, bound)
+      for i, pair in ipairs(values[name]) do
+        local wanted = pair[2]
+        local unit = ulp(math.max(math.abs(wanted), terms(pair[1])), dtype)
+        local off = math.abs(got[i] - wanted) / unit
+        local large = dtype == "f32" and wanted > 3.5e38 and got[i] == INF
+        if not large and (off > bound or off ~= off) then
+          error(("%s of %.17g in %s: %.17g, not %.17g, %.2f ulp"):format(name, pair[1], dtype, got[i],
+            wanted, off))
+        end
+      end
+    end
+    local function arguments(name, dtype)
+      local list = {}
+      for i, pair in ipairs(values[name]) do list[i] = pair[1] end
+      return tensor(list, dtype)
+    end
+    local function slope(name, x)
+      local leaf = x:detach():requires_grad_(true)
+      local g = lac.ones { x:size(1), dtype = x:dtype() }
+      return lac.grad(lac[name](leaf), { leaf }, { grad_outputs = { g } })[1]
+    end
+    local function none() return 0 end
+    local function below_0(x) return x < 0 and 8 or 0 end
+    local function always() return 4 end
+
+    it("erfinv, lgamma, digamma and their slopes are as precise as promised", function()
+      for dtype, bound in pairs { f64 = 6, f32 = 0.6 } do
+        check("erfinv", dtype, lac.erfinv(arguments("erfinv", dtype)):totable(), none, bound)
+        check("lgamma", dtype, lac.lgamma(arguments("lgamma", dtype)):totable(), below_0,
+              dtype == "f64" and 8 or bound)
+        check("digamma", dtype, lac.digamma(arguments("digamma", dtype)):totable(), always, bound)
+        check("digamma", dtype, slope("lgamma", arguments("digamma", dtype)):totable(), always, bound)
+        check("trigamma", dtype, slope("digamma", arguments("trigamma", dtype)):totable(), none,
+              dtype == "f64" and 8 or bound)
+        local got = slope("erfinv", arguments("erfinv", dtype)):totable()
+        for i, pair in ipairs(values.erfinv) do
+          local wanted = math.sqrt(math.pi) / 2 * math.exp(pair[2] ^ 2)
+          -- an error of y counts 2 y^2 times
+          local allowed = dtype == "f64" and 8 + 12 * pair[2] ^ 2 or 0.6 + 0.25 * pair[2] ^ 2
+          assert.is_true(math.abs(got[i] - wanted) <= allowed * ulp(wanted, dtype), pair[1])
+        end
+      end
+    end)
+
+    it("special functions know their limits, alone and among others", function()
+      local limits = {
+        erfinv = { { 0, 0 }, { -0.0, -0.0 }, { 1, INF }, { -1, -INF }, { 1.5, NAN }, { -INF, NAN },
+                   { NAN, NAN } },
+        lgamma = { { 0, INF }, { -0.0, INF }, { 1, 0 }, { 2, 0 }, { -1, INF }, { -7, INF }, { INF, INF },
+                   { -INF, INF }, { NAN, NAN }, { -2 ^ 60, INF } },
+        digamma = { { 0, -INF }, { -0.0, INF }, { -1, NAN }, { -8, NAN }, { INF, INF }, { -INF, NAN },
+                    { NAN, NAN }, { 2 ^ -100, -2 ^ 100 }, { -2 ^ -100, 2 ^ 100 } },
+      }
+      for name, list in pairs(limits) do
+        for _, dtype in ipairs { "f64", "f32", "bf16" } do
+          for _, pair in ipairs(list) do
+            local at = {}
+            for i = 1, 40 do at[i] = i == 5 and pair[1] or 0.5 end
+            local got = lac[name](tensor(at, dtype))
+            assert.is_true(same(got[5]:item(), pair[2]), ("%s(%g) in %s is %g"):format(name, pair[1], dtype,
+              got[5]:item()))
+            -- its neighbours keep their bits
+            assert.are.equal(got[4]:item(), lac[name](tensor({ 0.5 }, dtype)):item())
+          end
+        end
+      end
+      assert.are.same({ INF, INF, INF, 0 }, slope("digamma", tensor({ 0, -0.0, -3, INF }, "f64")):totable())
+      local tiny = lac.lgamma(tensor({ 2 ^ -1070, -2 ^ -1070 }, "f64")):totable()
+      for i = 1, 2 do assert.is_true(math.abs(tiny[i] - 1070 * math.log(2)) < 1e-12) end
     end)
   end)
 end

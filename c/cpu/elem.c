@@ -220,7 +220,7 @@ static inline int64_t tile_size(int64_t left, int64_t chunk, int64_t tile)
             PUT(0);                                                                                                    \
         }                                                                                                              \
     }
-/* `near` for all elements, and then `whole`, one at a time, for those that are far, if there are any in a chunk */
+/* `near` for all elements, and then `whole` for those that are far, if there are any in a chunk */
 #define LOOP_FAR(kind, count, near, is_far, whole, ...)                                                                \
     {                                                                                                                  \
         const int kind_ = kind;                                                                                        \
@@ -238,10 +238,12 @@ static inline int64_t tile_size(int64_t left, int64_t chunk, int64_t tile)
                 line[k] = (near);                                                                                      \
                 far |= (is_far);                                                                                       \
             }                                                                                                          \
-            for (int k = 0; far && k < CHUNK; k++) {                                                                   \
-                __VA_ARGS__;                                                                                           \
-                if (is_far) line[k] = (whole);                                                                         \
-            }                                                                                                          \
+            if (far) LANES                                                                                             \
+                {                                                                                                      \
+                    __VA_ARGS__;                                                                                       \
+                    T near_ = line[k];                                                                                 \
+                    line[k] = (is_far) ? (whole) : near_;                                                              \
+                }                                                                                                      \
             PUT_LINE(0, line);                                                                                         \
         }                                                                                                              \
     }
@@ -425,6 +427,13 @@ KERNEL(near_f32_cos, 1, X1, f_cos_near(x))
 BACKWARD1(near_b1_f32_sin, f_cos_near(x))
 BACKWARD1(near_b1_f32_cos, -f_sin_near(x))
 KERNEL_FAR(far_f32_tan, 1, X1, f_tan_near(x), fabsf(x) > F_NEAR, tanf(x))
+KERNEL_FAR(far_f32_erfinv, 1, X1, f_erfinv_near(x), fabsf(x) >= SPECIAL_ERFINV_NEAR_F, f_erfinv(x))
+KERNEL_FAR(far_b1_f32_erfinv, 3, X3;
+           (void)y, g *f_erfinv_grad_near(x), fabsf(x) >= SPECIAL_ERFINV_NEAR_F, g *f_erfinv_grad(x))
+KERNEL_FAR(far_f32_lgamma, 1, X1, f_lgamma_near(x), x < K(0), f_lgamma_low(x))
+KERNEL_FAR(far_b1_f32_lgamma, 3, X3; (void)y, g *f_digamma_near(x), x < K(0), g *f_digamma_low(x))
+KERNEL_FAR(far_f32_digamma, 1, X1, f_digamma_near(x), x < K(0), f_digamma_low(x))
+KERNEL_FAR(far_b1_f32_digamma, 3, X3; (void)y, g *f_trigamma_near(x), x < K(0), g *f_trigamma_low(x))
 KERNEL_FAR(far_f32_mod, 2, X2, f_mod_near(x, y), f_long_quotient(x, y), f_mod(x, y))
 KERNEL_FAR(far_f32_fmod, 2, X2, f_fmod_near(x, y), f_long_quotient(x, y), fmodf(x, y))
 #define MAP1(name, domain, value, gradient) KERNEL(m1_f32_##name, 1, X1, value) BACKWARD1(b1_f32_##name, gradient)
@@ -441,6 +450,13 @@ KERNEL_FAR(far_f32_fmod, 2, X2, f_fmod_near(x, y), f_long_quotient(x, y), fmodf(
 #include "../maps.def"
 #undef T
 #define T double
+KERNEL_FAR(far_f64_erfinv, 1, X1, special_erfinv_near_d(x), fabs(x) >= SPECIAL_ERFINV_NEAR_D, special_erfinv_d(x))
+KERNEL_FAR(far_b1_f64_erfinv, 3, X3; (void)y, g *d_erfinv_grad_of(special_erfinv_near_d(x)),
+                                     fabs(x) >= SPECIAL_ERFINV_NEAR_D, g *d_erfinv_grad(x))
+KERNEL_FAR(far_f64_lgamma, 1, X1, special_lgamma_positive(x), x < K(0x1p-1000), special_lgamma_low(x))
+KERNEL_FAR(far_b1_f64_lgamma, 3, X3; (void)y, g *special_digamma_positive(x), x < K(0), g *special_digamma_low(x))
+KERNEL_FAR(far_f64_digamma, 1, X1, special_digamma_positive(x), x < K(0), special_digamma_low(x))
+KERNEL_FAR(far_b1_f64_digamma, 3, X3; (void)y, g *special_trigamma_positive(x), x < K(0), g *special_trigamma_low(x))
 #ifdef __FP_FAST_FMA
 KERNEL_FAR(far_f64_mod, 2, X2, d_mod_near(x, y), d_long_quotient(x, y), d_mod(x, y))
 KERNEL_FAR(far_f64_fmod, 2, X2, d_fmod_near(x, y), d_long_quotient(x, y), fmod(x, y))
@@ -524,6 +540,12 @@ static const lac_map maps1[] = {
     [M1_gelu].value[C_F32] = line_f32_gelu,
     [M1_gelu].gradient[0][C_F32] = line_b1_f32_gelu,
     [M1_tan].value[C_F32] = far_f32_tan,
+    [M1_erfinv].value = {far_f32_erfinv, far_f64_erfinv},
+    [M1_erfinv].gradient[0] = {far_b1_f32_erfinv, far_b1_f64_erfinv},
+    [M1_lgamma].value = {far_f32_lgamma, far_f64_lgamma},
+    [M1_lgamma].gradient[0] = {far_b1_f32_lgamma, far_b1_f64_lgamma},
+    [M1_digamma].value = {far_f32_digamma, far_f64_digamma},
+    [M1_digamma].gradient[0] = {far_b1_f32_digamma, far_b1_f64_digamma},
     [M1_softplus].value[C_F32] = line_f32_softplus,
 #ifdef V_LOG_LINES
     [M1_log].value[C_F32] = line_f32_log,

@@ -13,6 +13,8 @@
 #include "cpu.h"
 #include "simd.h"
 #define SPECIAL LAC_INLINE
+#define SPECIAL_LOG(x) v_log_d(x)
+#define SPECIAL_EXP(x) v_exp_d(x)
 #include "../special.h"
 
 #define K(c) ((T)(c))
@@ -250,6 +252,22 @@ LAC_INLINE float f_hypot(float x, float y)
     return fabsf(x) == INFINITY || fabsf(y) == INFINITY ? INFINITY : (float)sqrt(a * a + b * b);
 }
 
+LAC_INLINE float f_erfinv_near(float x) { return (float)special_erfinv_near_f(x); }
+LAC_INLINE float f_erfinv(float x) { return (float)special_erfinv_f(x); }
+LAC_INLINE float f_erfinv_grad_near(float x) { return (float)special_erfinv_slope(special_erfinv_near_f(x)); }
+LAC_INLINE float f_erfinv_grad(float x) { return (float)special_erfinv_slope(special_erfinv_f(x)); }
+LAC_INLINE double d_erfinv_grad_of(double y) { return 0.88622692545275801365 * exp(y * y); }
+LAC_INLINE double d_erfinv_grad(double x) { return d_erfinv_grad_of(special_erfinv_d(x)); }
+LAC_INLINE float f_lgamma_near(float x) { return (float)special_lgamma_positive((double)x); }
+LAC_INLINE float f_lgamma_low(float x) { return (float)special_lgamma_low((double)x); }
+LAC_INLINE float f_lgamma(float x) { return (float)special_lgamma((double)x); }
+LAC_INLINE float f_digamma_near(float x) { return (float)special_digamma_positive((double)x); }
+LAC_INLINE float f_digamma_low(float x) { return (float)special_digamma_low((double)x); }
+LAC_INLINE float f_digamma(float x) { return (float)special_digamma((double)x); }
+LAC_INLINE float f_trigamma_near(float x) { return (float)special_trigamma_positive((double)x); }
+LAC_INLINE float f_trigamma_low(float x) { return (float)special_trigamma_low((double)x); }
+LAC_INLINE float f_trigamma(float x) { return (float)special_trigamma((double)x); }
+
 /* mish (Misra 2019): x tanh(softplus(x)). In float tanh(log(1 + w)) = n / (n + 2) with w = e^x, n = w (w + 2), which is
  * 1 from x = 20 on; in double that form is off by three units in the last place. */
 LAC_INLINE float f_mish(float x)
@@ -339,6 +357,11 @@ LAC_INLINE double d_logaddexp(double x, double y) { return d_max(x, y) + log1p(e
 #define F_share(x, y) GENERIC2(x, f_share, d_share)(x, y)
 #define F_copysign(x, y) GENERIC2(x, copysignf, copysign)(x, y)
 #define F_logaddexp(x, y) GENERIC2(x, f_logaddexp, d_logaddexp)(x, y)
+#define F_erfinv(x) GENERIC2(x, f_erfinv, special_erfinv_d)(x)
+#define F_erfinv_grad(x) GENERIC2(x, f_erfinv_grad, d_erfinv_grad)(x)
+#define F_lgamma(x) GENERIC2(x, f_lgamma, special_lgamma)(x)
+#define F_digamma(x) GENERIC2(x, f_digamma, special_digamma)(x)
+#define F_trigamma(x) GENERIC2(x, f_trigamma, special_trigamma)(x)
 #define F_lerp(x, y, z) GENERIC2(x, f_lerp, d_lerp)(x, y, z)
 
 #endif

@@ -32,6 +32,9 @@ formulas.text = {
   selu = "1.0507 x for x > 0, else 1.7581 (e^x - 1) (Klambauer et al. 2017)",
   relu6 = "x limited to [0, 6]", softsign = "x / (1 + |x|)", hardsigmoid = "(x + 3) / 6 limited to [0, 1]",
   hardswish = "x hardsigmoid(x) (Howard et al. 2019)",
+  erfinv = "the inverse of erf, of [-1, 1]; sqrt(2) erfinv(u) of a uniform u is a normal number",
+  lgamma = "log |Gamma(x)|; infinite at 0, -1, -2, ...",
+  digamma = "the derivative of lgamma; -inf at 0, inf at -0, NaN at negative whole numbers",
   isnan = "is x NaN? bool", isfinite = "is x neither NaN nor infinite? bool", isinf = "is x infinite? bool",
   logical_not = "not x, of bools", bitwise_not = "every bit of an integer changed",
 

@@ -87,7 +87,7 @@ return function(cases)
            end,
            bad = { { function(lac) return lac[name](lac.ones { 2, dtype = "i64" }) end,
                      name .. ": x must be a floating%-point tensor" },
-                   { function(lac, x) return lac[name](x, 2) end, "takes %(x%), got 2 as well" } } }
+                   { function(lac, x) return lac[name](x, 2) end, "takes one tensor, got 2 as well" } } }
   end
   local function minus(x) return -x - 1 end -- of a fraction: between -2 and -1
 

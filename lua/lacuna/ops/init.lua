@@ -31,6 +31,5 @@ require "lacuna.ops.compare"
 require "lacuna.ops.conv"
 require "lacuna.ops.loss"
 require "lacuna.ops.position"
-require "lacuna.ops.special"
 
 return ops
