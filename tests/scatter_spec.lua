@@ -110,4 +110,44 @@ describe("scatter", function()
       end
     end
   end)
+
+  it("adds columns and takes columns' gradients along the last axis, few and many", function()
+    lac.manual_seed(4)
+    for _, dtype in ipairs { "f32", "f64", "bf16", "i64" } do
+      for _, size in ipairs { { 1, 300 }, { 256, 531 }, { 700, 531 }, { 700, 3 }, { 5, 0 } } do
+        local places, n = size[1], size[2]
+        local function numbers(count) return lac.randint { 3, count, low = -9, high = 9 }:to(dtype) end
+        local x, src = numbers(places):t():contiguous():t(), numbers(0)
+        if n > 0 then src = numbers(2 * n)[{ {}, { 1, 2 * n, 2 } }] end
+        local idx = n > 0 and lac.randint { n, low = 0, high = places } or lac.zeros { 0, dtype = "i64" }
+        local at, from = idx:totable(), src:totable()
+        local want, sums = x:totable(), lac.zeros { 3, places }:totable()
+        for r = 1, 3 do
+          for i = 1, n do
+            want[r][at[i] + 1] = want[r][at[i] + 1] + 2 * from[r][i]
+            sums[r][at[i] + 1] = sums[r][at[i] + 1] + from[r][i]
+          end
+        end
+        local function exact(t) return lac.tensor(t, { dtype = "f64" }):to(dtype) end
+        assert.is_true(lac.equal(exact(want), x:index_add(2, idx, src, 2)), dtype .. places)
+        local own = x:clone()
+        lac.no_grad(function() own:index_add_(2, idx, src, 2) end)
+        assert.is_true(lac.equal(exact(want), own), dtype .. places)
+        if dtype ~= "i64" and n > 0 then
+          local leaf = x:detach():requires_grad_(true)
+          local g = lac.grad(leaf:index_select(2, idx), { leaf }, { grad_outputs = { src } })[1]
+          assert.is_true(lac.equal(exact(sums), g), dtype .. places)
+          local every = idx:view(1, n):expand(3, n)
+          g = lac.grad(leaf:gather(2, every), { leaf }, { grad_outputs = { src } })[1]
+          assert.is_true(lac.equal(exact(sums), g), dtype .. places)
+          local pairs_of = n % 3 == 0 and idx:view(3, n / 3) -- an index of two axes
+          if pairs_of then
+            g = lac.grad(leaf:index_select(2, pairs_of), { leaf },
+                         { grad_outputs = { src:contiguous():view(3, 3, n / 3) } })[1]
+            assert.is_true(lac.equal(exact(sums), g), dtype .. places)
+          end
+        end
+      end
+    end
+  end)
 end)

@@ -1,12 +1,13 @@
-/* index.c: index_select (the embedding), gather, their gradients, and index_put on the CPU.
+/* index.c: index_select (the embedding) and its gradient, gather, and index_put on the CPU.
  *
  * Forward copies bytes, whatever the dtype. All indices are checked before anything is written, so an error leaves no
  * half-filled result and names the first bad one.
  * The embedding's gradient adds rows that share an index. Atomics would make the sum depend on timing; here a
  * counting sort lists, for every destination row, its sources in their original order, and each destination is summed
  * by one thread, in double, and rounded once. So it is deterministic, independent of threads, and in half precision far
- * better than adding into bf16. gather's gradient does the same per line along the axis, without the sort. index_put
- * sorts in the same way and visits only the rows that are named, so a few rows of a large table cost a few rows.
+ * better than adding into bf16. index_put sorts in the same way and visits only the rows that are named, so a few rows
+ * of a large table cost a few rows. Where a row is one element, visiting it costs 20 times what adding it does: then a
+ * line along the axis is summed as a whole, its sources in their order, which is the same sum.
  */
 #include "cpu.h"
 #include "simd.h"
@@ -97,6 +98,7 @@ typedef struct {
     const int64_t *start, *order;
     lac_view g_outer, g_index, g_inner;
     int dtype;
+    double *sums; /* [threads][size] of lines */
 } select_job;
 
 /* elements along the last axis */
@@ -214,6 +216,64 @@ static void select_bwd_task(void *context, int64_t begin, int64_t end, int threa
     }
 }
 
+/* ---- sums of lines ---- */
+
+/* sums[index[i]] += alpha v[i] in the compute type of dtype, f32 in double */
+static void add_line(int dtype, double *sums, const int64_t *index, const void *v, int64_t m, double alpha)
+{
+    const int ctype = lac_compute_type(dtype);
+    int64_t *isums = (int64_t *)(void *)sums, ialpha = ctype == C_I64 ? (int64_t)alpha : 0;
+    if (ctype == C_F32)
+        for (int64_t i = 0; i < m; i++) sums[index[i]] += alpha * (double)((const float *)v)[i];
+    else if (ctype == C_F64)
+        for (int64_t i = 0; i < m; i++) sums[index[i]] += alpha * ((const double *)v)[i];
+    else
+        for (int64_t i = 0; i < m; i++)
+            isums[index[i]] =
+                (int64_t)((uint64_t)isums[index[i]] + (uint64_t)ialpha * (uint64_t)((const int64_t *)v)[i]);
+}
+
+static void line_from(int dtype, const char *x, int64_t stride, int64_t n, double *sums)
+{
+    double space[BLOCK];
+    for (int64_t at = 0, m; at < n; at += m) {
+        m = n - at < BLOCK ? n - at : BLOCK;
+        const void *v = LAC_CPU(load)(dtype, x + at * stride, stride, m, space);
+        if (lac_compute_type(dtype) == C_F32)
+            for (int64_t i = 0; i < m; i++) sums[at + i] = (double)((const float *)v)[i];
+        else memcpy(sums + at, v, (size_t)m * 8);
+    }
+}
+
+/* rounded once */
+static void line_into(int dtype, const double *sums, int64_t n, char *x, int64_t stride)
+{
+    float f[BLOCK];
+    for (int64_t at = 0, m; at < n; at += m) {
+        m = n - at < BLOCK ? n - at : BLOCK;
+        const bool single = lac_compute_type(dtype) == C_F32;
+        for (int64_t i = 0; i < m && single; i++)
+            f[i] = dtype == LAC_F32 ? (float)sums[at + i] : v_round_odd(sums[at + i]);
+        LAC_CPU(store)(dtype, single ? (const void *)f : sums + at, x + at * stride, stride, m);
+    }
+}
+
+static void select_bwd_lines(void *context, int64_t begin, int64_t end, int thread)
+{
+    const select_job *job = context;
+    double *sums = job->sums + job->size * thread, space[BLOCK];
+    for (int64_t t = begin; t < end; t++) {
+        lac_view g = job->g_index;
+        g.data = job->x + offset_of(&job->g_outer, t) * job->bytes;
+        memset(sums, 0, (size_t)job->size * sizeof *sums);
+        for (int64_t at = 0, m; at < job->n; at += m) {
+            m = job->n - at < BLOCK ? job->n - at : BLOCK;
+            add_line(job->dtype, sums, job->index + at, LAC_CPU(load_linear)(&g, at, m, space), m, 1);
+        }
+        line_into(job->dtype, sums, job->size, job->out + t * job->size * job->bytes, job->bytes);
+    }
+}
+
 /* start[r] .. start[r + 1]: where in order[] the positions with index r are, ascending */
 static int64_t *sort_positions(const char *op, const int64_t *index, int64_t n, int64_t size)
 {
@@ -233,15 +293,12 @@ static int64_t *sort_positions(const char *op, const int64_t *index, int64_t n, 
 int LAC_CPU(index_select_bwd)(const lac_a_index_bwd *a)
 {
     const char *op = "index_select_bwd";
-    int64_t *index, size = a->out.shape[a->dim], n = lac_view_numel(&a->index);
-    int axes = a->index.ndim;
+    int64_t *index, *start = NULL, size = a->out.shape[a->dim], n = lac_view_numel(&a->index);
+    int axes = a->index.ndim, status = LAC_E_MEMORY;
     LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
     if (lac_view_numel(&a->out) == 0) return lac_workspace_put(index), 0;
-    int64_t *start = sort_positions(op, index, n, size);
-    lac_workspace_put(index);
-    if (!start) return LAC_E_MEMORY;
-    select_job job = {.start = start,
-                      .order = start + size + 1,
+    select_job job = {.index = index,
+                      .n = n,
                       .size = size,
                       .dtype = a->g.dtype,
                       .g_outer = axes_of(&a->g, 0, a->dim),
@@ -252,19 +309,27 @@ int LAC_CPU(index_select_bwd)(const lac_a_index_bwd *a)
                       .bytes = (int)lac_bytes_of(a->g.dtype)};
     job.inner_count = lac_view_numel(&job.g_inner);
     int64_t outer = lac_view_numel(&job.g_outer), work = outer * (size + n) * job.inner_count;
-    int status = LAC_CPU(parallel)(op, outer * size, work, select_bwd_task, &job);
+    if (job.inner_count == 1) {
+        job.sums = lac_workspace_get(op, (size_t)(size * LAC_CPU(threads)(outer, work)) * 8);
+        if (job.sums) status = LAC_CPU(parallel)(op, outer, work, select_bwd_lines, &job);
+    } else if ((start = sort_positions(op, index, n, size))) {
+        job.start = start;
+        job.order = start + size + 1;
+        status = LAC_CPU(parallel)(op, outer * size, work, select_bwd_task, &job);
+    }
+    lac_workspace_put(job.sums);
     lac_workspace_put(start);
+    lac_workspace_put(index);
     return status;
 }
 
 /* ---- gather ---- */
 
 typedef struct {
-    const lac_view *x, *out; /* backward: x is g */
-    const int64_t *index;    /* in the row-major order of the indexed tensor */
-    int64_t size, length, bytes;
+    const lac_view *x, *out;
+    const int64_t *index; /* in the row-major order of out */
+    int64_t length, bytes;
     int dim;
-    double *sums; /* [threads][size] */
 } gather_job;
 
 #define PICK_LINE(T)                                                                                                   \
@@ -323,56 +388,6 @@ int LAC_CPU(gather)(const lac_a_index *a)
     return status;
 }
 
-/* one line along `dim`: sum the line of g into zeros at the indices, in order */
-static void gather_bwd_task(void *context, int64_t begin, int64_t end, int thread)
-{
-    const gather_job *job = context;
-    const lac_view *g = job->x;
-    double *sums = job->sums + job->size * thread;
-    int64_t inner = 1, lines = g->shape[job->dim];
-    for (int d = job->dim + 1; d < g->ndim; d++) inner *= g->shape[d];
-    for (int64_t t = begin; t < end; t++) {
-        int64_t before = t / inner, after = t % inner, base = 0, rest = t;
-        for (int d = g->ndim - 1; d >= 0; d--) {
-            if (d == job->dim) continue;
-            base += rest % g->shape[d] * g->stride[d];
-            rest /= g->shape[d];
-        }
-        memset(sums, 0, (size_t)job->size * sizeof(double));
-        for (int64_t i = 0; i < lines; i++) {
-            double value;
-            const char *at = (const char *)g->data + (base + i * g->stride[job->dim]) * job->bytes;
-            const void *v = LAC_CPU(load)(g->dtype, at, job->bytes, 1, &value);
-            sums[job->index[(before * lines + i) * inner + after]] +=
-                g->dtype == LAC_F64 ? *(const double *)v : (double)*(const float *)v;
-        }
-        char *out = (char *)job->out->data + (before * job->size * inner + after) * job->bytes;
-        for (int64_t i = 0; i < job->size; i++) {
-            float f = g->dtype == LAC_F32 ? (float)sums[i] : v_round_odd(sums[i]);
-            LAC_CPU(store)
-            (g->dtype, g->dtype == LAC_F64 ? (void *)&sums[i] : &f, out + i * inner * job->bytes, job->bytes, 1);
-        }
-    }
-}
-
-int LAC_CPU(gather_bwd)(const lac_a_index_bwd *a)
-{
-    const char *op = "gather_bwd";
-    int64_t *index, size = a->out.shape[a->dim], numel = lac_view_numel(&a->out);
-    LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
-    int status = 0;
-    if (numel > 0) {
-        gather_job job = {
-            .x = &a->g, .out = &a->out, .index = index, .dim = a->dim, .size = size, .bytes = lac_bytes_of(a->g.dtype)};
-        int64_t lines = numel / size, work = numel * 2;
-        job.sums = lac_workspace_get(op, (size_t)(size * LAC_CPU(threads)(lines, work)) * 8);
-        status = job.sums ? LAC_CPU(parallel)(op, lines, work, gather_bwd_task, &job) : LAC_E_MEMORY;
-        lac_workspace_put(job.sums);
-    }
-    lac_workspace_put(index);
-    return status;
-}
-
 /* ---- index_put ---- */
 
 typedef struct {
@@ -381,6 +396,8 @@ typedef struct {
     lac_nest inner;                         /* dst, src: the axes after `dim` */
     const int64_t *start, *order, *reached; /* reached: the rows of dst that are named, ascending */
     int64_t rows, inner_count;
+    const int64_t *index;
+    double *sums; /* [threads][size] of lines */
 } put_job;
 
 static void put_slice(const put_job *job, char *dst, const char *src)
@@ -444,34 +461,72 @@ static void put_task(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
+/* rows of one element: whole lines of dst */
+static void put_lines(void *context, int64_t begin, int64_t end, int thread)
+{
+    const put_job *job = context;
+    const lac_a_index_put *a = job->a;
+    const int dtype = a->dst.dtype;
+    const int64_t bytes = lac_bytes_of(dtype), size = a->dst.shape[a->dim], n = a->index.shape[0];
+    const int64_t to = a->dst.stride[a->dim] * bytes, from = a->src.stride[a->dim] * bytes;
+    double *sums = job->sums + size * thread, space[BLOCK];
+    for (int64_t t = begin; t < end; t++) {
+        char *dst = (char *)a->dst.data + offset_of(&job->outer_dst, t) * bytes;
+        const char *src = (const char *)a->src.data + offset_of(&job->outer_src, t) * bytes;
+        line_from(dtype, dst, to, size, sums);
+        for (int64_t at = 0, m; at < n; at += m) {
+            m = n - at < BLOCK ? n - at : BLOCK;
+            add_line(dtype, sums, job->index + at, LAC_CPU(load)(dtype, src + at * from, from, m, space), m, a->alpha);
+        }
+        line_into(dtype, sums, size, dst, to);
+    }
+}
+
+static int put_sorted(const char *op, put_job *job, const int64_t *index, int64_t n, int64_t size)
+{
+    const lac_a_index_put *a = job->a;
+    int64_t *start = sort_positions(op, index, n, size), *reached;
+    reached = start ? lac_workspace_get(op, (size_t)(n < size ? n : size) * 8) : NULL;
+    int status = reached ? 0 : LAC_E_MEMORY;
+    if (!status) {
+        for (int64_t r = 0; r < size; r++)
+            if (start[r + 1] > start[r]) reached[job->rows++] = r;
+        job->start = start;
+        job->order = start + size + 1;
+        job->reached = reached;
+        const lac_view *views[] = {&job->inner_dst, &job->inner_src};
+        LAC_CPU(nest_make)(&job->inner, 2, views);
+        int64_t tasks = lac_view_numel(&job->outer_dst) * job->rows;
+        status = LAC_CPU(parallel)(op, tasks, lac_view_numel(&a->src) * 2, put_task, job);
+    }
+    lac_workspace_put(reached);
+    lac_workspace_put(start);
+    return status;
+}
+
 int LAC_CPU(index_put)(const lac_a_index_put *a)
 {
     const char *op = "index_put";
-    int64_t *index, size = a->dst.shape[a->dim], n = a->index.shape[0], *start, *reached;
+    int64_t *index, size = a->dst.shape[a->dim], n = a->index.shape[0];
+    int status = LAC_E_MEMORY;
     LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
     if (lac_view_numel(&a->src) == 0) return lac_workspace_put(index), 0;
-    start = sort_positions(op, index, n, size);
-    lac_workspace_put(index);
-    reached = start ? lac_workspace_get(op, (size_t)(n < size ? n : size) * 8) : NULL;
     put_job job = {.a = a,
-                   .start = start,
-                   .order = start + size + 1,
-                   .reached = reached,
+                   .index = index,
                    .outer_dst = axes_of(&a->dst, 0, a->dim),
                    .outer_src = axes_of(&a->src, 0, a->dim),
                    .inner_dst = axes_of(&a->dst, a->dim + 1, a->dst.ndim),
                    .inner_src = axes_of(&a->src, a->dim + 1, a->src.ndim)};
-    int status = reached ? 0 : LAC_E_MEMORY;
-    if (!status) {
-        for (int64_t r = 0; r < size; r++)
-            if (start[r + 1] > start[r]) reached[job.rows++] = r;
-        const lac_view *views[] = {&job.inner_dst, &job.inner_src};
-        LAC_CPU(nest_make)(&job.inner, 2, views);
-        job.inner_count = lac_view_numel(&job.inner_dst);
-        int64_t tasks = lac_view_numel(&job.outer_dst) * job.rows;
-        status = LAC_CPU(parallel)(op, tasks, lac_view_numel(&a->src) * 2, put_task, &job);
+    job.inner_count = lac_view_numel(&job.inner_dst);
+    /* a few elements of a long line are visited */
+    if (a->mode == LAC_SCATTER_ADD && job.inner_count == 1 && n >= size / 16) {
+        int64_t outer = lac_view_numel(&job.outer_dst), work = outer * (2 * size + n);
+        job.sums = lac_workspace_get(op, (size_t)(size * LAC_CPU(threads)(outer, work)) * 8);
+        if (job.sums) status = LAC_CPU(parallel)(op, outer, work, put_lines, &job);
+        lac_workspace_put(job.sums);
+    } else {
+        status = put_sorted(op, &job, index, n, size);
     }
-    lac_workspace_put(reached);
-    lac_workspace_put(start);
+    lac_workspace_put(index);
     return status;
 }

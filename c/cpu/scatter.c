@@ -3,9 +3,9 @@
  * Lines along the axis are independent, and a line belongs to one thread, which takes the sources in their order. So
  * sums do not depend on threads, and "the last one wins" means what it says, which atomics could not promise. Up to
  * COLUMNS neighbouring lines go together, so that an axis that is not the last is still read by whole cache lines.
- * Combining modes keep their lines in double (or int64_t) until all sources are in and round once: adding a thousand
- * bf16 numbers one by one into bf16 would stop at 256. Rejected: sorting indices first, as index_put does for slices;
- * here a source is one element, and the sort would cost more than the sum.
+ * gather's gradient is such a sum into zeros. Combining modes keep their lines in double (or int64_t) until all sources
+ * are in and round once: adding a thousand bf16 numbers one by one into bf16 would stop at 256. Rejected: sorting
+ * indices first, as index_put does for slices; here a source is one element, and the sort would cost more than the sum.
  */
 #include "cpu.h"
 #include "simd.h"
@@ -24,6 +24,7 @@ typedef struct {
     int64_t bytes;
     char *workspace; /* per thread: sums [size][w], then counts */
     int ctype;
+    bool zeros; /* places hold 0 before, whatever is in dst */
 } scatter_job;
 
 /* the lines of one task */
@@ -132,23 +133,24 @@ static void narrow(int dtype, int ctype, const double *sums, int64_t n, char *ds
 }
 
 /* one line, whose sources are added to what is there */
+#define ADD_LINE(T)                                                                                                    \
+    for (int64_t i = 0; i < m; i++) sums[index[i * inner]] += (double)((const T *)v)[i]
 static void add_line(const scatter_job *job, const lines *l, double *sums)
 {
     const lac_a_scatter *a = job->a;
     int dtype = a->dst.dtype;
     int64_t step = a->src.stride[a->dim] * lac_bytes_of(dtype), n = a->index.shape[a->dim];
+    const int64_t inner = job->inner;
     int64_t *isums = (int64_t *)(void *)sums;
     double space[BLOCK];
     for (int64_t at = 0, m; at < n; at += m) {
         m = n - at < BLOCK ? n - at : BLOCK;
         const void *v = LAC_CPU(load)(dtype, l->src + at * step, step, m, space);
-        const int64_t *index = l->index + at * job->inner;
-        if (job->ctype == C_F32)
-            for (int64_t i = 0; i < m; i++) sums[index[i * job->inner]] += (double)((const float *)v)[i];
-        else if (job->ctype == C_F64)
-            for (int64_t i = 0; i < m; i++) sums[index[i * job->inner]] += ((const double *)v)[i];
+        const int64_t *index = l->index + at * inner;
+        if (job->ctype == C_F32) ADD_LINE(float);
+        else if (job->ctype == C_F64) ADD_LINE(double);
         else
-            for (int64_t i = 0; i < m; i++) add_i(isums, (const int64_t *)v + i, index + i * job->inner, 1);
+            for (int64_t i = 0; i < m; i++) add_i(isums, (const int64_t *)v + i, index + i * inner, 1);
     }
 }
 
@@ -161,7 +163,8 @@ static void combine_lines(const scatter_job *job, const lines *l, double *sums, 
     double space[BLOCK], values[COLUMNS];
     bool counted = mode == LAC_SCATTER_MEAN || !a->self;
     int64_t run = w == 1 ? BLOCK : 1, step = w == 1 ? dst_step : l->dst_last; /* one line by many places at once */
-    for (int64_t r = 0; r < size; r += run) {
+    if (job->zeros) memset(sums, 0, (size_t)(size * w) * 8);
+    for (int64_t r = 0; r < size && !job->zeros; r += run) {
         int64_t m = w > 1 ? w : size - r < run ? size - r : run;
         widen(ctype, LAC_CPU(load)(dtype, l->dst + r * dst_step, step, m, space), m, sums + r * w);
     }
@@ -208,13 +211,12 @@ static void scatter_task(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
-int LAC_CPU(scatter)(const lac_a_scatter *a)
+static int scatter_run(const char *op, const lac_a_scatter *a, bool zeros)
 {
-    const char *op = "scatter";
     int64_t *index, size = a->dst.shape[a->dim], total = lac_view_numel(&a->index), lines_total = 1;
     int last = a->index.ndim - 1;
     LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
-    scatter_job job = {.a = a, .index = index, .inner = 1, .blocks = 1, .w = 1};
+    scatter_job job = {.a = a, .index = index, .inner = 1, .blocks = 1, .w = 1, .zeros = zeros};
     if (total == 0) return lac_workspace_put(index), 0;
     job.ctype = lac_compute_type(a->dst.dtype);
     for (int d = a->dim + 1; d <= last; d++) job.inner *= a->index.shape[d];
@@ -238,4 +240,17 @@ int LAC_CPU(scatter)(const lac_a_scatter *a)
     lac_workspace_put(job.workspace);
     lac_workspace_put(index);
     return status;
+}
+
+int LAC_CPU(scatter)(const lac_a_scatter *a) { return scatter_run("scatter", a, false); }
+
+int LAC_CPU(gather_bwd)(const lac_a_index_bwd *a)
+{
+    const lac_a_scatter sum = {
+        .dst = a->out, .index = a->index, .src = a->g, .dim = a->dim, .mode = LAC_SCATTER_ADD, .self = true};
+    if (lac_view_numel(&a->out) > 0 && lac_view_numel(&a->g) == 0) { /* no sources */
+        memset(a->out.data, 0, (size_t)(lac_view_numel(&a->out) * lac_bytes_of(a->out.dtype)));
+        return 0;
+    }
+    return scatter_run("gather_bwd", &sum, true);
 }
