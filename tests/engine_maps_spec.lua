@@ -342,6 +342,49 @@ describe("engine on " .. isa .. ":", function()
       assert.are.equal(1, cast("i64", "bool", -4))
     end)
 
+    it("copy makes integers of blocks, near and far", function()
+      local function cast(from, to, list)
+        local dst = d.empty(to, { #list })
+        call("copy", tensor(from, { #list }, list), dst)
+        return get(dst)
+      end
+      local low = { i32 = -2 ^ 31, u8 = 0, i64 = -2 ^ 63 }
+      local high = { i32 = 2 ^ 31 - 1, u8 = 255, i64 = 2 ^ 63 }
+      for _, from in ipairs { "f64", "f32" } do
+        -- blocks of small numbers, of those that 51 bits hold, and of all with NaN and infinities
+        for _, powers in ipairs { { -4, 8 }, { 20, 50 }, { -10, 70 } } do
+          local x = {}
+          for i = 1, 1200 do
+            local size = 2 ^ (powers[1] + (powers[2] - powers[1]) * random())
+            x[i] = d.round(from, (random() < 0.5 and -1 or 1) * size)
+          end
+          if powers[2] == 70 then x[5], x[600], x[1199] = NAN, INF, -INF end
+          for _, to in ipairs { "i32", "u8", "i64" } do
+            local ref = {}
+            for i, v in ipairs(x) do
+              local whole = v < 0 and math.ceil(v) or math.floor(v)
+              ref[i] = v ~= v and 0 or math.max(low[to], math.min(high[to], whole))
+            end
+            equal_all(from .. " to " .. to, cast(from, to, x), ref)
+          end
+          local truth = {}
+          for i, v in ipairs(x) do truth[i] = v ~= 0 and 1 or 0 end
+          equal_all(from .. " to bool", cast(from, "bool", x), truth)
+        end
+      end
+      local x, single = {}, {}
+      for _, most in ipairs { 30, 52 } do
+        for i = 1, 1200 do
+          x[i] = math.floor((random() - 0.5) * 2 ^ most)
+          single[i] = d.round("f32", x[i])
+        end
+        x[1], x[2] = -2 ^ 31, 2 ^ 31 - 1
+        single[1], single[2] = x[1], 2 ^ 31
+        equal_all("i64 to f64", cast("i64", "f64", x), x)
+        equal_all("i64 to f32", cast("i64", "f32", x), single)
+      end
+    end)
+
     it("every f16 and bf16 bit pattern survives a round trip through f32", function()
       for _, dtype in ipairs { "f16", "bf16" } do
         local half, single, back = d.empty(dtype, { 65536 }), d.empty("f32", { 65536 }), d.empty(dtype,

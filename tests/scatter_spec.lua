@@ -2,7 +2,7 @@
 --
 -- In-place forms agree with the functional ones, count up versions (so that a backward notices) and refuse
 -- what the tape could not follow. Repeated indices keep the last source. Halves are summed wide. Nothing
--- depends on the number of threads.
+-- depends on the number of threads. Rolls and pads, which write blocks to places, are here too.
 
 local lac = require "lacuna"
 
@@ -146,6 +146,40 @@ describe("scatter", function()
                          { grad_outputs = { src:contiguous():view(3, 3, n / 3) } })[1]
             assert.is_true(lac.equal(exact(sums), g), dtype .. places)
           end
+        end
+      end
+    end
+  end)
+
+  it("moves long rows as few blocks: rolls and pads of them", function()
+    for _, dtype in ipairs { "f32", "u8" } do
+      for _, n in ipairs { 1, 3, 5000 } do
+        local row = {}
+        for i = 1, n do row[i] = i % 251 end
+        local x = lac.tensor(row, { dtype = dtype })
+        for _, shift in ipairs { 0, 1, -1, 5, 2999, -5001, 12345 } do
+          local want = {}
+          for i = 1, n do want[(i - 1 + shift) % n + 1] = row[i] end
+          assert.same(want, x:roll(shift):totable(), shift)
+          assert.same(want, lac.stack { x, x }:roll(shift, 2)[2]:totable(), shift)
+        end
+      end
+    end
+    -- every mode, wider than x where it may be: by the rule of each mode, position by position
+    local rules = {
+      constant = function(p, n) return p >= 0 and p < n and p or nil end,
+      replicate = function(p, n) return math.max(0, math.min(n - 1, p)) end,
+      circular = function(p, n) return p % n end,
+      reflect = function(p, n) return p < 0 and -p or p >= n and 2 * (n - 1) - p or p end,
+    }
+    local x = lac.arange { 6 }:to { dtype = "f32" }:view(1, 1, 6)
+    for mode, rule in pairs(rules) do
+      for before = 0, 5 do
+        for after = 0, 5 do
+          local got = lac.pad(x, { before, after }, mode == "constant" and { value = 9 } or { mode = mode })
+          local want = {}
+          for i = 1, 6 + before + after do want[i] = rule(i - 1 - before, 6) or 9 end
+          assert.same(want, got:view(6 + before + after):totable(), mode .. before .. after)
         end
       end
     end

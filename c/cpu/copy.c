@@ -69,8 +69,53 @@ void LAC_CPU(move)(int bytes, char *out, int64_t so, const char *x, int64_t sx, 
     }
 }
 
-/* Values of one compute type in another. To integers: towards zero, saturating, NaN gives 0. f64 on its way to a half
- * type is rounded to odd, so that the second rounding is the only one that counts. */
+/* Doubles or floats to integers: towards zero, saturating, NaN gives 0. AVX2 makes 32-bit integers of doubles; longer
+ * ones below 2^51 it shifts into the mantissa, and what is larger goes one by one. */
+LAC_INLINE int64_t to_i64(double v)
+{
+    return v != v ? 0 : v >= 0x1p63 ? INT64_MAX : (int64_t)(v < -0x1p63 ? -0x1p63 : v);
+}
+#define TO_INTEGERS(name, T)                                                                                           \
+    static void name(int dtype, const T *x, int64_t *to, int64_t n)                                                    \
+    {                                                                                                                  \
+        const double magic = 0x1.8p52, low = dtype == LAC_I32 ? -0x1p31 : 0;                                           \
+        const double high = dtype == LAC_I32 ? 0x1p31 - 1 : 255;                                                       \
+        int far = 0;                                                                                                   \
+        if (dtype == LAC_BOOL) {                                                                                       \
+            for (int64_t i = 0; i < n; i++) to[i] = x[i] != 0;                                                         \
+            return;                                                                                                    \
+        }                                                                                                              \
+        if (dtype != LAC_I64) {                                                                                        \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                        \
+            {                                                                                                          \
+                double v = (double)x[i];                                                                               \
+                v = v > low ? v : low;                                                                                 \
+                v = v < high ? v : high;                                                                               \
+                to[i] = (int64_t)(int32_t)(x[i] == x[i] ? v : 0);                                                      \
+            }                                                                                                          \
+            return;                                                                                                    \
+        }                                                                                                              \
+        _Pragma("omp simd reduction(| : far)") for (int64_t i = 0; i < n; i++) far |= !(fabs((double)x[i]) < 0x1p51);  \
+        if (far)                                                                                                       \
+            for (int64_t i = 0; i < n; i++) to[i] = to_i64((double)x[i]);                                              \
+        else                                                                                                           \
+            for (int64_t i = 0; i < n; i++)                                                                            \
+                to[i] = (int64_t)(v_bits64(trunc((double)x[i]) + magic) - v_bits64(magic));                            \
+    }
+TO_INTEGERS(to_integers_f, float)
+TO_INTEGERS(to_integers_d, double)
+
+/* are all of them 32-bit integers? Those the vector units can make floats of. */
+static bool all_short(const int64_t *x, int64_t n)
+{
+    uint64_t high = 0;
+#pragma omp simd reduction(| : high)
+    for (int64_t i = 0; i < n; i++) high |= ((uint64_t)x[i] + 0x80000000u) >> 32;
+    return !high;
+}
+
+/* Values of one compute type in another. To integers: towards zero, saturating, NaN gives 0. What is on its way to a
+ * half type is rounded to odd, so that the second rounding is the only one that counts. */
 static const void *convert_block(int from, int to, int dtype, const void *x, void *buffer, int64_t n)
 {
     if (from == to) return x;
@@ -79,25 +124,23 @@ static const void *convert_block(int from, int to, int dtype, const void *x, voi
     const int64_t *l = x;
     float *of = buffer;
     double *od = buffer;
-    int64_t *ol = buffer;
-    bool half = dtype == LAC_F16 || dtype == LAC_BF16;
+    const bool half = dtype == LAC_F16 || dtype == LAC_BF16, narrow = from == C_I64 && all_short(l, n);
     if (to == C_F32 && half)
         for (int64_t i = 0; i < n; i++) of[i] = v_round_odd(from == C_F64 ? d[i] : (double)l[i]);
+    else if (to == C_F32 && from == C_F64)
+        for (int64_t i = 0; i < n; i++) of[i] = (float)d[i];
+    else if (to == C_F32 && narrow)
+        for (int64_t i = 0; i < n; i++) of[i] = (float)(int32_t)l[i];
     else if (to == C_F32)
-        for (int64_t i = 0; i < n; i++) of[i] = from == C_F64 ? (float)d[i] : (float)l[i];
+        for (int64_t i = 0; i < n; i++) of[i] = (float)l[i];
+    else if (to == C_F64 && from == C_F32)
+        for (int64_t i = 0; i < n; i++) od[i] = (double)f[i];
+    else if (to == C_F64 && narrow)
+        for (int64_t i = 0; i < n; i++) od[i] = (double)(int32_t)l[i];
     else if (to == C_F64)
-        for (int64_t i = 0; i < n; i++) od[i] = from == C_F32 ? (double)f[i] : (double)l[i];
-    else {
-        double low = dtype == LAC_I32 ? -2147483648.0 : dtype == LAC_U8 || dtype == LAC_BOOL ? 0.0 : -0x1p63;
-        double high = dtype == LAC_I32 ? 2147483647.0 : dtype == LAC_U8 ? 255.0 : 0x1p63;
-        for (int64_t i = 0; i < n; i++) {
-            double v = from == C_F32 ? (double)f[i] : d[i];
-            if (dtype == LAC_BOOL) ol[i] = v != 0;
-            else if (v != v) ol[i] = 0;
-            else if (v >= 0x1p63) ol[i] = (int64_t)(high >= 0x1p63 ? INT64_MAX : (int64_t)high);
-            else ol[i] = (int64_t)(v < low ? low : v > high ? high : v);
-        }
-    }
+        for (int64_t i = 0; i < n; i++) od[i] = (double)l[i];
+    else if (from == C_F32) to_integers_f(dtype, f, buffer, n);
+    else to_integers_d(dtype, d, buffer, n);
     return buffer;
 }
 
@@ -345,7 +388,8 @@ int LAC_CPU(arange)(const lac_a_arange *a)
             for (int64_t i = 0; i < m; i++)
                 integers[i] = (int64_t)((uint64_t)(int64_t)a->start + (uint64_t)(at + i) * (uint64_t)(int64_t)a->step);
         } else {
-            for (int64_t i = 0; i < m; i++) values[i] = a->start + (double)(at + i) * a->step;
+            /* vector units count in 32 bits */
+            for (int32_t i = 0; i < (int32_t)m; i++) values[i] = a->start + ((double)at + (double)i) * a->step;
             block = convert_block(C_F64, ctype, v->dtype, values, converted, m);
         }
         LAC_CPU(store)(v->dtype, block, (char *)v->data + at * stride, stride, m);

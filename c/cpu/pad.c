@@ -1,8 +1,9 @@
 /* pad.c: padding and its gradient on the CPU.
  *
- * Each axis gets a table: for every position of the result the position in x, or -1 for the constant. Trailing axes
+ * Each axis gets a table: for every position of the result the position in x, or -1 for the constant; the last one gets
+ * a list of what lies together in x instead, and moves it as a block: a roll of a long tensor is two. Trailing axes
  * that are not padded and lie together in x are one unit, so that padding the positions of [B, N, E] moves rows of E.
- * In a row what lies together in x moves as a block. The gradient goes the other way round: for an element of x all
+ * The gradient goes the other way round: for an element of x all
  * places that show it, found by inverting the tables, are summed in double in a fixed order and rounded once.
  * Scattering instead would need atomics or one thread.
  */
@@ -28,10 +29,16 @@ static int64_t source_of(int mode, int64_t i, int64_t before, int64_t n)
 
 /* ---- forward ---- */
 
+/* positions of the last axis that lie together in x from `from` on, or are all the constant (-1) */
+typedef struct {
+    int64_t from, units;
+} pad_run;
+
 typedef struct {
     const lac_a_pad *a;
-    const int64_t *map[LAC_MAX_DIMS];
-    const int64_t *run;       /* of a row: units from i on that lie together in x, or are all the constant */
+    const int64_t *map[LAC_MAX_DIMS]; /* but of the last axis */
+    const pad_run *run;               /* of a row of the result */
+    int64_t runs;
     int axes;                 /* the axes before the unit */
     int64_t unit, unit_bytes; /* elements that move together */
     const char *value;        /* one element */
@@ -43,21 +50,43 @@ static void fill_units(const pad_job *job, char *out, int64_t units)
     LAC_CPU(move)((int)bytes, out, bytes, job->value, 0, units * job->unit);
 }
 
+/* As memcpy, which goes by the processor's string instruction from a few KiB on: that is slow on Zen 3 where the two
+ * places are a few bytes apart but for whole pages, as they are in a roll. */
+static void move_block(char *out, const char *x, int64_t bytes)
+{
+    enum { PIECE = 2048 };
+    for (int64_t at = 0; at < bytes; at += PIECE)
+        memcpy(out + at, x + at, (size_t)(bytes - at < PIECE ? bytes - at : PIECE));
+}
+
 static void pad_row(const pad_job *job, char *out, const char *x)
 {
-    int last = job->axes - 1;
-    const int64_t *map = job->map[last];
-    int64_t n = job->a->out.shape[last], bytes = job->unit_bytes;
-    int64_t step = job->a->x.stride[last] * lac_bytes_of(job->a->x.dtype);
-    for (int64_t i = 0, run; i < n; i += run, out += run * bytes) {
-        const char *from = map[i] < 0 ? NULL : x + map[i] * step;
-        run = job->run[i];
-        if (!from) fill_units(job, out, run);
-        else if (step == bytes) memcpy(out, from, (size_t)(run * bytes));
-        else if (job->unit == 1) LAC_CPU(move)((int)bytes, out, bytes, from, step, run);
+    const int last = job->axes - 1;
+    const int64_t bytes = job->unit_bytes, step = job->a->x.stride[last] * lac_bytes_of(job->a->x.dtype);
+    for (int64_t r = 0; r < job->runs; r++) {
+        const int64_t units = job->run[r].units;
+        const char *from = x + job->run[r].from * step;
+        if (job->run[r].from < 0) fill_units(job, out, units);
+        else if (step == bytes) move_block(out, from, units * bytes);
+        else if (job->unit == 1) LAC_CPU(move)((int)bytes, out, bytes, from, step, units);
         else
-            for (int64_t k = 0; k < run; k++) memcpy(out + k * bytes, from + k * step, (size_t)bytes);
+            for (int64_t k = 0; k < units; k++) memcpy(out + k * bytes, from + k * step, (size_t)bytes);
+        out += units * bytes;
     }
+}
+
+/* the runs of an axis of n elements, padded to `total`, into `run` if it is given; how many */
+static int64_t find_runs(int mode, int64_t before, int64_t n, int64_t total, pad_run *run)
+{
+    int64_t count = 0, units = 1;
+    for (int64_t i = 0; i < total; i += units, count++) {
+        const int64_t from = source_of(mode, i, before, n), inside = i - before;
+        const bool follows = mode == LAC_PAD_CIRCULAR || (inside >= 0 && inside < n);
+        units = follows ? n - from : from < 0 && inside < 0 ? before - i : from < 0 ? total - i : 1;
+        units = units < total - i ? units : total - i;
+        if (run) run[count] = (pad_run){from, units};
+    }
+    return count;
 }
 
 static void pad_task(void *context, int64_t begin, int64_t end, int thread)
@@ -82,11 +111,11 @@ static void pad_task(void *context, int64_t begin, int64_t end, int thread)
     }
 }
 
-/* all tables in one workspace: map[d][i], out's sizes, and room for as many numbers as the last axis has */
+/* all tables in one workspace: map[d][i], out's sizes */
 static int64_t *make_maps(const char *op, int mode, int axes, const int64_t *before, const int64_t *sizes,
                           const int64_t *padded, const int64_t **map)
 {
-    int64_t total = 1 + padded[axes - 1];
+    int64_t total = 1;
     for (int d = 0; d < axes; d++) total += padded[d];
     int64_t *tables = lac_workspace_get(op, (size_t)total * 8), *at = tables;
     for (int d = 0; tables && d < axes; d++) {
@@ -113,17 +142,15 @@ int LAC_CPU(pad)(const lac_a_pad *a)
     job.unit_bytes = job.unit * bytes;
     int last = job.axes - 1;
     int64_t n = a->out.shape[last];
-    int64_t *tables = make_maps("pad", a->mode, job.axes, a->before, x->shape, a->out.shape, job.map);
-    if (!tables) return LAC_E_MEMORY;
-    const int64_t *map = job.map[last];
-    int64_t *run = tables + (map - tables) + n;
-    for (int64_t i = n - 1; i >= 0; i--) {
-        bool together = i + 1 < n && map[i + 1] == (map[i] < 0 ? map[i] : map[i] + 1);
-        run[i] = together ? run[i + 1] + 1 : 1;
-    }
+    job.runs = find_runs(a->mode, a->before[last], x->shape[last], n, NULL);
+    pad_run *run = lac_workspace_get("pad", (size_t)job.runs * sizeof *run);
+    int64_t *tables = run ? make_maps("pad", a->mode, last, a->before, x->shape, a->out.shape, job.map) : NULL;
+    if (!tables) return lac_workspace_put(run), LAC_E_MEMORY;
+    find_runs(a->mode, a->before[last], x->shape[last], n, run);
     job.run = run;
     int status = LAC_CPU(parallel)("pad", numel / job.unit / n, numel, pad_task, &job);
     lac_workspace_put(tables);
+    lac_workspace_put(run);
     return status;
 }
 

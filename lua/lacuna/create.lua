@@ -429,15 +429,12 @@ function create.linspace(...)
   schema.check("linspace", "stop", stop, { type = "number" })
   local code = device.dtype("linspace", options.dtype)
   local t = tensor.empty(C.LAC_F64, C.LAC_CPU, { n }, 1)
-  local p = tensor.pointer(t)
-  for i = 0, n - 1 do
-    -- from the nearer end, so that the last is stop exactly
-    local w = i / math.max(n - 1, 1)
-    local v = start
-    if i > 0 then v = w < 0.5 and start + (stop - start) * w or stop - (stop - start) * (1 - w) end
-    check_element("linspace", code, v, i + 1)
-    p[i] = v
-  end
+  -- from the nearer end, so that the last is stop exactly
+  local p, last, span, middle = tensor.pointer(t), math.max(n - 1, 1), stop - start, math.ceil((n - 1) / 2)
+  for i = 1, middle - 1 do p[i] = start + span * (i / last) end
+  for i = math.max(middle, 1), n - 1 do p[i] = stop - span * (1 - i / last) end
+  p[0] = start
+  for i = 0, RANGE[code] and n - 1 or -1 do check_element("linspace", code, p[i], i + 1) end
   t = place(code == C.LAC_F64 and t or tensor.cast(t, code), device.code("linspace", options.device))
   return finish("linspace", t, options)
 end
