@@ -35,6 +35,69 @@ describe("order", function()
     assert.same({ 0, 60 }, { lac.zeros{ 0, 12 }:cdist(y[1]):size(1), lac.zeros{ 0, 12 }:cdist(y[1]):size(2) })
   end)
 
+  -- in f64 by differences, with its gradients, of what x and y hold
+  local function exact_distances(x, y, g)
+    local a, b = x:detach():double():requires_grad_(true), y:detach():double():requires_grad_(true)
+    local d = lac.norm(lac.unsqueeze(a, -2) - lac.unsqueeze(b, -3), 2, -1)
+    d:backward(g:double())
+    return d:detach(), a.grad, b.grad
+  end
+
+  it("cdist by products is as exact as by differences, near rows and equal ones too #cpu", function()
+    lac.manual_seed(5)
+    -- of two sizes each, and of a row; some need several parts, some broadcast
+    for _, sizes in ipairs { { { 40, 64 }, { 50, 64 } }, { { 3, 40, 16 }, { 50, 16 } },
+                             { { 700, 12 }, { 160, 12 } }, { { 2, 1, 10, 8 }, { 3, 20, 8 } },
+                             { { 300, 8, 12 }, { 1, 25, 12 } }, { { 1, 9 }, { 1, 9 } } } do
+      for _, dtype in ipairs { "f32", "bf16", "f16" } do
+        local x, y = lac.randn(sizes[1]), lac.randn(sizes[2])
+        local rows, others = x:view(-1, x:size(-1)), y:view(-1, y:size(-1))
+        for i = 1, math.min(8, others:size(1), rows:size(1)) do
+          local far = i % 2 == 0 and 10 ^ -i or 0
+          others:select(1, i):copy_(rows:select(1, i) + far)
+        end
+        x, y = x:to(dtype), y:to(dtype)
+        local d = x:cdist(y)
+        local g = lac.randn(d:size()):to(dtype)
+        local exact, gx, gy = exact_distances(x, y, g)
+        local own, other = x:clone():requires_grad_(true), y:clone():requires_grad_(true)
+        local kept = own:cdist(other)
+        kept:backward(g)
+        assert.is_true(lac.equal(d, kept:detach()), dtype)
+        assert.is_true(lac.equal(exact:eq(0), d:eq(0)), dtype)
+        -- 1.1 roundings of what is above 0; a gradient: of its largest term, some
+        local unit = dtype == "f32" and 2 ^ -24 or dtype == "bf16" and 2 ^ -8 or 2 ^ -11
+        local function worst(got, wanted, scale)
+          return ((got:double() - wanted):abs() / scale):max():item()
+        end
+        local scale = lac.where(exact:eq(0), 1, exact)
+        assert.is_true(worst(d, exact, scale) <= (dtype == "f32" and 4 or 1.1) * unit, dtype)
+        for _, pair in ipairs { { own.grad, gx }, { other.grad, gy } } do
+          assert.is_true(worst(pair[1], pair[2], pair[2]:abs():max() + 1e-30) <= 8 * unit, dtype)
+        end
+      end
+    end
+  end)
+
+  it("cdist knows equal rows by the thousand, and what is not finite #cpu", function()
+    local ones = lac.ones { 300, 16 }
+    local x = ones:clone():requires_grad_(true)
+    local d = x:cdist(ones)
+    d:sum():backward()
+    assert.are.equal(0, d:abs():max():item())
+    assert.are.equal(0, x.grad:abs():max():item())
+    local odd = ones:clone()
+    odd[1][1], odd[2][3], odd[3][5] = inf, nan, -inf
+    local got = odd:cdist(ones[{ { 1, 2 } }])
+    assert.are.same({ inf, inf }, got[1]:totable())
+    assert.is_true(got[2]:isnan():all():item())
+    assert.are.same({ inf, inf }, got[3]:totable())
+    assert.are.equal(0, got[{ { 4, 300 } }]:max():item())
+    assert.are.equal(inf, (ones * 3e38):cdist(ones * -3e38):min():item())
+    local far = (ones * 1e30):cdist(ones):max():item() -- whose squares f32 could not hold
+    assert.is_true(math.abs(far / 4e30 - 1) < 1e-6)
+  end)
+
   it("puts NaN after everything and treats zeros as equal", function()
     for _, dtype in ipairs { "f64", "f32", "f16", "bf16" } do
       local x = lac.tensor({ 3, nan, -inf, inf, 0, -0.0, nan, 2 }, { dtype = dtype })

@@ -1,10 +1,8 @@
---- What analyses ask of two tensors, or of neighbours in one: differences, distances, closeness, products of
--- all pairs.
+--- What analyses ask of two tensors, or of neighbours in one: differences, closeness, products of all pairs.
 --
 -- Compositions of other operators, so that gradients need no rule.
 
 local schema = require "lacuna.schema"
-local scope = require "lacuna.scope"
 local tensor = require "lacuna.tensor"
 local ops = require "lacuna.ops.base"
 
@@ -12,8 +10,6 @@ local fail, show = schema.fail, schema.show
 local expect, axis = tensor.expect, tensor.axis
 local fn = ops.fn
 local define = ops.internal.define
-
-local DIFFERENCES = 2 ^ 18 -- that cdist forms at once: they stay in the caches
 
 --- Differences of neighbours along dim (the last unless given): x[i + 1] - x[i], n times over (once unless
 -- given); each time one element fewer.
@@ -51,31 +47,6 @@ define { name = "isclose", composite = true, nondifferentiable = true, forward =
   local far = fn.abs(x - y)
   local near = fn.logical_and(fn.isfinite(far), fn.le(far, fn.abs(y) * o.rtol + o.atol))
   return fn.logical_or(near, fn.eq(a, b))
-end }
-
---- Distances of all pairs of rows: x [..., N, D], y [..., M, D] -> [..., N, M], the p-norm (2 unless given,
--- math.huge the largest difference) of x_i - y_j. Exact near zero, where its gradient is 0: the differences
--- are formed, not |x|^2 + |y|^2 - 2 x y. With a gradient all N M D of them are kept on the way, without one
--- a part of the rows at a time.
--- @tparam Tensor x @tparam Tensor y @tparam[opt] number p above 0
-define { name = "cdist", composite = true, forward = function(x, y, p)
-  expect("cdist", "x", x)
-  expect("cdist", "y", y)
-  if x.c.ndim < 2 or y.c.ndim < 2 or x:size(-1) ~= y:size(-1) then
-    fail("cdist", "needs x [..., N, D] and y [..., M, D], got %s and %s", show(x), show(y))
-  end
-  x, y = fn.unsqueeze(x, -2), fn.unsqueeze(y, -3)
-  local rows = x:size(-3)
-  local others = math.max(1, y:numel() * x:numel() / math.max(1, rows * x:size(-1))) -- at most, of one row
-  local at_once = math.max(1, math.floor(DIFFERENCES / others))
-  -- a gradient keeps all differences anyway
-  if rows <= at_once or x.requires_grad or y.requires_grad then return fn.norm(x - y, p, -1) end
-  local parts = {}
-  for first = 1, rows, at_once do
-    local part = fn.narrow(x, -3, first, math.min(at_once, rows - first + 1))
-    parts[#parts + 1] = scope.run(function() return fn.norm(part - y, p, -1) end)
-  end
-  return fn.cat(parts, -2)
 end }
 
 --- The Kronecker product: each element of a times all of b, block by block; a tensor of fewer dimensions gets
