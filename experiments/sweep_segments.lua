@@ -10,9 +10,9 @@
 --
 -- Cost is counted, not timed: attention FLOPs per token from the plan's pairs, and total FLOPs per token with
 -- the products, which at small contexts dominate (that is why both are shown: a pattern that saves 80% of the
--- attention may save 5% of a step). The results are in sweep.json, the log of every run in its folder,
--- figures beside them. Equal steps are not equal compute; the plot against total FLOPs is there for that
--- question.
+-- attention may save 5% of a step). The results are in sweep.json and, a row for every run with its options,
+-- in sweep.csv; the log of every run is in its folder, figures beside them. Equal steps are not equal
+-- compute; the plot against total FLOPs is there for that question.
 --
 -- A sweep that was stopped or killed goes on with --resume: runs that have their result are not run again,
 -- the one that was under way goes on from its checkpoint, and the numbers are those of an undisturbed sweep.
@@ -21,6 +21,7 @@ local lac = require "lacuna"
 local cli = require "lacuna.cli"
 local runlog = require "lacuna.log"
 local json = require "lacuna.json"
+local csv = require "lacuna.csv"
 local sys = require "lacuna.sys"
 
 local option = cli.option
@@ -138,6 +139,26 @@ local function run_all(o, train, held, dir)
   return results
 end
 
+-- one row for every run: what it was made with, what came out
+local COLUMNS = { "name", "segments", "dilations", "scheme", "seed", "layers", "width", "heads", "context",
+                  "batch", "steps", "lr", "bits_per_byte", "attention_flops", "total_flops" }
+
+local function rows_of(o, results)
+  local rows = {}
+  for _, r in ipairs(results) do
+    for s, bits in ipairs(r.bits) do
+      local row = { name = r.name, segments = r.segments, dilations = r.dilations, scheme = r.scheme,
+        seed = o.seed + s - 1, bits_per_byte = bits, attention_flops = r.attention_flops,
+        total_flops = r.total_flops }
+      for _, name in ipairs(COLUMNS) do
+        if row[name] == nil then row[name] = o[name] end
+      end
+      rows[#rows + 1] = row
+    end
+  end
+  return rows
+end
+
 local function show_table(o, results)
   printf("\n   %-20s %-22s %-12s %-6s %10s %10s %9s%s", "pattern", "segments", "dilations", "heads",
     "attention", "total",
@@ -243,6 +264,7 @@ local function main(o)
       attention_flops = r.attention_flops, total_flops = r.total_flops }
   end
   log:save("sweep.json", json.encode(results, { indent = 2, order = { "name" } }) .. "\n")
+  log:save("sweep.csv", csv.encode(rows_of(o, results), COLUMNS))
   show_table(o, results)
   draw(results, log.dir)
   log:close()

@@ -162,6 +162,13 @@ describe("experiments", function()
       ("--quick --threads 1 --steps 4 --seeds 2 --data %s --out %s"):format(sys.quote(text), sys.quote(out)))
     assert.equal(0, status, err)
     local results = json.decode(read(out .. "/sweep.json"))
+    local lines = {}
+    for line in read(out .. "/sweep.csv"):gmatch "(.-)\r\n" do lines[#lines + 1] = line end
+    assert.equal(1 + #results * #results[1].bits, #lines)
+    assert.matches("^name,segments,dilations,scheme,seed,.*,lr,bits_per_byte,attention_flops,", lines[1])
+    assert.equal(results[1].bits[1], tonumber(lines[2]:match "([^,]+),[^,]+,[^,]+$"))
+    assert.matches("^dense,64,1,all,", lines[2])
+    assert.is_truthy(table.concat(lines, "\n"):find('\n"dilated N, r 4",64,4,all,', 1, true))
     assert.equal(8, #results)
     for _, r in ipairs(results) do
       assert.is_truthy(printed:find(r.name, 1, true))

@@ -41,7 +41,7 @@ local LUA = {
   "nn*",
   "optim*",
   "io",
-  "data log plot",
+  "data log csv plot",
   "memory profile",
   "timeline",
   "train*",

@@ -140,3 +140,62 @@ describe("log", function()
     log:close()
   end)
 end)
+
+describe("csv", function()
+  local csv = require "lacuna.csv"
+
+  -- RFC 4180 read by its grammar, a character at a time
+  local function parse(text)
+    local rows, row, at = {}, {}, 1
+    while at <= #text do
+      local value
+      if text:sub(at, at) == '"' then
+        value, at = "", at + 1
+        while true do
+          local stop = assert(text:find('"', at, true))
+          value, at = value .. text:sub(at, stop - 1), stop + 1
+          if text:sub(at, at) ~= '"' then break end
+          value, at = value .. '"', at + 1
+        end
+      else
+        local stop = text:find("[,\r]", at)
+        value, at = text:sub(at, stop - 1), stop
+      end
+      row[#row + 1] = value
+      if text:sub(at, at) == "," then
+        at = at + 1
+      else
+        assert.equal("\r\n", text:sub(at, at + 1))
+        rows[#rows + 1], row, at = row, {}, at + 2
+      end
+    end
+    return rows
+  end
+
+  it("brings text, numbers and lists back", function()
+    local odd = { 'a "quoted" name', "comma, here", "two\r\nlines", "", " spaces ", "plain" }
+    local columns, rows = { "text", "number", "list", "a,b", "missing", "flag" }, {}
+    for i, text in ipairs(odd) do
+      rows[i] = { text = text, number = i / 3, list = { i, 2 * i }, ["a,b"] = "x", flag = i > 1 }
+    end
+    local back = parse(csv.encode(rows, columns))
+    assert.same(columns, back[1])
+    for i, text in ipairs(odd) do
+      local row = back[i + 1]
+      assert.same({ text, i .. " " .. 2 * i, "x", "", tostring(i > 1) },
+        { row[1], row[3], row[4], row[5], row[6] })
+      assert.equal(i / 3, tonumber(row[2]))
+    end
+    assert.equal("n\r\n0.1\r\nnan\r\n-inf\r\n100\r\n",
+      csv.encode({ { n = 0.1 }, { n = 0 / 0 }, { n = -math.huge }, { n = 100 } }, { "n" }))
+  end)
+
+  it("names what it cannot write", function()
+    assert.error_matches(function() csv.encode({ { losss = 1 } }, { "loss" }) end,
+      "csv: unknown column 'losss', did you mean 'loss'")
+    assert.error_matches(function() csv.encode({ { x = print } }, { "x" }) end,
+      "csv: rows%[1%].x must be a number, a string, a boolean or a list, got a function")
+    assert.error_matches(function() csv.encode({ { x = { {} } } }, { "x" }) end, "rows%[1%].x%[1%] must be")
+    assert.error_matches(function() csv.encode({}, {}) end, "columns must name at least one")
+  end)
+end)

@@ -108,6 +108,42 @@ describe("train.fit", function()
     assert.equal(16, info.config.width)
   end)
 
+  it("calls after_step once after every update, also of a run that is resumed", function()
+    local path, seen, steps = dir .. "/c.safetensors", {}, {}
+    assert(sys.mkdir(dir))
+    local function fit(last, fails)
+      local model, optimizer = make()
+      lac.train.fit{ model = model, optimizer = optimizer, steps = last, batch = batch, checkpoint = path,
+        resume = true, progress = "none", clip = 1, schedule = function(step) return 1 / step end,
+        after_step = function(step, loss, info)
+          if step == fails then error("interrupted", 0) end
+          steps[#steps + 1], seen[step] = step, info
+          info.loss, info.done = loss, optimizer.steps
+        end }
+    end
+    assert.error_matches(function() fit(6, 4) end, "^interrupted$")
+    fit(6)
+    assert.same({ 1, 2, 3, 4, 5, 6 }, steps)
+    local model, optimizer = make()
+    local fitted = lac.train.fit{ model = model, optimizer = optimizer, steps = 6, batch = batch, clip = 1,
+      progress = "none", schedule = function(step) return 1 / step end }
+    assert.equal(fitted.loss, seen[6].loss)
+    assert.equal(fitted.smooth, seen[6].smooth)
+    for step, info in ipairs(seen) do
+      assert.same({ (1 / step) * 0.01, step * 64, step }, { info.lr, info.tokens, info.done })
+      assert.is_true(info.norm > 0)
+    end
+    local at
+    assert.error_matches(function()
+      lac.train.fit{ model = model, optimizer = optimizer, steps = 3, batch = batch, progress = "none",
+        after_step = function(step) at = step error("enough", 0) end }
+    end, "^enough$")
+    assert.equal(1, at)
+    assert.error_matches(function()
+      lac.train.fit{ model = model, optimizer = optimizer, steps = 3, batch = batch, after_step = 3 }
+    end, "after_step must be a function, got 3")
+  end)
+
   it("draws a bar that it clears", function()
     local model, optimizer = make()
     local out, text_of = capture()

@@ -12,8 +12,8 @@
 -- log's length), taken after every step and after every update, and a checkpoint is always of such a
 -- boundary.
 -- A resumed run does from there what the uninterrupted one did, bit for bit: the log is cut back to the
--- boundary's length, so that it holds every step once. Rejected: callbacks and hooks for everything (write
--- another loop: the pieces are public), and a Trainer class.
+-- boundary's length, so that it holds every step once. There is one hook, after_step, for what a script wants
+-- to see. Rejected: hooks for everything (write another loop: the pieces are public), and a Trainer class.
 --
 -- Checkpoints are in train/checkpoint.lua, the bar in train/progress.lua.
 
@@ -240,6 +240,12 @@ end
 local function after_update(o, s)
   local step = s.step
   progress.report(s)
+  if o.after_step then
+    scope.run(function() -- what the script makes there and does not keep goes with the step
+      o.after_step(step, s.loss, { smooth = s.smooth, lr = s.lr, norm = s.norm,
+        left_out = o.scaler and o.scaler.skipped, tokens = s.tokens_before + s.tokens })
+    end)
+  end
   if o.log and (step % o.log_every == 0 or step == s.last or step == o.first_step) then
     o.log:write{ event = "step", step = step, loss = s.loss, smooth = s.smooth, lr = s.lr, norm = s.norm,
       scale = o.scaler and o.scaler.value, left_out = o.scaler and o.scaler.skipped,
@@ -346,6 +352,7 @@ local FIT = {
   clip = { type = "number", above = 0 },
   clip_value = { type = "number", above = 0 },
   scaler = { type = "table", check = scaler.complain },
+  after_step = { type = "function" },
   nan_watch = { type = "boolean", default = false },
   profile = { type = "integer", min = 0, default = 0 },
   graph = { type = "boolean", default = false },
@@ -431,6 +438,11 @@ end
 --   clip = largest gradient norm, or clip_value = largest absolute value of a gradient's elements; scaler =
 --   lac.optim.loss_scaler() for f16: the loss is scaled, a step whose gradients overflow is left out (its
 --   number counts, its batch is not seen again), checkpoints hold the scale;
+--
+--   after_step = function(step, loss, info), called after every update with the step's mean loss and info = {
+--   smooth, lr, norm (nil if the scaler left the step out), left_out (steps so far that it did), tokens (so
+--   far) }, all numbers. It runs in a scope, before the step is logged; an error of it ends the run;
+--
 --   nan_watch = true: the first operator that makes a NaN or an infinity stops the run and is named (slow);
 --   profile = N: N steps after the third are profiled by operator, module and line, the table is printed and
 --   the trace goes to trace.json in the log's folder;
