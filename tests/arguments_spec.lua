@@ -135,3 +135,141 @@ describe("an argument too many", function()
     assert.error_matches(function() g(1, 2, 3) end, "^pair: takes %(a, b%), got 3 as well %[.*arguments_spec")
   end)
 end)
+
+describe("named arguments", function()
+  local x = lac.arange{ 12 }:float():view(3, 4)
+  local idx, some = lac.tensor({ { 0, 2, 1, 0 } }, { dtype = "i64" }), lac.tensor({ 2, 0 }, { dtype = "i64" })
+  local v, mask = lac.tensor{ 1, 2, 3, 4 }, x:gt(4)
+  local row, two, ones = lac.full({ 1, 4 }, 7), lac.full({ 2, 4 }, 7), lac.ones{ 3, 4 }
+
+  -- first argument, then the others; every one is not what it is by default
+  local CASES = {
+    all = { x, 2, true }, any = { x, 2, true }, argmax = { x, 2, true }, argmin = { x, 2, true },
+    argsort = { x, 1, true }, bucketize = { x, v, true }, cat = { { x, x }, 2 }, cdist = { x, x + 1, 1 },
+    chunk = { x, 2, 2 }, cosine_similarity = { x, ones, 1, 500 }, count_nonzero = { x, 2, true },
+    cummax = { x, 1 }, cummin = { x, 1 }, cumprod = { x, 1 }, cumsum = { x, 1 }, diag = { v, 1 },
+    diagonal = { x, 1, 2, 1 }, diff = { x, 2, 1 }, dropout = { x, 0.25, true },
+    flatten = { lac.ones{ 2, 3, 4, 5 }, 2, 3 }, gather = { x, 1, idx }, group_norm = { x, 2, v, v, 0.5 },
+    histc = { x, 4, 1, 9 }, index_add = { x, 1, some, two, 3 }, index_add_ = { x, 1, some, two, 3 },
+    index_copy = { x, 1, some, two }, index_copy_ = { x, 1, some, two }, index_fill = { x, 1, some, 9 },
+    index_fill_ = { x, 1, some, 9 }, index_select = { x, 1, some }, kthvalue = { x, 2, 1, true },
+    layernorm = { x, v, v, 0.5 }, log_softmax = { x, 1 }, logcumsumexp = { x, 1 },
+    logsumexp = { x, 1, true }, masked_fill = { x, mask, 9 }, masked_fill_ = { x, mask, 9 },
+    max = { x, 1, true }, mean = { x, 1, true }, median = { x, 1, true }, min = { x, 1, true },
+    multinomial = { v, 3, true }, narrow = { x, 1, 2, 2 }, norm = { x, 1, 1, true },
+    normal_ = { x, 3, 2 }, prod = { x, 1, true }, quantile = { x, { 0.5, 0.25 }, 1, true },
+    repeat_interleave = { x, 2, 1 }, rmsnorm = { x, v, 0.5 }, roll = { x, 1, 2 },
+    scatter = { x, 1, idx, row }, scatter_ = { x, 1, idx, row }, scatter_add = { x, 1, idx, row },
+    scatter_add_ = { x, 1, idx, row }, scatter_reduce = { x, 1, idx, row, "mean", false },
+    scatter_reduce_ = { x, 1, idx, row, "mean", false }, searchsorted = { v, v, true }, select = { x, 1, 2 },
+    size = { x, 2 }, stride = { x, 1 }, softmax = { x, 1 }, sort = { x, 1, true }, split = { x, 3, 2 },
+    squeeze = { row, 1 }, stack = { { x, x }, 2 }, std = { x, 1, true, 0 }, sum = { x, 1, true },
+    take_along_dim = { x, idx, 1 }, tensordot = { x, ones:t():contiguous(), 1 }, topk = { x, 2, 1, false },
+    transpose = { x, 1, 2 }, tril = { x, 1 }, triu = { x, 1 }, unfold = { x, 2, 2, 2 },
+    uniform_ = { x, 3, 4 }, bernoulli_ = { x, 0.25 }, unsqueeze = { x, 1 }, var = { x, 1, true, 0 },
+  }
+
+  -- results as plain values; the first argument is a copy, random numbers the same
+  local function results(f, first, ...)
+    lac.manual_seed(7)
+    local list = { f(lac.is_tensor(first) and first:clone() or first, ...) }
+    if type(list[1]) == "table" and not lac.is_tensor(list[1]) and list[1][1] then list = list[1] end
+    for i, value in ipairs(list) do
+      if lac.is_tensor(value) then list[i] = { value:totable(), value:size() } end
+    end
+    return list
+  end
+
+  -- the function and the arguments after `at` places by name
+  local function by_name(f, names, case, at)
+    local named, given = {}, {}
+    for i = 1, #case do
+      if i <= at then given[i] = case[i] else named[names[i]] = case[i] end
+    end
+    given[at + 1] = named
+    return results(f, unpack(given, 1, at + 1))
+  end
+
+  it("are those by place, all of them or the last ones", function()
+    local listed = {}
+    for _, op in ipairs(arguments.with_names()) do
+      local case, names = CASES[op], arguments.named(op)
+      local f = tensor.methods[op] or lac[op]
+      assert.is_truthy(case, op .. " has no case here")
+      assert.equal(#names, #case, op)
+      local expected = results(f, unpack(case))
+      for at = 1, #case - 1 do assert.same(expected, by_name(f, names, case, at), op) end
+      local forms = { tensor.methods[op], rawget(lac, op) }
+      for _, form in pairs(forms) do
+        assert.same(expected, by_name(form, names, case, 1), op)
+        assert.error_matches(function() form(case[1], { [names[2] .. "q"] = 1 }) end,
+          op .. ": unknown argument '" .. names[2] .. "q', did you mean '")
+      end
+      listed[op] = true
+    end
+    for op in pairs(CASES) do assert.is_true(listed[op], op) end
+  end)
+
+  it("each say something: a table without one is another result, or an error", function()
+    for op, case in pairs(CASES) do
+      local f, names = tensor.methods[op] or lac[op], arguments.named(op)
+      local expected = results(f, unpack(case))
+      for i = 2, #case do
+        local named = {}
+        for k = 2, #case do if k ~= i then named[names[k]] = case[k] end end
+        local ok, other = pcall(results, f, case[1], named)
+        if ok and names[i] ~= "training" then
+          assert.is_false(pcall(assert.same, expected, other), op .. " without " .. names[i])
+        end
+      end
+    end
+  end)
+
+  it("are differentiated", function()
+    local a, b = x:clone():requires_grad_(), x:clone():requires_grad_()
+    a:softmax{ dim = 1 }:norm{ p = 1, dim = 2 }:cumsum{ dim = 1 }:var{ correction = 0 }:backward()
+    b:softmax(1):norm(1, 2):cumsum(1):var(nil, nil, 0):backward()
+    assert.same(b.grad:totable(), a.grad:totable())
+  end)
+
+  it("are refused where they are wrong, in the words of other libraries too", function()
+    local function refused(pattern, f, ...)
+      local ok, message = pcall(f, ...)
+      assert.is_false(ok)
+      assert.matches(pattern, message)
+      assert.matches("arguments_spec", message)
+    end
+    refused("^sum: unknown argument 'axis', did you mean 'dim'%? valid: dim, keepdim", x.sum, x, { axis = 1 })
+    refused("^topk: k is given twice, by its place and by its name", x.topk, x, 3, { k = 1 })
+    refused("^sum: named arguments come last, in one table; got true after it", x.sum, x, { dim = 1 }, true)
+    refused("^gather: unknown argument 'index', did you mean 'idx'%?", x.gather, x, { index = idx })
+    refused("^softmax: unknown argument 'zzz'; valid: dim", x.softmax, x, { zzz = 1 })
+    refused("^narrow: .*dim", x.narrow, x, { start = 1 })
+    refused("^sum: x is given twice", x.sum, x, { x = 1 })
+  end)
+
+  it("are in the help, as they are written", function()
+    assert.matches("^lac.topk%(x, k, dim, largest%)", lac.help "topk")
+    assert.matches("By name: x:topk{ k = %.%.%., dim = %.%.%., largest = %.%.%. }$", lac.help "topk")
+    assert.matches("By name: lac.cat%(list, { dim = %.%.%. }%)$", lac.help "cat")
+    assert.matches("By name: x:normal_{ mean = %.%.%., std = %.%.%. }$", lac.help(x.normal_))
+    assert.is_nil((lac.help "matmul"):find("By name", 1, true))
+  end)
+
+  it("are taken by every operator with arguments that are not tensors alone", function()
+    -- tensors only, numbers that make a shape, or a table of options of its own
+    local PLACES = " bmm dot equal outer kron matmul expand expand_as reshape view where embedding linear "
+      .. "linear_act gelu_norm masked_select swap t copy_ fill_ add_ sub_ mul_ clamp "
+    local ops = require "lacuna.ops"
+    for name, f in pairs(ops.fn) do
+      local count, names = arguments.of(f)
+      local record = ops.table[name]
+      local last = names[count]
+      if count > 1 and count < math.huge and rawget(lac, name) and not (record and record.internal)
+        and last ~= "more" and last ~= "options" and last ~= "o" and last ~= "r" and names[2] ~= "y"
+        and not PLACES:find(" " .. name .. " ", 1, true) then
+        assert.is_truthy(arguments.named(name), name .. "(" .. table.concat(names, ", ") .. ")")
+      end
+    end
+  end)
+end)

@@ -144,6 +144,13 @@ local function signature(f, from)
   return "(" .. table.concat(names, ", ") .. ")"
 end
 
+-- how an operator is called with its arguments by name
+local function by_name(op)
+  local names = arguments.named(op)
+  local list = ("{ %s = ... }"):format(table.concat({ unpack(names, 2) }, " = ..., "))
+  return tensor.methods[op] and ("x:%s%s"):format(op, list) or ("lac.%s(%s, %s)"):format(op, names[1], list)
+end
+
 -- heading and comment of a function; from: its first argument that is shown
 local function about_function(f, name, from)
   f = arguments.inner(f)
@@ -156,12 +163,14 @@ local function about_function(f, name, from)
     or name and comment_of_name(lines, name:match "[%w_]+$")
   local plain = not block and name and name:match "([%w_]+)_$"
   if plain then block = comment_of_name(lines, plain) or { "As " .. plain .. ", in place." } end
-  local op = not block and path and path:match "ops/map%.lua$" and name and name:match "[%w_]+$"
-  if formulas.text[op] then
-    if formulas.arguments[op] then out[1] = name .. formulas.arguments[op] end
-    block = { "Elementwise: " .. formulas.text[op] .. ".", "Any strides, broadcasting." }
+  local map = not block and path and path:match "ops/map%.lua$" and name and name:match "[%w_]+$"
+  if formulas.text[map] then
+    if formulas.arguments[map] then out[1] = name .. formulas.arguments[map] end
+    block = { "Elementwise: " .. formulas.text[map] .. ".", "Any strides, broadcasting." }
   end
   for _, line in ipairs(block and tidy(block) or {}) do out[#out + 1] = line end
+  local op = name and name:match "^lac%.([%w_]+)$" or name and name:match "^x:([%w_]+)$"
+  if op and arguments.named(op) then out[#out + 1] = "  By name: " .. by_name(op) end
   if not block then out[#out + 1] = ("  no comment at %s:%d"):format(info.short_src, info.linedefined) end
   return table.concat(out, "\n")
 end
