@@ -165,6 +165,10 @@ double LAC_CPU(sum)(int ctype, const void *x, int64_t n);
 /* the index tensor as int64_t in row-major order in new workspace; every value must be in [0, size) or equal *ignore */
 int LAC_CPU(indices)(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore,
                      int64_t **out);
+/* the same: the tensor itself if it is that already and no `copy` is asked for (by whoever writes to memory that may be
+ * the tensor's), else *own, which is NULL otherwise */
+int LAC_CPU(index_list)(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore,
+                        bool copy, const int64_t **out, int64_t **own);
 
 #define LAC_OP(name, args, gradient) int LAC_CPU(name)(const args *a);
 #include "../ops.def"

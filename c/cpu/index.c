@@ -23,10 +23,8 @@ static bool all_inside(const int64_t *list, int64_t n, int64_t size)
     return !outside;
 }
 
-/* The indices as int64_t in row-major order: the tensor itself if it is that and no `copy` is asked for (by whoever
- * writes to memory that may be the tensor's), else *own, which is NULL otherwise. */
-static int index_list(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore,
-                      bool copy, const int64_t **out, int64_t **own)
+int LAC_CPU(index_list)(const char *op, const char *what, const lac_view *index, int64_t size, const int64_t *ignore,
+                        bool copy, const int64_t **out, int64_t **own)
 {
     int64_t n = lac_view_numel(index);
     bool there = !copy && index->dtype == LAC_I64 && lac_view_contiguous(index);
@@ -60,7 +58,7 @@ int LAC_CPU(indices)(const char *op, const char *what, const lac_view *index, in
                      int64_t **out)
 {
     const int64_t *list;
-    return index_list(op, what, index, size, ignore, true, &list, out);
+    return LAC_CPU(index_list)(op, what, index, size, ignore, true, &list, out);
 }
 
 /* axes [first, last) of v as a view of their own */
@@ -156,7 +154,7 @@ int LAC_CPU(index_select)(const lac_a_index *a)
 {
     const int64_t *index;
     int64_t *own;
-    LAC_TRY(index_list("index_select", "index", &a->index, a->x.shape[a->dim], NULL, false, &index, &own));
+    LAC_TRY(LAC_CPU(index_list)("index_select", "index", &a->index, a->x.shape[a->dim], NULL, false, &index, &own));
     if (lac_view_numel(&a->out) == 0) return lac_workspace_put(own), 0; /* but a bad index is still an error */
     select_job job = {.x_outer = axes_of(&a->x, 0, a->dim),
                       .x_inner = axes_of(&a->x, a->dim + 1, a->x.ndim),
@@ -293,10 +291,11 @@ static int64_t *sort_positions(const char *op, const int64_t *index, int64_t n, 
 int LAC_CPU(index_select_bwd)(const lac_a_index_bwd *a)
 {
     const char *op = "index_select_bwd";
-    int64_t *index, *start = NULL, size = a->out.shape[a->dim], n = lac_view_numel(&a->index);
+    const int64_t *index;
+    int64_t *own, *start = NULL, size = a->out.shape[a->dim], n = lac_view_numel(&a->index);
     int axes = a->index.ndim, status = LAC_E_MEMORY;
-    LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
-    if (lac_view_numel(&a->out) == 0) return lac_workspace_put(index), 0;
+    LAC_TRY(LAC_CPU(index_list)(op, "index", &a->index, size, NULL, false, &index, &own));
+    if (lac_view_numel(&a->out) == 0) return lac_workspace_put(own), 0;
     select_job job = {.index = index,
                       .n = n,
                       .size = size,
@@ -319,7 +318,7 @@ int LAC_CPU(index_select_bwd)(const lac_a_index_bwd *a)
     }
     lac_workspace_put(job.sums);
     lac_workspace_put(start);
-    lac_workspace_put(index);
+    lac_workspace_put(own);
     return status;
 }
 
@@ -375,7 +374,7 @@ int LAC_CPU(gather)(const lac_a_index *a)
 {
     const int64_t *index;
     int64_t *own;
-    LAC_TRY(index_list("gather", "index", &a->index, a->x.shape[a->dim], NULL, false, &index, &own));
+    LAC_TRY(LAC_CPU(index_list)("gather", "index", &a->index, a->x.shape[a->dim], NULL, false, &index, &own));
     int64_t numel = lac_view_numel(&a->out);
     gather_job job = {.x = &a->x,
                       .out = &a->out,
@@ -507,10 +506,11 @@ static int put_sorted(const char *op, put_job *job, const int64_t *index, int64_
 int LAC_CPU(index_put)(const lac_a_index_put *a)
 {
     const char *op = "index_put";
-    int64_t *index, size = a->dst.shape[a->dim], n = a->index.shape[0];
+    const int64_t *index;
+    int64_t *own, size = a->dst.shape[a->dim], n = a->index.shape[0];
     int status = LAC_E_MEMORY;
-    LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
-    if (lac_view_numel(&a->src) == 0) return lac_workspace_put(index), 0;
+    LAC_TRY(LAC_CPU(index_list)(op, "index", &a->index, size, NULL, false, &index, &own));
+    if (lac_view_numel(&a->src) == 0) return lac_workspace_put(own), 0;
     put_job job = {.a = a,
                    .index = index,
                    .outer_dst = axes_of(&a->dst, 0, a->dim),
@@ -527,6 +527,6 @@ int LAC_CPU(index_put)(const lac_a_index_put *a)
     } else {
         status = put_sorted(op, &job, index, n, size);
     }
-    lac_workspace_put(index);
+    lac_workspace_put(own);
     return status;
 }

@@ -213,11 +213,12 @@ static void scatter_task(void *context, int64_t begin, int64_t end, int thread)
 
 static int scatter_run(const char *op, const lac_a_scatter *a, bool zeros)
 {
-    int64_t *index, size = a->dst.shape[a->dim], total = lac_view_numel(&a->index), lines_total = 1;
+    const int64_t *index;
+    int64_t *own, size = a->dst.shape[a->dim], total = lac_view_numel(&a->index), lines_total = 1;
     int last = a->index.ndim - 1;
-    LAC_TRY(LAC_CPU(indices)(op, "index", &a->index, size, NULL, &index));
+    LAC_TRY(LAC_CPU(index_list)(op, "index", &a->index, size, NULL, false, &index, &own)); /* dst is apart from it */
     scatter_job job = {.a = a, .index = index, .inner = 1, .blocks = 1, .w = 1, .zeros = zeros};
-    if (total == 0) return lac_workspace_put(index), 0;
+    if (total == 0) return lac_workspace_put(own), 0;
     job.ctype = lac_compute_type(a->dst.dtype);
     for (int d = a->dim + 1; d <= last; d++) job.inner *= a->index.shape[d];
     if (a->dim != last) {
@@ -238,7 +239,7 @@ static int scatter_run(const char *op, const lac_a_scatter *a, bool zeros)
     }
     if (!status) status = LAC_CPU(parallel)(op, lines_total, work, scatter_task, &job);
     lac_workspace_put(job.workspace);
-    lac_workspace_put(index);
+    lac_workspace_put(own);
     return status;
 }
 
