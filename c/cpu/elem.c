@@ -450,6 +450,7 @@ KERNEL_FAR(far_f32_fmod, 2, X2, f_fmod_near(x, y), f_long_quotient(x, y), fmodf(
 #include "../maps.def"
 #undef T
 #define T double
+KERNEL_FAR(far_f64_tan, 1, X1, d_tan_near(x), fabs(x) > (double)F_NEAR, tan(x))
 KERNEL_FAR(far_f64_erfinv, 1, X1, special_erfinv_near_d(x), fabs(x) >= SPECIAL_ERFINV_NEAR_D, special_erfinv_d(x))
 KERNEL_FAR(far_b1_f64_erfinv, 3, X3; (void)y, g *d_erfinv_grad_of(special_erfinv_near_d(x)),
                                      fabs(x) >= SPECIAL_ERFINV_NEAR_D, g *d_erfinv_grad(x))
@@ -539,7 +540,7 @@ static const lac_map maps1[] = {
     [M1_silu].gradient[0][C_F32] = line_b1_f32_silu,
     [M1_gelu].value[C_F32] = line_f32_gelu,
     [M1_gelu].gradient[0][C_F32] = line_b1_f32_gelu,
-    [M1_tan].value[C_F32] = far_f32_tan,
+    [M1_tan].value = {far_f32_tan, far_f64_tan},
     [M1_erfinv].value = {far_f32_erfinv, far_f64_erfinv},
     [M1_erfinv].gradient[0] = {far_b1_f32_erfinv, far_b1_f64_erfinv},
     [M1_lgamma].value = {far_f32_lgamma, far_f64_lgamma},
