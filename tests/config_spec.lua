@@ -74,6 +74,62 @@ describe("lac.config", function()
     assert.error_matches(function() pool:with { limit = 5 } end, "the soft limit must not be above the hard")
   end)
 
+  local small = { vocab = 16, layers = 1, width = 16, heads = 2, context = 16, segments = { 8, 16 },
+    dilations = { 1, 2 } }
+
+  it("holds a language model's options, and changes them with what follows from them", function()
+    local a = lac.config.language_model(small)
+    assert.are.same({ 64, "xpos", true }, { a.ffn, a.positions, a.tied })
+    local model = lac.nn.LongNetLM(a)
+    assert.is_true(model.options == a)
+    assert.is_true(lac.config.is(model.options, "language_model"))
+    assert.matches("^language_model{.*context = 16, .*segments = {8, 16}", tostring(a))
+    local wide = model.options:with{ width = 32, layers = 3, tied = false }
+    assert.are.same({ 32, 128, 3, false }, { wide.width, wide.ffn, wide.layers, wide.tied })
+    assert.are.same({ 16, 1 }, { a.width, a.layers })
+    local bigger = lac.nn.LongNetLM(wide)
+    assert.are.same({ 3, 128, 16 }, { #bigger.layers, bigger.layers[1].ffn.up.weight:size(1),
+      bigger.head.weight:size(1) })
+    assert.are.equal(40, a:with{ ffn = 40 }:with{ width = 32 }.ffn)
+    assert.is_true(lac.config.language_model(json.decode(json.encode(wide))) == wide)
+    assert.error_matches(function() a:with{ widht = 3 } end, "LongNetLM: unknown option 'widht', did you")
+    assert.error_matches(function() a:with{ layers = 0 } end, "LongNetLM: layers must be positive, got 0")
+  end)
+
+  it("lets what a size decides follow the size", function()
+    local a = lac.config.language_model{ size = "125M", context = 64, layers = 7 }
+    local b = a:with{ size = "350M" }
+    assert.are.same({ 7, 1024, 4096, 16, 50304 }, { b.layers, b.width, b.ffn, b.heads, b.vocab })
+    assert.are.same({ 24, 256 }, { lac.config.language_model{ size = "125M", context = 64, vocab = 256 }
+      :with{ size = "350M" }.layers, a:with{ vocab = 256 }:with{ size = "760M" }.vocab })
+    local c = lac.config.language_model{ context = 64, segments = { 8 }, dilations = { 1 } }
+    assert.are.same({ 24, 8 }, { c:with{ size = "350M" }.layers, c:with{ size = "350M" }.segments[1] })
+  end)
+
+  it("holds the options of encoders and of encoder and decoder", function()
+    local e = lac.config.encoder(small):with{ width = 8 }
+    assert.is_true(lac.nn.LongNetEncoder(e).options == e)
+    local both = lac.config.encoder_decoder(small)
+    local wide = both:with{ vocab = 20, layers = 2, context = 32 }
+    assert.are.same({ 20, 2, 32 }, { wide.source_vocab, wide.encoder_layers, wide.source_context })
+    assert.are.equal(5, both:with{ source_vocab = 5 }:with{ vocab = 20 }.source_vocab)
+    assert.is_true(lac.nn.LongNetEncoderDecoder(both).options == both)
+  end)
+
+  it("refuses an option in two places, and fields that would change nothing", function()
+    assert.error_matches(function()
+      lac.config.language_model(small):with{ window = 4, attention = { window = 3 } }
+    end, "LongNetLM: window is given twice, to the model and in `attention`")
+    assert.error_matches(function()
+      lac.nn.LongNetEncoder(lac.config.encoder(small):with{ attention = { segments = { 4 } } })
+    end, "LongNetEncoder: segments is given twice")
+    local model = lac.nn.LongNetLM(small)
+    assert.error_matches(function() model.options.droput = 0.5 end,
+      "language_model has no field 'droput' to set; make another: c:with{ droput = %.%.%. }")
+    local plain = lac.config.attention(given)
+    assert.error_matches(function() plain.window = 3 end, "attention has no field 'window' to set")
+  end)
+
   it("refuses what its owner refuses", function()
     assert.error_matches(function() return lac.config.atention end, "did you mean 'attention'")
     assert.error_matches(function() lac.config.attention(given):with { casual = true } end,

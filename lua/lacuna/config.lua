@@ -1,15 +1,15 @@
 --- config.lua: configurations as values: validated, with defaults filled in, printable, comparable, saved as
 -- JSON.
 --
--- lac.config.attention{ ... }, multihead, ring, sparse, distributed and pool check a table by the rules of
--- whoever reads it (the owner registers its rules here, so that there is one set of them) and return a table
--- of the same fields that prints itself in a fixed order, equals another with the same content, and makes a
--- changed copy with `with`, which is checked again. Everything that takes options takes such an object too;
--- modules keep theirs in `options`, which is what a checkpoint stores. Being a plain table underneath is the
--- point: schema, json and pairs need no special case.
+-- lac.config.attention{ ... }, multihead, language_model, encoder, encoder_decoder, ring, sparse, distributed
+-- and pool check a table by the rules of whoever reads it (the owner registers its rules here, so that there
+-- is one set of them) and return a table of the same fields that prints itself in a fixed order, equals
+-- another with the same content, and makes a changed copy with `with`, which is checked again. Everything
+-- that takes options takes such an object too; modules keep theirs in `options`, which is what a checkpoint
+-- stores. Being a plain table underneath is the point: schema, json and pairs need no special case.
 --
 -- Rejected: a class per kind with getters (the schema says already what there is), and freezing (a Lua table
--- that refuses writes is not seen by pairs; `with` copies, nothing here writes).
+-- that refuses writes is not seen by pairs; `with` copies, nothing here writes; a new field is refused).
 
 local schema = require "lacuna.schema"
 
@@ -63,13 +63,17 @@ Config.__index = {
   end,
 }
 function Config.__eq(a, b) return kind_of[a] == kind_of[b] and same(a, b) end
+function Config.__newindex(self, key)
+  schema.fail("config", "%s has no field '%s' to set; make another: c:with{ %s = ... }", kind_of[self],
+    tostring(key), tostring(key))
+end
 function Config.__tostring(self) return kind_of[self] .. text_of(self) end
 
 --- Make validated options a configuration; for the owner of a kind.
 -- @tparam string kind @tparam table options checked, with defaults
 function config.wrap(kind, options)
   local object = setmetatable({}, Config)
-  for key, value in pairs(options) do object[key] = value end
+  for key, value in pairs(options) do rawset(object, key, value) end
   kind_of[object] = kind
   return object
 end
@@ -82,7 +86,8 @@ function config.define(kind, validate, follows)
   --- Options, checked and completed, as a value: it prints itself, equals another of the same content, and
   -- :with{ option = value } makes a changed copy. Whatever takes these options takes it: lac.attention
   -- (attention, and what ring, distributed and sparse ones have of their own), MultiheadDilatedAttention
-  -- (multihead), memory_limit (pool).
+  -- (multihead), LongNetLM (language_model), LongNetEncoder (encoder), LongNetEncoderDecoder
+  -- (encoder_decoder), memory_limit (pool).
   config[kind] = function(options) return config.wrap(kind, validate(options)) end
 end
 

@@ -15,6 +15,7 @@
 local schema = require "lacuna.schema"
 local class = require "lacuna.class"
 local tensor = require "lacuna.tensor"
+local config = require "lacuna.config"
 local create = require "lacuna.create"
 local operators = require "lacuna.ops"
 local grad = require "lacuna.grad"
@@ -77,13 +78,20 @@ local ENCODER = spec{
   gamma = { type = "number", above = 0 },
 }
 
+local function configure_encoder(options)
+  local o = schema.options("LongNetEncoder", parts.sized("LongNetEncoder", options, ENCODER), ENCODER)
+  parts.inner_attention("LongNetEncoder", o)
+  return o
+end
+config.define("encoder", configure_encoder, parts.followers(ENCODER))
+
 --- The blocks of LongNetLM without a causal mask: rows [B, N, width] for tokens or rows.
 -- @tparam table options context, segments, dilations; vocab (without it the inputs are rows [B, N, width],
 --   not tokens); size, layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width, variant, scheme,
 --   offset, merge, dedup, window, fp8, attention, positions = "xpos", fused, dropout, attention_dropout,
 --   checkpoint_activations, dtype, device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
 function Encoder:init(options)
-  local o = schema.options("LongNetEncoder", parts.sized("LongNetEncoder", options, ENCODER), ENCODER)
+  local o = config.wrap("encoder", configure_encoder(options))
   self.options, self.context, self.has_vocab = o, o.context, o.vocab ~= nil
   if o.vocab then self.embedding = embedding(o, o.vocab) end
   self.dropout = layers.Dropout(o.dropout)
@@ -203,17 +211,28 @@ local BOTH = spec{
   cross_dilations = { type = "integers", min = 1 },
 }
 
---- An encoder and a causal decoder whose blocks attend to the encoder's rows too.
--- @tparam table options those of LongNetLM (for the decoder); source_vocab = vocab, source_context =
---   context, encoder_layers = layers; cross_segments, cross_dilations (default: every row reads the whole
---   memory)
-function EncoderDecoder:init(options)
+local function configure_both(options)
   local o = schema.options(ED, parts.sized(ED, options, BOTH), BOTH)
   if (o.cross_segments == nil) ~= (o.cross_dilations == nil) then
     fail(ED, "cross_segments and cross_dilations come together")
   end
   o.encoder_layers = o.encoder_layers or o.layers
   o.source_vocab, o.source_context = o.source_vocab or o.vocab, o.source_context or o.context
+  parts.inner_attention(ED, o)
+  return o
+end
+local followers = parts.followers(BOTH)
+followers.encoder_layers = function(o) return o.layers end
+followers.source_vocab = function(o) return o.vocab end
+followers.source_context = function(o) return o.context end
+config.define("encoder_decoder", configure_both, followers)
+
+--- An encoder and a causal decoder whose blocks attend to the encoder's rows too.
+-- @tparam table options those of LongNetLM (for the decoder); source_vocab = vocab, source_context =
+--   context, encoder_layers = layers; cross_segments, cross_dilations (default: every row reads the whole
+--   memory)
+function EncoderDecoder:init(options)
+  local o = config.wrap("encoder_decoder", configure_both(options))
   self.options, self.vocab, self.context = o, o.vocab, o.context
   local inner = { vocab = o.source_vocab, context = o.source_context, layers = o.encoder_layers,
     gamma = math.sqrt(math.log(3 * o.layers) * math.log(2 * o.encoder_layers) / 3) }

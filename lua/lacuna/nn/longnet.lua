@@ -20,6 +20,7 @@
 -- every model that has cache and decode.
 
 local schema = require "lacuna.schema"
+local config = require "lacuna.config"
 local tensor = require "lacuna.tensor"
 local operators = require "lacuna.ops"
 local grad = require "lacuna.grad"
@@ -315,14 +316,7 @@ local function self_attention(o, causal)
   for name in pairs(attn.PATTERN) do
     if name ~= "causal" then pattern[name] = o[name] end
   end
-  if o.attention then
-    local given = {} -- a pattern of blocks as its text, as checkpoints keep it
-    for name, value in pairs(o.attention) do
-      given[name] = attention.masks.is(value) and tostring(value) or value
-      pattern[name] = given[name]
-    end
-    o.attention = given
-  end
+  for name, value in pairs(o.attention or {}) do pattern[name] = value end
   return pattern
 end
 
@@ -330,6 +324,47 @@ local OPTIONS = spec{
   vocab = { type = "integer", min = 1, default = 256 },
   tied = { type = "boolean", default = true },
 }
+
+-- options that a size or other options decide, unless they are given: config's `with` lets them follow
+local function followers(rules)
+  local follow = { ffn = rules.ffn and function(o) return 4 * o.width end or nil }
+  for _, from in ipairs{ SIZED, SIZES["125M"] } do
+    for name in pairs(from) do
+      local rule = rules[name]
+      if rule then
+        follow[name] = function(o)
+          if not o.size then return rule.default end
+          local own = SIZES[o.size][name]
+          return own == nil and SIZED[name] or own
+        end
+      end
+    end
+  end
+  return follow
+end
+
+-- a pattern of blocks as its text, as checkpoints keep it; and no option in both places
+local function inner_attention(op, o)
+  if not o.attention then return end
+  local given = {}
+  for name, value in pairs(o.attention) do
+    given[name] = attention.masks.is(value) and tostring(value) or value
+    local rule = name ~= "variant" and attn.PATTERN[name]
+    if rule and o[name] ~= nil and o[name] ~= rule.default and not (o.size and SIZED[name]) then
+      fail(op, "%s is given twice, to the model and in `attention`", name)
+    end
+  end
+  o.attention = given
+end
+
+-- options of the user -> complete options
+local function configure(options)
+  local o = schema.options("LongNetLM", sized("LongNetLM", options, OPTIONS), OPTIONS)
+  o.ffn = o.ffn or 4 * o.width
+  inner_attention("LongNetLM", o)
+  return o
+end
+config.define("language_model", configure, followers(OPTIONS))
 
 --- A causal language model: embedding, blocks of dilated attention and a feed-forward layer, norm, output
 -- layer (LongNet, arXiv 2307.02486, with MAGNETO's norms, arXiv 2210.06423).
@@ -340,10 +375,10 @@ local OPTIONS = spec{
 --   { variant = "block_sparse", pattern = ... }; positions = "xpos" | "rope" | "alibi" | "none";
 --   tied = true (output layer shares the embedding); fused = false (projections); dropout,
 --   attention_dropout = 0; checkpoint_activations = false (true: a block keeps only its input for the
---   backward pass and is computed again there); dtype, device
+--   backward pass and is computed again there); dtype, device. lac.config.language_model checks them and
+--   makes a value of them; model.options is one, and model.options:with{ layers = 4 } another
 function LongNetLM:init(options)
-  local o = schema.options("LongNetLM", sized("LongNetLM", options, OPTIONS), OPTIONS)
-  o.ffn = o.ffn or 4 * o.width
+  local o = config.wrap("language_model", configure(options))
   self.options, self.vocab, self.context = o, o.vocab, o.context
   local gamma = magneto_gain(o.layers)
   local pattern = self_attention(o, true)
@@ -560,7 +595,8 @@ function LongNetLM:extra()
 end
 
 -- for the other models of these blocks (encoder.lua)
-LongNetLM._parts = { sized = sized, spec = spec, self_attention = self_attention, wanted_rows = wanted_rows,
+LongNetLM._parts = { sized = sized, followers = followers, inner_attention = inner_attention, spec = spec,
+  self_attention = self_attention, wanted_rows = wanted_rows,
   LOGITS = LOGITS }
 
 return { FeedForward = FeedForward, Block = Block, LongNetLM = LongNetLM, magneto_gain = magneto_gain }
