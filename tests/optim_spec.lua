@@ -370,6 +370,12 @@ describe("optim kinds", function()
     return p:totable(), opt, p
   end
 
+  it("sgd refuses a dampening of no momentum", function()
+    local p = lac.ones{ 2, grad = true }
+    assert.error_matches(function() lac.optim.sgd({ p }, { lr = 1, dampening = 0.5 }) end,
+      "sgd: dampening 0.5 is of the momentum, and there is none")
+  end)
+
   it("sgd, with momentum, dampening, nesterov and weight decay", function()
     for _, o in ipairs{ { lr = 0.1 }, { lr = 0.1, weight_decay = 0.3 }, { lr = 0.1, momentum = 0.9 },
       { lr = 0.05, momentum = 0.8, dampening = 0.3, weight_decay = 0.1 },

@@ -423,6 +423,10 @@ describe("train.fit", function()
     try("checkpoint_every needs checkpoint = path", { checkpoint_every = 3 })
     try("resume = true needs checkpoint = path", { resume = true })
     try("accumulate must be positive, got 0", { accumulate = 0 })
+    local state = { save = function() return {} end, load = function() end }
+    for name, value in pairs{ checkpoint_every = 5, checkpoint_minutes = 1, keep = 3, config = {},
+      state = state } do try(name .. " needs checkpoint = path", { [name] = value }) end
+    try("eval_every needs evaluate = function", { eval_every = 2 })
     try("state: load is required", { state = { save = function() end } })
     assert(sys.mkdir(dir))
     lac.train.save_checkpoint(dir .. "/c.safetensors", { model = model, optimizer = optimizer })

@@ -461,6 +461,9 @@ function SGD:init(params, options)
     fail("sgd", "nesterov needs momentum and no dampening, got momentum %g and dampening %g", o.momentum,
       o.dampening)
   end
+  if o.dampening ~= 0 and o.momentum == 0 then
+    fail("sgd", "dampening %g is of the momentum, and there is none", o.dampening)
+  end
   self.options = SGD_OPTIONS
   self.momentum, self.dampening, self.nesterov = o.momentum, o.dampening, o.nesterov
   self:setup("sgd", o.momentum > 0 and { "m" } or {}, params, o)

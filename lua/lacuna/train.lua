@@ -371,6 +371,14 @@ local FIT = {
   out = { type = "userdata" },
 }
 
+local function saves(o) return o.checkpoint ~= nil end
+local NEEDS = {
+  checkpoint_every = { saves, "checkpoint = path" }, checkpoint_minutes = { saves, "checkpoint = path" },
+  keep = { saves, "checkpoint = path" }, config = { saves, "checkpoint = path, which holds it" },
+  state = { function(o) return saves(o) or o.resume ~= nil end, "checkpoint = path, which holds it" },
+  eval_every = { function(o) return o.evaluate ~= nil end, "evaluate = function(model, step)" },
+}
+
 local function check(o)
   if o.nan_watch and o.profile > 0 then
     fail("train.fit", "nan_watch and profile exclude each other: what the watch costs would be measured")
@@ -392,14 +400,15 @@ local function check(o)
   if o.clip and o.clip_value then
     fail("train.fit", "clip (by norm) and clip_value exclude each other, got %g and %g", o.clip, o.clip_value)
   end
-  for _, name in ipairs{ "checkpoint_every", "checkpoint_minutes" } do
-    if not o.checkpoint and o[name] and o[name] > 0 then
-      fail("train.fit", "%s needs checkpoint = path", name)
-    end
-  end
   if o.state then
     schema.options("train.fit: state", o.state, { save = { type = "function", required = true },
       load = { type = "function", required = true } })
+  end
+  for _, name in ipairs(schema.keys(NEEDS)) do -- an option that nothing reads is a mistake
+    local needs = NEEDS[name]
+    if o[name] ~= nil and o[name] ~= FIT[name].default and not needs[1](o) then
+      fail("train.fit", "%s needs %s", name, needs[2])
+    end
   end
 end
 
