@@ -170,6 +170,35 @@ describe("backward", function()
     assert.are.equal(6, x.grad:item())
   end)
 
+  it("gives each of two vectors the other, whatever their strides, by dot", function()
+    local forms = {
+      function(n) return lac.randn { n, dtype = "f64" } end,
+      function(n) return lac.randn { 2 * n, dtype = "f64" }[{ { 2, 2 * n, 2 } }] end,
+      function(n) return lac.randn { n, dtype = "f64" }[{ { n, 1, -1 } }] end,
+      function(n) return lac.randn { n, 3, dtype = "f64" }:select(2, 2) end,
+      function(n) return lac.randn { 1, dtype = "f64" }:expand(n) end,
+    }
+    for _, n in ipairs { 1, 2, 300 } do
+      for i, first in ipairs(forms) do
+        for j, second in ipairs(forms) do
+          for asks = 1, 3 do
+            local a, b = first(n):requires_grad_(asks ~= 2), second(n):requires_grad_(asks ~= 1)
+            local x, y, sum = a:totable(), b:totable(), 0
+            for k = 1, n do sum = sum + x[k] * y[k] end
+            local d = a:dot(b)
+            assert.is_true(math.abs(d:item() - sum) < 1e-11 and d:dim() == 0)
+            d:backward()
+            assert.same(asks ~= 2 and y or nil, asks ~= 2 and a.grad:totable() or a.grad, i .. j)
+            assert.same(asks ~= 1 and x or nil, asks ~= 1 and b.grad:totable() or b.grad, i .. j)
+          end
+        end
+      end
+    end
+    local x = lac.randn { 5, dtype = "f64", grad = true }
+    x:dot(x):backward()
+    assert.is_true(lac.equal(x.grad, x:detach() * 2))
+  end)
+
   it("gives a zero vector's norm the gradient zero", function()
     for _, p in ipairs { 1, 2, 3 } do
       local x = leaf { 0, 0 }
