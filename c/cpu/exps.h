@@ -41,10 +41,10 @@ LAC_INLINE void v_exp_table(float *line, bool bounded, bool loose)
     p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, r);
     __m512 power = _mm512_permutexvar_ps(_mm512_castps_si512(t), _mm512_loadu_ps(v_powers));
     power = _mm512_fmadd_ps(power, p, power);
-    /* An Intel processor takes hundreds of cycles for a line with a subnormal result, which a row's missing end is. NaN
-     * is not less. */
-    if (bounded) x = _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ), power, n);
-    else x = _mm512_scalef_ps(power, n);
+    /* An Intel processor takes hundreds of cycles for a line with a subnormal result, which a row's missing end is.
+     * The bound is that of the normal floats, -126 ln2; NaN is not less. */
+    __mmask16 normal = bounded ? _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ) : 0xffff;
+    x = bounded ? _mm512_maskz_scalef_ps(normal, power, n) : _mm512_scalef_ps(power, n);
     _mm512_storeu_ps(line, x);
 }
 #define V_EXP_LINE(name, scalar, bounded, loose)                                                                       \
