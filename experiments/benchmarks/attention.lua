@@ -218,7 +218,13 @@
 --     all rows.
 --     Few heads now get no more pieces than every thread needs, as even as multiples of 96 allow (480 and
 --     544), and a backward task with two runs keeps what a run adds to dq until its turn comes instead of
---     waiting. Fastest turns before and now, one head: forward 1.54 and 1.88, backward 1.68 and 1.94.
+--     waiting. Fastest turns before and now, one head: forward 1.54 and 1.88, backward 1.68 and 1.94. The
+--     fastest of 31 turns in another run, 1, 2, 3 and 8 heads: forward 1.79, 1.86, 1.91, 1.85, backward 1.82,
+--     1.86, 1.88, 1.91; causal forward 1.27, 1.73, 1.75, 1.79, backward 1.48, 1.74, 1.67, 1.89. Of one causal
+--     head the longer run of keys has 0.56 of the pairs; cut at multiples of 32 it was not tried again.
+--   * Dilation there with 8192 kept rows, r = 16 against r = 1, the fastest of seven turns, D = 32, 64, 128:
+--     forward 0.98, 1.02, 1.08, backward 1.06, 1.09, 1.08, where in the same run 2048 rows had 1.10, 1.12,
+--     1.13 and 1.11, 1.12, 1.14, and r = 4 1.04, 1.06, 1.09 and 0.99, 1.06, 1.08.
 --
 -- The other side is measured in turns with ours (see lua/lacuna/bench.lua); gathering is not counted against
 -- PyTorch: its inputs are contiguous and gathered already.
@@ -273,7 +279,7 @@ local function kernels(b)
 end
 
 -- Rows that no branch keeps have to be cleared at the pace of memory, however little is computed for the
--- others: of 2048 kept rows at r = 16 as much as a tenth of the time, of 8192 a quarter of that.
+-- others: of 2048 kept rows at r = 16 as much as a tenth of the time, of 8192 it should be a quarter of that.
 local function dilations(b)
   for _, case in ipairs{ { 2048, 4 }, { 2048, 16 }, { 8192, 16 } } do
     local rows, r = case[1], case[2]
