@@ -135,6 +135,17 @@ typedef struct {
     int64_t batch_shape[LAC_MAX_DIMS], a_batch[LAC_MAX_DIMS], b_batch[LAC_MAX_DIMS];
 } lac_gemm;
 int LAC_CPU(gemm)(const char *op, const lac_gemm *g);
+/* how far from the start of A and B their item of the batch begins, in elements */
+static inline void lac_gemm_item(const lac_gemm *g, int64_t item, int64_t *a, int64_t *b)
+{
+    *a = *b = 0;
+    for (int d = g->batch_axes - 1; d >= 0; d--) {
+        int64_t i = item % g->batch_shape[d];
+        item /= g->batch_shape[d];
+        *a += i * g->a_batch[d];
+        *b += i * g->b_batch[d];
+    }
+}
 /* few.c: the same for a handful of rows and one B with contiguous columns; few_fits() says whether it is that */
 bool LAC_CPU(few_fits)(const lac_gemm *g);
 int LAC_CPU(few)(const char *op, const lac_gemm *g);

@@ -143,13 +143,8 @@ static void gemm_task(void *context, int64_t begin, int64_t end, int thread)
     bool alone = !omp_in_parallel() && threads > 1;
     if (alone) omp_set_num_threads(1);
     for (int64_t t = begin; t < end; t++) {
-        int64_t tiles = job->tiles_m * job->tiles_n, item = t / tiles, tile = t % tiles, rest = item, a = 0, b = 0;
-        for (int d = g->batch_axes - 1; d >= 0; d--) {
-            int64_t i = rest % g->batch_shape[d];
-            rest /= g->batch_shape[d];
-            a += i * g->a_batch[d];
-            b += i * g->b_batch[d];
-        }
+        int64_t tiles = job->tiles_m * job->tiles_n, item = t / tiles, tile = t % tiles, a, b;
+        lac_gemm_item(g, item, &a, &b);
         int64_t i0 = tile / job->tiles_n * job->tile_m, j0 = tile % job->tiles_n * job->tile_n;
         int64_t m = g->m - i0 < job->tile_m ? g->m - i0 : job->tile_m,
                 n = g->n - j0 < job->tile_n ? g->n - j0 : job->tile_n;

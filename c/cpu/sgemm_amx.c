@@ -29,7 +29,16 @@
 #ifdef LAC_MATRIX_UNIT
 #include "attn_amx.inc"
 
-enum { KC = 256, NC = 512, SIDE = AMX_SIDE, GROUP = 16, SIDE_LEAST = 64, DEPTH_LEAST = 128, WORK_LEAST = 1 << 20 };
+enum {
+    KC = 256,
+    NC = 512,
+    SIDE = AMX_SIDE,
+    GROUP = 16,
+    SIDE_LEAST = 64,
+    DEPTH_LEAST = 128,
+    WORK_LEAST = 1 << 20,
+    WAITING = 1024
+};
 enum { GROUP_BYTES = KC / 32 * AMX_PARTS, STRIP_BYTES = 2 * GROUP_BYTES, PANEL_BYTES = NC / GROUP * GROUP_BYTES };
 
 /* ---- packing ---- */
@@ -317,10 +326,17 @@ static void area_columns(const unit_job *job, mine *w, const char *a, const char
     }
 }
 
+/* rows of an area that go together: where sums have to wait for the next block elsewhere than in C, 2 MiB of them */
+static int64_t rows_together(const unit_job *job)
+{
+    bool wait = job->g->c_dtype != LAC_F32 && job->g->k > KC;
+    return wait && job->area_m > WAITING ? WAITING : job->area_m;
+}
+
 static size_t sums_bytes(const unit_job *job)
 {
     if (job->g->c_dtype == LAC_F32) return 0;
-    int64_t rows = job->g->k > KC ? (job->area_m + SIDE - 1) / SIDE * SIDE : SIDE;
+    int64_t rows = job->g->k > KC ? (rows_together(job) + SIDE - 1) / SIDE * SIDE : SIDE;
     return (size_t)(rows * NC) * sizeof(float);
 }
 
@@ -336,21 +352,18 @@ static void unit_task(void *context, int64_t begin, int64_t end, int thread)
     w.sums = sums_bytes(job) ? w.space + SPACE_FLOATS : NULL;
     amx_begin();
     for (int64_t t = begin; t < end; t++) {
-        int64_t areas = job->areas_m * job->areas_n, item = t / areas, area = t % areas, rest = item, a = 0, b = 0;
-        for (int d = g->batch_axes - 1; d >= 0; d--) {
-            int64_t i = rest % g->batch_shape[d];
-            rest /= g->batch_shape[d];
-            a += i * g->a_batch[d];
-            b += i * g->b_batch[d];
-        }
+        int64_t areas = job->areas_m * job->areas_n, item = t / areas, area = t % areas, a, b;
+        lac_gemm_item(g, item, &a, &b);
         int64_t i0 = area / job->areas_n * job->area_m, j0 = area % job->areas_n * job->area_n;
         int64_t m = g->m - i0 < job->area_m ? g->m - i0 : job->area_m,
                 n = g->n - j0 < job->area_n ? g->n - j0 : job->area_n;
-        for (int64_t j = 0; j < n; j += NC)
-            area_columns(job, &w, (const char *)g->a + a * lac_bytes_of(g->a_dtype),
-                         (const char *)g->b + b * lac_bytes_of(g->b_dtype),
-                         (char *)g->c + item * g->m * g->ldc * lac_bytes_of(g->c_dtype), i0, j0 + j, m,
-                         n - j < NC ? n - j : NC);
+        const int64_t rows = rows_together(job);
+        for (int64_t i = 0; i < m; i += rows)
+            for (int64_t j = 0; j < n; j += NC)
+                area_columns(job, &w, (const char *)g->a + a * lac_bytes_of(g->a_dtype),
+                             (const char *)g->b + b * lac_bytes_of(g->b_dtype),
+                             (char *)g->c + item * g->m * g->ldc * lac_bytes_of(g->c_dtype), i0 + i, j0 + j,
+                             m - i < rows ? m - i : rows, n - j < NC ? n - j : NC);
     }
     amx_end();
 }
