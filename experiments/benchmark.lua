@@ -9,6 +9,10 @@
 --   build/bin/lacuna experiments/benchmark.lua --peer ... --targets --seconds 0.4 --threads 1,2
 --     --only attention,pipelines,memory,step,elementwise --fkodom FOLDER --torchscale FOLDER
 --
+-- Some rows, named by a part of their names (plain text, for names have brackets and hyphens):
+--
+--   build/bin/lacuna experiments/benchmark.lua --only elementwise --match "softmax [32768" --threads 1
+--
 -- Sections are files in experiments/benchmarks/, each { name, about, run = function(b) }, where b is a run of
 -- lua/lacuna/bench.lua: b:row measures ours against a peer (experiments/peers/<script>.py, a process of its
 -- own, PyTorch on as many threads) or a floor, in turns; b:value states another number. A section runs once
@@ -51,6 +55,7 @@ local SPEC = {
   { name = "seconds", type = "number", above = 0,
   help = "for every row (default: 1.5 on the CPU and 0.1 on CUDA, or what the row needs)" },
   { name = "targets", type = "boolean", help = "only the rows that have a target" },
+  { name = "match", type = "string", help = "only the rows whose names have this text in them" },
   { name = "json", type = "string", help = "write every row to this file" },
   { name = "strict", type = "boolean", help = "exit with status 1 if a target was missed or not measured" },
   { name = "quick", type = "boolean", help = "smallest sizes; judges no target" },
@@ -110,7 +115,7 @@ local function main(o)
   local counts = o.threads or (cores > 1 and device == "cpu" and { 1, cores } or { cores })
   table.sort(counts)
   local b = bench.run{ quick = o.quick, peer = o.peer, peers = here .. "/peers", threads = counts[1],
-    seconds = o.seconds, targets = o.targets, options = o, print = function(line)
+    seconds = o.seconds, targets = o.targets, match = o.match, options = o, print = function(line)
       io.stdout:write(line, "\n")
       io.stdout:flush()
     end }
@@ -131,6 +136,7 @@ local function main(o)
   local n = b:count()
   b.print(("\n%d rows: %d targets met, %d missed, %d not measured%s"):format(n.rows, n.met, n.missed,
     n.unmeasured, o.quick and " (a quick run judges nothing)" or ""))
+  if o.match and n.rows == 0 then lac.schema.fail("benchmark", "no row has '%s' in its name", o.match) end
   if o.json then
     local ok, reason = sys.write_file(o.json, b:json{ machine = machine(), device = device,
       engine = lac.devices(), quick = o.quick or false })

@@ -279,6 +279,22 @@ describe("bench", function()
     assert.equal(3, #lines)
   end)
 
+  it("leaves out rows whose names do not match", function()
+    local b = run{ seconds = 0.01, match = "[4, 2] by-r" } -- as a pattern it would find neither
+    local function light() spin(100) end
+    local row = b:row{ what = "sum of [4, 2] by-rows", ours = light, floor = light }
+    assert.is_true(row.ours > 0)
+    assert.is_nil(b:row{ what = "sum of [4, 2] by columns", ours = light, floor = light, at_most = 100 })
+    assert.equal(1, b:value{ what = "bytes of [4, 2] by-rows", value = 1 }.ours)
+    assert.is_nil(b:value{ what = "bytes", value = 1 })
+    assert.matches("why", b:value{ what = "stopped", problem = "why" }.problem) -- never left out
+    assert.equal(3, b:count().rows)
+    local both = run{ seconds = 0.01, match = "thing", targets = true }
+    assert.is_nil(both:value{ what = "thing", value = 1 })
+    assert.is_nil(both:value{ what = "other", value = 1, at_most = 2 })
+    assert.is_true(both:value{ what = "thing", value = 1, at_most = 2 }.met)
+  end)
+
   it("knows how large arrays beyond the caches are", function()
     local cache, n = bench.cache(), run():beyond_caches()
     assert.is_true(cache >= 0 and cache % 1024 == 0)

@@ -297,6 +297,18 @@ describe("experiments", function()
     for _, row in ipairs(targets) do
       assert.is_truthy(row.at_least or row.at_most, row.what)
     end
+    status, printed = run(host, "benchmark", ("--quick --only elementwise --match 'softmax [16, 16] over 1' "
+      .. "--threads 1 --peer %s/no-python --json %s"):format(sys.quote(dir), sys.quote(out)))
+    assert.equal(0, status, printed)
+    local matched = {}
+    for _, row in ipairs(json.decode(read(out)).rows) do
+      assert.matches("softmax [16, 16] over 1", row.what, 1, true)
+      matched[row.what] = true
+    end
+    assert.is_true(matched["softmax [16, 16] over 1, bwd"] and matched["log_softmax [16, 16] over 1"])
+    bad, _, reason = run(host, "benchmark", "--quick --only floors --match nonesuch --threads 1")
+    assert.equal(1, bad)
+    assert.matches("no row has 'nonesuch' in its name", reason)
     status = run(host, "benchmark", "--quick --strict --only floors --threads 1 --peer " .. sys.quote(dir
       .. "/no-python"))
     assert.equal(1, status)

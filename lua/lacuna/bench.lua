@@ -363,19 +363,20 @@ local RUN = { quick = { type = "boolean", default = false }, peer = { type = "st
               peers = { type = "string", default = "experiments/peers" },
               threads = { type = "integer", min = 1, default = 1 },
               seconds = { type = "number", above = 0 }, targets = { type = "boolean", default = false },
-              options = { type = "table" }, print = { type = "function" } }
+              match = { type = "string" }, options = { type = "table" }, print = { type = "function" } }
 
 --- A run collects rows and prints each when it is measured.
 -- @tparam[opt] table options quick = false (smallest sizes, two turns, targets not judged); peer = "python3";
 --   peers = "experiments/peers" (folder of their scripts); threads = 1;
 --   seconds = budget of every row, also of those that name one; targets = false (rows without one are left
---   out); options = table handed to sections; print = function that takes a line
+--   out); match = text (plain, no pattern: names have brackets) that the names of rows must have, others are
+--   left out; options = table handed to sections; print = function that takes a line
 -- @treturn Run
 function bench.run(options) return Run(schema.options("bench.run", options, RUN)) end
 
 function Run:init(o)
   self.quick, self.python, self.folder, self.options = o.quick, o.peer, o.peers, o.options or {}
-  self.print, self.seconds, self.targets = o.print or print, o.seconds, o.targets
+  self.print, self.seconds, self.targets, self.match = o.print or print, o.seconds, o.targets, o.match
   self.rows, self.started, self.device = {}, {}, device.default_device():match("^%a+")
   self:set_threads(o.threads)
 end
@@ -522,6 +523,13 @@ function Run:add(row)
   self.print((LINE:format(clip(row.what, WIDE), row.threads, shown(row, row.ours, row.work), other,
     ratio_text(row), target_text(row), verdict(row, self.quick)):gsub("%s+$", "")))
   return row
+end
+
+-- is this row left out? What cannot be measured (a problem) never is.
+function Run:unwanted(o)
+  if o.problem then return false end
+  return self.targets and not (o.at_least or o.at_most or o.share)
+    or self.match ~= nil and not o.what:find(self.match, 1, true)
 end
 
 -- ---- rows -------------------------------------------------------------------------------------------------
@@ -681,7 +689,7 @@ end
 --   seconds = budget; turns = at least so many;
 --   scoped = true: every call of ours in a scope; tell = function that gets what the peer's case tells
 -- @treturn ?table the row: ours, other (median seconds per call), ratio, low, high, met, problem; nil where
---   rows without a target are left out
+--   it is left out (targets, match)
 -- @treturn ?table the second row, of a row with two
 function Run:row(options)
   local o = schema.options("bench.row", options, ROW)
@@ -693,7 +701,7 @@ function Run:row(options)
   if o.work and not (o.unit or type(o.floor) == "string") then
     fail("bench.row", "'%s' has work but no unit", o.what)
   end
-  if self.targets and not (o.at_least or o.at_most or o.share) then return end
+  if self:unwanted(o) then return end
   local budget = { seconds = self.quick and 1e-3 or self.seconds or o.seconds or spans().row,
     turn = self.quick and 1e-3 or spans().turn, turns = self.quick and 2 or o.turns or 3, max_turns = 25 }
   local ours = local_side("bench.row ours", o.ours, o.scoped)
@@ -721,13 +729,13 @@ local VALUE = {
 --- Print and keep a number that is no ratio of times: bytes, percent, a difference.
 -- @tparam table options what, value, unit ("B" scales), other and against (shown beside it), at_least,
 --   at_most (of the value), problem = why there is no value
--- @treturn ?table the row; nil where rows without a target are left out
+-- @treturn ?table the row; nil where it is left out (targets, match)
 function Run:value(options)
   local o = schema.options("bench.value", options, VALUE)
   if (o.value == nil) == (o.problem == nil) then
     fail("bench.value", "'%s' needs either a value or a problem", o.what)
   end
-  if self.targets and not (o.at_least or o.at_most or o.problem) then return end
+  if self:unwanted(o) then return end
   return self:add{ what = o.what, kind = "value", ours = o.value, other = o.other, against = o.against,
     unit = o.unit, at_least = o.at_least, at_most = o.at_most, problem = o.problem }
 end
