@@ -312,7 +312,7 @@ static void cut_rows(attn_item *item, int64_t rows, int64_t grain)
     if (item->chunks > rows / grain) item->chunks = rows / grain; /* so that none is empty */
     item->rows = rows;
     item->grain = grain;
-    item->chunk = 0;
+    item->chunk = grain;
     for (int64_t i = 0; i < item->chunks; i++) {
         int64_t size = attn_rows_at(item, i + 1) - attn_rows_at(item, i);
         if (size > item->chunk) item->chunk = round_up(size, grain);

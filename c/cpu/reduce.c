@@ -642,6 +642,7 @@ static void columns_task(const reduce_job *job, int64_t row, int64_t part, int64
     partial none = nothing(job);
     const char *x;
     char *out;
+    if (w < 1) return; /* never, which an analyser cannot know */
     place(job, job->kept - 1, row / job->blocks, &x, &out);
     for (int64_t j = 0; j < w; j++) p->d[j] = none.d, p->error[j] = 0, p->i[j] = none.i, p->at[j] = -1;
     reduce_columns(job, x + block * COLUMNS * step, step, w, from, to, p);
