@@ -13,6 +13,11 @@
 --
 --   build/bin/lacuna experiments/benchmark.lua --only elementwise --match "softmax [32768" --threads 1
 --
+-- On a host shared with others, whose work disturbs for longer than a turn: the fastest turns of both sides,
+-- of as many as there is time for:
+--
+--   build/bin/lacuna experiments/benchmark.lua --only attention --targets --fastest --seconds 5
+--
 -- Sections are files in experiments/benchmarks/, each { name, about, run = function(b) }, where b is a run of
 -- lua/lacuna/bench.lua: b:row measures ours against a peer (experiments/peers/<script>.py, a process of its
 -- own, PyTorch on as many threads) or a floor, in turns; b:value states another number. A section runs once
@@ -56,6 +61,8 @@ local SPEC = {
   help = "for every row (default: 1.5 on the CPU and 0.1 on CUDA, or what the row needs)" },
   { name = "targets", type = "boolean", help = "only the rows that have a target" },
   { name = "match", type = "string", help = "only the rows whose names have this text in them" },
+  { name = "fastest", type = "boolean",
+  help = "compares the fastest turns instead of the median pair, for hosts that are shared: more --seconds" },
   { name = "json", type = "string", help = "write every row to this file" },
   { name = "strict", type = "boolean", help = "exit with status 1 if a target was missed or not measured" },
   { name = "quick", type = "boolean", help = "smallest sizes; judges no target" },
@@ -115,7 +122,8 @@ local function main(o)
   local counts = o.threads or (cores > 1 and device == "cpu" and { 1, cores } or { cores })
   table.sort(counts)
   local b = bench.run{ quick = o.quick, peer = o.peer, peers = here .. "/peers", threads = counts[1],
-    seconds = o.seconds, targets = o.targets, match = o.match, options = o, print = function(line)
+    seconds = o.seconds, targets = o.targets, match = o.match, fastest = o.fastest, options = o,
+    print = function(line)
       io.stdout:write(line, "\n")
       io.stdout:flush()
     end }

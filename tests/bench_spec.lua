@@ -279,6 +279,24 @@ describe("bench", function()
     assert.equal(3, #lines)
   end)
 
+  it("compares the fastest turns where that is asked for", function()
+    local function disturbed(slow_turns) -- a side that is disturbed in all turns but one
+      local turn = 0
+      return { run = function() spin(turn == 2 and 4000 or slow_turns * 4000) end,
+        before = function() turn = turn + 1 end }
+    end
+    local function measure(options)
+      options.seconds = 0.3
+      return run(options):row{ what = "thing", ours = disturbed(40), floor = disturbed(10), as = "time",
+        turns = 4 }
+    end
+    local middle, fastest = measure{}, measure{ fastest = true }
+    assert.is_true(middle.ratio > 2, tostring(middle.ratio)) -- 4
+    assert.is_true(fastest.ratio < 2 and fastest.ratio > 0.5, tostring(fastest.ratio)) -- 1
+    assert.is_true(math.abs(fastest.ours / fastest.other - fastest.ratio) < 1e-9)
+    assert.is_true(fastest.high > 2, tostring(fastest.high)) -- pairs of turns are shown all the same
+  end)
+
   it("leaves out rows whose names do not match", function()
     local b = run{ seconds = 0.01, match = "[4, 2] by-r" } -- as a pattern it would find neither
     local function light() spin(100) end

@@ -5,7 +5,9 @@
 -- ours, other, ours, other, each turn with an untimed call first, because the other side has just emptied
 -- the caches. A sample is as many calls as fill a millisecond; a turn's time is its fastest sample (what
 -- interrupts only adds); the ratio of a row is the median over pairs of neighbouring turns, so that drift
--- hits both sides; the smallest and largest ratio are shown beside it. Every call runs in a scope and the
+-- hits both sides; the smallest and largest ratio are shown beside it. Where neighbours of a shared host
+-- disturb for longer than a turn, a median says what they did; `fastest` compares the fastest turns instead,
+-- of as many as the budget allows, since what disturbs only adds time. Every call runs in a scope and the
 -- collector runs between turns, outside of the clock. A sample ends when the device has nothing left to do;
 -- samples are longer on CUDA, so that the wait is lost in them, and a row may have two other sides at once.
 --
@@ -363,20 +365,23 @@ local RUN = { quick = { type = "boolean", default = false }, peer = { type = "st
               peers = { type = "string", default = "experiments/peers" },
               threads = { type = "integer", min = 1, default = 1 },
               seconds = { type = "number", above = 0 }, targets = { type = "boolean", default = false },
-              match = { type = "string" }, options = { type = "table" }, print = { type = "function" } }
+              match = { type = "string" }, fastest = { type = "boolean", default = false },
+              options = { type = "table" }, print = { type = "function" } }
 
 --- A run collects rows and prints each when it is measured.
 -- @tparam[opt] table options quick = false (smallest sizes, two turns, targets not judged); peer = "python3";
 --   peers = "experiments/peers" (folder of their scripts); threads = 1;
 --   seconds = budget of every row, also of those that name one; targets = false (rows without one are left
 --   out); match = text (plain, no pattern: names have brackets) that the names of rows must have, others are
---   left out; options = table handed to sections; print = function that takes a line
+--   left out; fastest = false (the ratio of the fastest turns, not the median of neighbouring ones);
+--   options = table handed to sections; print = function that takes a line
 -- @treturn Run
 function bench.run(options) return Run(schema.options("bench.run", options, RUN)) end
 
 function Run:init(o)
   self.quick, self.python, self.folder, self.options = o.quick, o.peer, o.peers, o.options or {}
   self.print, self.seconds, self.targets, self.match = o.print or print, o.seconds, o.targets, o.match
+  self.fastest = o.fastest
   self.rows, self.started, self.device = {}, {}, device.default_device():match("^%a+")
   self:set_threads(o.threads)
 end
@@ -650,23 +655,25 @@ local function other_sides(self, o)
   return list
 end
 
--- the row of ours (its times) beside one other side (its times)
-local function paired(o, ours, calls, other, times)
+-- the row of ours (its times) beside one other side (its times): of the fastest turns, or by the median of
+-- neighbouring ones
+local function paired(o, ours, calls, other, times, fastest)
   local row = { what = o.what, kind = "time", as = other.as, unit = o.unit or other.unit, work = o.work,
     other_work = o.work and (other.work or o.work), at_least = other.at_least, at_most = other.at_most,
     against = other.against, problem = other.problem }
   local a = summary(ours, calls)
-  row.ours = a.median
+  row.ours = fastest and a.min or a.median
   if not times then return row end
   local ratios = {}
   for i = 1, #ours do ratios[i] = times[i] / ours[i] end
   local b, r = summary(times, other.side.calls), summary(ratios) -- r is other's time over ours
   row.other, row.turns, row.ours_spread, row.other_spread = b.median, a.turns, a.spread, b.spread
-  local scale = (o.work or 1) / (row.other_work or 1)
+  local ratio, scale = r.median, (o.work or 1) / (row.other_work or 1)
+  if fastest then row.other, ratio = b.min, b.min / a.min end
   if row.as == "time" then
-    row.ratio, row.low, row.high = 1 / (r.median * scale), 1 / (r.max * scale), 1 / (r.min * scale)
+    row.ratio, row.low, row.high = 1 / (ratio * scale), 1 / (r.max * scale), 1 / (r.min * scale)
   else
-    row.ratio, row.low, row.high = r.median * scale, r.min * scale, r.max * scale
+    row.ratio, row.low, row.high = ratio * scale, r.min * scale, r.max * scale
   end
   return row
 end
@@ -688,8 +695,8 @@ end
 --   at_least, at_most = the target of the ratio; share = with both, the least share of the floor;
 --   seconds = budget; turns = at least so many;
 --   scoped = true: every call of ours in a scope; tell = function that gets what the peer's case tells
--- @treturn ?table the row: ours, other (median seconds per call), ratio, low, high, met, problem; nil where
---   it is left out (targets, match)
+-- @treturn ?table the row: ours, other (seconds per call, the median or, of a run with `fastest`, the least),
+--   ratio, low, high (of pairs of turns), met, problem; nil where it is left out (targets, match)
 -- @treturn ?table the second row, of a row with two
 function Run:row(options)
   local o = schema.options("bench.row", options, ROW)
@@ -703,7 +710,8 @@ function Run:row(options)
   end
   if self:unwanted(o) then return end
   local budget = { seconds = self.quick and 1e-3 or self.seconds or o.seconds or spans().row,
-    turn = self.quick and 1e-3 or spans().turn, turns = self.quick and 2 or o.turns or 3, max_turns = 25 }
+    turn = self.quick and 1e-3 or spans().turn, turns = self.quick and 2 or o.turns or 3,
+    max_turns = self.fastest and 400 or 25 }
   local ours = local_side("bench.row ours", o.ours, o.scoped)
   local others, sides, place = other_sides(self, o), { ours }, {}
   for i, other in ipairs(others) do
@@ -715,7 +723,7 @@ function Run:row(options)
   local times, rows = take_turns(sides, budget), {}
   for i, other in ipairs(others) do
     if other.side and other.side.drop then other.side:drop() end
-    rows[i] = self:add(paired(o, times[1], ours.calls, other, place[i] and times[place[i]]))
+    rows[i] = self:add(paired(o, times[1], ours.calls, other, place[i] and times[place[i]], self.fastest))
   end
   return rows[1], rows[2]
 end
