@@ -14,9 +14,9 @@
 --   build/bin/lacuna experiments/benchmark.lua --only elementwise --match "softmax [32768" --threads 1
 --
 -- On a host shared with others, whose work disturbs for longer than a turn: the fastest turns of both sides,
--- of as many as there is time for:
+-- of as many as there is time for, in several rounds over all rows, because what disturbs may last minutes:
 --
---   build/bin/lacuna experiments/benchmark.lua --only attention --targets --fastest --seconds 5
+--   build/bin/lacuna experiments/benchmark.lua --only attention --targets --fastest --rounds 3
 --
 -- Sections are files in experiments/benchmarks/, each { name, about, run = function(b) }, where b is a run of
 -- lua/lacuna/bench.lua: b:row measures ours against a peer (experiments/peers/<script>.py, a process of its
@@ -63,6 +63,8 @@ local SPEC = {
   { name = "match", type = "string", help = "only the rows whose names have this text in them" },
   { name = "fastest", type = "boolean",
   help = "compares the fastest turns instead of the median pair, for hosts that are shared: more --seconds" },
+  { name = "rounds", type = "integer", min = 1, default = 1,
+  help = "with --fastest: measures everything so many times, and a row has the turns of all of them" },
   { name = "json", type = "string", help = "write every row to this file" },
   { name = "strict", type = "boolean", help = "exit with status 1 if a target was missed or not measured" },
   { name = "quick", type = "boolean", help = "smallest sizes; judges no target" },
@@ -117,6 +119,7 @@ local function run_section(b, section, counts)
 end
 
 local function main(o)
+  if o.rounds > 1 and not o.fastest then lac.schema.fail("benchmark", "--rounds needs --fastest") end
   local device = lac.default_device(o.device):match("^%a+")
   local cores = lac.threads()
   local counts = o.threads or (cores > 1 and device == "cpu" and { 1, cores } or { cores })
@@ -140,7 +143,10 @@ local function main(o)
       lac.schema.fail("benchmark", "section '%s' is measured on %s: --device %s", name, where, where)
     end
   end
-  for _, section in ipairs(sections) do run_section(b, section, counts) end
+  for round = 1, o.rounds do
+    if o.rounds > 1 then b.print(("\n---- round %d of %d"):format(round, o.rounds)) end
+    for _, section in ipairs(sections) do run_section(b, section, counts) end
+  end
   local n = b:count()
   b.print(("\n%d rows: %d targets met, %d missed, %d not measured%s"):format(n.rows, n.met, n.missed,
     n.unmeasured, o.quick and " (a quick run judges nothing)" or ""))

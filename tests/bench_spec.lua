@@ -297,6 +297,28 @@ describe("bench", function()
     assert.is_true(fastest.high > 2, tostring(fastest.high)) -- pairs of turns are shown all the same
   end)
 
+  it("adds the turns of later rounds to a row's", function()
+    local b = run{ fastest = true, seconds = 0.05 }
+    local function row(ours, other)
+      return b:row{ what = "thing", as = "time", at_most = 0.5, ours = function() spin(ours) end,
+        floor = function() spin(other) end }
+    end
+    local first = row(40000, 4000)
+    assert.is_true(first.ratio > 2, tostring(first.ratio)) -- 10
+    local second = row(4000, 40000) -- now ours is as fast as the other side was
+    assert.is_true(second.ratio > 0.4 and second.ratio < 2.5, tostring(second.ratio))
+    assert.is_true(second.turns > first.turns)
+    assert.same({ first.other, 1 }, { second.other, #b.rows })
+    b:value{ what = "size", value = 1 }
+    b:value{ what = "size", value = 2 }
+    assert.same({ 2, 2 }, { #b.rows, b.rows[2].ours })
+    assert.equal(2, b:count().rows)
+    b = run{ seconds = 0.05 } -- otherwise each is a row of its own
+    row(4000, 4000)
+    row(4000, 4000)
+    assert.equal(2, #b.rows)
+  end)
+
   it("leaves out rows whose names do not match", function()
     local b = run{ seconds = 0.01, match = "[4, 2] by-r" } -- as a pattern it would find neither
     local function light() spin(100) end

@@ -373,8 +373,9 @@ local RUN = { quick = { type = "boolean", default = false }, peer = { type = "st
 --   peers = "experiments/peers" (folder of their scripts); threads = 1;
 --   seconds = budget of every row, also of those that name one; targets = false (rows without one are left
 --   out); match = text (plain, no pattern: names have brackets) that the names of rows must have, others are
---   left out; fastest = false (the ratio of the fastest turns, not the median of neighbouring ones);
---   options = table handed to sections; print = function that takes a line
+--   left out; fastest = false (the ratio of the fastest turns, not the median of neighbouring ones; a row
+--   that is measured again adds its turns to those before); options = table handed to sections;
+--   print = function that takes a line
 -- @treturn Run
 function bench.run(options) return Run(schema.options("bench.run", options, RUN)) end
 
@@ -382,7 +383,7 @@ function Run:init(o)
   self.quick, self.python, self.folder, self.options = o.quick, o.peer, o.peers, o.options or {}
   self.print, self.seconds, self.targets, self.match = o.print or print, o.seconds, o.targets, o.match
   self.fastest = o.fastest
-  self.rows, self.started, self.device = {}, {}, device.default_device():match("^%a+")
+  self.rows, self.places, self.started, self.device = {}, {}, {}, device.default_device():match("^%a+")
   self:set_threads(o.threads)
 end
 
@@ -510,6 +511,17 @@ local function clip(text, width)
   return text .. (" "):rep(width - #text)
 end
 
+-- what tells a row from the others of a run
+local function name_of(run, row)
+  return ("%s, %s, %s, %d"):format(tostring(run.section), row.what, tostring(row.against), run.threads)
+end
+
+-- the same row of an earlier round, whose turns count with `fastest`, and its place
+local function earlier(run, row)
+  local place = run.fastest and run.places[name_of(run, row)]
+  return place and run.rows[place] or {}, place
+end
+
 function Run:header(title)
   self.section = title
   self.print(LINE:format(clip("", WIDE), "th", "ours", "against", "ratio", "target", ""))
@@ -522,7 +534,9 @@ function Run:add(row)
     if row.at_least then row.met = value >= row.at_least end
     if row.at_most then row.met = value <= row.at_most end
   end
-  self.rows[#self.rows + 1] = row
+  local _, place = earlier(self, row)
+  place = place or #self.rows + 1
+  self.places[name_of(self, row)], self.rows[place] = place, row
   local other = row.problem and "-" or row.other and ("%s %s"):format(shown(row, row.other, row.other_work),
     row.against) or ""
   self.print((LINE:format(clip(row.what, WIDE), row.threads, shown(row, row.ours, row.work), other,
@@ -655,21 +669,24 @@ local function other_sides(self, o)
   return list
 end
 
--- the row of ours (its times) beside one other side (its times): of the fastest turns, or by the median of
--- neighbouring ones
-local function paired(o, ours, calls, other, times, fastest)
+-- the row of ours (its times) beside one other side (its times), by the median of neighbouring turns or
+-- (fastest) of the fastest ones, also of the same row's earlier rounds
+local function paired(run, o, ours, calls, other, times)
   local row = { what = o.what, kind = "time", as = other.as, unit = o.unit or other.unit, work = o.work,
     other_work = o.work and (other.work or o.work), at_least = other.at_least, at_most = other.at_most,
     against = other.against, problem = other.problem }
-  local a = summary(ours, calls)
-  row.ours = fastest and a.min or a.median
+  local a, before = summary(ours, calls), earlier(run, row)
+  row.ours = run.fastest and math.min(a.min, before.ours or math.huge) or a.median
   if not times then return row end
   local ratios = {}
   for i = 1, #ours do ratios[i] = times[i] / ours[i] end
   local b, r = summary(times, other.side.calls), summary(ratios) -- r is other's time over ours
   row.other, row.turns, row.ours_spread, row.other_spread = b.median, a.turns, a.spread, b.spread
   local ratio, scale = r.median, (o.work or 1) / (row.other_work or 1)
-  if fastest then row.other, ratio = b.min, b.min / a.min end
+  if run.fastest then
+    row.other, row.turns = math.min(b.min, before.other or math.huge), a.turns + (before.turns or 0)
+    ratio = row.other / row.ours
+  end
   if row.as == "time" then
     row.ratio, row.low, row.high = 1 / (ratio * scale), 1 / (r.max * scale), 1 / (r.min * scale)
   else
@@ -723,7 +740,7 @@ function Run:row(options)
   local times, rows = take_turns(sides, budget), {}
   for i, other in ipairs(others) do
     if other.side and other.side.drop then other.side:drop() end
-    rows[i] = self:add(paired(o, times[1], ours.calls, other, place[i] and times[place[i]], self.fastest))
+    rows[i] = self:add(paired(self, o, times[1], ours.calls, other, place[i] and times[place[i]]))
   end
   return rows[1], rows[2]
 end
