@@ -520,6 +520,36 @@ describe("attention in C", function()
     C.lac_threads(threads)
   end)
 
+  it("gives few long heads the same bits on any threads, however they are cut", function()
+    for _, o in ipairs { { H = 1 }, { H = 1, causal = true }, { H = 2, causal = true, wild = true },
+                         { H = 3, Hk = 1, dilations = { 2 } }, { H = 1, D = 40, causal = true, wild = true },
+                         { B = 2, H = 1, N = 1000, segments = { 500 }, causal = true },
+                         { H = 3, D = 80, causal = true } } do
+      o.N, o.D, o.segments, o.dilations = o.N or 600, o.D or 24, o.segments or { 600 }, o.dilations or { 1 }
+      local wild = o.wild
+      o.wild = nil
+      local c = direct.fill(o)
+      local q, k, v, dout = inputs(c, 7)
+      if wild then k[300 * c.D * c.Hk + 5] = -math.huge end -- its block is not multiplied in parts
+      for _, dtype in ipairs { "f32", "bf16", "f64" } do
+        direct.any_threads(function()
+          local r = direct.forward(c, q, k, v, { dtype = dtype })
+          local dq, dk, dv = direct.backward(r, dout)
+          return results(r, dq, dk, dv)
+        end)
+      end
+      if c.H == 1 and not wild then
+        C.lac_threads(2)
+        local r = direct.forward(c, q, k, v, { dtype = "f64" })
+        local got, want = results(r, direct.backward(r, dout)), oracle.run(c, q, k, v, dout)
+        C.lac_threads(threads)
+        for name, data in pairs(want) do
+          if got[name] then assert(direct.max_diff(got[name], data) < 1e-11, name .. text(c)) end
+        end
+      end
+    end
+  end)
+
   it("stops when asked to, and works again afterwards", function()
     local c = direct.fill { N = 64, H = 2, D = 8, segments = { 16 }, dilations = { 1 } }
     local q, k, v = inputs(c, 1)

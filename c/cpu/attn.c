@@ -31,7 +31,6 @@
 #include "attn_amx.inc"
 #define ATTN_OPERATOR(name) lac_cpu_amx_##name
 #define ATTN_GRAIN 96 /* tasks begin at multiples of so many query rows: of LAC_ATTN_ROWS and AMX_SIDE */
-#define ATTN_KEY_GRAIN LAC_ATTN_BKEYS /* and uneven chunks of keys at multiples of so many keys */
 int lac_cpu_amx_attend(const lac_a_attend *a);
 int lac_cpu_amx_attend_bwd(const lac_a_attend_bwd *w);
 int lac_cpu_avx512_attend(const lac_a_attend *a);
@@ -39,7 +38,6 @@ int lac_cpu_avx512_attend_bwd(const lac_a_attend_bwd *w);
 #else
 #define ATTN_OPERATOR(name) LAC_CPU(name)
 #define ATTN_GRAIN LAC_ATTN_ROWS
-#define ATTN_KEY_GRAIN 32
 #endif
 
 #if defined(__AVX512F__)
@@ -294,12 +292,12 @@ static void cut_evenly(const attn_job *job, attn_item *item, int64_t rows)
 {
     const lac_attn_desc *d = &job->a->plan->desc;
     bool triangle = d->causal && d->n == d->m && !job->a->plan->shift && (d->window < 0 || d->window >= d->n);
-    int64_t grain = ATTN_KEY_GRAIN;
+    enum { GRAIN = 32 };
     item->uneven =
         triangle && !job->a->blocks.data && item->chunks > 1 && item->chunks <= ATTN_EDGES && rows <= LAC_ATTN_KEY_RUN;
     for (int64_t i = 0; item->uneven && i < item->chunks; i++) {
         double before = sqrt(1 - (double)i / (double)item->chunks); /* share of the rows that no earlier chunk ends */
-        item->edge[i] = ((int64_t)((double)rows * (1 - before)) + grain / 2) / grain * grain;
+        item->edge[i] = ((int64_t)((double)rows * (1 - before)) + GRAIN / 2) / GRAIN * GRAIN;
     }
 }
 

@@ -222,9 +222,25 @@
 --     fastest of 31 turns in another run, 1, 2, 3 and 8 heads: forward 1.79, 1.86, 1.91, 1.85, backward 1.82,
 --     1.86, 1.88, 1.91; causal forward 1.27, 1.73, 1.75, 1.79, backward 1.48, 1.74, 1.67, 1.89. Of one causal
 --     head the longer run of keys has 0.56 of the pairs; cut at multiples of 32 it was not tried again.
+--   * Two threads there, a third time, by the fastest of 8 to 21 turns in several runs that neighbours
+--     disturbed. The backward's runs of keys cut at multiples of 32, since no thread waits now: one causal
+--     head 1.29, 1.36 and 1.65 ms before, 1.14, 1.16 and 1.30 with it: kept. Packed keys shared by the runs
+--     of a head, each block packed by whoever needs it first (expected: one packing instead of two to three,
+--     a tenth of one head's forward): one head 0.66 before, 0.74 ms with it, causal 0.46 and 0.51, two heads
+--     1.43 and 1.29, causal 0.90 and 0.86, three 2.03 and 1.89, causal 1.29 and 1.34: what another core has
+--     packed comes from its cache. Causal rows of few heads in as many runs as threads, of as many pairs
+--     each, instead of five even ones taken as threads come (1.7 packings instead of 3): a Zen 3 0.98 and
+--     1.03 ms, 1.95 and 2.03, 3.16 and 2.98; and a core that is disturbed keeps the other waiting. Both
+--     dropped.
 --   * Dilation there with 8192 kept rows, r = 16 against r = 1, the fastest of seven turns, D = 32, 64, 128:
 --     forward 0.98, 1.02, 1.08, backward 1.06, 1.09, 1.08, where in the same run 2048 rows had 1.10, 1.12,
 --     1.13 and 1.11, 1.12, 1.14, and r = 4 1.04, 1.06, 1.09 and 0.99, 1.06, 1.08.
+--   * Zeros there once more, in a bare loop of products from 256 KB (9.5 ms alone) with 16 MB of zeros: all
+--     at once past the caches 0.65 ms more, a line each 64 products' time 0.85, by whole lines (movdir64b)
+--     0.5 to 0.8, by stores 0.8 to 1.0. So hiding them saves nothing, and in the engine no way to store made
+--     a difference: with the unit at full speed r = 16 took, of 2048 rows, 1.14 to 1.17 by lines of 64 bytes,
+--     1.14 by movdir64b, 1.11 to 1.20 by "rep stosb", 1.12 to 1.26 through the caches. When neighbours leave
+--     the unit a quarter of its speed it is 1.04 to 1.07, whatever stores.
 --
 -- The other side is measured in turns with ours (see lua/lacuna/bench.lua); gathering is not counted against
 -- PyTorch: its inputs are contiguous and gathered already.
