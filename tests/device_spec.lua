@@ -13,8 +13,9 @@ local on_device = os.getenv "LACUNA_GPU" == "1" and it or pending
 local BOTH = {
   "adaptive", "attention", "attention_pairs", "checkpoint", "config", "conv", "data", "decode",
   "decode_blocks", "elem", "encoder", "explain", "golden", "grad", "io", "learned_blocks", "masks",
-  "multihead", "nn", "ops", "optim", "order", "profile", "public", "recompute", "ring", "sampling", "scaler",
-  "scan", "scatter", "scope", "sparse", "special", "tensor", "torch_mha", "train", "variants", "watch",
+  "multihead", "nn", "ops", "optim", "order", "profile", "public", "recompute", "ring", "sampling",
+  "scaler", "scan", "scatter", "scope", "settled", "sparse", "special", "tensor", "torch_mha", "train",
+  "variants", "watch",
 }
 
 local ELSEWHERE = {

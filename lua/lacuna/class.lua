@@ -29,8 +29,10 @@ local function unknown_field(object, key)
     end
     cls = rawget(cls, "__parent")
   end
-  for name in pairs(object) do
-    if type(name) == "string" then names[#names + 1] = name end
+  for _, fields in ipairs { object, rawget(object, "_settled") or {} } do
+    for name in pairs(fields) do
+      if type(name) == "string" and name ~= "_settled" then names[#names + 1] = name end
+    end
   end
   local words = getmetatable(object).__words -- what other libraries call its fields: synonyms.lua
   local word = words and words[key]
@@ -55,11 +57,14 @@ return function(name, parent, strict)
     cls.__index = function(object, key)
       local value = cls[key]
       if value ~= nil then return value end
+      local settled = rawget(object, "_settled") -- schema.settle
+      if settled and settled[key] ~= nil then return settled[key] end
       unknown_field(object, key)
     end
   else
     cls.__index = cls
   end
+  cls.__newindex = parent and parent.__newindex
   cls.__tostring = parent and parent.__tostring or function() return name end
   local function describe() return "class " .. name end
   return setmetatable(cls, { __index = parent, __call = class_call, __tostring = describe })

@@ -9,7 +9,8 @@
 -- stores. Being a plain table underneath is the point: schema, json and pairs need no special case.
 --
 -- Rejected: a class per kind with getters (the schema says already what there is), and freezing (a Lua table
--- that refuses writes is not seen by pairs; `with` copies, nothing here writes; a new field is refused).
+-- that refuses writes is not seen by pairs; `with` copies, nothing here writes; a new field is refused). An
+-- object that was made of a configuration finds out at its next use that somebody has written to it.
 
 local schema = require "lacuna.schema"
 
@@ -89,6 +90,52 @@ function config.define(kind, validate, follows)
   -- (multihead), LongNetLM (language_model), LongNetEncoder (encoder), LongNetEncoderDecoder
   -- (encoder_decoder), memory_limit (pool).
   config[kind] = function(options) return config.wrap(kind, validate(options)) end
+end
+
+-- ---- tables that belong to an object ----------------------------------------------------------------------
+
+-- table -> lists of what it held: holders (itself and the lists in it), keys, values, the field of each
+local settled = setmetatable({}, { __mode = "k" })
+
+local function note(record, holder, key, field)
+  local value, n = rawget(holder, key), #record.keys + 1
+  if value == nil then value = false end -- behind the end of a list
+  record.holders[n], record.keys[n], record.values[n], record.fields[n] = holder, key, value, field
+  if type(value) == "table" and getmetatable(value) == nil then
+    for inner in pairs(value) do note(record, value, inner, field) end
+    if #value > 0 then note(record, value, #value + 1, field) end
+  end
+end
+
+--- Remember what a table holds with which an object was made. Somebody may write into it, as a plain table is
+-- not told; config.written says so at the object's next use, where the write would change nothing.
+-- @tparam table t @treturn table t
+function config.settle(t)
+  local record = { holders = {}, keys = {}, values = {}, fields = {} }
+  for _, name in ipairs(schema.keys(t)) do note(record, t, name, name) end
+  settled[t] = record
+  return t
+end
+
+--- Is a table of config.settle what it was? Compiled, as every call of an attention asks.
+-- @tparam table t @treturn ?string a field that is not
+function config.written(t)
+  local record = settled[t]
+  if not record then return nil end
+  local holders, keys, values = record.holders, record.keys, record.values
+  for i = 1, #holders do
+    if not rawequal(rawget(holders[i], keys[i]) or false, values[i]) then return record.fields[i] end
+  end
+  return nil
+end
+
+--- The error for such a field.
+-- @tparam string op @tparam string what the table is called @tparam table t @tparam string name of the field
+-- @tparam string remedy what makes the object anew, "%s" for the change
+function config.refuse_written(op, what, t, name, remedy)
+  local value = text_of(rawget(t, name))
+  schema.fail(op, "%s.%s was set to %s after it was made, which would change nothing; make another: %s", what,
+    name, value, remedy:format(name .. " = " .. value))
 end
 
 --- Is this a configuration (of this kind)?

@@ -215,6 +215,7 @@ local function places(value)
     if type(t) ~= "table" or seen[t] then return end
     seen[t] = true
     list[#list + 1] = t
+    visit(rawget(t, "_settled")) -- fields that init has decided: schema.settle
     local mt = debug.getmetatable(t)
     if type(mt) ~= "table" then return end
     visit(type(rawget(mt, "__index")) == "function" and mt or rawget(mt, "__index"))

@@ -284,22 +284,61 @@ function schema.options(op, options, spec)
   return result
 end
 
+-- ---- fields of objects ------------------------------------------------------------------------------------
+
 local complete = setmetatable({}, { __mode = "k" }) -- objects whose init has ended
 
---- Make it an error to write a field that the objects of a class do not have: attn.causal = true would change
--- nothing. A method may be replaced.
+--- Put fields that init has decided for good where a write to them is seen: Lua tells __newindex of fields
+-- only that are not in the object. Reads go on as before (class.lua, nn/module.lua).
+-- @tparam table object @tparam string names of the fields, with blanks between
+function schema.settle(object, names)
+  local settled = rawget(object, "_settled") or {}
+  for name in names:gmatch "%S+" do
+    local value = rawget(object, name)
+    if value ~= nil then settled[name] = value end
+    rawset(object, name, nil)
+  end
+  rawset(object, "_settled", settled)
+end
+
+--- A field that an object has itself, settled or not; nil without one.
+function schema.own_field(object, name)
+  local value, settled = rawget(object, name), rawget(object, "_settled")
+  if value == nil and settled then return settled[name] end
+  return value
+end
+
+--- The error of a write to a field that is settled.
+-- @tparam string op @param key @tparam string advice the end of the message: what to do instead
+function schema.refuse_settled(op, key, advice)
+  fail(op, "'%s' was settled when it was made, and writing it would change nothing%s", tostring(key), advice)
+end
+
+--- Make it an error to write a field that the objects of a class do not have, attn.causal = true, or that
+-- init has settled, attn.variant = "dense": neither would change anything. A method may be replaced.
 -- @tparam table cls
 -- @tparam function advice of the object and the key: the end of the message
-function schema.refuse_new_fields(cls, advice)
+-- @tparam[opt] string settled names of the fields that writing does not change, with blanks between
+function schema.refuse_new_fields(cls, advice, settled)
+  cls.__settles = settled
   function cls.__newindex(object, key, value)
-    if complete[object] and cls[key] == nil then
-      fail(rawget(cls, "__name"), "there is no field '%s' to set%s", tostring(key), advice(object, key))
+    if complete[object] then
+      local class, own = getmetatable(object), rawget(object, "_settled")
+      local name = rawget(class, "__name")
+      if own and own[key] ~= nil then schema.refuse_settled(name, key, advice(object, key)) end
+      if class[key] == nil or type(value) ~= type(class[key]) then
+        fail(name, "there is no field '%s' to set%s", tostring(key), advice(object, key))
+      end
     end
     rawset(object, key, value)
   end
 end
 
 --- For the end of such an object's init.
-function schema.complete(object) complete[object] = true end
+function schema.complete(object)
+  local names = getmetatable(object).__settles
+  if names then schema.settle(object, names) end
+  complete[object] = true
+end
 
 return schema

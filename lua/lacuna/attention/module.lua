@@ -24,9 +24,24 @@ local module_rules, call_rules
 
 local Attention = class("Attention", nil, true)
 schema.refuse_new_fields(Attention, function(self, key)
-  if self.options[key] == nil then return "" end
-  return ("; make another: lac.attention(a.options:with{ %s = ... })"):format(key)
-end)
+  local option = self.options[key] ~= nil
+  if not option and key ~= "options" and key ~= "pattern" then return "" end
+  return ("; make another: lac.attention(a.options:with{ %s = ... })"):format(option and key or "option")
+end, "variant record pattern reason options key")
+
+local PATTERN = { __newindex = function(_, key)
+  fail(OP, "the pattern has no field '%s' to set; make another: lac.attention(a.options:with{ ... })",
+    tostring(key))
+end }
+
+-- neither the options nor the pattern that they were made into have been written to
+local function expect_settled(self)
+  local o, p = self.options, self.pattern
+  local name = config.written(o)
+  if name then config.refuse_written(OP, "options", o, name, "lac.attention(a.options:with{ %s })") end
+  name = config.written(p)
+  if name then config.refuse_written(OP, "pattern", p, name, "lac.attention(a.options:with{ ... })") end
+end
 
 -- `heads` is a number here, the scheme belongs to the variant
 local function make_rules()
@@ -85,7 +100,8 @@ end
 function Attention:init(options)
   local o, pattern, variant, reason = configure(options)
   self.variant, self.record, self.pattern, self.reason = options.variant, variant, pattern, reason or false
-  self.options = config.wrap("attention", o)
+  self.options = config.settle(config.wrap("attention", o))
+  setmetatable(config.settle(pattern), PATTERN)
   self.key = core.pattern_key(pattern)
   self.training = true
   if variant.scorer then self.scorer = variant.scorer(o) end
@@ -131,6 +147,7 @@ end
 --   asked for
 function Attention:__call(q, k, v, options)
   local o = self.options
+  expect_settled(self)
   local run = { training = self.training }
   for name in pairs(core.run_spec) do
     if run[name] == nil then run[name] = o[name] end
@@ -147,7 +164,7 @@ function Attention:__call(q, k, v, options)
   return core.apply(self.pattern, self.key, q, k, v, run, (record.run or record.prepare) and self or nil)
 end
 lib.frame_name(Attention.__call, function(self)
-  return "attention(" .. tostring(rawget(self, "variant")) .. ")"
+  return "attention(" .. tostring(schema.own_field(self, "variant")) .. ")"
 end)
 
 --- Does it run in active blocks? Variants in shards do if they were given a pattern.
@@ -160,6 +177,7 @@ end
 -- decode_blocks.lua.
 -- @tparam integer head_dim
 function Attention:decoder(head_dim)
+  expect_settled(self)
   local o, record = self.options, self.record
   if not self.pattern.causal then
     fail(OP, "only causal attention can be decoded row by row; make %s with causal = true", self.variant)
@@ -302,6 +320,7 @@ local EXPLAIN -- made at the first call: the core is not there yet
 --   "table"
 -- @treturn string|table
 function Attention:explain(n, sizes)
+  expect_settled(self)
   schema.check(OP, "n", n == nil and false or n, core.sizes.n)
   EXPLAIN = EXPLAIN or { batch = core.sizes.batch, m = core.sizes.m, head_dim = core.sizes.head_dim,
     dtype = { type = "string" }, device = { type = "string" }, as = { one_of = { "text", "table" },

@@ -12,7 +12,7 @@ local base = require "lacuna.nn.module"
 
 local fail, show = schema.fail, schema.show
 
-local Conv1d = base.define("Conv1d")
+local Conv1d = base.define("Conv1d", nil, "inputs outputs kernel has_bias")
 
 local POSITIVE = { type = "integer", min = 1 }
 local CONV = {

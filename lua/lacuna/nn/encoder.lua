@@ -71,7 +71,7 @@ end
 
 -- ---- encoder ----------------------------------------------------------------------------------------------
 
-local Encoder = base.define("LongNetEncoder")
+local Encoder = base.define("LongNetEncoder", nil, "options context has_vocab")
 
 local ENCODER = spec{
   vocab = { type = "integer", min = 1 },
@@ -91,7 +91,7 @@ config.define("encoder", configure_encoder, parts.followers(ENCODER))
 --   offset, merge, dedup, window, fp8, attention, positions = "xpos", fused, dropout, attention_dropout,
 --   checkpoint_activations, dtype, device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
 function Encoder:init(options)
-  local o = config.wrap("encoder", configure_encoder(options))
+  local o = config.settle(config.wrap("encoder", configure_encoder(options)))
   self.options, self.context, self.has_vocab = o, o.context, o.vocab ~= nil
   if o.vocab then self.embedding = embedding(o, o.vocab) end
   self.dropout = layers.Dropout(o.dropout)
@@ -115,6 +115,7 @@ end
 -- @tparam[opt] table options key_padding [B, N] bool (true = keep), key_lengths [B]
 -- @treturn Tensor [B, N, width], after the last LayerNorm
 function Encoder:forward(input, options)
+  base.expect_settled(self)
   local o = schema.options("LongNetEncoder", options, PADDING)
   local x
   if self.has_vocab then
@@ -136,7 +137,7 @@ end
 
 -- ---- classifier -------------------------------------------------------------------------------------------
 
-local Classifier = base.define("LongNetClassifier")
+local Classifier = base.define("LongNetClassifier", nil, "pool classes")
 
 --- An encoder, its rows pooled, and a linear layer: logits [B, classes].
 -- @tparam table options those of LongNetEncoder; classes; pool = "mean" (of the rows that are not padding) |
@@ -198,7 +199,7 @@ function Classifier:extra() return ("%d classes, %s of the rows"):format(self.cl
 
 -- ---- encoder-decoder --------------------------------------------------------------------------------------
 
-local EncoderDecoder = base.define("LongNetEncoderDecoder")
+local EncoderDecoder = base.define("LongNetEncoderDecoder", nil, "options vocab context")
 local ED = "LongNetEncoderDecoder"
 
 local BOTH = spec{
@@ -232,7 +233,7 @@ config.define("encoder_decoder", configure_both, followers)
 --   context, encoder_layers = layers; cross_segments, cross_dilations (default: every row reads the whole
 --   memory)
 function EncoderDecoder:init(options)
-  local o = config.wrap("encoder_decoder", configure_both(options))
+  local o = config.settle(config.wrap("encoder_decoder", configure_both(options)))
   self.options, self.vocab, self.context = o, o.vocab, o.context
   local inner = { vocab = o.source_vocab, context = o.source_context, layers = o.encoder_layers,
     gamma = math.sqrt(math.log(3 * o.layers) * math.log(2 * o.encoder_layers) / 3) }
@@ -261,6 +262,7 @@ base.entry_point(EncoderDecoder.encode)
 
 -- rows for the output layer
 local function hidden(self, source, tokens, options)
+  base.expect_settled(self)
   local o = schema.options(ED, options, PADDING)
   check_tokens(ED, tokens, self.context)
   local memory = self.encoder(source, o)
@@ -418,6 +420,7 @@ function Given:__tostring() return ("%s with a memory of %d items"):format(ED, s
 -- @tparam Tensor source [B, M] @tparam[opt] table options key_padding, key_lengths
 -- @treturn LongNetGiven
 function EncoderDecoder:given(source, options)
+  base.expect_settled(self)
   local o = schema.options(ED .. ".given", options, PADDING)
   if self.options.cross_segments then
     fail(ED .. ".given", "rows can be decoded one by one only if each reads the whole memory; the model has "

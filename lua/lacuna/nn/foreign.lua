@@ -71,8 +71,8 @@ end
 local function rotating(model)
   local list = {}
   for _, m in ipairs(model:modules()) do
-    local o = rawget(m.module, "options")
-    if rawget(m.module, "head_dim") and (o.positions == "rope" or o.positions == "xpos") then
+    local o = schema.own_field(m.module, "options")
+    if schema.own_field(m.module, "head_dim") and (o.positions == "rope" or o.positions == "xpos") then
       list[m.path == "" and "" or m.path .. "."] = m.module
     end
   end
@@ -109,7 +109,7 @@ end
 
 -- a fused projection of the file for separate ones here, or the other way round
 local function fuse(state, model)
-  if rawget(model, "head_dim") == nil then return end
+  if schema.own_field(model, "head_dim") == nil then return end
   local E, Ek, fused = model.embed_dim, model.kv_heads * model.head_dim, model.options.fused
   for _, name in ipairs{ "weight", "bias" } do
     local all = state["qkv." .. name]
@@ -169,7 +169,7 @@ local function theirs(dialect, name, alone)
 end
 
 local function check_writable(model, d, dialect)
-  local alone = rawget(model, "head_dim") ~= nil
+  local alone = schema.own_field(model, "head_dim") ~= nil
   if not alone and not d.models then
     fail(OP, "dialect '%s' names the parameters of an attention module, got a %s", dialect,
       base.class_name(model))
@@ -191,7 +191,7 @@ local function foreign_state(model, dialect)
   local state, out = model:state_dict(), {}
   if d.interleaved then grad.no_grad(reorder, state, model, true) end
   if model.options.tied then state["head.weight"] = state["embedding.weight"] end
-  local both, alone = rawget(model, "encoder") ~= nil, rawget(model, "head_dim") ~= nil
+  local both, alone = rawget(model, "encoder") ~= nil, schema.own_field(model, "head_dim") ~= nil
   for name, t in pairs(state) do
     local prefix = both and name:sub(1, 8) ~= "encoder." and "decoder." or ""
     out[prefix .. theirs(d, name, alone)] = t

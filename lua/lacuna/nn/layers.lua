@@ -30,7 +30,7 @@ end
 
 -- ---- Linear -----------------------------------------------------------------------------------------------
 
-local Linear = base.define("Linear")
+local Linear = base.define("Linear", nil, "inputs outputs has_bias")
 
 local LINEAR = {
   bias = { type = "boolean", default = true },
@@ -90,7 +90,7 @@ end
 
 -- ---- Embedding --------------------------------------------------------------------------------------------
 
-local Embedding = base.define("Embedding")
+local Embedding = base.define("Embedding", nil, "count width")
 
 --- Rows of a table by index (0-based).
 -- @tparam integer count rows
@@ -117,7 +117,7 @@ function Embedding:extra() return ("%d x %d"):format(self.count, self.width) end
 
 -- ---- LayerNorm --------------------------------------------------------------------------------------------
 
-local LayerNorm = base.define("LayerNorm")
+local LayerNorm = base.define("LayerNorm", nil, "width")
 
 --- (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
 -- @tparam integer width
@@ -141,7 +141,7 @@ function LayerNorm:extra() return ("%d, eps %g"):format(self.width, self.eps) en
 
 -- ---- RMSNorm ----------------------------------------------------------------------------------------------
 
-local RMSNorm = base.define("RMSNorm")
+local RMSNorm = base.define("RMSNorm", nil, "width")
 
 --- x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019).
 -- @tparam integer width
@@ -164,7 +164,7 @@ function RMSNorm:extra() return ("%d, eps %g"):format(self.width, self.eps) end
 
 -- ---- GroupNorm --------------------------------------------------------------------------------------------
 
-local GroupNorm = base.define("GroupNorm")
+local GroupNorm = base.define("GroupNorm", nil, "groups channels")
 
 --- Groups of channels normalised together, over everything that follows them, then weight and bias by channel
 -- (Wu and He 2018).
@@ -200,7 +200,7 @@ function GroupNorm:extra() return ("%d groups of %d, eps %g"):format(self.groups
 -- down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202); two projections in, so that a
 -- checkpoint keeps the usual names and the product is one pass
 local function gated(name, op)
-  local Gated = base.define(name)
+  local Gated = base.define(name, nil, "width hidden")
 
   --- down(activation(gate(x)) up(x)), three Linear; the activation is silu for SwiGLU, gelu for GeGLU
   -- (Shazeer 2020, arXiv 2002.05202).
@@ -250,7 +250,7 @@ function Dropout:extra() return ("%g"):format(self.p) end
 -- A method of tensors as a module. `rule` (with a name) is that of the one argument which it may take
 -- besides: nn.LeakyReLU(0.2), nn.Softmax(2). Anything else is refused, for it would be ignored.
 local function activation(name, method, rule)
-  local Activation = base.define(name)
+  local Activation = base.define(name, nil, "value")
   Activation.__about = { rule and "(" .. rule.name .. ")" or "()", ("lac.%s as a module%s."):format(method,
     rule and "; " .. rule.name .. (" (%s, optional) as there"):format(rule.type) or "") }
   function Activation:init(value, ...)

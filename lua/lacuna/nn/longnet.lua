@@ -46,7 +46,7 @@ end
 
 -- ---- feed-forward -----------------------------------------------------------------------------------------
 
-local FeedForward = base.define("FeedForward")
+local FeedForward = base.define("FeedForward", nil, "layer_norm activation")
 
 --- y = W2 LN(gelu(W1 x)).
 -- @tparam integer width
@@ -111,7 +111,7 @@ end
 
 -- ---- block ------------------------------------------------------------------------------------------------
 
-local Block = base.define("Block")
+local Block = base.define("Block", nil, "has_cross")
 
 --- x + attention(LN x), with `cross` then x + cross(LN x, memory), then x + ffn(LN x).
 -- @tparam table options width, ffn, dropout = 0 (on the residual branches), gamma, dtype, device; attention =
@@ -244,7 +244,7 @@ base.entry_point(Block.decode)
 
 -- ---- language model ---------------------------------------------------------------------------------------
 
-local LongNetLM = base.define("LongNetLM")
+local LongNetLM = base.define("LongNetLM", nil, "options vocab context")
 
 -- The paper's models: with a vocabulary of 50,304 they have the parameters of their names.
 local SIZES = {
@@ -378,7 +378,7 @@ config.define("language_model", configure, followers(OPTIONS))
 --   backward pass and is computed again there); dtype, device. lac.config.language_model checks them and
 --   makes a value of them; model.options is one, and model.options:with{ layers = 4 } another
 function LongNetLM:init(options)
-  local o = config.wrap("language_model", configure(options))
+  local o = config.settle(config.wrap("language_model", configure(options)))
   self.options, self.vocab, self.context = o, o.vocab, o.context
   local gamma = magneto_gain(o.layers)
   local pattern = self_attention(o, true)
@@ -411,6 +411,7 @@ local function output_weight(self) return self.options.tied and self.embedding.w
 -- @tparam Tensor tokens [B, N] i32 or i64
 -- @treturn Tensor [B, N, E]
 function LongNetLM:hidden(tokens)
+  base.expect_settled(self)
   check_tokens(self, tokens)
   local rows = self.embedding(tokens)
   local scaled = rows * math.sqrt(self.options.width)
@@ -481,6 +482,7 @@ base.entry_point(LongNetLM.loss)
 -- @treturn number forward and backward together (training)
 -- @treturn table { forward, backward, attention_forward, attention_backward, linear_forward }
 function LongNetLM:flops_per_token(context)
+  base.expect_settled(self)
   context = context or self.context
   schema.check("flops_per_token", "context", context, { type = "integer", min = 1, max = self.context })
   local linear = 2 * output_weight(self):numel()
@@ -507,6 +509,7 @@ end
 -- @treturn number bytes
 -- @treturn table { parameters, gradients, optimizer, activations, temporaries }
 function LongNetLM:memory_estimate(batch, context)
+  base.expect_settled(self)
   context = context or self.context
   schema.check("memory_estimate", "batch", batch, POSITIVE)
   schema.check("memory_estimate", "context", context, { type = "integer", min = 1, max = self.context })
@@ -541,6 +544,7 @@ end
 local DECODE = "LongNetLM.decode"
 
 local function check_decode(self, tokens, state, o)
+  base.expect_settled(self)
   if getmetatable(state) ~= cache.ModelCache or #state.layers ~= #self.layers then
     fail(DECODE, "expected a cache made by model:cache{}, got %s", show(state))
   end

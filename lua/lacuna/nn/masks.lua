@@ -98,7 +98,7 @@ end
 
 -- ---- a score per block ------------------------------------------------------------------------------
 
-local LearnedBlocks = base.define("LearnedBlocks")
+local LearnedBlocks = base.define("LearnedBlocks", nil, "n m block")
 
 local LEARNED = with { n = { type = "integer", min = 1, required = true }, m = { type = "integer", min = 1 } }
 
@@ -166,7 +166,7 @@ end
 
 -- ---- a scorer of contents ---------------------------------------------------------------------------
 
-local AdaptiveBlocks = base.define("AdaptiveBlocks")
+local AdaptiveBlocks = base.define("AdaptiveBlocks", nil, "head_dim rank block")
 
 local ADAPTIVE = with { head_dim = { type = "integer", min = 1, required = true },
   hidden = { type = "integer", min = 1, default = 32 }, rank = { type = "integer", min = 1, default = 16 } }

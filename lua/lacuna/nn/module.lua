@@ -13,17 +13,18 @@
 --   function Gate:forward(x) return x * (self.project(x) + self.bias):sigmoid() end
 --
 -- Strict where mistakes hide: reading or (after init) writing a field that does not exist is an error with
--- the nearest name; assigning a bare tensor is an error that says param or buffer, because a tensor that the
--- optimizer never sees is the commonest silent bug of such libraries; a state dict must fit exactly, and
--- every misfit is listed at once. Errors raised inside a forward carry the path to the module (lib.frame_name
--- reads it off the call stack). Rejected: hooks around forward (a script can wrap a method), copying on
--- assignment, hash-ordered children.
+-- the nearest name, and so is writing one that init has settled, such as model.context; assigning a bare
+-- tensor is an error that says param or buffer, because a tensor that the optimizer never sees is the
+-- commonest silent bug of such libraries; a state dict must fit exactly, and every misfit is listed at once.
+-- Errors raised inside a forward carry the path to the module (lib.frame_name reads it off the call stack).
+-- Rejected: hooks around forward (a script can wrap a method), copying on assignment, hash-ordered children.
 
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 local synonyms = require "lacuna.synonyms"
 local arguments = require "lacuna.arguments"
 local class = require "lacuna.class"
+local config = require "lacuna.config"
 local device = require "lacuna.device"
 local tensor = require "lacuna.tensor"
 local grad = require "lacuna.grad"
@@ -59,15 +60,39 @@ local function field_names(object)
     end
     cls = rawget(cls, "__parent")
   end
-  for _, name in ipairs(schema.keys(object)) do
-    if name:sub(1, 1) ~= "_" then names[#names + 1] = name end
+  for _, fields in ipairs{ object, rawget(object, "_settled") } do
+    for _, name in ipairs(schema.keys(fields)) do
+      if name:sub(1, 1) ~= "_" then names[#names + 1] = name end
+    end
   end
   return names
 end
 
+-- how a script calls the class: those of nn say what they settle
+local function maker(object)
+  return (rawget(getmetatable(object), "__settles") and "nn." or "") .. class_name(object)
+end
+
+-- for a field that only another module can have otherwise; nil: it is no option
+local function remedy(object, key)
+  local options = schema.own_field(object, "options")
+  if not config.is(options) then return nil end
+  if key == "options" then key = "option" elseif options[key] == nil then return nil end
+  return ("; make another: %s(m.options:with{ %s = ... })"):format(maker(object), key)
+end
+
+--- For a method that reads the options of a module: nobody has written to them.
+local function expect_settled(self)
+  local name = config.written(self.options)
+  if name then
+    config.refuse_written(class_name(self), "options", self.options, name,
+      maker(self) .. "(m.options:with{ %s })")
+  end
+end
+
 local function no_field(object, key, verb)
   fail(class_name(object), "there is no field '%s'%s%s", tostring(key), verb,
-    schema.hint(key, field_names(object), nil, synonyms.module))
+    verb ~= "" and remedy(object, key) or schema.hint(key, field_names(object), nil, synonyms.module))
 end
 
 local function check_new_name(self, name)
@@ -75,12 +100,17 @@ local function check_new_name(self, name)
     fail(class_name(self), "a parameter, buffer or child needs a name of letters, digits and _, got %s",
       show(name))
   end
-  if rawget(self, name) ~= nil or Module[name] ~= nil then
+  if schema.own_field(self, name) ~= nil or Module[name] ~= nil then
     fail(class_name(self), "the name '%s' is taken", name)
   end
 end
 
 local function new_field(self, key, value)
+  local settled = rawget(self, "_settled")
+  if settled and settled[key] ~= nil then
+    schema.refuse_settled(class_name(self), key, remedy(self, key)
+      or ("; make another %s"):format(class_name(self)))
+  end
   if is_module(value) then return self:child(key, value) end
   if tensor.is(value) then
     fail(class_name(self), "assign tensors with self:param(\"%s\", t, kind) if they are trained, "
@@ -113,13 +143,19 @@ lib.frame_name(call, step)
 --- Make a module class. Define `init` (runs once; fields made there are the only ones) and `forward` in it.
 -- @tparam string name shown in printed trees and errors
 -- @tparam[opt] table parent another module class
+-- @tparam[opt] string settled names of the fields that writing after init would not change, with blanks
+--   between: such a write is an error
 -- @treturn table the class: call it to make a module
-local function define(name, parent)
+local function define(name, parent, settled)
   schema.check("nn.module", "name", name, { type = "string" })
+  if settled ~= nil then schema.check("nn.module", "settled", settled, { type = "string" }) end
   local cls = class(name, parent or Module)
+  cls.__settles = settled
   cls.__index = function(object, key)
     local value = cls[key]
     if value ~= nil then return value end
+    local own = rawget(object, "_settled")
+    if own and own[key] ~= nil then return own[key] end
     if type(key) == "string" and key:sub(1, 1) == "_" then return nil end
     no_field(object, key, "")
   end
@@ -133,6 +169,8 @@ local function define(name, parent)
       training = true }, cls)
     local init = cls.init
     if init then init(object, ...) end
+    local names = cls.__settles
+    if names then schema.settle(object, names) end
     rawset(object, "_sealed", true)
     return object
   end
@@ -517,5 +555,4 @@ end
 function Module:__tostring() return tree(self, "") end
 
 return { Module = Module, define = define, is_module = is_module, entry_point = entry_point,
-  class_name = class_name,
-         has = has }
+  class_name = class_name, expect_settled = expect_settled, has = has }

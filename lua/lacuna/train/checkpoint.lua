@@ -22,7 +22,9 @@ local create = require "lacuna.create"
 local json = require "lacuna.json"
 local sys = require "lacuna.sys"
 local store = require "lacuna.io"
+local config = require "lacuna.config"
 local nn = require "lacuna.nn"
+local expect_settled = require("lacuna.nn.module").expect_settled
 
 local fail, show = schema.fail, schema.show
 local FORMAT = "lacuna-checkpoint-2"
@@ -102,8 +104,9 @@ local SAVE = {
 local function model_config(model)
   local class = getmetatable(model)
   local name = type(class) == "table" and rawget(class, "__name")
-  local options = rawget(model, "options")
+  local options = schema.own_field(model, "options")
   if not name or type(options) ~= "table" or rawget(nn, name) ~= class then return nil end
+  if config.is(options) then expect_settled(model) end
   return { class = name, options = options }
 end
 

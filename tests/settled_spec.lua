@@ -1,0 +1,233 @@
+--- What is written to an object takes effect or is refused: never neither.
+--
+-- Each class has a way to make an object and a way to use it whose result tells objects apart. Every field
+-- that the object has is written with another value: the write, or the next use, must raise, or the use must
+-- give something else. The same for every field of its `options`, where writes are not told and so must come
+-- out at the next use. A field that is missing here was made since: it needs no entry.
+
+local lac = require "lacuna"
+local nn = lac.nn
+
+-- a text that two tensors share only if they are the same
+local function text_of(...)
+  local parts = {}
+  for i = 1, select("#", ...) do
+    local v = select(i, ...)
+    parts[i] = lac.is_tensor(v) and table.concat(v:flatten():float():totable(), " ") or tostring(v)
+  end
+  return table.concat(parts, ";")
+end
+
+local function drawn(f)
+  lac.manual_seed(7)
+  return f()
+end
+
+local function rows() return drawn(function() return lac.randn { 2, 4, 8 } end) end
+local function tokens() return drawn(function() return lac.randint { 2, 16, high = 32 } end) end
+local function heads() return drawn(function() return lac.randn { 1, 64, 2, 8 } end) end
+local function called(...)
+  local given = { ... }
+  return function(m) return drawn(function() return text_of(m(unpack(given))) end) end
+end
+
+local SMALL = { vocab = 32, layers = 2, width = 8, heads = 2, context = 16, segments = { 4, 16 },
+                dilations = { 1, 4 } }
+local function small(class, more)
+  return function()
+    local o = {}
+    for _, from in ipairs { SMALL, more or {} } do
+      for name, value in pairs(from) do o[name] = value end
+    end
+    return class(o)
+  end
+end
+
+local function attention(options)
+  return function()
+    options.heads = 2
+    return lac.attention(options)
+  end
+end
+
+-- Name, how to make one, how to use it. own: fields that are the object's own business; none: options that
+-- are no fields.
+local CASES = {
+  { "Linear", function() return nn.Linear(8, 8) end, called(rows()), none = "gain parts dtype" },
+  { "Embedding", function() return nn.Embedding(32, 8) end, called(tokens()), none = "std" },
+  { "LayerNorm", function() return nn.LayerNorm(8) end, called(rows()) },
+  { "RMSNorm", function() return nn.RMSNorm(8) end, called(rows()) },
+  { "GroupNorm", function() return nn.GroupNorm(2, 4) end, called(rows()) },
+  { "SwiGLU", function() return nn.SwiGLU(8, 16) end, called(rows()), none = "bias" },
+  { "Dropout", function() return nn.Dropout(0.3) end, called(rows()) },
+  { "LeakyReLU", function() return nn.LeakyReLU(0.3) end, called(rows()), none = "slope" },
+  { "Conv1d", function() return nn.Conv1d(4, 4, 3) end, called(rows()), none = "stride dilation padding" },
+  { "MSELoss", function() return nn.MSELoss { reduction = "sum" } end, called(rows(), rows() + 1),
+    none = "reduction" },
+  { "FeedForward", function() return nn.FeedForward(8, 16) end, called(rows()), none = "gamma eps" },
+  { "Block", function()
+    return nn.Block { width = 8, ffn = 16, attention = { heads = 2, segments = { 4 }, dilations = { 1 } } }
+  end, called(rows()), none = "width gamma" },
+  { "MultiheadDilatedAttention", function()
+    return nn.MultiheadDilatedAttention { embed_dim = 8, heads = 2, segments = { 2, 4 },
+                                          dilations = { 1, 2 } }
+  end, called(rows()), own = "causal_form", none = "causal segments dropout positions scale" },
+  { "LongNetLM", small(nn.LongNetLM), called(tokens()), none = "width heads segments causal" },
+  { "LongNetEncoder", small(nn.LongNetEncoder), called(tokens()), none = "width heads" },
+  { "LongNetClassifier", small(nn.LongNetClassifier, { classes = 3 }), called(tokens()), none = "width" },
+  { "LongNetEncoderDecoder", small(nn.LongNetEncoderDecoder), called(tokens(), tokens()), none = "width" },
+  { "LearnedBlocks", function() return nn.LearnedBlocks { n = 64, keep = 2, block = 16, soft = true } end,
+    function(m)
+      return drawn(function()
+        local o = m()
+        return text_of(o.block_mask, o.bias, o.block)
+      end)
+    end, none = "heads" },
+  { "AdaptiveBlocks", function()
+    return nn.AdaptiveBlocks { head_dim = 8, keep = 2, block = 16, soft = true }
+  end, function(m)
+    return drawn(function()
+      local o = m(heads(), heads() * 2)
+      return text_of(o.block_mask, o.bias, o.block)
+    end)
+  end, none = "hidden" },
+  { "attention", attention { variant = "longnet", segments = { 4, 16 }, dilations = { 1, 4 } },
+    called(heads(), heads(), heads()), none = "causal segments merge window dropout kernel align" },
+  { "attention in blocks", attention { variant = "block_sparse", pattern = "local_window(16)", block = 16 },
+    called(heads(), heads(), heads()), none = "block of" },
+  { "attention in shards", attention { variant = "ring", segments = { 4, 16 }, dilations = { 1, 4 } },
+    called(heads(), heads(), heads()), none = "ranks layout schedule" },
+  { "attention with a scorer", attention { variant = "adaptive", keep = 1, block = 16, head_dim = 8 },
+    called(heads(), heads(), heads()), none = "keep temperature" },
+}
+
+local function set_of(names)
+  local set = {}
+  for name in (names or ""):gmatch "%S+" do set[name] = true end
+  return set
+end
+
+-- another value of the same type
+local function other(v)
+  if type(v) == "boolean" then return not v end
+  if type(v) == "number" then return v * 0.5 + 0.125 end
+  if type(v) == "string" then return v .. "x" end
+  if type(v) == "table" and #v > 0 and not getmetatable(v) then
+    local list = { unpack(v) }
+    list[1] = other(v[1])
+    return list
+  end
+  return 7
+end
+
+local function names_of(object, own)
+  local names = {}
+  for _, fields in ipairs { object, rawget(object, "_settled") or {} } do
+    for name in next, fields do
+      if type(name) == "string" and name:sub(1, 1) ~= "_" and not own[name] then names[#names + 1] = name end
+    end
+  end
+  table.sort(names)
+  return names
+end
+
+-- does writing do something? `write` changes the object
+local function minds(make, use, write)
+  local before, object = use(drawn(make)), drawn(make)
+  if not pcall(write, object) then return true end
+  local fine, after = pcall(use, object)
+  return not fine or after ~= before
+end
+
+describe("writing to an object", function()
+  for _, case in ipairs(CASES) do
+    local name, make, use = unpack(case)
+    it("changes something or is refused: " .. name, function()
+      local object = drawn(make)
+      assert.are.equal(use(object), use(drawn(make)), "the same object twice")
+      for _, field in ipairs(names_of(object, set_of("training " .. (case.own or "")))) do
+        assert.is_true(minds(make, use, function(o) o[field] = other(o[field]) end), field)
+      end
+      local options = name:find "^atten" and object.options or lac.schema.own_field(object, "options")
+      for _, field in ipairs(options and lac.schema.keys(options) or {}) do
+        assert.is_true(minds(make, use, function(o) o.options[field] = other(o.options[field]) end),
+          "options." .. field)
+      end
+    end)
+
+    it("is refused where there is no such field: " .. name, function()
+      local object = drawn(make)
+      for field in pairs(set_of((case.none or "") .. " nonsense")) do
+        assert.error_matches(function() object[field] = 1 end, "there is no field '" .. field .. "' to set")
+      end
+    end)
+  end
+
+  it("is refused with what to do instead", function()
+    local model = small(nn.LongNetLM)()
+    local function refused(pattern, f) assert.error_matches(f, pattern) end
+    refused("LongNetLM: 'context' was settled when it was made, and writing it would change nothing; make "
+      .. "another: nn.LongNetLM%(m.options:with{ context = %.%.%. }%) %[tests/settled_spec",
+      function() model.context = 8 end)
+    refused("there is no field 'width' to set; make another: nn.LongNetLM%(m.options:with{ width = ",
+      function() model.width = 8 end)
+    refused("Linear: 'outputs' was settled when it was made, .*; make another Linear",
+      function() nn.Linear(2, 3).outputs = 4 end)
+    model.options.dropout = 0.5
+    refused("LongNetLM: options.dropout was set to 0.5 after it was made, which would change nothing; make "
+      .. "another: nn.LongNetLM%(m.options:with{ dropout = 0.5 }%) %[LongNetLM, tests/settled_spec",
+      function() model(tokens()) end)
+    refused("LongNetLM: options.dropout", function() model:memory_estimate(1) end)
+    refused("LongNetLM: options.dropout", function()
+      lac.train.save_checkpoint(os.tmpname(), { model = model })
+    end)
+    assert.are.equal(0.5, nn.LongNetLM(model.options).options.dropout) -- the changed options are good for one
+
+    local attn = attention { variant = "longnet", segments = { 4, 16 }, dilations = { 1, 4 } }()
+    refused("Attention: 'variant' was settled .* make another: lac.attention%(a.options:with{ variant = ",
+      function() attn.variant = "dense" end)
+    refused("the pattern has no field 'window' to set", function() attn.pattern.window = 3 end)
+    attn.options.segments[2] = 8
+    refused("attention: options.segments was set to {4, 8} after it was made, which would change nothing; "
+      .. "make another: lac.attention%(a.options:with{ segments = {4, 8} }%)",
+      function() attn(heads(), heads(), heads()) end)
+    refused("options.segments", function() attn:explain(64) end)
+  end)
+
+  it("goes on where it is meant to take effect", function()
+    local norm, drop, linear = nn.LayerNorm(8), nn.Dropout(0.5), nn.Linear(8, 8)
+    norm.eps, drop.p, drop.training = 1e-3, 0.1, false
+    linear.weight = lac.zeros { 8, 8, grad = true }
+    assert.are.same({ 1e-3, 0.1, 0 }, { norm.eps, drop.p, linear(rows()):abs():max():item() })
+    local Mine = nn.module "Mine"
+    function Mine:init(n) self.n, self.context = n, n end
+    local mine = Mine(3)
+    mine.n = 4 -- a script's own fields are its own business
+    assert.are.equal(4, mine.n)
+    local Longer = nn.module("Longer", nn.LongNetLM)
+    function Longer:init(o)
+      nn.LongNetLM.init(self, o)
+      self.extra_rows = 3
+    end
+    local longer = small(Longer)()
+    longer.extra_rows = 4
+    assert.are.equal(16, longer.context)
+    assert.error_matches(function() longer.context = 8 end,
+      "Longer: 'context' was settled .* make another: Longer%(m.options:with")
+  end)
+
+  it("leaves copies, checkpoints and lists of fields as they were", function()
+    local model = small(nn.LongNetLM)()
+    local copy = model:clone()
+    assert.are.equal(model.context, copy.context)
+    assert.are.equal(called(tokens())(model), called(tokens())(copy))
+    assert.error_matches(function() copy.context = 8 end, "settled")
+    assert.error_matches(function() return model.contxt end, "did you mean 'context'")
+    local path = os.tmpname()
+    lac.train.save_checkpoint(path, { model = model })
+    assert.are.equal(tostring(model), tostring((lac.train.load_model(path))))
+    os.remove(path)
+    local found = lac.repl.complete({ m = model }, "m.cont")
+    assert.are.same({ "m.context" }, found)
+  end)
+end)
