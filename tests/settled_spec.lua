@@ -101,6 +101,28 @@ local CASES = {
     called(heads(), heads(), heads()), none = "keep temperature" },
 }
 
+-- steps of two parameters, one of them without a gradient
+local function stepped(optimizer)
+  local list = {}
+  for i, e in ipairs(optimizer.entries) do list[i] = e.param end
+  local fine, why = pcall(function()
+    for _, g in ipairs { 0.5, -0.01 } do
+      list[1].grad = lac.full_like(list[1], g)
+      optimizer:step()
+    end
+  end)
+  return text_of(fine, fine or why:match "^[^%[]*", list[1])
+end
+
+for kind, o in pairs {
+  adamw = { lr = 0.1 }, adam = { lr = 0.1 }, lion = { lr = 0.1 }, sgd = { lr = 0.1 },
+} do
+  CASES[#CASES + 1] = { kind, function()
+    o.skip_missing = true
+    return lac.optim[kind]({ lac.ones { 2, grad = true }, lac.ones { 2, grad = true } }, o)
+  end, stepped, own = "grads items norm_out steps", none = "momentun betta options" }
+end
+
 local function set_of(names)
   local set = {}
   for name in (names or ""):gmatch "%S+" do set[name] = true end
@@ -192,6 +214,69 @@ describe("writing to an object", function()
       .. "make another: lac.attention%(a.options:with{ segments = {4, 8} }%)",
       function() attn(heads(), heads(), heads()) end)
     refused("options.segments", function() attn:explain(64) end)
+  end)
+
+  it("to an optimizer is as good as the option, and as strict", function()
+    local function made(kind, o)
+      local p = lac.ones { 2, grad = true }
+      p.grad = lac.ones { 2 }
+      return lac.optim[kind]({ p }, o)
+    end
+    for message, f in pairs {
+      ["AdamW: 'master' was settled .* another: lac.optim.adamw%(parameters, { master = true, %.%.%. }%)"] =
+        function() made("adamw").master = true end,
+      ["there is no field 'options', did you mean o:config%(%) to read"] = function()
+        made("adamw").options.lr = 3
+      end,
+      ["adamw: betas must be {beta1, beta2}, got {0.9}"] = function()
+        local o = made "adamw"
+        o.betas = { 0.9 }
+        o:step()
+      end,
+      ["lion: betas%[1%] must be below 1, got 2"] = function()
+        local o = made "lion"
+        o.betas[1] = 2
+        o:step()
+      end,
+      ["adam: eps must be above 0, got %-1"] = function()
+        local o = made "adam"
+        o.eps = -1
+        o:step()
+      end,
+      ["adamw: skip_missing must be true or false, got 'no'"] = function()
+        local o = made "adamw"
+        o.skip_missing = "no"
+        o:step()
+      end,
+      ["sgd: momentum was set to 0.9, but the optimizer was made with 0 and keeps none; make another: "] =
+        function()
+          local o = made("sgd", { lr = 0.1 })
+          o.momentum = 0.9
+          o:step()
+        end,
+      ["sgd: dampening 0.5 is of the momentum, and there is none"] = function()
+        local o = made("sgd", { lr = 0.1 })
+        o.dampening = 0.5
+        o:step()
+      end,
+      ["LossScaler: there is no field 'init' to set"] = function() lac.optim.loss_scaler().init = 3 end,
+    } do
+      assert.error_matches(f, message)
+    end
+  end)
+
+  it("does not reach other objects: lists are copied", function()
+    local p = lac.ones { 2, grad = true }
+    local given = { 0.5, 0.6 }
+    local a, b = lac.optim.adamw({ p }, { betas = given }), lac.optim.adamw { p }
+    given[1], b.betas[1] = 0, 0.25
+    assert.are.same({ 0.5, 0.6 }, a.betas)
+    assert.are.same({ 0.9, 0.999 }, lac.optim.adamw({ p }).betas)
+    local segments = { 4, 16 }
+    local attn = attention { variant = "longnet", segments = segments, dilations = { 1, 4 } }()
+    local before = called(heads(), heads(), heads())(attn)
+    segments[2] = 8
+    assert.are.equal(before, called(heads(), heads(), heads())(attn))
   end)
 
   it("goes on where it is meant to take effect", function()

@@ -152,6 +152,8 @@ function Optimizer:setup(op, parts, params, o)
   schema.complete(self)
 end
 
+Optimizer._check = false -- of a kind: whether the fields that were set go together
+
 function Optimizer:__tostring()
   return ("%s(%d parameters, lr %g%s, %d steps)"):format(rawget(getmetatable(self), "__name"), #self.entries,
     self.lr, self:extra(), self.steps)
@@ -265,6 +267,16 @@ local function update_and_count(self, runs, taken, scale, limit)
   end
 end
 
+local COMMON = with_common({}, {})
+COMMON.master = nil -- settled
+
+-- fields that a script may set between steps
+local function check_fields(self)
+  for name, rule in pairs(COMMON) do schema.check(self.op, name, self[name], rule) end
+  for name, rule in pairs(self.rules) do schema.check(self.op, name, self[name], rule) end
+  if self._check then self:_check() end
+end
+
 local STEP = { factor = { type = "number", min = 0, default = 1 }, clip = { type = "number", above = 0 },
                clip_value = { type = "number", above = 0 },
                scaler = { type = "table", check = Scaler.complain } }
@@ -284,8 +296,7 @@ function Optimizer:step(options)
     fail(op .. ".step", "clip (by norm) and clip_value exclude each other, got %g and %g", o.clip,
       o.clip_value)
   end
-  schema.check(op, "lr", self.lr, GROUP.lr)
-  schema.check(op, "weight_decay", self.weight_decay, GROUP.weight_decay)
+  check_fields(self)
   local n, taken, alive = collect(self)
   if n == 0 then fail(op, "no parameter has a gradient: call backward() before step()") end
   local norm, scale = nil, 1
@@ -401,7 +412,7 @@ end
 -- @treturn table JSON-like
 function Optimizer:config()
   local config = { kind = self.op, lr = self.lr, weight_decay = self.weight_decay, master = self.master }
-  for name in pairs(self.options) do config[name] = self[name] end
+  for name in pairs(self.rules) do config[name] = self[name] end
   return config
 end
 
@@ -410,11 +421,15 @@ end
 local function define(name)
   local cls = class(name, Optimizer, true)
   schema.refuse_new_fields(cls, function(self, key)
-    local names = schema.keys(self.options)
+    if key == "master" then
+      return ("; make another: lac.optim.%s(parameters, { master = %s, ... })"):format(self.op,
+        tostring(not self.master))
+    end
+    local names = schema.keys(self.rules)
     names[#names + 1], names[#names + 2], names[#names + 3] = "lr", "weight_decay", "skip_missing"
     return ("%s; there are %s"):format(schema.hint(tostring(key), names, nil, synonyms.optimizer),
       table.concat(names, ", "))
-  end)
+  end, "op parts rules coupled master")
   cls.__tostring = Optimizer.__tostring
   return cls
 end
@@ -431,7 +446,7 @@ local ADAM = with_common({ lr = 1e-3, weight_decay = 0 }, ADAM_OPTIONS)
 
 function AdamW:init(params, options, coupled)
   local o = schema.options(coupled and "adam" or "adamw", options, coupled and ADAM or ADAMW)
-  self.options, self.betas, self.eps, self.coupled = ADAM_OPTIONS, o.betas, o.eps, coupled and 1 or 0
+  self.rules, self.betas, self.eps, self.coupled = ADAM_OPTIONS, o.betas, o.eps, coupled and 1 or 0
   self:setup(coupled and "adam" or "adamw", { "m", "v" }, params, o)
 end
 
@@ -455,8 +470,8 @@ local SGD_OPTIONS = { momentum = { type = "number", min = 0, below = 1, default 
 local SGD_ALL = with_common({ weight_decay = 0 }, SGD_OPTIONS)
 SGD_ALL.lr = { type = "number", min = 0, required = true }
 
-function SGD:init(params, options)
-  local o = schema.options("sgd", options, SGD_ALL)
+-- o: options, or the optimizer itself
+local function check_momentum(o)
   if o.nesterov and (o.momentum == 0 or o.dampening ~= 0) then
     fail("sgd", "nesterov needs momentum and no dampening, got momentum %g and dampening %g", o.momentum,
       o.dampening)
@@ -464,7 +479,20 @@ function SGD:init(params, options)
   if o.dampening ~= 0 and o.momentum == 0 then
     fail("sgd", "dampening %g is of the momentum, and there is none", o.dampening)
   end
-  self.options = SGD_OPTIONS
+end
+
+function SGD:_check()
+  check_momentum(self)
+  if self.momentum > 0 and #self.parts == 0 then
+    fail("sgd", "momentum was set to %g, but the optimizer was made with 0 and keeps none; make another: "
+      .. "lac.optim.sgd(parameters, { lr = %g, momentum = %g })", self.momentum, self.lr, self.momentum)
+  end
+end
+
+function SGD:init(params, options)
+  local o = schema.options("sgd", options, SGD_ALL)
+  check_momentum(o)
+  self.rules = SGD_OPTIONS
   self.momentum, self.dampening, self.nesterov = o.momentum, o.dampening, o.nesterov
   self:setup("sgd", o.momentum > 0 and { "m" } or {}, params, o)
 end
@@ -484,7 +512,7 @@ local LION = with_common({ lr = 1e-4, weight_decay = 0.01 }, LION_OPTIONS)
 
 function Lion:init(params, options)
   local o = schema.options("lion", options, LION)
-  self.options, self.betas = LION_OPTIONS, o.betas
+  self.rules, self.betas = LION_OPTIONS, o.betas
   self:setup("lion", { "m" }, params, o)
 end
 

@@ -244,6 +244,14 @@ function schema.check(op, name, v, rule)
   end
 end
 
+-- Lists of numbers are copied: the script may write into its own, and a default is everybody's.
+local function own_list(value)
+  if type(value) ~= "table" or getmetatable(value) ~= nil or type(value[1]) ~= "number" then return value end
+  local list = {}
+  for i = 1, #value do list[i] = value[i] end
+  return list
+end
+
 --- Check an options table against a spec and fill in defaults.
 -- @tparam string op the name that starts messages
 -- @tparam table|nil options what the user passed; nil counts as empty
@@ -271,13 +279,13 @@ function schema.options(op, options, spec)
     local rule = spec[name]
     if not rule then schema.unknown(op, "option", name, schema.keys(spec)) end
     schema.check(op, name, options[name], rule)
-    result[name] = options[name]
+    result[name] = own_list(options[name])
   end
   local missing
   for name, rule in pairs(spec) do
     if result[name] == nil then
       if rule.required and (not missing or name < missing) then missing = name end
-      result[name] = rule.default
+      result[name] = own_list(rule.default)
     end
   end
   if missing then fail(op, "%s is required", missing) end

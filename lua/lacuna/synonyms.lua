@@ -163,7 +163,8 @@ return {
     param_groups = "o.lr = 1e-4, o:step{ factor = f }, or lac.optim.adamw{ { weight, lr = 1e-3 }, { bias } }",
     add_param_group = "lac.optim.adamw{ { weight, lr = 1e-3 }, { bias } }",
     clip_grad_norm_ = "o:step{ clip = largest norm }", clip = "o:step{ clip = largest norm }",
-    state = "o:state_dict()", defaults = "o:config()", zero_grads = "o:zero_grad()",
+    state = "o:state_dict()", defaults = "o:config()", options = "o:config() to read, o.lr = 1e-4 to write",
+    zero_grads = "o:zero_grad()",
   },
   dtype = {
     float32 = "f32", float = "f32", fp32 = "f32", float64 = "f64", double = "f64", fp64 = "f64",
