@@ -43,6 +43,9 @@ local function small(class, more)
   end
 end
 
+local DIR = os.tmpname()
+os.remove(DIR)
+
 local function attention(options)
   return function()
     options.heads = 2
@@ -99,6 +102,42 @@ local CASES = {
     called(heads(), heads(), heads()), none = "ranks layout schedule" },
   { "attention with a scorer", attention { variant = "adaptive", keep = 1, block = 16, head_dim = 8 },
     called(heads(), heads(), heads()), none = "keep temperature" },
+  { "a pattern of blocks", function() return lac.attention.masks.local_window(32) end, function(m)
+    return text_of(m:tensor { n = 128, block = 16 })
+  end, none = "window" },
+  { "a decoder", function()
+    return lac.attention.decoder({ segments = { 4 }, dilations = { 1 }, causal = true },
+      { heads = 2, kv_heads = 2, head_dim = 8 })
+  end, function(d)
+    local row = heads():narrow(2, 1, 1)
+    return text_of(d:attend(row, heads(), heads(), 63), d:reach(63))
+  end, own = "found args", none = "segments" },
+  { "a cache", function() return small(nn.LongNetLM)():cache { batch = 2 } end,
+    function(c) return text_of(c, unpack(c:positions())) end, own = "batch", none = "keep" },
+  { "a layer's cache", function() return small(nn.LongNetLM)():cache({ batch = 2 }).layers[1] end,
+    function(c) return text_of(c, c:bytes()) end, none = "rows",
+    own = "batch device dtype k v keep first from to place positions starts" },
+  { "a decoder for a source", function() return small(nn.LongNetEncoderDecoder)():given(tokens()) end,
+    called(tokens()), none = "size" },
+  { "Sampler", function() return nn.Sampler(8, { temperature = 0.7, top_k = 4 }) end, function(s)
+    local list = {}
+    for i = 1, 20 do list[i] = s:draw(lac.arange { 8 }, i / 21) end
+    return text_of(unpack(list))
+  end, own = "row", none = "temperature top_k" },
+  { "LossScaler", function() return lac.optim.loss_scaler { interval = 2 } end, function(s)
+    for _, overflow in ipairs { true, false, false, true } do s:update(overflow) end
+    return text_of(s.value, s.good, s.skipped)
+  end, own = "good", none = "init growth" },
+  { "Bytes", function() return lac.data.string "a text of bytes" end,
+    function(b) return text_of(b, b:text()) end, none = "context" },
+  { "Order2", function() return lac.data.order2(lac.data.string "a text of bytes") end,
+    function(o) return text_of(o:probability(32, 111, 102)) end, none = "context" },
+  { "Log", function() return require("lacuna.log").open { path = DIR } end,
+    function(l) return text_of(l, l:path "x") end, own = "bytes file started", none = "name append" },
+  { "Registry", function() return lac.registry("things", "thing") end, function(r)
+    r:add("one", 1)
+    return text_of(r, select(2, pcall(r.get, r, "two")))
+  end, none = "two" },
 }
 
 -- steps of two parameters, one of them without a gradient
@@ -170,7 +209,7 @@ describe("writing to an object", function()
       for _, field in ipairs(names_of(object, set_of("training " .. (case.own or "")))) do
         assert.is_true(minds(make, use, function(o) o[field] = other(o[field]) end), field)
       end
-      local options = name:find "^atten" and object.options or lac.schema.own_field(object, "options")
+      local options = lac.schema.own_field(object, "options")
       for _, field in ipairs(options and lac.schema.keys(options) or {}) do
         assert.is_true(minds(make, use, function(o) o.options[field] = other(o.options[field]) end),
           "options." .. field)
@@ -208,7 +247,8 @@ describe("writing to an object", function()
     local attn = attention { variant = "longnet", segments = { 4, 16 }, dilations = { 1, 4 } }()
     refused("Attention: 'variant' was settled .* make another: lac.attention%(a.options:with{ variant = ",
       function() attn.variant = "dense" end)
-    refused("the pattern has no field 'window' to set", function() attn.pattern.window = 3 end)
+    refused("there is no pattern.window to set; make another: lac.attention%(a.options:with{ window = ",
+      function() attn.pattern.window = 3 end)
     attn.options.segments[2] = 8
     refused("attention: options.segments was set to {4, 8} after it was made, which would change nothing; "
       .. "make another: lac.attention%(a.options:with{ segments = {4, 8} }%)",
@@ -263,6 +303,34 @@ describe("writing to an object", function()
     } do
       assert.error_matches(f, message)
     end
+  end)
+
+  it("to a scorer reaches all that it decides: calls, decoding and explain()", function()
+    local m = drawn(function()
+      return nn.MultiheadDilatedAttention { variant = "adaptive", embed_dim = 16, heads = 2, keep = 1,
+                                            block = 16, causal = true }
+    end):eval()
+    local x = drawn(function() return lac.randn { 1, 128, 16 } end)
+    local few, kept = m(x), m:explain(128)
+    m.scorer.keep = 3
+    local all, cache = m(x), m:cache()
+    assert.is_true((all - few):abs():max():item() > 1e-3)
+    assert.are_not.equal(kept, m:explain(128))
+    for i = 1, 128 do
+      local row = m:decode(x:narrow(2, i, 1), cache)
+      assert.is_true((row - all:narrow(2, i, 1)):abs():max():item() < 1e-5, i)
+    end
+    for message, f in pairs {
+      ["AdaptiveBlocks: temperature must be above 0, got 0"] = function() m.scorer.temperature = 0 end,
+      ["AdaptiveBlocks: keep must be positive, got 0"] = function() m.scorer.keep = 0 end,
+      ["AdaptiveBlocks: soft must be true or false, got 'no'"] = function() m.scorer.soft = "no" end,
+    } do
+      f()
+      assert.error_matches(function() m(x) end, message)
+      m.scorer.temperature, m.scorer.keep, m.scorer.soft = 1, 3, false
+    end
+    m.scorer.soft = true
+    assert.error_matches(function() m:cache() end, "cannot be decoded row by row with soft weights")
   end)
 
   it("does not reach other objects: lists are copied", function()

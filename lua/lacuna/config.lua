@@ -94,7 +94,8 @@ end
 
 -- ---- tables that belong to an object ----------------------------------------------------------------------
 
--- table -> lists of what it held: holders (itself and the lists in it), keys, values, the field of each
+-- table -> op, what, remedy of messages, and lists of what it held: holders (itself and the lists in it),
+-- keys, values, the field of each
 local settled = setmetatable({}, { __mode = "k" })
 
 local function note(record, holder, key, field)
@@ -107,35 +108,41 @@ local function note(record, holder, key, field)
   end
 end
 
+local Settled = {}
+function Settled.__newindex(t, key)
+  local r = settled[t]
+  schema.fail(r.op, "there is no %s.%s to set; make another: %s", r.what, tostring(key),
+    r.remedy:format(tostring(key) .. " = ..."))
+end
+
 --- Remember what a table holds with which an object was made. Somebody may write into it, as a plain table is
--- not told; config.written says so at the object's next use, where the write would change nothing.
--- @tparam table t @treturn table t
-function config.settle(t)
-  local record = { holders = {}, keys = {}, values = {}, fields = {} }
+-- not told of fields that it has; config.expect_settled says so at the object's next use, where the write
+-- would change nothing.
+-- @tparam string op what starts messages @tparam string what the table is called
+-- @tparam table t plain, or a configuration
+-- @tparam string remedy what makes the object anew, "%s" for the change
+-- @treturn table t
+function config.settle(op, what, t, remedy)
+  local record = { op = op, what = what, remedy = remedy, holders = {}, keys = {}, values = {}, fields = {} }
   for _, name in ipairs(schema.keys(t)) do note(record, t, name, name) end
   settled[t] = record
-  return t
+  return getmetatable(t) and t or setmetatable(t, Settled)
 end
 
---- Is a table of config.settle what it was? Compiled, as every call of an attention asks.
--- @tparam table t @treturn ?string a field that is not
-function config.written(t)
+--- Raise an error if a table of config.settle is not what it was. Compiled: every call of an attention asks.
+-- @tparam table t others are not looked at
+function config.expect_settled(t)
   local record = settled[t]
-  if not record then return nil end
+  if not record then return end
   local holders, keys, values = record.holders, record.keys, record.values
   for i = 1, #holders do
-    if not rawequal(rawget(holders[i], keys[i]) or false, values[i]) then return record.fields[i] end
+    if not rawequal(rawget(holders[i], keys[i]) or false, values[i]) then
+      local name = record.fields[i]
+      local value = text_of(rawget(t, name))
+      schema.fail(record.op, "%s.%s was set to %s after it was made, which would change nothing; make "
+        .. "another: %s", record.what, name, value, record.remedy:format(name .. " = " .. value))
+    end
   end
-  return nil
-end
-
---- The error for such a field.
--- @tparam string op @tparam string what the table is called @tparam table t @tparam string name of the field
--- @tparam string remedy what makes the object anew, "%s" for the change
-function config.refuse_written(op, what, t, name, remedy)
-  local value = text_of(rawget(t, name))
-  schema.fail(op, "%s.%s was set to %s after it was made, which would change nothing; make another: %s", what,
-    name, value, remedy:format(name .. " = " .. value))
 end
 
 --- Is this a configuration (of this kind)?

@@ -82,6 +82,8 @@ local function fill(bytes, starts, context, tokens, targets)
 end
 
 local Bytes = class("Bytes", nil, true)
+schema.refuse_new_fields(Bytes, function() return "; there are b:slice(first, last) and data.open(path)" end,
+  "pointer size owner path")
 
 local function expect_bytes(op, value)
   if type(value) ~= "table" or getmetatable(value) ~= Bytes then
@@ -91,6 +93,7 @@ end
 
 function Bytes:init(pointer, size, owner, path)
   self.pointer, self.size, self.owner, self.path = pointer, size, owner, path
+  schema.complete(self)
 end
 
 function Bytes:__len() return self.size end
@@ -241,6 +244,7 @@ function Bytes:windows(options)
 end
 
 local Order2 = class("Order2", nil, true)
+schema.refuse_new_fields(Order2, function() return "" end)
 
 --- Counts of a byte after the two, one and zero bytes before it.
 function Order2:init(bytes)
@@ -274,6 +278,7 @@ function Order2:init(bytes)
   end
   totals(c2, 65536, self.n2, self.t2)
   totals(c1, 256, self.n1, self.t1)
+  schema.complete(self)
 end
 
 local BYTE = { type = "integer", min = 0, max = 255 }

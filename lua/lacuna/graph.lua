@@ -37,6 +37,7 @@ local step_slot = ffi.new("int[1]")
 local number_slot = ffi.new("int[1]")
 
 local Graph = class("Graph", nil, true)
+schema.refuse_new_fields(Graph, function() return "" end)
 
 local function pack(...) return { n = select("#", ...), ... } end
 
@@ -218,6 +219,7 @@ end
 function Graph:init(fn)
   self.fn, self.calls = fn, 0
   self.graph, self.own, self.results, self.gradients, self.draws = false, false, false, false, 0
+  schema.complete(self)
 end
 
 function Graph:__call(...)

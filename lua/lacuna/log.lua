@@ -51,6 +51,7 @@ local function write_file(path, text)
 end
 
 local Log = class("Log")
+schema.refuse_new_fields(Log, function() return "; options are given to log.open" end)
 
 local holders = setmetatable({}, { __mode = "v" }) -- this process's logs, by file
 
@@ -84,6 +85,7 @@ function Log:init(dir, append)
     if not ok then schema.fail("log", "cannot cut %s: %s", path, why) end
   end
   self.bytes = file:seek("end")
+  schema.complete(self)
 end
 
 function Log:__tostring()

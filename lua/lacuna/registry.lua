@@ -12,12 +12,16 @@ local schema = require "lacuna.schema"
 local class = require "lacuna.class"
 
 local Registry = class("Registry", nil, true)
+schema.refuse_new_fields(Registry, function(_, name)
+  return ("; r:add('%s', { ... }), or r:replace"):format(tostring(name))
+end)
 
 --- @tparam string op the name that starts error messages ("attention")
 -- @tparam string what what an entry is called in messages ("variant")
 -- @tparam[opt] table fields of an entry by name, rules of schema: what an entry may and must have
 function Registry:init(op, what, fields)
   self.op, self.what, self.fields, self.entries = op, what, fields or false, {}
+  schema.complete(self)
 end
 
 --- Add an entry. Raises if the name is taken or not a string.

@@ -24,12 +24,15 @@ local OP = "decoder"
 local POSITIONS = 2 ^ 31 -- positions are below this
 
 local Decoder = class("Decoder", nil, true)
+schema.refuse_new_fields(Decoder, function() return "; make another: lac.attention.decoder(...)" end,
+  "scale slopes")
 
 --- @tparam cdata plan made for one query at the end of POSITIONS keys
 -- @tparam[opt] number scale @tparam[opt] boolean|table|Tensor slopes as the option alibi has them
 function Decoder:init(plan, scale, slopes)
   self.plan, self.scale, self.slopes = plan, scale or 0, slopes or false
   self.found, self.args = ffi.new("int64_t[1]"), ffi.new("lac_attn_args")
+  schema.complete(self)
 end
 
 local function is_position(p) return schema.is_integer(p) and p >= 0 and p < POSITIONS end

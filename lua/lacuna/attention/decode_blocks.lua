@@ -223,13 +223,13 @@ local AdaptiveDecoder = class("AdaptiveDecoder", nil, true)
 function AdaptiveDecoder:init(module, head_dim)
   local o = module.options
   local refused = o.of ~= "dense" and "of = '" .. o.of .. "'" or o.window and "a window"
-    or o.alibi and "alibi" or o.soft and "soft weights"
+    or o.alibi and "alibi" or module.scorer.soft and "soft weights"
   if refused then
     fail(OP, "variant 'adaptive' cannot be decoded row by row with %s: chosen blocks are copied together",
          refused)
   end
   self.module, self.blocks, self.adaptive = module, true, true
-  self.block, self.keep, self.group = o.block, o.keep, o.heads / o.kv_heads
+  self.block, self.group = o.block, o.heads / o.kv_heads
   local pattern = { segments = { WHOLE }, dilations = { 1 }, causal = true, scale = o.scale }
   self.own = core.decoder(pattern, { heads = o.heads, kv_heads = o.kv_heads, head_dim = head_dim })
   self.chosen = core.decoder(pattern, { heads = o.heads, head_dim = head_dim })

@@ -35,6 +35,8 @@ local masks = {}
 -- rule, for causal rows of blocks from i on (nil: every block may be needed); open: is the rule the same for
 -- every length?
 local Pattern = class("Pattern", nil, true)
+schema.refuse_new_fields(Pattern, function() return "; make another pattern" end,
+  "text by_head rule rank later open made")
 
 local function always() return function() return true end end
 
@@ -43,6 +45,7 @@ function Pattern:init(text, by_head, rule, o)
   self.text, self.by_head, self.rule, self.rank = text, by_head, rule, o.rank or 2
   self.later, self.open = o.later or always, o.open ~= false
   self.made = setmetatable({}, { __mode = "v" })
+  schema.complete(self)
 end
 
 function Pattern:__tostring() return self.text end

@@ -18,6 +18,7 @@ local C = lib.C
 local fail, show = schema.fail, schema.show
 local expect = tensor.expect
 local OP = "attention"
+local REMEDY = "lac.attention(a.options:with{ %s })"
 
 local core -- what init.lua has: variants (a Registry), specs, plans, apply
 local module_rules, call_rules
@@ -29,18 +30,10 @@ schema.refuse_new_fields(Attention, function(self, key)
   return ("; make another: lac.attention(a.options:with{ %s = ... })"):format(option and key or "option")
 end, "variant record pattern reason options key")
 
-local PATTERN = { __newindex = function(_, key)
-  fail(OP, "the pattern has no field '%s' to set; make another: lac.attention(a.options:with{ ... })",
-    tostring(key))
-end }
-
 -- neither the options nor the pattern that they were made into have been written to
 local function expect_settled(self)
-  local o, p = self.options, self.pattern
-  local name = config.written(o)
-  if name then config.refuse_written(OP, "options", o, name, "lac.attention(a.options:with{ %s })") end
-  name = config.written(p)
-  if name then config.refuse_written(OP, "pattern", p, name, "lac.attention(a.options:with{ ... })") end
+  config.expect_settled(self.options)
+  config.expect_settled(self.pattern)
 end
 
 -- `heads` is a number here, the scheme belongs to the variant
@@ -100,8 +93,8 @@ end
 function Attention:init(options)
   local o, pattern, variant, reason = configure(options)
   self.variant, self.record, self.pattern, self.reason = options.variant, variant, pattern, reason or false
-  self.options = config.settle(config.wrap("attention", o))
-  setmetatable(config.settle(pattern), PATTERN)
+  self.options = config.settle(OP, "options", config.wrap("attention", o), REMEDY)
+  config.settle(OP, "pattern", pattern, REMEDY)
   self.key = core.pattern_key(pattern)
   self.training = true
   if variant.scorer then self.scorer = variant.scorer(o) end

@@ -116,7 +116,7 @@ function sparse.most(module, n, m, head_dim)
   for _, row in ipairs(full:cells(z)[1]) do
     local open = 0
     for _, on in ipairs(row) do open = open + (on and 1 or 0) end
-    keep = keep + math.min(module.options.keep, open)
+    keep = keep + math.min(module.scorer.keep, open)
   end
   local share = s.active > 0 and keep / s.active or 0
   s.active, s.density, s.pairs = keep, share * s.density, math.ceil(share * s.pairs)
@@ -170,7 +170,7 @@ return function(decoders)
   function sparse.decoder(module, head_dim) return decoders.blocks(module, pattern_of(module), head_dim) end
   sparse.adaptive_decoder = decoders.adaptive
   function sparse.learned_decoder(module, head_dim)
-    if module.options.soft then
+    if module.scorer.soft then
       fail(OP, "variant 'learned' cannot be decoded row by row with soft = true: its weights are biases")
     end
     local n = module.options.length

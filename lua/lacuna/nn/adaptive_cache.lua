@@ -92,7 +92,7 @@ end
 local function begin_row(self, i)
   if self.row == i then return end
   self.row, self.old_k, self.old_v = i, nil, nil
-  local count = min(self.cache.decoder.keep - 1, i)
+  local count = min(self.cache.decoder.module.scorer.keep - 1, i)
   if count == 0 then return end
   local index = choose(self, i, count)
   self.old_k, self.old_v = gathered(self, self.k, index), gathered(self, self.v, index)

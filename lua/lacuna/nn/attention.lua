@@ -141,7 +141,7 @@ function Attention:init(options)
   local o, inner = configure(options)
   local E, D = o.embed_dim, o.embed_dim / o.heads
   local Ek = o.kv_heads * D
-  self.options = config.settle(config.wrap("multihead", o))
+  self.options = base.settled_options(self, "multihead", o)
   self.embed_dim, self.heads, self.kv_heads, self.head_dim = E, o.heads, o.kv_heads, D
   self.attention, self.pattern, self.causal_form = inner, inner.pattern, o.causal and inner
   local function linear(inputs, outputs, gain, parts)
@@ -304,7 +304,7 @@ local function form(self, o)
 end
 
 local function attend(self, query, key, value, o)
-  base.expect_settled(self)
+  config.expect_settled(self.options)
   check_input("query", query, self.embed_dim)
   check_input("key", key, self.options.kdim)
   check_input("value", value, self.options.vdim)
@@ -370,7 +370,7 @@ local CACHE = { batch = { type = "integer", min = 1, default = 1 },
 --   space to begin with
 -- @treturn KVCache
 function Attention:cache(options)
-  base.expect_settled(self)
+  config.expect_settled(self.options)
   local o = schema.options(OP .. ".cache", options, CACHE)
   if not self.pattern.causal then
     fail(OP .. ".cache",
@@ -405,7 +405,7 @@ end
 -- @tparam[opt] table counts new rows of each item where they differ (the rest of x is padding)
 -- @treturn Tensor [B, n, E]
 function Attention:decode(x, cache, counts)
-  base.expect_settled(self)
+  config.expect_settled(self.options)
   check_input("x", x, self.embed_dim)
   if not KVCache.is(cache) then
     fail(OP .. ".decode", "expected a cache made by self:cache{}, got %s", show(cache))

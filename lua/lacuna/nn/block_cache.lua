@@ -163,6 +163,7 @@ end
 -- ---- the cache --------------------------------------------------------------------------------------------
 
 local Cache = class("BlockCache", KVCache, true)
+schema.refuse_new_fields(Cache, function() return "; make another: m:cache{ ... }" end, "decoder")
 
 local OPTIONS = {
   decoder = { required = true, check = function(d)
@@ -186,6 +187,7 @@ function Cache:init(options)
   self.kind = rawget(o.decoder, "adaptive") and AdaptiveStore or Store
   self.stores = { self.kind(self, o.batch) }
   self:settle()
+  schema.complete(self)
 end
 
 -- positions of the items, from their stores

@@ -36,6 +36,7 @@ local FIRST_ROWS = 64
 -- ---- one layer --------------------------------------------------------------------------------------------
 
 local Cache = class("KVCache", nil, true)
+schema.refuse_new_fields(Cache, function() return "; make another: m:cache{ ... }" end, "decoder")
 
 local OPTIONS = {
   decoder = { required = true, check = function(d)
@@ -67,6 +68,7 @@ function Cache:init(options)
   self.to, self.from = tensor.ctype(), tensor.ctype()
   self.place, self.first = ffi.new("int64_t[?]", o.batch), ffi.new("int64_t[?]", o.batch)
   self:reset()
+  schema.complete(self)
 end
 
 --- Forget everything. @treturn KVCache self
@@ -328,6 +330,7 @@ end
 -- ---- all layers of a model --------------------------------------------------------------------------------
 
 local Model = class("ModelCache", nil, true)
+schema.refuse_new_fields(Model, function() return "; make another: m:cache{ ... }" end)
 
 --- @tparam table layers a KVCache for each layer, of one batch size
 function Model:init(layers)
@@ -340,6 +343,7 @@ function Model:init(layers)
     fail("ModelCache", "takes a list of KVCache, one for each layer, got %s", show(layers))
   end
   self.layers, self.batch = layers, layers[1].batch
+  schema.complete(self)
 end
 
 --- Position of the next token of every item, counted from 0: how many tokens it has. @treturn table

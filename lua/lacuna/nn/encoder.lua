@@ -91,7 +91,7 @@ config.define("encoder", configure_encoder, parts.followers(ENCODER))
 --   offset, merge, dedup, window, fp8, attention, positions = "xpos", fused, dropout, attention_dropout,
 --   checkpoint_activations, dtype, device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
 function Encoder:init(options)
-  local o = config.settle(config.wrap("encoder", configure_encoder(options)))
+  local o = base.settled_options(self, "encoder", configure_encoder(options))
   self.options, self.context, self.has_vocab = o, o.context, o.vocab ~= nil
   if o.vocab then self.embedding = embedding(o, o.vocab) end
   self.dropout = layers.Dropout(o.dropout)
@@ -115,7 +115,7 @@ end
 -- @tparam[opt] table options key_padding [B, N] bool (true = keep), key_lengths [B]
 -- @treturn Tensor [B, N, width], after the last LayerNorm
 function Encoder:forward(input, options)
-  base.expect_settled(self)
+  config.expect_settled(self.options)
   local o = schema.options("LongNetEncoder", options, PADDING)
   local x
   if self.has_vocab then
@@ -233,7 +233,7 @@ config.define("encoder_decoder", configure_both, followers)
 --   context, encoder_layers = layers; cross_segments, cross_dilations (default: every row reads the whole
 --   memory)
 function EncoderDecoder:init(options)
-  local o = config.settle(config.wrap("encoder_decoder", configure_both(options)))
+  local o = base.settled_options(self, "encoder_decoder", configure_both(options))
   self.options, self.vocab, self.context = o, o.vocab, o.context
   local inner = { vocab = o.source_vocab, context = o.source_context, layers = o.encoder_layers,
     gamma = math.sqrt(math.log(3 * o.layers) * math.log(2 * o.encoder_layers) / 3) }
@@ -262,7 +262,7 @@ base.entry_point(EncoderDecoder.encode)
 
 -- rows for the output layer
 local function hidden(self, source, tokens, options)
-  base.expect_settled(self)
+  config.expect_settled(self.options)
   local o = schema.options(ED, options, PADDING)
   check_tokens(ED, tokens, self.context)
   local memory = self.encoder(source, o)
@@ -347,6 +347,8 @@ end
 
 --- The decoder for one source: has generate, forward, cache and decode as LongNetLM has.
 local Given = class("LongNetGiven", nil, true)
+schema.refuse_new_fields(Given, function() return "; make another: m:given(source)" end,
+  "model vocab context memory batch")
 
 local function memory_of(model, source, options)
   local memory, list = model.encoder(source, options), {}
@@ -364,6 +366,7 @@ function Given:init(model, source, options)
   self.model, self.vocab, self.context, self.training = model, model.vocab, model.context, false
   self.memory = grad.no_grad(memory_of, model, source, options)
   self.batch = source:size(1)
+  schema.complete(self)
 end
 
 function Given:parameters() return self.model:parameters() end
@@ -420,7 +423,7 @@ function Given:__tostring() return ("%s with a memory of %d items"):format(ED, s
 -- @tparam Tensor source [B, M] @tparam[opt] table options key_padding, key_lengths
 -- @treturn LongNetGiven
 function EncoderDecoder:given(source, options)
-  base.expect_settled(self)
+  config.expect_settled(self.options)
   local o = schema.options(ED .. ".given", options, PADDING)
   if self.options.cross_segments then
     fail(ED .. ".given", "rows can be decoded one by one only if each reads the whole memory; the model has "

@@ -378,7 +378,7 @@ config.define("language_model", configure, followers(OPTIONS))
 --   backward pass and is computed again there); dtype, device. lac.config.language_model checks them and
 --   makes a value of them; model.options is one, and model.options:with{ layers = 4 } another
 function LongNetLM:init(options)
-  local o = config.settle(config.wrap("language_model", configure(options)))
+  local o = base.settled_options(self, "language_model", configure(options))
   self.options, self.vocab, self.context = o, o.vocab, o.context
   local gamma = magneto_gain(o.layers)
   local pattern = self_attention(o, true)
@@ -411,7 +411,7 @@ local function output_weight(self) return self.options.tied and self.embedding.w
 -- @tparam Tensor tokens [B, N] i32 or i64
 -- @treturn Tensor [B, N, E]
 function LongNetLM:hidden(tokens)
-  base.expect_settled(self)
+  config.expect_settled(self.options)
   check_tokens(self, tokens)
   local rows = self.embedding(tokens)
   local scaled = rows * math.sqrt(self.options.width)
@@ -482,7 +482,7 @@ base.entry_point(LongNetLM.loss)
 -- @treturn number forward and backward together (training)
 -- @treturn table { forward, backward, attention_forward, attention_backward, linear_forward }
 function LongNetLM:flops_per_token(context)
-  base.expect_settled(self)
+  config.expect_settled(self.options)
   context = context or self.context
   schema.check("flops_per_token", "context", context, { type = "integer", min = 1, max = self.context })
   local linear = 2 * output_weight(self):numel()
@@ -509,7 +509,7 @@ end
 -- @treturn number bytes
 -- @treturn table { parameters, gradients, optimizer, activations, temporaries }
 function LongNetLM:memory_estimate(batch, context)
-  base.expect_settled(self)
+  config.expect_settled(self.options)
   context = context or self.context
   schema.check("memory_estimate", "batch", batch, POSITIVE)
   schema.check("memory_estimate", "context", context, { type = "integer", min = 1, max = self.context })
@@ -544,7 +544,7 @@ end
 local DECODE = "LongNetLM.decode"
 
 local function check_decode(self, tokens, state, o)
-  base.expect_settled(self)
+  config.expect_settled(self.options)
   if getmetatable(state) ~= cache.ModelCache or #state.layers ~= #self.layers then
     fail(DECODE, "expected a cache made by model:cache{}, got %s", show(state))
   end

@@ -82,8 +82,12 @@ local function kept(self, scores, open, present, explore)
   return open and fn.logical_and(on, open) or on
 end
 
+-- what a script may set while it trains
+local SET = { keep = COMMON.keep, temperature = COMMON.temperature, noise = COMMON.noise, soft = COMMON.soft }
+
 -- scores [..., rows, columns] -> options of lac.attend
 local function choose(self, scores, n, m, open, present, training)
+  for name, rule in pairs(SET) do schema.check(base.class_name(self), name, self[name], rule) end
   if present then scores = scores:masked_fill(present, 0) end
   if open then scores = scores:masked_fill(fn.logical_not(open), -math.huge) end
   local on = kept(self, scores, open, present, training and self.noise)
@@ -98,13 +102,13 @@ end
 
 -- ---- a score per block ------------------------------------------------------------------------------
 
-local LearnedBlocks = base.define("LearnedBlocks", nil, "n m block")
+local LearnedBlocks = base.define("LearnedBlocks", nil, "n m block causal")
 
 local LEARNED = with { n = { type = "integer", min = 1, required = true }, m = { type = "integer", min = 1 } }
 
 --- A trainable score for each (head, query block, key block).
 -- @tparam table options n, keep (blocks a row); m (n), heads (1), block (128), temperature (1), noise (true),
---   soft (false), causal (false), dtype, device
+--   soft (false), causal (false), dtype, device; keep, temperature, noise and soft are fields to set as well
 function LearnedBlocks:init(options)
   local o = schema.options("LearnedBlocks", options, LEARNED)
   self.n, self.m, self.block, self.keep = o.n, o.m or o.n, o.block, o.keep
@@ -166,7 +170,7 @@ end
 
 -- ---- a scorer of contents ---------------------------------------------------------------------------
 
-local AdaptiveBlocks = base.define("AdaptiveBlocks", nil, "head_dim rank block")
+local AdaptiveBlocks = base.define("AdaptiveBlocks", nil, "head_dim rank block causal")
 
 local ADAPTIVE = with { head_dim = { type = "integer", min = 1, required = true },
   hidden = { type = "integer", min = 1, default = 32 }, rank = { type = "integer", min = 1, default = 16 } }
@@ -174,7 +178,8 @@ ADAPTIVE.heads = nil
 
 --- Scores from the means of q and k over each block: an MLP on either side, then inner products.
 -- @tparam table options head_dim, keep (blocks a row); block (128), hidden (32), rank (16), temperature (1),
---   noise (true), soft (false), causal (false), dtype, device
+--   noise (true), soft (false), causal (false), dtype, device; keep, temperature, noise and soft are fields
+--   to set as well
 function AdaptiveBlocks:init(options)
   local o = schema.options("AdaptiveBlocks", options, ADAPTIVE)
   self.block, self.keep, self.rank, self.head_dim = o.block, o.keep, o.rank, o.head_dim

@@ -81,13 +81,10 @@ local function remedy(object, key)
   return ("; make another: %s(m.options:with{ %s = ... })"):format(maker(object), key)
 end
 
---- For a method that reads the options of a module: nobody has written to them.
-local function expect_settled(self)
-  local name = config.written(self.options)
-  if name then
-    config.refuse_written(class_name(self), "options", self.options, name,
-      maker(self) .. "(m.options:with{ %s })")
-  end
+--- The options of a module as a configuration, which it was made of for good: config.expect_settled.
+local function settled_options(self, kind, options)
+  return config.settle(class_name(self), "options", config.wrap(kind, options),
+    maker(self) .. "(m.options:with{ %s })")
 end
 
 local function no_field(object, key, verb)
@@ -555,4 +552,4 @@ end
 function Module:__tostring() return tree(self, "") end
 
 return { Module = Module, define = define, is_module = is_module, entry_point = entry_point,
-  class_name = class_name, expect_settled = expect_settled, has = has }
+  class_name = class_name, settled_options = settled_options, has = has }

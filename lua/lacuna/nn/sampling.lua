@@ -16,6 +16,7 @@
 local lib = require "lacuna.lib"
 local schema = require "lacuna.schema"
 local class = require "lacuna.class"
+local config = require "lacuna.config"
 local tensor = require "lacuna.tensor"
 
 local ffi = lib.ffi
@@ -33,7 +34,8 @@ local SPEC = {
 }
 
 local Sampler = class("Sampler", nil, true)
-schema.refuse_new_fields(Sampler, function() return "; options are given to nn.Sampler" end)
+schema.refuse_new_fields(Sampler, function() return "; options are given to nn.Sampler" end,
+  "options vocab")
 
 --- Draws the next token from logits: penalty, temperature, top_k, top_p, min_p, in this order.
 -- @tparam integer vocab number of tokens
@@ -42,7 +44,8 @@ schema.refuse_new_fields(Sampler, function() return "; options are given to nn.S
 function Sampler:init(vocab, options)
   schema.check("sampler", "vocab", vocab, { type = "integer", min = 1, max = 2 ^ 24 })
   local o = schema.options("sampler", options, SPEC)
-  self.vocab, self.options = vocab, o
+  self.vocab, self.options = vocab, config.settle("sampler", "options", o,
+    ("nn.Sampler(%d, { %%s, ... })"):format(vocab))
   self.work, self.heap = ffi.new("double[?]", vocab), ffi.new("int32_t[?]", vocab + 1)
   self.weights, self.tokens, self.row = {}, {}, false -- of the present draw: candidates, logits
   schema.complete(self)
@@ -166,6 +169,7 @@ function Sampler:draw(logits, u, seen)
   if type(u) ~= "number" or not (u >= 0 and u < 1) then
     fail("sampler", "u must be in [0, 1), got %s", schema.show(u))
   end
+  config.expect_settled(o)
   local row = doubles(self, logits)
   check_row(row, vocab)
   ffi.copy(z, row, 8 * vocab)

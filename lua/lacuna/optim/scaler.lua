@@ -16,11 +16,13 @@
 
 local schema = require "lacuna.schema"
 local class = require "lacuna.class"
+local config = require "lacuna.config"
 local tensor = require "lacuna.tensor"
 
 local fail = schema.fail
 local Scaler = class("LossScaler", nil, true)
-schema.refuse_new_fields(Scaler, function() return "; options are given to lac.optim.loss_scaler" end)
+schema.refuse_new_fields(Scaler, function() return "; options are given to lac.optim.loss_scaler" end,
+  "options")
 
 local OPTIONS = {
   init = { type = "number", above = 0, default = 65536 },
@@ -37,7 +39,7 @@ function Scaler:init(options)
     fail("loss_scaler", "init must lie between min and max, got init %g, min %g, max %g", o.init, o.min,
       o.max)
   end
-  self.options = o
+  self.options = config.settle("LossScaler", "options", o, "lac.optim.loss_scaler{ %s, ... }")
   self.value, self.good, self.skipped = o.init, 0, 0
   schema.complete(self)
 end
@@ -64,6 +66,7 @@ end
 -- @raise the scale is at its minimum and the gradients are still not finite
 function Scaler:update(overflow)
   local o = self.options
+  config.expect_settled(o)
   if not overflow then
     self.good = self.good + 1
     if self.good >= o.interval then self.value, self.good = math.min(self.value * o.growth, o.max), 0 end

@@ -24,7 +24,6 @@ local sys = require "lacuna.sys"
 local store = require "lacuna.io"
 local config = require "lacuna.config"
 local nn = require "lacuna.nn"
-local expect_settled = require("lacuna.nn.module").expect_settled
 
 local fail, show = schema.fail, schema.show
 local FORMAT = "lacuna-checkpoint-2"
@@ -106,7 +105,7 @@ local function model_config(model)
   local name = type(class) == "table" and rawget(class, "__name")
   local options = schema.own_field(model, "options")
   if not name or type(options) ~= "table" or rawget(nn, name) ~= class then return nil end
-  if config.is(options) then expect_settled(model) end
+  config.expect_settled(options)
   return { class = name, options = options }
 end
 
