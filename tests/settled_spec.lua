@@ -7,6 +7,7 @@
 
 local lac = require "lacuna"
 local nn = lac.nn
+local complete = require("lacuna.repl").complete
 
 -- a text that two tensors share only if they are the same
 local function text_of(...)
@@ -333,6 +334,34 @@ describe("writing to an object", function()
     assert.error_matches(function() m:cache() end, "cannot be decoded row by row with soft weights")
   end)
 
+  it("to lac or a module of it is refused: these are functions, and nothing reads new fields", function()
+    for message, f in pairs {
+      ["there is no lac.default_dtype to set, it is a function: lac.default_dtype%('f64'%) %[tests/"] =
+        function() lac.default_dtype = "f64" end,
+      ["there is no lac.threads to set, it is a function: lac.threads%(4%)"] = function() lac.threads = 4 end,
+      ["there is no lac.memory_tracking to set, it is a function"] = function()
+        lac.memory_tracking = true
+      end,
+      ["there is no lac.default_dtpye to set, did you mean lac.default_dtype%(...%)"] = function()
+        lac.default_dtpye = "f64"
+      end,
+      ["there is no lac.seed to set, did you mean lac.manual_seed%(n%)"] = function() lac.seed = 3 end,
+      ["there is no lac.deterministic to set"] = function() lac.deterministic = true end,
+      ["there is no lac.optim.lr to set"] = function() lac.optim.lr = 3 end,
+      ["there is no lac.nn.dropout to set"] = function() lac.nn.dropout = 0.1 end,
+      ["there is no lac.attention.causal to set"] = function() lac.attention.causal = true end,
+      ["there is no lac.train.steps to set"] = function() lac.train.steps = 3 end,
+    } do
+      assert.error_matches(f, message)
+    end
+    lac.mine = function() return 5 end
+    assert.are.equal(5, lac.mine())
+    rawset(lac, "mine", nil)
+    assert.are.equal(lac.threads, lac.threads)
+    assert.matches("^lac.threads%(n%)\n  Number of threads", lac.help(lac.threads))
+    assert.are.same({ "lac.default_device", "lac.default_dtype" }, complete({ lac = lac }, "lac.defa"))
+  end)
+
   it("does not reach other objects: lists are copied", function()
     local p = lac.ones { 2, grad = true }
     local given = { 0.5, 0.6 }
@@ -380,7 +409,7 @@ describe("writing to an object", function()
     lac.train.save_checkpoint(path, { model = model })
     assert.are.equal(tostring(model), tostring((lac.train.load_model(path))))
     os.remove(path)
-    local found = lac.repl.complete({ m = model }, "m.cont")
+    local found = complete({ m = model }, "m.cont")
     assert.are.same({ "m.context" }, found)
   end)
 end)

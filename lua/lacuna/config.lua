@@ -123,6 +123,7 @@ end
 -- @tparam string remedy what makes the object anew, "%s" for the change
 -- @treturn table t
 function config.settle(op, what, t, remedy)
+  schema.check("config.settle", "t", t == nil and false or t, { type = "table" })
   local record = { op = op, what = what, remedy = remedy, holders = {}, keys = {}, values = {}, fields = {} }
   for _, name in ipairs(schema.keys(t)) do note(record, t, name, name) end
   settled[t] = record

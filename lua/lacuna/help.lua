@@ -43,7 +43,8 @@ local UPPER = { "nn", "optim", "io", "data", "train", "log", "plot", "bench", "a
 
 local function name_of(value)
   local lac = package.loaded["lacuna"]
-  local name = lac and name_in(lac, value, "lac.") or name_in(tensor.methods, value, "x:")
+  local name = lac and (name_in(lac, value, "lac.") or name_in(getmetatable(lac).__settings, value, "lac."))
+    or name_in(tensor.methods, value, "x:")
   for i = 1, name and 0 or #UPPER do
     local t = package.loaded["lacuna." .. UPPER[i]]
     name = name or type(t) == "table" and name_in(t, value, prefix(UPPER[i]))

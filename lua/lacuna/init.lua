@@ -61,6 +61,14 @@ local FUNCTIONS = { memory_report = { "memory", "report" }, memory_tracking = { 
                     graph = { "graph", "new" }, help = { "help", "about" } }
 for name in pairs(FUNCTIONS) do lazy[name] = true end
 
+-- Functions that set something for the whole process. They are not fields, so that a write is seen: after
+-- lac.default_dtype = "f64" everything would go on in f32.
+local settings = {}
+for name in ([[default_dtype default_device threads use_tf32 manual_seed set_rng_state memory_limit
+  nan_watch]]):gmatch "%S+" do
+  settings[name], lac[name], lazy[name] = assert(lac[name], name), nil, true
+end
+
 -- reading a field that is not there is an error with the nearest one, as for lac itself, or with all
 local function strict(name, t)
   if type(t) ~= "table" or getmetatable(t) then return t end
@@ -72,10 +80,11 @@ local function strict(name, t)
     local hint = schema.hint(key, names, "lac." .. name .. ".%s")
     lib.fail("there is no lac.%s.%s%s", name, tostring(key),
       hint ~= "" and hint or "; there are " .. table.concat(names, ", "))
-  end })
+  end, __newindex = schema.refuse_values("lac." .. name) })
 end
 
 local function load_lazy(name)
+  if settings[name] then return settings[name] end
   if name == "config" then -- the owners of the kinds register them
     lac.config = require "lacuna.config"
     for _, owner in ipairs { "attention", "nn", "memory" } do require("lacuna." .. owner) end
@@ -123,11 +132,24 @@ local function unknown(_, name)
   lib.fail("there is no lac.%s%s", tostring(name), schema.hint(name, names, "lac.%s", words))
 end
 
+-- numbers, texts and the like are options that somebody means to set
+local function set_field(_, name, value)
+  local kind = type(value)
+  if kind ~= "function" and (settings[name] or kind ~= "table") then
+    local shown = schema.show(value)
+    lib.fail("there is no lac.%s to set%s", tostring(name), (settings[name] or rawget(lac, name)
+      or FUNCTIONS[name]) and (", it is a function: lac.%s(%s)"):format(name, shown)
+      or schema.hint(name, schema.keys(settings), "lac.%s(...)", words))
+  end
+  rawset(lac, name, value)
+end
+
 -- only an error needs it
 lib.memory_detail = function(pool) return require("lacuna.memory").detail(pool) end
 
 arguments.guard(tensor.methods, "")
 arguments.guard(lac, "")
+arguments.guard(settings, "")
 
 require("lacuna.environment").check()
 local setting = os.getenv("LACUNA_MEMORY")
@@ -136,6 +158,8 @@ if setting and setting ~= "" then require("lacuna.memory").configure(setting) en
 -- __names: what completion may offer beyond the fields that are there already
 return setmetatable(lac, {
   __index = unknown,
+  __newindex = set_field,
+  __settings = settings,
   __names = lazy,
   __tostring = function() return "lacuna " .. device.version() end,
 })

@@ -342,6 +342,18 @@ function schema.refuse_new_fields(cls, advice, settled)
   end
 end
 
+--- A __newindex for a module's table: a script may add functions and tables, while a number or a text is an
+-- option that it means to set, and nothing would read it.
+-- @tparam string name of the module
+function schema.refuse_values(name)
+  return function(t, key, value)
+    if type(value) ~= "function" and type(value) ~= "table" then
+      lib.fail("there is no %s.%s to set", name, tostring(key))
+    end
+    rawset(t, key, value)
+  end
+end
+
 --- For the end of such an object's init.
 function schema.complete(object)
   local names = getmetatable(object).__settles

@@ -482,7 +482,8 @@ end
 -- kinds of configurations, which are values: made, compared, changed, printed
 local CONFIGS = {}
 for name, value in pairs(lac.config) do
-  if type(value) == "function" and name ~= "define" and name ~= "wrap" and name ~= "is" then
+  if type(value) == "function" and name ~= "define" and name ~= "wrap" and name ~= "is"
+    and name ~= "settle" and name ~= "expect_settled" then
     CONFIGS[#CONFIGS + 1] = name
   end
 end

@@ -471,6 +471,7 @@ function attention.options_of(variant, given) return (core.options_of(variant, g
 
 return setmetatable(attention, {
   __call = function(_, options) return Attention(options) end,
+  __newindex = schema.refuse_values "lac.attention",
   __index = function(_, name)
     fail("attention", "there is no lac.attention.%s%s", tostring(name),
          schema.hint(name, schema.keys(attention)))

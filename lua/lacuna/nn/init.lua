@@ -23,4 +23,4 @@ end
 return setmetatable(nn, { __index = function(_, name)
   schema.fail("nn", "there is no '%s'%s", tostring(name),
     schema.hint(name, schema.keys(nn), nil, synonyms.nn))
-end })
+end, __newindex = schema.refuse_values "lac.nn" })
