@@ -42,6 +42,7 @@ local function public()
     if type(value) == "table" then add(value, "lac." .. path .. ".") end
   end
   add(lac, "lac.")
+  add(getmetatable(lac).__settings, "lac.")
   add(tensor.methods, "x:")
   return list
 end
@@ -270,6 +271,106 @@ describe("named arguments", function()
         and not PLACES:find(" " .. name .. " ", 1, true) then
         assert.is_truthy(arguments.named(name), name .. "(" .. table.concat(names, ", ") .. ")")
       end
+    end
+  end)
+end)
+
+describe("an error of an operator", function()
+  local x, y = lac.randn { 2, 3 }, lac.randn { 2, 3, 4, 8 }
+  local long = lac.tensor({ 1, 2 }, { dtype = "i64" })
+  -- wrong somewhere for most operators
+  local GIVEN = { { "x" }, { x, "x" }, { x, true }, { x, -3 }, { x, y }, { y, x }, { x, x:double() },
+                  { x, long }, { long, x }, { x, x, "x" }, { x, x, x, "x" }, { x, { nonsense = 1 } },
+                  { x, x, { nonsense = 1 } }, { x, x, x, { nonsense = 1 } }, { x, 1, "x" },
+                  { x, 1, long, "x" }, { x, 9 }, { y, 2, 7.5 } }
+  -- messages of what is wrong with a table of options or a tensor, by whoever asks
+  local OTHERS = { attention = true, tensor = true, index = true }
+
+  it("begins with the operator that was called, also where that is made of others", function()
+    local seen = 0
+    for _, place in ipairs { lac, tensor.methods } do
+      for name, f in pairs(place) do
+        local record = require("lacuna.ops").table[name]
+        if type(f) == "function" and (record and not record.internal or place ~= lac) and name ~= "attend"
+          and name ~= "backward" then
+          for _, given in ipairs(GIVEN) do
+            local copy = {}
+            for i, v in ipairs(given) do copy[i] = lac.is_tensor(v) and v:clone() or v end
+            local ok, message = pcall(f, unpack(copy))
+            local begins = not ok and message:match "^([%w_]+):"
+            if begins and not OTHERS[begins] then
+              assert.are.equal(name, begins, message)
+              seen = seen + 1
+            end
+          end
+        end
+      end
+    end
+    assert.is_true(seen > 3000, seen)
+  end)
+
+  it("has no name of the engine's in it", function()
+    local w, t = lac.randn { 16, 3, grad = true }, lac.tensor({ 1, 99 }, { dtype = "i64" })
+    local model = lac.nn.LongNetLM { vocab = 32, layers = 1, width = 8, heads = 2, context = 16,
+                                     segments = { 16 }, dilations = { 1 } }
+    local ids = lac.randint { 1, 4, high = 32 }
+    for message, f in pairs {
+      ["^linear_cross_entropy: target number 2 is 99"] = function()
+        lac.linear_cross_entropy(x, w, nil, t)
+      end,
+      ["^linear_cross_entropy: target number 1 is 40 .*LongNetLM"] = function()
+        model:loss(ids, lac.full({ 1, 4 }, 40, { dtype = "i64" }))
+      end,
+      ["^rand_like: uniform: "] = function() lac.rand_like(t) end,
+      ["^uniform_: uniform needs finite bounds"] = function() x:uniform_(2, 1) end,
+      ["^clamp: "] = function() x:clamp("a") end,
+      ["^std: dim must be an integer"] = function() x:std "a" end,
+      ["^zeros_like: takes %(t, options%), got 5 as well"] = function() lac.zeros_like(x, {}, 5) end,
+    } do
+      assert.error_matches(f, message)
+    end
+  end)
+
+  it("names the function that was given no table, where one looks into it first", function()
+    for message, f in pairs {
+      ["^attention: options must be a table, got Tensor"] = function() lac.attention(x) end,
+      ["^attention: options must be a table with segments and dilations, got Tensor"] = function()
+        lac.attend(y, y, y, x)
+      end,
+      ["^LongNetLM: options must be a table, got Tensor"] = function() lac.nn.LongNetLM(x) end,
+      ["^LongNetEncoder: options must be a table, got Tensor"] = function() lac.nn.LongNetEncoder(x) end,
+      ["^LongNetClassifier: options must be a table, got Tensor"] = function()
+        lac.nn.LongNetClassifier(x)
+      end,
+      ["^MultiheadDilatedAttention: options must be a table, got 3"] = function()
+        lac.nn.MultiheadDilatedAttention(3)
+      end,
+      ["^RingMultiheadDilatedAttention: options must be a table, got 'a'"] = function()
+        lac.nn.RingMultiheadDilatedAttention "a"
+      end,
+      ["^ModelCache: takes a list of KVCache, one for each layer, got Tensor"] = function()
+        lac.nn.ModelCache(x)
+      end,
+      ["^Sequential: item 2 must be a module, got 'a'"] = function()
+        lac.nn.Sequential(lac.nn.ReLU(), "a")
+      end,
+      ["^nn.module: parent must be a class of modules, got 'a'"] = function() lac.nn.module("A", "a") end,
+      ["^plot.coverage: takes an attention object or a list of them, got Tensor"] = function()
+        lac.plot.coverage(x, 8)
+      end,
+      ["^plot.coverage: item 1 must be an attention object, with explain, got 3"] = function()
+        lac.plot.coverage({ 3 }, 8)
+      end,
+      ["^bits_per_byte: model must be a language model, got 3"] = function()
+        lac.train.bits_per_byte(3, 4)
+      end,
+      ["^bits_per_byte: model must be a language model; it has no 'loss'"] = function()
+        lac.train.bits_per_byte(lac.nn.ReLU(), 4)
+      end,
+      ["^load_checkpoint: path must be a string, got nil"] = function() lac.train.load_checkpoint() end,
+      ["^load_model: path must be a string, got 3"] = function() lac.train.load_model(3) end,
+    } do
+      assert.error_matches(f, message)
     end
   end)
 end)

@@ -357,9 +357,11 @@ describe("repl: help and history", function()
 
   it("help knows every function of lac", function()
     local lac = require "lacuna"
-    for name, value in pairs(lac) do
-      if type(value) == "function" and name ~= "class" then
-        assert.not_matches("no comment", lac.help(value), nil, name)
+    for _, place in ipairs { lac, getmetatable(lac).__settings } do
+      for name, value in pairs(place) do
+        if type(value) == "function" and name ~= "class" then
+          assert.not_matches("no comment", lac.help(value), nil, name)
+        end
       end
     end
     for _, module in ipairs { "nn", "optim", "optim.schedule", "attention", "attention.masks", "io", "log",

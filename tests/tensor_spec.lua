@@ -585,6 +585,7 @@ describe("garbage arguments", function()
 
   it("never crash functions", function()
     local names = require("lacuna.schema").keys(lac)
+    for name in pairs(getmetatable(lac).__settings) do names[#names + 1] = name end
     for _, name in ipairs(names) do
       local f = lac[name]
       if type(f) == "function" and not SKIP[name] then attack(name, f) end

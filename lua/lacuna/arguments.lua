@@ -129,12 +129,20 @@ function arguments.refuse(op, names, from, value)
            lib.show(value))
 end
 
+-- what runs operators of the script, or of a tape: errors are theirs
+local RUNS = {}
+for name in ([[backward grad gradcheck scope keep no_grad enable_grad checkpoint custom_op detect_anomaly
+  nan_watch graph profile memory_profile leak_check help attend attention]]):gmatch "%S+" do
+  RUNS[name] = true
+end
+
 --- f, but an argument more than it names is an error.
 -- @tparam string op what starts the message
 -- @tparam function f
 -- @tparam[opt=1] integer from the first argument that the message shows: 2 for a method
 -- @tparam[opt] table given names of its arguments, if they are others than it was written with
 function arguments.exact(op, f, from, given)
+  if not op:find "[.%u]" and not RUNS[op] then lib.operator(inside[f] or f, op) end
   if guarded[f] or inside[f] then return guarded[f] or f end
   signature[f] = given
   local count, names = arguments.of(f)

@@ -268,29 +268,28 @@ function create.eye(...)
   return finish("eye", t, options)
 end
 
-local function like(name, make)
-  --- x_like(t, options), full_like(t, value, options): the shape, dtype and device of t, unless the options
-  -- say otherwise.
-  create[name .. "_like"] = function(t, options, value)
-    local op = name .. "_like"
-    tensor.expect(op, "the first argument", t)
-    if name == "full" then -- full_like(t, value, options)
-      options, value = value, options
-    end
-    options = schema.options(op, options, PLAIN)
-    local sizes = tensor.shape(t)
-    local o = { dtype = options.dtype or device.dtype_name[t.c.dtype],
-                device = options.device or device.name(t.c.device), grad = options.grad }
-    for i = 1, #sizes do o[i] = sizes[i] end
-    return make(o, value)
-  end
+-- sizes and options of a tensor like t
+local function sized_like(op, t, options)
+  tensor.expect(op, "the first argument", t)
+  options = schema.options(op, options, PLAIN)
+  local sizes = tensor.shape(t)
+  local o = { dtype = options.dtype or device.dtype_name[t.c.dtype],
+              device = options.device or device.name(t.c.device), grad = options.grad }
+  for i = 1, #sizes do o[i] = sizes[i] end
+  return o
 end
-like("zeros", create.zeros)
-like("ones", create.ones)
-like("empty", create.empty)
-like("rand", create.rand)
-like("randn", create.randn)
-like("full", create.full)
+
+for _, name in ipairs { "zeros", "ones", "empty", "rand", "randn" } do
+  local op, make = name .. "_like", create[name]
+  --- The shape, dtype and device of t, unless the options (dtype, device, grad) say otherwise.
+  create[op] = function(t, options) return (make(sized_like(op, t, options))) end
+end
+
+--- Every element `value`, the shape, dtype and device of t, unless the options (dtype, device, grad) say
+-- otherwise.
+create.full_like = function(t, value, options)
+  return (create.full(sized_like("full_like", t, options), value))
+end
 
 -- ---- from Lua data ------------------------------------------------------------------------------
 

@@ -61,8 +61,8 @@ local FUNCTIONS = { memory_report = { "memory", "report" }, memory_tracking = { 
                     graph = { "graph", "new" }, help = { "help", "about" } }
 for name in pairs(FUNCTIONS) do lazy[name] = true end
 
--- Functions that set something for the whole process. They are not fields, so that a write is seen: after
--- lac.default_dtype = "f64" everything would go on in f32.
+-- Functions that set something for the whole process, and those of upper modules. They are no fields, so that
+-- a write is seen: after lac.default_dtype = "f64" everything would go on in f32.
 local settings = {}
 for name in ([[default_dtype default_device threads use_tf32 manual_seed set_rng_state memory_limit
   nan_watch]]):gmatch "%S+" do
@@ -103,8 +103,8 @@ local function load_lazy(name)
   end
   local from = FUNCTIONS[name]
   if from then
-    lac[name] = arguments.exact(name, require("lacuna." .. from[1])[from[2]])
-    return lac[name]
+    settings[name] = arguments.exact(name, require("lacuna." .. from[1])[from[2]])
+    return settings[name]
   end
   local path = "lacuna." .. name
   if not package.loaded[path] and not package.searchpath(path, package.path) then return nil end

@@ -171,13 +171,25 @@ function lib.frame_name(f, describe) frame_names[f] = describe end
 -- @tparam function f its first argument is given as the third result of lib.place
 function lib.frame_origin(f) frame_origins[f] = true end
 
+-- operators that a script calls, by the function inside (arguments.lua)
+local operators, operator_names = setmetatable({}, { __mode = "k" }), {}
+
+--- Register a function as the operator of this name: errors of what it is made of are told in its name.
+-- @tparam function f @tparam string name as a script writes it
+function lib.operator(f, name) operators[f], operator_names[name] = name, true end
+
+-- functions of the engine that are parts of several operators
+for name in ("random axpy scale copy fill index_put map1 map2 map3 mapp scan reduce"):gmatch "%S+" do
+  operator_names[name] = true
+end
+
 -- what does not change about a function: its file, and whether it is the library's own
 local known = setmetatable({}, { __mode = "k" })
 
 local function describe_function(level, f)
   local info = debug.getinfo(level + 1, "S")
   local own = info.what == "C" or info.source:sub(1, #own_prefix) == own_prefix
-  local k = { own = own, file = info.short_src }
+  local k = { own = own, c = info.what == "C", file = info.short_src }
   known[f] = k
   return k
 end
@@ -187,8 +199,9 @@ end
 -- @treturn ?string path of the model, "LongNet.layers[3].attn"
 -- @treturn ?string the first line outside this library, "train.lua:41"
 -- @return the first argument of the innermost frame registered with lib.frame_origin
+-- @treturn ?string the operator that this line has called
 function lib.place(level)
-  local path, line, origin
+  local path, line, origin, operator, before
   level = level + 1
   while true do
     local info = debug.getinfo(level, "f")
@@ -208,26 +221,42 @@ function lib.place(level)
     end
     if not line and not k.own then
       local current = debug.getinfo(level, "l").currentline
-      if current > 0 then line = k.file .. ":" .. current end
+      if current > 0 then line, operator = k.file .. ":" .. current, operators[before] end
     end
+    if not k.c then before = f end -- pcall(lac.softmax, x) calls it too
     level = level + 1
   end
-  return path, line, origin
+  return path, line, origin, operator
+end
+
+local function bracketed(path, line)
+  local where = path and line and path .. ", " .. line or path or line
+  return where and " [" .. where .. "]" or ""
 end
 
 --- Text for the end of an error message: " [LongNet.layers[3].attn, train.lua:41]", "" if nothing is known.
 -- @treturn string
 function lib.where()
   local path, line = lib.place(2)
-  if path and line then return " [" .. path .. ", " .. line .. "]" end
-  return (path or line) and " [" .. (path or line) .. "]" or ""
+  return bracketed(path, line)
+end
+
+-- The message with the place at its end. If it begins with the name of an operator, then of the one that the
+-- script has called, which may be made of others; gradients are functions of the engine with names of their
+-- own.
+local function placed(message)
+  local path, line, _, called = lib.place(2)
+  local name, rest = message:match "^([%l%d_]+)(: .*)$"
+  local plain = name and name:gsub("_bwd$", "")
+  if plain and operator_names[plain] then message = (called or plain) .. rest end
+  return message .. bracketed(path, line)
 end
 
 --- Raise a Lua error with the place of the user's call appended.
 -- @tparam string format a string.format pattern, already complete when there are no more arguments
 function lib.fail(format, ...)
   local message = select("#", ...) > 0 and format:format(...) or format
-  error(message .. lib.where(), 0)
+  error(placed(message), 0)
 end
 
 -- ---- owners -------------------------------------------------------------------------------------
@@ -395,7 +424,7 @@ function lib.raise(status, op, own)
   elseif status == DEVICE and message:find(" is on %S+ but %S+ is on %S+$") then
     message = message .. '; x:to("cuda") and x:to("cpu") move'
   end
-  error(message .. lib.where(), 0)
+  error(placed(message), 0)
 end
 
 local function stop_if_asked()

@@ -375,6 +375,12 @@ end
 local COVERAGE = { output = { type = "string" }, title = { type = "string" },
                    size = { type = "integers", min = 1 } }
 
+local function explains(v)
+  if type(v) ~= "table" then return false end
+  local ok, f = pcall(function() return v.explain end) -- a field that is missing is an error of most objects
+  return ok and f ~= nil
+end
+
 --- The share of pairs that attention attends to, over their distance; several configurations in one plot.
 -- @tparam table list attention objects (lac.attention, or modules with explain), by label or in order
 -- @tparam integer n positions @tparam[opt] table spec title, size, output
@@ -382,8 +388,16 @@ local COVERAGE = { output = { type = "string" }, title = { type = "string" },
 function plot.coverage(list, n, spec)
   local o = schema.options("plot.coverage", spec, COVERAGE)
   local series = {}
-  if list.explain then list = { list } end
+  schema.check("plot.coverage", "n", n == nil and false or n, { type = "integer", min = 1 })
+  if explains(list) then list = { list } end
+  if type(list) ~= "table" or getmetatable(list) then
+    schema.fail("plot.coverage", "takes an attention object or a list of them, got %s", schema.show(list))
+  end
   for key, attn in pairs(list) do
+    if not explains(attn) then
+      schema.fail("plot.coverage", "%s must be an attention object, with explain, got %s",
+        type(key) == "string" and key or ("item %s"):format(tostring(key)), schema.show(attn))
+    end
     local x, y = {}, {}
     for _, g in ipairs(attn:explain(n, { as = "table" }).coverage) do
       x[#x + 1], y[#y + 1] = math.max(g.from, 0.5), 100 * g.share -- distance 0 beside 1 on a logarithmic axis

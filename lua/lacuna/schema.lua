@@ -252,6 +252,13 @@ local function own_list(value)
   return list
 end
 
+--- Is there a table of options? For what looks into it before schema.options does.
+function schema.expect_options(op, options)
+  if type(options) ~= "table" or is_tensor(options) then
+    fail(op, "options must be a table, got %s", show(options))
+  end
+end
+
 --- Check an options table against a spec and fill in defaults.
 -- @tparam string op the name that starts messages
 -- @tparam table|nil options what the user passed; nil counts as empty
@@ -259,9 +266,7 @@ end
 -- @treturn table a new table with every given option and default
 function schema.options(op, options, spec)
   if options == nil then options = {} end
-  if type(options) ~= "table" or is_tensor(options) then
-    fail(op, "options must be a table, got %s", show(options))
-  end
+  schema.expect_options(op, options)
   -- in the order of the names, so that of two mistakes always the same one is reported
   local given, n = {}, 0
   for name, v in pairs(options) do

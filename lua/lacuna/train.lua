@@ -516,6 +516,9 @@ end
 -- @treturn number bits per byte
 -- @treturn number bytes counted
 function train.bits_per_byte(model, bytes, options)
+  local why = type(model) ~= "table" and "must be a language model"
+    or has("a language model", "loss context")(model)
+  if why then fail("bits_per_byte", "model %s, got %s", why, show(model)) end
   local o = schema.options("bits_per_byte", options, {
     context = { type = "integer", min = 1, default = model.context }, stride = { type = "integer", min = 1 },
     batch = { type = "integer", min = 1, default = 16 } })

@@ -263,6 +263,9 @@ do
     local callable = kind == "function" or (kind == "table" and (getmetatable(value) or {}).__call)
     if callable and (name == "log" or not EXCLUDED[name]) then names[#names + 1] = name end
   end
+  for name in pairs(getmetatable(lac).__settings) do
+    if not EXCLUDED[name] then names[#names + 1] = name end
+  end
   table.sort(names)
   for i, name in ipairs(names) do functions[i] = { "lac." .. name, lac[name] } end
   names = {}

@@ -335,7 +335,7 @@ end
 -- @treturn Tensor weights [B, H, N, M] with need_weights = true, last: what multiplies v, for small N and M
 -- Source: LongNet, arXiv 2307.02486, eq. 6 to 15.
 function attention.attend(q, k, v, options)
-  if type(options) ~= "table" then
+  if type(options) ~= "table" or tensor.is(options) then
     fail(OP, "options must be a table with segments and dilations, got %s", show(options))
   end
   refuse_unknown(options)
@@ -399,7 +399,9 @@ end
 
 -- the plan options of a table that may also have options of a call, which shape no plan
 local function plan_options(pattern)
-  if type(pattern) ~= "table" then fail(OP, "the pattern must be a table, got %s", show(pattern)) end
+  if type(pattern) ~= "table" or tensor.is(pattern) then
+    fail(OP, "the pattern must be a table, got %s", show(pattern))
+  end
   refuse_unknown(pattern)
   local spec = {}
   for name, rule in pairs(PATTERN_ONLY) do spec[name] = rule end

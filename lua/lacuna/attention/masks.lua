@@ -349,6 +349,8 @@ end
 -- others: a row or a key beyond them is an error.
 -- @tparam string text how it is written @tparam table all [heads or 1][rows][columns] booleans
 function masks.known(text, all)
+  schema.check(OP, "text", text == nil and false or text, { type = "string" })
+  schema.check(OP, "cells", all == nil and false or all, { type = "table" })
   local function list(h) return all[#all == 1 and 1 or h + 1] end
   local function rule(_, h)
     return function(i, j)

@@ -70,7 +70,7 @@ end
 
 -- options of the user -> configuration, pattern, record, reasons for explain()
 local function configure(options)
-  if type(options) ~= "table" then fail(OP, "options must be a table, got %s", show(options)) end
+  schema.expect_options(OP, options)
   if options.variant == nil then
     fail(OP, "variant is required; valid: %s", table.concat(core.variants:names(), ", "))
   end
@@ -146,7 +146,7 @@ function Attention:__call(q, k, v, options)
     if run[name] == nil then run[name] = o[name] end
   end
   if options ~= nil then
-    if type(options) ~= "table" then fail(OP, "options must be a table, got %s", show(options)) end
+    schema.expect_options(OP, options)
     core.refuse_unknown(options)
     local given = schema.options(OP, options, call_rules)
     core.check_block(given)

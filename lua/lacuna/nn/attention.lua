@@ -100,7 +100,8 @@ end
 -- options of the user -> complete options, and the attention that they describe
 local function configure(options)
   local rules, own = {}, {}
-  local variant = type(options) == "table" and options.variant or PATTERN.variant.default
+  if options ~= nil then schema.expect_options(OP, options) end
+  local variant = options and options.variant or PATTERN.variant.default
   for name, rule in pairs(attention.options_of(variant, options or {})) do
     rules[name], own[name] = rule, true
   end
@@ -460,7 +461,8 @@ local function named(name, defaults)
   function Named:init(options)
     local o = {}
     for key, value in pairs(defaults) do o[key] = value end
-    for key, value in pairs(type(options) == "table" and options or {}) do o[key] = value end
+    if options ~= nil then schema.expect_options(name, options) end
+    for key, value in pairs(options or {}) do o[key] = value end
     if o.variant ~= defaults.variant then
       fail(name, "variant is '%s', got %s; MultiheadDilatedAttention takes any", defaults.variant,
         show(o.variant))

@@ -334,12 +334,13 @@ schema.refuse_new_fields(Model, function() return "; make another: m:cache{ ... 
 
 --- @tparam table layers a KVCache for each layer, of one batch size
 function Model:init(layers)
-  for i, layer in ipairs(type(layers) == "table" and layers or {}) do
+  local listed = type(layers) == "table" and not tensor.is(layers)
+  for i, layer in ipairs(listed and layers or {}) do
     if not Cache.is(layer) or layer.batch ~= layers[1].batch then
       fail("ModelCache", "item %d must be a KVCache of the batch size of the first, got %s", i, show(layer))
     end
   end
-  if type(layers) ~= "table" or layers[1] == nil then
+  if not listed or layers[1] == nil then
     fail("ModelCache", "takes a list of KVCache, one for each layer, got %s", show(layers))
   end
   self.layers, self.batch = layers, layers[1].batch

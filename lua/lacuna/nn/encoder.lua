@@ -143,9 +143,7 @@ local Classifier = base.define("LongNetClassifier", nil, "pool classes")
 -- @tparam table options those of LongNetEncoder; classes; pool = "mean" (of the rows that are not padding) |
 --   "first" (a class token)
 function Classifier:init(options)
-  if type(options) ~= "table" then
-    fail("LongNetClassifier", "options must be a table, got %s", show(options))
-  end
+  schema.expect_options("LongNetClassifier", options)
   local inner = {}
   for name, value in pairs(options) do inner[name] = value end
   local classes, pool = inner.classes, inner.pool or "mean"

@@ -321,8 +321,12 @@ function Sequential:init(...)
   if type(first) == "table" and not base.is_module(first) and base.is_module(first[1]) then
     fail("Sequential", "takes modules one by one: nn.Sequential(a, b), not a list of them")
   end
+  for i = 1, select("#", ...) do
+    local m = select(i, ...)
+    if not base.is_module(m) then fail("Sequential", "item %d must be a module, got %s", i, show(m)) end
+  end
   ModuleList.init(self, { ... })
-  if #self ~= select("#", ...) or #self == 0 then fail("Sequential", "takes one or more modules") end
+  if #self == 0 then fail("Sequential", "takes one or more modules") end
   for i = 1, #self do rawget(self, i):relabel(("[%d]"):format(i)) end
 end
 

@@ -269,7 +269,8 @@ end
 
 -- options with those of a size of the paper filled in where the script gives none
 local function sized(op, options, spec)
-  if type(options) ~= "table" then return options end
+  if options == nil then return nil end
+  schema.expect_options(op, options)
   refuse_inner(op, options, spec)
   if rawget(options, "size") == nil then return options end
   schema.check(op, "size", options.size, { one_of = SIZE_NAMES })

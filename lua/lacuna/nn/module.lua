@@ -146,6 +146,10 @@ lib.frame_name(call, step)
 local function define(name, parent, settled)
   schema.check("nn.module", "name", name, { type = "string" })
   if settled ~= nil then schema.check("nn.module", "settled", settled, { type = "string" }) end
+  local is_class = type(parent) == "table" and rawget(parent, "__name") and parent.parameters ~= nil
+  if parent ~= nil and not is_class then
+    fail("nn.module", "parent must be a class of modules, got %s", show(parent))
+  end
   local cls = class(name, parent or Module)
   cls.__settles = settled
   cls.__index = function(object, key)

@@ -46,7 +46,7 @@ define { name = "isclose", composite = true, nondifferentiable = true, forward =
   local x, y = a:detach():to{ dtype = wide }, b:detach():to{ dtype = wide }
   local far = fn.abs(x - y)
   local near = fn.logical_and(fn.isfinite(far), fn.le(far, fn.abs(y) * o.rtol + o.atol))
-  return fn.logical_or(near, fn.eq(a, b))
+  return (fn.logical_or(near, fn.eq(a, b)))
 end }
 
 --- The Kronecker product: each element of a times all of b, block by block; a tensor of fewer dimensions gets
@@ -66,5 +66,5 @@ define { name = "kron", composite = true, forward = function(a, b)
     left[2 * d - 1], left[2 * d], right[2 * d - 1], right[2 * d] = p, 1, 1, q
     sizes[d] = p * q
   end
-  return fn.reshape(fn.reshape(a, left) * fn.reshape(b, right), sizes)
+  return (fn.reshape(fn.reshape(a, left) * fn.reshape(b, right), sizes))
 end }

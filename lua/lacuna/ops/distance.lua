@@ -177,11 +177,11 @@ define { name = "cdist", composite = true, forward = function(x, y, p)
   local others = math.max(1, y:numel() * x:numel() / math.max(1, rows * x:size(-1))) -- at most, of one row
   local at_once = math.max(1, math.floor(DIFFERENCES / others))
   -- a gradient keeps all differences anyway
-  if rows <= at_once or x.requires_grad or y.requires_grad then return fn.norm(x - y, p, -1) end
+  if rows <= at_once or x.requires_grad or y.requires_grad then return (fn.norm(x - y, p, -1)) end
   local parts = {}
   for first = 1, rows, at_once do
     local part = fn.narrow(x, -3, first, math.min(at_once, rows - first + 1))
     parts[#parts + 1] = scope.run(function() return fn.norm(part - y, p, -1) end)
   end
-  return fn.cat(parts, -2)
+  return (fn.cat(parts, -2))
 end }

@@ -275,7 +275,7 @@ define { name = "chunk", composite = true, forward = function(x, n, dim)
   receiver("chunk", x)
   schema.check("chunk", "n", n == nil and false or n, { type = "integer", min = 1 })
   local total = tonumber(x.c.shape[axis("chunk", x, dim == nil and 1 or dim)])
-  return fn.split(x, math.max(1, math.ceil(total / n)), dim)
+  return (fn.split(x, math.max(1, math.ceil(total / n)), dim))
 end }
 
 -- ---- random -----------------------------------------------------------------------

@@ -151,7 +151,7 @@ function methods.add_(t, x, alpha)
   if alpha and alpha ~= 1 then
     if type(x) == "number" then x = alpha * x else x = fn.mul(x, alpha) end
   end
-  return general_add(t, x)
+  return (general_add(t, x))
 end
 
 --- t *= x in place.
@@ -163,7 +163,7 @@ function methods.mul_(t, x)
     touch(t)
     return t
   end
-  return general_mul(t, x)
+  return (general_mul(t, x))
 end
 
 local function fill_random(op, kind, t, a, b)
@@ -179,12 +179,12 @@ end
 
 --- Fill with normal numbers (mean 0, deviation 1 unless given).
 function methods.normal_(t, mean, std)
-  return fill_random("normal_", C.LAC_NORMAL, t, mean == nil and 0 or mean, std == nil and 1 or std)
+  return (fill_random("normal_", C.LAC_NORMAL, t, mean == nil and 0 or mean, std == nil and 1 or std))
 end
 
 --- Fill with uniform numbers in [low, high), by default [0, 1).
 function methods.uniform_(t, low, high)
-  return fill_random("uniform_", C.LAC_UNIFORM, t, low == nil and 0 or low, high == nil and 1 or high)
+  return (fill_random("uniform_", C.LAC_UNIFORM, t, low == nil and 0 or low, high == nil and 1 or high))
 end
 
 --- Fill with ones with probability p, else zeros.
@@ -192,7 +192,7 @@ function methods.bernoulli_(t, p)
   if type(p) ~= "number" or not (p >= 0 and p <= 1) then
     fail("bernoulli_", "p must be in [0, 1], got %s", show(p))
   end
-  return fill_random("bernoulli_", C.LAC_BERNOULLI, t, p, 0)
+  return (fill_random("bernoulli_", C.LAC_BERNOULLI, t, p, 0))
 end
 
 -- t[idx] = value for 0-based rows idx of any shape: value broadcasts to [idx's sizes, t's other sizes]; the

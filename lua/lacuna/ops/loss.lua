@@ -297,8 +297,8 @@ local function check_pair(op, x, target)
 end
 
 local function reduced(losses, how)
-  if how == "mean" then return fn.mean(losses) end
-  if how == "sum" then return fn.sum(losses) end
+  if how == "mean" then return (fn.mean(losses)) end
+  if how == "sum" then return (fn.sum(losses)) end
   return losses
 end
 

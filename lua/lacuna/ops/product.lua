@@ -359,7 +359,7 @@ define { name = "tensordot", composite = true, forward = function(a, b, dims)
   for _, l in ipairs(joined(la, lb)) do
     if l:sub(1, 1) ~= "s" then output[#output + 1] = l end
   end
-  return contract_all(op, { { t = a, labels = la }, { t = b, labels = lb } }, sizes, output)
+  return (contract_all(op, { { t = a, labels = la }, { t = b, labels = lb } }, sizes, output))
 end }
 
 -- ---- named products -------------------------------------------------------------------------------------
@@ -375,14 +375,14 @@ end
 --- The product of two vectors, one number.
 define { name = "dot", composite = true, forward = function(a, b)
   vectors("dot", a, b, true)
-  if not device.is_float(a.c.dtype) then return fn.sum(fn.mul(a, b)) end
-  return fn.matmul(a, b)
+  if not device.is_float(a.c.dtype) then return (fn.sum(fn.mul(a, b))) end
+  return (fn.matmul(a, b))
 end }
 
 --- out[i, j] = a[i] b[j].
 define { name = "outer", composite = true, forward = function(a, b)
   vectors("outer", a, b, false)
-  return fn.mul(fn.unsqueeze(a, 2), b)
+  return (fn.mul(fn.unsqueeze(a, 2), b))
 end }
 
 local function batched(op, a, b, rank)
@@ -392,11 +392,11 @@ local function batched(op, a, b, rank)
     fail(op, rank == 3 and "needs a [B, M, K] and b [B, K, N], got %s and %s" or
       "needs a [M, K] and b [K, N], got %s and %s", show(a), show(b))
   end
-  return fn.matmul(a, b)
+  return (fn.matmul(a, b))
 end
 
 --- Matrix products of a batch: [B, M, K] x [B, K, N] -> [B, M, N].
-define { name = "bmm", composite = true, forward = function(a, b) return batched("bmm", a, b, 3) end }
+define { name = "bmm", composite = true, forward = function(a, b) return (batched("bmm", a, b, 3)) end }
 
 local ADD = { alpha = { type = "number", default = 1 }, beta = { type = "number", default = 1 } }
 local function added(op, rank)
@@ -406,7 +406,7 @@ local function added(op, rank)
     local product = batched(op, a, b, rank)
     if o.alpha ~= 1 then product = product * o.alpha end
     if o.beta == 0 then return product end
-    return fn.add(product, o.beta == 1 and c or c * o.beta)
+    return (fn.add(product, o.beta == 1 and c or c * o.beta))
   end }
 end
 --- beta c + alpha a b for matrices; c broadcasts.

@@ -214,14 +214,14 @@ define(var_op)
 --- Standard deviation; arguments as for var.
 define { name = "std", composite = true, forward = function(x, dim, keepdim, correction)
   expect("std", "x", x)
-  return fn.sqrt(fn.var(x, dim, keepdim, correction))
+  return (fn.sqrt(fn.var(x, dim, keepdim, correction)))
 end }
 
 -- total ^ (1 / p), whose gradient at 0 is 0 and not infinite
 local function root(total, p)
   local zero = fn.eq(total, 0)
   local safe = fn.where(zero, 1, total)
-  return fn.where(zero, 0, fn.pow(safe, 1 / p))
+  return (fn.where(zero, 0, fn.pow(safe, 1 / p)))
 end
 
 -- the norms 1, 2 and infinity are one pass; 2: x / norm, 0 for a zero vector

@@ -254,7 +254,7 @@ define { name = "index_fill", composite = true, forward = function(x, dim, idx, 
   if type(value) ~= "number" and type(value) ~= "boolean" then
     fail("index_fill", "value must be a number, got %s", show(value))
   end
-  return fn.index_copy(x, dim, idx, value)
+  return (fn.index_copy(x, dim, idx, value))
 end }
 
 --- Elements of x along dim at idx, which broadcast against each other except along dim (gather needs equal
@@ -263,7 +263,7 @@ define { name = "take_along_dim", composite = true, forward = function(x, idx, d
   expect("take_along_dim", "x", x)
   expect("take_along_dim", "idx", idx)
   if dim == nil then
-    return fn.gather(fn.reshape(x, numel(x)), 1, fn.reshape(tensor.alias(idx), numel(idx)))
+    return (fn.gather(fn.reshape(x, numel(x)), 1, fn.reshape(tensor.alias(idx), numel(idx))))
   end
   local k = axis("take_along_dim", x, dim)
   if idx.c.ndim ~= x.c.ndim then
@@ -281,7 +281,7 @@ define { name = "take_along_dim", composite = true, forward = function(x, idx, d
       sx[d], si[d] = a == 1 and b or a, a == 1 and b or a
     end
   end
-  return fn.gather(fn.expand(x, sx), k + 1, fn.expand(tensor.alias(idx), si))
+  return (fn.gather(fn.expand(x, sx), k + 1, fn.expand(tensor.alias(idx), si)))
 end }
 
 -- ---- counting -----------------------------------------------------------------------------------------
@@ -304,12 +304,14 @@ define { name = "bincount", composite = true, forward = function(idx, options)
     if type(top) == "number" then size = math.max(size, top + 1) else size = 2 ^ 53 end
   end
   local flat, w = fn.reshape(tensor.alias(idx), n), o.weights
-  if not w then return fn.scatter_add(create.zeros({ size }, { dtype = "i64", device = dev }), 1, flat, 1) end
+  if not w then
+    return (fn.scatter_add(create.zeros({ size }, { dtype = "i64", device = dev }), 1, flat, 1))
+  end
   if not tensor.same_shape(w, idx) then
     fail("bincount", "weights must have the shape of idx: %s against %s", show(w), show(idx))
   end
   local zeros = create.zeros({ size }, { dtype = device.dtype_name[w.c.dtype], device = dev })
-  return fn.scatter_add(zeros, 1, flat, fn.reshape(w, n))
+  return (fn.scatter_add(zeros, 1, flat, fn.reshape(w, n)))
 end }
 
 --- Counts of x's elements in equal bins over [low, high]; what lies outside, and NaN, is not counted.
@@ -333,7 +335,7 @@ define { name = "histc", nondifferentiable = true, forward = function(x, bins, l
   if low == high then low, high = low - 0.5, high + 0.5 end
   local inside = fn.masked_select(wide, fn.logical_and(fn.ge(wide, low), fn.le(wide, high)))
   local place = fn.minimum(fn.floor((inside - low) * (bins / (high - low))), bins - 1)
-  return fn.bincount(tensor.cast(place, C.LAC_I64), { minlength = bins })
+  return (fn.bincount(tensor.cast(place, C.LAC_I64), { minlength = bins }))
 end }
 
 -- ---- in place -------------------------------------------------------------------------------------------
@@ -382,7 +384,7 @@ methods.index_fill_ = function(t, dim, idx, value)
   if type(value) ~= "number" and type(value) ~= "boolean" then
     fail("index_fill_", "value must be a number, got %s", show(value))
   end
-  return methods.index_copy_(t, dim, idx, value)
+  return (methods.index_copy_(t, dim, idx, value))
 end
 
 --- Set the elements of t where mask is true to a number; the mask broadcasts to t.

@@ -176,7 +176,7 @@ define { name = "repeat_interleave", composite = true, forward = function(x, tim
     for _ = 1, counts[i] do p[at], at = i - 1, at + 1 end
   end
   if x.c.device ~= C.LAC_CPU then index = fn.to(index, { device = device.name(x.c.device) }) end
-  return fn.index_select(x, k + 1, index)
+  return (fn.index_select(x, k + 1, index))
 end }
 
 -- ---- views ------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ local diag_op = { name = "diag" }
 --- A matrix with x [n] on its diagonal, or the diagonal of a matrix.
 function diag_op.forward(x, offset)
   offset = check_offset("diag", x, offset)
-  if x.c.ndim == 2 then return fn.diagonal(x, offset) end
+  if x.c.ndim == 2 then return (fn.diagonal(x, offset)) end
   if x.c.ndim ~= 1 then fail("diag", "x must have 1 or 2 dimensions, got %s", show(x)) end
   local n = numel(x) + math.abs(offset)
   local out = tensor.empty(x.c.dtype, x.c.device, { n, n }, 2)
@@ -283,7 +283,7 @@ define(diag_op)
 define { name = "trace", composite = true, forward = function(x)
   expect("trace", "x", x)
   if x.c.ndim ~= 2 then fail("trace", "x must be a matrix, got %s", show(x)) end
-  return fn.sum(fn.diagonal(x))
+  return (fn.sum(fn.diagonal(x)))
 end }
 
 local unfold_op = { name = "unfold" }

@@ -181,7 +181,7 @@ define { name = "bucketize", nondifferentiable = true, forward = function(x, bou
   expect("bucketize", "x", x)
   expect("bucketize", "boundaries", boundaries)
   if boundaries.c.ndim ~= 1 then fail("bucketize", "boundaries must be [n], got %s", show(boundaries)) end
-  return fn.searchsorted(boundaries, x, right)
+  return (fn.searchsorted(boundaries, x, right))
 end }
 
 -- ---- distinct values, positions -----------------------------------------------------------------
@@ -221,5 +221,5 @@ define { name = "masked_select", composite = true, forward = function(x, mask)
   end
   local sizes = internal.broadcast_sizes("masked_select", x, mask)
   local positions = internal.true_positions(fn.expand(mask, sizes))
-  return fn.index_select(flat(fn.expand(x, sizes)), 1, positions)
+  return (fn.index_select(flat(fn.expand(x, sizes)), 1, positions))
 end }

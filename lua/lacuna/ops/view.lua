@@ -248,7 +248,7 @@ define { name = "t", composite = true, forward = function(x)
   if x.c.ndim ~= 2 then
     fail("t", "needs 2 dimensions, got %s; use transpose(i, j) or permute(...)", show(x))
   end
-  return fn.transpose(x, 1, 2)
+  return (fn.transpose(x, 1, 2))
 end }
 
 local permute_op = { name = "permute", alias = true }
@@ -311,7 +311,7 @@ define(expand_op)
 define { name = "expand_as", composite = true, forward = function(x, like)
   receiver("expand_as", x)
   expect("expand_as", "like", like)
-  return fn.expand(x, shape(like))
+  return (fn.expand(x, shape(like)))
 end }
 
 -- ---- slices -------------------------------------------------------------------------------------

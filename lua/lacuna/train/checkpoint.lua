@@ -279,6 +279,7 @@ function checkpoint.load(path, options)
   local o = schema.options("load_checkpoint", options, { model = { type = "table" },
     optimizer = { type = "table" },
     rng = { type = "boolean", default = false } })
+  schema.check("load_checkpoint", "path", path == nil and false or path, { type = "string" })
   path = file_of(path)
   local metadata, model, state = read(path, o.optimizer ~= nil)
   local info = { path = path, step = tonumber(metadata.step), config = decode(path, metadata, "config"),
@@ -300,6 +301,7 @@ end
 -- @treturn table what load_checkpoint returns
 function checkpoint.load_model(path, options)
   local o = schema.options("load_model", options, { build = { type = "function" } })
+  schema.check("load_model", "path", path == nil and false or path, { type = "string" })
   if sys.is_directory(path) then
     local found = checkpoint.latest(path)
     if not found then fail("load_model", "there is no checkpoint in %s", path) end
