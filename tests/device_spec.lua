@@ -13,7 +13,7 @@ local on_device = os.getenv "LACUNA_GPU" == "1" and it or pending
 local BOTH = {
   "adaptive", "attention", "attention_pairs", "checkpoint", "config", "conv", "data", "decode",
   "decode_blocks", "elem", "encoder", "explain", "golden", "grad", "io", "learned_blocks", "masks",
-  "multihead", "nn", "ops", "optim", "order", "profile", "public", "recompute", "ring", "sampling",
+  "multihead", "nn", "ops", "optim", "options", "order", "profile", "public", "recompute", "ring", "sampling",
   "scaler", "scan", "scatter", "scope", "settled", "sparse", "special", "tensor", "torch_mha", "train",
   "variants", "watch",
 }

@@ -166,21 +166,28 @@ end
 local log = {}
 
 --- Start a run's folder and its log.
--- @tparam table options name = "run"; dir = "runs" (the parent folder); or path = the very folder to use;
+-- @tparam table options name = "run"; dir = "runs" (the parent folder); or path = the very folder to use, with
 --   append = true: go on after the records that log.jsonl has (false empties it)
 -- @treturn Log
 function log.open(options)
   local o = schema.options("log.open", options, {
-    name = { type = "string", default = "run" },
-    dir = { type = "string", default = "runs" },
-    path = { type = "string" },
-    append = { type = "boolean", default = true },
+    name = { type = "string" }, dir = { type = "string" }, path = { type = "string" },
+    append = { type = "boolean" },
   })
   if o.path then
+    if o.name or o.dir then
+      schema.fail("log.open", "path is the whole folder: %s does nothing beside it",
+        o.name and "name" or "dir")
+    end
+    if o.append == nil then o.append = true end
     local ok, reason = sys.mkdir(o.path)
     if not ok then schema.fail("log", "%s", reason) end
     return Log(o.path, o.append)
   end
+  if o.append == false then
+    schema.fail("log.open", "append = false empties the log of a path; without one the folder is always new")
+  end
+  o.name, o.dir = o.name or "run", o.dir or "runs"
   if not o.name:match("^[%w%._%-]+$") then
     schema.fail("log.open", "name %q may hold letters, digits, dots, dashes and underscores only", o.name)
   end

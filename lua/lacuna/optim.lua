@@ -90,10 +90,14 @@ local function beside(p, filled)
   return t
 end
 
+local function is_module(params)
+  return type(params) == "table" and type(rawget(params, "_params")) == "table"
+end
+
 -- a model, a list of tensors, or a list of groups -> list of groups
 local function as_groups(op, params)
   if type(params) == "table" and not tensor.is(params) then
-    if type(rawget(params, "_params")) == "table" then return by_kind(params, nil, false) end
+    if is_module(params) then return by_kind(params, nil, false) end
     if tensor.is(params[1]) then return { params } end
     if type(params[1]) == "table" and tensor.is(params[1][1]) then return params end
   end
@@ -126,8 +130,8 @@ local function new_entry(self, p, name, seen)
   return e
 end
 
--- options are checked by the kind; op: what starts messages; parts: the names of the moments
-function Optimizer:setup(op, parts, params, o)
+-- o: options that the kind has checked; given: the script's; op: what starts messages; parts: the moments
+function Optimizer:setup(op, parts, params, o, given)
   self.op, self.parts = op, parts
   self.lr, self.weight_decay, self.skip_missing, self.master = o.lr, o.weight_decay, o.skip_missing, o.master
   self.steps, self.entries = 0, {}
@@ -146,6 +150,13 @@ function Optimizer:setup(op, parts, params, o)
   end
   local n = #self.entries
   if n == 0 then fail(op, "there are no parameters") end
+  for name in pairs(given or {}) do -- what every group has itself, the optimizer's own is not read
+    local read = not GROUP[name] or is_module(params)
+    for i = 1, n do read = read or self.entries[i][name] == nil end
+    if not read then
+      fail(op, "%s = %s does nothing: every group has a %s of its own", name, schema.show(given[name]), name)
+    end
+  end
   self.items = ffi.new("lac_optim_item[?]", n)
   self.grads = ffi.new("const lac_tensor *[?]", n)
   self.norm_out = ffi.new("double[1]")
@@ -447,7 +458,7 @@ local ADAM = with_common({ lr = 1e-3, weight_decay = 0 }, ADAM_OPTIONS)
 function AdamW:init(params, options, coupled)
   local o = schema.options(coupled and "adam" or "adamw", options, coupled and ADAM or ADAMW)
   self.rules, self.betas, self.eps, self.coupled = ADAM_OPTIONS, o.betas, o.eps, coupled and 1 or 0
-  self:setup(coupled and "adam" or "adamw", { "m", "v" }, params, o)
+  self:setup(coupled and "adam" or "adamw", { "m", "v" }, params, o, options)
 end
 
 function AdamW:extra()
@@ -494,7 +505,7 @@ function SGD:init(params, options)
   check_momentum(o)
   self.rules = SGD_OPTIONS
   self.momentum, self.dampening, self.nesterov = o.momentum, o.dampening, o.nesterov
-  self:setup("sgd", o.momentum > 0 and { "m" } or {}, params, o)
+  self:setup("sgd", o.momentum > 0 and { "m" } or {}, params, o, options)
 end
 
 function SGD:extra()
@@ -513,7 +524,7 @@ local LION = with_common({ lr = 1e-4, weight_decay = 0.01 }, LION_OPTIONS)
 function Lion:init(params, options)
   local o = schema.options("lion", options, LION)
   self.rules, self.betas = LION_OPTIONS, o.betas
-  self:setup("lion", { "m" }, params, o)
+  self:setup("lion", { "m" }, params, o, options)
 end
 
 function Lion:extra() return (", betas {%g, %g}"):format(self.betas[1], self.betas[2]) end

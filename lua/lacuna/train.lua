@@ -373,6 +373,9 @@ local FIT = {
 
 local function saves(o) return o.checkpoint ~= nil end
 local NEEDS = {
+  first_step = { function(o) return not o.resume end,
+    "a run without resume: the checkpoint says where it is" },
+  out = { function(o) return o.progress ~= "none" end, "a progress that is written: 'none' is not" },
   checkpoint_every = { saves, "checkpoint = path" }, checkpoint_minutes = { saves, "checkpoint = path" },
   keep = { saves, "checkpoint = path" }, config = { saves, "checkpoint = path, which holds it" },
   state = { function(o) return saves(o) or o.resume ~= nil end, "checkpoint = path, which holds it" },

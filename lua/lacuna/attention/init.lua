@@ -454,6 +454,7 @@ attention.variants = Registry("attention", "variant", {
 })
 
 local core = {
+  masks = masks,
   variants = attention.variants, pattern_spec = PATTERN, run_spec = RUN, merged_spec = merged_spec,
   sizes = SIZES, complete = complete, pattern_key = pattern_key, plan_for = plan_for,
   refuse_unknown = refuse_unknown, check_block = check_block, apply = apply, info_of = info_of,

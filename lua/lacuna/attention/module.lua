@@ -404,6 +404,7 @@ return function(c)
   make_rules()
   core.options_of = own_rules
   config.define("attention", function(options) return (configure(options)) end,
-    { kv_heads = function(o) return o.heads end })
+    { kv_heads = function(o) return o.heads end,
+      pattern = function(o) return o.levels and tostring(core.masks.hierarchical(o.levels)) end })
   return Attention
 end

@@ -262,7 +262,13 @@ return function(registry, ring, sparse, masks)
     if not o.levels and not o.pattern then
       schema.fail("attention", "levels is required by variant 'hierarchical'")
     end
-    if o.levels then o.pattern = masks.hierarchical(o.levels) end
+    if o.levels then
+      local pattern = masks.hierarchical(o.levels)
+      if o.pattern and o.pattern ~= tostring(pattern) then
+        schema.fail("attention", "levels and pattern exclude each other, got the pattern %s", o.pattern)
+      end
+      o.pattern = pattern
+    end
     sparse.settle(o)
   end)
 

@@ -77,7 +77,22 @@ local ROTATES = { rope = true, xpos = true }
 
 local Attention = base.define(OP, nil, "options embed_dim heads kv_heads head_dim attention pattern")
 
+-- options that are read only where another one asks for them, and what asks
+local function rotates(o) return ROTATES[o.positions] end
+local READ = {
+  rope_base = { rotates, "positions = 'rope' or 'xpos'" },
+  origin = { rotates, "positions = 'rope' or 'xpos'" },
+  xpos_base = { function(o) return o.positions == "xpos" end, "positions = 'xpos'" },
+  eps = { function(o) return o.layer_norm end, "layer_norm = true" },
+}
+
 local function check_sizes(o)
+  for _, name in ipairs(schema.keys(READ)) do
+    local read = READ[name]
+    if o[name] ~= OPTIONS[name].default and not read[1](o) then
+      fail(OP, "%s = %s is read with %s only", name, show(o[name]), read[2])
+    end
+  end
   if o.embed_dim % o.heads ~= 0 then
     fail(OP, "embed_dim %d is not divisible by heads %d", o.embed_dim, o.heads)
   end
@@ -215,8 +230,9 @@ local function rotate(self, x, sign, start)
   if not ROTATES[o.positions] then return x end
   if o.positions == "xpos" then check_xpos(o, x, start) end
   local single = type(start) == "number"
-  return ops.rope(x, { base = o.rope_base, sign = sign, start = o.origin + (single and start or 0),
-    scale_base = o.positions == "xpos" and o.xpos_base or nil,
+  local xpos = o.positions == "xpos"
+  return ops.rope(x, { base = o.rope_base, start = o.origin + (single and start or 0),
+    sign = xpos and sign or nil, scale_base = xpos and o.xpos_base or nil,
     positions = not single and positions_from(start, x:size(2), x:device()) or nil })
 end
 
@@ -350,6 +366,9 @@ end
 --   last columns
 function Attention:forward(query, key, value, options)
   local o = schema.options(OP, options, FORWARD)
+  if not o.average_attn_weights and not o.need_weights then
+    fail(OP, "average_attn_weights = false is about weights that need_weights = true asks for")
+  end
   key = key or query
   value = value or key
   if tensor.is(query) and query:dim() == 2 then return attend_one(self, query, key, value, o) end

@@ -46,6 +46,7 @@ end
 
 -- ---- feed-forward -----------------------------------------------------------------------------------------
 
+local EPS = 1e-5
 local FeedForward = base.define("FeedForward", nil, "layer_norm activation")
 
 --- y = W2 LN(gelu(W1 x)).
@@ -61,9 +62,12 @@ function FeedForward:init(width, hidden, options)
     activation = { one_of = { "gelu", "gelu_tanh" }, default = "gelu" },
     gamma = { type = "number", above = 0, default = 1 },
     dropout = { type = "number", min = 0, below = 1, default = 0 },
-    eps = { type = "number", above = 0, default = 1e-5 },
+    eps = { type = "number", above = 0, default = EPS },
     dtype = { type = "string" }, device = { type = "string" },
   })
+  if not o.layer_norm and o.eps ~= EPS then
+    fail("FeedForward", "eps = %s is the LayerNorm's, and layer_norm = false leaves it out", show(o.eps))
+  end
   local linear = { gain = o.gamma, dtype = o.dtype, device = o.device }
   self.layer_norm, self.activation = o.layer_norm, o.activation
   self.up = layers.Linear(width, hidden, linear)
@@ -313,7 +317,8 @@ end
 -- options of a block's own attention; XPOS wants positions around 0
 local function self_attention(o, causal)
   local pattern = { causal = causal, heads = o.heads, kv_heads = o.kv_heads, fused = o.fused,
-    dropout = o.attention_dropout, positions = o.positions, origin = -math.floor(o.context / 2) }
+    dropout = o.attention_dropout, positions = o.positions,
+    origin = (o.positions == "rope" or o.positions == "xpos") and -math.floor(o.context / 2) or nil }
   for name in pairs(attn.PATTERN) do
     if name ~= "causal" then pattern[name] = o[name] end
   end

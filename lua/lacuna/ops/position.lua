@@ -50,6 +50,10 @@ local rope_op = { name = "rope" }
 function rope_op.forward(x, options)
   expect("rope", "x", x)
   local o = schema.options("rope", options, ROPE)
+  if o.sign < 0 and o.scale_base == 0 then
+    schema.fail("rope", "sign = -1 is of XPOS' decay, and without scale_base there is none: keys rotate as "
+      .. "queries do")
+  end
   local out = rotated(x, o, 0)
   if wants(x) then
     record1(rope_op, out, x)
