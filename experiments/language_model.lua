@@ -218,6 +218,17 @@ local function settle_options(o)
   end
   if o.threads then lac.threads(o.threads) end
   o.stride = o.stride or math.max(1, math.floor(o.context / 2))
+  if o.stride > o.context then -- not at the end of the training
+    refuse("--stride %d is more than --context %d: bytes would be left out", o.stride, o.context)
+  end
+  if o.given.warmup and o.warmup >= o.steps then
+    refuse("--warmup %d leaves nothing of --steps %d", o.warmup, o.steps)
+  end
+  for _, name in ipairs{ "prompt", "temperature", "top_k" } do
+    if o.given[name] and o.sample == 0 then
+      refuse("--%s does nothing beside --sample 0", (name:gsub("_", "-")))
+    end
+  end
   return config
 end
 
@@ -298,18 +309,31 @@ local function generate(o, model)
     { temperature = o.temperature, top_k = o.top_k, seed = o.seed })
 end
 
+-- held-out bytes of another number, or of a shorter text, would be bytes that the run was trained on
+local function check_held_out(o, config, from)
+  if o.data and o.data ~= config.data then return end
+  if o.given.eval_bytes and config.eval_bytes and o.eval_bytes > config.eval_bytes then
+    refuse("--eval-bytes %d: %s was trained on all but the last %d bytes", o.eval_bytes, from,
+      config.eval_bytes)
+  end
+  if o.given.quick and not config.quick then
+    refuse("--quick: %s was trained on the whole text, and the beginning of it holds no held-out bytes", from)
+  end
+end
+
 -- --evaluate and --generate: a model from its checkpoint; options of the run that were not given come from
 -- there
 local function load_run(o, path)
   lac.default_device(o.device)
   local model, info = lac.train.load_model(path)
+  check_held_out(o, info.config, info.path)
   for _, name in ipairs{ "data", "eval_bytes", "stride", "quick" } do
     if not o.given[name] and info.config[name] ~= nil then o[name] = info.config[name] end
   end
   if o.threads then lac.threads(o.threads) end
   printf("model       %s, step %d: %d parameters, context %d", info.path, info.step, model:parameter_count(),
     model.context)
-  return model
+  return model, info
 end
 
 local function check_given(o, mode)
@@ -324,8 +348,15 @@ local function check_given(o, mode)
 end
 
 local function evaluate_run(o)
-  local model = load_run(o, o.evaluate)
-  local _, held = load_text(o):split{ held_out = o.eval_bytes }
+  local model, info = load_run(o, o.evaluate)
+  local text = load_text(o)
+  local train, held = text:split{ held_out = o.eval_bytes }
+  local config = info.config
+  if o.data == config.data and o.eval_bytes == config.eval_bytes and config.text_sum
+    and config.text_sum ~= train:checksum() then
+    refuse("%s is not the text any more that %s was trained on; --data names another one to evaluate",
+      text.path, info.path)
+  end
   local bits, counted = lac.train.bits_per_byte(model, held, { stride = o.stride })
   printf("LongNet, held out  %.4f bits per byte, %d bytes, each from %d or more before it", bits, counted,
     model.context - (o.stride or model.context))
@@ -342,6 +373,7 @@ local function main(o)
   for _, mode in ipairs{ "evaluate", "generate" } do
     if o[mode] then check_given(o, mode) end
   end
+  if o.generate and o.sample == 0 then refuse("--sample 0 leaves --generate nothing to do") end
   if o.evaluate then return evaluate_run(o) end
   if o.generate then return generate_run(o) end
   local resumed = settle_options(o)

@@ -152,8 +152,37 @@ describe("experiments", function()
       "--segments 3 --generate " .. sys.quote(out))
     refused("%-%-seed does nothing beside %-%-evaluate", "--seed 3 --evaluate " .. sys.quote(out))
     refused("No such file", "--evaluate " .. sys.quote(dir .. "/none"))
+    refused("%-%-eval%-bytes 4096: .* was trained on all but the last 2048 bytes",
+      "--eval-bytes 4096 --evaluate " .. sys.quote(out))
+    refused("%-%-sample 0 leaves %-%-generate nothing to do", "--sample 0 --generate " .. sys.quote(out))
     os.execute(("echo more >> %s"):format(sys.quote(text)))
     refused("is not the text that the run in", given .. " --resume")
+    refused("is not the text any more that", "--evaluate " .. sys.quote(out))
+  end)
+
+  it("language_model refuses at the start what would do nothing, or fail at the end", function()
+    local small = ("--data %s --layers 1 --width 16 --heads 2 --context 16 --segments 16 --dilations 1 "
+      .. "--batch 2 --steps 2 --eval-bytes 2048 --eval-every 0 --checkpoint-every 0"):format(sys.quote(text))
+    local function refused(pattern, more)
+      local bad, _, err = run(LUA, "language_model", more)
+      assert.is_true(bad == 1 or bad == 2)
+      assert.matches(pattern, err)
+    end
+    refused("%-%-stride 17 is more than %-%-context 16: bytes would be left out", small .. " --stride 17")
+    refused("%-%-warmup 2 leaves nothing of %-%-steps 2", small .. " --warmup 2")
+    for _, option in ipairs { "--prompt x", "--temperature 1", "--top-k 3" } do
+      refused(option:match "%S+":gsub("%-", "%%-") .. " does nothing beside %-%-sample 0",
+        small .. " --sample 0 " .. option)
+    end
+    refused("%-%-steps is given twice", small .. " --steps 3")
+    refused("%-%-out needs a value, and %-%-quick is an option %(%-%-out=%-%-quick would take it as a "
+      .. "value%)", "--out --quick")
+    local out = dir .. "/not-quick"
+    local status, _, err = run(LUA, "language_model", small .. " --sample 0 --out " .. sys.quote(out))
+    assert.equal(0, status, err)
+    refused("%-%-quick: .* was trained on the whole text", "--quick --evaluate " .. sys.quote(out))
+    status, _, err = run(LUA, "language_model", ("--evaluate %s --eval-bytes 1024"):format(sys.quote(out)))
+    assert.equal(0, status, err)
   end)
 
   it("sweep_segments --quick", function()

@@ -133,6 +133,8 @@ function cli.parse(spec, args)
     elseif not o then
       schema.fail(spec.program, "unknown option '%s'%s (see --help)", args[i]:match("^[^=]+"),
         (schema.hint(name, option_names(spec), "'--%s'"):gsub("_", "-")))
+    elseif given[name] then
+      schema.fail(spec.program, "--%s is given twice", (name:gsub("_", "-")))
     elseif o.type == "boolean" then
       if text then schema.fail(spec.program, "--%s takes no value, got '%s'", (name:gsub("_", "-")), text) end
       options[name] = true
@@ -140,7 +142,12 @@ function cli.parse(spec, args)
       if not text then
         i = i + 1
         text = args[i]
-        if not text then schema.fail(spec.program, "--%s needs a value", (name:gsub("_", "-"))) end
+        local other = text and text:match("^%-%-([%w_%-]+)")
+        if not text or other and find(spec, (other:gsub("-", "_"))) then
+          local shown = name:gsub("_", "-")
+          schema.fail(spec.program, "--%s needs a value%s", shown, text
+            and (", and %s is an option (--%s=%s would take it as a value)"):format(text, shown, text) or "")
+        end
       end
       options[name] = convert(spec, o, text)
     end

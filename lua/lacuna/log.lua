@@ -166,8 +166,8 @@ end
 local log = {}
 
 --- Start a run's folder and its log.
--- @tparam table options name = "run"; dir = "runs" (the parent folder); or path = the very folder to use, with
---   append = true: go on after the records that log.jsonl has (false empties it)
+-- @tparam table options name = "run"; dir = "runs" (the parent folder); or path = the very folder to use,
+--   with append = true: go on after the records that log.jsonl has (false empties it)
 -- @treturn Log
 function log.open(options)
   local o = schema.options("log.open", options, {
