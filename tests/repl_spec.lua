@@ -333,6 +333,60 @@ describe("repl: help and history", function()
     assert.matches("no comment at tests/repl_spec", lac.help(function() end))
   end)
 
+  it("help gives an example of the main entries, and all examples run", function()
+    local lac, found = require "lacuna", {}
+    local function try(name)
+      local text = lac.help(name)
+      local code = text:match "\n  For example:\n%s*\n(.*)$"
+      if not code then return end
+      code = code:gsub("\n  %u.*$", "") -- what is listed behind it
+      local chunk = assert(loadstring("local lac, print = ...\n" .. code, "=" .. name))
+      local printed = 0
+      lac.scope(function() chunk(lac, function(...)
+        for i = 1, select("#", ...) do assert.is_not_nil((select(i, ...)), name) end
+        printed = printed + 1
+      end) end)
+      assert.is_true(printed > 0, name)
+      found[name] = true
+    end
+    for _, module in ipairs { "", "nn.", "optim.", "train." } do
+      local t = module == "" and lac or lac[module:sub(1, -2)]
+      for name, value in pairs(t) do
+        if type(value) == "function" or type(value) == "table" and rawget(value, "__index") then
+          try(module .. name)
+        end
+      end
+    end
+    for _, name in ipairs { "attend", "attention", "nn.MultiheadDilatedAttention", "nn.LongNetLM",
+                            "nn.LongNetEncoder", "nn.LongNetClassifier", "nn.LongNetEncoderDecoder",
+                            "train.fit", "optim.adamw", "optim.adam", "optim.sgd", "optim.lion",
+                            "optim.loss_scaler" } do
+      if not found[name] then try(name) end
+      assert.is_true(found[name], name)
+    end
+  end)
+
+  it("help lists options with their defaults, from the rules that check them", function()
+    local lac = require "lacuna"
+    local function lists(name, ...)
+      local text = lac.help(name)
+      for _, part in ipairs { ... } do assert.is_truthy(text:find(part, 1, true), name .. ": " .. part) end
+    end
+    lists("attend", "\n  Required: dilations (a list of integers), segments (a list of integers)\n",
+      "\n  Defaults: alibi", 'align = "start" | "end",', "causal = false,", 'heads = "all" | "split",',
+      'merge: "mean" | "sum" | "lse" | "lse_detach",', "window (an integer)\n")
+    lists("attention", "Required: heads (an integer), variant\n", "Variants:\n  adaptive ")
+    lists("nn.LongNetLM", "Required: context (an integer)\n", "layers = 12,",
+      'positions = "xpos" | "rope" | "alibi" | "none",', "vocab = 256,")
+    lists("nn.MultiheadDilatedAttention", "Required: embed_dim (an integer), heads (an integer)\n",
+      "layer_norm = true,")
+    lists("train.fit", "Required: batch (a function), model (a table), optimizer (a table), steps (an integ",
+      "accumulate = 1,", 'progress = "auto" | "bar" | "lines" | "none",')
+    lists("optim.adamw", "Defaults: betas = {0.9, 0.999}, eps = 1e-08, lr = 0.001, master = false,")
+    lists("optim.sgd", "Required: lr (a number)\n", "momentum = 0,")
+    for line in lac.help("attend"):gmatch "[^\n]+" do assert.is_true(#line <= 112, line) end
+  end)
+
   it("help says what every elementwise function computes", function()
     local lac, formulas, count = require "lacuna", require "lacuna.formulas", 0
     for name, record in pairs(require("lacuna.ops").table) do

@@ -23,6 +23,8 @@ local help = {}
 -- another function
 local REACH = 4
 local LINE = 80 -- letters of a sentence in a list
+local EXAMPLE = "  For example:" -- what begins the last part of a comment; the options come before
+local WIDTH = 110 -- letters of a line
 
 -- ---- names ----------------------------------------------------------------------------------------
 
@@ -152,6 +154,28 @@ local function by_name(op)
   return tensor.methods[op] and ("x:%s%s"):format(op, list) or ("lac.%s(%s, %s)"):format(op, names[1], list)
 end
 
+-- a list in lines of at most WIDTH letters
+local function add_list(out, head, list)
+  local line = head
+  for i, item in ipairs(list) do
+    local text = " " .. item .. (i < #list and "," or "")
+    if #line + #text > WIDTH and line ~= head then
+      out[#out + 1] = line
+      line = "   "
+    end
+    line = line .. text
+  end
+  if #list > 0 then out[#out + 1] = line end
+end
+
+-- the options of a function or a class, from the rules that check them
+local function add_options(out, f)
+  local required, others = schema.described(f)
+  if not required then return end
+  add_list(out, "  Required:", required)
+  add_list(out, "  Defaults:", others)
+end
+
 -- heading and comment of a function; from: its first argument that is shown
 local function about_function(f, name, from)
   f = arguments.inner(f)
@@ -169,7 +193,16 @@ local function about_function(f, name, from)
     if formulas.arguments[map] then out[1] = name .. formulas.arguments[map] end
     block = { "Elementwise: " .. formulas.text[map] .. ".", "Any strides, broadcasting." }
   end
-  for _, line in ipairs(block and tidy(block) or {}) do out[#out + 1] = line end
+  local example = false
+  for _, line in ipairs(block and tidy(block) or {}) do
+    if line == EXAMPLE then
+      if out[#out] == "  " then out[#out] = nil end
+      add_options(out, f)
+      example = true
+    end
+    out[#out + 1] = line
+  end
+  if not example then add_options(out, f) end
   local op = name and name:match "^lac%.([%w_]+)$" or name and name:match "^x:([%w_]+)$"
   if op and arguments.named(op) then out[#out + 1] = "  By name: " .. by_name(op) end
   if not block then out[#out + 1] = ("  no comment at %s:%d"):format(info.short_src, info.linedefined) end
@@ -185,7 +218,7 @@ end
 
 -- an object with a registry of things that are chosen by name
 local function about_variants(value)
-  local out = { tostring(value) }
+  local out = { about_function(value._init, "lac.attention", 2), "  Variants:" }
   for _, name in ipairs(value.variants:names()) do
     out[#out + 1] = ("  %-14s%s"):format(name, value.variants:get(name).doc or "")
   end

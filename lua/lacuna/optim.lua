@@ -533,15 +533,19 @@ function Lion:update(items, n, _, scale, limit)
   lib.call(C.lac_lion_many, items, n, self.betas[1], self.betas[2], scale, limit)
 end
 
---- Dynamic loss scaling for f16 (optim/scaler.lua says how and why):
---
---     local scaler = lac.optim.loss_scaler()
---     scaler:scale(model:loss(x, y)):backward()
---     local norm, left_out = optimizer:step{ scaler = scaler, clip = 1 }
---
+--- Dynamic loss scaling for f16 (optim/scaler.lua says how and why).
 -- @tparam[opt] table options init = 65536; growth = 2, after interval = 2000 good steps; backoff = 0.5, after
 --   a step whose gradients are not finite; min = 1 / 1024, max = 2 ^ 24
 -- @treturn LossScaler
+--
+-- For example:
+--
+--     local layer = lac.nn.Linear(4, 2, { dtype = "f16" })
+--     local optimizer, scaler = lac.optim.adamw(layer, { master = true }), lac.optim.loss_scaler()
+--     local loss = layer(lac.randn{ 8, 4, dtype = "f16" }):float():square():mean()
+--     scaler:scale(loss):backward()
+--     local norm, left_out = optimizer:step{ scaler = scaler, clip = 1 }
+--     print(norm, left_out, scaler)
 function optim.loss_scaler(options) return Scaler(options) end
 
 --- AdamW (Loshchilov and Hutter 2019, algorithm 2: decoupled weight decay). The fields lr, weight_decay,
@@ -553,10 +557,27 @@ function optim.loss_scaler(options) return Scaler(options) end
 --   false (a parameter without a gradient is left alone; the bias correction goes by its own steps); master =
 --   false (f32 copies of f16 and bf16 parameters are what is updated)
 -- @treturn AdamW
+--
+-- For example:
+--
+--     local layer = lac.nn.Linear(4, 2)
+--     local optimizer = lac.optim.adamw(layer, { lr = 1e-2, weight_decay = 0.1 })
+--     layer(lac.randn{ 8, 4 }):square():mean():backward()
+--     print(optimizer:step{ clip = 1 }) -- the norm of the gradients
+--     optimizer:zero_grad()
+--     optimizer.lr = 1e-3 -- of the steps that follow
 function optim.adamw(params, options) return AdamW(params, options) end
 
 --- Adam (Kingma and Ba 2015, algorithm 1); weight decay is added to the gradient (L2).
 -- @tparam Module|table params @tparam[opt] table options as for adamw, but weight_decay = 0
+--
+-- For example:
+--
+--     local x = lac.ones{ 3, grad = true }
+--     local optimizer = lac.optim.adam({ x }, { lr = 0.1 })
+--     x:square():sum():backward()
+--     optimizer:step()
+--     print(x)
 function optim.adam(params, options) return Adam(params, options) end
 
 --- Stochastic gradient descent: m = momentum m + (1 - dampening) g, parameter -= lr m; with nesterov
@@ -565,6 +586,14 @@ function optim.adam(params, options) return Adam(params, options) end
 -- @tparam Module|table params as for adamw
 -- @tparam table options lr; momentum = 0, dampening = 0, nesterov = false, weight_decay = 0; skip_missing,
 --   master as for adamw
+--
+-- For example:
+--
+--     local x = lac.ones{ 3, grad = true }
+--     local optimizer = lac.optim.sgd({ x }, { lr = 0.1, momentum = 0.9 })
+--     x:square():sum():backward()
+--     optimizer:step()
+--     print(x)
 function optim.sgd(params, options) return SGD(params, options) end
 
 --- Lion (Chen et al. 2023, algorithm 2): parameter -= lr (sign(beta1 m + (1 - beta1) g) + weight_decay
@@ -573,6 +602,18 @@ function optim.sgd(params, options) return SGD(params, options) end
 -- @tparam Module|table params as for adamw
 -- @tparam[opt] table options lr = 1e-4, betas = {0.9, 0.99}, weight_decay = 0.01; skip_missing, master as for
 --   adamw
+--
+-- For example:
+--
+--     local x = lac.ones{ 3, grad = true }
+--     local optimizer = lac.optim.lion({ x }, { lr = 0.01 })
+--     x:square():sum():backward()
+--     optimizer:step()
+--     print(x)
 function optim.lion(params, options) return Lion(params, options) end
+
+for kind, rules in pairs{ adamw = ADAMW, adam = ADAM, sgd = SGD_ALL, lion = LION } do
+  schema.describe(optim[kind], rules)
+end
 
 return optim

@@ -297,6 +297,46 @@ function schema.options(op, options, spec)
   return result
 end
 
+local described = setmetatable({}, { __mode = "k" }) -- function -> the rules of its options
+
+--- Tell help which options a function takes (or a class: its init): it lists them with their defaults.
+function schema.describe(f, spec) described[f] = spec end
+
+local function literal(value)
+  if type(value) == "string" then return '"' .. value .. '"' end
+  return show(value)
+end
+
+-- causal = false, align = "start" | "end", window (an integer)
+local function rule_text(name, rule)
+  if rule.one_of then
+    local list = {}
+    for _, value in ipairs(rule.one_of) do
+      table.insert(list, value == rule.default and 1 or #list + 1, literal(value))
+    end
+    return name .. (rule.default == nil and ": " or " = ") .. table.concat(list, " | ")
+  end
+  if rule.default ~= nil then return ("%s = %s"):format(name, literal(rule.default)) end
+  local kinds = {}
+  for i, kind in ipairs(type(rule.type) == "table" and rule.type or { rule.type }) do
+    kinds[i] = ARTICLE[kind] or kind
+  end
+  return kinds[1] and kinds[1] ~= "any" and ("%s (%s)"):format(name, table.concat(kinds, " or ")) or name
+end
+
+--- The options that schema.describe was told, as two lists of texts or nil: the required ones, and the others
+-- with their defaults (of several values the default is the first; without one the option is left out).
+function schema.described(f)
+  local spec = described[f]
+  if not spec then return nil end
+  local required, others = {}, {}
+  for _, name in ipairs(schema.keys(spec)) do
+    local list = spec[name].required and required or others
+    list[#list + 1] = rule_text(name, spec[name])
+  end
+  return required, others
+end
+
 -- ---- fields of objects ------------------------------------------------------------------------------------
 
 local complete = setmetatable({}, { __mode = "k" }) -- objects whose init has ended

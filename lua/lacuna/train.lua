@@ -475,6 +475,17 @@ end
 -- @treturn table { steps, loss, smooth, tokens, seconds, tokens_per_second, evaluations }, of all sessions of
 --   a resumed run together; profile = the Profile, if one was asked for
 -- @raise the loss or the gradient norm is not finite; "interrupted" after Ctrl-C
+--
+-- For example:
+--
+--     local model = lac.nn.LongNetLM{ layers = 1, width = 32, heads = 4, context = 32, segments = { 8, 32 },
+--                                     dilations = { 1, 4 } }
+--     local text = lac.data.string(("In the beginning was the word. "):rep(40))
+--     local run = lac.train.fit{
+--       model = model, optimizer = lac.optim.adamw(model, { lr = 3e-3 }), steps = 20,
+--       batch = function(k) return text:batch(k, { batch = 4, context = 32 }) end, -- tokens, targets [B, N]
+--       schedule = lac.optim.schedule.cosine{ steps = 20 }, clip = 1, progress = "none" }
+--     print(run.loss, run.tokens_per_second)
 function train.fit(options)
   local o = schema.options("train.fit", options, FIT)
   check(o)
@@ -507,6 +518,8 @@ function train.fit(options)
   end
   return summary
 end
+
+schema.describe(train.fit, FIT)
 
 -- ---- evaluation -------------------------------------------------------------------------------------------
 

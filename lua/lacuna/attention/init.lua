@@ -334,6 +334,12 @@ end
 --   with return_lse = false
 -- @treturn Tensor weights [B, H, N, M] with need_weights = true, last: what multiplies v, for small N and M
 -- Source: LongNet, arXiv 2307.02486, eq. 6 to 15.
+--
+-- For example:
+--
+--     local q, k, v = lac.randn{ 1, 64, 4, 16 }, lac.randn{ 1, 64, 4, 16 }, lac.randn{ 1, 64, 4, 16 }
+--     local out, lse = lac.attend(q, k, v, { segments = { 16, 64 }, dilations = { 1, 4 }, causal = true })
+--     print(out, lse)
 function attention.attend(q, k, v, options)
   if type(options) ~= "table" or tensor.is(options) then
     fail(OP, "options must be a table with segments and dilations, got %s", show(options))
@@ -344,6 +350,7 @@ function attention.attend(q, k, v, options)
   return apply(o, pattern_key(o), q, k, v, o)
 end
 attend_op.forward = attention.attend
+schema.describe(attention.attend, FUNCTIONAL)
 ops.define(attend_op)
 
 -- ---- what a plan is --------------------------------------------------------------------------------
@@ -462,6 +469,7 @@ local core = {
   decoder = attention.decoder, forward_raw = forward_raw, backward_raw = backward_raw,
 }
 local Attention = require "lacuna.attention.module"(core)
+attention._init = Attention.init -- for help
 require "lacuna.attention.variants"(attention.variants, require "lacuna.attention.ring"(core),
                                     require "lacuna.attention.sparse"(
                                       require "lacuna.attention.decode_blocks"(core)), masks)

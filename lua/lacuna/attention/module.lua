@@ -90,6 +90,22 @@ local function configure(options)
   return o, core.complete(schema.options(OP, pattern, core.pattern_spec)), variant, reason
 end
 
+--- Attention of a named variant, as an object with one configuration.
+-- @tparam table options variant (below); heads H, kv_heads = H; segments and dilations, lists of one length,
+--   unless the variant needs none; offset, merge and others where the variant leaves a choice, as in
+--   lac.attend; what only the variant takes: `lacuna variants` lists it, and so does an error
+-- @treturn Attention attn(q, k, v, options), q [B, N, H, D], k and v [B, M, kv_heads, D], gives out
+--   [B, N, H, D] and lse [B, N, H] (options of a call: key_padding, key_lengths, dropout, training,
+--   need_weights, return_lse and the others of lac.attend that shape no plan); attn:explain(N) says what it
+--   costs; attn:train(), attn:eval(); attn.options:with{ causal = true } are options for another object
+--
+-- For example:
+--
+--     local attn = lac.attention{ variant = "longnet", heads = 4, segments = { 16, 64 },
+--                                 dilations = { 1, 4 } }
+--     local q, k, v = lac.randn{ 1, 64, 4, 16 }, lac.randn{ 1, 64, 4, 16 }, lac.randn{ 1, 64, 4, 16 }
+--     local out, lse = attn(q, k, v)
+--     print(out, lse, attn:explain(64))
 function Attention:init(options)
   local o, pattern, variant, reason = configure(options)
   self.variant, self.record, self.pattern, self.reason = options.variant, variant, pattern, reason or false
@@ -402,6 +418,7 @@ end
 return function(c)
   core = c
   make_rules()
+  schema.describe(Attention.init, module_rules)
   core.options_of = own_rules
   config.define("attention", function(options) return (configure(options)) end,
     { kv_heads = function(o) return o.heads end,

@@ -153,6 +153,13 @@ config.define("multihead", function(options) return (configure(options)) end, {
 --   (position of the first row);
 --   add_bias_kv, add_zero_attn = false (a learned key and value, a key and value of zeros, that every query
 --   has too); batch_first = true; dtype, device
+--
+-- For example:
+--
+--     local layer = lac.nn.MultiheadDilatedAttention{ embed_dim = 32, heads = 4, segments = { 16, 64 },
+--                                                     dilations = { 1, 4 }, causal = true }
+--     local out = layer(lac.randn{ 2, 64, 32 }) -- query [B, N, E]; key and value are the query unless given
+--     print(out)
 function Attention:init(options)
   local o, inner = configure(options)
   local E, D = o.embed_dim, o.embed_dim / o.heads
@@ -182,6 +189,8 @@ function Attention:init(options)
     device = o.device }) end
   self.out = linear(E, E, o.gamma)
 end
+
+schema.describe(Attention.init, OPTIONS)
 
 local function project_fused(self, x)
   local E, Ek = self.embed_dim, self.kv_heads * self.head_dim

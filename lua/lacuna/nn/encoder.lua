@@ -90,6 +90,12 @@ config.define("encoder", configure_encoder, parts.followers(ENCODER))
 --   not tokens); size, layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width, variant, scheme,
 --   offset, merge, dedup, window, fp8, attention, positions = "xpos", fused, dropout, attention_dropout,
 --   checkpoint_activations, dtype, device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
+--
+-- For example:
+--
+--     local encoder = lac.nn.LongNetEncoder{ vocab = 256, layers = 2, width = 32, heads = 4, context = 64,
+--                                            segments = { 16, 64 }, dilations = { 1, 4 } }
+--     print(encoder(lac.from_string("read as a whole"):long():view(1, 15))) -- tokens [B, N] to [B, N, width]
 function Encoder:init(options)
   local o = base.settled_options(self, "encoder", configure_encoder(options))
   self.options, self.context, self.has_vocab = o, o.context, o.vocab ~= nil
@@ -99,6 +105,8 @@ function Encoder:init(options)
     self_attention(o, false))
   self.norm = layers.LayerNorm(o.width, { dtype = o.dtype, device = o.device })
 end
+
+schema.describe(Encoder.init, ENCODER)
 
 local function check_rows(self, x)
   tensor.expect("LongNetEncoder", "the input", x)
@@ -142,6 +150,13 @@ local Classifier = base.define("LongNetClassifier", nil, "pool classes")
 --- An encoder, its rows pooled, and a linear layer: logits [B, classes].
 -- @tparam table options those of LongNetEncoder; classes; pool = "mean" (of the rows that are not padding) |
 --   "first" (a class token)
+--
+-- For example:
+--
+--     local model = lac.nn.LongNetClassifier{ classes = 3, vocab = 256, layers = 2, width = 32, heads = 4,
+--                                             context = 64, segments = { 16, 64 }, dilations = { 1, 4 } }
+--     local tokens, target = lac.randint{ 2, 64, high = 256 }, lac.tensor({ 0, 2 }, { dtype = "i64" })
+--     print(model(tokens), model:loss(tokens, target)) -- tokens [B, N], logits [B, classes], target [B]
 function Classifier:init(options)
   schema.expect_options("LongNetClassifier", options)
   local inner = {}
@@ -230,6 +245,15 @@ config.define("encoder_decoder", configure_both, followers)
 -- @tparam table options those of LongNetLM (for the decoder); source_vocab = vocab, source_context =
 --   context, encoder_layers = layers; cross_segments, cross_dilations (default: every row reads the whole
 --   memory)
+--
+-- For example:
+--
+--     local model = lac.nn.LongNetEncoderDecoder{ vocab = 256, layers = 2, width = 32, heads = 4,
+--                                                 context = 64, segments = { 16, 64 }, dilations = { 1, 4 } }
+--     local source = lac.from_string("abcd"):long():view(1, 4)
+--     local target = lac.from_string(" dcba"):long():view(1, 5)
+--     print(model:loss(source, target:narrow(2, 1, 4), target:narrow(2, 2, 4))) -- [B, M], [B, N], [B, N]
+--     print(model:given(source):generate(" ", 4))
 function EncoderDecoder:init(options)
   local o = base.settled_options(self, "encoder_decoder", configure_both(options))
   self.options, self.vocab, self.context = o, o.vocab, o.context
@@ -249,6 +273,8 @@ function EncoderDecoder:init(options)
     self.head = layers.Linear(o.width, o.vocab, { bias = false, dtype = o.dtype, device = o.device })
   end
 end
+
+schema.describe(EncoderDecoder.init, BOTH)
 
 local function output_weight(self) return self.options.tied and self.embedding.weight or self.head.weight end
 

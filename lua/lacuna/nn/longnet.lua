@@ -383,6 +383,16 @@ config.define("language_model", configure, followers(OPTIONS))
 --   attention_dropout = 0; checkpoint_activations = false (true: a block keeps only its input for the
 --   backward pass and is computed again there); dtype, device. lac.config.language_model checks them and
 --   makes a value of them; model.options is one, and model.options:with{ layers = 4 } another
+--
+-- For example:
+--
+--     local model = lac.nn.LongNetLM{ vocab = 256, layers = 2, width = 32, heads = 4, context = 64,
+--                                     segments = { 16, 64 }, dilations = { 1, 4 } }
+--     local text = lac.from_string("In the beginning was the word."):long():view(1, 30)
+--     local loss = model:loss(text:narrow(2, 1, 29), text:narrow(2, 2, 29)) -- tokens and targets [B, N]
+--     loss:backward()
+--     print(loss:item(), model(text)) -- logits [B, N, vocab]
+--     print(model:generate("In ", 5))
 function LongNetLM:init(options)
   local o = base.settled_options(self, "language_model", configure(options))
   self.options, self.vocab, self.context = o, o.vocab, o.context
@@ -401,6 +411,8 @@ function LongNetLM:init(options)
     self.head = layers.Linear(o.width, o.vocab, { bias = false, dtype = o.dtype, device = o.device })
   end
 end
+
+schema.describe(LongNetLM.init, OPTIONS)
 
 local function check_tokens(self, tokens)
   tensor.expect("LongNetLM", "tokens", tokens)
