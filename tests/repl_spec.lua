@@ -337,7 +337,7 @@ describe("repl: help and history", function()
     local lac, found = require "lacuna", {}
     local function try(name)
       local text = lac.help(name)
-      local code = text:match "\n  For example:\n%s*\n(.*)$"
+      local code = text:match "\n  For example:\n\n(.*)$"
       if not code then return end
       code = code:gsub("\n  %u.*$", "") -- what is listed behind it
       local chunk = assert(loadstring("local lac, print = ...\n" .. code, "=" .. name))

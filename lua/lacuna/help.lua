@@ -23,7 +23,7 @@ local help = {}
 -- another function
 local REACH = 4
 local LINE = 80 -- letters of a sentence in a list
-local EXAMPLE = "  For example:" -- what begins the last part of a comment; the options come before
+local EXAMPLE = "  For example:\n" -- what begins the last part of a comment; the options come before
 local WIDTH = 110 -- letters of a line
 
 -- ---- names ----------------------------------------------------------------------------------------
@@ -119,6 +119,7 @@ local TAGS = {
 }
 
 local function tag_text(line)
+  if line == "@usage" then return "For example:\n" end
   local tag, flag, rest = line:match "^@(%a+)(%[?[^%]%s]*%]?)%s+(.*)$"
   if not tag or not TAGS[tag] then return line end
   local default = flag:match "^%[opt=(.*)%]$"
@@ -196,7 +197,6 @@ local function about_function(f, name, from)
   local example = false
   for _, line in ipairs(block and tidy(block) or {}) do
     if line == EXAMPLE then
-      if out[#out] == "  " then out[#out] = nil end
       add_options(out, f)
       example = true
     end

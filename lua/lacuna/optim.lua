@@ -537,15 +537,13 @@ end
 -- @tparam[opt] table options init = 65536; growth = 2, after interval = 2000 good steps; backoff = 0.5, after
 --   a step whose gradients are not finite; min = 1 / 1024, max = 2 ^ 24
 -- @treturn LossScaler
---
--- For example:
---
+-- @usage
 --     local layer = lac.nn.Linear(4, 2, { dtype = "f16" })
 --     local optimizer, scaler = lac.optim.adamw(layer, { master = true }), lac.optim.loss_scaler()
 --     local loss = layer(lac.randn{ 8, 4, dtype = "f16" }):float():square():mean()
 --     scaler:scale(loss):backward()
 --     local norm, left_out = optimizer:step{ scaler = scaler, clip = 1 }
---     print(norm, left_out, scaler)
+--     print(norm, left_out and "left out" or "done", scaler)
 function optim.loss_scaler(options) return Scaler(options) end
 
 --- AdamW (Loshchilov and Hutter 2019, algorithm 2: decoupled weight decay). The fields lr, weight_decay,
@@ -557,9 +555,7 @@ function optim.loss_scaler(options) return Scaler(options) end
 --   false (a parameter without a gradient is left alone; the bias correction goes by its own steps); master =
 --   false (f32 copies of f16 and bf16 parameters are what is updated)
 -- @treturn AdamW
---
--- For example:
---
+-- @usage
 --     local layer = lac.nn.Linear(4, 2)
 --     local optimizer = lac.optim.adamw(layer, { lr = 1e-2, weight_decay = 0.1 })
 --     layer(lac.randn{ 8, 4 }):square():mean():backward()
@@ -570,9 +566,7 @@ function optim.adamw(params, options) return AdamW(params, options) end
 
 --- Adam (Kingma and Ba 2015, algorithm 1); weight decay is added to the gradient (L2).
 -- @tparam Module|table params @tparam[opt] table options as for adamw, but weight_decay = 0
---
--- For example:
---
+-- @usage
 --     local x = lac.ones{ 3, grad = true }
 --     local optimizer = lac.optim.adam({ x }, { lr = 0.1 })
 --     x:square():sum():backward()
@@ -586,9 +580,7 @@ function optim.adam(params, options) return Adam(params, options) end
 -- @tparam Module|table params as for adamw
 -- @tparam table options lr; momentum = 0, dampening = 0, nesterov = false, weight_decay = 0; skip_missing,
 --   master as for adamw
---
--- For example:
---
+-- @usage
 --     local x = lac.ones{ 3, grad = true }
 --     local optimizer = lac.optim.sgd({ x }, { lr = 0.1, momentum = 0.9 })
 --     x:square():sum():backward()
@@ -602,9 +594,7 @@ function optim.sgd(params, options) return SGD(params, options) end
 -- @tparam Module|table params as for adamw
 -- @tparam[opt] table options lr = 1e-4, betas = {0.9, 0.99}, weight_decay = 0.01; skip_missing, master as for
 --   adamw
---
--- For example:
---
+-- @usage
 --     local x = lac.ones{ 3, grad = true }
 --     local optimizer = lac.optim.lion({ x }, { lr = 0.01 })
 --     x:square():sum():backward()

@@ -475,9 +475,7 @@ end
 -- @treturn table { steps, loss, smooth, tokens, seconds, tokens_per_second, evaluations }, of all sessions of
 --   a resumed run together; profile = the Profile, if one was asked for
 -- @raise the loss or the gradient norm is not finite; "interrupted" after Ctrl-C
---
--- For example:
---
+-- @usage
 --     local model = lac.nn.LongNetLM{ layers = 1, width = 32, heads = 4, context = 32, segments = { 8, 32 },
 --                                     dilations = { 1, 4 } }
 --     local text = lac.data.string(("In the beginning was the word. "):rep(40))

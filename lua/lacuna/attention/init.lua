@@ -334,9 +334,7 @@ end
 --   with return_lse = false
 -- @treturn Tensor weights [B, H, N, M] with need_weights = true, last: what multiplies v, for small N and M
 -- Source: LongNet, arXiv 2307.02486, eq. 6 to 15.
---
--- For example:
---
+-- @usage
 --     local q, k, v = lac.randn{ 1, 64, 4, 16 }, lac.randn{ 1, 64, 4, 16 }, lac.randn{ 1, 64, 4, 16 }
 --     local out, lse = lac.attend(q, k, v, { segments = { 16, 64 }, dilations = { 1, 4 }, causal = true })
 --     print(out, lse)

@@ -98,9 +98,7 @@ end
 --   [B, N, H, D] and lse [B, N, H] (options of a call: key_padding, key_lengths, dropout, training,
 --   need_weights, return_lse and the others of lac.attend that shape no plan); attn:explain(N) says what it
 --   costs; attn:train(), attn:eval(); attn.options:with{ causal = true } are options for another object
---
--- For example:
---
+-- @usage
 --     local attn = lac.attention{ variant = "longnet", heads = 4, segments = { 16, 64 },
 --                                 dilations = { 1, 4 } }
 --     local q, k, v = lac.randn{ 1, 64, 4, 16 }, lac.randn{ 1, 64, 4, 16 }, lac.randn{ 1, 64, 4, 16 }

@@ -153,9 +153,7 @@ config.define("multihead", function(options) return (configure(options)) end, {
 --   (position of the first row);
 --   add_bias_kv, add_zero_attn = false (a learned key and value, a key and value of zeros, that every query
 --   has too); batch_first = true; dtype, device
---
--- For example:
---
+-- @usage
 --     local layer = lac.nn.MultiheadDilatedAttention{ embed_dim = 32, heads = 4, segments = { 16, 64 },
 --                                                     dilations = { 1, 4 }, causal = true }
 --     local out = layer(lac.randn{ 2, 64, 32 }) -- query [B, N, E]; key and value are the query unless given

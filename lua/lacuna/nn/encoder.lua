@@ -90,9 +90,7 @@ config.define("encoder", configure_encoder, parts.followers(ENCODER))
 --   not tokens); size, layers = 12, width = 768, heads = 12, kv_heads, ffn = 4 width, variant, scheme,
 --   offset, merge, dedup, window, fp8, attention, positions = "xpos", fused, dropout, attention_dropout,
 --   checkpoint_activations, dtype, device as in LongNetLM; gamma = MAGNETO's gain of an encoder alone
---
--- For example:
---
+-- @usage
 --     local encoder = lac.nn.LongNetEncoder{ vocab = 256, layers = 2, width = 32, heads = 4, context = 64,
 --                                            segments = { 16, 64 }, dilations = { 1, 4 } }
 --     print(encoder(lac.from_string("read as a whole"):long():view(1, 15))) -- tokens [B, N] to [B, N, width]
@@ -150,9 +148,7 @@ local Classifier = base.define("LongNetClassifier", nil, "pool classes")
 --- An encoder, its rows pooled, and a linear layer: logits [B, classes].
 -- @tparam table options those of LongNetEncoder; classes; pool = "mean" (of the rows that are not padding) |
 --   "first" (a class token)
---
--- For example:
---
+-- @usage
 --     local model = lac.nn.LongNetClassifier{ classes = 3, vocab = 256, layers = 2, width = 32, heads = 4,
 --                                             context = 64, segments = { 16, 64 }, dilations = { 1, 4 } }
 --     local tokens, target = lac.randint{ 2, 64, high = 256 }, lac.tensor({ 0, 2 }, { dtype = "i64" })
@@ -245,9 +241,7 @@ config.define("encoder_decoder", configure_both, followers)
 -- @tparam table options those of LongNetLM (for the decoder); source_vocab = vocab, source_context =
 --   context, encoder_layers = layers; cross_segments, cross_dilations (default: every row reads the whole
 --   memory)
---
--- For example:
---
+-- @usage
 --     local model = lac.nn.LongNetEncoderDecoder{ vocab = 256, layers = 2, width = 32, heads = 4,
 --                                                 context = 64, segments = { 16, 64 }, dilations = { 1, 4 } }
 --     local source = lac.from_string("abcd"):long():view(1, 4)

@@ -383,9 +383,7 @@ config.define("language_model", configure, followers(OPTIONS))
 --   attention_dropout = 0; checkpoint_activations = false (true: a block keeps only its input for the
 --   backward pass and is computed again there); dtype, device. lac.config.language_model checks them and
 --   makes a value of them; model.options is one, and model.options:with{ layers = 4 } another
---
--- For example:
---
+-- @usage
 --     local model = lac.nn.LongNetLM{ vocab = 256, layers = 2, width = 32, heads = 4, context = 64,
 --                                     segments = { 16, 64 }, dilations = { 1, 4 } }
 --     local text = lac.from_string("In the beginning was the word."):long():view(1, 30)
