@@ -225,6 +225,35 @@ describe("cuda #gpu", function()
     assert.are.equal(12, (x * 0 + 1):sum():item())
   end)
 
+  it("does so whatever reads the index, and the device goes on", function()
+    local x = lac.randn { 4, 3, device = "cuda", grad = true }
+    local function index(t) return lac.tensor(t, { dtype = "i64", device = "cuda" }) end
+    local rows, two = lac.ones { 2, 3, device = "cuda" }, index { { 0, 1, 2 }, { 3, -1, 0 } }
+    local operators = {
+      { "gather: index number 5 is %-1", "0..3", function() return x:gather(1, two) end },
+      { "scatter: index number 5 is %-1", "0..3", function() return x:scatter(1, two, rows) end },
+      { "scatter: index number 5 is %-1", "0..3", function() return x:scatter_add(1, two, rows) end },
+      { "index_put: index number 2 is 9", "0..3",
+        function() return x:index_add(1, index { 0, 9 }, rows) end },
+      { "index_put: index number 1 is 4", "0..3",
+        function() return x:index_copy(1, index { 4, 1 }, rows) end },
+      { "index_select: index number 3 is 5", "0..3",
+        function() return lac.nn.Embedding(4, 3, { device = "cuda" })(index { { 1, 2 }, { 5, 0 } }) end },
+      { "cross_entropy: target number 3 is 3", "0..2",
+        function() return lac.cross_entropy(x, index { 0, 1, 3, 2 }) end },
+    }
+    for _, operator in ipairs(operators) do
+      local ok, message = pcall(function()
+        operator[3]()
+        lac.synchronize()
+      end)
+      assert.is_false(ok, operator[1])
+      assert.matches(operator[1] .. " %(counted from 0%), outside " .. operator[2], message)
+      lac.synchronize()
+      assert.are.equal(12, (x:detach() * 0 + 1):sum():item())
+    end
+  end)
+
   it("reports it also when guards, which are on here, are set and looked at meanwhile", function()
     local x = lac.randn { 4, 3, device = "cuda" }
     local bad = lac.tensor({ 0, 7, 1 }, { dtype = "i64", device = "cuda" })
