@@ -159,12 +159,14 @@ template <class T> __global__ void __launch_bounds__(THREADS) sum_rows(rows_args
     previous_done();
     int64_t i = blockIdx.x, o = blockIdx.y, key = (int64_t)a.keys[i];
     if (key == INT64_MAX || (i > 0 && (int64_t)a.keys[i - 1] == key)) return;
+    const int64_t end = run_end(a.keys, i, a.n);
     const T *from = g + a.outer.offset(o);
     for (int64_t e = threadIdx.x; e < a.inner_count; e += THREADS) {
         int64_t inner = a.inner.offset(e);
         double s = 0;
-        for (int64_t k = i; k < a.n && (int64_t)a.keys[k] == key; k++)
-            s += (double)to_compute(from[a.index.offset(a.values[k]) + inner]);
+        take_run(
+            i, end, [&](int64_t k) { return to_compute(from[a.index.offset(a.values[k]) + inner]); },
+            [&](compute_t<T> x) { s += (double)x; });
         out[(o * a.size + key) * a.inner_count + e] = from_compute<T>((compute_t<T>)s);
     }
 }
@@ -216,7 +218,9 @@ __global__ void __launch_bounds__(THREADS)
         int64_t key = (int64_t)keys[i];
         if (key == INT64_MAX || (i > 0 && (int64_t)keys[i - 1] == key)) continue;
         double s = 0;
-        for (int64_t k = i; k < n && (int64_t)keys[k] == key; k++) s += (double)to_compute(g[g_walk.offset(values[k])]);
+        take_run(
+            i, run_end(keys, i, n), [&](int64_t k) { return to_compute(g[g_walk.offset(values[k])]); },
+            [&](compute_t<T> x) { s += (double)x; });
         out[key] = from_compute<T>((compute_t<T>)s);
     }
 }

@@ -68,6 +68,36 @@ inline int bits_of(uint64_t most)
     return bits;
 }
 
+/* Where the run of equal keys that begins at `first` ends. Short ones take few looks, long ones not many more. */
+static __device__ __forceinline__ int64_t run_end(const uint64_t *keys, int64_t first, int64_t n)
+{
+    const uint64_t key = keys[first];
+    int64_t low = first, step = 1; /* keys[low] is one of the run */
+    for (; low + step < n && keys[low + step] == key; step *= 2) low += step;
+    int64_t end = low + step < n ? low + step : n; /* is not, or there is none */
+    while (end - low > 1) {
+        const int64_t middle = low + (end - low) / 2;
+        if (keys[middle] == key) low = middle;
+        else end = middle;
+    }
+    return end;
+}
+/* add(load(first)), ..., add(load(end - 1)), in this order: a long run waits once for some loads, not for each */
+template <class L, class A>
+__device__ __forceinline__ void take_run(int64_t first, int64_t end, const L &load, const A &add)
+{
+    constexpr int AT_ONCE = 16;
+    for (; end - first >= AT_ONCE; first += AT_ONCE) {
+        decltype(load(first)) x[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) x[i] = load(first + i);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) add(x[i]);
+    }
+#pragma unroll 1
+    for (; first < end; first++) add(load(first));
+}
+
 /* a floating-point element of any dtype */
 static __device__ __forceinline__ double load_double(int dtype, const char *p)
 {

@@ -3,16 +3,18 @@
  * (destination, position) pairs are sorted stably; the first of each run takes its run in the order of positions, in
  * double (or int64_t), and writes the destination once, rounded once. So "the last one wins" means what it says and
  * sums do not depend on timing; atomics promise neither. A destination that receives very many sources is combined by
- * one thread: correct, and slow only there. An index outside its axis writes nothing and leaves a note (backend.cu).
+ * one thread, which has some on their way at a time: correct, and slow only there. An index outside its axis writes
+ * nothing and leaves a note (backend.cu).
  */
 #include "lists.cuh"
 
-static __device__ __forceinline__ void move_element(int bytes, char *to, const char *from)
+/* what sources of a type are combined in */
+template <class T> using whole_t = std::conditional_t<is_float_v<T>, double, int64_t>;
+template <class T> __device__ __forceinline__ whole_t<T> to_whole(T x) { return (whole_t<T>)to_compute(x); }
+template <class T> __device__ __forceinline__ void store_whole(int dtype, T *to, whole_t<T> v)
 {
-    if (bytes == 8) *(uint64_t *)to = *(const uint64_t *)from;
-    else if (bytes == 4) *(uint32_t *)to = *(const uint32_t *)from;
-    else if (bytes == 2) *(uint16_t *)to = *(const uint16_t *)from;
-    else *to = *from;
+    if constexpr (is_float_v<T>) store_double(dtype, (char *)to, v);
+    else store_element<int64_t>(dtype, (char *)to, v);
 }
 
 /* sources in order into one place: dst (mode) src[0], src[1], ... */
@@ -42,7 +44,7 @@ struct scatter_args {
     index_reader index;
     view_walk src, dst;
     int64_t n, lines, after; /* lines: size of the index along the axis; after: of the axes behind it */
-    int mode, dtype, bytes;
+    int mode, dtype;
     bool self;
 };
 
@@ -59,27 +61,23 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
+template <class T>
 __global__ void __launch_bounds__(THREADS)
-    scatter_store(scatter_args a, const uint64_t *keys, const int64_t *values, char *dst, const char *src)
+    scatter_store(scatter_args a, const uint64_t *keys, const int64_t *values, T *dst, const T *src)
 {
     EACH(t, a.n)
     {
         uint64_t key = keys[t];
         if (key == ~0ull || (t > 0 && keys[t - 1] == key)) continue;
-        char *to = dst + a.dst.offset((int64_t)key) * a.bytes;
-        int64_t end = t + 1;
-        while (end < a.n && keys[end] == key) end++;
+        T *to = dst + a.dst.offset((int64_t)key);
+        const int64_t end = run_end(keys, t, a.n);
+        auto source = [&](int64_t k) { return src[a.src.offset(values[k])]; };
         if (a.mode == LAC_SCATTER_SET) {
-            move_element(a.bytes, to, src + a.src.offset(values[end - 1]) * a.bytes);
-        } else if (a.dtype <= LAC_BF16) {
-            combined<double> c = {load_double(a.dtype, to), 0, a.mode, a.self};
-            for (int64_t k = t; k < end; k++) c.add(load_double(a.dtype, src + a.src.offset(values[k]) * a.bytes));
-            store_double(a.dtype, to, c.value());
+            *to = source(end - 1);
         } else {
-            combined<int64_t> c = {load_element<int64_t>(a.dtype, to), 0, a.mode, a.self};
-            for (int64_t k = t; k < end; k++)
-                c.add(load_element<int64_t>(a.dtype, src + a.src.offset(values[k]) * a.bytes));
-            store_element<int64_t>(a.dtype, to, c.value());
+            combined<whole_t<T>> c = {to_whole(*to), 0, a.mode, a.self};
+            take_run(t, end, source, [&](T x) { c.add(to_whole(x)); });
+            store_whole(a.dtype, to, c.value());
         }
     }
 }
@@ -95,7 +93,6 @@ extern "C" int lac_cuda_scatter(const lac_a_scatter *a)
                       1,
                       a->mode,
                       a->dst.dtype,
-                      (int)dtype_bytes(a->dst.dtype),
                       a->self};
     for (int d = a->dim + 1; d < a->index.ndim; d++) s.after *= a->index.shape[d];
     if (s.n == 0) return 0;
@@ -104,8 +101,11 @@ extern "C" int lac_cuda_scatter(const lac_a_scatter *a)
     each(scatter_keys, s.n, s, list.keys, list.values, lac_cuda_reporter_for("scatter: index", a->dst.shape[a->dim]));
     LAC_TRY(lac_cuda_launched(op));
     LAC_TRY(lac_cuda_sort_pairs(op, &list, 64));
-    each(scatter_store, s.n, s, list.sorted_keys, list.sorted, (char *)a->dst.data, (const char *)a->src.data);
-    return lac_cuda_launched(op);
+    return dispatch_any(s.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        each(scatter_store<T>, s.n, s, list.sorted_keys, list.sorted, (T *)a->dst.data, (const T *)a->src.data);
+        return lac_cuda_launched(op);
+    });
 }
 
 /* ---- index_put: whole slices ---- */
@@ -114,7 +114,7 @@ struct put_args {
     index_reader index;
     view_walk outer_dst, outer_src, inner_dst, inner_src;
     int64_t n, inner, dst_step, src_step;
-    int mode, dtype, bytes;
+    int mode, dtype;
     double alpha;
 };
 
@@ -132,31 +132,31 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /* block (i, outer): if sorted pair i is the first of its run, the run's slices into its row */
+template <class T>
 __global__ void __launch_bounds__(THREADS)
-    put_store(put_args a, int64_t outers, const uint64_t *keys, const int64_t *values, char *dst, const char *src)
+    put_store(put_args a, int64_t outers, const uint64_t *keys, const int64_t *values, T *dst, const T *src)
 {
     previous_done();
     uint64_t key = keys[blockIdx.x];
-    int64_t first = blockIdx.x, end = first + 1;
+    const int64_t first = blockIdx.x;
     if (key == ~0ull || (first > 0 && keys[first - 1] == key)) return;
-    while (end < a.n && keys[end] == key) end++;
+    const int64_t end = run_end(keys, first, a.n);
     for (int64_t o = blockIdx.y; o < outers; o += gridDim.y) {
         int64_t to_row = a.outer_dst.offset(o) + (int64_t)key * a.dst_step, from_row = a.outer_src.offset(o);
         for (int64_t e = threadIdx.x; e < a.inner; e += THREADS) {
-            char *to = dst + (to_row + a.inner_dst.offset(e)) * a.bytes;
-            int64_t from = from_row + a.inner_src.offset(e);
-            auto at = [&](int64_t k) { return src + (from + values[k] * a.src_step) * a.bytes; };
+            T *to = dst + to_row + a.inner_dst.offset(e);
+            const int64_t from = from_row + a.inner_src.offset(e);
+            auto source = [&](int64_t k) { return src[from + values[k] * a.src_step]; };
             if (a.mode == LAC_SCATTER_SET) {
-                move_element(a.bytes, to, at(end - 1));
-            } else if (a.dtype <= LAC_BF16) {
-                double s = load_double(a.dtype, to);
-                for (int64_t k = first; k < end; k++) s += a.alpha * load_double(a.dtype, at(k));
-                store_double(a.dtype, to, s);
-            } else {
-                int64_t s = load_element<int64_t>(a.dtype, to), alpha = (int64_t)a.alpha;
-                for (int64_t k = first; k < end; k++) s = F_add(s, F_mul(alpha, load_element<int64_t>(a.dtype, at(k))));
-                store_element<int64_t>(a.dtype, to, s);
+                *to = source(end - 1);
+                continue;
             }
+            whole_t<T> s = to_whole(*to), alpha = (whole_t<T>)a.alpha;
+            take_run(first, end, source, [&](T x) {
+                if constexpr (is_float_v<T>) s += alpha * to_whole(x);
+                else s = F_add(s, F_mul(alpha, to_whole(x)));
+            });
+            store_whole(a.dtype, to, s);
         }
     }
 }
@@ -176,7 +176,6 @@ extern "C" int lac_cuda_index_put(const lac_a_index_put *a)
                   a->src.stride[a->dim],
                   a->mode,
                   a->dst.dtype,
-                  (int)dtype_bytes(a->dst.dtype),
                   a->alpha};
     int64_t outers = 1;
     for (int d = 0; d < a->dim; d++) outers *= a->dst.shape[d];
@@ -190,7 +189,10 @@ extern "C" int lac_cuda_index_put(const lac_a_index_put *a)
     if (outers * p.inner == 0) return 0;
     LAC_TRY(lac_cuda_sort_pairs(op, &list, 64));
     dim3 grid((unsigned)p.n, (unsigned)(outers < 65535 ? outers : 65535));
-    launch(put_store, grid, THREADS, 0, p, outers, list.sorted_keys, list.sorted, (char *)a->dst.data,
-           (const char *)a->src.data);
-    return lac_cuda_launched(op);
+    return dispatch_any(p.dtype, [&](auto tag) {
+        typedef typename decltype(tag)::type T;
+        launch(put_store<T>, grid, THREADS, 0, p, outers, list.sorted_keys, list.sorted, (T *)a->dst.data,
+               (const T *)a->src.data);
+        return lac_cuda_launched(op);
+    });
 }

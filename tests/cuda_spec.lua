@@ -318,6 +318,46 @@ describe("cuda #gpu", function()
     for i = 1, #first do assert.is_true(lac.equal(first[i], second[i]), tostring(i)) end
   end)
 
+  -- Sums of runs wait for some numbers at a time: runs around that count, and long ones.
+  it("adds up what shares a destination, however many they are, in their order", function()
+    local places = {}
+    for place, count in ipairs { 1, 2, 15, 16, 17, 31, 32, 33, 300, 0, 5000 } do
+      for _ = 1, count do places[#places + 1] = place - 1 end
+    end
+    lac.manual_seed(41)
+    local n = #places
+    local order = lac.rand { n }:argsort()
+    local idx = lac.tensor(places, { dtype = "i64" }):index_select(1, order)
+    local function there(f, x)
+      return f(x:to { device = "cuda" }, idx:to { device = "cuda" }):to { device = "cpu" }
+    end
+    local function zeros(x) return x:narrow(1, 1, 11) * 0 end
+    local function wide(i) return i:unsqueeze(2):expand(n, 3) end
+    local function gradient(x, f)
+      local w = zeros(x):requires_grad_(true)
+      return lac.grad({ f(w) }, { w }, { grad_outputs = { x } })[1]
+    end
+    local sums = {
+      index_add = function(x, i) return zeros(x):index_add(1, i, x) end,
+      scatter_add = function(x, i) return zeros(x):scatter_add(1, wide(i), x) end,
+      index_select = function(x, i) return gradient(x, function(w) return w:index_select(1, i) end) end,
+      gather = function(x, i) return gradient(x, function(w) return w:gather(1, wide(i)) end) end,
+    }
+    local x = lac.randn({ n, 3 }, { dtype = "f64" })
+    for name, f in pairs(sums) do
+      for dtype, most in pairs { f64 = 1e-13, f32 = 2 ^ -24, bf16 = 2 ^ -8, f16 = 2 ^ -11 } do
+        local rounded = x:to { dtype = dtype }
+        local exact = f(rounded:double(), idx)
+        local off = ((there(f, rounded):double() - exact):abs() - exact:abs() * most):max():item()
+        assert.is_true(off <= 1e-12, name .. " in " .. dtype)
+      end
+    end
+    local whole = lac.randint({ n, 3 }, { low = -2 ^ 40, high = 2 ^ 40, dtype = "i64" })
+    for _, name in ipairs { "index_add", "scatter_add" } do
+      assert.is_true(lac.equal(sums[name](whole, idx), there(sums[name], whole)), name)
+    end
+  end)
+
   it("trains a small network as the CPU does", function()
     local function losses(device)
       lac.manual_seed(5)
