@@ -13,24 +13,25 @@
  * block, which ends a loop more (94 cycles a row). Results of rows that are not whole cache lines go past the caches
  * by blocks (row_pass; rows of 1000 6.2 ns a line instead of 8.6). The backward has two passes: dx of a row is written
  * while the sum of the next one is found; with AVX2 on a Zen 3 that is 80 to 85% of a copy instead of 70 to 74, and of
- * the logarithm 89 instead of 25, of which most were loads that waited (WRITE_EXP). Along another axis the rows'
+ * the logarithm 89 instead of 25, of which most were loads that waited (COLUMN_LINES). Along another axis the rows'
  * elements are far apart, and a row by itself would use 4 bytes of each cache line: there a task takes a block of
- * neighbouring columns, with one maximum and one sum per column, and goes through memory twice: 32 rows at a time for
- * the statistics (the online form, whose rescaling is then rare), and again for the results, where each exponential is
- * computed anew, because that is cheaper than to write and read it. Only where no axis is dense, rows are gathered one
- * by one. Results larger than the caches are written past them. Sums are taken in the compute type over at most 1024
- * elements or 32 rows and added up in double. So columns cannot come near one copy: reading twice and writing once are
- * 1.5 times its bytes, and 1.67, 1.5 and 1.33 times those of the backward, the logarithm and its backward. On an
- * AVX-512 Xeon with 2 MB of second cache these four took 1.70, 1.62, 1.73 and 1.39 for 16384 rows of 4096 bytes on one
- * thread. Rejected: blocks of columns narrow enough to be kept in the second cache between the two passes: pieces of
- * 256 bytes come slowly (a mere copy in blocks of 64, 128, 256 bytes, asked for ahead, took 3.3, 2.4, 2.2 times a copy
- * in order). A row of -inf only has no softmax: it gives NaN, as 0/0 should; callers that mean "no key" must say so.
+ * neighbouring columns, with one maximum and one sum per column, and goes through memory twice (softmax_columns.inc):
+ * 32 rows at a time for the statistics (the online form, whose rescaling is then rare), and again for the results,
+ * where each exponential is computed anew, because that is cheaper than to write and read it. Only where no axis is
+ * dense, rows are gathered one by one. Results larger than the caches are written past them. Sums are taken in the
+ * compute type over at most 1024 elements or 32 rows and added up in double. So columns cannot come near one copy:
+ * reading twice and writing once are 1.5 times its bytes, and 1.67, 1.5 and 1.33 times those of the backward, the
+ * logarithm and its backward. On an AVX-512 Xeon with 2 MB of second cache these four took 1.70, 1.62, 1.73 and 1.39
+ * for 16384 rows of 4096 bytes on one thread. Rejected: blocks of columns narrow enough to be kept in the second cache
+ * between the two passes: pieces of 256 bytes come slowly (a mere copy in blocks of 64, 128, 256 bytes, asked for
+ * ahead, took 3.3, 2.4, 2.2 times a copy in order). A row of -inf only has no softmax: it gives NaN, as 0/0 should;
+ * callers that mean "no key" must say so.
  */
 #include "cpu.h"
 #include "rows.h"
 
 /* WIDE: bytes of a row from which on rows go one by one */
-enum { SUM_ROWS = 32, MOST_COLUMNS = 1024, AHEAD = ROW_AHEAD, WIDE = 160 << 10 };
+enum { AHEAD = ROW_AHEAD, WIDE = 160 << 10 };
 
 typedef struct {
     lac_nest nest;        /* the axes that are not normalised: out, x (, g) */
@@ -39,7 +40,12 @@ typedef struct {
     int dtype, ctype, inputs;
     bool logarithm, stream; /* stream: a result larger than the caches */
     bool direct;            /* rows that are arrays of the compute type */
-    int64_t width, blocks;  /* columns: how many of them a task works on together, tasks per outer row */
+    /* columns: how many of them a task works on together, tasks per outer row, parts of the n elements, and whether
+     * these are tasks of their own */
+    int64_t width, blocks, parts;
+    bool shared;
+    char *tops; /* then what is known of each part */
+    double *totals;
     char *workspace;
     int64_t space; /* bytes of it per thread */
 } softmax_job;
@@ -59,37 +65,9 @@ typedef struct {
         }                                                                                                              \
         for (; i_ < (n); i_++) (y)[i_] = f(i_);                                                                        \
     } while (0)
-/* y[i] = f(i, e^argument(i)), the exponentials a line at a time. The arguments come as vectors: gcc would copy an array
- * by 16 bytes, and AVX2 loads 32, which then wait for the stores (three times the time). */
 #define AT(U, x, i) (*(const U *)((x) + (i)))
-#define WRITE_EXP(T, V, n, y, ahead, stream, LINE, argument, f)                                                        \
-    do {                                                                                                               \
-        enum { CHUNK_ = V_LINE / sizeof(T), L_ = V_WIDTH / sizeof(T) };                                                \
-        int64_t i_ = 0;                                                                                                \
-        for (; i_ + CHUNK_ <= (n); i_ += CHUNK_) {                                                                     \
-            T line_[CHUNK_];                                                                                           \
-            __builtin_prefetch((ahead) + i_);                                                                          \
-            _Pragma("GCC unroll 4") for (int k_ = 0; k_ < CHUNK_; k_ += L_) * (V *)(line_ + k_) =                      \
-                argument(V, i_ + k_);                                                                                  \
-            LINE(line_);                                                                                               \
-            _Pragma("omp simd") for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = f(i_ + k_, line_[k_]);                 \
-            v_put_line((y) + i_, line_, stream);                                                                       \
-        }                                                                                                              \
-        if (i_ < (n)) {                                                                                                \
-            T line_[CHUNK_];                                                                                           \
-            for (int k_ = 0; k_ < CHUNK_; k_++) line_[k_] = i_ + k_ < (n) ? argument(T, i_ + k_) : 0;                  \
-            LINE(line_);                                                                                               \
-            for (; i_ < (n); i_++) (y)[i_] = f(i_, line_[i_ % CHUNK_]);                                                \
-        }                                                                                                              \
-    } while (0)
 #define ROW_LOG(i) ((x[i] - m) - rest)
 #define ROW_SCALE(i) (x[i] * scale)
-#define COLUMN_LOG(i) ((in[i] - m[i]) - s[i])
-#define COLUMN_SLOPE(i) (iy[i] * (ig[i] - s[i]))
-#define COLUMN_SHIFTED(U, i) (AT(U, in, i) - AT(U, m, i))
-#define COLUMN_EXP(i, e) ((e)*s[i])
-#define COLUMN_LOGARITHM(U, i) AT(U, iy, i)
-#define COLUMN_LOG_SLOPE(i, e) (ig[i] - (e)*s[i])
 
 #define SOFTMAX_STEP(T, S, V, SUM, LINE, INF)                                                                          \
     /* The exponentials of row x go to `work` and their sum is returned, while y, the row before, is written from      \
@@ -158,7 +136,7 @@ typedef struct {
         return total;                                                                                                  \
     }
 
-#define ROW_KERNELS(T, S, V, SUM, EXP, LINE, INF)                                                                      \
+#define ROW_KERNELS(T, S, V, SUM, LINE, INF)                                                                           \
     /* y of a row whose maximum is m and whose exponentials' sum is known. x: the row, or without the logarithm its    \
      * exponentials */                                                                                                 \
     static void softmax_write_##S(const T *x, T m, double sum, T *y, int64_t n, bool logarithm, bool stream)           \
@@ -252,102 +230,9 @@ typedef struct {
     {                                                                                                                  \
         T s = softmax_bwd_step_##S(NULL, NULL, 0, NULL, y, g, n, logarithm, false, false);                             \
         softmax_bwd_step_##S(y, g, s, dx, NULL, NULL, n, logarithm, stream, false);                                    \
-    }                                                                                                                  \
-    /* functions of their own, because gcc does not vectorise these loops inside of others */                          \
-    static __attribute__((noinline)) void columns_max_##S(const T *restrict x, T *restrict top, int64_t w)             \
-    {                                                                                                                  \
-        _Pragma("omp simd") for (int64_t j = 0; j < w; j++) top[j] = x[j] > top[j] ? x[j] : top[j];                    \
-    }                                                                                                                  \
-    static __attribute__((noinline)) void columns_exp_##S(const T *restrict x, const T *restrict shift, T *restrict s, \
-                                                          const char *ahead, int64_t w)                                \
-    {                                                                                                                  \
-        enum { CHUNK = V_LINE / sizeof(T) };                                                                           \
-        int64_t j = 0;                                                                                                 \
-        for (; j + CHUNK <= w; j += CHUNK) {                                                                           \
-            __builtin_prefetch(ahead + j * (int64_t)sizeof(T), 0, 2);                                                  \
-            T line[CHUNK];                                                                                             \
-            _Pragma("omp simd") for (int k = 0; k < CHUNK; k++) line[k] = x[j + k] - shift[j + k];                     \
-            LINE(line);                                                                                                \
-            _Pragma("omp simd") for (int k = 0; k < CHUNK; k++) s[j + k] += line[k];                                   \
-        }                                                                                                              \
-        if (j < w) {                                                                                                   \
-            T line[CHUNK];                                                                                             \
-            for (int k = 0; k < CHUNK; k++) line[k] = j + k < w ? x[j + k] - shift[j + k] : 0;                         \
-            LINE(line);                                                                                                \
-            for (; j < w; j++) s[j] += line[j % CHUNK];                                                                \
-        }                                                                                                              \
-    }                                                                                                                  \
-    /* w columns of n rows, sx and sy bytes apart; y may be x. Rows that must be converted pass through `space`. */    \
-    static void softmax_columns_##S(const softmax_job *job, const char *x, char *y, int64_t w, T *space)               \
-    {                                                                                                                  \
-        const int64_t n = job->n, bytes = lac_bytes_of(job->dtype), sx = job->stride[1], sy = job->stride[0];          \
-        const bool logarithm = job->logarithm, plain = lac_is_native(job->dtype);                                      \
-        T m[MOST_COLUMNS], s[MOST_COLUMNS], top[MOST_COLUMNS];                                                         \
-        double total[MOST_COLUMNS];                                                                                    \
-        for (int64_t j = 0; j < w; j++) m[j] = -INF, total[j] = 0;                                                     \
-        for (int64_t at = 0; at < n; at += SUM_ROWS) {                                                                 \
-            int64_t rows = n - at < SUM_ROWS ? n - at : SUM_ROWS;                                                      \
-            const T *in[SUM_ROWS];                                                                                     \
-            memcpy(top, m, (size_t)w * sizeof(T));                                                                     \
-            for (int64_t r = 0; r < rows; r++) {                                                                       \
-                in[r] = LAC_CPU(load)(job->dtype, x + (at + r) * sx, bytes, w, space + r * w);                         \
-                columns_max_##S(in[r], top, w);                                                                        \
-            }                                                                                                          \
-            for (int64_t j = 0; j < w; j++) {                                                                          \
-                if (top[j] > m[j]) total[j] *= (double)EXP(m[j] - top[j]);                                             \
-                m[j] = top[j];                                                                                         \
-                top[j] = m[j] == -INF ? 0 : m[j]; /* nothing but -inf so far */                                        \
-                s[j] = 0;                                                                                              \
-            }                                                                                                          \
-            for (int64_t r = 0; r < rows; r++) columns_exp_##S(in[r], top, s, x + (at + r + SUM_ROWS) * sx, w);        \
-            for (int64_t j = 0; j < w; j++) total[j] += (double)s[j];                                                  \
-        }                                                                                                              \
-        for (int64_t j = 0; j < w; j++) s[j] = logarithm ? (T)log(total[j]) : (T)(1.0 / total[j]);                     \
-        for (int64_t r = 0; r < n; r++) {                                                                              \
-            const T *in = LAC_CPU(load)(job->dtype, x + r * sx, bytes, w, space);                                      \
-            T *out = plain ? (T *)(y + r * sy) : space;                                                                \
-            bool stream = job->stream && ((uintptr_t)out & (V_LINE - 1)) == 0;                                         \
-            if (logarithm) WRITE(T, w, out, in + sx / bytes, stream, COLUMN_LOG);                                      \
-            else WRITE_EXP(T, V, w, out, in + sx / bytes, stream, LINE, COLUMN_SHIFTED, COLUMN_EXP);                   \
-            if (!plain) LAC_CPU(store)(job->dtype, out, y + r * sy, bytes, w);                                         \
-        }                                                                                                              \
-    }                                                                                                                  \
-    /* dx may be y */                                                                                                  \
-    static void softmax_bwd_columns_##S(const softmax_job *job, const char *y, const char *g, char *dx, int64_t w,     \
-                                        T *space)                                                                      \
-    {                                                                                                                  \
-        const int64_t n = job->n, bytes = lac_bytes_of(job->dtype), sd = job->stride[0], sy = job->stride[1],          \
-                      sg = job->stride[2];                                                                             \
-        const bool logarithm = job->logarithm, plain = lac_is_native(job->dtype);                                      \
-        T s[MOST_COLUMNS];                                                                                             \
-        double total[MOST_COLUMNS];                                                                                    \
-        for (int64_t j = 0; j < w; j++) total[j] = 0;                                                                  \
-        for (int64_t at = 0; at < n; at += SUM_ROWS) {                                                                 \
-            int64_t end = n - at < SUM_ROWS ? n : at + SUM_ROWS;                                                       \
-            for (int64_t j = 0; j < w; j++) s[j] = 0;                                                                  \
-            for (int64_t r = at; r < end; r++) {                                                                       \
-                const T *ig = LAC_CPU(load)(job->dtype, g + r * sg, bytes, w, space);                                  \
-                const T *iy = logarithm ? ig : LAC_CPU(load)(job->dtype, y + r * sy, bytes, w, space + w);             \
-                if (v_asks()) v_prefetch(g + (r + 8) * sg, w * bytes);                                                 \
-                if (logarithm) _Pragma("omp simd") for (int64_t j = 0; j < w; j++) s[j] += ig[j];                      \
-                else _Pragma("omp simd") for (int64_t j = 0; j < w; j++) s[j] += iy[j] * ig[j];                        \
-            }                                                                                                          \
-            for (int64_t j = 0; j < w; j++) total[j] += (double)s[j];                                                  \
-        }                                                                                                              \
-        for (int64_t j = 0; j < w; j++) s[j] = (T)total[j];                                                            \
-        for (int64_t r = 0; r < n; r++) {                                                                              \
-            const T *ig = LAC_CPU(load)(job->dtype, g + r * sg, bytes, w, space);                                      \
-            const T *iy = LAC_CPU(load)(job->dtype, y + r * sy, bytes, w, space + w);                                  \
-            const T *next = v_asks() ? ig + sg / bytes : ig;                                                           \
-            T *out = plain ? (T *)(dx + r * sd) : space;                                                               \
-            bool stream = job->stream && ((uintptr_t)out & (V_LINE - 1)) == 0;                                         \
-            if (logarithm) WRITE_EXP(T, V, w, out, next, stream, LINE, COLUMN_LOGARITHM, COLUMN_LOG_SLOPE);            \
-            else WRITE(T, w, out, next, stream, COLUMN_SLOPE);                                                         \
-            if (!plain) LAC_CPU(store)(job->dtype, out, dx + r * sd, bytes, w);                                        \
-        }                                                                                                              \
     }
-ROW_KERNELS(float, f, v_floats, row_sum_f, v_exp_termf, v_exp_term_line, INFINITY)
-ROW_KERNELS(double, d, v_doubles, v_sum_d, exp, exp_line_d, (double)INFINITY)
+ROW_KERNELS(float, f, v_floats, row_sum_f, v_exp_term_line, INFINITY)
+ROW_KERNELS(double, d, v_doubles, v_sum_d, exp_line_d, (double)INFINITY)
 SOFTMAX_STEP(double, d, v_doubles, v_sum_d, exp_line_d, (double)INFINITY)
 #if defined(__AVX2__) && !defined(__AVX512F__)
 LAC_INLINE double softmax_step_f(const float *x, float m, float *work, const float *from, float shift, float scale,
@@ -508,47 +393,7 @@ static void softmax_task(void *context, int64_t begin, int64_t end, int thread)
     if (job->stream) v_stream_end();
 }
 
-/* ---- columns ---- */
-
-static void columns_task(void *context, int64_t begin, int64_t end, int thread)
-{
-    const softmax_job *job = context;
-    const lac_nest *nest = &job->nest;
-    const int64_t length = nest->shape[nest->ndim - 1], bytes = lac_bytes_of(job->dtype);
-    char *space = job->workspace + job->space * thread;
-    lac_cursor c;
-    for (int64_t t = begin; t < end; t++) {
-        int64_t first = t % job->blocks * job->width, w = length - first < job->width ? length - first : job->width;
-        if (t == begin) LAC_CPU(cursor_set)(nest, &c, t / job->blocks);
-        else if (first == 0) lac_cursor_next(nest, &c);
-        char *out = c.at[0] + first * bytes;
-        const char *x = c.at[1] + first * bytes, *g = job->inputs == 2 ? c.at[2] + first * bytes : NULL;
-        if (g && job->ctype == C_F32) softmax_bwd_columns_f(job, x, g, out, w, (float *)space);
-        else if (g) softmax_bwd_columns_d(job, x, g, out, w, (double *)space);
-        else if (job->ctype == C_F32) softmax_columns_f(job, x, out, w, (float *)space);
-        else softmax_columns_d(job, x, out, w, (double *)space);
-    }
-    if (job->stream) v_stream_end();
-}
-
-/* Are the elements of all rows neighbours along one axis, and the rows themselves not dense? Then the job is set up
- * for blocks of columns. */
-static bool columns_fit(softmax_job *job, int64_t rows)
-{
-    int last = job->nest.ndim - 1;
-    int64_t length = job->nest.shape[last], bytes = lac_bytes_of(job->dtype);
-    if (length < 8 || job->n < 2) return false;
-    for (int v = 0; v <= job->inputs; v++)
-        if (job->nest.stride[v][last] != bytes || job->stride[v] == bytes) return false;
-    /* as wide as possible: narrow columns of rows a power of two apart would share few places of a cache */
-    int64_t width = MOST_COLUMNS;
-    /* every thread gets some: no result depends on the width */
-    int64_t share = length / LAC_CPU(threads)(length, job->n * length);
-    if (rows == length && share < width) width = share < 16 ? 16 : (share + 15) / 16 * 16;
-    job->width = width < length ? width : length;
-    job->blocks = (length + job->width - 1) / job->width;
-    return true;
-}
+#include "softmax_columns.inc"
 
 /* views[0] is the output; all have its shape */
 static int softmax_run(const char *op, int inputs, const lac_view *const *views, int dim, bool logarithm)
@@ -576,10 +421,16 @@ static int softmax_run(const char *op, int inputs, const lac_view *const *views,
     job.row_bytes = (job.n * size + 63) / 64 * 64;
     int64_t rows = numel / job.n, work = numel * 4;
     int64_t tasks = columns ? rows / job.nest.shape[job.nest.ndim - 1] * job.blocks : rows;
-    job.space = columns ? (lac_is_native(job.dtype) ? 0 : SUM_ROWS * job.width * size) : 3 * job.row_bytes + ROW_PAGE;
-    job.workspace = lac_workspace_get(op, (size_t)(job.space * LAC_CPU(threads)(tasks, work) + 64));
+    int64_t parts = columns && job.shared ? tasks * job.parts : 0, known = parts * job.width;
+    job.space =
+        columns ? (lac_is_native(job.dtype) ? 0 : 2 * SUM_ROWS * job.width * size) : 3 * job.row_bytes + ROW_PAGE;
+    int64_t spaces = (job.space * LAC_CPU(threads)(parts ? parts : tasks, work) + 63) / 64 * 64;
+    job.workspace = lac_workspace_get(op, (size_t)(spaces + known * (8 + size) + 64));
     if (!job.workspace) return LAC_E_MEMORY;
-    int status = LAC_CPU(parallel)(op, tasks, work, columns ? columns_task : softmax_task, &job);
+    job.totals = (double *)(void *)(job.workspace + spaces);
+    job.tops = (char *)(job.totals + known);
+    int status = parts ? parts_run(op, &job, tasks, work)
+                       : LAC_CPU(parallel)(op, tasks, work, columns ? columns_task : softmax_task, &job);
     lac_workspace_put(job.workspace);
     return status;
 }
