@@ -12,7 +12,11 @@
 #include "cpu.h"
 #include "simd.h"
 
-enum { BLOCK = 256 };
+enum {
+    BLOCK = 256,
+    ROWS_AHEAD = 8,  /* a row that is summed is asked for so many rows before: they lie anywhere */
+    MOST_ASKED = 512 /* bytes of it */
+};
 
 /* Is every index in [0, size)? Compared as unsigned numbers, so that one comparison does. */
 static bool all_inside(const int64_t *list, int64_t n, int64_t size)
@@ -181,27 +185,51 @@ int LAC_CPU(index_select)(const lac_a_index *a)
     return status;
 }
 
+/* sums[j] += alpha x[j] in double, of f32 (and halves), f64 or (alpha a whole number, sums int64_t) integers. A
+ * function of its own: where `sums` may be what else is read, gcc goes from element to element. */
+static void add_row(int ctype, double *restrict sums, const void *restrict x, int64_t n, double alpha)
+{
+    if (ctype == C_F32) {
+        const float *v = x;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) sums[j] += alpha * (double)v[j];
+    } else if (ctype == C_F64) {
+        const double *v = x;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) sums[j] += alpha * v[j];
+    } else {
+        const uint64_t *v = x, by = (uint64_t)(int64_t)alpha;
+        uint64_t *whole = (uint64_t *)(void *)sums;
+        for (int64_t j = 0; j < n; j++) whole[j] += by * v[j];
+    }
+}
+
+/* Asks for the first bytes of a row. */
+static inline void ask_row(const char *row, int64_t bytes)
+{
+    for (int64_t at = 0; at < bytes && at < MOST_ASKED; at += 64) __builtin_prefetch(row + at);
+}
+
 static void select_bwd_task(void *context, int64_t begin, int64_t end, int thread)
 {
     const select_job *job = context;
     int64_t bytes = job->bytes;
+    const int ctype = lac_compute_type(job->dtype);
     double sums[BLOCK], space[BLOCK];
     float rounded[BLOCK];
     (void)thread;
     for (int64_t t = begin; t < end; t++) {
         int64_t outer = t / job->size, row = t % job->size;
-        char *out = job->out + t * job->inner_count * bytes;
+        char *out = job->out + t * job->inner_count * bytes, *rows = job->x + offset_of(&job->g_outer, outer) * bytes;
         for (int64_t at = 0; at < job->inner_count; at += BLOCK) {
             int64_t m = job->inner_count - at < BLOCK ? job->inner_count - at : BLOCK;
             for (int64_t j = 0; j < m; j++) sums[j] = 0;
             for (int64_t e = job->start[row]; e < job->start[row + 1]; e++) {
                 lac_view g = job->g_inner;
-                g.data = job->x + (offset_of(&job->g_outer, outer) + offset_of(&job->g_index, job->order[e])) * bytes;
-                const void *v = LAC_CPU(load_linear)(&g, at, m, space);
-                if (job->dtype == LAC_F64)
-                    for (int64_t j = 0; j < m; j++) sums[j] += ((const double *)v)[j];
-                else
-                    for (int64_t j = 0; j < m; j++) sums[j] += (double)((const float *)v)[j];
+                g.data = rows + offset_of(&job->g_index, job->order[e]) * bytes;
+                if (e + ROWS_AHEAD < job->start[job->size])
+                    ask_row(rows + (offset_of(&job->g_index, job->order[e + ROWS_AHEAD]) + at) * bytes, m * bytes);
+                add_row(ctype, sums, LAC_CPU(load_linear)(&g, at, m, space), m, 1);
             }
             const void *v = sums;
             if (job->dtype != LAC_F64) {
@@ -415,9 +443,8 @@ static void put_sum(const put_job *job, char *dst, const char *src, int64_t e, i
 {
     const lac_a_index_put *a = job->a;
     int dtype = a->dst.dtype, ctype = lac_compute_type(dtype);
-    int64_t step = a->src.stride[a->dim] * lac_bytes_of(dtype), ialpha = ctype == C_I64 ? (int64_t)a->alpha : 0;
+    int64_t bytes = lac_bytes_of(dtype), step = a->src.stride[a->dim] * bytes;
     double sums[BLOCK], space[BLOCK];
-    int64_t *isums = (int64_t *)(void *)sums;
     float rounded[BLOCK];
     lac_view to = job->inner_dst, from = job->inner_src;
     to.data = dst;
@@ -429,14 +456,9 @@ static void put_sum(const put_job *job, char *dst, const char *src, int64_t e, i
         else memcpy(sums, v, (size_t)m * 8);
         for (int64_t k = e; k < end; k++) {
             from.data = (char *)(uintptr_t)src + job->order[k] * step;
-            v = LAC_CPU(load_linear)(&from, at, m, space);
-            if (ctype == C_F32)
-                for (int64_t j = 0; j < m; j++) sums[j] += a->alpha * (double)((const float *)v)[j];
-            else if (ctype == C_F64)
-                for (int64_t j = 0; j < m; j++) sums[j] += a->alpha * ((const double *)v)[j];
-            else
-                for (int64_t j = 0; j < m; j++)
-                    isums[j] = (int64_t)((uint64_t)isums[j] + (uint64_t)ialpha * (uint64_t)((const int64_t *)v)[j]);
+            if (k + ROWS_AHEAD < a->index.shape[0])
+                ask_row(src + job->order[k + ROWS_AHEAD] * step + at * bytes, m * bytes);
+            add_row(ctype, sums, LAC_CPU(load_linear)(&from, at, m, space), m, a->alpha);
         }
         if (ctype == C_F32)
             for (int64_t j = 0; j < m; j++) rounded[j] = dtype == LAC_F32 ? (float)sums[j] : v_round_odd(sums[j]);
