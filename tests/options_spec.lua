@@ -64,6 +64,17 @@ local REFUSED = {
   end,
 }
 
+local function step() lac.ones({ 2, grad = true }):sum():backward() end
+
+REFUSED["profile: top = 5 is about what print = false leaves out; p:report{ top = 5 } has it"] = function()
+  lac.profile(step, { print = false, top = 5 })
+end
+REFUSED["profile:report: each = true is about the table by module, which there is not: lac.profile%(fn, {"] =
+  function() lac.profile(step, { print = false }):report { each = true } end
+REFUSED["profile:report: each = true is about the table by module, which by = 'op' leaves out"] = function()
+  lac.profile(step, { print = false, trace = true }):report { each = true, by = "op" }
+end
+
 local function fit(more)
   local m = model {}
   local o = { model = m, optimizer = lac.optim.adamw(m), steps = 2, progress = "none",

@@ -376,6 +376,34 @@ describe("writing to an object", function()
     assert.are.equal(before, called(heads(), heads(), heads())(attn))
   end)
 
+  it("where a module was is told at the next use, and what to do for an option of that name", function()
+    local model, ids = small(nn.LongNetLM)(), tokens()
+    for message, f in pairs {
+      ["LongNetLM: child 'dropout' must stay a module, it was set to 0.1; make another: "
+        .. "nn.LongNetLM%(m.options:with{ dropout = %.%.%. }%) %[LongNetLM, tests/settled_spec"] = function()
+        model.dropout = 0.1
+        model:loss(ids, ids)
+      end,
+      ["Block: child 'dropout' must stay a module, it was set to 0.5 %[LongNetLM.layers%[2%]"] = function()
+        local m = small(nn.LongNetLM)()
+        m.layers[2].dropout = 0.5
+        m(ids)
+      end,
+      ["Dropout: training must be true or false, it was set to 'no'"] = function()
+        local d = nn.Dropout(0.5)
+        d.training = "no"
+        d(rows())
+      end,
+      ["attention: training must be true or false, it was set to 'no'"] = function()
+        local attn = attention { variant = "dense" }()
+        attn.training = "no"
+        attn(heads(), heads(), heads())
+      end,
+    } do
+      assert.error_matches(f, message)
+    end
+  end)
+
   it("goes on where it is meant to take effect", function()
     local norm, drop, linear = nn.LayerNorm(8), nn.Dropout(0.5), nn.Linear(8, 8)
     norm.eps, drop.p, drop.training = 1e-3, 0.1, false

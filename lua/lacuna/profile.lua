@@ -324,6 +324,10 @@ local REPORT = { by = { one_of = { "op", "module", "line" } },
 -- @treturn string
 function Profile:report(options)
   local o = schema.options("profile:report", options, REPORT)
+  if o.each and (not self.traced or (o.by and o.by ~= "module")) then
+    schema.fail("profile:report", "each = true is about the table by module, which %s", self.traced
+      and ("by = '%s' leaves out"):format(o.by) or "there is not: lac.profile(fn, { trace = true })")
+  end
   local lines = {}
   local function put(format, ...) lines[#lines + 1] = format:format(...) end
   put("profile: %s%s, %d operators, %s GFLOP, %s GFLOP/s in operators", time_text(self.wall),
@@ -442,6 +446,10 @@ end
 local function profile(fn, options, early)
   schema.check("profile", "fn", fn, { type = "function" })
   local o = schema.options("profile", options, OPTIONS)
+  if not o.print and options.top then
+    schema.fail("profile", "top = %d is about what print = false leaves out; p:report{ top = %d } has it",
+      o.top, o.top)
+  end
   for _ = 1, o.warmup do fn() end
   local r = start(o)
   -- for repl.profile: a process that ends inside fn ends the recording first, and fn does not return

@@ -155,6 +155,9 @@ end
 function Attention:__call(q, k, v, options)
   local o = self.options
   expect_settled(self)
+  if type(self.training) ~= "boolean" then
+    fail(OP, "training must be true or false, it was set to %s", show(self.training))
+  end
   local run = { training = self.training }
   for name in pairs(core.run_spec) do
     if run[name] == nil then run[name] = o[name] end

@@ -281,6 +281,7 @@ base.entry_point(EncoderDecoder.encode)
 -- rows for the output layer
 local function hidden(self, source, tokens, options)
   config.expect_settled(self.options)
+  base.expect_sound(self)
   local o = schema.options(ED, options, PADDING)
   check_tokens(ED, tokens, self.context)
   local memory = self.encoder(source, o)

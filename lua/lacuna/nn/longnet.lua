@@ -428,6 +428,7 @@ local function output_weight(self) return self.options.tied and self.embedding.w
 -- @treturn Tensor [B, N, E]
 function LongNetLM:hidden(tokens)
   config.expect_settled(self.options)
+  base.expect_sound(self)
   check_tokens(self, tokens)
   local rows = self.embedding(tokens)
   local scaled = rows * math.sqrt(self.options.width)
@@ -561,6 +562,7 @@ local DECODE = "LongNetLM.decode"
 
 local function check_decode(self, tokens, state, o)
   config.expect_settled(self.options)
+  base.expect_sound(self)
   if getmetatable(state) ~= cache.ModelCache or #state.layers ~= #self.layers then
     fail(DECODE, "expected a cache made by model:cache{}, got %s", show(state))
   end

@@ -133,7 +133,27 @@ local function step(self) return rawget(self, "_label") or class_name(self) end
 -- forward's results pass through a call, so that this frame is on the stack while forward runs (see
 -- lib.frame_name)
 local function pass(...) return ... end
-local function call(self, ...) return pass(self:forward(...)) end
+
+-- A field that is there is written without a word from Lua: what was written to these is found out here.
+local function expect_sound(self)
+  local children = self._children
+  for i = 1, #children do
+    local child = rawget(self, children[i])
+    if not is_module(child) then
+      fail(class_name(self), "child '%s' must stay a module, it was set to %s%s", children[i], show(child),
+        remedy(self, children[i]) or "")
+    end
+  end
+  local training = rawget(self, "training")
+  if training ~= true and training ~= false then
+    fail(class_name(self), "training must be true or false, it was set to %s", show(training))
+  end
+end
+
+local function call(self, ...)
+  expect_sound(self)
+  return pass(self:forward(...))
+end
 
 lib.frame_name(call, step)
 
@@ -556,4 +576,5 @@ end
 function Module:__tostring() return tree(self, "") end
 
 return { Module = Module, define = define, is_module = is_module, entry_point = entry_point,
-  class_name = class_name, settled_options = settled_options, has = has }
+  class_name = class_name, settled_options = settled_options,
+  expect_sound = expect_sound, has = has }
