@@ -20,9 +20,9 @@
 -- digamma 108 and 4.6, f32 to i32 2.4 and 0.8, to u8 7.9 and 0.7, arange 1.1 and 0.6, linspace 14 and 2.2,
 -- roll of 2^20 by 5 2.8 and 0.5; gradients of gather 20 and 2.2 and of index_select 60 and 0.9 and index_add
 -- 60 and 1.2, along a last axis of 256; cdist of [512, 64] and [512, 64] 109 and 13 a pair. index_add and
--- embedding's gradient of 262,144 rows of 64 that lie in any order: 89% of the time went into waiting for rows,
--- which are asked for eight ahead now: to 16, 1000 and 65,536 rows 4.6, 5.6, 7.4 and 6.1, 6.9, 9.4 before, 1.5,
--- 1.5, 2.3 and 1.4, 1.6, 2.7 with it; PyTorch 3.7, 4.0, 4.4 and 4.2, 2.8, 9.9.
+-- embedding's gradient of 262,144 rows of 64 that lie in any order: 89% of the time went into waiting for
+-- rows, which are asked for eight ahead now: to 16, 1000 and 65,536 rows 4.6, 5.6, 7.4 and 6.1, 6.9, 9.4
+-- before, 1.5, 1.5, 2.3 and 1.4, 1.6, 2.7 with it; PyTorch 3.7, 4.0, 4.4 and 4.2, 2.8, 9.9.
 
 local lac = require "lacuna"
 
