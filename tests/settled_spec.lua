@@ -225,6 +225,24 @@ describe("writing to an object", function()
     end)
   end
 
+  it("is tried for every class of nn, or for one that is made as it is", function()
+    local ALIKE = { -- of one function of the source, or with no fields
+      MSELoss = "CrossEntropyLoss NLLLoss L1Loss HuberLoss SmoothL1Loss KLDivLoss BCEWithLogitsLoss",
+      LeakyReLU = "GELU ReLU SiLU Tanh Sigmoid Mish GELUTanh ELU Softplus Softmax LogSoftmax Identity",
+      SwiGLU = "GeGLU", ["a cache"] = "ModelCache", ["a layer's cache"] = "KVCache BlockCache",
+      MultiheadDilatedAttention = "ImprovedMultiheadDilatedAttention RingMultiheadDilatedAttention "
+        .. "DistributedImprovedMultiheadDilatedAttention",
+    }
+    local tried = set_of "Module ModuleList Sequential" -- hold nothing but modules
+    for _, case in ipairs(CASES) do
+      tried[case[1]] = true
+      for name in pairs(set_of(ALIKE[case[1]])) do tried[name] = true end
+    end
+    for name, value in pairs(nn) do
+      if type(value) == "table" and rawget(value, "__name") then assert.is_true(tried[name], name) end
+    end
+  end)
+
   it("is refused with what to do instead", function()
     local model = small(nn.LongNetLM)()
     local function refused(pattern, f) assert.error_matches(f, pattern) end
