@@ -331,6 +331,21 @@ describe("an error of an operator", function()
     end
   end)
 
+  it("keeps the operator of an index on a device, which may be told at a later call", function()
+    local lib = require "lacuna.lib"
+    local idx, has_cuda = lac.tensor({ 7 }, { dtype = "i64" }), lib.has_cuda
+    local function message_of(f, ...) return select(2, pcall(f, ...)) end
+    lib.has_cuda = true
+    local late = message_of(lac.take_along_dim, lac.randn { 3 }, idx, 1)
+    local now = message_of(lac.rand_like, idx)
+    lib.has_cuda = false
+    local on_cpu = message_of(lac.take_along_dim, lac.randn { 3 }, idx, 1)
+    lib.has_cuda = has_cuda
+    assert.matches("^gather: index number 1 is 7", late)
+    assert.matches("^rand_like: uniform: dst must be", now)
+    assert.matches("^take_along_dim: index number 1 is 7", on_cpu)
+  end)
+
   it("names the function that was given no table, where one looks into it first", function()
     for message, f in pairs {
       ["^attention: options must be a table, got Tensor"] = function() lac.attention(x) end,

@@ -179,9 +179,11 @@ local operators, operator_names = setmetatable({}, { __mode = "k" }), {}
 function lib.operator(f, name) operators[f], operator_names[name] = name, true end
 
 -- functions of the engine that are parts of several operators
-for name in ("random axpy scale copy fill index_put map1 map2 map3 mapp scan reduce"):gmatch "%S+" do
-  operator_names[name] = true
+local PARTS = {}
+for name in ("random axpy scale fill index_put map1 map2 map3 mapp scan reduce"):gmatch "%S+" do
+  PARTS[name], operator_names[name] = true, true
 end
+operator_names.copy = true
 
 -- what does not change about a function: its file, and whether it is the library's own
 local known = setmetatable({}, { __mode = "k" })
@@ -243,12 +245,16 @@ end
 
 -- The message with the place at its end. If it begins with the name of an operator, then of the one that the
 -- script has called, which may be made of others; gradients are functions of the engine with names of their
--- own.
-local function placed(message)
+-- own. late: the engine may tell here what an operator did that was called before.
+local function placed(message, late)
   local path, line, _, called = lib.place(2)
   local name, rest = message:match "^([%l%d_]+)(: .*)$"
   local plain = name and name:gsub("_bwd$", "")
-  if plain and operator_names[plain] then message = (called or plain) .. rest end
+  if plain and operator_names[plain] then
+    -- only kernels know whether an index is outside, and they say so late
+    local now = not late or PARTS[plain] and not rest:find("(counted from 0)", 1, true)
+    message = (now and called or plain) .. rest
+  end
   return message .. bracketed(path, line)
 end
 
@@ -424,7 +430,7 @@ function lib.raise(status, op, own)
   elseif status == DEVICE and message:find(" is on %S+ but %S+ is on %S+$") then
     message = message .. '; x:to("cuda") and x:to("cpu") move'
   end
-  error(placed(message), 0)
+  error(placed(message, lib.has_cuda), 0) -- a device works behind the script
 end
 
 local function stop_if_asked()
