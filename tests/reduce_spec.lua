@@ -4,6 +4,7 @@
 -- Whole numbers, so that every sum and product is exact and there is one right answer; a NaN in one row.
 
 local lac = require "lacuna"
+local lib = require "lacuna.lib"
 
 describe("reductions", function()
   it("reduces short rows side by side to what long loops have", function()
@@ -70,6 +71,62 @@ describe("reductions", function()
           end
           assert.is_true(got[k + 1] ~= got[k + 1])
           assert.is_true(got[k + 2] == math.huge and got[k + 3] == math.huge)
+        end
+      end
+    end
+  end)
+
+  -- f32, block by block: the largest of a block are found beside the sum of the one before. Infinities, NaN
+  -- and nothing but -inf in the first, a middle and the last block; rows and columns, one to three threads.
+  it("finds log-sum-exp whatever lies in which block, on every instruction set", function()
+    local threads, best = lac.threads(), lib.ffi.string(lib.C.lac_isa(nil))
+    finally(function()
+      lac.threads(threads)
+      lib.C.lac_isa(best)
+    end)
+    lac.manual_seed(6)
+    local INF, NAN = math.huge, 0 / 0
+    for _, n in ipairs { 9, 16, 40, 1024, 1025, 2048, 2500 } do
+      local x = lac.randn { 24, n }
+      x[{ 2, {} }] = -INF
+      for row, place in ipairs { 1, math.ceil(n / 2), n } do -- rows 3 to 14
+        for k, v in ipairs { INF, NAN, -INF, 60 } do x[{ 3 * k + row - 1, place }] = v end
+      end
+      x[{ 15, {} }] = -INF
+      x[{ 15, n }] = NAN
+      x[{ 16, {} }] = -INF
+      x[{ 16, 1 }] = -200
+      x[{ 17, 1 }], x[{ 17, n }] = NAN, INF
+      x[{ 18, {} }] = lac.arange(n):to { dtype = "f32" }
+      local want = {}
+      for r, row in ipairs(x:totable()) do
+        local top, sum, nan = -INF, 0, false
+        for _, v in ipairs(row) do
+          top, nan = math.max(top, v == v and v or top), nan or v ~= v
+        end
+        for _, v in ipairs(row) do sum = sum + math.exp(v - top) end
+        want[r] = nan and NAN or (top == INF or top == -INF) and top or top + math.log(sum)
+      end
+      for _, set in ipairs { "avx512", "avx2", "baseline" } do
+        if lib.C.lac_isa(set) ~= nil then
+          local down = x:transpose(1, 2):contiguous()
+          local first
+          for count = 1, 3 do
+            lac.threads(count)
+            local got = { x:logsumexp(2):totable(), down:logsumexp(1):totable() }
+            first = first or got
+            for way = 1, 2 do
+              for r, v in ipairs(got[way]) do
+                local near = v == want[r] or v ~= v and want[r] ~= want[r]
+                  or math.abs(v - want[r]) <= 2 ^ -21 * (1 + math.abs(want[r]))
+                assert.is_true(near,
+                  ("%s, %d, row %d, way %d: %g, not %g"):format(set, n, r, way, v, want[r]))
+                assert.is_true(v == first[way][r] or v ~= v, "threads")
+              end
+            end
+          end
+          local one = x[{ { 18, 18 } }]:logsumexp(2):item()
+          assert.are.equal(first[1][18], one)
         end
       end
     end

@@ -171,6 +171,9 @@ void LAC_CPU(sgemm)(const lac_sgemm *g, float *space);
 bool LAC_CPU(gemm_unit_takes)(const lac_gemm *g);
 int LAC_CPU(gemm_unit)(const char *op, const lac_gemm *g);
 
+/* The largest of each of w columns of n floats, w at most 1024, in rows `stride` bytes apart, and the sum of e^(x - m);
+ * m passes over NaN, the sum does not. softmax.c */
+void LAC_CPU(columns_state)(const void *x, int64_t stride, int64_t n, int64_t w, float *m, double *total);
 /* double or float sums of short arrays, in a fixed order (reduce.c) */
 double LAC_CPU(sum)(int ctype, const void *x, int64_t n);
 /* the index tensor as int64_t in row-major order in new workspace; every value must be in [0, size) or equal *ignore */

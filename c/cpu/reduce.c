@@ -10,8 +10,8 @@
  * elements (or of a tile) are added up with Neumaier's compensation. Pairwise summation in f32 was rejected: it needs a
  * recursion over strides and is worse than a conversion that costs nothing next to the memory. The variance is centred
  * block by block (f64 by its mean, floats in double by an element), the blocks combined by Chan, Golub and LeVeque's
- * rule (1983); the log-sum-exp keeps its maximum apart. Both read memory once. Extrema: NaN wins, the first of equals;
- * positions count in row-major order, so axes are not reordered for them.
+ * rule (1983); the log-sum-exp keeps its maximum apart (reduce_lse.inc). Both read memory once. Extrema: NaN wins, the
+ * first of equals; positions count in row-major order, so axes are not reordered for them.
  *
  * Rows of floats of one block each have a loop of their own (rows_task) with lanes in registers: a sum of 64 takes a
  * Zen 3 27 ns instead of 76, a maximum 12 instead of 49 (of 1024: 181 and 97, which were 202 and 160).
@@ -53,6 +53,7 @@ typedef struct {
     partial *partials;
     partials *columns_parts;
     double (*row)(const float *, int64_t); /* of rows_task; else NULL */
+    bool lse;                              /* lse_rows does it */
 } reduce_job;
 
 /* ---- blocks of a row ---- */
@@ -398,33 +399,9 @@ static partial nothing(const reduce_job *job)
 
 static double lse_block(int ctype, const void *x, double top, int64_t n)
 {
-    double s = 0;
-    if (ctype == C_F32) {
-        const float *f = x, m = (float)top;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-        return row_exp_f(f, m, NULL, n);
-#else
-        float sum[V_FLOATS] = {0}, t = 0, line[V_FLOATS];
-        int64_t i = 0;
-        for (; i + V_FLOATS <= n; i += V_FLOATS) {
-            __builtin_prefetch(f + i + 4 * BLOCK, 0, 2);
-#pragma omp simd
-            for (int k = 0; k < V_FLOATS; k++) line[k] = f[i + k] - m;
-            v_exp_term_line(line);
-#pragma omp simd
-            for (int k = 0; k < V_FLOATS; k++) sum[k] += line[k];
-        }
-        if (i < n) {
-            for (int k = 0; k < V_FLOATS; k++) line[k] = i + k < n ? f[i + k] - m : -INFINITY;
-            v_exp_term_line(line);
-            for (; i < n; i++) t += line[i % V_FLOATS];
-        }
-        for (int w = V_FLOATS / 2; w > 0; w /= 2)
-            for (int k = 0; k < w; k++) sum[k] += sum[k + w];
-        return (double)(t + sum[0]);
-#endif
-    }
+    if (ctype == C_F32) return row_exp_f(x, (float)top, NULL, n);
     const double *d = x;
+    double s = 0;
     for (int64_t i = 0; i < n; i++) s += exp(d[i] - top);
     return s;
 }
@@ -635,6 +612,8 @@ static void finish_columns(const reduce_job *job, const partials *p, int64_t blo
     }
 }
 
+#include "reduce_lse.inc"
+
 static void columns_task(const reduce_job *job, int64_t row, int64_t part, int64_t from, int64_t to)
 {
     partials own, *p = job->parts > 1 ? &job->columns_parts[row * job->parts + part] : &own;
@@ -645,7 +624,9 @@ static void columns_task(const reduce_job *job, int64_t row, int64_t part, int64
     if (w < 1) return; /* never, which an analyser cannot know */
     place(job, job->kept - 1, row / job->blocks, &x, &out);
     for (int64_t j = 0; j < w; j++) p->d[j] = none.d, p->error[j] = 0, p->i[j] = none.i, p->at[j] = -1;
-    reduce_columns(job, x + block * COLUMNS * step, step, w, from, to, p);
+    if (job->class == CLASS_LSE && job->a->x.dtype == LAC_F32 && step == 4 && job->reduced == 1 && from < to)
+        lse_columns(job, x + block * COLUMNS * step, w, from, to, p);
+    else reduce_columns(job, x + block * COLUMNS * step, step, w, from, to, p);
     if (job->parts == 1) finish_columns(job, p, block, out);
 }
 
@@ -673,6 +654,10 @@ static void reduce_task(void *context, int64_t begin, int64_t end, int thread)
     (void)thread;
     if (job->row) {
         rows_task(job, begin, end);
+        return;
+    }
+    if (job->lse) {
+        lse_rows(job, begin, end);
         return;
     }
     for (int64_t t = begin; t < end; t++) {
@@ -791,12 +776,16 @@ static void choose_order(reduce_job *job)
     if (plain && count <= SHORT && k >= 0 && job->ks[k] >= MANY) job->columns = true;
 }
 
+/* one axis of floats side by side behind each output, not cut into parts */
+static bool floats_in_rows(const reduce_job *job)
+{
+    const bool rows = !job->columns && job->parts == 1 && job->reduced == 1 && job->rx[0] == (int64_t)sizeof(float);
+    return rows && job->a->x.dtype == LAC_F32 && job->count > 0;
+}
 /* the kernel of rows_task, if that can be used */
 static double (*row_kernel(const reduce_job *job))(const float *, int64_t)
 {
-    bool rows = !job->columns && job->parts == 1 && job->reduced == 1 && job->rx[0] == (int64_t)sizeof(float);
-    if (!rows || job->a->x.dtype != LAC_F32 || !is_plain_float(job) || job->count < 1 || job->count > 8 * BLOCK)
-        return NULL;
+    if (!floats_in_rows(job) || !is_plain_float(job) || job->count > 8 * BLOCK) return NULL;
     if (job->class == CLASS_SUM)
         return job->transform == SQUARE ? squares_f : job->transform == ABSOLUTE ? absolute_f : sum_f;
     if (job->class == CLASS_EXTREME) return job->transform == ABSOLUTE ? largest_f : job->smallest ? min_f : max_f;
@@ -845,6 +834,7 @@ int LAC_CPU(reduce)(const lac_a_reduce *a)
         else job.partials = space;
     }
     job.row = row_kernel(&job);
+    job.lse = job.class == CLASS_LSE && floats_in_rows(&job);
     int status =
         LAC_CPU(parallel)("reduce", rows * job.parts, work > 1e18 ? (int64_t)1e18 : (int64_t)work, reduce_task, &job);
     if (space && !status) combine_all(&job, rows);
