@@ -131,7 +131,7 @@ describe("a captured graph #gpu", function()
     refused("is on the cpu, and a graph holds only what runs on cuda", function(a)
       return a + lac.ones { 4, 3 }:mul(2):to "cuda"
     end, x)
-    refused("tensor: a graph would repeat the bytes that the cpu has now", function(a)
+    refused("copy: a graph would repeat the bytes that the cpu has now", function(a)
       return a + lac.tensor({ 1, 2, 3 }, CUDA)
     end, x)
     refused("the host waits for a result here", function(a) return (a:nonzero()) end, x)
