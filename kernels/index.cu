@@ -4,7 +4,8 @@
  * Atomics would make the sum depend on timing; here (destination, position) pairs are sorted stably (lists.cuh), the
  * first of each run adds up its run in the order of positions, in double, and rounds once. So the same call gives the
  * same bits, and half precision keeps what adding into bf16 would lose. A destination that receives very many rows is
- * summed by one block: correct, and slow only there.
+ * summed by one block: correct, and slow only there. It reads 16 at a time before it adds them: index_add of 2^20 rows
+ * of 64 to 16 and to 1000 rows 38.5 and 1.93 ms before, 9.5 and 1.23 with it, to 262,144 1.75 and 1.72 (H200).
  *
  * An index outside its axis reads nothing and leaves a note, which the script sees as an error at its next launch or
  * wait (backend.cu).
