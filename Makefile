@@ -110,8 +110,8 @@ $(COMMAND): c/main.c c/interrupt.c c/interrupt.h c/lacuna.h
 # nothing but kernels for Hopper are compiled for Hopper alone, where that is asked for.
 # CUDA_CHECK=1 makes a plug-in that is to be compiled and linked, not run: without PTX; of architectures that CUDA_CODE
 # leaves out the sources are only looked through, by the front end; and kernels of which nothing is asked but that they
-# compile are optimised little, and so are the portable ones of attention, which took a quarter of the time: what
-# kernels/ptxas.awk asks of these a plain `make` asks.
+# compile are optimised little, and so are attention's portable ones and Hopper's for options, which took two thirds of
+# the time: what kernels/ptxas.awk asks of these a plain `make` asks.
 CUDA_ARCH  ?= 80 90a
 CUDA_CODE  ?= $(CUDA_ARCH)
 CUDA_CHECK ?=
@@ -162,7 +162,8 @@ $(BUILD)/obj/cuda/compiler: force
 ATTN_HOPPER := $(patsubst %,kernels/attn_hopper_%.cu,added blocks forward keys padded pairs parts_backward parts_forward wide)
 ATTN_EACH := kernels/attn.cu kernels/attn_hopper% kernels/attn_few%
 attn_code = $(if $(filter $(ATTN_HOPPER),$<),$(HOPPER_CODE),$(if $(filter $(ATTN_EACH),$<),$(GENCODE),$(PLAIN_CODE)))
-attn_quick = $(if $(CUDA_CHECK),$(filter-out $(ATTN_EACH) $(ATTN_HOPPER),$<))
+ATTN_OPTIONS := $(patsubst %,kernels/attn_hopper_%.cu,added block_keys blocks padded pairs)
+attn_quick = $(if $(CUDA_CHECK),$(filter $(ATTN_OPTIONS),$<)$(filter-out $(ATTN_EACH) $(ATTN_HOPPER),$<))
 $(BUILD)/obj/cuda/attn%.o: kernels/attn%.cu kernels/ptxas.awk $(BUILD)/obj/cuda/checked | $(BUILD)/obj/cuda/compiler
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)
