@@ -13,6 +13,9 @@
 --     other (q, dout and out evict one another from the first cache if their rows agree modulo 4096), query
 --     rows loaded once for several runs of keys, rows of results asked for ahead, zeros by CLZERO: 1.02-1.06
 --     forward, 0.98-1.05 backward. Asking into the second cache, or farther ahead: no difference.
+--     By --fastest --rounds 3, 2048 rows at r = 4 and 16 and 8192 at 16, D = 32, 64, 128: forward 1.01,
+--     1.03, 1.02; 1.04, 1.00, 1.05; 1.02, 1.00, 1.053; backward 1.03, 1.03, 1.04; 1.03, 1.02, 1.04; 1.03,
+--     1.03, 1.01.
 --   * Softmax: a maximum instruction instead of compare and blend, four vectors in step, 512 keys a tile
 --     instead of 256: forward -3% at D = 64, -7% at D = 32, -1% at D = 128 (which keeps 256).
 --   * The backward's first runs of keys of all heads before their second ones, so that nobody waits for a
